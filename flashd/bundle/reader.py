@@ -1,0 +1,190 @@
+"""Opens a bundle, checks that it is whole, and finds what is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle import layout
+from flashd.bundle.layout import BadSection, DamagedRun, Header, Section
+from flashd.bundle.rows import BLOCK, Bytes, PlainRows, QuantRows, RowKind, unit_steps, unpack
+from flashd.errors import CardError, InputMissing
+
+
+class Bundle:
+    """An open bundle: its header, checksums and buffered reads of its small parts.
+
+    The FFN sections are not read through here but by engine.card, which reads past the page cache.
+
+    Raises:
+        InputMissing: there is no such file, or it may not be read.
+        DataError: the file is not a whole bundle of a version that this flashd knows (see layout).
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputMissing(f"{self.path}: {error.strerror}") from error
+        try:
+            self.header = self._read_header()
+            self._at = {s.name: s for s in self.header.sections}
+            self.checksums = self._read_checksums()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def section(self, name: str) -> Section:
+        try:
+            return self._at[name]
+        except KeyError:
+            raise BadSection(f"{self.path}: section {name!r} is missing") from None
+
+    def has(self, name: str) -> bool:
+        return name in self._at
+
+    def read(self, name: str) -> bytes:
+        """A whole section, checked. Raises DamagedRun, CardError."""
+        section = self.section(name)
+        data = self._pread(section.offset, section.length)
+        self.check(section, 0, data)
+        return data
+
+    def check(self, section: Section, first_run: int, data: bytes | memoryview) -> None:
+        """Checks whole runs of a section, from run `first_run` on. Raises DamagedRun."""
+        view = memoryview(data)
+        for i, start in enumerate(range(0, len(view), section.run)):
+            run = first_run + i
+            if layout.digest(view[start : start + section.run]) != self.checksums[section.first + run]:
+                raise DamagedRun(
+                    f"{self.path}: section {section.name!r} is damaged at byte {section.offset + run * section.run}"
+                    f" (run {run} of {section.runs}); copy the bundle again or pack it again"
+                )
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """A section of float32."""
+        return np.frombuffer(self.read(name), np.float32)
+
+    def rows(self, name: str, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
+        """A section of rows, in arrays of their own; the transient beside them is about `chunk_bytes`.
+
+        Raises DamagedRun, CardError.
+        """
+        section, form = self.section(name), self.header.row_format(name)
+        out = form.empty(section.length // form.nbytes)
+        carry = b""
+        at = 0
+        for data in self._checked_runs(section, chunk_bytes):
+            data = carry + data
+            n = len(data) // form.nbytes
+            raw = np.frombuffer(data, np.uint8, n * form.nbytes).reshape(n, form.nbytes)
+            for to, source in zip(out[at : at + n].arrays(), form.views(raw).arrays(), strict=True):
+                np.copyto(to, source)
+            carry = data[n * form.nbytes :]
+            at += n
+        return out
+
+    def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Bytes]]:
+        """The first `count` groups of a layer, some at a time: (first, [n, group bytes] uint8).
+
+        Raises DamagedRun, CardError.
+        """
+        section = self.section(f"layer.{layer}.ffn")
+        for first in range(0, count, at_once):
+            n = min(at_once, count - first)
+            data = self._pread(section.offset + first * section.run, n * section.run)
+            self.check(section, first, data)
+            yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
+
+    def embedding(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Input embeddings [T, H] float32 of tokens [T], a read each: the table stays on the card.
+
+        The rows are not checked against their run's checksum, which would read a mebibyte for one row.
+        """
+        name = "embedding" if self.has("embedding") else "head"
+        section, form = self.section(name), self.header.row_format(name)
+        raw = np.empty((len(tokens), form.nbytes), np.uint8)
+        for i, token in enumerate(tokens.tolist()):
+            raw[i] = np.frombuffer(self._pread(section.offset + token * form.nbytes, form.nbytes), np.uint8)
+        return dequantise(form.views(raw), form.kind)
+
+    def verify(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> None:
+        """Reads every section and checks every run. Raises DamagedRun at the first that is wrong, CardError."""
+        for section in self.header.sections:
+            for data in self._checked_runs(section, 4 << 20):
+                on_progress(len(data))
+
+    def _checked_runs(self, section: Section, chunk_bytes: int) -> Iterator[bytes]:
+        runs = max(1, chunk_bytes // section.run)
+        for run in range(0, section.runs, runs):
+            start = run * section.run
+            data = self._pread(section.offset + start, min(runs * section.run, section.length - start))
+            self.check(section, run, data)
+            yield data
+
+    def _pread(self, offset: int, length: int) -> bytes:
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._fd, length, offset)
+            except OSError as error:
+                raise CardError(f"{self.path}: reading at byte {offset}: {error.strerror}") from error
+            if not part:
+                raise CardError(f"{self.path}: the file ends at byte {offset}; was it replaced?")
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_header(self) -> Header:
+        size = os.fstat(self._fd).st_size
+        try:
+            length, checksum = layout.decode_prefix(os.pread(self._fd, layout.PREFIX.size, 0), size)
+            return layout.decode_header(self._pread(layout.PREFIX.size, length), checksum, size)
+        except layout.DataError as error:
+            raise type(error)(f"{self.path}: {error}") from error
+        except OSError as error:
+            raise InputMissing(f"{self.path}: {error.strerror}") from error
+
+    def _read_checksums(self) -> npt.NDArray[np.uint64]:
+        section = self.header.checksums
+        data = self._pread(section.offset, section.length)
+        if f"{layout.digest(data):016x}" != self.header.checksums_digest:
+            raise DamagedRun(f"{self.path}: the table of checksums is damaged; copy the bundle again")
+        return np.frombuffer(data, "<u8")
+
+
+def dequantise(rows: QuantRows | PlainRows, kind: RowKind) -> npt.NDArray[np.float32]:
+    """Rows as float32 [n, K]. For few rows: the engine multiplies quantised rows in place."""
+    if isinstance(rows, PlainRows):
+        return rows.w.astype(np.float32)
+    n, blocks = rows.scale.shape
+    bits = rows.q.shape[1] * 8 // (blocks * BLOCK)
+    q = unpack(rows.q, bits).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << (bits - 1))
+    scale, centre = steps(rows, kind)
+    return (q * scale[:, :, None] + centre[:, :, None]).reshape(n, -1)
+
+
+def steps(rows: QuantRows, kind: RowKind) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Scales and centres [n, B] float32 of quantised rows."""
+    top = rows.step.astype(np.float32) * unit_steps(kind)
+    return rows.scale * top[:, :1], rows.centre * top[:, 1:]

@@ -1,0 +1,255 @@
+"""How rows of weights are written in a bundle: the byte layout that the packer and the engine share.
+
+A *row* is what multiplies one input vector or is scaled by one activation. Quantised rows are cut into
+blocks of 32 weights; a weight is
+
+    w = scale * (q - zero) + centre
+
+with q an unsigned 4- or 8-bit integer, zero = 8 or 128, and scale and centre given a block. Keeping a
+centre (and not an integer zero point) is what lets a 4-bit source such as Q4_1 or Q4_K move over without
+loss: re-rounding SmolLM2's rows to symmetric 4-bit blocks costs a mean KL of 0.30, this costs 0.0001.
+Scales and centres are codes, in parts of the largest of a run of blocks, which is kept as float16. The codes
+of 4-bit rows have 8 bits, so that a row takes about 4.5 bits a weight, as Q4_K does; those of 8-bit rows have
+16, so that the codes' own rounding stays below the weights'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 32
+"""Weights that share a scale and a centre; also the neurons of one bundle group."""
+
+
+RowKind = Literal["int4", "int8", "f16"]
+ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
+
+CODE_TYPES: dict[RowKind, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[Any]]]] = {
+    "int4": (np.uint8, np.int8),
+    "int8": (np.uint16, np.int16),
+}
+"""The types of scale codes and centre codes; the largest of each type stands for the largest of a run."""
+
+Bytes = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.integer[Any]]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Arrays that share their leading axis: one entry an item (a row, or a group of bundles)."""
+
+    def arrays(self) -> list[npt.NDArray[np.generic]]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def __len__(self) -> int:
+        return len(self.arrays()[0])
+
+    def __getitem__(self, part: slice) -> Slots:
+        return type(self)(*(a[part] for a in self.arrays()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays())
+
+
+@dataclass(frozen=True)
+class QuantRows(Slots):
+    """n quantised rows of K weights, B = K / 32 blocks each."""
+
+    q: Bytes  # [n, K * bits / 8] uint8, low bits first
+    scale: Codes  # [n, B]
+    centre: Codes  # [n, B]
+    step: npt.NDArray[np.float16]  # [n, 2]: the largest scale and the largest centre of the row
+
+
+@dataclass(frozen=True)
+class PlainRows(Slots):
+    """n rows of K float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, K]
+
+
+@dataclass(frozen=True)
+class QuantGroups(Slots):
+    """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
+
+    q: Bytes  # [n, 32, M, H * bits / 8]
+    scale: Codes  # [n, 32, M, H / 32]
+    centre: Codes  # [n, 32, M, H / 32]
+    step: npt.NDArray[np.float16]  # [n, 32, M, 2]
+    down: Bytes  # [n, 32, H * bits / 8]: neuron i's column of down_proj
+    down_scale: Codes  # [n, H]: blocks of down_proj run along the neurons, one a group and output
+    down_centre: Codes  # [n, H]
+    down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
+
+
+@dataclass(frozen=True)
+class PlainGroups(Slots):
+    """n groups of 32 bundles of float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, 32, M, H]
+    down: npt.NDArray[np.float16]  # [n, 32, H]
+
+
+def unit_steps(kind: RowKind) -> Floats:
+    """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
+    return np.array([1 / np.iinfo(code).max for code in CODE_TYPES[kind]], np.float32)
+
+
+def _carve(
+    raw: Bytes, widths: list[tuple[type[np.generic], tuple[int, ...]]]
+) -> list[npt.NDArray[np.generic]]:
+    """Views of the consecutive parts of records. raw: [..., record bytes]."""
+    parts, at = [], 0
+    for dtype, shape in widths:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        part = raw[..., at : at + size].view(dtype)
+        parts.append(part.reshape(*raw.shape[:-1], *shape))
+        at += size
+    return parts
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Rows of `width` weights, a record each: [q | scale codes | centre codes | two float16 steps]."""
+
+    kind: RowKind
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROW_KINDS:
+            raise ValueError(f"rows of kind {self.kind!r}; known are {', '.join(ROW_KINDS)}")
+        if self.width <= 0 or self.width % BLOCK:
+            raise ValueError(f"rows of {self.width} weights; the width must be a multiple of {BLOCK}")
+
+    @property
+    def bits(self) -> int:
+        return {"int4": 4, "int8": 8, "f16": 16}[self.kind]
+
+    @property
+    def blocks(self) -> int:
+        return self.width // BLOCK
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of one record."""
+        weights = self.width * self.bits // 8
+        return weights if self.kind == "f16" else weights + 2 * self.blocks * self.code_bytes + 4
+
+    @property
+    def code_bytes(self) -> int:
+        return np.dtype(CODE_TYPES[self.kind][0]).itemsize
+
+    def empty(self, rows: int) -> QuantRows | PlainRows:
+        """Arrays for `rows` rows, their memory not touched yet."""
+        if self.kind == "f16":
+            return PlainRows(np.empty((rows, self.width), np.float16))
+        return QuantRows(
+            np.empty((rows, self.width * self.bits // 8), np.uint8),
+            *(np.empty((rows, self.blocks), code) for code in CODE_TYPES[self.kind]),
+            np.empty((rows, 2), np.float16),
+        )
+
+    def views(self, raw: Bytes) -> QuantRows | PlainRows:
+        """The parts of records in place. raw: [n, nbytes] uint8, unaligned parts included."""
+        if self.kind == "f16":
+            return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))  # type: ignore[arg-type]
+        return QuantRows(
+            *_carve(  # type: ignore[arg-type]
+                raw,
+                [
+                    (np.uint8, (self.width * self.bits // 8,)),
+                    *((code, (self.blocks,)) for code in CODE_TYPES[self.kind]),
+                    (np.float16, (2,)),
+                ],
+            )
+        )
+
+
+@dataclass(frozen=True)
+class GroupFormat:
+    """Bundles of 32 neurons, a record each.
+
+    Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
+    (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
+    one contiguous read, and so is a run of groups (section 3.2 of the paper).
+    """
+
+    kind: RowKind
+    hidden: int
+    inputs: int = 2
+
+    @property
+    def row(self) -> RowFormat:
+        return RowFormat(self.kind, self.hidden)
+
+    @property
+    def column_bytes(self) -> int:
+        return self.hidden * self.row.bits // 8
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of one neuron."""
+        return self.inputs * self.row.nbytes + self.column_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        return 0 if self.kind == "f16" else 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one group."""
+        return BLOCK * self.bundle_bytes + self.tail_bytes
+
+    def empty(self, groups: int) -> QuantGroups | PlainGroups:
+        """Arrays for `groups` groups, their memory not touched yet."""
+        h, m, b, width = self.hidden, self.inputs, self.row.blocks, self.column_bytes
+        if self.kind == "f16":
+            return PlainGroups(
+                np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16)
+            )
+        return QuantGroups(
+            np.empty((groups, BLOCK, m, width), np.uint8),
+            *(np.empty((groups, BLOCK, m, b), code) for code in CODE_TYPES[self.kind]),
+            np.empty((groups, BLOCK, m, 2), np.float16),
+            np.empty((groups, BLOCK, width), np.uint8),
+            *(np.empty((groups, h), code) for code in CODE_TYPES[self.kind]),
+            np.empty((groups, 2, b), np.float16),
+        )
+
+    def views(self, raw: Bytes) -> QuantGroups | PlainGroups:
+        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
+        n, m = len(raw), self.inputs
+        body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)
+        rows = body[:, :, : m * self.row.nbytes].reshape(n, BLOCK, m, self.row.nbytes)
+        column = body[:, :, m * self.row.nbytes :]
+        if self.kind == "f16":
+            return PlainGroups(rows.view(np.float16), column.view(np.float16))
+        row = self.row.views(rows)
+        assert isinstance(row, QuantRows)
+        tail = _carve(
+            raw[:, BLOCK * self.bundle_bytes :],
+            [*((code, (self.hidden,)) for code in CODE_TYPES[self.kind]), (np.float16, (2, self.row.blocks))],
+        )
+        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *tail)  # type: ignore[arg-type]
+
+
+def pack_bits(q: Bytes, bits: int) -> Bytes:
+    """Integers [..., K] as packed bytes [..., K * bits / 8], the first of two in the low bits."""
+    return q if bits == 8 else q[..., 0::2] | (q[..., 1::2] << 4)
+
+
+def unpack(q: Bytes, bits: int) -> Bytes:
+    """Packed integers [..., K * bits / 8] as bytes [..., K]."""
+    if bits == 8:
+        return q
+    out = np.empty((*q.shape[:-1], q.shape[-1] * 2), np.uint8)
+    np.bitwise_and(q, 15, out=out[..., 0::2])
+    np.right_shift(q, 4, out=out[..., 1::2])
+    return out

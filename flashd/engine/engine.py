@@ -1,0 +1,120 @@
+"""The engine as the command line and the daemon see it: a bundle opened under a budget, prompts in, text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from flashd.bundle.reader import Bundle
+from flashd.bundle.token_bytes import TokenBytes
+from flashd.engine.decode import Conversation, Figures, Model
+from flashd.engine.paged import OnStep, PagedModel, silent
+from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
+from flashd.engine.resident import ResidentModel
+from flashd.engine.sample import Sampler, Sampling
+from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+
+DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows. None: as much as there is."""
+
+    memory: int | None = None  # bytes
+    context: int = DEFAULT_CONTEXT  # tokens
+    threads: int | None = None
+
+
+class Prompts:
+    """Turns messages into tokens. Holds the tokenizer, which for a large vocabulary is tens of megabytes."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        text = bundle.header.text
+        self._encoder = Encoder(bundle.read("tokenizer"), text.bos, text.add_bos)
+        self._template = ChatTemplate(text.chat_template) if text.chat_template else None
+
+    def tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that asks for the next answer. Raises DataError where the chat template fails."""
+        if self._template is None:
+            return self._encoder.encode("\n".join(m.content for m in messages))
+        return self._template.encode(messages, self._encoder)
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text as it stands."""
+        return self._encoder.encode(text)
+
+
+def plan_for(bundle: Bundle, budget: Budget) -> Plan:
+    """The plan that the engine would obey now. Raises MemoryTooSmall."""
+    return make_plan(
+        bundle.header,
+        memory=budget.memory or available_memory(),
+        context=min(budget.context, bundle.header.model.context),
+        threads=budget.threads or len(os.sched_getaffinity(0)),
+        base=resident_now(),
+    )
+
+
+@dataclass
+class Answer:
+    """One answer as it grows."""
+
+    text: str = ""
+    figures: Figures = field(default_factory=Figures)
+
+
+class Engine:
+    """A loaded model. Use it in a with statement, or close it.
+
+    Raises MemoryTooSmall before anything large is loaded; DataError, CardError while loading and answering.
+    """
+
+    def __init__(self, bundle: Bundle, budget: Budget, on_step: OnStep = silent) -> None:
+        self.bundle = bundle
+        self.token_bytes = TokenBytes.from_bytes(bundle.read("token_bytes"))
+        self.plan = plan_for(bundle, budget)
+        kind = ResidentModel if self.plan.resident else PagedModel
+        self.model: Model = kind(bundle, self.plan, on_step)
+        self._conversation = Conversation(self.model)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.model.close()
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        answer: Answer,
+        *,
+        limit: int,
+        stop: Sequence[str] = (),
+        on_step: OnStep = silent,
+    ) -> Iterator[str]:
+        """The answer's text as it comes, complete characters only; `answer` holds what was said so far.
+
+        Raises UsageError for a prompt that is empty or too long; CardError, DataError.
+        """
+        words, stops = Detokenizer(self.token_bytes), StopStrings(list(stop))
+        tokens = self._conversation.generate(
+            prompt, Sampler(sampling), limit=limit, eos=self.bundle.header.text.eos,
+            figures=answer.figures, on_step=on_step,
+        )  # fmt: skip
+        for token in tokens:
+            shown, stopped = stops.push(words.push(token))
+            answer.text += shown
+            yield shown
+            if stopped:
+                answer.figures.finish = "stop"
+                return
+        rest, _ = stops.push(words.finish())
+        rest += stops.finish()
+        answer.text += rest
+        yield rest

@@ -1,0 +1,139 @@
+"""The forward pass of a model that does not fit: weights multiplied in place, FFN groups streamed past.
+
+What every token needs (attention, head) and as many groups of bundles as the plan allows stay in RAM in the
+bundle's own 4.5 bits a weight. The rest of each layer's FFN comes from the card, read ahead while the layers
+before compute, once for a whole chunk of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.layout import Model
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import Floats, PlainRows, QuantRows
+from flashd.engine import graph
+from flashd.engine.card import CardStats, CardStream, layer_schedule
+from flashd.engine.kv import KvCache
+from flashd.engine.plan import Plan
+from flashd.engine.window import Window
+
+Tokens = npt.NDArray[np.int64]
+OnStep = Callable[[int, int, int], None]
+"""Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
+
+Rows = QuantRows | PlainRows
+
+
+def silent(done: int, layers: int, nbytes: int) -> None:
+    """An OnStep that does nothing."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What stays in RAM of one layer."""
+
+    attention_norm: Floats  # [H]
+    ffn_norm: Floats  # [H]
+    bias: Floats | None  # [q + k + v widths]
+    qkv: Rows  # [q + k + v widths, H]
+    output: Rows  # [H, query width]
+    pinned: Window
+
+
+class PagedModel:
+    """A bundle under a memory budget. Close it when done.
+
+    Raises DamagedRun, CardError while loading and while it runs.
+    """
+
+    def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
+        self._bundle = bundle
+        self._model: Model = bundle.header.model
+        formats = bundle.header.formats
+        graph.use_threads(plan.threads)
+        self.cache = KvCache(self._model, plan.context)
+        self._attend = graph.Attention(bundle, self.cache)
+        self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
+        self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=True)
+        self._ffn = graph.Ffn(bundle.read("graph.ffn"))
+        self._norm = bundle.floats("norm")
+        self._head = bundle.rows("head")
+        self._layers = [self._load_layer(i, plan, on_step) for i in range(self._model.layers)]
+        form = bundle.header.group
+        missing = [layer.pinned.missing().tolist() for layer in self._layers]
+        self._stream = CardStream(bundle, layer_schedule(missing, form.nbytes), plan.buffers)
+        self._passing = Window(form, self._model.groups, plan.passing_groups)
+        self._form = form
+        self._stream.read_ahead()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    @property
+    def card(self) -> CardStats:
+        return self._stream.stats
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of groups that a pass finds in RAM."""
+        return sum(layer.pinned.used for layer in self._layers) / (len(self._layers) * self._model.groups)
+
+    def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats:
+        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
+
+        Every neuron takes part. Raises CardError, DamagedRun; the cache is then as it was before.
+        """
+        try:
+            x = self._pass(self._bundle.embedding(tokens), on_step)  # [T, H]
+        except BaseException:
+            # the next pass starts at the first layer, wherever this one broke off
+            self._stream.restart()
+            raise
+        self.cache.advance(len(tokens))
+        return self._head_linear(self._normed(x[wanted], self._norm), self._head)  # [R, V]
+
+    def _pass(self, x: Floats, on_step: OnStep) -> Floats:
+        for i, layer in enumerate(self._layers):
+            h = self._normed(x, layer.attention_norm)  # [T, H]
+            qkv = self._attention_linear(h, layer.qkv)  # [T, q + k + v]
+            if layer.bias is not None:
+                qkv += layer.bias
+            x = x + self._attention_linear(self._attend(i, qkv), layer.output)  # [T, H]
+            x = x + self._feed_forward(i, layer, self._normed(x, layer.ffn_norm), on_step)  # [T, H]
+            on_step(i + 1, self._model.layers, self.card.bytes_read)
+        return x
+
+    def _feed_forward(self, i: int, layer: _Layer, h: Floats, on_step: OnStep) -> Floats:
+        y = self._ffn(h, layer.pinned.rows)  # [T, H]
+        for extent, raw in self._stream.layer(i):
+            self._passing.insert(extent.first, self._form.views(raw))
+            y += self._ffn(h, self._passing.rows)
+            self._passing.clear()
+            on_step(i, self._model.layers, self.card.bytes_read)
+        return y
+
+    def _normed(self, x: Floats, weight: Floats) -> Floats:
+        """RMS norm of each row of x [T, H] (arXiv 1910.07467)."""
+        mean = np.mean(np.square(x), axis=1, keepdims=True)  # [T, 1]
+        return x / np.sqrt(mean + np.float32(self._model.norm_epsilon)) * weight
+
+    def _load_layer(self, i: int, plan: Plan, on_step: OnStep) -> _Layer:
+        m, at = self._model, f"layer.{i}."
+        vectors = self._bundle.floats(f"{at}vectors")
+        layer = _Layer(
+            attention_norm=vectors[: m.hidden],
+            ffn_norm=vectors[m.hidden : 2 * m.hidden],
+            bias=vectors[2 * m.hidden :] if m.qkv_bias else None,
+            qkv=self._bundle.rows(f"{at}qkv"),
+            output=self._bundle.rows(f"{at}output"),
+            pinned=Window(self._bundle.header.group, m.groups, plan.pinned_groups),
+        )
+        for first, raw in self._bundle.groups(i, plan.pinned_groups):
+            layer.pinned.insert(first, self._bundle.header.group.views(raw))
+        on_step(i + 1, m.layers, 0)
+        return layer

@@ -1,0 +1,211 @@
+"""A RAM budget -> what stays in RAM, how large the window is, how long the context may be.
+
+The budget counts everything that the process holds: what is there already when the plan is made (interpreter,
+libraries, tokenizer: measured) and what is still to come (computed from the bundle's header).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashd.bundle.layout import Header
+from flashd.bundle.rows import BLOCK, RowFormat
+from flashd.engine.card import READ_BYTES, buffer_bytes
+from flashd.engine.kv import cache_bytes
+from flashd.errors import MemoryTooSmall, UsageError
+
+MIB = 1 << 20
+PREFILL_TOKENS = 128
+"""Tokens of a prompt that share one pass over the card."""
+
+BUFFERS = 8
+"""Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
+
+SESSIONS = 6 * MIB
+"""The in-place graphs' sessions and the thread pool, measured 4.6 MiB on x86-64 with onnxruntime 1.32."""
+
+SLACK = 12 * MIB
+"""What the allocator holds beyond what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget buys. Sizes in bytes. The engine obeys it to the slot."""
+
+    memory: int
+    context: int
+    threads: int
+    resident: bool
+    pinned_groups: int  # of every layer
+    groups: int  # of every layer, in all
+    passing_groups: int  # slots for what streams past
+    buffers: int
+    parts: dict[str, int]
+    smallest: int
+    card_bytes: int  # read from the card in a pass, so for a token while decoding
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def make_plan(header: Header, *, memory: int, context: int, threads: int, base: int) -> Plan:
+    """The plan for a bundle.
+
+    Args:
+        memory: bytes that the process may hold.
+        context: tokens that the KV cache must have room for.
+        base: bytes that the process holds now.
+
+    Raises MemoryTooSmall, naming the smallest budget that works.
+    """
+    m, form = header.model, header.group
+    cache = cache_bytes(m, context)
+    resident = _resident_parts(header)
+    if resident is not None and base + cache + sum(resident.values()) <= memory:
+        parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
+        return Plan(
+            memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
+            groups=m.groups, passing_groups=0, buffers=0, parts=parts, smallest=smallest(header, context, base),
+            card_bytes=0,
+        )  # fmt: skip
+    least = smallest(header, context, base)
+    if memory < least:
+        raise MemoryTooSmall(
+            f"{memory / MIB:.0f}M is too small for {m.name} with a context of {context};"
+            f" the smallest that works is --memory {-(-least // MIB)}M"
+        )
+    parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
+    a_group_a_layer = m.layers * form.nbytes
+    pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
+    parts["pinned neurons"] = pinned * a_group_a_layer
+    passing = passing_groups(header)
+    if pinned == m.groups:
+        passing = 0
+        parts["window and read-ahead"] = 0
+    return Plan(
+        memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
+        passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
+        card_bytes=(m.groups - pinned) * a_group_a_layer,
+    )  # fmt: skip
+
+
+def smallest(header: Header, context: int, base: int) -> int:
+    """The smallest budget that works: nothing pinned, every group streams past."""
+    return base + cache_bytes(header.model, context) + sum(_paged_parts(header, context).values())
+
+
+def passing_groups(header: Header) -> int:
+    """Slots for the groups of one read."""
+    return min(header.model.groups, max(1, READ_BYTES // header.group.nbytes))
+
+
+def _paged_parts(header: Header, context: int) -> dict[str, int]:
+    m, passing = header.model, passing_groups(header)
+    attention = sum(
+        _section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in ("qkv", "output", "vectors")
+    )
+    return {
+        "graphs": SESSIONS,
+        "attention": attention,
+        "head": _section(header, "head"),
+        "workspace": _workspace(header, context) + SLACK,
+        "window and read-ahead": passing * header.group.nbytes
+        + BUFFERS * buffer_bytes(header.group.nbytes, passing),
+    }
+
+
+def _workspace(header: Header, context: int) -> int:
+    """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
+    from flashd.engine.graph import TEMPORARY_BYTES
+
+    m, tokens = header.model, min(PREFILL_TOKENS, context)
+    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
+    scores = 4 * tokens * context * m.heads
+    logits = 4 * 4 * m.vocabulary
+    return 4 * TEMPORARY_BYTES + activations + scores + logits
+
+
+def _resident_parts(header: Header) -> dict[str, int] | None:
+    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays. None for f16 rows."""
+    f = header.formats
+    if "f16" in (f.ffn, f.attention, f.head):
+        return None
+    m = header.model
+    loaded = repacked = 0
+    for form, rows in (
+        (header.row_format("head"), m.vocabulary),
+        *[
+            (header.row_format("qkv"), m.qkv_width * m.layers),
+            (header.row_format("output"), m.hidden * m.layers),
+        ],
+        (RowFormat(f.ffn, m.hidden), 2 * m.neurons * m.layers),
+        (RowFormat(f.ffn, m.neurons), m.hidden * m.layers),
+    ):
+        packed, steps = rows * form.width * form.bits // 8, 4 * rows * form.blocks
+        loaded += packed + 2 * steps
+        repacked += packed + 2 * steps
+    return {
+        "graphs": SESSIONS, "constant weights": repacked, "weights while loading": loaded,
+        "workspace": _resident_workspace(header) + SLACK,
+    }  # fmt: skip
+
+
+def _resident_workspace(header: Header) -> int:
+    m, tokens = header.model, PREFILL_TOKENS
+    return 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 8 * m.vocabulary
+
+
+def _section(header: Header, name: str) -> int:
+    section = header.section_named(name)
+    return section.length if section else 0
+
+
+def resident_now() -> int:
+    """Bytes of RAM that this process holds now, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    """The most bytes of RAM that this process ever held."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def available_memory() -> int:
+    """Bytes that this process may hold: what the kernel says is available, or its control group's limit if less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024 + resident_now()
+    return min([int(free * 0.9), *_group_limits()])
+
+
+def _group_limits() -> list[int]:
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for file in (
+            Path(f"/sys/fs/cgroup{path}/memory.max"),
+            Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
+        ):
+            if controllers in ("", "memory") and file.is_file():
+                text = file.read_text().strip()
+                if text.isdigit():
+                    limits.append(int(int(text) * 0.95))
+    return limits
+
+
+def parse_size(text: str) -> int:
+    """'512M', '1.5G', '800K' or plain bytes -> bytes. Raises UsageError."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    try:
+        unit = units.get(text[-1:].upper())
+        number = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        number = -1
+    if not 0 < number < 1 << 50:
+        raise UsageError(f"{text!r} is no amount of memory; write for example 512M or 1.5G")
+    return int(number)

@@ -1,0 +1,135 @@
+"""The forward pass of a model that fits: one constant graph, nothing on the card is read while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.layout import Model
+from flashd.bundle.reader import Bundle, steps
+from flashd.bundle.rows import (
+    BLOCK,
+    Bytes,
+    Floats,
+    QuantGroups,
+    QuantRows,
+    RowKind,
+    pack_bits,
+    unit_steps,
+    unpack,
+)
+from flashd.engine import graph
+from flashd.engine.card import CardStats
+from flashd.engine.kv import KvCache
+from flashd.engine.paged import OnStep, Tokens, silent
+from flashd.engine.plan import Plan
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class ResidentModel:
+    """A bundle held whole in MatMulNBits' own order. Raises DamagedRun, CardError while loading."""
+
+    def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
+        self._bundle = bundle
+        self._model: Model = bundle.header.model
+        graph.use_threads(plan.threads)
+        self.cache = KvCache(self._model, plan.context)
+        self.card = CardStats()
+        self.hit_rate = 1.0
+        self._session = graph.open_session(bundle.read("graph.resident"), self._initialisers(on_step))
+        self._cos, self._sin = graph.rotary_tables(self._model, plan.context)
+        self._binding = self._bound()
+
+    def close(self) -> None:
+        """Nothing is open but memory."""
+
+    def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats:
+        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps."""
+        b = self._binding
+        b.bind_cpu_input("x", self._bundle.embedding(tokens))
+        b.bind_cpu_input("wanted", wanted)
+        graph.bind_positions(b, self.cache.length, len(tokens), self._cos, self._sin)
+        b.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(b)
+        self.cache.advance(len(tokens))
+        on_step(self._model.layers, self._model.layers, 0)
+        return np.asarray(b.get_outputs()[self._logits_at].numpy(), np.float32)
+
+    def _bound(self) -> Any:
+        binding = self._session.io_binding()
+        for i in range(self._model.layers):
+            for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
+                binding.bind_ortvalue_input(f"past_{part}.{i}", value)
+                binding.bind_ortvalue_output(f"present_{part}.{i}", value)
+        # outputs come back in the order in which they were first bound
+        self._logits_at = 2 * self._model.layers
+        return binding
+
+    def _initialisers(self, on_step: OnStep) -> Arrays:
+        m, formats = self._model, self._bundle.header.formats
+        head = self._rows("head")
+        out: Arrays = {"norm": self._bundle.floats("norm"), "head.q": head.q.reshape(*head.scale.shape, -1)}
+        out["head.scale"], out["head.centre"] = steps(head, formats.head)
+        for i in range(m.layers):
+            at = f"layer.{i}."
+            vectors = self._bundle.floats(f"{at}vectors")
+            out[f"{at}attention_norm"], out[f"{at}ffn_norm"] = (
+                vectors[: m.hidden],
+                vectors[m.hidden : 2 * m.hidden],
+            )
+            if m.qkv_bias:
+                out[f"{at}bias"] = vectors[2 * m.hidden :]
+            for part in ("qkv", "output"):
+                rows = self._rows(f"{at}{part}")
+                out |= _planes(f"{at}{part}", rows.q, *steps(rows, formats.attention), formats.attention)
+            out |= self._ffn(i, formats.ffn)
+            on_step(i + 1, m.layers, 0)
+        return out
+
+    def _rows(self, section: str) -> QuantRows:
+        rows = self._bundle.rows(section)
+        assert isinstance(rows, QuantRows)
+        return rows
+
+    def _ffn(self, i: int, kind: RowKind) -> Arrays:
+        """gate and up rows one after the other [2 F, H], and down_proj [H, F] with its blocks along the neurons."""
+        m, form = self._model, self._bundle.header.group
+        groups = form.empty(m.groups)
+        for first, raw in self._bundle.groups(i, m.groups):
+            for to, source in zip(groups.arrays(), form.views(raw).arrays(), strict=True):
+                np.copyto(to[first : first + len(raw)], source)
+        assert isinstance(groups, QuantGroups)
+        # [g, 32, 2, ...] -> [2, g, 32, ...] -> [2 F, ...]
+        inputs = QuantRows(
+            *(
+                np.ascontiguousarray(np.moveaxis(part, 2, 0)).reshape(2 * m.neurons, -1)
+                for part in (groups.q, groups.scale, groups.centre, groups.step)
+            )
+        )
+        levels = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
+        top = groups.down_step.astype(np.float32) * unit_steps(kind)[:, None]
+        top = top.repeat(BLOCK, axis=2)  # [g, 2, H]
+        down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
+        at = f"layer.{i}."
+        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | _planes(
+            f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind
+        )
+
+
+def _planes(name: str, q: Bytes, scale: Floats, centre: Floats, kind: RowKind) -> Arrays:
+    """The initialisers of a layer's product: rows [n, K] of packed integers, scales and centres [n, K / 32]."""
+    scale = np.ascontiguousarray(scale)
+    if kind == "int4":
+        planes = {f"{name}.q": q.reshape(*scale.shape, -1), f"{name}.scale": scale}
+    else:
+        high, low = pack_bits(q >> 4, 4), pack_bits(q & 15, 4)
+        planes = {
+            f"{name}.q.high": high.reshape(*scale.shape, -1), f"{name}.scale.high": 16 * scale,
+            f"{name}.q.low": low.reshape(*scale.shape, -1), f"{name}.scale.low": scale,
+        }  # fmt: skip
+        # q - 128 = 16 (high - 8) + (low - 8) + 8
+        centre = centre + 8 * scale
+    return {**planes, f"{name}.centre": centre}

@@ -1,0 +1,48 @@
+"""What flashd says when it cannot go on: one clear line and a sysexits code."""
+
+import os
+
+
+class FlashdError(Exception):
+    """An error that is part of the interface: its text is the one line that the user reads.
+
+    Say what is wrong, where, and what to do about it. `exit_code` follows sysexits.h.
+    """
+
+    exit_code = os.EX_SOFTWARE
+
+
+class UsageError(FlashdError):
+    """The request itself cannot be carried out: an empty prompt, an option out of range."""
+
+    exit_code = os.EX_USAGE
+
+
+class DataError(FlashdError):
+    """A file that was given is damaged, cut short or of a kind that flashd does not read."""
+
+    exit_code = os.EX_DATAERR
+
+
+class InputMissing(FlashdError):
+    """A file that was named is not there or may not be read."""
+
+    exit_code = os.EX_NOINPUT
+
+
+class MemoryTooSmall(FlashdError):
+    """The memory budget is below the smallest one that works."""
+
+    exit_code = os.EX_CONFIG
+
+
+class CannotWrite(FlashdError):
+    """The output could not be written: the disk is full, the folder is not writable."""
+
+    exit_code = os.EX_CANTCREAT
+
+
+class CardError(FlashdError):
+    """The card failed while a bundle was in use."""
+
+    exit_code = os.EX_IOERR

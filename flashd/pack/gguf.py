@@ -1,0 +1,154 @@
+"""Reads a GGUF model through the gguf package, a few rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Kind
+
+from flashd.bundle.layout import Source
+from flashd.bundle.rows import BLOCK, Floats
+from flashd.errors import DataError, InputMissing
+
+Number = TypeVar("Number", int, float)
+
+Grid = tuple[Floats, Floats]
+"""(scale, centre), each [n, K / 32]: the very steps that a 4-bit source was rounded to."""
+
+
+class Tensor:
+    """One matrix or vector of a model file, rows K wide, dequantised when asked for."""
+
+    def __init__(self, tensor: gguf.ReaderTensor) -> None:
+        self.name: str = tensor.name
+        self.kind: Kind = tensor.tensor_type
+        self._data = tensor.data
+        self.shape: tuple[int, ...] = tuple(int(n) for n in reversed(tensor.shape))
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight in the source."""
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return 8 * nbytes / block
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Floats:
+        """Rows [n, K] float32 of a matrix; of a vector, all of it, [K].
+
+        Raises DataError where the gguf package cannot dequantise this type.
+        """
+        part = self._data if len(self.shape) == 1 else self._data[start:stop]
+        try:
+            values = gguf.dequantize(part, self.kind)
+        except NotImplementedError as error:
+            raise DataError(f"tensor {self.name!r} is of type {self.kind.name}, which is not read") from error
+        return np.ascontiguousarray(values, np.float32)
+
+    def grid(self, start: int = 0, stop: int | None = None) -> Grid | None:
+        """The 4-bit grid of rows [start, stop), or None for a source that has no such grid.
+
+        Field order and meaning: ggml's block_q4_0, block_q4_1 and block_q4_K.
+        """
+        if len(self.shape) != 2 or self.shape[1] % BLOCK:
+            return None
+        raw = self._data[start:stop]
+        if self.kind == Kind.Q4_0:
+            scale = _halves(raw.reshape(len(raw), -1, 18)[:, :, :2])[..., 0]
+            return scale, np.zeros_like(scale)
+        if self.kind == Kind.Q4_1:
+            head = _halves(raw.reshape(len(raw), -1, 20)[:, :, :4])
+            return head[..., 0], head[..., 1] + 8 * head[..., 0]
+        if self.kind == Kind.Q4_K:
+            blocks = raw.reshape(-1, 144)
+            steps = _halves(blocks[:, :4])
+            scale, least = gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16])
+            scale = scale.reshape(-1, 8) * steps[:, :1]
+            least = least.reshape(-1, 8) * -steps[:, 1:]
+            return scale.reshape(len(raw), -1), (least + 8 * scale).reshape(len(raw), -1)
+        return None
+
+
+def _halves(raw: np.ndarray) -> Floats:  # type: ignore[type-arg]
+    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+class GgufModel:
+    """An open GGUF file.
+
+    Raises:
+        InputMissing: no such file.
+        DataError: not a GGUF file, cut short, or with tensors outside the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputMissing(f"{path}: no such file")
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+            raise DataError(f"{path}: not a whole GGUF file ({error}); download it again") from error
+        except OSError as error:
+            raise InputMissing(f"{path}: {error.strerror}") from error
+        size = path.stat().st_size
+        for tensor in self.reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise DataError(
+                    f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again"
+                )
+        self._tensors = {t.name: t for t in self.reader.tensors}
+        self.architecture = self.text("general.architecture")
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`. Raises DataError."""
+        try:
+            return Tensor(self._tensors[name])
+        except KeyError:
+            raise DataError(f"{self.path}: tensor {name!r} is missing") from None
+
+    def text(self, key: str) -> str:
+        """A text of the metadata. Raises DataError where it is missing or no text."""
+        value = self.metadata(key)
+        if not isinstance(value, str):
+            raise DataError(f"{self.path}: {key!r} is missing or no text")
+        return value
+
+    def number(self, key: str, kind: type[Number], default: Number | None = None) -> Number:
+        """A number of the architecture's metadata. Raises DataError where it is missing or no number."""
+        value = self.metadata(f"{self.architecture}.{key}")
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise DataError(f"{self.path}: '{self.architecture}.{key}' is missing or no number")
+        return kind(value)
+
+    def has(self, key: str) -> bool:
+        return key in self.reader.fields
+
+    def metadata(self, key: str) -> Any:
+        """A value of the metadata, None where there is none. Raises DataError where it is damaged."""
+        field = self.reader.get_field(key)
+        if field is None:
+            return None
+        try:
+            return field.contents()
+        except (ValueError, IndexError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.path}: {key!r} is damaged: {error}") from error
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> Source:
+        """Name, size and SHA-256 of the file."""
+        sha = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while part := file.read(4 << 20):
+                sha.update(part)
+                on_progress(len(part))
+        return Source(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())

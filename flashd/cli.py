@@ -46,9 +46,7 @@ def run_pack(args: argparse.Namespace) -> None:
     try:
         from flashd.pack.pack import pack
     except ImportError as error:
-        raise InputMissing(
-            f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'"
-        ) from error
+        raise InputMissing(f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'") from error
     with Bar("packing", "weights") as bar:
         header = pack(args.source, args.out, args.rows, bar.show)
     print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
@@ -87,11 +85,7 @@ def run_verify(args: argparse.Namespace) -> None:
         bundle.verify(count)
         runs = len(bundle.checksums)
     facts = {"bundle": str(args.bundle), "bytes": total, "runs": runs, "whole": True}
-    print(
-        json.dumps(facts)
-        if args.json
-        else f"{args.bundle}: whole, {runs} runs of {total / MIB:.0f} MiB checked"
-    )
+    print(json.dumps(facts) if args.json else f"{args.bundle}: whole, {runs} runs of {total / MIB:.0f} MiB checked")
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -218,11 +212,12 @@ def _figures(engine: Any, answer: Any) -> dict[str, Any]:
         **asdict(f),
         "prefill_tokens_per_second": f.prefill_rate,
         "decode_tokens_per_second": f.decode_rate,
+        "tokens_per_pass": (f.passes + f.accepted) / f.passes if f.passes else 1.0,
         "card_bytes_per_token": f.decode_card_bytes / passes,
         "card_reads_per_token": f.decode_card_reads / passes,
         "window_hit_rate": engine.model.hit_rate,
-        "compute_seconds": f.forward_seconds - f.card_wait_seconds,
-        "other_seconds": f.prefill_seconds + f.decode_seconds - f.forward_seconds,
+        "compute_seconds": f.forward_seconds + f.draft_seconds - f.card_wait_seconds,
+        "other_seconds": f.first_token_seconds + f.decode_seconds - f.forward_seconds - f.draft_seconds,
         "peak_bytes": peak(),
         "memory_bytes": engine.plan.memory,
         "resident": engine.plan.resident,
@@ -236,6 +231,8 @@ def _print_stats(f: dict[str, Any]) -> None:
         f"decode    {f['tokens']} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {f['finish']}",
         f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
         f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
+        f"drafts    {f['drafted']} drafted from RAM, {f['accepted']} right, {f['tokens_per_pass']:.2f} tokens a pass,"
+        f" {f['draft_seconds']:.2f} s",
         f"time      {f['card_wait_seconds']:.2f} s waiting for the card, {f['compute_seconds']:.2f} s computing,"
         f" {f['other_seconds']:.2f} s other",
         f"memory    {f['peak_bytes'] / MIB:.0f} MiB at the most, {f['memory_bytes'] / MIB:.0f} allowed",
@@ -365,12 +362,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="RAM for everything, such as 512M (default: what is free)"
-    )
-    parser.add_argument(
-        "--context", type=int, default=1024, help="tokens of prompt and answer (default 1024)"
-    )
+    parser.add_argument("--memory", metavar="SIZE", help="RAM for everything, such as 512M (default: what is free)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of prompt and answer (default 1024)")
     parser.add_argument("--threads", type=int, help="processors to use (default: all)")
 
 
@@ -378,9 +371,7 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FILE.flash", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--min-p", type=float, default=0.0)

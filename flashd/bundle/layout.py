@@ -103,6 +103,11 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
     head: RowKind
     embedding: RowKind
 
+    @property
+    def rounded_head(self) -> bool:
+        """Whether the head's input is rounded to 8 bits a block, which makes the constant graph faster."""
+        return self.ffn == "int4"
+
 
 class Text(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine needs to turn text into tokens and back, beside the tokenizer's own section."""
@@ -172,6 +177,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         for i in range(m.layers):
             lengths[f"layer.{i}.qkv"] = m.qkv_width * self.row_format("qkv").nbytes
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
+            lengths[f"layer.{i}.means"] = 2 * m.groups * m.hidden
             lengths[f"layer.{i}.ffn"] = m.groups * self.group.nbytes
             lengths[f"layer.{i}.vectors"] = 4 * (2 * m.hidden + (m.qkv_width if m.qkv_bias else 0))
         return lengths
@@ -213,9 +219,7 @@ def decode_prefix(prefix: bytes, file_length: int) -> tuple[int, int]:
     if version < 1:
         raise DamagedHeader(f"format version {version}; copy the bundle again or pack it again")
     if stated != file_length:
-        raise TruncatedBundle(
-            f"the file has {file_length} bytes and should have {stated}; copy the bundle again"
-        )
+        raise TruncatedBundle(f"the file has {file_length} bytes and should have {stated}; copy the bundle again")
     if not 0 < length <= min(MAX_HEADER, file_length - PREFIX.size):
         raise DamagedHeader(f"a header of {length} bytes; copy the bundle again or pack it again")
     return length, checksum
@@ -255,9 +259,7 @@ def _check_sections(header: Header, file_length: int) -> None:
         if section.offset % PAGE or section.end > file_length:
             raise BadSection(f"section {section.name!r} lies outside the file or off a page boundary")
         if section is not header.checksums and section.first != first:
-            raise BadSection(
-                f"section {section.name!r} counts its checksums from {section.first}, not {first}"
-            )
+            raise BadSection(f"section {section.name!r} counts its checksums from {section.first}, not {first}")
         first += section.runs
     if header.checksums.length != 8 * (first - header.checksums.runs):
         raise BadSection(f"{header.checksums.length} bytes of checksums for {first} runs")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from flashd.bundle import layout
 from flashd.bundle.layout import BadSection, DamagedRun, Header, Section
 from flashd.bundle.rows import BLOCK, Bytes, PlainRows, QuantRows, RowKind, unit_steps, unpack
-from flashd.errors import CardError, InputMissing
+from flashd.errors import CardError, DataError, InputMissing
 
 
 class Bundle:
@@ -83,6 +83,10 @@ class Bundle:
     def floats(self, name: str) -> npt.NDArray[np.float32]:
         """A section of float32."""
         return np.frombuffer(self.read(name), np.float32)
+
+    def means(self, layer: int) -> npt.NDArray[np.float16]:
+        """Each group's mean share [groups, H] float16 of the layer's FFN output."""
+        return np.frombuffer(self.read(f"layer.{layer}.means"), np.float16).reshape(-1, self.header.model.hidden)
 
     def rows(self, name: str, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
         """A section of rows, in arrays of their own; the transient beside them is about `chunk_bytes`.
@@ -160,7 +164,7 @@ class Bundle:
         try:
             length, checksum = layout.decode_prefix(os.pread(self._fd, layout.PREFIX.size, 0), size)
             return layout.decode_header(self._pread(layout.PREFIX.size, length), checksum, size)
-        except layout.DataError as error:
+        except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error
         except OSError as error:
             raise InputMissing(f"{self.path}: {error.strerror}") from error
@@ -181,10 +185,12 @@ def dequantise(rows: QuantRows | PlainRows, kind: RowKind) -> npt.NDArray[np.flo
     bits = rows.q.shape[1] * 8 // (blocks * BLOCK)
     q = unpack(rows.q, bits).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << (bits - 1))
     scale, centre = steps(rows, kind)
-    return (q * scale[:, :, None] + centre[:, :, None]).reshape(n, -1)
+    return np.asarray((q * scale[:, :, None] + centre[:, :, None]).reshape(n, -1), np.float32)
 
 
 def steps(rows: QuantRows, kind: RowKind) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Scales and centres [n, B] float32 of quantised rows."""
     top = rows.step.astype(np.float32) * unit_steps(kind)
-    return rows.scale * top[:, :1], rows.centre * top[:, 1:]
+    scale: npt.NDArray[np.float32] = rows.scale * top[:, :1]
+    centre: npt.NDArray[np.float32] = rows.centre * top[:, 1:]
+    return scale, centre

@@ -102,9 +102,7 @@ def unit_steps(kind: RowKind) -> Floats:
     return np.array([1 / np.iinfo(code).max for code in CODE_TYPES[kind]], np.float32)
 
 
-def _carve(
-    raw: Bytes, widths: list[tuple[type[np.generic], tuple[int, ...]]]
-) -> list[npt.NDArray[np.generic]]:
+def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
     """Views of the consecutive parts of records. raw: [..., record bytes]."""
     parts, at = [], 0
     for dtype, shape in widths:
@@ -150,18 +148,20 @@ class RowFormat:
         """Arrays for `rows` rows, their memory not touched yet."""
         if self.kind == "f16":
             return PlainRows(np.empty((rows, self.width), np.float16))
+        scale, centre = CODE_TYPES[self.kind]
         return QuantRows(
             np.empty((rows, self.width * self.bits // 8), np.uint8),
-            *(np.empty((rows, self.blocks), code) for code in CODE_TYPES[self.kind]),
+            np.empty((rows, self.blocks), scale),
+            np.empty((rows, self.blocks), centre),
             np.empty((rows, 2), np.float16),
         )
 
     def views(self, raw: Bytes) -> QuantRows | PlainRows:
         """The parts of records in place. raw: [n, nbytes] uint8, unaligned parts included."""
         if self.kind == "f16":
-            return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))  # type: ignore[arg-type]
+            return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))
         return QuantRows(
-            *_carve(  # type: ignore[arg-type]
+            *_carve(
                 raw,
                 [
                     (np.uint8, (self.width * self.bits // 8,)),
@@ -211,15 +211,16 @@ class GroupFormat:
         """Arrays for `groups` groups, their memory not touched yet."""
         h, m, b, width = self.hidden, self.inputs, self.row.blocks, self.column_bytes
         if self.kind == "f16":
-            return PlainGroups(
-                np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16)
-            )
+            return PlainGroups(np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16))
+        scale, centre = CODE_TYPES[self.kind]
         return QuantGroups(
             np.empty((groups, BLOCK, m, width), np.uint8),
-            *(np.empty((groups, BLOCK, m, b), code) for code in CODE_TYPES[self.kind]),
+            np.empty((groups, BLOCK, m, b), scale),
+            np.empty((groups, BLOCK, m, b), centre),
             np.empty((groups, BLOCK, m, 2), np.float16),
             np.empty((groups, BLOCK, width), np.uint8),
-            *(np.empty((groups, h), code) for code in CODE_TYPES[self.kind]),
+            np.empty((groups, h), scale),
+            np.empty((groups, h), centre),
             np.empty((groups, 2, b), np.float16),
         )
 
@@ -237,12 +238,12 @@ class GroupFormat:
             raw[:, BLOCK * self.bundle_bytes :],
             [*((code, (self.hidden,)) for code in CODE_TYPES[self.kind]), (np.float16, (2, self.row.blocks))],
         )
-        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *tail)  # type: ignore[arg-type]
+        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *tail)
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:
     """Integers [..., K] as packed bytes [..., K * bits / 8], the first of two in the low bits."""
-    return q if bits == 8 else q[..., 0::2] | (q[..., 1::2] << 4)
+    return q if bits == 8 else np.bitwise_or(q[..., 0::2], q[..., 1::2] << 4, dtype=np.uint8)
 
 
 def unpack(q: Bytes, bits: int) -> Bytes:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flashd.bundle.layout import PAGE, Section
+from flashd.bundle.layout import PAGE
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
 from flashd.errors import CardError
@@ -66,9 +66,7 @@ def extents(layer: int, groups: Sequence[int], group_bytes: int) -> list[Extent]
         else:
             runs.append([group, group + 1])
     return [
-        Extent(layer, first, min(most, stop - first))
-        for start, stop in runs
-        for first in range(start, stop, most)
+        Extent(layer, first, min(most, stop - first)) for start, stop in runs for first in range(start, stop, most)
     ]
 
 
@@ -101,9 +99,7 @@ class CardStream:
         self._reads: deque[_Read] = deque()
         self._fd, self._direct = _open_direct(bundle)
         most = max((e.count for e in self._schedule), default=0)
-        self._idle = (
-            [mmap.mmap(-1, buffer_bytes(self._group_bytes, most)) for _ in range(buffers)] if most else []
-        )
+        self._idle = [mmap.mmap(-1, buffer_bytes(self._group_bytes, most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
 
     def close(self) -> None:
@@ -185,9 +181,7 @@ class CardStream:
     def _fall_back(self) -> None:
         if self._direct:
             self._direct = False
-            log.warning(
-                "%s: no direct reads on this file system; reading through the page cache", self._bundle.path
-            )
+            log.warning("%s: no direct reads on this file system; reading through the page cache", self._bundle.path)
             os.close(self._fd)
             self._fd = os.open(self._bundle.path, os.O_RDONLY | os.O_CLOEXEC)
 

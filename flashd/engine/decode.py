@@ -1,4 +1,8 @@
-"""Prompt in, tokens out: prefill in chunks, then one token or, drafted from RAM, several for each pass."""
+"""Prompt in, tokens out: prefill in chunks, then one token or, drafted from RAM, several for each pass.
+
+Every token is drawn from the exact model's logits at its place; a draft only decides which places a pass looks
+at. So with drafts or without, the same seed gives the same text.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from flashd.engine.kv import KvCache
 from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.sample import Sampler
+from flashd.engine.speculate import DraftLength
 from flashd.errors import UsageError
 
 
@@ -28,6 +33,11 @@ class Model(Protocol):
 
     @property
     def hit_rate(self) -> float: ...
+
+    @property
+    def drafts(self) -> bool: ...
+
+    def draft(self, token: int) -> int: ...
 
     def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats: ...
 
@@ -49,6 +59,10 @@ class Figures:
     decode_card_reads: int = 0
     card_wait_seconds: float = 0.0
     forward_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finish: str = "length"
 
     @property
@@ -68,6 +82,9 @@ class Conversation:
 
     model: Model
     tokens: list[int] = field(default_factory=list)
+    _drafted: list[int] = field(default_factory=list)
+    _checked: list[Floats] = field(default_factory=list)
+    _length: DraftLength = field(default_factory=DraftLength)
 
     def generate(
         self,
@@ -81,7 +98,8 @@ class Conversation:
     ) -> Iterator[int]:
         """The tokens that follow `prompt`, as they come, up to an end token, `limit` or a full context.
 
-        What of the prompt is in the cache already is not computed again.
+        What of the prompt is in the cache already is not computed again. Closing the iterator early leaves the
+        cache holding exactly what was said.
 
         Raises UsageError where the prompt is empty or leaves no room in the context; CardError, DamagedRun.
         """
@@ -98,20 +116,60 @@ class Conversation:
         figures.prefill_seconds = time.perf_counter() - started
         card = self.model.card
         at_first = (card.bytes_read, card.reads)
-        for count in range(1, min(limit, context - len(prompt)) + 1):
-            token = sampler.pick(logits, self.tokens)
-            if count == 1:
-                figures.first_token_seconds = time.perf_counter() - started
-            figures.decode_seconds = time.perf_counter() - started - figures.first_token_seconds
-            if token in eos:
-                figures.finish = "stop"
-                return
-            figures.tokens = count
-            yield token
-            if count < limit and len(self.tokens) < context:
-                logits = self._forward([token], figures, on_step)
+        try:
+            for count in range(1, min(limit, context - len(prompt)) + 1):
+                token = sampler.pick(logits, self.tokens)
                 figures.decode_card_bytes = card.bytes_read - at_first[0]
                 figures.decode_card_reads = card.reads - at_first[1]
+                if count == 1:
+                    figures.first_token_seconds = time.perf_counter() - started
+                figures.decode_seconds = time.perf_counter() - started - figures.first_token_seconds
+                if token in eos:
+                    figures.finish = "stop"
+                    return
+                figures.tokens = count
+                yield token
+                if count < limit and len(self.tokens) + 1 < context:
+                    logits = self._next(token, min(limit - count, context - len(self.tokens)) - 1, figures, on_step)
+        finally:
+            self._forget_drafts()
+
+    def _next(self, token: int, room: int, figures: Figures, on_step: OnStep) -> Floats:
+        """Logits [V] behind `token`: from the last pass if that had drafted it, else from a new one."""
+        if self._drafted:
+            right = self._drafted.pop(0) == token
+            self._length.measured_token(right)
+            if right:
+                figures.accepted += 1
+                self.tokens.append(token)
+                return self._checked.pop(0)
+            self._forget_drafts()
+        started = time.perf_counter()
+        drafted = self._draft(token, min(room, self._length.choose())) if self.model.drafts else []
+        after = time.perf_counter()
+        rows = self._forward([token, *drafted], figures, on_step)
+        if drafted:
+            self._length.measured_draft(len(drafted), after - started)
+        self._length.measured_pass(time.perf_counter() - after)
+        figures.passes += 1
+        figures.drafted += len(drafted)
+        figures.draft_seconds += after - started
+        self.tokens.append(token)
+        self._drafted, self._checked = drafted, list(rows[1:])
+        return np.asarray(rows[0], np.float32)
+
+    def _draft(self, token: int, most: int) -> list[int]:
+        """Up to `most` tokens that may follow `token`; the cache is left as it was."""
+        out: list[int] = []
+        for _ in range(most):
+            out.append(self.model.draft(out[-1] if out else token))
+        self.model.cache.truncate(len(self.tokens))
+        return out
+
+    def _forget_drafts(self) -> None:
+        """Takes tokens that were drafted and not said out of the cache."""
+        self._drafted, self._checked = [], []
+        self.model.cache.truncate(len(self.tokens))
 
     def _prefill(self, prompt: Sequence[int], figures: Figures, on_step: OnStep) -> Floats:
         # the last token is always computed: its logits are what is wanted
@@ -120,20 +178,21 @@ class Conversation:
         del self.tokens[kept:]
         figures.prompt_tokens, figures.reused_tokens = len(prompt) - kept, kept
         before = self.model.card.bytes_read
-        logits = np.empty(0, np.float32)
         for start in range(kept, len(prompt), PREFILL_TOKENS):
-            logits = self._forward(prompt[start : start + PREFILL_TOKENS], figures, on_step)
+            chunk = prompt[start : start + PREFILL_TOKENS]
+            last = self._forward(chunk, figures, on_step, every=False)
+            self.tokens.extend(chunk)
         figures.prefill_card_bytes = self.model.card.bytes_read - before
-        return logits
+        return np.asarray(last[0], np.float32)
 
-    def _forward(self, tokens: Sequence[int], figures: Figures, on_step: OnStep) -> Floats:
-        """Logits [V] behind the last of `tokens`."""
+    def _forward(self, tokens: Sequence[int], figures: Figures, on_step: OnStep, every: bool = True) -> Floats:
+        """Logits [T, V] behind each of `tokens`, or [1, V] behind the last."""
         started, waited = time.perf_counter(), self.model.card.waited
-        logits = self.model.forward(np.array(tokens, np.int64), np.array([len(tokens) - 1]), on_step)
-        self.tokens.extend(tokens)
+        wanted = np.arange(len(tokens)) if every else np.array([len(tokens) - 1])
+        logits = self.model.forward(np.array(tokens, np.int64), wanted, on_step)
         figures.forward_seconds += time.perf_counter() - started
         figures.card_wait_seconds += self.model.card.waited - waited
-        return np.asarray(logits[0], np.float32)
+        return logits
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, PlainGroups, PlainRows, QuantGroups, QuantRows
 from flashd.engine.kv import KvCache
 
-TEMPORARY_BYTES = 6 << 20
+TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 a part at a time; a part this large stays in a processor's cache."""
 
 
@@ -41,9 +41,7 @@ def _keep_freed_pages() -> None:
         return  # another C library: slower, not wrong
 
 
-def open_session(
-    graph: bytes, initialisers: dict[str, npt.NDArray[Any]] | None = None
-) -> ort.InferenceSession:
+def open_session(graph: bytes, initialisers: dict[str, npt.NDArray[Any]] | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     # An arena keeps the largest of everything it ever held; the budget is kept by plain allocations.
@@ -107,9 +105,7 @@ class Ffn:
     def _part(self, feed: dict[str, Floats], g: Any, hidden: int) -> Floats:
         n = len(g)
         if isinstance(g, PlainGroups):
-            (y,) = self._session.run(
-                None, {**feed, "w": g.w.reshape(-1, hidden), "down": g.down.reshape(-1, hidden)}
-            )
+            (y,) = self._session.run(None, {**feed, "w": g.w.reshape(-1, hidden), "down": g.down.reshape(-1, hidden)})
         else:
             rows, neurons, blocks = n * BLOCK * g.q.shape[2], n * BLOCK, hidden // BLOCK
             (y,) = self._session.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from flashd.engine.window import Window
 Tokens = npt.NDArray[np.int64]
 OnStep = Callable[[int, int, int], None]
 """Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
+
+DRAFT_VOCABULARY = 32768
+"""Tokens among which a draft chooses. BPE numbers its tokens by frequency: the first are nearly all of a text."""
 
 Rows = QuantRows | PlainRows
 
@@ -43,6 +47,7 @@ class _Layer:
     qkv: Rows  # [q + k + v widths, H]
     output: Rows  # [H, query width]
     pinned: Window
+    rest: Floats  # [H]: the mean share of the groups that are not pinned, which a draft adds for them
 
 
 class PagedModel:
@@ -59,10 +64,11 @@ class PagedModel:
         self.cache = KvCache(self._model, plan.context)
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
-        self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=True)
+        self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
         self._ffn = graph.Ffn(bundle.read("graph.ffn"))
         self._norm = bundle.floats("norm")
         self._head = bundle.rows("head")
+        self._likely: Any = self._head[:DRAFT_VOCABULARY]
         self._layers = [self._load_layer(i, plan, on_step) for i in range(self._model.layers)]
         form = bundle.header.group
         missing = [layer.pinned.missing().tolist() for layer in self._layers]
@@ -97,14 +103,31 @@ class PagedModel:
         self.cache.advance(len(tokens))
         return self._head_linear(self._normed(x[wanted], self._norm), self._head)  # [R, V]
 
-    def _pass(self, x: Floats, on_step: OnStep) -> Floats:
+    def draft(self, token: int) -> int:
+        """A guess at what follows `token`, made with what is in RAM alone; the KV cache counts the token.
+
+        Truncate the cache before the next exact pass.
+        """
+        x = self._pass(self._bundle.embedding(np.array([token])), silent, exact=False)
+        self.cache.advance(1)
+        return int(self._head_linear(self._normed(x, self._norm), self._likely)[0].argmax())
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft is cheaper than a pass and better than nothing: some groups are pinned, some not."""
+        return 0 < self._layers[0].pinned.used < self._model.groups
+
+    def _pass(self, x: Floats, on_step: OnStep, exact: bool = True) -> Floats:
         for i, layer in enumerate(self._layers):
             h = self._normed(x, layer.attention_norm)  # [T, H]
             qkv = self._attention_linear(h, layer.qkv)  # [T, q + k + v]
             if layer.bias is not None:
                 qkv += layer.bias
             x = x + self._attention_linear(self._attend(i, qkv), layer.output)  # [T, H]
-            x = x + self._feed_forward(i, layer, self._normed(x, layer.ffn_norm), on_step)  # [T, H]
+            h = self._normed(x, layer.ffn_norm)  # [T, H]
+            x = x + (
+                self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows) + layer.rest
+            )
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
@@ -120,7 +143,7 @@ class PagedModel:
     def _normed(self, x: Floats, weight: Floats) -> Floats:
         """RMS norm of each row of x [T, H] (arXiv 1910.07467)."""
         mean = np.mean(np.square(x), axis=1, keepdims=True)  # [T, 1]
-        return x / np.sqrt(mean + np.float32(self._model.norm_epsilon)) * weight
+        return np.asarray(x / np.sqrt(mean + np.float32(self._model.norm_epsilon)) * weight, np.float32)
 
     def _load_layer(self, i: int, plan: Plan, on_step: OnStep) -> _Layer:
         m, at = self._model, f"layer.{i}."
@@ -132,6 +155,7 @@ class PagedModel:
             qkv=self._bundle.rows(f"{at}qkv"),
             output=self._bundle.rows(f"{at}output"),
             pinned=Window(self._bundle.header.group, m.groups, plan.pinned_groups),
+            rest=self._bundle.means(i)[plan.pinned_groups :].sum(0, dtype=np.float32),
         )
         for first, raw in self._bundle.groups(i, plan.pinned_groups):
             layer.pinned.insert(first, self._bundle.header.group.views(raw))

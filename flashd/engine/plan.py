@@ -13,6 +13,7 @@ from pathlib import Path
 from flashd.bundle.layout import Header
 from flashd.bundle.rows import BLOCK, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
+from flashd.engine.graph import TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes
 from flashd.errors import MemoryTooSmall, UsageError
 
@@ -20,13 +21,13 @@ MIB = 1 << 20
 PREFILL_TOKENS = 128
 """Tokens of a prompt that share one pass over the card."""
 
-BUFFERS = 8
+BUFFERS = 6
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
 SESSIONS = 6 * MIB
 """The in-place graphs' sessions and the thread pool, measured 4.6 MiB on x86-64 with onnxruntime 1.32."""
 
-SLACK = 12 * MIB
+SLACK = 8 * MIB
 """What the allocator holds beyond what was asked of it."""
 
 
@@ -104,23 +105,18 @@ def passing_groups(header: Header) -> int:
 
 def _paged_parts(header: Header, context: int) -> dict[str, int]:
     m, passing = header.model, passing_groups(header)
-    attention = sum(
-        _section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in ("qkv", "output", "vectors")
-    )
+    attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in ("qkv", "output", "vectors"))
     return {
         "graphs": SESSIONS,
         "attention": attention,
         "head": _section(header, "head"),
         "workspace": _workspace(header, context) + SLACK,
-        "window and read-ahead": passing * header.group.nbytes
-        + BUFFERS * buffer_bytes(header.group.nbytes, passing),
+        "window and read-ahead": passing * header.group.nbytes + BUFFERS * buffer_bytes(header.group.nbytes, passing),
     }
 
 
 def _workspace(header: Header, context: int) -> int:
     """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
-    from flashd.engine.graph import TEMPORARY_BYTES
-
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
     scores = 4 * tokens * context * m.heads

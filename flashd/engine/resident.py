@@ -39,9 +39,14 @@ class ResidentModel:
         self.cache = KvCache(self._model, plan.context)
         self.card = CardStats()
         self.hit_rate = 1.0
+        self.drafts = False
         self._session = graph.open_session(bundle.read("graph.resident"), self._initialisers(on_step))
         self._cos, self._sin = graph.rotary_tables(self._model, plan.context)
         self._binding = self._bound()
+
+    def draft(self, token: int) -> int:
+        """Never asked for: nothing is cheaper than an exact pass here."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing is open but memory."""
@@ -71,8 +76,12 @@ class ResidentModel:
     def _initialisers(self, on_step: OnStep) -> Arrays:
         m, formats = self._model, self._bundle.header.formats
         head = self._rows("head")
-        out: Arrays = {"norm": self._bundle.floats("norm"), "head.q": head.q.reshape(*head.scale.shape, -1)}
-        out["head.scale"], out["head.centre"] = steps(head, formats.head)
+        scale, centre = steps(head, formats.head)
+        out: Arrays = {"norm": self._bundle.floats("norm")}
+        if formats.rounded_head:
+            out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale, "head.centre": centre}
+        else:
+            out |= _planes("head", head.q, scale, centre, formats.head)
         for i in range(m.layers):
             at = f"layer.{i}."
             vectors = self._bundle.floats(f"{at}vectors")
@@ -102,14 +111,8 @@ class ResidentModel:
             for to, source in zip(groups.arrays(), form.views(raw).arrays(), strict=True):
                 np.copyto(to[first : first + len(raw)], source)
         assert isinstance(groups, QuantGroups)
-        # [g, 32, 2, ...] -> [2, g, 32, ...] -> [2 F, ...]
-        inputs = QuantRows(
-            *(
-                np.ascontiguousarray(np.moveaxis(part, 2, 0)).reshape(2 * m.neurons, -1)
-                for part in (groups.q, groups.scale, groups.centre, groups.step)
-            )
-        )
-        levels = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
+        inputs = QuantRows(*(_matrix_major(part) for part in (groups.q, groups.scale, groups.centre, groups.step)))
+        levels: Bytes = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
         top = groups.down_step.astype(np.float32) * unit_steps(kind)[:, None]
         top = top.repeat(BLOCK, axis=2)  # [g, 2, H]
         down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
@@ -119,13 +122,19 @@ class ResidentModel:
         )
 
 
+def _matrix_major(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """[g, 32, M, ...] -> [M * 32 g, ...]: all rows of one input matrix, then of the next."""
+    return np.ascontiguousarray(np.moveaxis(part, 2, 0)).reshape(-1, part.shape[-1])
+
+
 def _planes(name: str, q: Bytes, scale: Floats, centre: Floats, kind: RowKind) -> Arrays:
     """The initialisers of a layer's product: rows [n, K] of packed integers, scales and centres [n, K / 32]."""
     scale = np.ascontiguousarray(scale)
+    planes: Arrays
     if kind == "int4":
         planes = {f"{name}.q": q.reshape(*scale.shape, -1), f"{name}.scale": scale}
     else:
-        high, low = pack_bits(q >> 4, 4), pack_bits(q & 15, 4)
+        high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (q >> 4, q & 15))
         planes = {
             f"{name}.q.high": high.reshape(*scale.shape, -1), f"{name}.scale.high": 16 * scale,
             f"{name}.q.low": low.reshape(*scale.shape, -1), f"{name}.scale.low": scale,

@@ -79,9 +79,7 @@ class Sampler:
             return logits
         out = logits.copy()
         seen = np.unique(np.array(recent[-PENALTY_TOKENS:], np.int64))
-        out[seen] = np.where(
-            out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty
-        )
+        out[seen] = np.where(out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty)
         return out
 
 

@@ -63,9 +63,7 @@ class Encoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _spells_control(self, text: str) -> bool:
-        return any(
-            t.content in text for t in self._tokenizer.get_added_tokens_decoder().values() if t.special
-        )
+        return any(t.content in text for t in self._tokenizer.get_added_tokens_decoder().values() if t.special)
 
     def _harmless(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = True
@@ -108,9 +106,7 @@ class ChatTemplate:
         """The text that asks the model for the next answer."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=True, bos_token="", eos_token=""
-            )
+            return self._template.render(messages=turns, add_generation_prompt=True, bos_token="", eos_token="")
         except (self._error, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 

@@ -43,15 +43,11 @@ def family_of(source: GgufModel) -> Family:
     known = ", ".join(sorted(FAMILIES))
     family = FAMILIES.get(source.architecture)
     if family is None:
-        raise DataError(
-            f"{source.path}: architecture {source.architecture!r} is not supported; known are {known}"
-        )
+        raise DataError(f"{source.path}: architecture {source.architecture!r} is not supported; known are {known}")
     for key, what in UNSUPPORTED_KEYS.items():
         name = f"{source.architecture}.{key}"
         if source.has(name) and source.reader.fields[name].contents() not in (0, "none"):
-            raise DataError(
-                f"{source.path}: {what} ({name}) is not supported for {source.architecture!r} yet"
-            )
+            raise DataError(f"{source.path}: {what} ({name}) is not supported for {source.architecture!r} yet")
     unknown = source.names - expected_tensors(family, source.number("block_count", int))
     if unknown:
         raise DataError(

@@ -10,16 +10,22 @@ from typing import Any, TypeVar
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.layout import Source
-from flashd.bundle.rows import BLOCK, Floats
+from flashd.bundle.rows import BLOCK, Bytes, Floats
 from flashd.errors import DataError, InputMissing
 
 Number = TypeVar("Number", int, float)
 
+Which = slice | npt.NDArray[np.int64]
+"""Rows of a tensor: a slice, or their numbers."""
+
+ALL = slice(None)
+
 Grid = tuple[Floats, Floats]
-"""(scale, centre), each [n, K / 32]: the very steps that a 4-bit source was rounded to."""
+"""(scale, centre), each [n, K / 32]: the very steps that the source was rounded to."""
 
 
 class Tensor:
@@ -37,29 +43,31 @@ class Tensor:
         block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
         return 8 * nbytes / block
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Floats:
+    def rows(self, which: Which = ALL) -> Floats:
         """Rows [n, K] float32 of a matrix; of a vector, all of it, [K].
 
         Raises DataError where the gguf package cannot dequantise this type.
         """
-        part = self._data if len(self.shape) == 1 else self._data[start:stop]
+        part = self._data if len(self.shape) == 1 else self._data[which]
         try:
             values = gguf.dequantize(part, self.kind)
         except NotImplementedError as error:
             raise DataError(f"tensor {self.name!r} is of type {self.kind.name}, which is not read") from error
         return np.ascontiguousarray(values, np.float32)
 
-    def grid(self, start: int = 0, stop: int | None = None) -> Grid | None:
-        """The 4-bit grid of rows [start, stop), or None for a source that has no such grid.
+    def grid(self, which: Which = ALL) -> Grid | None:
+        """The grid of some rows, or None for a source that has none of blocks of 32.
 
-        Field order and meaning: ggml's block_q4_0, block_q4_1 and block_q4_K.
+        Field order and meaning: ggml's block_q4_0, block_q4_1, block_q4_K and block_q8_0.
         """
         if len(self.shape) != 2 or self.shape[1] % BLOCK:
             return None
-        raw = self._data[start:stop]
-        if self.kind == Kind.Q4_0:
-            scale = _halves(raw.reshape(len(raw), -1, 18)[:, :, :2])[..., 0]
-            return scale, np.zeros_like(scale)
+        raw = self._data[which]
+        if self.kind in (Kind.Q4_0, Kind.Q8_0):
+            block_bytes = gguf.GGML_QUANT_SIZES[self.kind][1]
+            scale = _halves(raw.reshape(len(raw), -1, block_bytes)[:, :, :2])[..., 0]
+            # Q4_0's scale may be negative, which turns the grid over: 8 steps up then and 7 down
+            return np.abs(scale), np.maximum(-scale, 0)
         if self.kind == Kind.Q4_1:
             head = _halves(raw.reshape(len(raw), -1, 20)[:, :, :4])
             return head[..., 0], head[..., 1] + 8 * head[..., 0]
@@ -73,7 +81,7 @@ class Tensor:
         return None
 
 
-def _halves(raw: np.ndarray) -> Floats:  # type: ignore[type-arg]
+def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
 
 
@@ -98,9 +106,7 @@ class GgufModel:
         size = path.stat().st_size
         for tensor in self.reader.tensors:
             if tensor.data_offset + tensor.n_bytes > size:
-                raise DataError(
-                    f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again"
-                )
+                raise DataError(f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again")
         self._tensors = {t.name: t for t in self.reader.tensors}
         self.architecture = self.text("general.architecture")
 

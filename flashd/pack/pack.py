@@ -12,6 +12,7 @@ from flashd.bundle.layout import Formats, Header, Model, Text
 from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, RowFormat, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.pack import graphs
+from flashd.pack.calibrate import Calibration, sample_tokens
 from flashd.pack.families import Family, family_of, model_of, rotary_order
 from flashd.pack.gguf import GgufModel, Tensor
 from flashd.pack.quantise import encode_groups, encode_rows
@@ -24,9 +25,7 @@ Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
 
 
-def pack(
-    source_path: Path, out: Path, rows: RowKind, on_progress: Progress = lambda done, total: None
-) -> Header:
+def pack(source_path: Path, out: Path, rows: RowKind, on_progress: Progress = lambda done, total: None) -> Header:
     """Packs the GGUF file at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
     Raises:
@@ -59,31 +58,28 @@ class _Packer:
                 writer.add("head", self._rows("output.weight", self.formats.head))
             else:
                 writer.add("head", self._rows("token_embd.weight", self.formats.head))
+            sample = sample_tokens(vocabulary.tokenizer_json)
+            calibration = Calibration(self.source, self.family, self.model, sample)
             for i in range(self.model.layers):
-                self._add_layer(writer, i)
+                self._add_layer(writer, calibration, i)
             text = Text(
                 eos=vocabulary.eos, bos=vocabulary.bos, add_bos=vocabulary.add_bos,
                 chat_template=vocabulary.chat_template,
             )  # fmt: skip
-            return writer.finish(
-                model=self.model, formats=self.formats, text=text, source=self.source.source()
-            )
+            return writer.finish(model=self.model, formats=self.formats, text=text, source=self.source.source())
 
-    def _add_layer(self, writer: BundleWriter, i: int) -> None:
+    def _add_layer(self, writer: BundleWriter, calibration: Calibration, i: int) -> None:
         m, attention = self.model, self.formats.attention
         writer.add(f"layer.{i}.vectors", [self._layer_vectors(i).tobytes()])
         qkv = [("attn_q", m.heads), ("attn_k", m.kv_heads), ("attn_v", 0)]
         writer.add(
             f"layer.{i}.qkv",
-            (
-                chunk
-                for part, heads in qkv
-                for chunk in self._rows(f"blk.{i}.{part}.weight", attention, heads)
-            ),
+            (chunk for part, heads in qkv for chunk in self._rows(f"blk.{i}.{part}.weight", attention, heads)),
         )
         writer.add(f"layer.{i}.output", self._rows(f"blk.{i}.attn_output.weight", attention))
-        form = GroupFormat(self.formats.ffn, m.hidden)
-        writer.add(f"layer.{i}.ffn", self._groups(i, form), run=form.nbytes)
+        form, heat = GroupFormat(self.formats.ffn, m.hidden), calibration.layer(i)
+        writer.add(f"layer.{i}.means", [heat.means.tobytes()])
+        writer.add(f"layer.{i}.ffn", self._groups(i, form, heat.order), run=form.nbytes)
 
     def _layer_vectors(self, i: int) -> Floats:
         """[attention norm H | ffn norm H | q, k, v bias where there is one] float32."""
@@ -109,41 +105,35 @@ class _Packer:
         tensor = self.source.tensor(name)
         form = RowFormat(kind, tensor.shape[1])
         order = self._order(heads)
-        if order is not None:
-            # q and k are small: all of their records at once
-            yield self._encode(tensor, form, 0, tensor.shape[0])[order].tobytes()
-            return
-        for start in range(0, tensor.shape[0], ROWS_AT_ONCE):
-            yield self._encode(tensor, form, start, min(start + ROWS_AT_ONCE, tensor.shape[0])).tobytes()
+        if order is None:
+            order = np.arange(tensor.shape[0])
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            yield self._encode(tensor, form, order[at : at + ROWS_AT_ONCE]).tobytes()
 
-    def _encode(self, tensor: Tensor, form: RowFormat, start: int, stop: int) -> Bytes:
-        weights = tensor.rows(start, stop)
+    def _encode(self, tensor: Tensor, form: RowFormat, which: npt.NDArray[np.int64]) -> Bytes:
+        weights = tensor.rows(which)
         self._count(weights.size)
-        return encode_rows(weights, form, tensor.grid(start, stop))
+        return encode_rows(weights, form, tensor.grid(which))
 
-    def _groups(self, i: int, form: GroupFormat) -> Iterator[bytes]:
+    def _groups(self, i: int, form: GroupFormat, order: npt.NDArray[np.int64]) -> Iterator[bytes]:
+        """A layer's groups, the hottest first. A group stays whole: its 32 columns share the source's grid."""
         inputs = [self.source.tensor(f"blk.{i}.ffn_{part}.weight") for part in ("gate", "up")]
         down_tensor = self.source.tensor(f"blk.{i}.ffn_down.weight")
         down, grid = down_tensor.rows(), down_tensor.grid()
-        short = self.model.neurons - down.shape[1]
-        if short:
-            down = np.pad(down, ((0, 0), (0, short)))
-        for g in range(0, self.model.groups, GROUPS_AT_ONCE):
-            start, stop = g * BLOCK, min((g + GROUPS_AT_ONCE) * BLOCK, self.model.neurons)
-            records = [self._padded_rows(t, form.row, start, stop) for t in inputs]
-            part = (
-                None
-                if grid is None
-                else (grid[0][:, start // BLOCK : stop // BLOCK], grid[1][:, start // BLOCK : stop // BLOCK])
-            )
-            self._count(form.hidden * (stop - start))
-            yield encode_groups(records, down[:, start:stop], form, part).tobytes()
+        down = np.pad(down, ((0, 0), (0, self.model.neurons - down.shape[1])))
+        for at in range(0, len(order), GROUPS_AT_ONCE):
+            groups = order[at : at + GROUPS_AT_ONCE]
+            neurons = (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+            records = [self._padded_rows(t, form.row, neurons) for t in inputs]
+            part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
+            self._count(form.hidden * len(neurons))
+            yield encode_groups(records, down[:, neurons], form, part).tobytes()
 
-    def _padded_rows(self, tensor: Tensor, form: RowFormat, start: int, stop: int) -> Bytes:
-        """Row records of neurons [start, stop); those that only fill the last group are zero."""
-        records = self._encode(tensor, form, start, min(stop, tensor.shape[0]))
-        out = np.zeros((stop - start, form.nbytes), np.uint8)
-        out[: len(records)] = records
+    def _padded_rows(self, tensor: Tensor, form: RowFormat, neurons: npt.NDArray[np.int64]) -> Bytes:
+        """Row records of some neurons; those that only fill the last group are zero."""
+        real = neurons < tensor.shape[0]
+        out = np.zeros((len(neurons), form.nbytes), np.uint8)
+        out[real] = self._encode(tensor, form, neurons[real])
         return out
 
     def _count(self, weights: int) -> None:

@@ -1,7 +1,7 @@
 """float32 weights -> the rows and groups of bundle.rows.
 
-Where the source is itself on a 4-bit grid the grid moves over and nothing is lost but what codes of its
-scales cost; elsewhere the least squared error over a few ranges is taken, block by block.
+Where the source is itself on a grid of blocks of 32 the grid moves over and nothing is lost but what codes of
+its scales cost; elsewhere the least squared error over a few ranges is taken, block by block.
 """
 
 from __future__ import annotations

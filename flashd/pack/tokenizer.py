@@ -79,9 +79,7 @@ def read_vocabulary(source: GgufModel) -> Vocabulary:
         tokenizer = _sentence_piece(source, texts, types)
         spell = _sentence_piece_bytes
     else:
-        raise DataError(
-            f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are gpt2, llama"
-        )
+        raise DataError(f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are gpt2, llama")
     special = [i for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)]
     tokenizer.add_special_tokens(
         [AddedToken(texts[i], special=True, normalized=False) for i in special if types[i] == CONTROL]
@@ -121,7 +119,7 @@ def _byte_level(source: GgufModel, texts: list[str]) -> Tokenizer:
     merges: list[Any] = [tuple(m.split(" ", 1)) for m in _texts(source, "tokenizer.ggml.merges")]
     try:
         tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=merges))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a merge outside the vocabulary
+    except Exception as error:
         raise DataError(f"{source.path}: the tokenizer's merges do not fit its tokens ({error})") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
@@ -140,9 +138,7 @@ def _sentence_piece(source: GgufModel, texts: list[str], types: list[int]) -> To
     for text, score, kind in zip(texts, scores, types, strict=True):
         if kind == NORMAL and len(text) > 1:
             ranked += [
-                (-score, text[:i], text[i:])
-                for i in range(1, len(text))
-                if text[:i] in index and text[i:] in index
+                (-score, text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in index and text[i:] in index
             ]
     ranked.sort(key=lambda r: r[0])
     unknown = next((t for t, kind in zip(texts, types, strict=True) if kind == UNKNOWN), None)

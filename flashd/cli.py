@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from flashd.console import MIB, Bar
 from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 
 INTERRUPTED = 130
+STARTED = time.perf_counter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +128,8 @@ def run_ask(args: argparse.Namespace) -> int:
         tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
         with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass) as engine:
             bar.close()
-            return _say(engine, tokens, sampling, args)
+            loaded = time.perf_counter() - STARTED
+            return _say(engine, tokens, sampling, args, loaded=loaded)
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -171,7 +174,9 @@ def _next_line() -> str | None:
         raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
 
 
-def _say(engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace, answer: Any = None) -> int:
+def _say(
+    engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace, answer: Any = None, loaded: float = 0.0
+) -> int:
     """Streams one answer to standard output; Ctrl-C keeps what was said."""
     from flashd.engine.engine import Answer
 
@@ -181,6 +186,7 @@ def _say(engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace
     try:
         pieces = engine.answer(
             tokens, sampling, answer, limit=args.max_tokens, stop=args.stop or [],
+            ignore_eos=args.ignore_eos, drafts=not args.no_drafts,
             on_step=lambda *step: bar.show_pass(*step) if bar else None,
         )  # fmt: skip
         for piece in pieces:
@@ -195,7 +201,8 @@ def _say(engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace
         if bar:
             bar.close()
     if args.json:
-        print(json.dumps({"text": answer.text, **_figures(engine, answer)}, ensure_ascii=False), flush=True)
+        facts = {"text": answer.text, "load_seconds": loaded, **_figures(engine, answer)}
+        print(json.dumps(facts, ensure_ascii=False), flush=True)
     else:
         print(flush=True)
     if args.stats:
@@ -260,12 +267,24 @@ def run_eval(args: argparse.Namespace) -> None:
     _print_facts(facts, args.json)
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    """flashd bench"""
+    from flashd.bench import Bench, table
+
+    bench = Bench(args.bundle, args.gguf, args.prompt, args.tokens, args.repeat, args.memory, args.threads, args.wrap)
+    results = bench.run()
+    print(json.dumps(results) if args.json else table(results))
+
+
 # --- what the commands share ------------------------------------------------------------------------------
 
 
 def _default_bundle() -> Path:
+    """The embedded model's bundle; a child packs it, whose memory is not to count against the budget."""
+    from flashd.engine.child import in_child
+
     with Bar("packing the default model, once", "weights") as bar:
-        return embedded.ensure(bar.show)
+        return in_child(lambda: embedded.ensure(bar.show))
 
 
 def _budget(args: argparse.Namespace) -> Any:
@@ -337,6 +356,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true")
         command.set_defaults(run=run)
 
+    bench = commands.add_parser("bench", help="measure, beside llama.cpp where --gguf names the same model")
+    bench.add_argument("bundle", type=Path, metavar="FILE.flash")
+    bench.add_argument("--gguf", type=Path, metavar="MODEL.gguf", help="for the peer; needs the bench extra")
+    bench.add_argument("--prompt", default="Explain what a hash table is and when to use one.")
+    bench.add_argument("--tokens", type=int, default=16, help="tokens of each answer (default 16)")
+    bench.add_argument("--repeat", type=int, default=3, help="runs of which the medians are shown (default 3)")
+    bench.add_argument("--memory", metavar="SIZE", help="flashd's budget")
+    bench.add_argument("--threads", type=int, default=2)
+    bench.add_argument("--wrap", default="", metavar="COMMAND", help="run every contender under this command")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=run_bench)
+
     plan = commands.add_parser("plan", help="what a memory budget buys")
     plan.add_argument("bundle", type=Path, nargs="?", metavar="FILE.flash")
     plan.add_argument("--json", action="store_true")
@@ -378,10 +409,8 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
+    parser.add_argument("--ignore-eos", action="store_true", help="do not end at an end token, to measure")
+    parser.add_argument("--no-drafts", action="store_true", help="one token for each pass over the card, to compare")
     parser.add_argument("--stats", action="store_true", help="print what the answer cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     _add_budget(parser)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

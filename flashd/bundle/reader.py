@@ -84,10 +84,6 @@ class Bundle:
         """A section of float32."""
         return np.frombuffer(self.read(name), np.float32)
 
-    def means(self, layer: int) -> npt.NDArray[np.float16]:
-        """Each group's mean share [groups, H] float16 of the layer's FFN output."""
-        return np.frombuffer(self.read(f"layer.{layer}.means"), np.float16).reshape(-1, self.header.model.hidden)
-
     def rows(self, name: str, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
         """A section of rows, in arrays of their own; the transient beside them is about `chunk_bytes`.
 

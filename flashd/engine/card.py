@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -95,6 +95,7 @@ class CardStream:
         self._group_bytes = bundle.header.group.nbytes
         self._sections = [bundle.section(f"layer.{i}.ffn") for i in range(bundle.header.model.layers)]
         self._schedule = list(schedule)
+        self._of_layer = Counter(e.layer for e in self._schedule)
         self._next = 0
         self._reads: deque[_Read] = deque()
         self._fd, self._direct = _open_direct(bundle)
@@ -122,10 +123,11 @@ class CardStream:
     def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:
         """The extents of a layer in order, each with its groups [count, group bytes] uint8.
 
-        The bytes are good until the next one is taken. Raises CardError, DamagedRun.
+        Layers are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
+        next one is taken. Raises CardError, DamagedRun.
         """
-        self.read_ahead()
-        while self._reads and self._reads[0].extent.layer == layer:
+        for _ in range(self._of_layer[layer]):
+            self.read_ahead()
             read = self._reads.popleft()
             started = time.perf_counter()
             try:

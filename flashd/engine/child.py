@@ -32,9 +32,7 @@ def in_child(action: Callable[[], Result]) -> Result:
         result, error = receive.recv()
     except EOFError:
         child.join()
-        raise FlashdError(
-            f"reading the prompt failed (exit {child.exitcode}); is there memory left for the tokenizer?"
-        ) from None
+        raise FlashdError(f"a child process died (exit {child.exitcode}); is there enough memory?") from None
     finally:
         receive.close()
     child.join()

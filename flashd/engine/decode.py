@@ -7,7 +7,7 @@ at. So with drafts or without, the same seed gives the same text.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,6 +84,7 @@ class Conversation:
     tokens: list[int] = field(default_factory=list)
     _drafted: list[int] = field(default_factory=list)
     _checked: list[Floats] = field(default_factory=list)
+    _drafting: bool = False
     _length: DraftLength = field(default_factory=DraftLength)
 
     def generate(
@@ -94,8 +95,9 @@ class Conversation:
         limit: int,
         eos: Sequence[int],
         figures: Figures,
+        drafts: bool = True,
         on_step: OnStep = silent,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """The tokens that follow `prompt`, as they come, up to an end token, `limit` or a full context.
 
         What of the prompt is in the cache already is not computed again. Closing the iterator early leaves the
@@ -114,6 +116,7 @@ class Conversation:
         started = time.perf_counter()
         logits = self._prefill(prompt, figures, on_step)
         figures.prefill_seconds = time.perf_counter() - started
+        self._drafting = drafts and self.model.drafts
         card = self.model.card
         at_first = (card.bytes_read, card.reads)
         try:
@@ -145,7 +148,7 @@ class Conversation:
                 return self._checked.pop(0)
             self._forget_drafts()
         started = time.perf_counter()
-        drafted = self._draft(token, min(room, self._length.choose())) if self.model.drafts else []
+        drafted = self._draft(token, min(room, self._length.choose())) if self._drafting else []
         after = time.perf_counter()
         rows = self._forward([token, *drafted], figures, on_step)
         if drafted:

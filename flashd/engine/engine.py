@@ -96,6 +96,8 @@ class Engine:
         *,
         limit: int,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        drafts: bool = True,
         on_step: OnStep = silent,
     ) -> Iterator[str]:
         """The answer's text as it comes, complete characters only; `answer` holds what was said so far.
@@ -104,8 +106,8 @@ class Engine:
         """
         words, stops = Detokenizer(self.token_bytes), StopStrings(list(stop))
         tokens = self._conversation.generate(
-            prompt, Sampler(sampling), limit=limit, eos=self.bundle.header.text.eos,
-            figures=answer.figures, on_step=on_step,
+            prompt, Sampler(sampling), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
+            figures=answer.figures, drafts=drafts, on_step=on_step,
         )  # fmt: skip
         for token in tokens:
             shown, stopped = stops.push(words.push(token))

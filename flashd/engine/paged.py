@@ -47,7 +47,6 @@ class _Layer:
     qkv: Rows  # [q + k + v widths, H]
     output: Rows  # [H, query width]
     pinned: Window
-    rest: Floats  # [H]: the mean share of the groups that are not pinned, which a draft adds for them
 
 
 class PagedModel:
@@ -125,9 +124,7 @@ class PagedModel:
                 qkv += layer.bias
             x = x + self._attention_linear(self._attend(i, qkv), layer.output)  # [T, H]
             h = self._normed(x, layer.ffn_norm)  # [T, H]
-            x = x + (
-                self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows) + layer.rest
-            )
+            x = x + (self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows))
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
@@ -155,7 +152,6 @@ class PagedModel:
             qkv=self._bundle.rows(f"{at}qkv"),
             output=self._bundle.rows(f"{at}output"),
             pinned=Window(self._bundle.header.group, m.groups, plan.pinned_groups),
-            rest=self._bundle.means(i)[plan.pinned_groups :].sum(0, dtype=np.float32),
         )
         for first, raw in self._bundle.groups(i, plan.pinned_groups):
             layer.pinned.insert(first, self._bundle.header.group.views(raw))

@@ -1,12 +1,11 @@
 """Runs sample text through a model while it is packed, layer by layer, to learn which neurons matter.
 
-What comes of it decides only what is pinned first and what a draft adds for the neurons it leaves out. The
-exact mode's answers do not depend on it.
+What comes of it decides only which groups are pinned first, and so how often a draft that has only those is
+right. Answers do not depend on it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
@@ -24,14 +23,6 @@ TOKENS = 384
 ROWS_AT_ONCE = 2048
 
 
-@dataclass(frozen=True)
-class Heat:
-    """What the sample text showed of one layer's groups."""
-
-    order: npt.NDArray[np.int64]  # [groups], the hottest first
-    means: npt.NDArray[np.float16]  # [groups, H], each group's mean share of the FFN's output, in that order
-
-
 def sample_tokens(tokenizer_json: bytes) -> npt.NDArray[np.int64]:
     """The first tokens of the sample text that ships with flashd."""
     text = files("flashd.pack").joinpath("sample.txt").read_text("utf-8")
@@ -46,8 +37,8 @@ class Calibration:
         self._source, self._family, self._model = source, family, model
         self._x: Floats = source.tensor("token_embd.weight").rows(tokens)
 
-    def layer(self, i: int) -> Heat:
-        """Takes the sample through layer i."""
+    def layer(self, i: int) -> npt.NDArray[np.int64]:
+        """Takes the sample through layer i; returns the numbers [groups] of its groups, the hottest first."""
         at = f"blk.{i}."
         self._x = self._x + self._attention(i, self._normed(f"{at}attn_norm.weight"))
         h = self._normed(f"{at}ffn_norm.weight")
@@ -56,15 +47,13 @@ class Calibration:
             a = gate / (1 + np.exp(-gate)) * up  # [T, F]
         down = self._source.tensor(f"{at}ffn_down.weight").rows()  # [H, F]
         self._x = self._x + a @ down.T
-        return self._heat(a, down)
+        return self._hottest_first(a, down)
 
-    def _heat(self, a: Floats, down: Floats) -> Heat:
-        short = self._model.neurons - a.shape[1]
-        size = np.pad(np.abs(a).mean(0) * np.linalg.norm(down, axis=0), (0, short))
-        order = np.argsort(-size.reshape(-1, BLOCK).sum(1), kind="stable")
-        shares = np.pad(down * a.mean(0), ((0, 0), (0, short)))  # [H, F]
-        means = shares.reshape(len(down), -1, BLOCK).sum(2).T[order]
-        return Heat(order, means.astype(np.float16))
+    def _hottest_first(self, a: Floats, down: Floats) -> npt.NDArray[np.int64]:
+        """Groups by the mean size of their neurons' shares in the output, |activation| x |down column|."""
+        size = np.abs(a).mean(0) * np.linalg.norm(down, axis=0)  # [F]
+        size = np.pad(size, (0, self._model.neurons - len(size)))
+        return np.argsort(-size.reshape(-1, BLOCK).sum(1), kind="stable")
 
     def _normed(self, weight: str) -> Floats:
         scale = np.sqrt(np.mean(np.square(self._x), axis=1, keepdims=True) + self._model.norm_epsilon)

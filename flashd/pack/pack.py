@@ -77,9 +77,8 @@ class _Packer:
             (chunk for part, heads in qkv for chunk in self._rows(f"blk.{i}.{part}.weight", attention, heads)),
         )
         writer.add(f"layer.{i}.output", self._rows(f"blk.{i}.attn_output.weight", attention))
-        form, heat = GroupFormat(self.formats.ffn, m.hidden), calibration.layer(i)
-        writer.add(f"layer.{i}.means", [heat.means.tobytes()])
-        writer.add(f"layer.{i}.ffn", self._groups(i, form, heat.order), run=form.nbytes)
+        form, order = GroupFormat(self.formats.ffn, m.hidden), calibration.layer(i)
+        writer.add(f"layer.{i}.ffn", self._groups(i, form, order), run=form.nbytes)
 
     def _layer_vectors(self, i: int) -> Floats:
         """[attention norm H | ffn norm H | q, k, v bias where there is one] float32."""

@@ -1,0 +1,54 @@
+"""llama.cpp as flashd's peer: answers one prompt with a memory-mapped GGUF and prints what that cost, as JSON.
+
+Run as a program, in a process of its own: python -m flashd.peer MODEL.gguf PROMPT TOKENS THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+STARTED = time.perf_counter()
+
+
+def main(path: str, prompt: str, tokens: int, threads: int) -> None:
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_default_params
+
+    def without_repacking() -> Any:
+        # repacked weights are a second copy in anonymous memory: under a cap below the model's size that kills
+        p = parameters()
+        p.use_extra_bufts = False
+        return p
+
+    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = without_repacking
+    model = llama_cpp.Llama(
+        path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, use_mmap=True, verbose=False
+    )
+    loaded = time.perf_counter()
+    ids = model.tokenize(prompt.encode(), add_bos=False, special=True)
+    model.eval(ids)
+    token = model.sample(temp=0.0)
+    first = time.perf_counter()
+    for _ in range(tokens - 1):
+        model.eval([token])
+        token = model.sample(temp=0.0)
+    seconds = time.perf_counter() - first
+    print(
+        json.dumps(
+            {
+                "load_seconds": loaded - STARTED,
+                "first_token_seconds": first - loaded,
+                "prompt_tokens": len(ids),
+                "prefill_tokens_per_second": len(ids) / (first - loaded),
+                "decode_tokens_per_second": (tokens - 1) / seconds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,159 @@
+"""Hostile bundles: each rule of the format has a named error, and no damaged byte reaches an answer."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashd.bundle import layout
+from flashd.bundle.layout import (
+    PREFIX,
+    BadSection,
+    DamagedHeader,
+    DamagedRun,
+    NewerVersion,
+    NotABundle,
+    OlderVersion,
+    TruncatedBundle,
+)
+from flashd.bundle.reader import Bundle
+from flashd.errors import CardError, DataError, InputMissing
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_bundle, tmp_path / "copy.flash"))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Changes the JSON header and signs it again: an attacker can compute a digest too."""
+    data = path.read_bytes()
+    length = PREFIX.unpack(data[: PREFIX.size])[2]
+    header = msgspec.json.decode(data[PREFIX.size : PREFIX.size + length])
+    change(header)
+    body = msgspec.json.encode(header)
+    prefix = PREFIX.pack(layout.MAGIC, layout.VERSION, len(body), layout.digest(body), len(data))
+    path.write_bytes(prefix + body + data[PREFIX.size + len(body) :])
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"none\.flash"):
+        Bundle(tmp_path / "none.flash")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF" + bytes(100), b"\x93FLASHD"])
+def test_another_kind_of_file_is_no_bundle(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.flash").write_bytes(content)
+    with pytest.raises(NotABundle):
+        Bundle(tmp_path / "x.flash")
+
+
+def test_versions(copy: Path) -> None:
+    poke(copy, 8, struct.pack("<I", layout.VERSION + 1))
+    with pytest.raises(NewerVersion, match="update flashd"):
+        Bundle(copy)
+    poke(copy, 8, struct.pack("<I", 0))
+    with pytest.raises(OlderVersion, match="pack it again"):
+        Bundle(copy)
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 1 << 19])
+def test_a_file_cut_short_is_seen_at_once(copy: Path, cut: int) -> None:
+    with copy.open("r+b") as file:
+        file.truncate(copy.stat().st_size - cut)
+    with pytest.raises(TruncatedBundle, match="copy the bundle again"):
+        Bundle(copy)
+
+
+def test_a_header_that_claims_to_be_huge(copy: Path) -> None:
+    poke(copy, 12, struct.pack("<I", 0xFFFFFFFF))
+    with pytest.raises(DamagedHeader):
+        Bundle(copy)
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_of_the_header_is_found(tiny_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+    raw = bytearray(tiny_bundle.read_bytes())
+    length = PREFIX.unpack(raw[: PREFIX.size])[2]
+    bit = data.draw(st.integers(0, 8 * (PREFIX.size + length) - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    (tmp_path / "flipped.flash").write_bytes(raw)
+    with pytest.raises(DataError):
+        Bundle(tmp_path / "flipped.flash").close()
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_of_a_section_is_found(tiny_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+    with Bundle(tiny_bundle) as bundle:
+        sections = [*bundle.header.sections, bundle.header.checksums]
+    raw = bytearray(tiny_bundle.read_bytes())
+    section = data.draw(st.sampled_from(sections))
+    bit = data.draw(st.integers(8 * section.offset, 8 * section.end - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    (tmp_path / "flipped.flash").write_bytes(raw)
+    with pytest.raises(DamagedRun, match=r"checksums|damaged at byte"), Bundle(tmp_path / "flipped.flash") as bundle:
+        bundle.verify()
+
+
+def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
+    def change(header: dict[str, object]) -> None:
+        at: object = header
+        for key in path[:-1]:
+            at = at[key]  # type: ignore[index]
+        at[path[-1]] = to  # type: ignore[index]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (_set("model", "hidden", to=-64), DamagedHeader),
+        (_set("model", "hidden", to="64"), DamagedHeader),
+        (_set("model", "hidden", to=65), DamagedHeader),
+        (_set("model", "hidden", to=1 << 50), DamagedHeader),
+        (_set("model", "layers", to=1000), BadSection),
+        (_set("model", "vocabulary", to=1 << 20), BadSection),
+        (_set("model", "kv_heads", to=3), DamagedHeader),
+        (_set("model", "rope_base", to=0), DamagedHeader),
+        (_set("formats", "ffn", to="int2"), DamagedHeader),
+        (_set("formats", "ffn", to="int8"), BadSection),
+        (_set("sections", 0, "offset", to=1 << 40), BadSection),
+        (_set("sections", 0, "offset", to=4097), BadSection),
+        (_set("sections", 0, "length", to=1 << 40), BadSection),
+        (_set("sections", 0, "first", to=7), BadSection),
+        (_set("sections", 0, "run", to=0), DamagedHeader),
+        (_set("sections", to=[]), BadSection),
+        (_set("checksums", "length", to=8), BadSection),
+        (_set("text", to=None), DamagedHeader),
+    ],
+)
+def test_a_forged_header_is_refused_by_rule(
+    copy: Path, change: Callable[[dict[str, object]], None], error: type[DataError]
+) -> None:
+    rewrite(copy, change)
+    with pytest.raises(error):
+        Bundle(copy)
+
+
+def test_a_file_that_shrinks_while_open_is_a_card_error(copy: Path) -> None:
+    with Bundle(copy) as bundle:
+        with copy.open("r+b") as file:
+            file.truncate(bundle.section("head").offset + 10)
+        with pytest.raises(CardError, match="was it replaced"):
+            bundle.rows("head")

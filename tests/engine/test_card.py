@@ -1,0 +1,127 @@
+"""Reads from the card: what is read is what was asked for, once, in order, checked."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd.bundle.layout import DamagedRun
+from flashd.bundle.reader import Bundle
+from flashd.engine.card import GAP_BYTES, READ_BYTES, CardStream, Extent, extents
+from flashd.errors import CardError
+
+
+@contextmanager
+def stream(path: Path, schedule: list[Extent], buffers: int = 3) -> Iterator[CardStream]:
+    with Bundle(path) as bundle:
+        opened = CardStream(bundle, schedule, buffers)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@given(st.sets(st.integers(0, 300)), st.integers(1000, 200_000))
+def test_extents_cover_what_is_missing_and_little_else(groups: set[int], group_bytes: int) -> None:
+    found = extents(3, sorted(groups, reverse=True), group_bytes)
+    read = [g for e in found for g in range(e.first, e.first + e.count)]
+    assert read == sorted(set(read)) and set(read) >= groups
+    assert all(e.layer == 3 and e.count * group_bytes <= max(READ_BYTES, group_bytes) for e in found)
+    # what is read beside the wanted lies in gaps small enough to be cheaper read than skipped
+    for unwanted in set(read) - groups:
+        before = max(g for g in groups if g < unwanted)
+        after = min(g for g in groups if g > unwanted)
+        assert (after - before - 1) * group_bytes <= GAP_BYTES
+    # runs that could have been one read are
+    for a, b in itertools.pairwise(found):
+        assert b.first > a.first + a.count + GAP_BYTES // group_bytes or a.count == max(1, READ_BYTES // group_bytes)
+
+
+def test_what_is_read_is_what_is_in_the_file(tiny_bundle: Path) -> None:
+    schedule = [Extent(0, 0, 3), Extent(0, 5, 2), Extent(1, 1, 1), Extent(2, 0, 7)]
+    raw = tiny_bundle.read_bytes()
+    with stream(tiny_bundle, schedule) as opened, Bundle(tiny_bundle) as bundle:
+        size = bundle.header.group.nbytes
+        for _ in range(3):
+            got = [(e, data.tobytes()) for layer in range(3) for e, data in opened.layer(layer)]
+            assert [e for e, _ in got] == schedule
+            for extent, data in got:
+                at = bundle.section(f"layer.{extent.layer}.ffn").offset + extent.first * size
+                assert data == raw[at : at + extent.count * size]
+
+
+def test_counts_of_one_pass(tiny_bundle: Path) -> None:
+    schedule = [Extent(0, 0, 3), Extent(1, 0, 2)]
+    with stream(tiny_bundle, schedule, buffers=1) as opened, Bundle(tiny_bundle) as bundle:
+        size = bundle.header.group.nbytes
+        reads = [data.size for _, data in opened.layer(0)]
+        assert reads == [3 * size]
+        assert [data.size for _, data in opened.layer(1)] == [2 * size]
+        # the next pass's first extent is read ahead into the one buffer
+        assert [data.size for _, data in opened.layer(0)] == [3 * size]
+        opened.restart()
+        assert 3 <= opened.stats.reads <= 4
+        assert 8 * size <= opened.stats.bytes_wanted <= 10 * size
+        assert opened.stats.bytes_read <= opened.stats.bytes_wanted + opened.stats.reads * 2 * 4096
+
+
+def test_restart_begins_a_pass_anew(tiny_bundle: Path) -> None:
+    schedule = [Extent(0, 0, 1), Extent(0, 3, 1), Extent(1, 0, 1)]
+    with stream(tiny_bundle, schedule) as opened:
+        next(iter(opened.layer(0)))
+        opened.restart()
+        assert [e for e, _ in opened.layer(0)] == schedule[:2]
+        assert [e for e, _ in opened.layer(1)] == schedule[2:]
+
+
+def test_a_damaged_group_is_named_before_it_is_used(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_bundle, tmp_path / "damaged.flash"))
+    with Bundle(path) as bundle:
+        section = bundle.section("layer.1.ffn")
+    with path.open("r+b") as file:
+        file.seek(section.offset + 2 * section.run + 17)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    with stream(path, [Extent(1, 0, 4)]) as opened, pytest.raises(DamagedRun, match=r"layer\.1\.ffn.*run 2"):
+        list(opened.layer(1))
+
+
+def test_a_file_that_ends_too_early_is_a_card_error(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_bundle, tmp_path / "short.flash"))
+    with Bundle(path) as bundle:
+        section = bundle.section("layer.2.ffn")
+        with path.open("r+b") as file:
+            file.truncate(section.offset + section.run // 2)
+        opened = CardStream(bundle, [Extent(2, 0, 1)], 1)
+        try:
+            with pytest.raises(CardError, match="was it replaced"):
+                list(opened.layer(2))
+        finally:
+            opened.close()
+
+
+def test_without_direct_reads_it_reads_buffered_and_says_so_once(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = os.open
+
+    def refuse_direct(path: str, flags: int, *args: int, **kwargs: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    with caplog.at_level(logging.WARNING), stream(tiny_bundle, [Extent(0, 0, 3)]) as opened:
+        for _ in range(3):
+            assert [data.shape[0] for _, data in opened.layer(0)] == [3]
+    assert sum("no direct reads" in r.message for r in caplog.records) == 1

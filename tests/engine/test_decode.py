@@ -1,0 +1,116 @@
+"""Drafts change what a pass looks at, never what is said; the cache holds what was said and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd.engine.decode import Conversation, Figures, Model
+from flashd.engine.sample import Sampler, Sampling
+from flashd.engine.speculate import MOST, DraftLength
+from flashd.errors import UsageError
+from tests.engine.test_paths import opened, tokens_of
+
+
+def said(
+    model: Model, prompt: list[int], sampling: Sampling, drafts: bool, limit: int = 40
+) -> tuple[list[int], Figures]:
+    model.cache.truncate(0)
+    figures = Figures()
+    talk = Conversation(model)
+    return list(
+        talk.generate(prompt, Sampler(sampling), limit=limit, eos=(), figures=figures, drafts=drafts)
+    ), figures
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)])
+def test_the_same_seed_says_the_same_with_drafts_and_without(packed: dict[str, Path], sampling: Sampling) -> None:
+    question = "<|im_start|>user\nName the days of the week.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokens_of(packed["int4"], question)
+    with opened(packed["int4"], 0.5) as model:
+        without, plain = said(model, prompt, sampling, drafts=False)
+        withs, figures = said(model, prompt, sampling, drafts=True)
+    assert withs == without
+    assert plain.drafted == 0 and plain.passes == 39
+    assert figures.drafted > 0 and figures.passes < 39
+    assert figures.passes + figures.accepted == 39
+
+
+def test_everything_pinned_drafts_nothing(packed: dict[str, Path]) -> None:
+    with opened(packed["int4"], 1.0) as model:
+        assert not model.drafts
+        _, figures = said(model, [1, 2, 3], Sampling(), drafts=True, limit=5)
+    assert figures.drafted == 0 and figures.decode_card_bytes == 0
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 7])
+def test_an_answer_broken_off_leaves_the_cache_with_what_was_said(tiny_bundle: Path, taken: int) -> None:
+    prompt = [10, 20, 30]
+    with opened(tiny_bundle, 0.5, 64) as model:
+        talk = Conversation(model)
+        tokens = talk.generate(prompt, Sampler(Sampling()), limit=30, eos=(), figures=Figures())
+        out = [next(tokens) for _ in range(taken)]
+        tokens.close()
+        # the last token said has not been through the model yet
+        assert talk.tokens == (prompt + out)[:-1]
+        assert model.cache.length == len(talk.tokens)
+        figures = Figures()
+        again = list(talk.generate(prompt + out, Sampler(Sampling()), limit=4, eos=(), figures=figures))
+        assert figures.reused_tokens == len(prompt) + taken - 1
+        assert again == said(model, prompt, Sampling(), False, taken + 4)[0][taken:]
+
+
+def test_a_prompt_as_long_as_the_context_is_refused(tiny_bundle: Path) -> None:
+    with opened(tiny_bundle, 0.5, 16) as model:
+        with pytest.raises(UsageError, match="16 tokens and the context room for 15"):
+            said(model, list(range(16)), Sampling(), False)
+        with pytest.raises(UsageError, match="empty"):
+            said(model, [], Sampling(), False)
+        for drafts in (False, True):
+            assert len(said(model, list(range(15)), Sampling(), drafts)[0]) == 1
+            assert len(said(model, list(range(10)), Sampling(), drafts)[0]) == 6
+            assert model.cache.length <= 16
+
+
+def test_prefill_is_one_pass_for_a_chunk(packed: dict[str, Path]) -> None:
+    with opened(packed["int4"], 0.0) as model:
+        _, short = said(model, list(range(100, 102)), Sampling(), False, 1)
+        _, full = said(model, list(range(100, 228)), Sampling(), False, 1)
+        _, two = said(model, list(range(100, 229)), Sampling(), False, 1)
+    assert abs(full.prefill_card_bytes - short.prefill_card_bytes) < short.prefill_card_bytes * 0.3
+    assert two.prefill_card_bytes > 1.7 * short.prefill_card_bytes
+
+
+def test_eos_ends_the_answer(tiny_bundle: Path) -> None:
+    with opened(tiny_bundle, 0.5, 64) as model:
+        out, _ = said(model, [10, 20], Sampling(), True, 10)
+        talk, figures = Conversation(model), Figures()
+        model.cache.truncate(0)
+        stopped = list(talk.generate([10, 20], Sampler(Sampling()), limit=10, eos=(out[3],), figures=figures))
+    assert stopped == out[: out.index(out[3])] and figures.finish == "stop"
+
+
+@given(st.floats(0.001, 10), st.floats(0.001, 10), st.lists(st.booleans(), max_size=40))
+def test_draft_length_is_bounded_and_follows_acceptance(draft: float, full: float, right: list[bool]) -> None:
+    length = DraftLength()
+    length.measured_draft(1, draft)
+    length.measured_pass(full)
+    for r in right:
+        length.measured_token(r)
+        assert 0 <= length.choose() <= MOST
+
+
+def test_draft_length_grows_when_drafts_are_right_and_cheap() -> None:
+    length = DraftLength()
+    length.measured_draft(2, 0.02)
+    length.measured_pass(10.0)
+    for _ in range(30):
+        length.measured_token(True)
+    assert length.choose() == MOST
+    for _ in range(60):
+        length.measured_token(False)
+    assert np.mean([length.choose() for _ in range(32)]) < 1

@@ -1,0 +1,77 @@
+"""Sampling: the filters keep what they should, greedy is greedy, a seed repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd.engine.sample import Sampler, Sampling
+from flashd.errors import UsageError
+
+LOGITS = st.lists(st.floats(-20, 20), min_size=2, max_size=50).map(lambda v: np.array(v, np.float32))
+
+
+@given(LOGITS)
+def test_temperature_zero_takes_the_likeliest(logits: npt.NDArray[Any]) -> None:
+    assert Sampler(Sampling()).pick(logits, []) == int(logits.argmax())
+
+
+@given(LOGITS, st.floats(0.1, 3), st.integers(0, 20), st.floats(0.05, 1), st.floats(0, 0.9))
+def test_filters_keep_the_likeliest_and_sum_to_one(
+    logits: npt.NDArray[Any],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> None:
+    sampler = Sampler(Sampling(temperature, top_p, top_k, min_p, seed=1))
+    ids, p = sampler.distribution(logits, [])
+    full = np.exp(logits.astype(np.float64) - logits.max())
+    full /= full.sum()
+    assert p.sum() == pytest.approx(1)
+    assert (np.diff(p) <= 1e-12).all()
+    assert len(ids) <= (top_k or len(logits))
+    assert ids[0] == logits.argmax() or logits[ids[0]] == logits.max()
+    if top_k == 0:
+        assert (full[ids] >= min_p * full.max() * (1 - 1e-6)).all()
+        # without its last token the kept set has not reached top_p yet
+        assert full[ids[:-1]].sum() < top_p + 1e-6
+    assert sampler.pick(logits, []) in ids
+
+
+def test_draws_follow_the_distribution_and_a_seed_repeats() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    draws = [[Sampler(Sampling(1.0, seed=7)).pick(logits, [])] for _ in range(3)]
+    assert draws[0] == draws[1] == draws[2]
+    sampler = Sampler(Sampling(1.0, seed=3))
+    counts = np.bincount([sampler.pick(logits, []) for _ in range(20_000)], minlength=3) / 20_000
+    assert np.abs(counts - [0.5, 0.3, 0.2]).max() < 0.02
+
+
+def test_the_penalty_is_for_recent_tokens_only_and_leaves_the_logits_alone() -> None:
+    logits = np.array([2.0, 1.9, -1.0], np.float32)
+    sampler = Sampler(Sampling(repeat_penalty=1.5))
+    assert sampler.pick(logits, [0]) == 1
+    assert sampler.pick(logits, [0] + [2] * 64) == 0
+    assert logits.tolist() == [2.0, np.float32(1.9), -1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_k": -1}, "--top-k"),
+        ({"min_p": 1.0}, "--min-p"),
+        ({"repeat_penalty": 0.0}, "--repeat-penalty"),
+        ({"temperature": float("nan")}, "--temperature"),
+    ],
+)
+def test_an_option_out_of_range_is_named_with_what_is_allowed(options: dict[str, float], named: str) -> None:
+    with pytest.raises(UsageError, match=f"{named}.*allowed is"):
+        Sampling(**options)  # type: ignore[arg-type]

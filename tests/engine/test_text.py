@@ -1,0 +1,108 @@
+"""Text: whole characters out, no forged control tokens in, templates that cannot reach out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd.bundle.reader import Bundle
+from flashd.bundle.token_bytes import TokenBytes
+from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def encoder_and_template(packed):  # type: ignore[no-untyped-def]
+    with Bundle(packed["int4"]) as bundle:
+        text = bundle.header.text
+        assert text.chat_template
+        return Encoder(bundle.read("tokenizer"), text.bos, text.add_bos), ChatTemplate(text.chat_template)
+
+
+@given(st.text(max_size=40))
+def test_bytes_in_any_pieces_come_out_as_the_text(text: str) -> None:
+    words = Detokenizer(TokenBytes.of([bytes([b]) for b in range(256)]))
+    shown = [words.push(b) for b in text.encode()]
+    assert "".join(shown) + words.finish() == text
+    assert "�" not in "".join(shown) or "�" in text
+
+
+def test_bytes_that_make_no_character_are_shown_as_such() -> None:
+    words = Detokenizer(TokenBytes.of([b"\xe2\x82", b"a"]))
+    assert words.push(0) == ""
+    assert words.push(1) == "\ufffda"
+    assert words.push(0) + words.finish() == "\ufffd"
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_strings_cut_where_find_says(text: str, stops: list[str], data: st.DataObject) -> None:
+    watch, shown, rest = StopStrings(stops), "", text
+    stopped = False
+    while rest and not stopped:
+        n = data.draw(st.integers(1, len(rest)))
+        piece, stopped = watch.push(rest[:n])
+        shown, rest = shown + piece, rest[n:]
+    if not stopped:
+        shown += watch.finish()
+    found = [text.find(s) for s in stops if s in text]
+    if not found:
+        assert shown == text and not stopped
+    else:
+        # a stop is seen as soon as its last character is there
+        ends = min(text.find(s) + len(s) for s in stops if s in text)
+        assert stopped and len(shown) <= ends and text.startswith(shown)
+        assert not any(s in shown for s in stops)
+
+
+@given(st.lists(st.binary(max_size=6), min_size=1, max_size=20))
+def test_token_bytes_come_back(tokens: list[bytes]) -> None:
+    table = TokenBytes.from_bytes(TokenBytes.of(tokens).to_bytes())
+    assert [table[i] for i in range(len(table))] == tokens
+
+
+@given(st.data())
+def test_a_damaged_table_of_token_texts_is_refused_or_whole(data: st.DataObject) -> None:
+    raw = bytearray(TokenBytes.of([b"a", b"bc", b""]).to_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    cut = data.draw(st.booleans())
+    if cut:
+        raw = raw[:at]
+    else:
+        raw[at] ^= data.draw(st.integers(1, 255))
+    try:
+        table = TokenBytes.from_bytes(bytes(raw))
+    except DataError:
+        return
+    assert sum(len(table[i]) for i in range(len(table))) == len(table.blob)
+
+
+def test_a_template_s_tokens_are_those_of_its_text(encoder_and_template) -> None:  # type: ignore[no-untyped-def]
+    encoder, template = encoder_and_template
+    messages = [Message("system", "Be brief."), Message("user", "Héllo  wörld 12\n\n日本")]
+    assert template.encode(messages, encoder) == encoder.encode(template.render(messages))
+
+
+@given(st.text(max_size=10), st.text(max_size=10))
+def test_a_prompt_cannot_forge_a_control_token(encoder_and_template, before: str, after: str) -> None:  # type: ignore[no-untyped-def]
+    encoder, template = encoder_and_template
+    (control,) = encoder.encode("<|im_end|>")
+    honest = template.encode([Message("user", "x")], encoder).count(control)
+    forged = template.encode([Message("user", f"{before}<|im_end|>{after}")], encoder)
+    assert forged.count(control) == honest
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for m in messages %}{{ m.content",
+        "{{ raise_exception('no') }}",
+        "{{ messages[99].content.x.y }}",
+        "{{ 1 / 0 }}",
+        "{{ range(999999999) | list }}",
+    ],
+)
+def test_a_template_that_is_broken_or_reaches_out_is_refused(source: str) -> None:
+    with pytest.raises(DataError, match="chat template"):
+        ChatTemplate(source).render([Message("user", "hi")])

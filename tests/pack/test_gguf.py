@@ -1,0 +1,96 @@
+"""Model files that cannot be packed: each is refused in one line, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Kind
+
+from flashd.bundle.reader import Bundle
+from flashd.errors import DataError, InputMissing
+from flashd.pack.gguf import GgufModel
+from flashd.pack.pack import pack
+from tests import tiny
+
+
+def refused(tmp_path: Path, source: Path, match: str, error: type[Exception] = DataError) -> None:
+    with pytest.raises(error, match=match) as caught:
+        pack(source, tmp_path / "out.flash", "int4")
+    assert "\n" not in str(caught.value)
+    assert not [p for p in os.listdir(tmp_path) if "out.flash" in p]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.999])
+def test_a_file_cut_anywhere(tmp_path: Path, share: float) -> None:
+    whole = tiny.write(tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
+    refused(tmp_path, tmp_path / "cut.gguf", "download it again")
+
+
+def test_another_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04" * 1000)
+    refused(tmp_path, tmp_path / "x.gguf", "not a whole GGUF file")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    refused(tmp_path, tmp_path / "none.gguf", "no such file", InputMissing)
+
+
+def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "m.gguf", "mamba")
+    refused(tmp_path, source, r"architecture 'mamba' is not supported; known are llama, qwen2")
+
+
+def test_a_tensor_that_has_no_place_is_named(tmp_path: Path) -> None:
+    # qwen2's biases in a file that calls itself llama
+    source = tiny.write(tmp_path / "m.gguf", "qwen2")
+    raw = (
+        source.read_bytes()
+        .replace(b"qwen2.", b"llama.")
+        .replace(b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0llama")
+    )
+    source.write_bytes(raw)
+    refused(tmp_path, source, r"tensor 'blk\.0\.attn_k\.bias' has no place in 'llama'")
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+def test_grids_are_those_of_the_file(tmp_path: Path, kind: Kind) -> None:
+    tensor = GgufModel(tiny.write(tmp_path / "m.gguf", kind=kind)).tensor("blk.0.ffn_gate.weight")
+    grid = tensor.grid()
+    assert grid is not None
+    scale, centre = (part[:, :, None] for part in grid)
+    levels = (tensor.rows().reshape(*grid[0].shape, 32) - centre) / np.where(scale == 0, 1, scale)
+    assert np.abs(levels - np.rint(levels)).max() < 2e-2
+    most = 128 if kind == Kind.Q8_0 else 8
+    assert np.rint(levels).min() >= -most and np.rint(levels).max() <= most - 1
+
+
+def test_q4_k_grids_match_the_package_s_own_dequantisation() -> None:
+    random = np.random.default_rng(0)
+    raw = random.integers(0, 256, (3, 2 * 144), dtype=np.uint8)
+    for block in (0, 144):  # sane float16 steps
+        raw[:, block : block + 4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+    reader = gguf.ReaderTensor("t", Kind.Q4_K, np.array([512, 3]), 1536, 864, 0, raw, None)  # type: ignore[arg-type]
+    from flashd.pack.gguf import Tensor
+
+    tensor = Tensor(reader)
+    grid = tensor.grid()
+    assert grid is not None
+    levels = (tensor.rows().reshape(3, 16, 32) - grid[1][:, :, None]) / grid[0][:, :, None]
+    live = grid[0] > 0
+    assert np.abs(levels - np.rint(levels))[live].max() < 1e-2
+    assert levels[live].min() >= -8.01 and levels[live].max() <= 7.01
+
+
+def test_the_source_is_named_and_digested(tiny_bundle: Path) -> None:
+    import hashlib
+
+    with Bundle(tiny_bundle) as bundle:
+        source = bundle.header.source
+    file = tiny_bundle.with_name(source.name)
+    assert source.nbytes == file.stat().st_size
+    assert source.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()

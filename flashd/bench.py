@@ -11,6 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flashd.bundle.reader import Bundle
+from flashd.engine.child import in_child
+from flashd.engine.engine import Prompts
+from flashd.engine.text import Message
 from flashd.errors import FlashdError
 
 COLUMNS = {
@@ -55,9 +59,15 @@ class Bench:
             ask += ["--memory", self.memory]
         out = {"flashd, no drafts": [*ask, "--no-drafts"], "flashd": ask}
         if self.model:
-            peer = ["-m", "flashd.peer", str(self.model), self.prompt, str(self.tokens), str(self.threads)]
+            # the very tokens that flashd is given
+            ids = json.dumps(in_child(self._prompt_tokens))
+            peer = ["-m", "flashd.peer", str(self.model), ids, str(self.tokens), str(self.threads)]
             return {"llama.cpp mmap": [sys.executable, *peer], **out}
         return out
+
+    def _prompt_tokens(self) -> list[int]:
+        with Bundle(self.bundle) as bundle:
+            return Prompts(bundle).tokens([Message("user", self.prompt)])
 
     def _one(self, name: str, command: list[str]) -> dict[str, Any]:
         done = subprocess.run([*shlex.split(self.wrap), *command], capture_output=True, text=True, check=False)

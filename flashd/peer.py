@@ -1,6 +1,6 @@
 """llama.cpp as flashd's peer: answers one prompt with a memory-mapped GGUF and prints what that cost, as JSON.
 
-Run as a program, in a process of its own: python -m flashd.peer MODEL.gguf PROMPT TOKENS THREADS
+Run as a program, in a process of its own: python -m flashd.peer MODEL.gguf PROMPT-TOKENS-AS-JSON TOKENS THREADS
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 STARTED = time.perf_counter()
 
 
-def main(path: str, prompt: str, tokens: int, threads: int) -> None:
+def main(path: str, prompt: list[int], tokens: int, threads: int) -> None:
     import llama_cpp
 
     parameters = llama_cpp.llama_model_default_params
@@ -29,8 +29,7 @@ def main(path: str, prompt: str, tokens: int, threads: int) -> None:
         path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, use_mmap=True, verbose=False
     )
     loaded = time.perf_counter()
-    ids = model.tokenize(prompt.encode(), add_bos=False, special=True)
-    model.eval(ids)
+    model.eval(prompt)
     token = model.sample(temp=0.0)
     first = time.perf_counter()
     for _ in range(tokens - 1):
@@ -42,8 +41,8 @@ def main(path: str, prompt: str, tokens: int, threads: int) -> None:
             {
                 "load_seconds": loaded - STARTED,
                 "first_token_seconds": first - loaded,
-                "prompt_tokens": len(ids),
-                "prefill_tokens_per_second": len(ids) / (first - loaded),
+                "prompt_tokens": len(prompt),
+                "prefill_tokens_per_second": len(prompt) / (first - loaded),
                 "decode_tokens_per_second": (tokens - 1) / seconds,
             }
         )
@@ -51,4 +50,4 @@ def main(path: str, prompt: str, tokens: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

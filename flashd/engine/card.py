@@ -106,8 +106,8 @@ class CardStream:
     def close(self) -> None:
         self._drain()
         self._pool.shutdown()
-        for buffer in self._idle:
-            buffer.close()
+        # not closed one by one: a failed read's traceback may still look at its buffer
+        self._idle.clear()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -9,7 +9,8 @@
            sections            each starts on a page of 4,096 bytes
            checksums           uint64[runs]: XXH3-64 of every run of every section, in section order
 
-A *run* is what is checked, and so read, as one: a group of bundles in an FFN section, a mebibyte elsewhere.
+A *run* is what is checked, and so read, as one: a group of bundles in an FFN section, 16 rows of the table that
+input embeddings are read from, a mebibyte elsewhere.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MAGIC = b"\x93FLASHD\n"
 VERSION = 1
 PAGE = 4096
 PLAIN_RUN = 1 << 20
+ROWS_OF_A_RUN = 16
 MAX_HEADER = 4 << 20
 PREFIX = struct.Struct("<8sIIQQ")
 
@@ -172,6 +174,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         kind = {"qkv": self.formats.attention, "head": self.formats.head, "embedding": self.formats.embedding}
         return RowFormat(kind[part], self.model.hidden)
 
+    @property
+    def embedding_table(self) -> str:
+        """The section that input embeddings are read from: the head's own where they are tied."""
+        return "embedding" if self.section_named("embedding") else "head"
+
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
         m = self.model
@@ -274,6 +281,9 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
         if name.endswith(".ffn") and present[name].run != header.group.nbytes:
             raise BadSection(f"section {name!r} is not checked a group at a time")
+    table = header.embedding_table
+    if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
+        raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")
     for name in ("tokenizer", "token_bytes", "graph.ffn", "graph.attention"):
         if name not in present:
             raise BadSection(f"section {name!r} is missing")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle, steps
@@ -57,11 +58,12 @@ class ResidentModel:
         b.bind_cpu_input("x", self._bundle.embedding(tokens))
         b.bind_cpu_input("wanted", wanted)
         graph.bind_positions(b, self.cache.length, len(tokens), self._cos, self._sin)
-        b.bind_output("logits", "cpu")
+        logits = np.empty((len(wanted), self._model.vocabulary), np.float32)
+        b.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(b)
         self.cache.advance(len(tokens))
         on_step(self._model.layers, self._model.layers, 0)
-        return np.asarray(b.get_outputs()[self._logits_at].numpy(), np.float32)
+        return logits
 
     def _bound(self) -> Any:
         binding = self._session.io_binding()
@@ -69,8 +71,6 @@ class ResidentModel:
             for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
                 binding.bind_ortvalue_input(f"past_{part}.{i}", value)
                 binding.bind_ortvalue_output(f"present_{part}.{i}", value)
-        # outputs come back in the order in which they were first bound
-        self._logits_at = 2 * self._model.layers
         return binding
 
     def _initialisers(self, on_step: OnStep) -> Arrays:

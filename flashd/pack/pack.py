@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.layout import Formats, Header, Model, Text
+from flashd.bundle.layout import ROWS_OF_A_RUN, Formats, Header, Model, Text
 from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, RowFormat, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.pack import graphs
@@ -54,10 +54,12 @@ class _Packer:
                 writer.add(name, [graph])
             writer.add("norm", [self._vector("output_norm.weight").tobytes()])
             if "output.weight" in self.source.names:
-                writer.add("embedding", self._rows("token_embd.weight", self.formats.embedding))
+                run = ROWS_OF_A_RUN * RowFormat(self.formats.embedding, self.model.hidden).nbytes
+                writer.add("embedding", self._rows("token_embd.weight", self.formats.embedding), run)
                 writer.add("head", self._rows("output.weight", self.formats.head))
             else:
-                writer.add("head", self._rows("token_embd.weight", self.formats.head))
+                run = ROWS_OF_A_RUN * RowFormat(self.formats.head, self.model.hidden).nbytes
+                writer.add("head", self._rows("token_embd.weight", self.formats.head), run)
             sample = sample_tokens(vocabulary.tokenizer_json)
             calibration = Calibration(self.source, self.family, self.model, sample)
             for i in range(self.model.layers):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -157,3 +158,13 @@ def test_a_file_that_shrinks_while_open_is_a_card_error(copy: Path) -> None:
             file.truncate(bundle.section("head").offset + 10)
         with pytest.raises(CardError, match="was it replaced"):
             bundle.rows("head")
+
+
+def test_a_damaged_embedding_row_is_found_before_it_is_used(copy: Path) -> None:
+    with Bundle(copy) as bundle:
+        section, form = bundle.section("head"), bundle.header.row_format("head")
+    poke(copy, section.offset + 37 * form.nbytes + 5, b"\xaa\x55\xaa\x55")
+    with Bundle(copy) as bundle:
+        assert bundle.embedding(np.array([31, 48])).shape == (2, 64)
+        with pytest.raises(DamagedRun, match=r"'head' is damaged.*run 2"):
+            bundle.embedding(np.array([37]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,23 +107,26 @@ def test_smollm_is_close_to_the_reference_on_every_path(
             assert relative(resident, logits) <= 1e-3
 
 
-def test_greedy_text_is_the_reference_s_own(packed: dict[str, Path], smollm: Path) -> None:
-    questions = [
-        "What is the capital of France?",
-        "Why is the sky blue?",
-        "Name three animals that live in the sea.",
-        "Write a short poem about rain.",
-        "How do I boil an egg?",
-        "What is a prime number?",
-        "Explain what a computer does.",
-        "Who wrote Romeo and Juliet?",
-        "Give me a recipe for pancakes.",
-        "What should I pack for a day at the beach?",
-    ]
-    reference, same = Reference(smollm), 0
-    with opened(packed["int8"], None) as model:
-        for question in questions:
-            prompt = tokens_of(packed["int8"], f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+QUESTIONS = [
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Name three animals that live in the sea.",
+    "Write a short poem about rain.",
+    "How do I boil an egg?",
+    "What is a prime number?",
+    "Explain what a computer does.",
+    "Who wrote Romeo and Juliet?",
+    "Give me a recipe for pancakes.",
+    "What should I pack for a day at the beach?",
+]
+
+
+def greedy_alike(bundle: Path, source: Path) -> int:
+    """On how many of the questions the first 32 greedy tokens are the reference's own."""
+    reference, same = Reference(source), 0
+    with opened(bundle, None) as model:
+        for question in QUESTIONS:
+            prompt = tokens_of(bundle, f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
             model.cache.truncate(0)
             out: list[int] = []
             step = prompt
@@ -130,7 +134,32 @@ def test_greedy_text_is_the_reference_s_own(packed: dict[str, Path], smollm: Pat
                 out.append(int(model.forward(np.array(step, np.int64), np.array([len(step) - 1]))[0].argmax()))
                 step = out[-1:]
             same += out == reference.greedy(prompt, 32)
-    assert same >= 8, f"{same} of 10 alike"
+    return same
+
+
+def test_greedy_text_is_the_reference_s_own(packed: dict[str, Path], smollm: Path) -> None:
+    assert greedy_alike(packed["int8"], smollm) >= 8
+
+
+@pytest.mark.skipif("FLASHD_QWEN_GGUF" not in os.environ, reason="FLASHD_QWEN_GGUF names no file")
+@pytest.mark.parametrize(("kind", "limit"), [("int4", 0.03), ("int8", 0.01)])
+def test_qwen_is_close_to_the_reference(tmp_path: Path, prose: str, chat: str, kind: RowKind, limit: float) -> None:
+    source, out = Path(os.environ["FLASHD_QWEN_GGUF"]), tmp_path / "m.flash"
+    pack(source, out, kind)
+    reference = Reference(source)
+    for text in (prose, chat):
+        tokens = tokens_of(out, text)
+        reference.forget()
+        expected = reference.logits(tokens)
+        with opened(out, 0.3) as model:
+            paged = all_logits(model, tokens, 128)
+        with opened(out, None) as model:
+            resident = all_logits(model, tokens, 128)
+        print(f"{kind}: KL {kl(expected, paged):.4f}, paged to resident {relative(resident, paged):.1e}")
+        assert kl(expected, paged) <= limit
+        assert relative(resident, paged) <= 1e-3
+    if kind == "int8":
+        assert greedy_alike(out, source) >= 8
 
 
 def test_a_pass_reads_what_is_not_pinned_once(tiny_bundle: Path) -> None:

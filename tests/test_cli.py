@@ -1,0 +1,182 @@
+"""The command as a person meets it: one clear line for each mistake, the right exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests import tiny
+
+FLASHD = [sys.executable, "-m", "flashd"]
+
+
+def run(*args: str | Path, stdin: bytes = b"", home: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    env = os.environ | ({"XDG_CACHE_HOME": str(home)} if home else {})
+    return subprocess.run([*FLASHD, *map(str, args)], input=stdin, capture_output=True, check=False, env=env)
+
+
+def refused(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
+    """One line on standard error, naming what is wrong, and nothing on standard output."""
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert done.stdout == b""
+    assert text.startswith("flashd: ") and text.count("\n") == 1 and "Traceback" not in text
+    assert all(word in text for word in words), text
+
+
+def test_bad_model_files(tmp_path: Path, tiny_bundle: Path) -> None:
+    source = tiny_bundle.with_name("tiny.gguf")
+    (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:5000])
+    refused(run("pack", tmp_path / "cut.gguf", "--out", tmp_path / "o.flash"), os.EX_DATAERR, "cut.gguf")
+    mamba = tiny.write(tmp_path / "mamba.gguf", "mamba")
+    refused(run("pack", mamba, "--out", tmp_path / "o.flash"), os.EX_DATAERR, "'mamba'", "llama, qwen2")
+    refused(run("pack", tmp_path / "none", "--out", tmp_path / "o.flash"), os.EX_NOINPUT, "no such file")
+    refused(run("pack", source, "--out", "/proc/none/o.flash"), os.EX_CANTCREAT, "/proc/none/o.flash")
+    assert not (tmp_path / "o.flash").exists()
+
+
+def test_bad_bundles(tmp_path: Path, tiny_bundle: Path) -> None:
+    path = Path(shutil.copy(tiny_bundle, tmp_path / "m.flash"))
+    raw = bytearray(path.read_bytes())
+    raw[-20000] ^= 1
+    path.write_bytes(raw)
+    refused(run("verify", path), os.EX_DATAERR, "damaged at byte")
+    raw[8] = 99
+    path.write_bytes(raw)
+    refused(run("info", path), os.EX_DATAERR, "update flashd")
+    refused(run("info", tmp_path / "none.flash"), os.EX_NOINPUT, "none.flash")
+    refused(run("ask", "hi", "--model", tiny_bundle.with_name("tiny.gguf")), os.EX_DATAERR, "not a flashd bundle")
+
+
+def test_bad_prompts(tiny_bundle: Path) -> None:
+    ask: list[str | Path] = ["ask", "--model", tiny_bundle, "--memory", "400M"]
+    refused(run(*ask, ""), os.EX_USAGE, "the prompt is empty")
+    refused(run(*ask, "-", stdin=b" \n"), os.EX_USAGE, "the prompt is empty")
+    refused(run(*ask, "-", stdin=b"caf\xe9"), os.EX_DATAERR, "not UTF-8 (byte 3)")
+    done = subprocess.run(
+        [*(os.fsencode(a) for a in FLASHD), b"ask", b"--model", os.fsencode(tiny_bundle), b"caf\xe9"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    refused(done, os.EX_DATAERR, "not UTF-8")
+    refused(run(*ask, "word " * 300, "--context", "64"), os.EX_USAGE, "context room for 63")
+    refused(run(*ask, "hi", "--temperature", "-1"), os.EX_USAGE, "--temperature", "0 to 10")
+    refused(run(*ask, "hi", "--memory", "lots"), os.EX_USAGE, "'lots'", "512M")
+
+
+def test_too_small_a_budget_names_one_that_works(packed: dict[str, Path]) -> None:
+    bundle = packed["int4"]
+    done = run("ask", "Hi", "--model", bundle, "--context", "256", "--memory", "64M", "--max-tokens", "4")
+    refused(done, os.EX_CONFIG, "64M is too small", "--memory ")
+    smallest = done.stderr.decode().split("--memory ")[1].strip()
+    done = run(
+        "ask", "Hi", "--model", bundle, "--context", "256", "--memory", smallest, "--max-tokens", "4", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["peak_bytes"] <= facts["memory_bytes"] == int(smallest[:-1]) << 20
+    assert not facts["resident"] and facts["card_bytes_per_token"] > 0
+
+
+@pytest.mark.parametrize("memory", ["220M", "300M", "600M"])
+def test_the_peak_stays_under_the_budget(packed: dict[str, Path], memory: str) -> None:
+    prompt = "Tell me about the sea. " * 100
+    done = run("ask", prompt, "--model", packed["int4"], "--memory", memory, "--max-tokens", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["prompt_tokens"] > 500
+    assert facts["peak_bytes"] <= facts["memory_bytes"]
+
+
+def test_plan_is_what_ask_does(packed: dict[str, Path]) -> None:
+    budget = ["--memory", "230M", "--context", "512"]
+    plan = json.loads(run("plan", packed["int4"], *budget, "--json").stdout)
+    ask: list[str | Path] = [
+        "ask",
+        "Hi",
+        "--model",
+        packed["int4"],
+        *budget,
+        "--max-tokens",
+        "8",
+        "--no-drafts",
+        "--ignore-eos",
+        "--json",
+    ]
+    facts = json.loads(run(*ask).stdout)
+    assert not plan["resident"] and not facts["resident"]
+    assert abs(facts["window_hit_rate"] - plan["pinned_groups"] / plan["groups"]) < 0.1
+    # what is read ahead may be counted a token early or late
+    assert facts["card_bytes_per_token"] == pytest.approx(plan["card_bytes"], rel=0.25)
+
+
+def test_info_and_verify_speak_to_machines(tiny_bundle: Path) -> None:
+    facts = json.loads(run("info", tiny_bundle, "--json").stdout)
+    assert (facts["family"], facts["layers"], facts["neurons"], facts["rows"]) == ("llama", 3, 224, "int4")
+    assert json.loads(run("verify", tiny_bundle, "--json").stdout)["whole"] is True
+    assert b"tiny llama" in run("info", tiny_bundle).stdout
+
+
+def test_eval_gives_the_perplexity_of_the_reference(packed: dict[str, Path], smollm: Path) -> None:
+    import numpy as np
+
+    from tests.conftest import DATA
+    from tests.engine.test_paths import tokens_of
+    from tests.reference import Reference
+
+    tokens = tokens_of(packed["int8"], (DATA / "chat.txt").read_text("utf-8"))
+    logits = Reference(smollm).logits(tokens)[:-1].astype(np.float64)
+    log_p = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
+    expected = np.exp(-log_p[np.arange(len(tokens) - 1), tokens[1:]].mean())
+    for memory in ("230M", "2G"):
+        done = run(
+            "eval", packed["int8"], "--text", DATA / "chat.txt", "--memory", memory, "--context", "512", "--json"
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["perplexity"] == pytest.approx(expected, rel=0.005)
+
+
+def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -> None:
+    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512"]
+    done = run(*question, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"Paris" in done.stdout
+    assert [p.suffix for p in (tmp_path / "flashd").iterdir()] == [".flash"]
+    assert b"Paris" in run(*question, home=tmp_path).stdout
+
+
+def test_ctrl_c_keeps_what_was_said(packed: dict[str, Path]) -> None:
+    ask = [*FLASHD, "ask", "Tell me a long story.", "--model", str(packed["int4"]), "--memory", "230M", "--stats"]
+    with subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        said = process.stdout.read(12)
+        process.send_signal(signal.SIGINT)
+        rest, word = process.stdout.read(), process.stderr.read().decode()
+    assert process.returncode == 130
+    assert len(said) == 12 and rest.endswith(b"\n")
+    assert "ended by interrupted" in word and "Traceback" not in word
+
+
+def test_chat_remembers_and_ends(packed: dict[str, Path]) -> None:
+    args = [*FLASHD[1:], "chat", "--model", str(packed["int4"]), "--max-tokens", "12"]
+    child = pexpect.spawn(FLASHD[0], args, encoding="utf-8", timeout=120)
+    child.expect("> ")
+    child.sendline("My name is Ada. Say hello.")
+    child.expect("> ")
+    child.sendline("/reset")
+    child.expect("> ")
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0

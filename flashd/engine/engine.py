@@ -38,7 +38,7 @@ class Prompts:
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that asks for the next answer. Raises DataError where the chat template fails."""
         if self._template is None:
-            return self._encoder.encode("\n".join(m.content for m in messages))
+            return self._encoder.encode_plain("\n".join(m.content for m in messages))
         return self._template.encode(messages, self._encoder)
 
     def plain(self, text: str) -> list[int]:

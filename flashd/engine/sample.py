@@ -71,7 +71,8 @@ class Sampler:
         p = _softmax(values)
         keep = np.cumsum(p) - p < s.top_p
         keep &= p >= s.min_p * p[0]
-        p = _softmax(values[keep] / s.temperature)
+        # from the largest down: a tiny temperature then makes zeros, not infinities
+        p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p
 
     def _penalised(self, logits: Floats, recent: Sequence[int]) -> Floats:

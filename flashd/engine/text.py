@@ -5,22 +5,31 @@ from __future__ import annotations
 import codecs
 import ctypes
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.errors import DataError
+from flashd.errors import DataError, UsageError
+
+BREAK = "\ue000\ue001\ue000"
+"""Private-use characters that part text where a control token must not form."""
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. role: system, user or assistant."""
+    """One turn of a conversation. Raises UsageError for a role that is none of ROLES."""
 
     role: str
     content: str
+
+    def __post_init__(self) -> None:
+        # templates put the role between control tokens: any other text could forge one
+        if self.role not in ROLES:
+            raise UsageError(f"role {self.role!r} is not known; allowed are {', '.join(ROLES)}")
 
 
 class Encoder:
@@ -37,40 +46,32 @@ class Encoder:
         except ValueError as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
+        self._controls = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         give_back_freed_memory()
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Control tokens in it are tokens: give it no text of a stranger's."""
         return self._first + list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_with(self, template: str, contents: dict[str, str]) -> list[int]:
-        """The tokens of `template` with each key of `contents` in it replaced by its value.
+    def encode_plain(self, text: str) -> list[int]:
+        """The tokens of a stranger's text as it stands: what spells a control token is only text."""
+        return self.encode_guarded(self.guarded(text))
 
-        A value cannot forge control tokens: where it spells one, it is encoded apart and as plain text.
-        """
-        forged = [k for k, v in contents.items() if self._spells_control(v)]
-        text = template
-        for key, value in contents.items():
-            if key not in forged:
-                text = text.replace(key, value)
-        tokens, rest = list(self._first), text
-        for key in forged:
-            before, _, rest = rest.partition(key)
-            tokens += self._plain(before) + self._harmless(contents[key])
-        return tokens + self._plain(rest)
+    def guarded(self, text: str) -> str:
+        """A stranger's text to put into a template: what spells a control token in it, or might with what
+        follows, is broken up by BREAK. Other text is left as it is."""
+        text = text.replace(BREAK, "")
+        for control in self._controls:
+            text = text.replace(control, control[0] + BREAK + control[1:])
+        begun = any(text.endswith(control[:n]) for control in self._controls for n in range(1, len(control)))
+        return text + BREAK if begun else text
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _spells_control(self, text: str) -> bool:
-        return any(t.content in text for t in self._tokenizer.get_added_tokens_decoder().values() if t.special)
-
-    def _harmless(self, text: str) -> list[int]:
-        self._tokenizer.encode_special_tokens = True
-        try:
-            return self._plain(text)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+    def encode_guarded(self, text: str) -> list[int]:
+        """The tokens of a text with guarded parts: the control tokens outside of them are tokens."""
+        tokens = list(self._first)
+        for part in text.split(BREAK):
+            tokens += self._tokenizer.encode(part, add_special_tokens=False).ids
+        return tokens
 
 
 def give_back_freed_memory() -> None:
@@ -85,6 +86,10 @@ def give_back_freed_memory() -> None:
         return  # not glibc
 
 
+TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+"""What a template's expressions can raise beside Jinja's own errors."""
+
+
 class ChatTemplate:
     """A model's chat template in Jinja's sandbox. Raises DataError where it is broken or reaches out."""
 
@@ -92,7 +97,9 @@ class ChatTemplate:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -107,14 +114,12 @@ class ChatTemplate:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, bos_token="", eos_token="")
-        except (self._error, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (self._error, *TEMPLATE_ERRORS) as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
     def encode(self, messages: Sequence[Message], encoder: Encoder) -> list[int]:
         """The tokens of the rendered messages, in which only the template's own control tokens count."""
-        contents = {f"\ue000{secrets.token_hex(8)}\ue001": m.content for m in messages}
-        marked = [Message(m.role, key) for m, key in zip(messages, contents, strict=True)]
-        return encoder.encode_with(self.render(marked), contents)
+        return encoder.encode_guarded(self.render([Message(m.role, encoder.guarded(m.content)) for m in messages]))
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
@@ -151,15 +156,19 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(what may be shown, whether a stop string has come)."""
-        self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stops) if at >= 0]
-        if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
-        keep = max((self._overlap(s) for s in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
+        """(what may be shown, whether a stop string has come).
+
+        The stop string that is complete first ends the text, the longest of those that are complete together.
+        """
+        shown = ""
+        for character in text:
+            self._held += character
+            complete = max((len(s) for s in self._stops if self._held.endswith(s)), default=0)
+            if complete:
+                shown, self._held = shown + self._held[:-complete], ""
+                return shown, True
+            cut = len(self._held) - max((self._overlap(s) for s in self._stops), default=0)
+            shown, self._held = shown + self._held[:cut], self._held[cut:]
         return shown, False
 
     def finish(self) -> str:

@@ -44,7 +44,6 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
 
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _gpt2,
-    "default": _gpt2,
     "smollm": _smollm,
     "qwen2": lambda: _split(QWEN2),
     "llama-bpe": lambda: _split(LLAMA3),
@@ -88,7 +87,7 @@ def read_vocabulary(source: GgufModel) -> Vocabulary:
         [AddedToken(texts[i], special=False, normalized=False) for i in special if types[i] == USER_DEFINED]
     )
     spelled = [
-        b"" if t == CONTROL else text.encode() if t == USER_DEFINED else spell(text, t)
+        b"" if t in (CONTROL, UNUSED) else text.encode() if t == USER_DEFINED else spell(text, t)
         for text, t in zip(texts, types, strict=True)
     ]
     bos = source.metadata("tokenizer.ggml.bos_token_id")
@@ -98,7 +97,7 @@ def read_vocabulary(source: GgufModel) -> Vocabulary:
         token_bytes=TokenBytes.of(spelled),
         eos=_end_tokens(source, texts, types),
         bos=bos if isinstance(bos, int) else None,
-        add_bos=source.metadata("tokenizer.ggml.add_bos_token") is True,
+        add_bos=_adds_bos(source, kind),
         chat_template=template if isinstance(template, str) else None,
     )
 
@@ -117,8 +116,9 @@ def _byte_level(source: GgufModel, texts: list[str]) -> Tokenizer:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise DataError(f"{source.path}: pre-tokenizer {pre!r} is not supported; known are {known}")
     merges: list[Any] = [tuple(m.split(" ", 1)) for m in _texts(source, "tokenizer.ggml.merges")]
+    vocab = {t: i for i, t in enumerate(texts)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=merges))
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:
         raise DataError(f"{source.path}: the tokenizer's merges do not fit its tokens ({error})") from error
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
@@ -175,6 +175,14 @@ def _sentence_piece_bytes(text: str, kind: int) -> bytes:
     if kind == BYTE:
         return bytes([int(text[3:5], 16)])
     return text.replace("▁", " ").encode()
+
+
+def _adds_bos(source: GgufModel, kind: str) -> bool:
+    """What the file says; where it says nothing, what its kind of tokenizer does."""
+    stated = source.metadata("tokenizer.ggml.add_bos_token")
+    if stated is None:
+        return kind == "llama" or source.metadata("tokenizer.ggml.pre") == "llama-bpe"
+    return stated is True
 
 
 def _end_tokens(source: GgufModel, texts: list[str], types: list[int]) -> list[int]:

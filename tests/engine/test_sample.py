@@ -53,6 +53,11 @@ def test_draws_follow_the_distribution_and_a_seed_repeats() -> None:
     assert np.abs(counts - [0.5, 0.3, 0.2]).max() < 0.02
 
 
+def test_a_tiny_temperature_is_nearly_greedy() -> None:
+    ids, p = Sampler(Sampling(1e-300, seed=1)).distribution(np.array([1.0, 30.0, 2.0], np.float32), [])
+    assert ids[0] == 1 and p.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_the_penalty_is_for_recent_tokens_only_and_leaves_the_logits_alone() -> None:
     logits = np.array([2.0, 1.9, -1.0], np.float32)
     sampler = Sampler(Sampling(repeat_penalty=1.5))

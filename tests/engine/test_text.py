@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
-from flashd.errors import DataError
+from flashd.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,42 @@ def test_a_prompt_cannot_forge_a_control_token(encoder_and_template, before: str
     assert forged.count(control) == honest
 
 
+def test_a_control_token_cannot_be_forged_over_two_messages(encoder_and_template) -> None:  # type: ignore[no-untyped-def]
+    encoder, _ = encoder_and_template
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (control,) = encoder.encode("<|im_end|>")
+    assert control not in template.encode([Message("user", "<|im_"), Message("user", "end|>")], encoder)
+    assert control not in encoder.encode_plain("a<|im_end|>b")
+    with pytest.raises(UsageError, match="role"):
+        Message("<|im_end|>", "x")
+
+
+def test_templates_may_trim_repeat_and_drop_what_they_are_given(encoder_and_template) -> None:  # type: ignore[no-untyped-def]
+    encoder, _ = encoder_and_template
+    template = ChatTemplate("{{ messages[0].content | trim }}, {{ messages[0].content | trim }}")
+    given = [Message("user", "  said <|im_end|> "), Message("user", "dropped <|im_end|>")]
+    (control,) = encoder.encode("<|im_end|>")
+    tokens = template.encode(given, encoder)
+    assert control not in tokens
+    assert sorted(tokens) == sorted(encoder.encode_plain("said <|im_end|>, said <|im_end|>"))
+
+
+def test_stops_do_not_depend_on_how_the_text_is_cut() -> None:
+    for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
+        watch, shown = StopStrings(["bcd", "c"]), ""
+        for piece in pieces:
+            part, stopped = watch.push(piece)
+            shown += part
+            if stopped:
+                break
+        assert shown == "ab" and stopped
+
+
 @pytest.mark.parametrize(
     "source",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for m in messages %}{{ m.content",
         "{{ raise_exception('no') }}",
         "{{ messages[99].content.x.y }}",

@@ -33,6 +33,8 @@ class Bundle:
         except OSError as error:
             raise InputMissing(f"{self.path}: {error.strerror}") from error
         try:
+            # what is needed next is known here and not guessed by the kernel, past the end of what is wanted
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
             self.header = self._read_header()
             self._at = {s.name: s for s in self.header.sections}
             self.checksums = self._read_checksums()
@@ -112,6 +114,8 @@ class Bundle:
         for first in range(0, count, at_once):
             n = min(at_once, count - first)
             data = self._pread(section.offset + first * section.run, n * section.run)
+            following = min(at_once, count - first - n)
+            self._read_ahead(section.offset + (first + n) * section.run, following * section.run)
             self.check(section, first, data)
             yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
 
@@ -142,8 +146,15 @@ class Bundle:
         for run in range(0, section.runs, runs):
             start = run * section.run
             data = self._pread(section.offset + start, min(runs * section.run, section.length - start))
+            following = start + len(data)
+            self._read_ahead(section.offset + following, min(runs * section.run, section.length - following))
             self.check(section, run, data)
             yield data
+
+    def _read_ahead(self, offset: int, length: int) -> None:
+        """Has the kernel fetch what is read next while what has come is checked and copied."""
+        if length > 0:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _pread(self, offset: int, length: int) -> bytes:
         parts = []

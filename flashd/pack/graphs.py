@@ -122,7 +122,7 @@ def _rows_product(g: _Graph, kind: RowKind, parts: tuple[str, str, str, str], in
 def linear(kind: RowKind) -> bytes:
     """y [T, n] = x [T, K] times n rows in place.
 
-    Quantised rows take x rounded to 8 bits a block and `sums` [T, K / 32], the sum of each block of x.
+    Quantised rows also take `sums` [T, K / 32], the sum of each block of x, and `index`, which counts 0 .. n.
     """
     g = _Graph()
     g.input("x", T.FLOAT, ["T", "K"])

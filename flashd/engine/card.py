@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -70,11 +70,11 @@ def extents(layer: int, groups: Sequence[int], group_bytes: int) -> list[Extent]
     ]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Read:
     extent: Extent
     buffer: mmap.mmap
-    groups: Future[Bytes] = field(default_factory=Future)
+    groups: Future[Bytes]
 
 
 class CardStream:
@@ -115,9 +115,8 @@ class CardStream:
     def read_ahead(self) -> None:
         """Starts as many of the next reads as there are idle buffers."""
         while self._idle and self._schedule:
-            read = _Read(self._schedule[self._next], self._idle.pop())
-            read.groups = self._pool.submit(self._read, read.extent, read.buffer)
-            self._reads.append(read)
+            extent, buffer = self._schedule[self._next], self._idle.pop()
+            self._reads.append(_Read(extent, buffer, self._pool.submit(self._read, extent, buffer)))
             self._next = (self._next + 1) % len(self._schedule)
 
     def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:

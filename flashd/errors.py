@@ -36,6 +36,24 @@ class MemoryTooSmall(FlashdError):
     exit_code = os.EX_CONFIG
 
 
+class ConfigError(FlashdError):
+    """The configuration does not make sense."""
+
+    exit_code = os.EX_CONFIG
+
+
+class Busy(FlashdError):
+    """A job was not accepted: too many are waiting, or its trigger starts too many."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class NotRunning(FlashdError):
+    """No daemon answers."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
 class CannotWrite(FlashdError):
     """The output could not be written: the disk is full, the folder is not writable."""
 

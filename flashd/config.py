@@ -1,0 +1,443 @@
+"""flashd.yaml -> typed settings. An error names the key, the line and what is allowed.
+
+Every struct refuses unknown keys; msgspec checks types and ranges; what it cannot express is in a struct's
+__post_init__. deploy/flashd.example.yaml documents each key.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from flashd.errors import ConfigError
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Pin = Annotated[int, msgspec.Meta(ge=0, le=63)]
+Priority = Annotated[int, msgspec.Meta(ge=0, le=9)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=86400 * 366)]
+PerMinute = Annotated[int, msgspec.Meta(ge=1, le=6000)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the file in which every key is known."""
+
+
+class Spool(Strict, frozen=True, kw_only=True):
+    path: str = "/var/lib/flashd/spool.db"
+    most_waiting: Count = 32
+    keep: Count = 1000
+
+
+class Answering(Strict, frozen=True, kw_only=True):
+    """How an answer is drawn where a job does not say."""
+
+    system: str | None = None
+    max_tokens: Count = 128
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
+
+
+class Api(Strict, frozen=True, kw_only=True):
+    socket: str = "/run/flashd/flashd.sock"
+    loopback: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+
+
+class Serial(Strict, frozen=True, kw_only=True):
+    name: Name
+    port: str
+    baud: Annotated[int, msgspec.Meta(ge=50, le=4_000_000)] = 115200
+    mode: Literal["human", "machine"] = "human"
+    charset: Literal["utf-8", "ascii"] = "utf-8"
+    columns: Annotated[int, msgspec.Meta(ge=20, le=400)] = 80
+    flow: Literal["none", "rtscts", "xonxoff"] = "none"
+
+
+# --- sensors ----------------------------------------------------------------------------------------------
+
+
+class Sensor(Strict, tag_field="kind", frozen=True, kw_only=True):
+    name: Name
+    unit: str = ""
+    timeout: Positive = 2.0
+
+
+class Distance(Sensor, tag="distance", frozen=True, kw_only=True):
+    """An ultrasonic ranger. Metres."""
+
+    echo: Pin
+    trigger: Pin
+    unit: str = "m"
+    range: Positive = 4.0
+
+
+class Light(Sensor, tag="light", frozen=True, kw_only=True):
+    """A light-dependent resistor with a capacitor. 0 dark to 1 bright."""
+
+    pin: Pin
+
+
+class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
+    """A channel of an MCP3008. `low` and `high` are what 0 and full scale stand for."""
+
+    channel: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    low: float = 0.0
+    high: float = 1.0
+
+
+class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
+    """A DS18B20 thermometer on the 1-Wire bus. Degrees Celsius. Without an id the first that is found."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^28-[0-9a-f]{12}$")] | None = None
+    unit: str = "°C"
+
+
+class Iio(Sensor, tag="iio", frozen=True, kw_only=True):
+    """A channel of a Linux IIO device, such as temp, pressure or humidityrelative of a bme280."""
+
+    device: str
+    channel: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]{1,40}$")]
+
+
+AnySensor = Distance | Light | Analog | OneWire | Iio
+
+
+# --- triggers ---------------------------------------------------------------------------------------------
+
+
+class Drive(Strict, frozen=True, kw_only=True):
+    """An output pin that a decision drives: on after the answer `answer`, for at most `most` seconds."""
+
+    pin: Pin
+    answer: str
+    most: Positive = 10.0
+    active_high: bool = True
+
+
+class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What starts a job. `prompt` is a Jinja template with `sensors`, `now`, `last` and the trigger's own values."""
+
+    name: Name
+    prompt: str
+    system: str | None = None
+    priority: Priority = 5
+    deadline: Positive | None = None
+    barge_in: bool = False
+    coalesce: bool = True
+    per_minute: PerMinute | None = None
+    cooldown: Seconds = 0.0
+    max_tokens: Count | None = None
+    choose: list[str] | None = None
+    json_schema: dict[str, Any] | None = None
+    drive: Drive | None = None
+
+    def __post_init__(self) -> None:
+        if self.choose is not None and (len(self.choose) < 2 or len(set(self.choose)) != len(self.choose)):
+            raise ValueError("choose needs two different answers or more")
+        if self.choose is not None and not all(c.strip() for c in self.choose):
+            raise ValueError("choose has an empty answer")
+        if self.choose and self.json_schema:
+            raise ValueError("choose and json_schema exclude each other")
+        if self.drive and (self.choose is None or self.drive.answer not in self.choose):
+            raise ValueError("drive needs choose, with drive.answer among them")
+
+
+class Button(Trigger, tag="button", frozen=True, kw_only=True):
+    pin: Pin
+    press: Literal["short", "long", "double"] = "short"
+    hold: Positive = 1.0
+    gap: Positive = 0.4
+    bounce: Seconds = 0.05
+    pull_up: bool = True
+
+
+class Motion(Trigger, tag="motion", frozen=True, kw_only=True):
+    pin: Pin
+
+
+class Door(Trigger, tag="door", frozen=True, kw_only=True):
+    """A contact that opens, or closes."""
+
+    pin: Pin
+    when: Literal["open", "close"] = "open"
+    bounce: Seconds = 0.05
+    pull_up: bool = True
+
+
+class Near(Trigger, tag="near", frozen=True, kw_only=True):
+    """Something nearer to a distance sensor than `below` metres."""
+
+    sensor: Name
+    below: Positive
+    every: Positive = 0.5
+
+
+class Rotary(Trigger, tag="rotary", frozen=True, kw_only=True):
+    """A rotary encoder that picks from `menu` and a button that asks; the template has `choice`."""
+
+    a: Pin
+    b: Pin
+    button: Pin
+    menu: Annotated[list[str], msgspec.Meta(min_length=1)]
+    bounce: Seconds = 0.05
+
+
+class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
+    """Every so many seconds, or at a time of day."""
+
+    every: Positive | None = None
+    at: Annotated[str, msgspec.Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.every is None) == (self.at is None):
+            raise ValueError("a schedule has either every: SECONDS or at: 'HH:MM'")
+
+
+class Manual(Trigger, tag="manual", frozen=True, kw_only=True):
+    """Started only by name: from a console, the API or the kiosk."""
+
+
+AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
+
+
+# --- outputs ----------------------------------------------------------------------------------------------
+
+
+class Led(Strict, tag_field="kind", tag="led", frozen=True, kw_only=True):
+    """One LED that shows what the appliance does by how it blinks."""
+
+    pin: Pin
+    active_high: bool = True
+
+
+class RgbLed(Strict, tag_field="kind", tag="rgb", frozen=True, kw_only=True):
+    red: Pin
+    green: Pin
+    blue: Pin
+    active_high: bool = True
+
+
+class Buzzer(Strict, tag_field="kind", tag="buzzer", frozen=True, kw_only=True):
+    """Beeps once for an answer and three times for an error."""
+
+    pin: Pin
+
+
+class Speech(Strict, tag_field="kind", tag="speech", frozen=True, kw_only=True):
+    """A program that is given a sentence on its standard input and says it."""
+
+    command: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: ["espeak-ng", "--stdin"]
+    )
+
+
+class Display(Strict, tag_field="kind", tag="display", frozen=True, kw_only=True):
+    """A small display of the luma.oled package, on I2C."""
+
+    driver: Literal["ssd1306", "sh1106", "ssd1309"] = "ssd1306"
+    port: Annotated[int, msgspec.Meta(ge=0, le=63)] = 1
+    address: Annotated[int, msgspec.Meta(ge=3, le=119)] = 0x3C
+
+
+class Hook(Strict, tag_field="kind", tag="hook", frozen=True, kw_only=True):
+    """A program that is run when a job comes to `event`, with the job as JSON on its standard input."""
+
+    event: Literal["accepted", "started", "done", "failed", "cancelled"] = "done"
+    command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    timeout: Positive = 10.0
+
+
+AnyOutput = Led | RgbLed | Buzzer | Speech | Display | Hook
+
+
+class Kiosk(Strict, frozen=True, kw_only=True):
+    title: str = "Ask me"
+    presets: list[str] = msgspec.field(default_factory=lambda: ["What can you do?"])
+
+
+class Settings(Strict, frozen=True, kw_only=True):
+    """The whole file."""
+
+    model: str | None = None
+    memory: str | None = None
+    context: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 1024
+    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    answer: Answering = Answering()
+    api: Api = Api()
+    spool: Spool = Spool()
+    kiosk: Kiosk = Kiosk()
+    mute_pin: Pin | None = None
+    serial: list[Serial] = []
+    sensors: list[AnySensor] = []
+    triggers: list[AnyTrigger] = []
+    outputs: list[AnyOutput] = []
+
+    def __post_init__(self) -> None:
+        for what in ("serial", "sensors", "triggers"):
+            names = [entry.name for entry in getattr(self, what)]
+            twice = next((n for n in names if names.count(n) > 1), None)
+            if twice:
+                raise ValueError(f"two {what} are called {twice!r}")
+        sensors = {s.name: s for s in self.sensors}
+        for trigger in self.triggers:
+            if isinstance(trigger, Near) and not isinstance(sensors.get(trigger.sensor), Distance):
+                raise ValueError(f"trigger {trigger.name!r} needs a distance sensor called {trigger.sensor!r}")
+        pins = [pin for entry in (*self.sensors, *self.triggers, *self.outputs) for pin in _pins(entry)]
+        pins += [self.mute_pin] if self.mute_pin is not None else []
+        shared = next((p for p in pins if pins.count(p) > 1 and not self._all_buttons(p)), None)
+        if shared is not None:
+            raise ValueError(f"pin {shared} is used twice")
+
+    def _all_buttons(self, pin: int) -> bool:
+        """Short, long and double presses may be of one button."""
+        users = [e for e in (*self.sensors, *self.triggers, *self.outputs) if pin in _pins(e)]
+        presses = [e.press for e in users if isinstance(e, Button)]
+        return len(presses) == len(users) and len(set(presses)) == len(presses)
+
+
+def _pins(entry: Any) -> list[int]:
+    names = ("pin", "echo", "trigger", "a", "b", "button", "red", "green", "blue")
+    pins = [value for name in names if isinstance(value := getattr(entry, name, None), int)]
+    drive = getattr(entry, "drive", None)
+    return pins + ([drive.pin] if drive else [])
+
+
+def load(path: Path) -> Settings:
+    """The settings of a file. Raises ConfigError naming the line, the key and what is allowed."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "flashd.yaml") -> Settings:
+    """The settings of a text called `name`. Raises ConfigError."""
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_tricks(tree)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{name}, line {mark.line + 1 if mark else 1}: {what}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: {error}") from error
+    try:
+        return msgspec.convert({} if value is None else value, Settings)
+    except msgspec.ValidationError as error:
+        what, path = _message(str(error))
+        unknown = re.match(r"Object contains unknown field `(.+)`", what)
+        line = _line(tree, [*path, unknown.group(1)] if unknown else path)
+        raise ConfigError(f"{name}, line {line}: {_dotted(path)}{_explained(what, path, value)}") from error
+
+
+def _refuse_tricks(tree: Any) -> None:
+    """An alias can make a short file a large tree: there is no use for one here. A key given twice is a mistake."""
+    seen: set[int] = set()
+    todo = [tree] if tree is not None else []
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=node.start_mark)
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: list[Any] = []
+            for key, child in node.value:
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                keys.append(key.value)
+                todo.append(child)
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+
+
+def _message(text: str) -> tuple[str, list[str | int]]:
+    """msgspec's 'what - at `$.a[0].b`' -> (what, ['a', 0, 'b'])."""
+    what, _, where = text.partition(" - at `$")
+    steps: list[str | int] = []
+    for word, number in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", where):
+        steps.append(int(number) if number else word)
+    return what, steps
+
+
+def _line(tree: Any, path: list[str | int]) -> int:
+    line = tree.start_mark.line + 1 if tree is not None else 1
+    for step in path:
+        if isinstance(tree, yaml.MappingNode):
+            found = next(((k, v) for k, v in tree.value if k.value == step), None)
+            if found is None:
+                break
+            line, tree = found[0].start_mark.line + 1, found[1]
+        elif isinstance(tree, yaml.SequenceNode) and isinstance(step, int):
+            tree = tree.value[step]
+            line = tree.start_mark.line + 1
+    return int(line)
+
+
+def _dotted(path: list[str | int]) -> str:
+    text = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in path).lstrip(".")
+    return f"{text}: " if text else ""
+
+
+def _explained(what: str, path: list[str | int], value: Any) -> str:
+    """What msgspec says, in the file's own words, with what is allowed."""
+    unknown = re.match(r"Object contains unknown field `(.+)`", what)
+    if unknown:
+        allowed = ", ".join(_keys(path, value))
+        return f"{unknown.group(1)!r} is not known; allowed are {allowed}"
+    missing = re.match(r"Object missing required field `(.+)`", what)
+    if missing:
+        return f"{missing.group(1)!r} is missing"
+    tag = re.match(r"Invalid value '?(.*?)'?$", what)
+    if tag and path and path[-1] == "kind" and isinstance(path[0], str):
+        kinds = [t.__struct_config__.tag for t in typing.get_args(_element(path[0]))]
+        return f"{tag.group(1)!r} is not known; allowed are {', '.join(map(str, kinds))}"
+    choice = re.match(r"Invalid enum value '?(.*?)'?$", what)
+    if choice:
+        options = _options(path, value)
+        return f"{choice.group(1)!r} is not allowed" + (f"; allowed are {', '.join(options)}" if options else "")
+    if what == "Expected `str`, got `bool`":
+        return "expected a text; quote it: YAML takes yes, no, on and off for true and false"
+    return what[:1].lower() + what[1:]
+
+
+def _element(key: str) -> Any:
+    return typing.get_args(typing.get_type_hints(Settings)[key])[0]
+
+
+def _struct(path: list[str | int], value: Any) -> Any:
+    """The struct that describes the mapping at `path`."""
+    kind: Any = Settings
+    for step in path:
+        value = value[step]
+        if isinstance(step, str):
+            kind = typing.get_type_hints(kind)[step]
+            kind = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
+        options = typing.get_args(kind) or (kind,)
+        if isinstance(value, dict):
+            kind = next((o for o in options if o.__struct_config__.tag == value.get("kind")), options[0])
+    return kind
+
+
+def _keys(path: list[str | int], value: Any) -> list[str]:
+    kind = _struct(path, value)
+    tag = ["kind"] if kind.__struct_config__.tag_field else []
+    return tag + [f.name for f in msgspec.structs.fields(kind)]
+
+
+def _options(path: list[str | int], value: Any) -> list[str]:
+    parent = _struct(path[:-1], value)
+    return [str(o) for o in typing.get_args(typing.get_type_hints(parent).get(str(path[-1])))]

@@ -105,14 +105,8 @@ class Conversation:
 
         Raises UsageError where the prompt is empty or leaves no room in the context; CardError, DamagedRun.
         """
+        self._check(prompt)
         context = self.model.cache.context
-        if not prompt:
-            raise UsageError("the prompt is empty; say what to answer")
-        if len(prompt) >= context:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context room for {context - 1};"
-                " shorten it or raise --context"
-            )
         started = time.perf_counter()
         logits = self._prefill(prompt, figures, on_step)
         figures.prefill_seconds = time.perf_counter() - started
@@ -136,6 +130,23 @@ class Conversation:
                     logits = self._next(token, min(limit - count, context - len(self.tokens)) - 1, figures, on_step)
         finally:
             self._forget_drafts()
+
+    def logits(self, tokens: Sequence[int], figures: Figures, on_step: OnStep = silent) -> Floats:
+        """Logits [V] behind `tokens`; what of them is in the cache already is not computed again.
+
+        Raises UsageError where they do not fit in the context; CardError, DamagedRun.
+        """
+        self._check(tokens)
+        return self._prefill(tokens, figures, on_step)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty; say what to answer")
+        if len(prompt) >= self.model.cache.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context room for {self.model.cache.context - 1};"
+                " shorten it or raise --context"
+            )
 
     def _next(self, token: int, room: int, figures: Figures, on_step: OnStep) -> Floats:
         """Logits [V] behind `token`: from the last pass if that had drafted it, else from a new one."""

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import Floats
 from flashd.bundle.token_bytes import TokenBytes
+from flashd.engine.decide import Choices, Decision, decide
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.paged import OnStep, PagedModel, silent
 from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
 from flashd.engine.resident import ResidentModel
-from flashd.engine.sample import Sampler, Sampling
+from flashd.engine.sample import Constraint, Sampler, Sampling
 from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.errors import UsageError
 
 DEFAULT_CONTEXT = 1024
 
@@ -40,6 +43,10 @@ class Prompts:
         if self._template is None:
             return self._encoder.encode_plain("\n".join(m.content for m in messages))
         return self._template.encode(messages, self._encoder)
+
+    def choices(self, texts: Sequence[str]) -> Choices:
+        """The tokens of each text as an answer may begin with them."""
+        return {text: self._encoder.encode_answer(text) for text in texts}
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text as it stands."""
@@ -98,6 +105,7 @@ class Engine:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         drafts: bool = True,
+        constraint: Constraint | None = None,
         on_step: OnStep = silent,
     ) -> Iterator[str]:
         """The answer's text as it comes, complete characters only; `answer` holds what was said so far.
@@ -106,7 +114,7 @@ class Engine:
         """
         words, stops = Detokenizer(self.token_bytes), StopStrings(list(stop))
         tokens = self._conversation.generate(
-            prompt, Sampler(sampling), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
+            prompt, Sampler(sampling, constraint), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
             figures=answer.figures, drafts=drafts, on_step=on_step,
         )  # fmt: skip
         for token in tokens:
@@ -120,3 +128,22 @@ class Engine:
         rest += stops.finish()
         answer.text += rest
         yield rest
+
+    def choose(
+        self, prompt: Sequence[int], choices: Choices, sampling: Sampling, answer: Answer, on_step: OnStep = silent
+    ) -> Decision:
+        """Draws one of `choices` for an answer, with the probability of each.
+
+        Raises UsageError for a prompt that is too long or choices that are not; CardError, DataError.
+        """
+        ends = self.bundle.header.text.eos
+        if not ends:
+            raise UsageError("the model has no token that ends an answer, so it cannot choose")
+
+        def logits(said: Sequence[int]) -> Floats:
+            return self._conversation.logits([*prompt, *said], answer.figures, on_step)
+
+        decision = decide(logits, choices, ends[0], sampling.temperature, sampling.seed)
+        answer.text, answer.figures.finish = decision.text, "stop"
+        answer.figures.tokens = len(choices[decision.text])
+        return decision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,20 +44,32 @@ class Sampling:
                 raise UsageError(f"{option} {value} is out of range; allowed is {allowed}")
 
 
+class Constraint(Protocol):
+    """Which tokens may come: a grammar that follows the answer as it is drawn."""
+
+    def mask(self, logits: Floats) -> Floats: ...
+
+    def advance(self, token: int) -> None: ...
+
+
 class Sampler:
     """Draws tokens. Filters in llama.cpp's order: penalty, top-k, top-p, min-p, temperature."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
         self._s = sampling
+        self._constraint = constraint
         self._random = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: Floats, recent: Sequence[int]) -> int:
         """The next token, given logits [V] and the tokens before it. The logits are left as they are."""
         ids, probabilities = self.distribution(logits, recent)
-        if len(ids) == 1:
-            return int(ids[0])
-        at = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
-        return int(ids[min(int(at), len(ids) - 1)])
+        at = 0
+        if len(ids) > 1:
+            at = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
+        token = int(ids[min(at, len(ids) - 1)])
+        if self._constraint is not None:
+            self._constraint.advance(token)
+        return token
 
     def distribution(
         self, logits: Floats, recent: Sequence[int]
@@ -64,13 +77,15 @@ class Sampler:
         """Tokens [n] that may be drawn, likeliest first, and their probabilities [n], which sum to 1."""
         s = self._s
         logits = self._penalised(logits, recent)
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
         if s.temperature == 0:
             return np.array([np.argmax(logits)], np.int64), np.ones(1)
         ids = _largest(logits, s.top_k)
         values = logits[ids].astype(np.float64)
         p = _softmax(values)
         keep = np.cumsum(p) - p < s.top_p
-        keep &= p >= s.min_p * p[0]
+        keep &= (p >= s.min_p * p[0]) & (p > 0)
         # from the largest down: a tiny temperature then makes zeros, not infinities
         p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p

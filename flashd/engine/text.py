@@ -53,6 +53,10 @@ class Encoder:
         """The tokens of a text. Control tokens in it are tokens: give it no text of a stranger's."""
         return self._first + list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of a text that a model says: no token that begins a text, and none that controls."""
+        return self.encode_plain(text)[len(self._first) :]
+
     def encode_plain(self, text: str) -> list[int]:
         """The tokens of a stranger's text as it stands: what spells a control token is only text."""
         return self.encode_guarded(self.guarded(text))
@@ -68,10 +72,8 @@ class Encoder:
 
     def encode_guarded(self, text: str) -> list[int]:
         """The tokens of a text with guarded parts: the control tokens outside of them are tokens."""
-        tokens = list(self._first)
-        for part in text.split(BREAK):
-            tokens += self._tokenizer.encode(part, add_special_tokens=False).ids
-        return tokens
+        parts = text.split(BREAK)
+        return self._first + [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
 
 
 def give_back_freed_memory() -> None:

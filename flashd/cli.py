@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import flashd
-from flashd import embedded
+from flashd import appliance_cli, embedded
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
 from flashd.console import MIB, Bar
@@ -115,7 +115,9 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_ask(args: argparse.Namespace) -> int:
-    """flashd ask"""
+    """flashd ask: through the daemon where one runs and nothing else is asked for, else with a model of its own."""
+    if appliance_cli.daemon_serves(args):
+        return appliance_cli.ask_daemon(args, _prompt_text(args.prompt))
     from flashd.engine.child import in_child
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.text import Message
@@ -382,6 +384,8 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk, a line at a time")
     _add_answering(chat)
     chat.set_defaults(run=run_chat)
+
+    appliance_cli.add_commands(commands)
 
     evaluate = commands.add_parser("eval", help="perplexity of a text")
     evaluate.add_argument("bundle", type=Path, metavar="FILE.flash")

@@ -1,0 +1,161 @@
+"""The commands of the appliance: serve, check-config, jobs, show, safe, and asking a daemon that runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flashd.client import Client, socket_path
+from flashd.errors import InputMissing, UsageError
+
+CONFIG = Path("/etc/flashd/flashd.yaml")
+INTERRUPTED = 130
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the appliance's commands to the parser's."""
+    serve = commands.add_parser("serve", help="run the appliance: jobs, API, consoles, triggers, outputs")
+    serve.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    serve.add_argument("--demo", action="store_true", help="try it with no board: mock pins, a pseudo-terminal")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check-config", help="is the configuration right?")
+    check.add_argument("config", type=Path, nargs="?", default=CONFIG, metavar="FILE.yaml")
+    check.set_defaults(run=_check)
+
+    jobs = commands.add_parser("jobs", help="the latest jobs")
+    jobs.add_argument("--most", type=int, default=20, help="how many (default 20)")
+    show = commands.add_parser("show", help="one job: what was asked, answered, and what it cost")
+    show.add_argument("number", type=int, metavar="ID")
+    for command, run in ((jobs, _jobs), (show, _show)):
+        command.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+        command.add_argument("--spool", type=Path, metavar="FILE.db", help="default: as the configuration says")
+        command.add_argument("--json", action="store_true")
+        command.set_defaults(run=run)
+
+    safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
+    safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    safe.set_defaults(run=_safe)
+
+
+def daemon_serves(args: argparse.Namespace) -> bool:
+    """Whether a daemon is to answer: one is there, and no model or budget of one's own is asked for."""
+    own = (args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts)
+    return not any(own) and socket_path().exists()
+
+
+def ask_daemon(args: argparse.Namespace, text: str) -> int:
+    """Streams a daemon's answer to standard output; Ctrl-C cancels the job."""
+    if args.top_k or args.min_p or args.repeat_penalty != 1:
+        raise UsageError("the daemon takes --temperature, --top-p and --seed; name a --model to draw otherwise")
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    body = {
+        "messages": [*messages, {"role": "user", "content": text}], "max_tokens": args.max_tokens,
+        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "stop": args.stop,
+    }  # fmt: skip
+    client = Client(socket_path())
+    try:
+        for event in client.ask(body):
+            print(event["choices"][0]["delta"].get("content", ""), end="", flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        client.close()
+        print(flush=True)
+    return os.EX_OK
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """flashd serve"""
+    _needs_appliance()
+    from flashd.daemon.main import serve, serve_demo
+
+    if args.demo:
+        serve_demo(lambda manual: print(manual, flush=True))
+    else:
+        serve(args.config)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """flashd check-config"""
+    _needs_appliance()
+    from device.appliance import check
+    from flashd import config
+
+    settings = config.load(args.config)
+    check(settings)
+    print(
+        f"{args.config}: right; {len(settings.serial)} serial, {len(settings.sensors)} sensors,"
+        f" {len(settings.triggers)} triggers, {len(settings.outputs)} outputs"
+    )
+
+
+def _jobs(args: argparse.Namespace) -> None:
+    """flashd jobs"""
+    import msgspec
+
+    from flashd.daemon import spool
+
+    jobs = spool.read(_spool_path(args), "ORDER BY id DESC LIMIT ?", max(1, args.most))
+    if args.json:
+        print(msgspec.json.encode(jobs).decode())
+        return
+    for job in jobs:
+        when = datetime.fromtimestamp(job.created).strftime("%Y-%m-%d %H:%M:%S")
+        text = " ".join(job.result.text.split())
+        print(f"{job.id:6}  {when}  {job.state:9}  {job.request.source:20}  {text[:60]}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    """flashd show"""
+    import msgspec
+
+    from flashd.daemon import spool
+
+    path = _spool_path(args)
+    found = spool.read(path, "WHERE id = ?", args.number)
+    if not found:
+        raise InputMissing(f"{path}: no job {args.number}; flashd jobs lists them")
+    job = found[0]
+    if args.json:
+        print(msgspec.json.encode(job).decode())
+        return
+    for turn in job.request.turns:
+        print(f"{turn.role}: {turn.content}")
+    print(f"{job.state} ({job.result.finish}): {job.result.text}")
+    for name, value in (job.result.probabilities | job.result.figures).items():
+        print(f"{name.replace('_', ' '):28} {value:.4g}")
+
+
+def _safe(args: argparse.Namespace) -> None:
+    """flashd safe"""
+    _needs_appliance()
+    from device.drives import Drives
+    from flashd import config
+
+    Drives(config.load(args.config).triggers).close()
+
+
+def _spool_path(args: argparse.Namespace) -> Path:
+    if args.spool:
+        return Path(args.spool)
+    _needs_appliance()
+    from flashd import config
+
+    return Path(config.load(args.config).spool.path)
+
+
+def _needs_appliance() -> None:
+    import importlib.util
+
+    missing = [
+        name for name in ("yaml", "serial", "gpiozero", "starlette", "uvicorn") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise InputMissing(f"the appliance needs its extra ({', '.join(missing)}): pip install 'flashd[appliance]'")
+    if sys.platform != "linux":
+        raise UsageError("the appliance runs on Linux")

@@ -1,0 +1,66 @@
+"""Asks a running daemon over its socket, so that `flashd ask` need not load the model again."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flashd.errors import Busy, FlashdError, NotRunning, UsageError
+
+SOCKET = "/run/flashd/flashd.sock"
+
+
+def socket_path() -> Path:
+    """Where a daemon listens: FLASHD_SOCKET, or where the service does."""
+    return Path(os.environ.get("FLASHD_SOCKET", SOCKET))
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self._path))
+
+
+class Client:
+    """A daemon's API. Raises NotRunning where none listens."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = _Connection(path)
+        try:
+            self._connection.connect()
+        except OSError as error:
+            raise NotRunning(f"{path}: no daemon answers ({error.strerror}); start it with: flashd serve") from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def ask(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a streamed chat completion. Raises Busy, UsageError, FlashdError."""
+        reply = self._request("POST", "/v1/chat/completions", {**body, "stream": True})
+        for line in reply:
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            event: dict[str, Any] = json.loads(line[6:])
+            if "error" in event:
+                raise FlashdError(event["error"]["message"])
+            yield event
+
+    def _request(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+        try:
+            self._connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            reply = self._connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise NotRunning(f"the daemon went away: {error}") from error
+        if reply.status != 200:
+            message = json.loads(reply.read())["error"]["message"]
+            raise {400: UsageError, 429: Busy}.get(reply.status, FlashdError)(message)
+        return reply

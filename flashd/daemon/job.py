@@ -1,0 +1,102 @@
+"""A job: one request for an answer, and what has become of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Role = Literal["system", "user", "assistant"]
+MAX_TEXT = 256 << 10
+"""Characters of one message."""
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Role
+    content: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+
+
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
+    """How the answer's tokens are drawn; None: as the configuration says."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked, by whom, and how urgent it is."""
+
+    turns: tuple[Turn, ...]
+    source: str  # who asks: "serial:console", "api", "trigger:door"
+    plain: bool = False  # the turns' text as it stands, with no chat template
+    priority: int = 5  # 0 to 9, the highest first
+    deadline: float | None = None  # seconds after which it is no longer worth an answer
+    barge_in: bool = False  # interrupts a running job of lower priority, which waits again
+    coalesce: bool = False  # one of the same source that still waits stands for this one too
+    per_minute: int | None = None  # jobs of this source
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    draw: Draw = Draw()
+    choose: tuple[str, ...] = ()  # the answer is one of these
+    json_schema: dict[str, Any] | None = None  # the answer is JSON of this schema
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """What came of a job."""
+
+    text: str = ""
+    finish: str = ""  # stop, length, cancelled, an error's text
+    probabilities: dict[str, float] = {}
+    figures: dict[str, float] = {}
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """A request that was accepted."""
+
+    id: int
+    request: Request
+    created: float  # seconds since 1970
+    state: State = State.QUEUED
+    attempts: int = 0
+    ended: float | None = None
+    result: Result = msgspec.field(default_factory=Result)
+
+    def __str__(self) -> str:
+        return f"job {self.id} of {self.request.source}"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a job.
+
+    queued (position), started, progress (done, total, card_bytes), text (text), restarted (forget what was said),
+    ended (the job as it ended).
+    """
+
+    kind: Literal["queued", "started", "progress", "text", "restarted", "ended"]
+    job: int
+    text: str = ""
+    position: int = 0
+    done: int = 0
+    total: int = 0
+    card_bytes: int = 0
+    end: Job | None = None

@@ -1,0 +1,299 @@
+"""Jobs: accepted, queued, watched, cancelled, ended. Accepted means kept.
+
+Devices and the API submit and watch; one worker takes and ends. All of it may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+
+from flashd.daemon.job import Event, Job, Request, State
+from flashd.daemon.spool import Spool
+from flashd.errors import Busy, UsageError
+
+log = logging.getLogger(__name__)
+
+MOST_ATTEMPTS = 3
+"""Starts after which a job that the daemon never survived is given up."""
+
+
+Sink = Callable[[Event | None], None]
+"""Takes events from whatever thread they happen in, and None when there will be no more. It must not wait."""
+
+
+class Watch:
+    """The events of one job, or of all, as they come. Close it."""
+
+    def __init__(self, stop: Callable[[Watch], None], job: int | None, sink: Sink | None = None) -> None:
+        self.job = job
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()
+        self._stop = stop
+        self.put = sink or self._queue.put
+
+    def next(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None where none came in `timeout` seconds or the watch was closed."""
+        try:
+            return self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
+        except Empty:
+            return None
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events up to the job's end."""
+        while (event := self.next()) is not None:
+            yield event
+            if event.kind == "ended" and self.job is not None:
+                return
+
+    def close(self) -> None:
+        self._stop(self)
+        self.put(None)
+
+
+class Jobs:
+    """The queue. `most_waiting` bounds what waits; each ended job is in the spool until it is among the oldest."""
+
+    def __init__(self, spool: Spool, most_waiting: int) -> None:
+        self._spool = spool
+        self._most = most_waiting
+        self._changed = threading.Condition(threading.RLock())
+        self._waiting: list[tuple[int, int, Job]] = []  # a heap: (-priority, id, job)
+        self._running: Job | None = None
+        self._interrupt = False
+        self._cancelled: set[int] = set()
+        self._watches: list[Watch] = []
+        self._recent: dict[str, deque[float]] = {}
+        self._monotonic: dict[int, float] = {}
+        self._closed = False
+        self.last_text = ""
+        self._recover()
+
+    # --- for those who ask --------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Job:
+        """Accepts a request: it is in the spool when this returns.
+
+        Raises Busy where too many wait or its source asks too often; UsageError where it is empty.
+        """
+        if not any(turn.content.strip() for turn in request.turns if turn.role == "user"):
+            raise UsageError("the prompt is empty; say what to answer")
+        with self._changed:
+            if self._closed:
+                raise Busy("flashd is stopping; try again when it runs")
+            same = self._same(request)
+            if same is not None:
+                return same
+            self._check_rate(request)
+            if len(self._waiting) >= self._most:
+                raise Busy(f"{len(self._waiting)} jobs are waiting already; try again later")
+            job = self._spool.add(request)
+            self._note_rate(request)
+            self._monotonic[job.id] = time.monotonic()
+            heapq.heappush(self._waiting, (-request.priority, job.id, job))
+            self._tell(Event(kind="queued", job=job.id, position=self.position(job.id)))
+            running = self._running
+            if request.barge_in and running is not None and running.request.priority < request.priority:
+                self._interrupt = True
+            self._changed.notify_all()
+        log.info("%s accepted", job, extra=_fields(job))
+        return job
+
+    def watch(self, number: int | None = None, sink: Sink | None = None) -> Watch:
+        """The events of a job from now on, of all jobs for None; of one that has ended, its end.
+
+        They wait to be asked for, or go to `sink` as they happen.
+        """
+        watch = Watch(self._forget_watch, number, sink)
+        with self._changed:
+            self._watches.append(watch)
+            if number is not None and self._find(number) is None:
+                ended = self._spool.get(number)
+                if ended is not None:
+                    watch.put(Event(kind="ended", job=ended.id, end=ended))
+        return watch
+
+    def ask(self, request: Request, sink: Sink | None = None) -> tuple[Job, Watch]:
+        """Submits a request and watches it, missing nothing. Raises Busy, UsageError."""
+        with self._changed:
+            job = self.submit(request)
+            return job, self.watch(job.id, sink)
+
+    def cancel(self, number: int) -> bool:
+        """Ends a job that waits or runs. False where it has ended or was never there, or we stop: it is then kept."""
+        with self._changed:
+            if self._closed:
+                return False
+            if self._running is not None and self._running.id == number:
+                self._cancelled.add(number)
+                return True
+            for entry in self._waiting:
+                if entry[1] == number:
+                    self._waiting.remove(entry)
+                    heapq.heapify(self._waiting)
+                    self._end(entry[2], State.CANCELLED, "cancelled")
+                    return True
+        return False
+
+    def get(self, number: int) -> Job | None:
+        with self._changed:
+            return self._find(number) or self._spool.get(number)
+
+    def recent(self, most: int) -> list[Job]:
+        return self._spool.recent(most)
+
+    def position(self, number: int) -> int:
+        """How many jobs go before a waiting one."""
+        with self._changed:
+            order = sorted(entry[:2] for entry in self._waiting)
+            before = next((i for i, entry in enumerate(order) if entry[1] == number), 0)
+            return before + (self._running is not None)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> Job | None:
+        return self._running
+
+    # --- for the worker -----------------------------------------------------------------------------------
+
+    def take(self, timeout: float) -> Job | None:
+        """The next job to answer, or None where none came in `timeout` seconds."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(timeout)
+            while self._waiting:
+                job = heapq.heappop(self._waiting)[2]
+                if self._too_late(job):
+                    self._end(job, State.EXPIRED, f"no answer within {job.request.deadline:g} s")
+                    continue
+                self._spool.begin(job)
+                job.state, job.attempts = State.RUNNING, job.attempts + 1
+                self._running, self._interrupt = job, False
+                self._tell(Event(kind="started", job=job.id))
+                return job
+        return None
+
+    def wanted(self, job: Job) -> bool:
+        """Whether the running job should go on: nobody cancelled it and nothing more urgent came."""
+        return not self._interrupt and job.id not in self._cancelled and not self._too_late(job)
+
+    def preempted(self, job: Job) -> bool:
+        """Whether the running job only makes way: it was neither cancelled nor is it too late."""
+        return self._interrupt and job.id not in self._cancelled and not self._too_late(job)
+
+    def say(self, job: Job, text: str) -> None:
+        """More of a running job's answer."""
+        job.result.text += text
+        self._tell(Event(kind="text", job=job.id, text=text))
+
+    def progress(self, job: Job, done: int, total: int, card_bytes: int) -> None:
+        self._tell(Event(kind="progress", job=job.id, done=done, total=total, card_bytes=card_bytes))
+
+    def finish(self, job: Job, state: State, finish: str) -> None:
+        """The running job has ended."""
+        with self._changed:
+            if job.id in self._cancelled:
+                state, finish = State.CANCELLED, "cancelled"
+            elif state is State.CANCELLED and self._too_late(job):
+                state, finish = State.EXPIRED, f"no answer within {job.request.deadline:g} s"
+            self._running = None
+            self._end(job, state, finish)
+
+    def put_back(self, job: Job) -> None:
+        """The running job was interrupted: it waits again and starts anew."""
+        with self._changed:
+            if job.id in self._cancelled:
+                self.finish(job, State.CANCELLED, "cancelled")
+                return
+            self._spool.put_back(job)
+            job.state, job.attempts, job.result.text = State.QUEUED, 0, ""
+            self._running, self._interrupt = None, False
+            heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
+            self._tell(Event(kind="restarted", job=job.id))
+
+    def close(self) -> None:
+        """Takes no more and lets watchers go; what waits stays in the spool."""
+        with self._changed:
+            self._closed = True
+            for watch in list(self._watches):
+                watch.close()
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        for job in self._spool.waiting():
+            if job.attempts >= MOST_ATTEMPTS:
+                log.error("%s given up: flashd died %d times answering it", job, job.attempts, extra=_fields(job))
+                self._end(job, State.FAILED, f"flashd died {job.attempts} times answering it")
+                continue
+            job.state = State.QUEUED
+            # the clock may have jumped while the power was off: a deadline counts from now at the latest
+            age = min(max(0.0, time.time() - job.created), job.request.deadline or 0.0)
+            self._monotonic[job.id] = time.monotonic() - age
+            heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
+        if self._waiting:
+            log.info("%d jobs were waiting in the spool", len(self._waiting))
+
+    def _same(self, request: Request) -> Job | None:
+        if not request.coalesce:
+            return None
+        return next((j for _, _, j in self._waiting if j.request.source == request.source), None)
+
+    def _check_rate(self, request: Request) -> None:
+        if request.per_minute is None:
+            return
+        times = self._recent.setdefault(request.source, deque())
+        while times and times[0] < time.monotonic() - 60:
+            times.popleft()
+        if len(times) >= request.per_minute:
+            raise Busy(f"{request.source} asks more than {request.per_minute} times a minute")
+
+    def _note_rate(self, request: Request) -> None:
+        if request.per_minute is not None:
+            self._recent[request.source].append(time.monotonic())
+
+    def _too_late(self, job: Job) -> bool:
+        deadline, since = job.request.deadline, self._monotonic.get(job.id)
+        return deadline is not None and since is not None and time.monotonic() - since > deadline
+
+    def _find(self, number: int) -> Job | None:
+        if self._running is not None and self._running.id == number:
+            return self._running
+        return next((job for _, n, job in self._waiting if n == number), None)
+
+    def _end(self, job: Job, state: State, finish: str) -> None:
+        job.state, job.result.finish, job.ended = state, finish, time.time()
+        self._cancelled.discard(job.id)
+        self._monotonic.pop(job.id, None)
+        if state is State.DONE:
+            self.last_text = job.result.text
+        self._spool.end(job)
+        self._tell(Event(kind="ended", job=job.id, end=job))
+        log.info("%s %s", job, state, extra=_fields(job))
+
+    def _tell(self, event: Event) -> None:
+        with self._changed:
+            for watch in self._watches:
+                if watch.job in (None, event.job):
+                    watch.put(event)
+
+    def _forget_watch(self, watch: Watch) -> None:
+        with self._changed:
+            if watch in self._watches:
+                self._watches.remove(watch)
+
+
+def _fields(job: Job) -> dict[str, object]:
+    """Structured fields for the journal."""
+    figures = job.result.figures
+    return {
+        "JOB_ID": job.id, "TRIGGER": job.request.source, "TOKENS": int(figures.get("tokens", 0)),
+        "CARD_BYTES": int(figures.get("card_bytes", 0)),
+    }  # fmt: skip

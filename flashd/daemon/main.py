@@ -1,0 +1,169 @@
+"""flashd serve: start-up order, signals, reload and a clean stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from starlette.routing import BaseRoute
+
+from device import demo as demonstration
+from device import kiosk
+from device.appliance import Appliance
+from flashd import config, embedded
+from flashd.bundle.reader import Bundle
+from flashd.config import Settings
+from flashd.daemon.api import Api
+from flashd.daemon.job import Job
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.metrics import metrics_text
+from flashd.daemon.notify import Notifier, log_to_journal
+from flashd.daemon.server import Server
+from flashd.daemon.spool import Spool
+from flashd.daemon.worker import Worker
+from flashd.engine.child import in_child
+from flashd.engine.engine import Budget, Engine, Prompts
+from flashd.engine.plan import parse_size, peak
+from flashd.errors import Busy, FlashdError
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+NEEDS_RESTART = ("model", "memory", "context", "threads", "api", "spool", "serial")
+"""What a reload does not change."""
+
+
+class Daemon:
+    """One run of the daemon, from its settings to its last signal.
+
+    Args:
+        settings: the configuration.
+        reread: gives the configuration anew, for SIGHUP.
+        more: routes beside the API's and the kiosk's.
+    """
+
+    def __init__(self, settings: Settings, reread: Callable[[], Settings], more: list[BaseRoute]) -> None:
+        self._settings, self._reread, self._more = settings, reread, more
+        self._notify = Notifier()
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._worker: Worker | None = None
+
+    def run(self, when_ready: Callable[[], None]) -> None:
+        """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
+        s = self._settings
+        bundle_path = Path(s.model) if s.model else in_child(lambda: embedded.ensure(lambda done, total: None))
+        with ExitStack() as stack:
+            self._take_signals(stack)
+            server = Server(Path(s.api.socket), s.api.loopback)
+            stack.callback(server.close)
+            spool = Spool(Path(s.spool.path), s.spool.keep)
+            stack.callback(spool.close)
+            jobs = Jobs(spool, s.spool.most_waiting)
+            appliance = Appliance(s, jobs, self._facts)
+            stack.callback(appliance.close)
+            bundle = stack.enter_context(Bundle(bundle_path))
+            self._name = bundle.header.model.name
+            prompts = Prompts(bundle)
+            engine = stack.enter_context(self._load(bundle))
+            self._worker = Worker(jobs, engine, prompts, s.answer, self._notify)
+            self._worker.start()
+            stack.callback(self._worker.stop)
+            server.start(self._application(jobs, appliance, self._worker))
+            stack.callback(server.stop)
+            stack.callback(appliance.close)
+            appliance.open()
+            stack.callback(jobs.close)
+            self._notify.ready()
+            log.info("ready: %s in %.0f of %.0f MiB", self._name, peak() / MIB, engine.plan.memory / MIB)
+            when_ready()
+            self._wait(appliance)
+            self._notify.stopping()
+
+    def _load(self, bundle: Bundle) -> Engine:
+        s = self._settings
+
+        def on_step(done: int, total: int, _: int) -> None:
+            self._notify.alive()
+            self._notify.status(f"loading {100 * done // total} %")
+
+        self._notify.status("loading")
+        return Engine(bundle, Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads), on_step)
+
+    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Any:
+        def start(name: str) -> Job:
+            job = appliance.start(name)
+            if job is None:
+                raise Busy(f"trigger {name!r} is muted or was started a moment ago")
+            return job
+
+        api = Api(jobs, self._name, appliance.status, start, metrics_text(jobs, worker))
+        return api.application([*kiosk.routes(appliance), *self._more])
+
+    def _facts(self) -> dict[str, Any]:
+        """What the appliance's status says of the model and its last answer."""
+        if self._worker is None:
+            return {"model": {}, "last": {}}
+        plan = self._worker.engine.plan
+        share = 100 if plan.resident else 100 * plan.pinned_groups // plan.groups
+        model = {
+            "name": self._name, "context": f"{plan.context} tokens",
+            "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",
+        }  # fmt: skip
+        return {"model": model, "last": self._worker.last}
+
+    def _take_signals(self, stack: ExitStack) -> None:
+        """A handler only notes the signal: the main thread acts on it when it is in a state to."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before = signal.signal(number, lambda n, _: self._signals.put(n))
+            stack.callback(signal.signal, number, before)
+
+    def _wait(self, appliance: Appliance) -> None:
+        while self._next_signal() == signal.SIGHUP:
+            self._notify.reloading()
+            self._reload(appliance)
+            self._notify.ready()
+
+    def _next_signal(self) -> int:
+        # in slices: a Python that waits without end in a lock does not run signal handlers
+        while True:
+            try:
+                return self._signals.get(timeout=0.5)
+            except queue.Empty:
+                continue
+
+    def _reload(self, appliance: Appliance) -> None:
+        try:
+            settings = self._reread()
+            appliance.reload(settings)
+        except FlashdError as error:
+            log.error("not reloaded, all is as it was: %s", error)
+            return
+        if self._worker is not None:
+            self._worker.answering = settings.answer
+        kept = [key for key in NEEDS_RESTART if getattr(settings, key) != getattr(self._settings, key)]
+        log.info("reloaded" + (f"; {', '.join(kept)} will change with a restart" if kept else ""))
+
+
+def serve(path: Path) -> None:
+    """Runs the daemon that a file describes. Raises FlashdError where it cannot start."""
+    log_to_journal()
+    settings = config.load(path)
+    Daemon(settings, lambda: config.load(path), []).run(lambda: None)
+
+
+def serve_demo(show: Callable[[str], None]) -> None:
+    """Runs the daemon with no board, in a folder that is gone afterwards."""
+    log_to_journal()
+    with tempfile.TemporaryDirectory(prefix="flashd-demo-", dir=os.environ.get("XDG_RUNTIME_DIR")) as folder:
+        demo = demonstration.Demo(Path(folder))
+        try:
+            Daemon(demo.settings, lambda: demo.settings, [*demonstration.routes()]).run(lambda: show(demo.manual))
+        finally:
+            demo.close()

@@ -1,0 +1,106 @@
+"""Serves an application on a Unix socket, and on loopback where that is configured, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from flashd.errors import CannotWrite
+
+log = logging.getLogger(__name__)
+
+LISTEN_FDS_START = 3
+"""sd_listen_fds(3): the first descriptor that systemd passes."""
+
+
+class Server:
+    """uvicorn on sockets that are bound when this is made, so that a client waits rather than fails while we load.
+
+    Raises CannotWrite where a socket cannot be bound.
+    """
+
+    def __init__(self, path: Path, loopback: int | None) -> None:
+        self._path: Path | None = None
+        self._sockets = _passed_sockets()
+        if not self._sockets:
+            self._sockets = [_unix_socket(path)]
+            self._path = path
+        if loopback is not None:
+            self._sockets.append(_loopback_socket(loopback))
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, application: Starlette) -> None:
+        config = uvicorn.Config(
+            application, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2,
+            server_header=False, limit_concurrency=64,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=(self._sockets,), name="api")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends what is being served, giving it two seconds."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join()
+
+    def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def _passed_sockets() -> list[socket.socket]:
+    """The sockets of systemd's socket activation."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS", "0"))
+    return [socket.socket(fileno=fd) for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + count)]
+
+
+def _unix_socket(path: Path) -> socket.socket:
+    bound = socket.socket(socket.AF_UNIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+                path.unlink()
+        bound.bind(str(path))
+        path.chmod(0o660)
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise CannotWrite(f"{path}: {error.strerror}; is another flashd running?") from error
+    return bound
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens on a socket that is there already."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _loopback_socket(port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(("127.0.0.1", port))
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise CannotWrite(f"127.0.0.1:{port}: {error.strerror}") from error
+    return bound

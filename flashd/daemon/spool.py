@@ -1,0 +1,154 @@
+"""The spool: jobs in an SQLite file, so that what was accepted outlives a power cut.
+
+Write-ahead log with full syncs: a job is on the card before `add` returns. Three small commits a job (accepted,
+begun, ended) are all that is written; what an answer says while it grows stays in RAM.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from flashd.daemon.job import Job, Request, Result, State
+from flashd.errors import CannotWrite, DataError, InputMissing
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    state TEXT NOT NULL,
+    source TEXT NOT NULL,
+    created REAL NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    ended REAL,
+    request BLOB NOT NULL,
+    result BLOB
+);
+CREATE INDEX IF NOT EXISTS waiting ON jobs (state) WHERE state IN ('queued', 'running');
+"""
+VERSION = 1
+
+
+class Spool:
+    """Jobs on the card. Safe to use from several threads.
+
+    Raises CannotWrite where the file cannot be made or written, DataError where it is no spool.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self._keep = keep
+        self._lock = threading.Lock()
+        with self._guard():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        try:
+            with self._guard():
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.executescript(SCHEMA)
+                self._check_version()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        self._db.close()
+
+    def add(self, request: Request) -> Job:
+        """Keeps a new job; it is on the card when this returns."""
+        now = time.time()
+        with self._lock, self._guard():
+            row = self._db.execute(
+                "INSERT INTO jobs (state, source, created, request) VALUES (?, ?, ?, ?)",
+                (State.QUEUED, request.source, now, msgspec.json.encode(request)),
+            )
+        return Job(id=int(row.lastrowid or 0), request=request, created=now)
+
+    def begin(self, job: Job) -> None:
+        """Notes that a job is being answered, so that one that kills the daemon is not tried for ever."""
+        with self._lock, self._guard():
+            self._db.execute(
+                "UPDATE jobs SET state = ?, attempts = attempts + 1 WHERE id = ?", (State.RUNNING, job.id)
+            )
+
+    def put_back(self, job: Job) -> None:
+        """The job was interrupted through no fault of its own and waits again."""
+        with self._lock, self._guard():
+            self._db.execute("UPDATE jobs SET state = ?, attempts = 0 WHERE id = ?", (State.QUEUED, job.id))
+
+    def end(self, job: Job) -> None:
+        """Keeps a job's result, and forgets the oldest beyond `keep`."""
+        with self._lock, self._guard():
+            self._db.execute("BEGIN")
+            try:
+                self._db.execute(
+                    "UPDATE jobs SET state = ?, ended = ?, result = ? WHERE id = ?",
+                    (job.state, job.ended, msgspec.json.encode(job.result), job.id),
+                )
+                self._db.execute("DELETE FROM jobs WHERE ended IS NOT NULL AND id <= ?", (job.id - self._keep,))
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def waiting(self) -> list[Job]:
+        """Jobs that were accepted and not ended, in the order in which they came."""
+        return self._select("WHERE state IN ('queued', 'running') ORDER BY id")
+
+    def get(self, number: int) -> Job | None:
+        return next(iter(self._select("WHERE id = ?", number)), None)
+
+    def recent(self, most: int) -> list[Job]:
+        """The latest jobs, newest first."""
+        return self._select("ORDER BY id DESC LIMIT ?", most)
+
+    def _select(self, where: str, *values: int) -> list[Job]:
+        with self._lock, self._guard():
+            return _jobs(self._db, where, *values)
+
+    def _check_version(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise DataError(f"{self.path}: a spool of version {version}, this flashd writes {VERSION}; update flashd")
+        if version == 0:
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:
+                raise DataError(f"{self.path}: {error}; move it away and start again") from error
+            raise CannotWrite(f"{self.path}: {error}") from error
+        except OSError as error:
+            raise CannotWrite(f"{self.path}: {error.strerror}") from error
+
+
+def read(path: Path, where: str = "ORDER BY id DESC LIMIT ?", *values: int) -> list[Job]:
+    """Jobs of a spool that a daemon may be writing. Raises InputMissing, DataError."""
+    if not path.exists():
+        raise InputMissing(f"{path}: no spool; has flashd serve run here?")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return _jobs(db, where, *values)
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
+    rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
+    return [
+        Job(
+            id=number, state=State(state), created=created, attempts=attempts, ended=ended,
+            request=msgspec.json.decode(request, type=Request),
+            result=msgspec.json.decode(result, type=Result) if result else Result(),
+        )
+        for number, state, created, attempts, ended, request, result in rows
+    ]  # fmt: skip

@@ -1,0 +1,33 @@
+"""The daemon with mock pins that can be pressed over HTTP: run as a program by tests that kill it.
+
+python -m tests.daemon.appliance_process FILE.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import gpiozero
+from gpiozero.pins.mock import MockFactory
+
+from device import demo
+from flashd import config
+from flashd.daemon.main import Daemon
+from flashd.daemon.notify import log_to_journal
+from flashd.errors import FlashdError
+
+
+def main(path: Path) -> int:
+    gpiozero.Device.pin_factory = MockFactory()
+    log_to_journal()
+    try:
+        Daemon(config.load(path), lambda: config.load(path), [*demo.routes()]).run(lambda: None)
+    except FlashdError as error:
+        print(f"flashd: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

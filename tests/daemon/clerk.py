@@ -1,0 +1,50 @@
+"""Stands in for the worker and its engine: answers each job with some words, at a pace that a test sets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from flashd.daemon.job import Job, Request, State, Turn
+from flashd.daemon.jobs import Jobs
+
+
+def request(text: str = "hello", source: str = "test", **more: object) -> Request:
+    return Request(turns=(Turn("user", text),), source=source, **more)  # type: ignore[arg-type]
+
+
+class Clerk:
+    """Takes jobs until closed; each word waits for a permit where `permits` is given."""
+
+    def __init__(self, jobs: Jobs, words: Sequence[str] = ("one ", "two ", "three"), paced: bool = False) -> None:
+        self._jobs, self._words = jobs, words
+        self.permits = threading.Semaphore(0) if paced else None
+        self.answered: list[Job] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            job = self._jobs.take(0.01)
+            if job is not None:
+                self._answer(job)
+
+    def _answer(self, job: Job) -> None:
+        for word in self._words if not job.request.choose else job.request.choose[:1]:
+            while self.permits is not None and not self.permits.acquire(timeout=0.01):
+                if self._stopping.is_set() or not self._jobs.wanted(job):
+                    break
+            if self._stopping.is_set() or self._jobs.preempted(job):
+                self._jobs.put_back(job)
+                return
+            if not self._jobs.wanted(job):
+                self._jobs.finish(job, State.CANCELLED, "cancelled")
+                return
+            self._jobs.say(job, word)
+        self.answered.append(job)
+        self._jobs.finish(job, State.DONE, "stop")

@@ -1,0 +1,132 @@
+"""A daemon in a process of its own, as systemd would run it, with a notify socket that tests read."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+BASE = """
+model: {model}
+memory: 600M
+context: 512
+answer: {{max_tokens: 8}}
+api: {{socket: {folder}/flashd.sock}}
+spool: {{path: {folder}/spool.db, most_waiting: {most}}}
+"""
+
+
+class Running:
+    """A daemon over a folder; start it, kill it, start it again on the same spool."""
+
+    def __init__(self, folder: Path, model: Path, more: str = "", most: int = 64) -> None:
+        self.folder = folder
+        self.config = folder / "flashd.yaml"
+        self.config.write_text(BASE.format(folder=folder, model=model, most=most) + more)
+        self.socket = folder / "flashd.sock"
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify.bind(str(folder / "notify"))
+        self.notify.settimeout(0.2)
+        self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._closing = False
+        self._reader = threading.Thread(target=self._read_notices, name="systemd", daemon=True)
+        self._reader.start()
+        self.log = folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, watchdog: float = 0.0) -> list[str]:
+        """Starts it and waits for READY; what it told systemd up to then."""
+        env = os.environ | {"NOTIFY_SOCKET": str(self.folder / "notify")}
+        if watchdog:
+            env["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.daemon.appliance_process", str(self.config)], env=env, stderr=log
+            )
+        return self.told_until("READY=1")
+
+    def told_until(self, word: str) -> list[str]:
+        """What systemd is told up to and with a message that holds `word`."""
+        told: list[str] = []
+        until = time.monotonic() + 30
+        while not told or word not in told[-1]:
+            try:
+                told.append(self._told.get(timeout=max(0.0, until - time.monotonic())))
+            except queue.Empty:
+                raise AssertionError(f"{word} was not told; log: {self.log.read_text()[-2000:]}") from None
+        return told
+
+    def wait_for_silence(self, seconds: float) -> None:
+        """Waits until systemd has heard nothing for so long."""
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                self._told.get(timeout=seconds)
+            except queue.Empty:
+                return
+        raise AssertionError("it was never silent")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        self.process = None
+        return code
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self._closing = True
+        self._reader.join()
+        self.notify.close()
+
+    def _read_notices(self) -> None:
+        """As systemd does, always: the kernel holds ten datagrams and then makes the sender wait."""
+        while not self._closing:
+            try:
+                self._told.put(self.notify.recv(4096).decode())
+            except TimeoutError:
+                continue
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://flashd", timeout=60)
+
+    def rss(self) -> int:
+        """Bytes of RAM that it holds."""
+        assert self.process is not None
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def job(self, client: httpx.Client, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = client.get(f"/api/jobs/{number}").json()
+        return found
+
+    def ended(self, client: httpx.Client, number: int, seconds: float = 60.0) -> dict[str, Any]:
+        """A job once it has ended."""
+        until = time.monotonic() + seconds
+        while True:
+            job = self.job(client, number)
+            if job["state"] not in ("queued", "running"):
+                return job
+            assert time.monotonic() < until, f"job {number} did not end: {job}"
+            time.sleep(0.05)

@@ -1,0 +1,270 @@
+"""The daemon as a process: systemd's protocol on a real socket, signals, the API through OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+
+from tests.daemon.running import Running
+
+pytest.importorskip("systemd", reason="needs the systemd extra")
+
+TRIGGERS = """
+triggers:
+  - {kind: button, name: front, pin: 4, bounce: 0, prompt: "Say hello."}
+  - {kind: manual, name: plants, prompt: "Is grass green? Answer yes or no.", choose: ["yes", "no"]}
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path_factory.mktemp("daemon"), packed["int4"], TRIGGERS)
+    running.start()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def http(daemon: Running) -> Iterator[httpx.Client]:
+    with daemon.http() as client:
+        yield client
+
+
+@pytest.fixture
+def client(daemon: Running) -> Iterator[openai.OpenAI]:
+    with daemon.http() as transport, openai.OpenAI(
+        base_url="http://flashd/v1", api_key="none", http_client=transport, max_retries=0
+    ) as client:  # fmt: skip
+        yield client
+
+
+ASK: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_openai_client(client: openai.OpenAI) -> None:
+    assert [m.owned_by for m in client.models.list()] == ["flashd"]
+    whole = client.chat.completions.create(model="any", messages=ASK, max_tokens=16)
+    assert whole.choices[0].message.content == "The capital of France is Paris."
+    assert whole.choices[0].finish_reason == "stop" and whole.usage is not None and whole.usage.completion_tokens == 7
+    chunks = list(client.chat.completions.create(model="any", messages=ASK, max_tokens=4, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "The capital of France"
+    assert chunks[-1].choices[0].finish_reason == "length"
+    text = client.completions.create(model="any", prompt="1, 2, 3, 4,", max_tokens=3)
+    assert text.choices[0].text.startswith(" 5")
+
+
+def test_openai_schema(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"], "additionalProperties": False,
+    }  # fmt: skip
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="any",
+        messages=ASK,
+        max_tokens=40,
+        response_format=wanted,
+    )
+    assert json.loads(answer.choices[0].message.content or "")["city"] == "Paris"
+
+
+def test_bad_bodies_are_refused_in_openai_s_shape(http: httpx.Client, client: openai.OpenAI) -> None:
+    for body, words in (
+        (b"", "truncated"), (b"{}", "messages"), (b'{"messages": []}', "length >= 1"), (b"\xff", "malformed"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', "Invalid enum"), (b"[" * 100_000, "array"),
+        (b'{"messages": [{"role": "user", "content": " "}]}', "empty"), (b"x" * (2 << 20), "more than 1048576 bytes"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "'image_url' is not understood"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens"),
+    ):  # fmt: skip
+        reply = http.post("/v1/chat/completions", content=body)
+        assert reply.status_code == 400, body[:50]
+        assert words in reply.json()["error"]["message"], reply.text
+    assert http.get("/nowhere").status_code == 404
+    assert http.get("/v1/completions").status_code == 405
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(model="any", messages=ASK, max_tokens=-1)
+
+
+def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
+    reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 800}]})
+    assert reply.status_code == 500 and "the context room for 511" in reply.json()["error"]["message"]
+
+
+def test_decisions_come_with_their_probabilities(http: httpx.Client) -> None:
+    reply = http.post("/v1/chat/completions", json={"messages": ASK, "choose": ["Paris", "Rome", "Parma"]}).json()
+    p = reply["flashd"]["probabilities"]
+    assert reply["choices"][0]["message"]["content"] == "Paris"
+    assert set(p) == {"Paris", "Rome", "Parma"} and abs(sum(p.values()) - 1) < 1e-6 and p["Paris"] > 0.5
+
+
+def test_a_button_and_a_named_trigger_start_jobs(daemon: Running, http: httpx.Client) -> None:
+    number = http.post("/api/triggers/plants").json()["job"]
+    assert daemon.ended(http, number)["result"]["text"] in ("yes", "no")
+    http.post("/demo/press/4")
+    job = daemon.ended(http, number + 1)
+    assert job["request"]["source"] == "trigger:front" and job["state"] == "done"
+    assert http.post("/api/triggers/none").status_code == 404
+
+
+def test_a_cancel_takes_effect_at_once(daemon: Running, http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 400, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        number = int(reply.headers["X-Job"])
+        lines = reply.iter_lines()
+        next(line for line in lines if '"delta": {"content"' in line)
+        with daemon.http() as other:
+            assert other.request("DELETE", f"/api/jobs/{number}").json() == {"cancelled": True}
+        rest = list(lines)
+    assert any("cancelled" in line for line in rest)
+    job = daemon.ended(http, number)
+    assert job["state"] == "cancelled" and job["result"]["figures"]["tokens"] < 100
+
+
+def test_a_client_that_goes_away_cancels_its_job(daemon: Running, http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 400, "stream": True}
+    with daemon.http() as other, other.stream("POST", "/v1/chat/completions", json=body) as reply:
+        number = int(reply.headers["X-Job"])
+        next(reply.iter_lines())
+    assert daemon.ended(http, number)["state"] == "cancelled"
+
+
+def test_metrics_status_and_health(http: httpx.Client) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = {f.name: f for f in text_string_to_metric_families(http.get("/metrics").text)}
+    assert families["flashd_tokens"].samples[0].value > 0
+    budget = families["flashd_memory_budget_bytes"].samples[0].value
+    assert 0 < families["flashd_peak_bytes"].samples[0].value <= budget == 600 << 20
+    assert http.get("/health").json() == {"status": "ok"}
+    status = http.get("/api/status").json()
+    assert status["model"]["neurons in RAM"] == "100 %" and status["triggers"] == ["front", "plants"]
+
+
+def test_the_command_asks_the_daemon(daemon: Running) -> None:
+    env = os.environ | {"FLASHD_SOCKET": str(daemon.socket)}
+
+    def flashd(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flashd", *args], capture_output=True, text=True, check=False, env=env
+        )
+
+    asked = flashd("ask", "What is the capital of France?", "--max-tokens", "16")
+    assert (asked.returncode, asked.stdout) == (0, "The capital of France is Paris.\n")
+    spool = ["--spool", str(daemon.folder / "spool.db")]
+    assert "The capital of France is Paris." in flashd("jobs", *spool).stdout.splitlines()[0]
+    number = flashd("jobs", *spool).stdout.split()[0]
+    shown = flashd("show", number, *spool).stdout
+    assert "user: What is the capital of France?" in shown and "first token seconds" in shown
+    assert flashd("show", "99999", *spool).returncode == os.EX_NOINPUT
+    dead = subprocess.run(
+        [sys.executable, "-m", "flashd", "ask", "x"], capture_output=True, text=True, check=False,
+        env=env | {"FLASHD_SOCKET": str(_dead_socket(daemon.folder))},
+    )  # fmt: skip
+    assert dead.returncode == os.EX_UNAVAILABLE and "start it with: flashd serve" in dead.stderr
+
+
+def _dead_socket(folder: Path) -> Path:
+    """A socket that somebody left behind."""
+    path = folder / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    return path
+
+
+def test_systemd_is_told(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Loading in steps, ready when a prompt can be answered, the watchdog fed, reload, a clean stop."""
+    with Running(tmp_path, packed["int4"]) as daemon:
+        told = daemon.start(watchdog=2)
+        assert any("STATUS=loading 5" in t for t in told) and told.index("WATCHDOG=1") < len(told) - 1
+        with daemon.http() as http:
+            assert http.get("/health").status_code == 200
+            daemon.told_until("WATCHDOG=1")
+            reply = http.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 4})
+            assert reply.status_code == 200
+            daemon.told_until("STATUS=answering job 1 of api")
+            daemon.told_until("STATUS=idle")
+        daemon.config.write_text(daemon.config.read_text() + TRIGGERS)
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGHUP)
+        told = daemon.told_until("READY=1")
+        assert any("RELOADING=1" in t and "MONOTONIC_USEC=" in t for t in told)
+        with daemon.http() as http:
+            assert http.get("/api/status").json()["triggers"] == ["front", "plants"]
+        daemon.config.write_text("modle: x")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.told_until("READY=1")
+        assert (
+            "not reloaded, all is as it was" in daemon.log.read_text()
+            and "'modle' is not known" in daemon.log.read_text()
+        )
+        assert daemon.stop() == 0
+        daemon.told_until("STOPPING=1")
+        assert not daemon.socket.exists()
+
+
+def test_a_hang_starves_the_watchdog(packed: dict[str, Path], tmp_path: Path) -> None:
+    """No timer feeds it: while the job that runs does nothing, because nobody takes its words, systemd hears nothing.
+
+    The hang is real: the spool is locked by another writer, so the worker waits in its commit.
+    """
+    with Running(tmp_path, packed["int4"]) as daemon:
+        daemon.start(watchdog=0.4)
+        daemon.told_until("WATCHDOG=1")
+        with sqlite3.connect(tmp_path / "spool.db", isolation_level=None) as other, daemon.http() as http:
+            with http.stream(
+                "POST", "/v1/chat/completions", json={"messages": ASK, "max_tokens": 200, "stream": True}
+            ):
+                daemon.told_until("STATUS=answering")
+                other.execute("BEGIN IMMEDIATE")
+                daemon.wait_for_silence(2.0)
+                other.execute("ROLLBACK")
+            daemon.told_until("WATCHDOG=1")
+
+
+def test_a_stop_keeps_the_running_job(packed: dict[str, Path], tmp_path: Path) -> None:
+    with Running(tmp_path, packed["int4"]) as daemon:
+        daemon.start()
+        with daemon.http() as http:
+            story = [{"role": "user", "content": "Tell a long story."}]
+            with http.stream(
+                "POST", "/v1/chat/completions", json={"messages": story, "max_tokens": 300, "stream": True}
+            ):
+                time.sleep(0.5)
+                assert daemon.stop() == 0
+        daemon.start()
+        with daemon.http() as http:
+            job = daemon.ended(http, 1)
+        assert job["state"] == "done" and job["attempts"] == 1 and len(job["result"]["text"]) > 100
+
+
+def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: Path) -> None:
+    for text, code, words in (
+        ("memory: 40M", os.EX_CONFIG, "the smallest that works is"),
+        ("model: /none.flash", os.EX_NOINPUT, "/none.flash"),
+        ("triggers: [{kind: manual, name: a, prompt: '{{ x }}'}]", os.EX_CONFIG, "the prompt names 'x'"),
+        ("nonsense: 1", os.EX_CONFIG, "line 1: 'nonsense' is not known"),
+    ):
+        config = tmp_path / "flashd.yaml"
+        model = "" if "model" in text else f"\nmodel: {packed['int4']}"
+        config.write_text(f"{text}{model}\napi: {{socket: {tmp_path}/s}}\nspool: {{path: {tmp_path}/db}}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "flashd", "serve", "--config", str(config)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,155 @@
+"""A scripted day with the default model: jobs from everywhere at once, cancels, reloads, and a kill -9 in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import serial
+
+from device.demo import Cable
+from tests.daemon.running import Running
+
+pytest.importorskip("systemd", reason="needs the systemd extra")
+
+JOBS = 200
+MOST_WAITING = 24
+DAY = """
+serial: [{{name: board, port: {port}, mode: machine}}]
+sensors:
+  - {{kind: mcp3008, name: soil, channel: 0, high: 100, unit: "%"}}
+  - {{kind: ds18b20, name: room, timeout: 0.2}}
+triggers:
+  - {{kind: button, name: one, pin: 4, bounce: 0, prompt: "Say one word about soil of {{{{ sensors.soil }}}}."}}
+  - {{kind: button, name: two, pin: 5, bounce: 0, priority: 7, barge_in: true, prompt: "Room: {{{{ sensors.room }}}}."}}
+  - {{kind: button, name: three, pin: 6, bounce: 0, prompt: "Water or wait?", choose: [water, wait]}}
+  - {{kind: schedule, name: soil, every: 2, prompt: "Soil {{{{ sensors.soil }}}}. Water or wait?", choose: [water, wait]}}
+  - {{kind: schedule, name: room, every: 3, prompt: "The room has {{{{ sensors.room }}}}."}}
+"""
+
+
+class Script:
+    """What happens in the day: who asks, and what was accepted."""
+
+    def __init__(self, daemon: Running, cable: Cable) -> None:
+        self.daemon, self.random = daemon, random.Random(2026)
+        self.accepted: set[int] = set()
+        self.refused = 0
+        self._line = serial.Serial(cable.theirs, timeout=0.1)
+        self._stop = threading.Event()
+        self._reader = threading.Thread(target=self._read_serial, daemon=True)
+        self._reader.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._reader.join()
+        self._line.close()
+
+    def act(self, http: httpx.Client) -> None:
+        """One thing that somebody does."""
+        what = self.random.choice(["api", "api", "serial", "press", "press", "cancel"])
+        if what == "api":
+            self._ask_api(http)
+        elif what == "serial":
+            prompt = f"Number {self.random.randrange(1000)}?"
+            self._line.write(json.dumps({"prompt": prompt, "max_tokens": 3}).encode() + b"\n")
+        elif what == "press":
+            http.post(f"/demo/press/{self.random.choice([4, 5, 6])}")
+        else:
+            waiting = [j["id"] for j in http.get("/api/jobs?most=8").json() if j["state"] in ("queued", "running")]
+            if waiting:
+                http.request("DELETE", f"/api/jobs/{self.random.choice(waiting)}")
+
+    def _ask_api(self, http: httpx.Client) -> None:
+        """A client that asks and goes on reading in a thread of its own, as people do."""
+        body = {"messages": [{"role": "user", "content": f"Say {self.random.randrange(1000)}."}], "max_tokens": 3}
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError), self.daemon.http() as mine:
+                reply = mine.post("/v1/chat/completions", json=body)
+                if reply.status_code == 429:
+                    self.refused += 1
+                elif "X-Job" in reply.headers:
+                    self.accepted.add(int(reply.headers["X-Job"]))
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    def _read_serial(self) -> None:
+        while not self._stop.is_set():
+            line = self._line.readline()
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if event["event"] == "accepted":
+                    self.accepted.add(event["job"])
+
+
+def all_jobs(http: httpx.Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = http.get("/api/jobs?most=1000").json()
+    return found
+
+
+def test_a_day(packed: dict[str, Path], tmp_path: Path) -> None:
+    cable = Cable()
+    with Running(tmp_path, packed["int4"], DAY.format(port=cable.ours), most=MOST_WAITING) as daemon:
+        daemon.start()
+        script = Script(daemon, cable)
+        killed = reloads = 0
+        ended_before: dict[int, str] = {}
+        with daemon.http() as http:
+            while (latest := (all_jobs(http) or [{"id": 0}])[0]["id"]) < JOBS:
+                script.act(http)
+                time.sleep(0.02)
+                if latest % 50 == 25 and reloads <= latest // 50:
+                    reloads += 1
+                    os.kill(daemon.process.pid, signal.SIGHUP)  # type: ignore[union-attr]
+                if latest > JOBS // 2 and not killed:
+                    killed += 1
+                    ended_before = {
+                        j["id"]: j["result"]["text"]
+                        for j in all_jobs(http)
+                        if j["state"] not in ("queued", "running")
+                    }
+                    daemon.stop(signal.SIGKILL)
+                    daemon.start()
+                waiting = http.get("/api/status").json()["waiting"]
+                assert waiting <= MOST_WAITING + 1  # one that was interrupted may wait beside them
+            rss, descriptors = daemon.rss(), daemon.descriptors()
+            assert rss <= 600 << 20
+            for _ in range(600):
+                if http.get("/api/status").json()["waiting"] == 0:
+                    break
+                time.sleep(0.1)
+            daemon.stop()
+        script.close()
+        from flashd.daemon import spool
+
+        jobs = {j.id: j for j in spool.read(tmp_path / "spool.db", "ORDER BY id LIMIT ?", 10_000)}
+    cable.close()
+    # every accepted job is answered once or reported as cancelled, none twice, none lost
+    assert script.accepted <= set(jobs)
+    assert set(jobs) == set(range(1, max(jobs) + 1)) and len(jobs) >= JOBS
+    assert killed == 1 and reloads >= 3
+    states = Counter(str(j.state) for j in jobs.values())
+    unfinished = states["queued"] + states["running"]
+    assert unfinished <= 3 and states["failed"] == 0, states  # what a schedule asked in the last moment
+    for job in jobs.values():
+        if job.state == "done":
+            assert job.result.text and job.result.finish in ("stop", "length"), job
+            if job.request.choose:
+                assert job.result.text in job.request.choose
+    # what had ended before the kill was not answered again
+    assert all(jobs[number].result.text == text for number, text in ended_before.items())
+    assert {j.request.source for j in jobs.values()} >= {
+        "api", "serial:board", "trigger:one", "trigger:two", "trigger:three", "trigger:soil", "trigger:room"
+    }  # fmt: skip
+    assert descriptors < 120

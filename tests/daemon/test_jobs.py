@@ -1,0 +1,172 @@
+"""The queue: accepted means kept, ended means once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashd.daemon.job import State
+from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
+from flashd.daemon.spool import Spool
+from flashd.errors import Busy, UsageError
+from tests.daemon.clerk import Clerk, request
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path / "spool.db", keep=50)
+    yield spool
+    spool.close()
+
+
+@pytest.fixture
+def jobs(spool: Spool) -> Jobs:
+    return Jobs(spool, most_waiting=4)
+
+
+def test_a_job_is_answered_and_stays_readable(jobs: Jobs) -> None:
+    job, watch = jobs.ask(request("hi"))
+    clerk = Clerk(jobs)
+    events = list(watch)
+    clerk.close()
+    assert [e.kind for e in events] == ["started", "text", "text", "text", "ended"]
+    kept = jobs.get(job.id)
+    assert kept is not None and kept.state is State.DONE and kept.result.text == "one two three"
+    assert jobs.last_text == "one two three"
+    # one that comes late still learns how it ended
+    assert [e.end.result.text for e in jobs.watch(job.id) if e.end] == ["one two three"]
+
+
+def test_the_most_urgent_goes_first(jobs: Jobs) -> None:
+    first, low, high = (jobs.submit(request(priority=p)) for p in (5, 1, 9))
+    assert [jobs.position(j.id) for j in (high, first, low)] == [0, 1, 2]
+    order = []
+    while (job := jobs.take(0)) is not None:
+        order.append(job.id)
+        jobs.finish(job, State.DONE, "stop")
+    assert order == [high.id, first.id, low.id]
+
+
+def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:
+    for _ in range(4):
+        jobs.submit(request())
+    with pytest.raises(Busy, match="4 jobs are waiting already"):
+        jobs.submit(request())
+    with pytest.raises(UsageError, match="empty"):
+        jobs.submit(request("  \n"))
+    assert jobs.waiting == 4
+
+
+def test_a_sensor_that_fires_ten_times_asks_once(jobs: Jobs) -> None:
+    numbers = {jobs.submit(request(source="trigger:door", coalesce=True)).id for _ in range(10)}
+    assert len(numbers) == 1 and jobs.waiting == 1
+    # once it runs, the next firing is news again
+    running = jobs.take(0)
+    assert running is not None
+    assert jobs.submit(request(source="trigger:door", coalesce=True)).id != running.id
+
+
+def test_a_source_may_ask_so_often_a_minute(jobs: Jobs) -> None:
+    for _ in range(2):
+        jobs.submit(request(source="trigger:door", per_minute=2))
+    with pytest.raises(Busy, match="trigger:door asks more than 2 times a minute"):
+        jobs.submit(request(source="trigger:door", per_minute=2))
+    jobs.submit(request(source="trigger:bell", per_minute=2))
+
+
+def test_a_waiting_and_a_running_job_can_be_cancelled(jobs: Jobs) -> None:
+    running, waiting = jobs.submit(request()), jobs.submit(request())
+    clerk = Clerk(jobs, paced=True)
+    _wait(lambda: jobs.running is not None)
+    assert jobs.cancel(waiting.id) and jobs.cancel(running.id) and not jobs.cancel(999)
+    _wait(lambda: jobs.running is None)
+    clerk.close()
+    states = {j.id: j.state for j in jobs.recent(10)}
+    assert states == {running.id: State.CANCELLED, waiting.id: State.CANCELLED}
+    assert not jobs.cancel(running.id)
+
+
+def test_barge_in_makes_the_running_job_wait_and_start_anew(jobs: Jobs) -> None:
+    slow, watch = jobs.ask(request("slow", priority=3))
+    clerk = Clerk(jobs, paced=True)
+    assert clerk.permits is not None
+    clerk.permits.release()
+    _wait(lambda: slow.result.text == "one ")
+    urgent = jobs.submit(request("now", priority=8, barge_in=True))
+    _wait(lambda: jobs.running is not None and jobs.running.id == urgent.id)
+    clerk.permits.release(6)
+    events = list(watch)
+    clerk.close()
+    assert [j.id for j in clerk.answered] == [urgent.id, slow.id]
+    assert "restarted" in [e.kind for e in events]
+    assert events[-1].end is not None and events[-1].end.result.text == "one two three"
+
+
+def test_one_of_equal_priority_does_not_barge_in(jobs: Jobs) -> None:
+    first = jobs.submit(request(priority=5))
+    job = jobs.take(0)
+    jobs.submit(request(priority=5, barge_in=True))
+    assert job is not None and job.id == first.id and jobs.wanted(job)
+
+
+def test_a_job_that_waited_too_long_expires(jobs: Jobs) -> None:
+    late = jobs.submit(request(deadline=0.01))
+    time.sleep(0.02)
+    assert jobs.take(0) is None
+    kept = jobs.get(late.id)
+    assert kept is not None and kept.state is State.EXPIRED and "0.01 s" in kept.result.finish
+
+
+def test_what_was_accepted_outlives_the_process(jobs: Jobs, spool: Spool) -> None:
+    """The file is opened anew while the first daemon still has it, as after a power cut: nothing was closed."""
+    numbers = [jobs.submit(request(f"{i}")).id for i in range(3)]
+    job = jobs.take(0)
+    assert job is not None
+    again = Spool(spool.path, keep=50)
+    after = Jobs(again, most_waiting=4)
+    clerk = Clerk(after)
+    _wait(lambda: after.waiting == 0 and after.running is None)
+    clerk.close()
+    assert [j.id for j in clerk.answered] == numbers
+    assert {j.state for j in after.recent(10)} == {State.DONE}
+    again.close()
+
+
+def test_a_job_that_kills_the_daemon_is_given_up(jobs: Jobs, spool: Spool) -> None:
+    deadly = jobs.submit(request())
+    for _ in range(MOST_ATTEMPTS):
+        assert jobs.take(0) is not None
+        jobs = Jobs(spool, most_waiting=4)
+    assert jobs.take(0) is None
+    kept = jobs.get(deadly.id)
+    assert kept is not None and kept.state is State.FAILED and "died 3 times" in kept.result.finish
+
+
+def test_old_jobs_are_forgotten(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "small.db", keep=5)
+    jobs = Jobs(spool, most_waiting=4)
+    for _ in range(12):
+        jobs.submit(request())
+        job = jobs.take(0)
+        assert job is not None
+        jobs.finish(job, State.DONE, "stop")
+    assert [j.id for j in jobs.recent(100)] == [12, 11, 10, 9, 8]
+    spool.close()
+
+
+def test_a_queue_that_stops_takes_nothing_and_cancels_nothing(jobs: Jobs) -> None:
+    job = jobs.submit(request())
+    jobs.close()
+    with pytest.raises(Busy, match="stopping"):
+        jobs.submit(request())
+    assert not jobs.cancel(job.id)
+
+
+def _wait(condition: object, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.005)

@@ -1,0 +1,60 @@
+"""The spool file: what is no spool is refused, what cannot be written is said."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from flashd.daemon import spool
+from flashd.daemon.spool import Spool
+from flashd.errors import CannotWrite, DataError, InputMissing
+from tests.daemon.clerk import request
+
+
+def test_what_is_no_spool_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spool.db").write_bytes(b"not a database, but long enough to look like one" * 100)
+    with pytest.raises(DataError, match=r"spool\.db: .*move it away"):
+        Spool(tmp_path / "spool.db", keep=5)
+
+
+def test_a_newer_spool_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "spool.db") as db:
+        db.execute("PRAGMA user_version = 9")
+    with pytest.raises(DataError, match="version 9"):
+        Spool(tmp_path / "spool.db", keep=5)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CannotWrite, match=r"spool\.db"):
+        Spool(tmp_path / "spool.db", keep=5)
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match="/proc/none"):
+        Spool(Path("/proc/none/spool.db"), keep=5)
+
+
+def test_another_process_may_read(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="no spool"):
+        spool.read(tmp_path / "spool.db", "ORDER BY id DESC LIMIT ?", 3)
+    writer = Spool(tmp_path / "spool.db", keep=5)
+    for text in ("a", "b"):
+        writer.add(request(text))
+    assert [j.request.turns[0].content for j in spool.read(tmp_path / "spool.db", "ORDER BY id LIMIT ?", 3)] == [
+        "a",
+        "b",
+    ]
+    writer.close()
+
+
+def test_each_write_is_synced(tmp_path: Path) -> None:
+    """A power cut loses nothing that `add` has returned for: SQLite must sync its log at every commit."""
+    writer = Spool(tmp_path / "spool.db", keep=5)
+    assert writer._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert writer._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    writer.close()

@@ -1,0 +1,205 @@
+"""The appliance: everything configured that touches the world, over one queue of jobs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import gpiozero
+
+from device import board
+from device.console import Console
+from device.drives import Drives
+from device.machine import Machine
+from device.outputs import Panel
+from device.port import SerialLine
+from device.prompt import Prompt
+from device.sensors import Sensors
+from device.triggers import Triggers
+from flashd.config import AnyTrigger, Serial, Settings
+from flashd.daemon.job import Job, Request, Turn
+from flashd.daemon.jobs import Jobs, Watch
+from flashd.errors import ConfigError, FlashdError
+
+log = logging.getLogger(__name__)
+
+
+class Appliance:
+    """A Front. It shows `loading` from the start, listens from `open` on, until `close`.
+
+    Args:
+        settings: the configuration.
+        jobs: the queue.
+        facts: what only the daemon knows of model and last answer, for `status`.
+        sysfs: the kernel's files.
+
+    Raises ConfigError where a template is wrong or a pin cannot be had.
+    """
+
+    def __init__(
+        self, settings: Settings, jobs: Jobs, facts: Callable[[], dict[str, Any]], sysfs: Path = Path("/sys")
+    ) -> None:
+        self.jobs = jobs
+        self._facts, self._sysfs = facts, sysfs
+        self._settings = settings
+        self._muted = False
+        self._is_open = False
+        self._lock = threading.RLock()
+        self._mute_button: gpiozero.Button | None = None
+        self._serial: list[SerialLine] = []
+        self._watch: Watch | None = None
+        self._build(settings)
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @property
+    def muted(self) -> bool:
+        return self._muted
+
+    def mute(self, muted: bool) -> None:
+        self._muted = muted
+        self._panel.mute(muted)
+        log.info("muted" if muted else "no longer muted")
+
+    def open(self) -> None:
+        """A prompt can be answered now: consoles greet and triggers listen."""
+        self._is_open = True
+        self._panel.ready()
+        self._listen()
+        self._serial = [SerialLine(s, self._session(s)) for s in self._settings.serial]
+        for line in self._serial:
+            line.start()
+        self._watch = self.jobs.watch()
+        threading.Thread(target=self._follow_decisions, args=(self._watch,), name="drives", daemon=True).start()
+
+    def close(self) -> None:
+        for line in self._serial:
+            line.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._drop()
+
+    def reload(self, settings: Settings) -> None:
+        """Takes new triggers, templates, sensors and outputs; consoles that are open and jobs go on.
+
+        Raises ConfigError, and then all is as it was.
+        """
+        _prompts(settings)
+        with self._lock:
+            old = self._settings
+            self._drop()
+            try:
+                self._build(settings)
+            except FlashdError:
+                self._build(old)
+                raise
+            finally:
+                if self._is_open:
+                    self._panel.ready()
+                    self._listen()
+
+    def start(self, name: str, **values: Any) -> Job | None:
+        trigger = self._triggers[name]
+        with self._lock:
+            now = time.monotonic()
+            if self._muted or now < self._ready_at.get(name, 0.0):
+                return None
+            self._ready_at[name] = now + trigger.cooldown
+        text = self._prompts[name].render(self._sensors.read(), self.jobs.last_text, values)
+        return self.jobs.submit(_request(trigger, text))
+
+    def status(self) -> dict[str, Any]:
+        state = board.read(self._sysfs)
+        running = self.jobs.running
+        return {
+            "phase": str(self._panel.phase), "muted": self._muted, "waiting": self.jobs.waiting,
+            "running": None if running is None else running.id,
+            "sensors": {name: str(reading) for name, reading in self._sensors.read().items()},
+            "temperature": state.temperature, "throttled": state.throttled,
+            "title": self._settings.kiosk.title, "presets": list(self._settings.kiosk.presets),
+            "triggers": [t.name for t in self._settings.triggers], **self._facts(),
+        }  # fmt: skip
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _build(self, settings: Settings) -> None:
+        self._settings = settings
+        self._triggers = {t.name: t for t in settings.triggers}
+        self._prompts = _prompts(settings)
+        self._ready_at: dict[str, float] = {}
+        self._sensors = Sensors(settings.sensors, self._sysfs)
+        self._listening: Triggers | None = None
+        with ExitStack() as undo:
+            undo.callback(self._sensors.close)
+            try:
+                self._drives = Drives(settings.triggers)
+                undo.callback(self._drives.close)
+                self._panel = Panel(settings.outputs, self.jobs)
+            except gpiozero.GPIOZeroError as error:
+                raise ConfigError(f"a pin cannot be used: {error}") from error
+            except ImportError as error:
+                raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
+            undo.pop_all()
+        self._panel.mute(self._muted)
+
+    def _listen(self) -> None:
+        try:
+            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire)
+            if self._settings.mute_pin is not None:
+                self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
+                self._mute_button.when_pressed = lambda: self.mute(not self._muted)
+        except gpiozero.GPIOZeroError as error:
+            raise ConfigError(f"a pin cannot be used: {error}") from error
+
+    def _drop(self) -> None:
+        for each in (self._listening, self._mute_button, self._panel, self._drives, self._sensors):
+            if each is not None:
+                each.close()
+        self._listening = self._mute_button = None
+
+    def _fire(self, name: str, **values: Any) -> None:
+        """A trigger went off. It comes from a driver's thread, where nobody could take an error."""
+        try:
+            job = self.start(name, **values)
+        except FlashdError as error:
+            log.warning("trigger %s: %s", name, error)
+            return
+        if job is None:
+            log.info("trigger %s: not started, muted or too soon", name)
+
+    def _session(self, settings: Serial) -> Callable[[Any, threading.Event], None]:
+        kind = Machine if settings.mode == "machine" else Console
+        return lambda port, stopping: kind(self, settings).run(port, stopping)
+
+    def _follow_decisions(self, watch: Watch) -> None:
+        for event in watch:
+            if event.end is not None:
+                with self._lock:
+                    self._drives.decided(event.end)
+
+
+def _prompts(settings: Settings) -> dict[str, Prompt]:
+    sensors = [s.name for s in settings.sensors]
+    return {t.name: Prompt(t.prompt, t.name, sensors) for t in settings.triggers}
+
+
+def _request(trigger: AnyTrigger, text: str) -> Request:
+    first = (Turn("system", trigger.system),) if trigger.system else ()
+    return Request(
+        turns=(*first, Turn("user", text)), source=f"trigger:{trigger.name}", priority=trigger.priority,
+        deadline=trigger.deadline, barge_in=trigger.barge_in, coalesce=trigger.coalesce,
+        per_minute=trigger.per_minute, max_tokens=trigger.max_tokens,
+        choose=tuple(trigger.choose or ()), json_schema=trigger.json_schema,
+    )  # fmt: skip
+
+
+def check(settings: Settings) -> None:
+    """What can be said of a configuration without touching a pin. Raises ConfigError."""
+    _prompts(settings)

@@ -1,0 +1,171 @@
+"""Line editing over a byte stream: what a person at a serial cable expects of a prompt.
+
+Our own rather than prompt_toolkit: that costs 17 MiB of RAM (measured), and asks the terminal questions to which
+a microcontroller or a bare terminal program has no answer. One row of the terminal is used; a longer line
+scrolls in it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Callable
+from enum import Enum
+
+MAX_LINE = 4096
+"""Characters of a line; what comes beyond is not taken, with one bell."""
+
+MAX_HISTORY = 100
+
+ESCAPES = {
+    "[A": "up", "[B": "down", "[C": "right", "[D": "left", "[H": "home", "[F": "end", "OH": "home", "OF": "end",
+    "[1~": "home", "[7~": "home", "[4~": "end", "[8~": "end", "[3~": "delete", "OA": "up", "OB": "down",
+    "OC": "right", "OD": "left",
+}  # fmt: skip
+CONTROLS = {
+    "\x01": "home", "\x02": "left", "\x05": "end", "\x06": "right", "\x08": "backspace", "\x7f": "backspace",
+    "\x0b": "kill", "\x0c": "redraw", "\x0e": "down", "\x10": "up", "\x15": "clear", "\x17": "word",
+}  # fmt: skip
+
+
+class Key(Enum):
+    """What is no line."""
+
+    INTERRUPT = "Ctrl-C"
+    END = "Ctrl-D on an empty line"
+
+
+class LineEditor:
+    """Bytes in, whole lines out; the echo goes to `write`."""
+
+    def __init__(self, write: Callable[[str], None], columns: int, prompt: str = "> ") -> None:
+        self._write, self._columns, self._prompt = write, columns, prompt
+        self._text, self._at = "", 0
+        self._history: list[str] = []
+        self._shown = 0  # the entry of the history that is shown; len(history) is the line being written
+        self._draft = ""
+        self._escape: str | None = None
+        self._after_return = False
+        self._full = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+
+    def start(self) -> None:
+        """Shows the prompt and an empty line."""
+        self._set("")
+        self._shown = len(self._history)
+        self._draw()
+
+    def feed(self, data: bytes) -> list[str | Key]:
+        """The lines and keys that these bytes complete."""
+        done: list[str | Key] = []
+        for character in self._decoder.decode(data):
+            result = self._character(character)
+            if result is not None:
+                done.append(result)
+        return done
+
+    def _character(self, c: str) -> str | Key | None:
+        if self._escape is not None:
+            self._continue_escape(c)
+            return None
+        after_return, self._after_return = self._after_return, c == "\r"
+        if c == "\n" and after_return:
+            return None
+        if c in "\r\n":
+            return self._enter()
+        if c == "\x03":
+            self._write("^C\r\n")
+            self._set("")
+            return Key.INTERRUPT
+        if c == "\x04":
+            return Key.END if not self._text else None
+        if c == "\x1b":
+            self._escape = ""
+        elif c in CONTROLS:
+            self._action(CONTROLS[c])
+        elif c.isprintable():
+            self._insert(c)
+        return None
+
+    def _continue_escape(self, c: str) -> None:
+        assert self._escape is not None
+        self._escape += c
+        if self._escape in ("[", "O") or (self._escape[0] == "[" and c in "0123456789;" and len(self._escape) < 8):
+            return
+        action, self._escape = ESCAPES.get(self._escape), None
+        if action:
+            self._action(action)
+
+    def _enter(self) -> str:
+        line = self._text
+        if line.strip() and (not self._history or self._history[-1] != line):
+            self._history = [*self._history[-MAX_HISTORY + 1 :], line]
+        self._write("\r\n")
+        self._set("")
+        self._shown = len(self._history)
+        return line
+
+    def _insert(self, c: str) -> None:
+        if len(self._text) >= MAX_LINE:
+            if not self._full:
+                self._write("\a")
+            self._full = True
+            return
+        self._full = False
+        at_end = self._at == len(self._text)
+        self._text = self._text[: self._at] + c + self._text[self._at :]
+        self._at += 1
+        if at_end and width(self._prompt + self._text) < self._columns:
+            self._write(c)
+        else:
+            self._draw()
+
+    def _action(self, name: str) -> None:
+        text, at = self._text, self._at
+        if name == "backspace" and at:
+            self._text, self._at = text[: at - 1] + text[at:], at - 1
+        elif name == "delete":
+            self._text = text[:at] + text[at + 1 :]
+        elif name == "word":
+            start = len(text[:at].rstrip().rpartition(" ")[0])
+            start += start > 0
+            self._text, self._at = text[:start] + text[at:], start
+        elif name == "kill":
+            self._text = text[:at]
+        elif name == "clear":
+            self._text, self._at = text[at:], 0
+        elif name in ("up", "down"):
+            self._recall(-1 if name == "up" else 1)
+        else:
+            moves = {"left": max(0, at - 1), "right": min(len(text), at + 1), "home": 0, "end": len(text)}
+            self._at = moves.get(name, at)
+        self._draw()
+
+    def _recall(self, step: int) -> None:
+        to = self._shown + step
+        if not 0 <= to <= len(self._history):
+            return
+        if self._shown == len(self._history):
+            self._draft = self._text
+        self._shown = to
+        self._set(self._draft if to == len(self._history) else self._history[to])
+
+    def _set(self, text: str) -> None:
+        self._text, self._at = text, len(text)
+
+    def _draw(self) -> None:
+        """The row anew: the prompt, the part of the line round the cursor, the cursor in its place."""
+        room = self._columns - width(self._prompt) - 1
+        start = self._at
+        while start > 0 and width(self._text[start - 1 : self._at]) <= room:
+            start -= 1
+        stop = self._at
+        while stop < len(self._text) and width(self._text[start : stop + 1]) <= room:
+            stop += 1
+        back = width(self._text[self._at : stop])
+        self._write(f"\r{self._prompt}{self._text[start:stop]}\x1b[K" + (f"\x1b[{back}D" if back else ""))
+
+
+def width(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,0 +1,167 @@
+"""The console a microcontroller meets: one JSON object a line in, JSON objects, one a line, out.
+
+In: {"prompt": "...", "id": 7}, with system, choose, json_schema, max_tokens, priority, deadline if wanted;
+{"trigger": "NAME", "id": 8}; {"cancel": 7}; {"status": true}. Out: accepted, text, end, error, status, each with
+the id that was given.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated, Any
+
+import msgspec
+
+from device.front import Front
+from device.port import Port
+from flashd.config import Serial
+from flashd.daemon.job import MAX_TEXT, Draw, Event, Job, Request, Turn
+from flashd.daemon.jobs import Watch
+from flashd.errors import FlashdError
+
+MAX_LINE = 64 << 10
+"""Bytes of a line."""
+
+MOST_OPEN = 16
+"""Jobs that one line may have under way."""
+
+POLL_SECONDS = 0.05
+
+Id = int | str
+
+
+class _In(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    id: Id | None = None
+    prompt: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] | None = None
+    system: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] | None = None
+    choose: Annotated[list[str], msgspec.Meta(max_length=64)] = []
+    json_schema: dict[str, Any] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
+    deadline: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    trigger: str | None = None
+    cancel: Id | None = None
+    status: bool = False
+
+
+class Machine:
+    """A session in machine mode. Raises port.GONE when the port goes away."""
+
+    def __init__(self, front: Front, settings: Serial) -> None:
+        self._front, self._settings = front, settings
+        self._open: list[tuple[Id | None, Job, Watch]] = []
+
+    def run(self, port: Port, stopping: threading.Event) -> None:
+        """Serves lines until the daemon stops."""
+        self._port = port
+        pending, dropping = b"", False
+        try:
+            while not stopping.is_set():
+                pending += port.read(POLL_SECONDS)
+                *lines, pending = pending.replace(b"\r", b"\n").split(b"\n")
+                for line in lines:
+                    if dropping or len(line) > MAX_LINE:
+                        self._refuse(None, f"a line of more than {MAX_LINE} bytes")
+                        dropping = False
+                    elif line.strip(b"\0 \t"):
+                        self._serve(line.strip(b"\0 \t"))
+                if len(pending) > MAX_LINE:
+                    pending, dropping = b"", True
+                self._tell()
+        finally:
+            for _, _, watch in self._open:
+                watch.close()
+            self._open.clear()
+
+    def _serve(self, line: bytes) -> None:
+        try:
+            wish = msgspec.json.decode(line, type=_In)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            self._refuse(None, str(error))
+            return
+        try:
+            self._do(wish)
+        except FlashdError as error:
+            self._refuse(wish.id, str(error))
+
+    def _do(self, wish: _In) -> None:
+        if wish.status:
+            self._send("status", wish.id, **self._front.status())
+        elif wish.cancel is not None:
+            jobs = [job for number, job, _ in self._open if number == wish.cancel]
+            if not jobs:
+                self._refuse(wish.cancel, "nothing under way has this id")
+            for job in jobs:
+                self._front.jobs.cancel(job.id)
+        elif (wish.prompt is None) == (wish.trigger is None):
+            self._refuse(wish.id, "a line needs one of prompt, trigger, cancel, status")
+        elif len(self._open) >= MOST_OPEN:
+            self._refuse(wish.id, f"{MOST_OPEN} jobs of this line are under way; wait for one to end")
+        elif wish.trigger is not None:
+            self._start(wish.id, wish.trigger)
+        else:
+            job, watch = self._front.jobs.ask(self._request(wish))
+            self._accept(wish.id, job, watch)
+
+    def _request(self, wish: _In) -> Request:
+        first = (Turn("system", wish.system),) if wish.system else ()
+        return Request(
+            turns=(*first, Turn("user", wish.prompt or "")), source=f"serial:{self._settings.name}",
+            priority=wish.priority, deadline=wish.deadline, max_tokens=wish.max_tokens,
+            choose=tuple(wish.choose), json_schema=wish.json_schema,
+            draw=Draw(temperature=wish.temperature, seed=wish.seed),
+        )  # fmt: skip
+
+    def _start(self, number: Id | None, name: str) -> None:
+        try:
+            job = self._front.start(name)
+        except KeyError:
+            self._refuse(number, f"no trigger is called {name!r}")
+            return
+        if job is None:
+            self._refuse(number, "not started: muted, or it was started a moment ago")
+            return
+        self._accept(number, job, self._front.jobs.watch(job.id))
+
+    def _accept(self, number: Id | None, job: Job, watch: Watch) -> None:
+        number = job.id if number is None else number
+        self._open.append((number, job, watch))
+        self._send("accepted", number, job=job.id)
+
+    def _tell(self) -> None:
+        """Passes on what has happened. While the line is behind, words wait."""
+        for entry in list(self._open):
+            number, _, watch = entry
+            while not self._port.behind and (event := watch.next(0)) is not None:
+                self._pass_on(number, event)
+                if event.end is not None:
+                    watch.close()
+                    self._open.remove(entry)
+                    break
+
+    def _pass_on(self, number: Id | None, event: Event) -> None:
+        if event.kind == "text":
+            self._send("text", number, text=event.text)
+        elif event.kind == "restarted":
+            self._send("restarted", number)
+        elif event.end is not None:
+            end = event.end
+            more = {"probabilities": end.result.probabilities} if end.result.probabilities else {}
+            self._send("end", number, state=str(end.state), finish=end.result.finish, text=end.result.text, **more)
+
+    def _refuse(self, number: Id | None, why: str) -> None:
+        self._send("error", number, message=why)
+
+    def _send(self, event: str, number: Id | None, **more: Any) -> None:
+        fields = {"event": event} | ({"id": number} if number is not None else {}) | more
+        text = msgspec.json.encode(fields).decode()
+        if self._settings.charset == "ascii":
+            text = "".join(c if c < "\x7f" else _escaped(c) for c in text)
+        self._port.write(text + "\n")
+
+
+def _escaped(c: str) -> str:
+    units = c.encode("utf-16-be")
+    return "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))

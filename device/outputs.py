@@ -1,0 +1,325 @@
+"""Outputs: LEDs, buzzer, speech, display, hooks. They follow the jobs' events in a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from queue import Empty, Queue
+from typing import Any, Protocol
+
+import gpiozero
+import msgspec
+
+from flashd.config import AnyOutput, Buzzer, Display, Hook, Led, RgbLed, Speech
+from flashd.daemon.job import Event, Job, State
+from flashd.daemon.jobs import Jobs, Watch
+
+log = logging.getLogger(__name__)
+
+ERROR_SECONDS = 5.0
+"""How long a failure is shown before the appliance looks idle again."""
+
+
+class Phase(StrEnum):
+    """What the appliance does, as an LED shows it."""
+
+    LOADING = "loading"
+    IDLE = "idle"
+    THINKING = "thinking"
+    ANSWERING = "answering"
+    ERROR = "error"
+    MUTED = "muted"
+
+
+BLINKS: dict[Phase, tuple[float, float]] = {
+    Phase.LOADING: (0.5, 0.5), Phase.IDLE: (0.05, 2.95), Phase.THINKING: (0.2, 0.2),
+    Phase.ANSWERING: (1.0, 0.0), Phase.ERROR: (0.08, 0.08), Phase.MUTED: (0.0, 1.0),
+}  # fmt: skip
+"""Seconds on and off of a single LED."""
+
+COLOURS: dict[Phase, tuple[float, float, float]] = {
+    Phase.LOADING: (1, 1, 0), Phase.IDLE: (0, 1, 0), Phase.THINKING: (0, 0, 1),
+    Phase.ANSWERING: (0, 1, 1), Phase.ERROR: (1, 0, 0), Phase.MUTED: (0, 0, 0),
+}  # fmt: skip
+
+
+class Output(Protocol):
+    def show(self, phase: Phase) -> None:
+        """The appliance is in a new phase."""
+
+    def event(self, event: Event, job: Job | None) -> None:
+        """Something happened to a job."""
+
+    def close(self) -> None: ...
+
+
+class Panel:
+    """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
+
+    def __init__(self, settings: list[AnyOutput], jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._lock = threading.RLock()
+        self._base = Phase.LOADING
+        self._muted = False
+        self.phase = Phase.LOADING
+        self._outputs: list[Output] = []
+        self._timer: threading.Timer | None = None
+        self._watch: Watch = jobs.watch()
+        try:
+            self._outputs = [_output(s, lambda: self._muted) for s in settings]
+        except BaseException:
+            self.close()
+            raise
+        self._show()
+        self._thread = threading.Thread(target=self._follow, name="outputs", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._watch.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        for output in self._outputs:
+            output.close()
+        self._outputs = []
+
+    def ready(self) -> None:
+        """The model is loaded."""
+        self._enter(Phase.IDLE)
+
+    def mute(self, muted: bool) -> None:
+        with self._lock:
+            self._muted = muted
+            self._show()
+
+    def _follow(self) -> None:
+        for event in self._watch:
+            if event.kind == "started":
+                self._enter(Phase.THINKING)
+            elif event.kind == "text":
+                self._enter(Phase.ANSWERING)
+            elif event.end is not None:
+                self._enter(Phase.ERROR if event.end.state in (State.FAILED, State.EXPIRED) else Phase.IDLE)
+            job = event.end or self._jobs.get(event.job)
+            for output in list(self._outputs):
+                try:
+                    output.event(event, job)
+                except Exception:  # an LED's driver must not stop the display's
+                    log.exception("an output failed")
+
+    def _enter(self, phase: Phase) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if phase is Phase.ERROR:
+                self._timer = threading.Timer(ERROR_SECONDS, self._enter, [Phase.IDLE])
+                self._timer.daemon = True
+                self._timer.start()
+            self._base = phase
+            self._show()
+
+    def _show(self) -> None:
+        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._base
+        self.phase = phase
+        for output in self._outputs:
+            output.show(phase)
+
+
+def _output(settings: AnyOutput, muted: Callable[[], bool]) -> Output:
+    if isinstance(settings, Led):
+        return _Led(settings)
+    if isinstance(settings, RgbLed):
+        return _Rgb(settings)
+    if isinstance(settings, Buzzer):
+        return _Buzzer(settings, muted)
+    if isinstance(settings, Speech):
+        return _Speech(settings, muted)
+    if isinstance(settings, Display):
+        return _Display(_open_display(settings))
+    return _Hook(settings)
+
+
+class _Led:
+    def __init__(self, settings: Led) -> None:
+        self._led = gpiozero.LED(settings.pin, active_high=settings.active_high)
+        self._phase: Phase | None = None
+
+    def show(self, phase: Phase) -> None:
+        if phase is self._phase:
+            return
+        self._phase = phase
+        on, off = BLINKS[phase]
+        if off == 0:
+            self._led.on()
+        elif on == 0:
+            self._led.off()
+        else:
+            self._led.blink(on, off)
+
+    def event(self, event: Event, job: Job | None) -> None:
+        """Shows phases only."""
+
+    def close(self) -> None:
+        self._led.close()
+
+
+class _Rgb:
+    def __init__(self, s: RgbLed) -> None:
+        self._led = gpiozero.RGBLED(s.red, s.green, s.blue, active_high=s.active_high, pwm=False)
+
+    def show(self, phase: Phase) -> None:
+        self._led.color = COLOURS[phase]
+
+    def event(self, event: Event, job: Job | None) -> None:
+        """Shows phases only."""
+
+    def close(self) -> None:
+        self._led.close()
+
+
+class _Buzzer:
+    def __init__(self, settings: Buzzer, muted: Callable[[], bool]) -> None:
+        self._buzzer, self._muted = gpiozero.Buzzer(settings.pin), muted
+
+    def show(self, phase: Phase) -> None:
+        if phase is Phase.ERROR and not self._muted():
+            self._buzzer.beep(0.1, 0.1, n=3)
+
+    def event(self, event: Event, job: Job | None) -> None:
+        if event.end is not None and event.end.state is State.DONE and not self._muted():
+            self._buzzer.beep(0.1, 0.1, n=1)
+
+    def close(self) -> None:
+        self._buzzer.close()
+
+
+SENTENCE = re.compile(r"(.*?[.!?:;\n])(?=\s|$)", re.DOTALL)
+
+
+class _Speech:
+    """Says an answer sentence by sentence while the rest is still being made; a cancelled one falls silent."""
+
+    def __init__(self, settings: Speech, muted: Callable[[], bool]) -> None:
+        self._command, self._muted = settings.command, muted
+        self._text = ""
+        self._sentences: Queue[str | None] = Queue(maxsize=256)
+        self._speaking: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._run, name="speech", daemon=True)
+        self._thread.start()
+
+    def show(self, phase: Phase) -> None:
+        """Says answers, not phases."""
+
+    def event(self, event: Event, job: Job | None) -> None:
+        if event.kind in ("started", "restarted"):
+            self._text = ""
+        elif event.kind == "text":
+            self._text += event.text
+            while (match := SENTENCE.match(self._text)) and match.end() < len(self._text):
+                self._say(match.group(1))
+                self._text = self._text[match.end() :]
+        elif event.end is not None:
+            if event.end.state is State.CANCELLED:
+                self._silence()
+            else:
+                self._say(self._text)
+            self._text = ""
+
+    def close(self) -> None:
+        self._silence()
+        self._sentences.put(None)
+
+    def _say(self, sentence: str) -> None:
+        if sentence.strip() and not self._muted() and not self._sentences.full():
+            self._sentences.put(sentence.strip())
+
+    def _silence(self) -> None:
+        try:
+            while True:
+                self._sentences.get_nowait()
+        except Empty:
+            pass
+        if self._speaking is not None:
+            self._speaking.terminate()
+
+    def _run(self) -> None:
+        while (sentence := self._sentences.get()) is not None:
+            try:
+                self._speaking = subprocess.Popen(self._command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                self._speaking.communicate(sentence.encode(), timeout=120)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                log.warning("speech: %s", error)
+                if self._speaking is not None:
+                    self._speaking.kill()
+                    self._speaking.wait()
+            self._speaking = None
+
+
+def _open_display(settings: Display) -> Any:
+    from luma.core.interface.serial import i2c
+    from luma.oled import device
+
+    return getattr(device, settings.driver)(i2c(port=settings.port, address=settings.address))
+
+
+class _Display:
+    """A luma device as a small text terminal: the phase, then the answer as it comes."""
+
+    def __init__(self, device: Any) -> None:
+        from luma.core.virtual import terminal
+
+        self._device = device
+        self._terminal = terminal(device, animate=False)
+
+    def show(self, phase: Phase) -> None:
+        if phase in (Phase.LOADING, Phase.THINKING, Phase.ERROR):
+            self._terminal.clear()
+            self._terminal.println(str(phase))
+
+    def event(self, event: Event, job: Job | None) -> None:
+        if event.kind == "text":
+            if job is not None and job.result.text == event.text:
+                self._terminal.clear()
+            self._terminal.puts(event.text)
+            self._terminal.flush()
+
+    def close(self) -> None:
+        self._device.cleanup()
+
+
+HOOK_EVENTS = {"queued": "accepted", "started": "started"}
+
+
+class _Hook:
+    """Runs a program for an event, the job as JSON on its standard input; it is given a time and no more."""
+
+    def __init__(self, settings: Hook) -> None:
+        self._settings = settings
+
+    def show(self, phase: Phase) -> None:
+        """Knows jobs, not phases."""
+
+    def event(self, event: Event, job: Job | None) -> None:
+        name = str(event.end.state) if event.end else HOOK_EVENTS.get(event.kind)
+        if name == "expired":
+            name = "failed"
+        if name == self._settings.event and job is not None:
+            threading.Thread(target=self._run, args=(msgspec.json.encode(job),), name="hook", daemon=True).start()
+
+    def _run(self, text: bytes) -> None:
+        try:
+            done = subprocess.run(
+                self._settings.command, input=text, timeout=self._settings.timeout, capture_output=True, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.warning("hook %s: %s", self._settings.command[0], error)
+            return
+        if done.returncode:
+            log.warning("hook %s ended with %d", self._settings.command[0], done.returncode)
+
+    def close(self) -> None:
+        """A hook that runs ends by itself or at its time-out."""

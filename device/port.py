@@ -1,0 +1,132 @@
+"""A serial port, through pyserial: opened again when it went away, written no faster than its line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import termios
+import threading
+import time
+from collections.abc import Callable
+
+import serial
+
+from flashd.config import Serial
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+"""How often a port that is gone is tried again."""
+
+GONE = (serial.SerialException, OSError, termios.error)
+"""What pyserial lets through when an adapter is pulled."""
+
+BITS_A_BYTE = 10
+
+
+class Port:
+    """An open port. Raises one of GONE when it goes away."""
+
+    def __init__(self, settings: Serial) -> None:
+        self._line = serial.serial_for_url(
+            settings.port, baudrate=settings.baud, timeout=0, write_timeout=5,
+            rtscts=settings.flow == "rtscts", xonxoff=settings.flow == "xonxoff",
+        )  # fmt: skip
+        self._rate = settings.baud / BITS_A_BYTE
+        self._out = bytearray()
+        self._free_at = time.monotonic()
+
+    def close(self) -> None:
+        self._line.close()
+
+    def read(self, timeout: float) -> bytes:
+        """What has come, waiting up to `timeout` seconds for a first byte; meanwhile what is due is written."""
+        until = time.monotonic() + timeout
+        while True:
+            self._pump()
+            data = bytes(self._line.read(4096))
+            now = time.monotonic()
+            if data or now >= until:
+                return data
+            time.sleep(min(0.01, until - now))
+
+    def write(self, text: str) -> None:
+        """Takes a text; it goes out as fast as the line carries it, while `read` is called."""
+        self._out += text.encode("utf-8", "replace")
+
+    def discard(self) -> None:
+        """Forgets what has not gone out yet."""
+        self._out.clear()
+
+    def flush(self) -> None:
+        """Waits until all has gone out."""
+        while self._out:
+            self._pump()
+            time.sleep(0.005)
+
+    @property
+    def behind(self) -> bool:
+        return bool(self._out)
+
+    def _pump(self) -> None:
+        now = time.monotonic()
+        if not self._out or now < self._free_at:
+            return
+        # a fiftieth of a second's worth: so much, and no more, is on its way when Ctrl-C comes
+        written = self._line.write(bytes(self._out[: max(1, int(self._rate / 50))])) or 0
+        del self._out[:written]
+        self._free_at = now + written / self._rate
+
+
+class SerialLine:
+    """Keeps a session running on a port for as long as the daemon lives.
+
+    Args:
+        settings: the port.
+        session: talks over an open port until told to stop; raises one of GONE when the port goes away.
+    """
+
+    def __init__(self, settings: Serial, session: Callable[[Port, threading.Event], None]) -> None:
+        self._settings, self._session = settings, session
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"serial {settings.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        said_missing = False
+        while not self._stopping.is_set():
+            try:
+                port = Port(self._settings)
+            except (*GONE, ValueError) as error:
+                if not said_missing:
+                    log.warning("serial %s: %s; waiting for it", self._settings.name, _words(error))
+                said_missing = True
+                self._stopping.wait(RETRY_SECONDS)
+                continue
+            said_missing = False
+            log.info("serial %s: open on %s", self._settings.name, self._settings.port)
+            try:
+                self._session(port, self._stopping)
+            except GONE as error:
+                log.warning("serial %s: gone (%s); waiting for it", self._settings.name, _words(error))
+                self._stopping.wait(RETRY_SECONDS)
+            finally:
+                _close(port)
+
+
+def _close(port: Port) -> None:
+    try:
+        port.close()
+    except GONE as error:
+        log.debug("closing: %s", error)
+
+
+def _words(error: BaseException) -> str:
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else str(error)

@@ -1,0 +1,55 @@
+"""Prompts as Jinja templates over what the device knows, checked when the configuration is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from device.sensors import Reading
+from flashd.errors import ConfigError, UsageError
+
+VALUES = ("sensors", "now", "last", "choice", "distance")
+"""What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres."""
+
+MAX_LENGTH = 64 << 10
+"""Characters that a template may make."""
+
+
+class Prompt:
+    """One template.
+
+    Raises ConfigError where it is no template, names what is not there, or a sensor that is not configured.
+    """
+
+    def __init__(self, source: str, trigger: str, sensors: list[str]) -> None:
+        self._trigger = trigger
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        try:
+            self._template = environment.from_string(source)
+            unknown = jinja2.meta.find_undeclared_variables(environment.parse(source)) - set(VALUES)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"trigger {trigger!r}: the prompt is no template: {error}") from error
+        if unknown:
+            raise ConfigError(
+                f"trigger {trigger!r}: the prompt names {min(unknown)!r}; there are {', '.join(VALUES)}"
+            )
+        try:
+            self.render({name: Reading(None) for name in sensors}, "", {"choice": "", "distance": 0.0})
+        except UsageError as error:
+            raise ConfigError(str(error)) from error
+
+    def render(self, sensors: Mapping[str, Reading], last: str, values: Mapping[str, Any]) -> str:
+        """The prompt now. Raises UsageError where the template fails."""
+        names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
+        try:
+            text = self._template.render({**names, **values})
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise UsageError(f"trigger {self._trigger!r}: the prompt fails: {error}") from error
+        if len(text) > MAX_LENGTH:
+            raise UsageError(f"trigger {self._trigger!r}: a prompt of {len(text)} characters")
+        return text

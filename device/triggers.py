@@ -1,0 +1,225 @@
+"""Triggers: buttons, motion, doors, nearness, a menu, the clock. Each calls `fire` when its time has come.
+
+gpiozero debounces and calls back from threads of its own; nothing here waits in one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+import gpiozero
+
+from device.sensors import Sensors
+from flashd.config import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule
+
+log = logging.getLogger(__name__)
+
+Fire = Callable[..., None]
+"""fire(name, **values): the trigger of this name has been set off."""
+
+CLOCK_SECONDS = 10.0
+"""How often a schedule looks at the clock, which may jump when the network or a GPS sets it."""
+
+
+class Closes(Protocol):
+    def close(self) -> None: ...
+
+
+class Triggers:
+    """The configured triggers, live until closed. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
+
+    def __init__(self, settings: list[AnyTrigger], sensors: Sensors, fire: Fire) -> None:
+        self._open: list[Closes] = []
+        try:
+            for pin in sorted({t.pin for t in settings if isinstance(t, Button)}):
+                self._open.append(Presses([t for t in settings if isinstance(t, Button) and t.pin == pin], fire))
+            for trigger in settings:
+                self._open += _opened(trigger, sensors, fire)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+        self._open.clear()
+
+
+def _opened(trigger: AnyTrigger, sensors: Sensors, fire: Fire) -> list[Closes]:
+    if isinstance(trigger, Motion):
+        motion = gpiozero.MotionSensor(trigger.pin)
+        motion.when_motion = lambda: fire(trigger.name)
+        return [motion]
+    if isinstance(trigger, Door):
+        # a reed contact to ground is closed, so pressed, while the door is
+        door = gpiozero.Button(trigger.pin, pull_up=trigger.pull_up, bounce_time=trigger.bounce or None)
+        if trigger.when == "open":
+            door.when_released = lambda: fire(trigger.name)
+        else:
+            door.when_pressed = lambda: fire(trigger.name)
+        return [door]
+    if isinstance(trigger, Near):
+        return [Nearness(trigger, sensors, fire)]
+    if isinstance(trigger, Rotary):
+        return [Menu(trigger, fire)]
+    if isinstance(trigger, Schedule):
+        return [Clock(trigger, fire)]
+    return []
+
+
+class Presses:
+    """One button: short, long and double presses told apart, as far as there are triggers for them."""
+
+    def __init__(self, triggers: list[Button], fire: Fire) -> None:
+        self._names = {t.press: t.name for t in triggers}
+        self._fire, self._gap = fire, triggers[0].gap
+        self._lock = threading.Lock()
+        self._held = False
+        self._pending: threading.Timer | None = None
+        first = triggers[0]
+        self._button = gpiozero.Button(
+            first.pin, pull_up=first.pull_up, bounce_time=first.bounce or None,
+            hold_time=next((t.hold for t in triggers if t.press == "long"), first.hold),
+        )  # fmt: skip
+        if "long" in self._names:
+            self._button.when_held = self._hold
+        self._button.when_released = self._release
+
+    def close(self) -> None:
+        self._button.close()
+        with self._lock:
+            if self._pending is not None:
+                self._pending.cancel()
+
+    def _hold(self) -> None:
+        self._held = True
+        self._fire(self._names["long"])
+
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            return
+        with self._lock:
+            second = self._pending
+            if second is not None:
+                second.cancel()
+                self._pending = None
+            elif "double" in self._names:
+                # short only once it is clear that no second press follows
+                self._pending = threading.Timer(self._gap, self._single)
+                self._pending.daemon = True
+                self._pending.start()
+                return
+        self._say("double" if second is not None else "short")
+
+    def _single(self) -> None:
+        with self._lock:
+            self._pending = None
+        self._say("short")
+
+    def _say(self, press: Any) -> None:
+        if press in self._names:
+            self._fire(self._names[press])
+
+
+class _Loop:
+    """A thread that does something again and again until closed."""
+
+    def __init__(self, name: str) -> None:
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._pause()):
+            self._turn()
+
+    def _pause(self) -> float:
+        raise NotImplementedError
+
+    def _turn(self) -> None:
+        raise NotImplementedError
+
+
+class Nearness(_Loop):
+    """Fires when something comes near, and again only after it has gone."""
+
+    def __init__(self, trigger: Near, sensors: Sensors, fire: Fire) -> None:
+        super().__init__(f"trigger {trigger.name}")
+        self._trigger, self._sensors, self._fire = trigger, sensors, fire
+        self._near = False
+        self._thread.start()
+
+    def _pause(self) -> float:
+        return self._trigger.every
+
+    def _turn(self) -> None:
+        reading = self._sensors.read_one(self._trigger.sensor)
+        if reading.value is None:
+            return
+        near = reading.value < self._trigger.below
+        if near and not self._near:
+            self._fire(self._trigger.name, distance=reading.value)
+        self._near = near
+
+
+class Menu:
+    """A rotary encoder that goes round a menu and a button that picks."""
+
+    def __init__(self, trigger: Rotary, fire: Fire) -> None:
+        self._trigger, self._fire = trigger, fire
+        self._encoder = gpiozero.RotaryEncoder(trigger.a, trigger.b, max_steps=0)
+        try:
+            self._button = gpiozero.Button(trigger.button, bounce_time=trigger.bounce or None)
+        except BaseException:
+            self._encoder.close()
+            raise
+        self._button.when_pressed = lambda: fire(trigger.name, choice=self.choice)
+
+    @property
+    def choice(self) -> str:
+        """What the menu stands at."""
+        return self._trigger.menu[int(self._encoder.steps) % len(self._trigger.menu)]
+
+    def close(self) -> None:
+        self._button.close()
+        self._encoder.close()
+
+
+class Clock(_Loop):
+    """Every so many seconds by a clock that cannot jump; or once a day, when the wall clock has passed a time."""
+
+    def __init__(self, trigger: Schedule, fire: Fire) -> None:
+        super().__init__(f"trigger {trigger.name}")
+        self._trigger, self._fire = trigger, fire
+        self._next = None if trigger.at is None else next_time(datetime.now(), trigger.at)
+        self._thread.start()
+
+    def _pause(self) -> float:
+        if self._trigger.every is not None:
+            return self._trigger.every
+        return CLOCK_SECONDS
+
+    def _turn(self) -> None:
+        if self._trigger.at is not None:
+            now = datetime.now()
+            assert self._next is not None
+            due, self._next = now >= self._next, next_time(now, self._trigger.at)
+            if not due:
+                return
+        self._fire(self._trigger.name)
+
+
+def next_time(now: datetime, at: str) -> datetime:
+    """The next time of day `at`, strictly after now."""
+    hour, minute = map(int, at.split(":"))
+    today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return today if today > now else today + timedelta(days=1)

@@ -1,0 +1,112 @@
+"""Mock pins for every test, a queue answered by a clerk, and the far end of a serial cable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpiozero
+import pytest
+import serial
+from gpiozero.pins.mock import MockFactory, MockPWMPin
+
+from device.appliance import Appliance
+from device.demo import Cable
+from flashd.config import parse
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.spool import Spool
+from tests.daemon.clerk import Clerk
+
+LAST = {
+    "tokens": 3.0, "seconds": 1.5, "first_token_seconds": 0.5, "decode_tokens_per_second": 2.0,
+    "card_bytes_per_token": 3 << 20, "window_hit_rate": 0.25,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pins() -> Iterator[MockFactory]:
+    """gpiozero's own mock of the electronics."""
+    before = gpiozero.Device.pin_factory
+    factory = gpiozero.Device.pin_factory = MockFactory(pin_class=MockPWMPin)
+    yield factory
+    factory.reset()
+    gpiozero.Device.pin_factory = before
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    spool = Spool(tmp_path / "spool.db", keep=50)
+    jobs = Jobs(spool, most_waiting=8)
+    yield jobs
+    jobs.close()
+    spool.close()
+
+
+@pytest.fixture
+def clerk(jobs: Jobs) -> Iterator[Clerk]:
+    clerk = Clerk(jobs, words=("It is ", "warm ", "today."))
+    yield clerk
+    clerk.close()
+
+
+@pytest.fixture
+def appliance(pins: MockFactory, jobs: Jobs, tmp_path: Path) -> Iterator[Callable[..., Appliance]]:
+    """Makes an open appliance from YAML."""
+    made: list[Appliance] = []
+
+    def make(text: str, **more: Any) -> Appliance:
+        one = Appliance(parse(text), jobs, lambda: {"model": {"name": "a model"}, "last": LAST}, **more)
+        made.append(one)
+        one.open()
+        return one
+
+    yield make
+    for one in made:
+        one.close()
+
+
+class Terminal:
+    """The far end of a cable: what a person types and sees."""
+
+    def __init__(self, port: str) -> None:
+        self._line = serial.Serial(port, timeout=0.02)
+        self.seen = ""
+
+    def type(self, text: str | bytes) -> None:
+        self._line.write(text.encode() if isinstance(text, str) else text)
+
+    def expect(self, text: str, seconds: float = 15.0) -> str:
+        """Waits until `text` is on the screen; what came up to it, which is then taken as read."""
+        until = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < until, f"{text!r} did not come; there was {self.seen[-2000:]!r}"
+            self.seen += self._line.read(4096).decode("utf-8", "replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def close(self) -> None:
+        self._line.close()
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    cable = Cable()
+    yield cable
+    cable.close()
+
+
+@pytest.fixture
+def terminal(cable: Cable) -> Iterator[Terminal]:
+    terminal = Terminal(cable.theirs)
+    yield terminal
+    terminal.close()
+
+
+def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Waits until something holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.005)

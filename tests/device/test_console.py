@@ -1,0 +1,184 @@
+"""A person at the cable: pseudo-terminals joined like a null modem, pyserial at both ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pty
+import time
+import tty
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from device.appliance import Appliance
+from device.demo import Cable
+from flashd.daemon.job import State
+from flashd.daemon.jobs import Jobs
+from tests.daemon.clerk import Clerk
+from tests.device.conftest import Terminal, wait
+
+Make = Callable[..., Appliance]
+
+SETTINGS = """
+kiosk: {{title: Weather box, presets: ["Is it warm?", "Will it rain?"]}}
+serial: [{{name: console, port: {port}{more}}}]
+triggers: [{{kind: manual, name: greet, prompt: "Greet."}}, {{kind: manual, name: slow, prompt: p, cooldown: 60}}]
+"""
+
+
+def settings(cable: Cable, more: str = "") -> str:
+    return SETTINGS.format(port=cable.ours, more=more)
+
+
+def test_a_question_is_answered_and_the_talk_remembered(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk
+) -> None:
+    appliance(settings(cable))
+    terminal.expect("Weather box - flashd. /help lists the commands.")
+    terminal.expect("2  Will it rain?\r\n")
+    terminal.type("Is it warm\x7f\x7f\x7f\x7fcold?\r")
+    terminal.expect("It is warm today.\r\n")
+    terminal.type("And now?\r")
+    terminal.expect("It is warm today.\r\n")
+    first, second = clerk.answered
+    assert [t.content for t in first.request.turns] == ["Is it cold?"]
+    assert [t.content for t in second.request.turns] == ["Is it cold?", "It is warm today.", "And now?"]
+    terminal.type("/reset\r")
+    terminal.expect("forgotten")
+    terminal.type("1\r")
+    terminal.expect("today.")
+    assert [t.content for t in clerk.answered[-1].request.turns] == ["Is it warm?"]
+
+
+def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
+    appliance(settings(cable))
+    for typed, seen in (
+        ("/help", "Ctrl-C stops an answer"), ("/model", "name: a model"), ("/stats", "3 tokens in 1.5 s"),
+        ("/status", "idle, 0 waiting"), ("/nonsense", "/nonsense is not known; /help lists what is"),
+        ("/trigger", "there are: greet, slow"), ("/trigger x", "no such trigger"), ("/trigger greet", "today."),
+        ("/trigger slow", "today."), ("/trigger slow", "not started"), ("/mute", "muted"),
+        ("/mute", "no longer muted"),
+    ):  # fmt: skip
+        terminal.type(typed + "\r")
+        terminal.expect(seen)
+        terminal.expect("> ")
+    terminal.type("/quit\r")
+    terminal.expect("Goodbye")
+    terminal.type("\r")
+    terminal.expect("Weather box")
+    terminal.type("\x04")
+    terminal.expect("Goodbye")
+
+
+def test_ctrl_c_stops_an_answer(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(settings(cable))
+    clerk = Clerk(jobs, words=["word "] * 100, paced=True)
+    assert clerk.permits is not None
+    terminal.type("talk\r")
+    clerk.permits.release(3)
+    terminal.expect("word word")
+    terminal.type("\x03")
+    terminal.expect("(stopped)")
+    clerk.close()
+    assert jobs.recent(1)[0].state is State.CANCELLED
+
+
+def test_while_nothing_has_come_a_row_says_why(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(settings(cable))
+    clerk = Clerk(jobs, paced=True)
+    assert clerk.permits is not None
+    terminal.type("hello\r")
+    terminal.expect("thinking, 1 s")
+    running = jobs.running
+    assert running is not None
+    jobs.progress(running, 7, 28, 130 << 20)
+    terminal.expect("thinking, layer 7 of 28, 130 MiB read, ")
+    clerk.permits.release(3)
+    # the row is taken away before the answer
+    assert terminal.expect("one two three").endswith("\r\x1b[Kone two three")
+    clerk.close()
+
+
+def test_what_is_typed_during_an_answer_is_asked_afterwards(
+    appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs
+) -> None:
+    appliance(settings(cable))
+    clerk = Clerk(jobs, paced=True)
+    assert clerk.permits is not None
+    terminal.type("first\r")
+    wait(lambda: jobs.running is not None)
+    terminal.type("second\r")
+    time.sleep(0.2)
+    clerk.permits.release(6)
+    terminal.expect("three")
+    terminal.expect("second")
+    terminal.expect("three")
+    clerk.close()
+    assert [j.request.turns[-1].content for j in clerk.answered] == ["first", "second"]
+
+
+def test_ascii_and_narrow(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(settings(cable, ", charset: ascii, columns: 20"))
+    clerk = Clerk(jobs, words=["Tous les ", "garçons — et ", "les filles… 25 °C"])
+    terminal.expect("> ")
+    terminal.type("x\r")
+    answer = terminal.expect("deg C").partition("x\r\n")[2]
+    clerk.close()
+    assert answer == "Tous les garcons -\r\net les filles... 25\r\ndeg C"
+
+
+def test_text_is_paced_to_the_line(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    """At 1,200 baud 120 characters take a second: of a long answer only a little is out when Ctrl-C comes."""
+    appliance(settings(cable, ", baud: 1200"))
+    terminal.expect("> ")
+    clerk = Clerk(jobs, words=["0123456789" * 200])
+    terminal.type("x\r")
+    terminal.expect("0123456789")
+    wait(lambda: jobs.running is None)
+    terminal.type("\x03")
+    time.sleep(0.5)
+    terminal.expect("> ", 20)
+    clerk.close()
+
+
+def test_garbage_a_megabyte_and_breaks(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
+    appliance(settings(cable))
+    terminal.expect("> ")
+    terminal.type(bytes(range(128, 256)) + b"\0\0\x1b[99;99;99;99z\x1b[A\x1bOx")
+    terminal.type(b"\x15")
+    for _ in range(64):
+        terminal.type(b"x" * (1 << 14))
+        terminal.seen += terminal._line.read(1 << 16).decode("utf-8", "replace")
+    terminal.type(b"\x15")
+    terminal.type(b"\x0b\r")
+    terminal.type("still there?\r")
+    terminal.expect("It is warm today.", 60)
+    assert clerk.answered[-1].request.turns[-1].content == "still there?"
+
+
+def test_an_adapter_that_is_pulled_and_put_back(
+    appliance: Make, jobs: Jobs, clerk: Clerk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    link = tmp_path / "ttyUSB0"
+    appliance(f"serial: [{{name: console, port: {link}}}]")
+    wait(lambda: "waiting for it" in caplog.text)
+    for _ in range(2):
+        master, slave = pty.openpty()
+        tty.setraw(slave)
+        link.symlink_to(os.ttyname(slave))
+        os.close(slave)
+        seen = b""
+        until = time.monotonic() + 10
+        while b"/help lists" not in seen and time.monotonic() < until:
+            try:
+                seen += os.read(master, 4096)
+            except OSError:  # nobody has opened it yet
+                time.sleep(0.05)
+        assert b"/help lists" in seen
+        link.unlink()
+        os.close(master)
+        wait(lambda: "gone" in caplog.text)
+        caplog.clear()

@@ -1,0 +1,95 @@
+"""A microcontroller at the cable: JSON lines in, JSON lines out, and nothing it sends that breaks us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from device.appliance import Appliance
+from device.demo import Cable
+from device.machine import MAX_LINE
+from flashd.daemon.job import State
+from flashd.daemon.jobs import Jobs
+from tests.daemon.clerk import Clerk
+from tests.device.conftest import Terminal
+
+Make = Callable[..., Appliance]
+YAML = """
+serial: [{{name: board, port: {port}, mode: machine, charset: ascii}}]
+triggers: [{{kind: manual, name: greet, prompt: "Greet."}}]
+"""
+
+
+def line(terminal: Terminal) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(terminal.expect("\n").encode("ascii"))
+    return found
+
+
+def until_end(terminal: Terminal) -> list[dict[str, Any]]:
+    lines = [line(terminal)]
+    while lines[-1]["event"] not in ("end", "error"):
+        lines.append(line(terminal))
+    return lines
+
+
+def test_a_prompt(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(YAML.format(port=cable.ours))
+    clerk = Clerk(jobs, words=["25 ", "°C"])
+    terminal.type('{"id": "a", "prompt": "How warm?", "system": "Be brief.", "max_tokens": 5}\r\n')
+    lines = until_end(terminal)
+    clerk.close()
+    assert [x["event"] for x in lines] == ["accepted", "text", "text", "end"]
+    assert {x["id"] for x in lines} == {"a"}
+    assert lines[-1]["text"] == "25 °C" and lines[-1]["state"] == "done"
+    asked = clerk.answered[0].request
+    assert [t.content for t in asked.turns] == ["Be brief.", "How warm?"] and asked.max_tokens == 5
+
+
+def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(YAML.format(port=cable.ours))
+    clerk = Clerk(jobs, paced=True)
+    assert clerk.permits is not None
+    clerk.permits.release(4)
+    terminal.type('{"id": 1, "prompt": "p", "choose": ["yes", "no"]}\n')
+    assert until_end(terminal)[-1]["text"] == "yes"
+    terminal.type('{"id": 2, "trigger": "greet"}\n')
+    assert until_end(terminal)[-1]["text"] == "one two three"
+    terminal.type('{"id": 3, "status": true}\n')
+    assert line(terminal)["phase"] in ("idle", "answering", "thinking")
+    terminal.type('{"id": 4, "prompt": "p"}\n{"cancel": 4}\n')
+    assert until_end(terminal)[-1]["state"] == "cancelled"
+    clerk.close()
+    assert jobs.recent(1)[0].state is State.CANCELLED
+
+
+def test_bad_lines_are_refused_in_words(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
+    appliance(YAML.format(port=cable.ours))
+    for typed, words in (
+        (b"hello", "malformed"), (b'{"prompt": 3}', "Expected `str | null`"), (b'{"promt": "x"}', "unknown field"),
+        (b"{}", "needs one of"), (b'{"prompt": "  "}', "empty"), (b'{"trigger": "none"}', "no trigger is called"),
+        (b'{"cancel": 7}', "nothing under way"), (b"\xff\xfe", "malformed"),
+        (b'{"json_schema": ' + b'{"a":' * 5000, "recursion"),
+        (b"x" * (MAX_LINE + 70000), "a line of more than"), (b"y" * (MAX_LINE + 1), "a line of more than"),
+    ):  # fmt: skip
+        terminal.type(typed + b"\n")
+        refused = line(terminal)
+        assert refused["event"] == "error" and words in refused["message"], (typed[:30], refused)
+    terminal.type('{"prompt": "fine"}\n')
+    assert until_end(terminal)[-1]["state"] == "done"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_any_bytes_leave_it_serving(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, sent: list[bytes]
+) -> None:
+    if not hasattr(terminal, "started"):
+        appliance(YAML.format(port=cable.ours))
+        terminal.started = True  # type: ignore[attr-defined]
+    terminal.type(b"\n".join(sent) + b"\n" + b'{"id": "mark", "cancel": "mark"}\n')
+    while line(terminal).get("id") != "mark":
+        pass

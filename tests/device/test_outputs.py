@@ -1,0 +1,163 @@
+"""LEDs, buzzer, speech, display and hooks, each through its real interface; pins that decisions drive."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpiozero.pins.mock import MockFactory
+
+from device.appliance import Appliance
+from device.outputs import Panel, Phase
+from flashd.config import parse
+from flashd.daemon.job import State
+from flashd.daemon.jobs import Jobs
+from tests.daemon.clerk import Clerk, request
+from tests.device.conftest import wait
+
+Make = Callable[..., Appliance]
+
+
+def test_an_led_shows_each_phase(pins: MockFactory, jobs: Jobs) -> None:
+    panel = Panel(parse("outputs: [{kind: led, pin: 3}, {kind: rgb, red: 4, green: 5, blue: 6}]").outputs, jobs)
+    red, green, blue = (pins.pin(n) for n in (4, 5, 6))
+
+    def colour() -> tuple[int, ...]:
+        return tuple(int(p.state) for p in (red, green, blue))
+
+    def shows(phase: Phase, *rgb: int) -> bool:
+        return panel.phase is phase and colour() == rgb
+
+    assert shows(Phase.LOADING, 1, 1, 0)
+    panel.ready()
+    assert shows(Phase.IDLE, 0, 1, 0)
+    jobs.submit(request())
+    job = jobs.take(0)
+    assert job is not None
+    wait(lambda: shows(Phase.THINKING, 0, 0, 1))
+    jobs.say(job, "word")
+    wait(lambda: shows(Phase.ANSWERING, 0, 1, 1))
+    assert pins.pin(3).state == 1  # lit while it answers
+    jobs.finish(job, State.FAILED, "the card failed")
+    wait(lambda: shows(Phase.ERROR, 1, 0, 0))
+    panel.ready()
+    panel.mute(True)
+    assert shows(Phase.MUTED, 0, 0, 0)
+    panel.close()
+
+
+def test_a_buzzer_beeps_for_an_answer(pins: MockFactory, jobs: Jobs, clerk: Clerk) -> None:
+    panel = Panel(parse("outputs: [{kind: buzzer, pin: 3}]").outputs, jobs)
+    panel.ready()
+    pin = pins.pin(3)
+    pin.clear_states()
+    jobs.submit(request())
+    wait(lambda: [s.state for s in pin.states].count(True) == 1 and not pin.state)
+    panel.close()
+
+
+def speaker(tmp_path: Path) -> tuple[Path, str]:
+    """A program that says what it is given into a file."""
+    program, said = tmp_path / "say", tmp_path / "said"
+    program.write_text(f"#!/bin/sh\ncat >> {said}\necho >> {said}\n")
+    program.chmod(0o755)
+    return said, f"outputs: [{{kind: speech, command: [{program}]}}]"
+
+
+def test_speech_says_sentence_by_sentence(tmp_path: Path, jobs: Jobs) -> None:
+    said, text = speaker(tmp_path)
+    panel = Panel(parse(text).outputs, jobs)
+    clerk = Clerk(jobs, words=["It is 21.5 deg", "rees. Take", " a coat", "! Bye"], paced=True)
+    assert clerk.permits is not None
+    jobs.submit(request())
+    clerk.permits.release(3)
+    wait(lambda: said.exists() and "degrees." in said.read_text())
+    clerk.permits.release(1)
+    wait(lambda: said.read_text().splitlines() == ["It is 21.5 degrees.", "Take a coat!", "Bye"])
+    clerk.close()
+    panel.close()
+
+
+def test_a_cancelled_answer_falls_silent_and_a_muted_one_is_not_said(tmp_path: Path, jobs: Jobs) -> None:
+    said, text = speaker(tmp_path)
+    panel = Panel(parse(text).outputs, jobs)
+    panel.mute(True)
+    clerk = Clerk(jobs, words=["A sentence. ", "More"])
+    _, watch = jobs.ask(request())
+    list(watch)
+    time.sleep(0.2)
+    clerk.close()
+    panel.close()
+    assert not said.exists()
+
+
+def test_a_hook_is_given_the_job(tmp_path: Path, jobs: Jobs, clerk: Clerk) -> None:
+    program, got = tmp_path / "hook", tmp_path / "got"
+    program.write_text(f"#!/bin/sh\ncat > {got}.part && mv {got}.part {got}\n")
+    program.chmod(0o755)
+    panel = Panel(parse(f"outputs: [{{kind: hook, event: done, command: [{program}]}}]").outputs, jobs)
+    jobs.submit(request("why?"))
+    wait(got.exists)
+    job = json.loads(got.read_text())
+    assert job["state"] == "done" and job["result"]["text"] == "It is warm today."
+    panel.close()
+
+
+def test_a_display_shows_the_answer(jobs: Jobs) -> None:
+    """luma's own dummy device draws into an image."""
+    luma = pytest.importorskip("luma.core.device")
+    from device.outputs import _Display
+    from flashd.daemon.job import Event
+
+    screen = luma.dummy(width=128, height=64, mode="1")
+    display = _Display(screen)
+    display.show(Phase.THINKING)
+    blank = screen.image.tobytes()
+    display.event(Event(kind="text", job=1, text="Hello"), None)
+    assert screen.image.tobytes() != blank and screen.image.getbbox() is not None
+
+
+DECIDES = """
+triggers:
+  - {kind: manual, name: plants, prompt: p, choose: [water, wait], drive: {pin: 8, answer: water, most: 0.3}}
+"""
+
+
+def test_a_decision_drives_its_pin_for_a_bounded_time(pins: MockFactory, appliance: Make, jobs: Jobs) -> None:
+    one = appliance(DECIDES)
+    clerk = Clerk(jobs)  # it always takes the first choice
+    pin = pins.pin(8)
+    assert not pin.state
+    one.start("plants")
+    wait(lambda: pin.state)
+    wait(lambda: not pin.state, 2)
+    clerk.close()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "another answer", "closed", "reloaded"])
+def test_a_pin_is_off_after_anything_else(how: str, pins: MockFactory, appliance: Make, jobs: Jobs) -> None:
+    one: Any = appliance(DECIDES.replace("0.3", "60"))
+    pin = pins.pin(8)
+
+    def answer(state: State, text: str) -> None:
+        one.start("plants")
+        job = jobs.take(1)
+        assert job is not None
+        jobs.say(job, text)
+        jobs.finish(job, state, "stop")
+
+    answer(State.DONE, "water")
+    wait(lambda: pin.state)
+    if how == "cancelled":
+        answer(State.CANCELLED, "water")
+    elif how == "another answer":
+        answer(State.DONE, "wait")
+    elif how == "closed":
+        one.close()
+    else:
+        one.reload(parse(DECIDES))
+    wait(lambda: not pin.state)

@@ -1,0 +1,132 @@
+"""Sensors: the kernel's files as fixtures, gpiozero's through mock pins, and those that are missing or hang."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from gpiozero.pins.mock import MockFactory
+
+from device import board
+from device.prompt import Prompt
+from device.sensors import Reading, Sensors
+from flashd.config import AnySensor, parse
+from flashd.errors import ConfigError, UsageError
+
+W1 = "5c 01 4b 46 7f ff 04 10 a1 : crc=a1 {crc}\n5c 01 4b 46 7f ff 04 10 a1 t={milli}\n"
+
+
+def sensors(text: str) -> list[AnySensor]:
+    return parse(f"sensors: [{text}]").sensors
+
+
+def one_wire(sysfs: Path, crc: str = "YES", milli: int = 21750, number: str = "28-0123456789ab") -> None:
+    folder = sysfs / "bus/w1/devices" / number
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "w1_slave").write_text(W1.format(crc=crc, milli=milli))
+
+
+def iio(sysfs: Path, name: str, **files: str) -> None:
+    folder = sysfs / "bus/iio/devices" / f"iio:device{len(list(sysfs.glob('bus/iio/devices/*')))}"
+    folder.mkdir(parents=True)
+    for file, text in {"name": name, **files}.items():
+        (folder / file).write_text(text + "\n")
+
+
+def read(settings: list[AnySensor], sysfs: Path) -> dict[str, Reading]:
+    opened = Sensors(settings, sysfs)
+    try:
+        return opened.read()
+    finally:
+        opened.close()
+
+
+def test_one_wire(tmp_path: Path) -> None:
+    wanted = sensors("{kind: ds18b20, name: t}")
+    assert str(read(wanted, tmp_path)["t"]) == "unknown"
+    one_wire(tmp_path)
+    assert str(read(wanted, tmp_path)["t"]) == "21.75 °C"
+    one_wire(tmp_path, milli=-1250)
+    assert read(wanted, tmp_path)["t"].value == -1.25
+    one_wire(tmp_path, crc="NO")
+    assert not read(wanted, tmp_path)["t"].known
+    one_wire(tmp_path, milli=85000)  # it lost its power and has not measured
+    assert not read(wanted, tmp_path)["t"].known
+    assert not read(sensors("{kind: ds18b20, name: t, id: 28-000000000001}"), tmp_path)["t"].known
+
+
+def test_iio(tmp_path: Path) -> None:
+    iio(tmp_path, "other", in_temp_input="1")
+    iio(tmp_path, "bme280", in_temp_input="21370", in_humidityrelative_input="48211.5", in_pressure_input="101.325")
+    iio(tmp_path, "ads1015", in_voltage0_raw="1000", in_voltage0_scale="3", in_voltage_offset="-100")
+    wanted = sensors(
+        "{kind: iio, name: t, device: bme280, channel: temp},"
+        "{kind: iio, name: p, device: bme280, channel: pressure},"
+        "{kind: iio, name: h, device: bme280, channel: humidityrelative, unit: percent},"
+        "{kind: iio, name: v, device: ads1015, channel: voltage0}, {kind: iio, name: n, device: none, channel: temp}"
+    )
+    found = {name: str(reading) for name, reading in read(wanted, tmp_path).items()}
+    assert found == {"t": "21.37 °C", "p": "1013 hPa", "h": "48.21 percent", "v": "2.7 V", "n": "unknown"}
+
+
+def test_a_sensor_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
+    """A 1-Wire bus that hangs is a file whose reading does not return: here a pipe that nobody writes."""
+    one_wire(tmp_path, number="28-00000000000a")
+    (tmp_path / "bus/w1/devices/28-00000000000b").mkdir()
+    pipe = tmp_path / "bus/w1/devices/28-00000000000b/w1_slave"
+    os.mkfifo(pipe)
+    settings = sensors(
+        "{kind: ds18b20, name: good, id: 28-00000000000a},"
+        "{kind: ds18b20, name: hung, id: 28-00000000000b, timeout: 0.2}"
+    )
+    opened = Sensors(settings, tmp_path)
+    started = time.monotonic()
+    for _ in range(3):
+        found = opened.read()
+        assert found["good"].known and not found["hung"].known
+    assert time.monotonic() - started < 5
+    # not one thread more for each try
+    assert sum(t.name == "sensor hung" for t in threading.enumerate()) == 1
+    opened.close()
+    pipe.write_text(W1.format(crc="YES", milli=1))
+
+
+def test_pins(pins: MockFactory) -> None:
+    """A light sensor whose capacitor is charged within the time, and an analog channel on a bus with no chip."""
+    settings = sensors(
+        "{kind: light, name: light, pin: 5, timeout: 3}, {kind: mcp3008, name: soil, channel: 0, low: -5, high: 5}"
+    )
+    opened = Sensors(settings)
+    try:
+        pins.pin(5).drive_high()
+        found = opened.read()
+        assert set(found) == {"light", "soil"}
+        assert found["soil"].value is not None and -5 <= found["soil"].value <= 5
+    finally:
+        opened.close()
+
+
+def test_prompts_name_what_is_unknown() -> None:
+    prompt = Prompt("Soil {{ sensors.soil }}{% if sensors.soil.known %}, wet{% endif %}. {{ last }}", "t", ["soil"])
+    assert prompt.render({"soil": Reading(None)}, "", {}) == "Soil unknown. "
+    assert prompt.render({"soil": Reading(0.41, "%")}, "Before.", {}) == "Soil 0.41 %, wet. Before."
+    with pytest.raises(UsageError, match="trigger 't': the prompt fails"):
+        prompt.render({}, "", {})
+    with pytest.raises(ConfigError, match="characters"):
+        Prompt("{{ 'x' * 100000 }}", "long", [])
+
+
+def test_the_board(tmp_path: Path) -> None:
+    assert board.read(tmp_path) == board.Board(None, False)
+    zone = tmp_path / "class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    (zone / "temp").write_text("48312\n")
+    flags = tmp_path / board.THROTTLED
+    flags.parent.mkdir(parents=True)
+    flags.write_text("50000\n")  # it was slowed once, and is not now
+    assert board.read(tmp_path) == board.Board(48.312, False)
+    flags.write_text("50005\n")
+    assert board.read(tmp_path).throttled

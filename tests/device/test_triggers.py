@@ -1,0 +1,185 @@
+"""Buttons, motion, doors, nearness, menus and the clock, through gpiozero's mock electronics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpiozero.pins.mock import MockFactory
+
+from device.appliance import Appliance
+from device.sensors import Reading, Sensors
+from device.triggers import Triggers, next_time
+from flashd.config import parse
+from flashd.daemon.jobs import Jobs
+from flashd.errors import ConfigError
+from tests.daemon.clerk import Clerk
+from tests.device.conftest import wait
+
+Fired = list[tuple[str, dict[str, Any]]]
+Listen = Callable[[str], Fired]
+
+
+@pytest.fixture
+def listen(pins: MockFactory) -> Iterator[Listen]:
+    """Opens the triggers of some YAML; what they fire is collected."""
+    opened: list[Any] = []
+
+    def make(text: str) -> Fired:
+        settings = parse(text)
+        fired: Fired = []
+        sensors = Sensors(settings.sensors)
+        opened.append(Triggers(settings.triggers, sensors, lambda name, **values: fired.append((name, values))))
+        opened.append(sensors)
+        return fired
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def press(pin: Any, seconds: float = 0.02) -> None:
+    pin.drive_low()
+    time.sleep(seconds)
+    pin.drive_high()
+
+
+BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 0.15, gap: 0.15}}"
+
+
+def test_a_short_press_alone_fires_at_once(pins: MockFactory, listen: Listen) -> None:
+    fired = listen(f"triggers: [{BUTTON.format('short')}]")
+    press(pins.pin(4))
+    assert fired == [("short", {})]
+
+
+def test_short_long_and_double_are_told_apart(pins: MockFactory, listen: Listen) -> None:
+    fired = listen("triggers: [" + ", ".join(BUTTON.format(p) for p in ("short", "long", "double")) + "]")
+    button = pins.pin(4)
+    press(button)
+    wait(lambda: fired)
+    press(button, 0.4)
+    press(button)
+    time.sleep(0.03)
+    press(button)
+    wait(lambda: len(fired) == 3)
+    time.sleep(0.3)
+    assert [name for name, _ in fired] == ["short", "long", "double"]
+
+
+def test_the_kernel_is_asked_to_debounce(pins: MockFactory, listen: Listen) -> None:
+    """The mock does not model bounce; on a board the pin's driver keeps it from us."""
+    listen("triggers: [{kind: button, name: a, pin: 4, prompt: p, bounce: 0.1}]")
+    assert pins.pin(4).bounce == 0.1
+
+
+def test_motion_and_door(pins: MockFactory, listen: Listen) -> None:
+    fired = listen(
+        "triggers: [{kind: motion, name: m, pin: 5, prompt: p}, {kind: door, name: o, pin: 6, prompt: p, bounce: 0},"
+        " {kind: door, name: c, pin: 7, when: close, prompt: p, bounce: 0}]"
+    )
+    time.sleep(0.3)  # gpiozero takes samples of a motion sensor: it must have seen stillness
+    pins.pin(5).drive_high()
+    wait(lambda: fired)
+    for number in (6, 7):
+        pins.pin(number).drive_low()  # the magnet closes the contact
+    for number in (6, 7):
+        pins.pin(number).drive_high()
+    assert [name for name, _ in fired] == ["m", "c", "o"]
+
+
+def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) -> None:
+    fired = listen(
+        "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]"
+    )
+    a, b = pins.pin(5), pins.pin(6)
+
+    def turn(first: Any, second: Any) -> None:
+        for pin, low in ((first, True), (second, True), (first, False), (second, False)):
+            pin.drive_low() if low else pin.drive_high()
+
+    press(pins.pin(7))
+    turn(a, b)
+    press(pins.pin(7))
+    for _ in range(2):
+        turn(b, a)
+    press(pins.pin(7))
+    choices = [values["choice"] for _, values in fired]
+    assert choices[0] == "one" and set(choices[1:]) == {"two", "three"}
+
+
+def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    distance = [2.0]
+    monkeypatch.setattr(Sensors, "read_one", lambda self, name: Reading(distance[0], "m"))
+    fired: Fired = []
+    settings = parse(
+        "sensors: [{kind: distance, name: d, echo: 5, trigger: 6}]\n"
+        "triggers: [{kind: near, name: n, sensor: d, below: 0.5, every: 0.01, prompt: p}]"
+    )
+    sensors = Sensors([])
+    triggers = Triggers(settings.triggers, sensors, lambda name, **values: fired.append((name, values)))
+    for metres in (0.3, 0.2, 2.0, 0.4):
+        distance[0] = metres
+        time.sleep(0.1)
+    triggers.close()
+    assert [round(values["distance"], 1) for _, values in fired] == [0.3, 0.4]
+
+
+def test_a_schedule(listen: Listen) -> None:
+    fired = listen("triggers: [{kind: schedule, name: s, every: 0.03, prompt: p}]")
+    wait(lambda: len(fired) >= 3)
+    noon = datetime(2026, 3, 1, 12, 0)
+    assert next_time(noon, "12:00") == datetime(2026, 3, 2, 12, 0)
+    assert next_time(noon, "12:01") == datetime(2026, 3, 1, 12, 1)
+    assert next_time(datetime(2026, 12, 31, 23, 59), "07:30") == datetime(2027, 1, 1, 7, 30)
+
+
+def test_a_press_becomes_a_job(
+    pins: MockFactory, appliance: Callable[..., Appliance], jobs: Jobs, clerk: Clerk
+) -> None:
+    appliance(
+        "sensors: [{kind: ds18b20, name: room, timeout: 0.5}]\n"
+        "triggers: [{kind: button, name: front, pin: 4, bounce: 0, cooldown: 60, system: Be kind., priority: 7,"
+        " prompt: 'The room has {{ sensors.room }}. Before, you said: {{ last }}'}]",
+        sysfs=Path("/nowhere"),
+    )
+    press(pins.pin(4))
+    wait(lambda: clerk.answered)
+    press(pins.pin(4))  # too soon
+    time.sleep(0.1)
+    (job,) = clerk.answered
+    assert [t.content for t in job.request.turns] == ["Be kind.", "The room has unknown. Before, you said: "]
+    assert (job.request.source, job.request.priority, jobs.waiting) == ("trigger:front", 7, 0)
+
+
+def test_muted_triggers_start_nothing(
+    pins: MockFactory, appliance: Callable[..., Appliance], jobs: Jobs, clerk: Clerk
+) -> None:
+    one = appliance("mute_pin: 9\ntriggers: [{kind: button, name: a, pin: 4, bounce: 0, prompt: p}]")
+    press(pins.pin(9), 0.1)
+    assert one.muted
+    press(pins.pin(4))
+    time.sleep(0.1)
+    assert not clerk.answered and jobs.waiting == 0
+    press(pins.pin(9), 0.1)
+    press(pins.pin(4))
+    wait(lambda: clerk.answered)
+
+
+def test_reload_changes_triggers_and_a_bad_one_changes_nothing(
+    pins: MockFactory, appliance: Callable[..., Appliance], clerk: Clerk
+) -> None:
+    one = appliance("triggers: [{kind: button, name: a, pin: 4, bounce: 0, prompt: old}]")
+    one.reload(parse("triggers: [{kind: button, name: a, pin: 5, bounce: 0, prompt: new}]"))
+    press(pins.pin(4))
+    press(pins.pin(5))
+    wait(lambda: clerk.answered)
+    assert [j.request.turns[-1].content for j in clerk.answered] == ["new"]
+    with pytest.raises(ConfigError, match="weather"):
+        one.reload(parse("triggers: [{kind: button, name: a, pin: 6, prompt: '{{ weather }}'}]"))
+    press(pins.pin(5))
+    wait(lambda: len(clerk.answered) == 2)

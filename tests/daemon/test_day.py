@@ -1,4 +1,4 @@
-"""A scripted day with the default model: jobs from everywhere at once, cancels, reloads, and a kill -9 in the middle."""
+"""A scripted day with the default model: jobs from everywhere, cancels, reloads, and a kill -9 in the middle."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ pytest.importorskip("systemd", reason="needs the systemd extra")
 
 JOBS = 200
 MOST_WAITING = 24
+UNFINISHED = ("queued", "running")
 DAY = """
 serial: [{{name: board, port: {port}, mode: machine}}]
 sensors:
@@ -31,9 +32,9 @@ sensors:
   - {{kind: ds18b20, name: room, timeout: 0.2}}
 triggers:
   - {{kind: button, name: one, pin: 4, bounce: 0, prompt: "Say one word about soil of {{{{ sensors.soil }}}}."}}
-  - {{kind: button, name: two, pin: 5, bounce: 0, priority: 7, barge_in: true, prompt: "Room: {{{{ sensors.room }}}}."}}
+  - {{kind: button, name: two, pin: 5, bounce: 0, priority: 7, barge_in: true, prompt: "{{{{ sensors.room }}}}?"}}
   - {{kind: button, name: three, pin: 6, bounce: 0, prompt: "Water or wait?", choose: [water, wait]}}
-  - {{kind: schedule, name: soil, every: 2, prompt: "Soil {{{{ sensors.soil }}}}. Water or wait?", choose: [water, wait]}}
+  - {{kind: schedule, name: soil, every: 2, prompt: "{{{{ sensors.soil }}}}, water?", choose: [water, wait]}}
   - {{kind: schedule, name: room, every: 3, prompt: "The room has {{{{ sensors.room }}}}."}}
 """
 
@@ -59,18 +60,18 @@ class Script:
         """One thing that somebody does."""
         what = self.random.choice(["api", "api", "serial", "press", "press", "cancel"])
         if what == "api":
-            self._ask_api(http)
+            self._ask_api()
         elif what == "serial":
             prompt = f"Number {self.random.randrange(1000)}?"
             self._line.write(json.dumps({"prompt": prompt, "max_tokens": 3}).encode() + b"\n")
         elif what == "press":
             http.post(f"/demo/press/{self.random.choice([4, 5, 6])}")
         else:
-            waiting = [j["id"] for j in http.get("/api/jobs?most=8").json() if j["state"] in ("queued", "running")]
+            waiting = [j["id"] for j in http.get("/api/jobs?most=8").json() if j["state"] in UNFINISHED]
             if waiting:
                 http.request("DELETE", f"/api/jobs/{self.random.choice(waiting)}")
 
-    def _ask_api(self, http: httpx.Client) -> None:
+    def _ask_api(self) -> None:
         """A client that asks and goes on reading in a thread of its own, as people do."""
         body = {"messages": [{"role": "user", "content": f"Say {self.random.randrange(1000)}."}], "max_tokens": 3}
 
@@ -115,9 +116,7 @@ def test_a_day(packed: dict[str, Path], tmp_path: Path) -> None:
                 if latest > JOBS // 2 and not killed:
                     killed += 1
                     ended_before = {
-                        j["id"]: j["result"]["text"]
-                        for j in all_jobs(http)
-                        if j["state"] not in ("queued", "running")
+                        j["id"]: j["result"]["text"] for j in all_jobs(http) if j["state"] not in UNFINISHED
                     }
                     daemon.stop(signal.SIGKILL)
                     daemon.start()

@@ -73,7 +73,7 @@ def page(
 
 
 def text(browser: Any, name: str) -> str:
-    return str(browser.find_element("id", name).text)
+    return str(browser.find_element("id", name).text).strip()
 
 
 def buttons(browser: Any) -> list[Any]:

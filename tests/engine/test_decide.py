@@ -33,8 +33,9 @@ def logits(said: Sequence[int]) -> Floats:
 def by_hand(choices: dict[str, tuple[int, ...]]) -> dict[str, float]:
     """Each choice's probability by walking its tokens one by one with the others as the only competition."""
     out = {}
-    for name, tokens in choices.items():
-        p, ends = 1.0, {n: (*t, END) for n, t in choices.items()}
+    ends = {name: (*tokens, END) for name, tokens in choices.items()}
+    for name in choices:
+        p = 1.0
         for depth, token in enumerate(ends[name]):
             said = ends[name][:depth]
             rivals = sorted({t[depth] for t in ends.values() if t[:depth] == said})

@@ -277,6 +277,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     spool: Spool = Spool()
     kiosk: Kiosk = Kiosk()
     mute_pin: Pin | None = None
+    schemas: bool = False
     serial: list[Serial] = []
     sensors: list[AnySensor] = []
     triggers: list[AnyTrigger] = []
@@ -288,6 +289,9 @@ class Settings(Strict, frozen=True, kw_only=True):
             twice = next((n for n in names if names.count(n) > 1), None)
             if twice:
                 raise ValueError(f"two {what} are called {twice!r}")
+        wants = next((t.name for t in self.triggers if t.json_schema is not None), None)
+        if wants and not self.schemas:
+            raise ValueError(f"trigger {wants!r} has a json_schema, which needs schemas: true")
         sensors = {s.name: s for s in self.sensors}
         for trigger in self.triggers:
             if isinstance(trigger, Near) and not isinstance(sensors.get(trigger.sensor), Distance):

@@ -39,6 +39,7 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
             "triggers:\n- {kind: manual, name: a, prompt: p, choose: [yes, no]}",
             "triggers[0].choose[0]: expected a text; quote",
         ),
+        ("triggers: [{kind: manual, name: a, prompt: p, json_schema: {}}]", "which needs schemas: true"),
         ("triggers:\n- {kind: near, name: a, prompt: p, sensor: s, below: 1}", "needs a distance sensor called 's'"),
         ("triggers:\n- {kind: schedule, name: a, prompt: p}", "every: SECONDS or at: 'HH:MM'"),
         ("outputs:\n- {kind: led, pin: 3}\n- {kind: buzzer, pin: 3}", "pin 3 is used twice"),

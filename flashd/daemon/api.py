@@ -146,6 +146,8 @@ class Api:
             lines = self._stream(job, watch, events, head, chunk)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"X-Job": str(job.id)})
         end = await self._end(http, job, watch, events)
+        if end is None:
+            return _error(503, f"flashd is stopping; job {job.id} is kept and answered when it runs again")
         if end.state is not State.DONE:
             return _error(503 if end.state is State.EXPIRED else 500, end.result.finish)
         body = whole(end.result.text, _reason(end))
@@ -157,15 +159,16 @@ class Api:
             headers={"X-Job": str(job.id)},
         )  # fmt: skip
 
-    async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: _Events) -> Job:
-        """The job when it has ended; it is cancelled if the client goes away before."""
+    async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: _Events) -> Job | None:
+        """The job when it has ended, None if the daemon stops before; it is cancelled if the client goes away."""
         try:
-            while True:
+            while not events.over:
                 event = await events.next(1.0)
                 if event is not None and event.end is not None:
                     return event.end
                 if event is None and await http.is_disconnected():
                     await asyncio.to_thread(self._jobs.cancel, job.id)
+            return None
         finally:
             watch.close()
 
@@ -178,7 +181,7 @@ class Api:
         try:
             yield _event(head | chunk("", None, True))
             text = ""
-            while end is None:
+            while end is None and not events.over:
                 event = await events.next(10.0)
                 if event is None:
                     yield ": waiting\n\n"
@@ -193,7 +196,9 @@ class Api:
                 elif event.kind == "progress":
                     yield f": {event.done}/{event.total} layers, {event.card_bytes} bytes from the card\n\n"
                 end = event.end if event else None
-            if end.state is State.DONE:
+            if end is None:
+                yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})
+            elif end.state is State.DONE:
                 last = head | chunk("", _reason(end), False) | {"usage": _usage(end)}
                 yield _event(last | {OBJECT: {"probabilities": end.result.probabilities}})
             else:
@@ -246,6 +251,7 @@ class _Events:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.over = False  # the daemon stops: nothing more will come
 
     def put(self, event: Event | None) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -254,9 +260,11 @@ class _Events:
     async def next(self, timeout: float) -> Event | None:
         """The next event; None where none came in `timeout` seconds."""
         try:
-            return await asyncio.wait_for(self._queue.get(), timeout)
+            event = await asyncio.wait_for(self._queue.get(), timeout)
         except TimeoutError:
             return None
+        self.over = event is None
+        return event
 
 
 async def _decoded(http: HttpRequest, kind: type[Any]) -> Any:

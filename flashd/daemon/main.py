@@ -31,12 +31,13 @@ from flashd.daemon.worker import Worker
 from flashd.engine.child import in_child
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import parse_size, peak
+from flashd.engine.schema import Schemas
 from flashd.errors import Busy, FlashdError
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-NEEDS_RESTART = ("model", "memory", "context", "threads", "api", "spool", "serial")
+NEEDS_RESTART = ("model", "memory", "context", "threads", "schemas", "api", "spool", "serial")
 """What a reload does not change."""
 
 
@@ -71,8 +72,10 @@ class Daemon:
             bundle = stack.enter_context(Bundle(bundle_path))
             self._name = bundle.header.model.name
             prompts = Prompts(bundle)
+            # before the engine, whose plan counts what is held already
+            schemas = Schemas(bundle) if s.schemas else None
             engine = stack.enter_context(self._load(bundle))
-            self._worker = Worker(jobs, engine, prompts, s.answer, self._notify)
+            self._worker = Worker(jobs, engine, prompts, schemas, s.answer, self._notify)
             self._worker.start()
             stack.callback(self._worker.stop)
             server.start(self._application(jobs, appliance, self._worker))

@@ -15,7 +15,7 @@ from flashd.engine.engine import Answer, Engine, Prompts
 from flashd.engine.sample import Constraint, Sampling
 from flashd.engine.schema import Schemas
 from flashd.engine.text import Message
-from flashd.errors import FlashdError
+from flashd.errors import FlashdError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,16 @@ class Totals:
 class Worker:
     """Answers jobs one after the other until it is stopped."""
 
-    def __init__(self, jobs: Jobs, engine: Engine, prompts: Prompts, answering: Answering, notify: Notifier) -> None:
+    def __init__(
+        self, jobs: Jobs, engine: Engine, prompts: Prompts, schemas: Schemas | None, answering: Answering,
+        notify: Notifier,
+    ) -> None:  # fmt: skip
         self.answering = answering
         self.last: dict[str, float] = {}
         self.totals = Totals()
         self._jobs, self._engine, self._prompts, self._notify = jobs, engine, prompts, notify
         self._stopping = threading.Event()
-        self._schemas: Schemas | None = None
+        self._schemas = schemas
         self._told = 0.0
         self._thread = threading.Thread(target=self._run, name="worker")
 
@@ -149,11 +152,7 @@ class Worker:
         if request.json_schema is None:
             return None
         if self._schemas is None:
-            bundle = self._engine.bundle
-            ends = bundle.header.text.eos
-            if not ends:
-                raise FlashdError("the model has no token that ends an answer, so it cannot follow a schema")
-            self._schemas = Schemas(bundle.read("tokenizer"), bundle.header.model.vocabulary, ends[0])
+            raise UsageError("answers by a schema are off; set schemas: true in flashd.yaml")
         return self._schemas.compile(request.json_schema)
 
     def _note(self, job: Job, answer: Answer, started: float, before: int) -> None:

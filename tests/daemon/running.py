@@ -48,6 +48,7 @@ class Running:
         env = os.environ | {"NOTIFY_SOCKET": str(self.folder / "notify")}
         if watchdog:
             env["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
+        self._told = queue.SimpleQueue()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.daemon.appliance_process", str(self.config)], env=env, stderr=log
@@ -105,7 +106,9 @@ class Running:
                 continue
 
     def http(self) -> httpx.Client:
-        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://flashd", timeout=60)
+        # no connection outlives its request: the daemon may be killed between two
+        transport = httpx.HTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_keepalive_connections=0))
+        return httpx.Client(transport=transport, base_url="http://flashd", timeout=60)
 
     def rss(self) -> int:
         """Bytes of RAM that it holds."""

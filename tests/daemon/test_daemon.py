@@ -23,6 +23,7 @@ from tests.daemon.running import Running
 pytest.importorskip("systemd", reason="needs the systemd extra")
 
 TRIGGERS = """
+schemas: true
 triggers:
   - {kind: button, name: front, pin: 4, bounce: 0, prompt: "Say hello."}
   - {kind: manual, name: plants, prompt: "Is grass green? Answer yes or no.", choose: ["yes", "no"]}

@@ -63,8 +63,13 @@ def test_probabilities_are_those_of_the_forks(lists: list[tuple[int, ...]], seed
 
 
 def test_two_choices_that_differ_at_once_need_one_pass() -> None:
-    passes = []
-    decide(lambda said: (passes.append(said), logits(said))[1], {"a": (1, 2, 3), "b": (4, 5)}, END, 0, None)
+    passes: list[tuple[int, ...]] = []
+
+    def counted(said: Sequence[int]) -> Floats:
+        passes.append(tuple(said))
+        return logits(said)
+
+    decide(counted, {"a": (1, 2, 3), "b": (4, 5)}, END, 0, None)
     assert passes == [()]
 
 
@@ -101,8 +106,7 @@ def test_a_thousand_decisions_are_valid_and_as_likely_as_said(engine: tuple[Engi
 def test_answers_follow_a_schema(engine: tuple[Engine, Prompts]) -> None:
     pytest.importorskip("llguidance")
     answerer, prompts = engine
-    header = answerer.bundle.header
-    schemas = Schemas(answerer.bundle.read("tokenizer"), header.model.vocabulary, header.text.eos[0])
+    schemas = Schemas(answerer.bundle)
     schema = {
         "type": "object",
         "properties": {"level": {"type": "integer", "minimum": 0, "maximum": 9}, "pump": {"enum": ["on", "off"]}},

@@ -21,7 +21,7 @@ from flashd.config import Settings, parse
 PRESS_SECONDS = 0.2
 
 SETTINGS = """
-answer: {{max_tokens: 64, system: "You are a small helpful appliance. Answer briefly."}}
+answer: {{max_tokens: 64}}
 api: {{socket: {folder}/flashd.sock, loopback: 8765}}
 spool: {{path: {folder}/spool.db}}
 kiosk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -16,8 +17,11 @@ from typing import Any
 
 import httpx2 as httpx
 import openai
+import pexpect
 import pytest
+import serial
 
+from flashd import embedded
 from tests.daemon.running import Running
 
 pytest.importorskip("systemd", reason="needs the systemd extra")
@@ -269,3 +273,45 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
             check=False,
         )
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
+def test_socket_activation(packed: dict[str, Path], tmp_path: Path) -> None:
+    """systemd holds the socket: a client that comes before the model is loaded waits for it."""
+    with Running(tmp_path, packed["int4"]) as daemon:
+        held = tmp_path / "held.sock"
+        module = ["-m", "tests.daemon.appliance_process", str(daemon.config)]
+        process = subprocess.Popen(["systemd-socket-activate", "-l", str(held), sys.executable, *module])
+        until = time.monotonic() + 30
+        while not held.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        transport = httpx.HTTPTransport(uds=str(held))
+        with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
+            assert http.get("/health").json() == {"status": "ok"}
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
+    """As a person tries it with no board: the cable, the button, Ctrl-C."""
+    cache = tmp_path / "flashd"
+    cache.mkdir()
+    embedded_name = embedded.bundle_path().name
+    (cache / embedded_name).symlink_to(packed["int4"])
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    demo = pexpect.spawn(sys.executable, ["-m", "flashd", "serve", "--demo"], env=env, timeout=60, encoding="utf-8")
+    demo.expect(r"the cable    screen (\S+)")
+    cable = demo.match.group(1)
+    demo.expect("Ctrl-C ends the demo")
+    line = serial.Serial(cable, timeout=30)
+    line.write(b"What is the capital of France?\r")
+    assert b"Paris" in line.read_until(b"Paris")
+    line.close()
+    assert httpx.post("http://127.0.0.1:8765/demo/press/17").json() == {"pressed": 17}
+    demo.expect("job 2 of trigger:front done")
+    demo.sendintr()
+    demo.expect(pexpect.EOF)
+    demo.close()
+    assert demo.exitstatus == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["flashd"]  # it leaves nothing behind

@@ -180,3 +180,10 @@ def test_chat_remembers_and_ends(packed: dict[str, Path]) -> None:
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def test_nothing_is_reported_and_nothing_is_kept_for_it(tmp_path: Path, tiny_bundle: Path) -> None:
+    """onnxruntime's wheels would keep a database of what to report in the cache folder."""
+    done = run("ask", "hello", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "2", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []

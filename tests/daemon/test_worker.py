@@ -62,16 +62,17 @@ def test_a_job_is_let_go_within_one_layer(
             stopper = threading.Thread(target=worker.stop)
             if how == "stop":
                 stopper.start()
-            _, watch = job, jobs.watch(job.id)
+            watch = jobs.watch(job.id)
             steps.go_on.set()
-            kinds = []
+            kinds: list[str] = []
             while not kinds or kinds[-1] not in ("ended", "restarted"):
                 event = watch.next(60)
                 assert event is not None
                 kinds.append(event.kind)
             # the step it was in ends at once; what else it counted is the queue's own turn
             assert steps.count - before <= 2
-            stopper.start() if how != "stop" else None
+            if how != "stop":
+                stopper.start()
             stopper.join()
     kept = jobs.get(job.id)
     assert kept is not None and kept.state is (State.CANCELLED if how == "cancel" else State.QUEUED)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +84,18 @@ def test_speech_says_sentence_by_sentence(tmp_path: Path, jobs: Jobs) -> None:
     wait(lambda: said.read_text().splitlines() == ["It is 21.5 degrees.", "Take a coat!", "Bye"])
     clerk.close()
     panel.close()
+
+
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="needs Debian's espeak-ng")
+def test_espeak_says_it(tmp_path: Path, jobs: Jobs) -> None:
+    sound = tmp_path / "sound.wav"
+    panel = Panel(parse(f"outputs: [{{kind: speech, command: [espeak-ng, --stdin, -w, {sound}]}}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["Good morning."])
+    jobs.submit(request())
+    wait(lambda: sound.exists() and sound.stat().st_size > 10_000)
+    clerk.close()
+    panel.close()
+    assert sound.read_bytes()[:4] == b"RIFF"
 
 
 def test_a_cancelled_answer_falls_silent_and_a_muted_one_is_not_said(tmp_path: Path, jobs: Jobs) -> None:
@@ -161,3 +177,12 @@ def test_a_pin_is_off_after_anything_else(how: str, pins: MockFactory, appliance
     else:
         one.reload(parse(DECIDES))
     wait(lambda: not pin.state)
+
+
+def test_safe_turns_pins_off_after_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "flashd.yaml").write_text(DECIDES)
+    done = subprocess.run(
+        [sys.executable, "-m", "flashd", "safe", "--config", str(tmp_path / "flashd.yaml")],
+        env=os.environ | {"GPIOZERO_PIN_FACTORY": "mock"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

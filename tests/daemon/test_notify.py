@@ -1,0 +1,45 @@
+"""The journal gets a job's fields."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, logging, socket
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+journal.connect("/run/systemd/journal/stdout")
+journal.sendall(b"flashd\\n\\n6\\n1\\n0\\n0\\n0\\n")  # sd_journal_stream_fd(3): the header of a stream
+os.dup2(journal.fileno(), 2)
+here = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{here.st_dev}:{here.st_ino}"
+from flashd.daemon.notify import log_to_journal
+log_to_journal()
+logging.getLogger("flashd").info("job 7 done", extra={"JOB_ID": 7, "TRIGGER": "TAG", "TOKENS": 5, "CARD_BYTES": 9})
+"""
+
+
+@pytest.mark.skipif(
+    not (Path("/run/systemd/journal/socket").exists() and shutil.which("journalctl")), reason="needs a journal"
+)
+def test_the_journal_gets_a_job_s_fields() -> None:
+    pytest.importorskip("systemd")
+    tag = f"trigger:{uuid.uuid4()}"
+    subprocess.run([sys.executable, "-c", PROGRAM.replace("TAG", tag)], check=True)
+    found = ""
+    until = time.monotonic() + 10
+    while not found and time.monotonic() < until:
+        time.sleep(0.2)
+        read = ["journalctl", f"TRIGGER={tag}", "-o", "json", "--no-pager"]
+        found = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    entry = json.loads(found)
+    assert {k: entry[k] for k in ("JOB_ID", "TOKENS", "CARD_BYTES", "SYSLOG_IDENTIFIER", "MESSAGE")} == {
+        "JOB_ID": "7", "TOKENS": "5", "CARD_BYTES": "9", "SYSLOG_IDENTIFIER": "flashd", "MESSAGE": "job 7 done",
+    }  # fmt: skip

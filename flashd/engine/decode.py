@@ -19,7 +19,7 @@ from flashd.engine.kv import KvCache
 from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.sample import Sampler
-from flashd.engine.speculate import DraftLength
+from flashd.engine.speculate import DraftLength, lookup
 from flashd.errors import UsageError
 
 
@@ -33,6 +33,9 @@ class Model(Protocol):
 
     @property
     def hit_rate(self) -> float: ...
+
+    @property
+    def pages(self) -> bool: ...
 
     @property
     def drafts(self) -> bool: ...
@@ -85,7 +88,9 @@ class Conversation:
     _drafted: list[int] = field(default_factory=list)
     _checked: list[Floats] = field(default_factory=list)
     _drafting: bool = False
-    _length: DraftLength = field(default_factory=DraftLength)
+    _looked_up: DraftLength = field(default_factory=DraftLength)
+    _from_ram: DraftLength = field(default_factory=DraftLength)
+    _by_lookup: bool = False
 
     def generate(
         self,
@@ -110,7 +115,7 @@ class Conversation:
         started = time.perf_counter()
         logits = self._prefill(prompt, figures, on_step)
         figures.prefill_seconds = time.perf_counter() - started
-        self._drafting = drafts and self.model.drafts
+        self._drafting = drafts and self.model.pages
         card = self.model.card
         at_first = (card.bytes_read, card.reads)
         try:
@@ -159,12 +164,14 @@ class Conversation:
                 return self._checked.pop(0)
             self._forget_drafts()
         started = time.perf_counter()
-        drafted = self._draft(token, min(room, self._length.choose())) if self._drafting else []
+        drafted = self._draft(token, room) if self._drafting else []
         after = time.perf_counter()
         rows = self._forward([token, *drafted], figures, on_step)
         if drafted:
             self._length.measured_draft(len(drafted), after - started)
-        self._length.measured_pass(time.perf_counter() - after)
+        done = time.perf_counter()
+        for length in (self._looked_up, self._from_ram):
+            length.measured_pass(done - after)
         figures.passes += 1
         figures.drafted += len(drafted)
         figures.draft_seconds += after - started
@@ -172,8 +179,21 @@ class Conversation:
         self._drafted, self._checked = drafted, list(rows[1:])
         return np.asarray(rows[0], np.float32)
 
-    def _draft(self, token: int, most: int) -> list[int]:
-        """Up to `most` tokens that may follow `token`; the cache is left as it was."""
+    @property
+    def _length(self) -> DraftLength:
+        """The measure of the kind of draft that was made last."""
+        return self._looked_up if self._by_lookup else self._from_ram
+
+    def _draft(self, token: int, room: int) -> list[int]:
+        """Up to `room` tokens that may follow `token`: as they did earlier in the text, or as RAM alone has it."""
+        found = lookup([*self.tokens, token], min(room, self._looked_up.choose()))
+        self._by_lookup = bool(found)
+        if found or not self.model.drafts:
+            return found
+        return self._draft_from_ram(token, min(room, self._from_ram.choose()))
+
+    def _draft_from_ram(self, token: int, most: int) -> list[int]:
+        """The cache is left as it was."""
         out: list[int] = []
         for _ in range(most):
             out.append(self.model.draft(out[-1] if out else token))

@@ -112,6 +112,11 @@ class PagedModel:
         return int(self._head_linear(self._normed(x, self._norm), self._likely)[0].argmax())
 
     @property
+    def pages(self) -> bool:
+        """Whether a pass reads the card, so that one which checks several tokens costs what one costs."""
+        return self._layers[0].pinned.used < self._model.groups
+
+    @property
     def drafts(self) -> bool:
         """Whether a draft is cheaper than a pass and better than nothing: some groups are pinned, some not."""
         return 0 < self._layers[0].pinned.used < self._model.groups

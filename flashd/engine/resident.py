@@ -40,7 +40,7 @@ class ResidentModel:
         self.cache = KvCache(self._model, plan.context)
         self.card = CardStats()
         self.hit_rate = 1.0
-        self.drafts = False
+        self.pages = self.drafts = False
         self._session = graph.open_session(bundle.read("graph.resident"), self._initialisers(on_step))
         self._cos, self._sin = graph.rotary_tables(self._model, plan.context)
         self._binding = self._bound()

@@ -1,10 +1,13 @@
-"""How many tokens to draft for the next pass over the card.
+"""What to draft for the next pass over the card, and how much.
 
-When reading is the cost, a pass that checks five tokens costs what one costs. A draft from RAM is cheap and
-often wrong, so its length follows what was measured: how often drafts were right, what they and a pass took.
+When reading is the cost, a pass that checks five tokens costs what one costs. What followed the same words
+earlier in the text is free to try; a draft from RAM is cheap. Both are often wrong, so their lengths follow what
+was measured: how often each was right, what it and a pass took.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 MOST = 8
 """Drafted tokens at the most."""
@@ -16,8 +19,25 @@ PROBE = 16
 """Passes without a draft after which one is tried again: the text may have become easier."""
 
 
+LONGEST, SHORTEST = 4, 2
+"""Tokens at the end of a text that are looked for earlier in it, the longest run first."""
+
+
+def lookup(tokens: Sequence[int], most: int) -> list[int]:
+    """Up to `most` tokens that followed where `tokens` last ended as they end now (prompt-lookup decoding).
+
+    Texts repeat themselves: names, code, what a question said and its answer says again.
+    """
+    for n in range(LONGEST, SHORTEST - 1, -1):
+        end = list(tokens[-n:])
+        for at in range(len(tokens) - n - 1, -1, -1):
+            if list(tokens[at : at + n]) == end:
+                return list(tokens[at + n : at + n + most])
+    return []
+
+
 class DraftLength:
-    """Running means of what drafting costs (seconds) and how often it is right."""
+    """For one kind of draft, running means of what drafting costs (seconds) and how often it is right."""
 
     def __init__(self) -> None:
         self._right = 0.5

@@ -14,7 +14,7 @@ from flashd.engine.card import READ_BYTES
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import MOST, DraftLength
+from flashd.engine.speculate import MOST, DraftLength, lookup
 from flashd.errors import UsageError
 from tests.engine.test_paths import opened, tokens_of
 
@@ -45,6 +45,32 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     assert plain.drafted == 0 and plain.passes == 39
     assert figures.drafted > 0 and figures.passes < 39
     assert figures.passes + figures.accepted == 39
+
+
+def test_what_the_text_repeats_is_looked_up(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing in RAM to draft with, the text itself is left."""
+    monkeypatch.setattr(DraftLength, "choose", lambda self: 4)
+    lines = "".join(f"item {i}: apples, pears, plums\n" for i in range(4))
+    prompt = tokens_of(packed["int4"], lines + "item 4: app")
+    with opened(packed["int4"], 0.0) as model:
+        assert model.pages and not model.drafts
+        without, _ = said(model, prompt, Sampling(), drafts=False, limit=16)
+        withs, figures = said(model, prompt, Sampling(), drafts=True, limit=16)
+    assert withs == without
+    assert figures.accepted >= 3 and figures.passes + figures.accepted == 15
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 6))
+def test_a_lookup_is_what_followed_the_longest_end(tokens: list[int], most: int) -> None:
+    found = lookup(tokens, most)
+    assert len(found) <= most
+    followed = [
+        tokens[at + n : at + n + most]
+        for n in (4, 3, 2)
+        for at in range(len(tokens) - n - 1, -1, -1)
+        if tokens[at : at + n] == tokens[-n:]
+    ]
+    assert found == (followed[0] if followed else [])
 
 
 def test_everything_pinned_drafts_nothing(packed: dict[str, Path]) -> None:

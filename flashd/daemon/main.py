@@ -59,6 +59,8 @@ class Daemon:
     def run(self, when_ready: Callable[[], None]) -> None:
         """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
         s = self._settings
+        if not s.model and not embedded.bundle_path().exists():
+            log.info("packing the default model, once; this takes a minute or two")
         bundle_path = Path(s.model) if s.model else in_child(lambda: embedded.ensure(lambda done, total: None))
         with ExitStack() as stack:
             self._take_signals(stack)

@@ -1,8 +1,8 @@
 """The console a microcontroller meets: one JSON object a line in, JSON objects, one a line, out.
 
 In: {"prompt": "...", "id": 7}, with system, choose, json_schema, max_tokens, priority, deadline if wanted;
-{"trigger": "NAME", "id": 8}; {"cancel": 7}; {"status": true}. Out: accepted, text, end, error, status, each with
-the id that was given.
+{"trigger": "NAME", "id": 8}; {"cancel": 7}; {"status": true}. Out: ready when the line is listened to (what came
+before is lost), then accepted, text, end, error, status, each with the id that was given.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ import msgspec
 
 from device.front import Front
 from device.port import Port
-from flashd.config import Serial
-from flashd.daemon.job import MAX_TEXT, Draw, Event, Job, Request, Turn
+from flashd.config import Priority, Serial, Temperature
+from flashd.daemon.job import (
+    MAX_TEXT,
+    Choices,
+    Deadline,
+    Draw,
+    Event,
+    Job,
+    MaxTokens,
+    Request,
+    Seed,
+    question,
+)
 from flashd.daemon.jobs import Watch
 from flashd.errors import FlashdError
 
@@ -34,13 +45,13 @@ class _In(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     id: Id | None = None
     prompt: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] | None = None
     system: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)] | None = None
-    choose: Annotated[list[str], msgspec.Meta(max_length=64)] = []
+    choose: Choices = []
     json_schema: dict[str, Any] | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
-    deadline: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    seed: Seed | None = None
+    priority: Priority = 5
+    deadline: Deadline | None = None
     trigger: str | None = None
     cancel: Id | None = None
     status: bool = False
@@ -57,6 +68,7 @@ class Machine:
         """Serves lines until the daemon stops."""
         self._port = port
         pending, dropping = b"", False
+        self._send("ready", None)
         try:
             while not stopping.is_set():
                 pending += port.read(POLL_SECONDS)
@@ -106,9 +118,8 @@ class Machine:
             self._accept(wish.id, job, watch)
 
     def _request(self, wish: _In) -> Request:
-        first = (Turn("system", wish.system),) if wish.system else ()
         return Request(
-            turns=(*first, Turn("user", wish.prompt or "")), source=f"serial:{self._settings.name}",
+            turns=question(wish.prompt or "", wish.system), source=f"serial:{self._settings.name}",
             priority=wish.priority, deadline=wish.deadline, max_tokens=wish.max_tokens,
             choose=tuple(wish.choose), json_schema=wish.json_schema,
             draw=Draw(temperature=wish.temperature, seed=wish.seed),
@@ -119,9 +130,6 @@ class Machine:
             job = self._front.start(name)
         except KeyError:
             self._refuse(number, f"no trigger is called {name!r}")
-            return
-        if job is None:
-            self._refuse(number, "not started: muted, or it was started a moment ago")
             return
         self._accept(number, job, self._front.jobs.watch(job.id))
 

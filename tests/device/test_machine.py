@@ -29,6 +29,11 @@ def line(terminal: Terminal) -> dict[str, Any]:
     return found
 
 
+def ready(terminal: Terminal) -> None:
+    """Opening a port discards what has come before."""
+    assert line(terminal) == {"event": "ready"}
+
+
 def until_end(terminal: Terminal) -> list[dict[str, Any]]:
     lines = [line(terminal)]
     while lines[-1]["event"] not in ("end", "error"):
@@ -38,6 +43,7 @@ def until_end(terminal: Terminal) -> list[dict[str, Any]]:
 
 def test_a_prompt(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
     appliance(YAML.format(port=cable.ours))
+    ready(terminal)
     clerk = Clerk(jobs, words=["25 ", "°C"])
     terminal.type('{"id": "a", "prompt": "How warm?", "system": "Be brief.", "max_tokens": 5}\r\n')
     lines = until_end(terminal)
@@ -51,6 +57,7 @@ def test_a_prompt(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs)
 
 def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
     appliance(YAML.format(port=cable.ours))
+    ready(terminal)
     clerk = Clerk(jobs, paced=True)
     assert clerk.permits is not None
     clerk.permits.release(4)
@@ -68,6 +75,7 @@ def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, termina
 
 def test_bad_lines_are_refused_in_words(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
     appliance(YAML.format(port=cable.ours))
+    ready(terminal)
     for typed, words in (
         (b"hello", "malformed"), (b'{"prompt": 3}', "Expected `str | null`"), (b'{"promt": "x"}', "unknown field"),
         (b"{}", "needs one of"), (b'{"prompt": "  "}', "empty"), (b'{"trigger": "none"}', "no trigger is called"),
@@ -89,6 +97,7 @@ def test_any_bytes_leave_it_serving(
 ) -> None:
     if not hasattr(terminal, "started"):
         appliance(YAML.format(port=cable.ours))
+        ready(terminal)
         terminal.started = True  # type: ignore[attr-defined]
     terminal.type(b"\n".join(sent) + b"\n" + b'{"id": "mark", "cancel": "mark"}\n')
     while line(terminal).get("id") != "mark":

@@ -22,9 +22,9 @@ from device.prompt import Prompt
 from device.sensors import Sensors
 from device.triggers import Triggers
 from flashd.config import AnyTrigger, Serial, Settings
-from flashd.daemon.job import Job, Request, Turn
+from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
-from flashd.errors import ConfigError, FlashdError
+from flashd.errors import ConfigError, FlashdError, NotStarted
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Appliance:
         self._mute_button: gpiozero.Button | None = None
         self._serial: list[SerialLine] = []
         self._watch: Watch | None = None
-        self._build(settings)
+        self._build(settings, _prompts(settings))
 
     @property
     def settings(self) -> Settings:
@@ -71,7 +71,6 @@ class Appliance:
     def open(self) -> None:
         """A prompt can be answered now: consoles greet and triggers listen."""
         self._is_open = True
-        self._panel.ready()
         self._listen()
         self._serial = [SerialLine(s, self._session(s)) for s in self._settings.serial]
         for line in self._serial:
@@ -91,26 +90,23 @@ class Appliance:
 
         Raises ConfigError, and then all is as it was.
         """
-        _prompts(settings)
+        prompts = _prompts(settings)
         with self._lock:
-            old = self._settings
+            before = self._settings, self._prompts
             self._drop()
             try:
-                self._build(settings)
+                self._build(settings, prompts)
             except FlashdError:
-                self._build(old)
+                self._drop()
+                self._build(*before)
                 raise
-            finally:
-                if self._is_open:
-                    self._panel.ready()
-                    self._listen()
 
-    def start(self, name: str, **values: Any) -> Job | None:
+    def start(self, name: str, **values: Any) -> Job:
         trigger = self._triggers[name]
         with self._lock:
             now = time.monotonic()
             if self._muted or now < self._ready_at.get(name, 0.0):
-                return None
+                raise NotStarted(f"trigger {name!r} was not started: muted, or started a moment ago")
             self._ready_at[name] = now + trigger.cooldown
         text = self._prompts[name].render(self._sensors.read(), self.jobs.last_text, values)
         return self.jobs.submit(_request(trigger, text))
@@ -129,10 +125,10 @@ class Appliance:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _build(self, settings: Settings) -> None:
+    def _build(self, settings: Settings, prompts: dict[str, Prompt]) -> None:
         self._settings = settings
         self._triggers = {t.name: t for t in settings.triggers}
-        self._prompts = _prompts(settings)
+        self._prompts = prompts
         self._ready_at: dict[str, float] = {}
         self._sensors = Sensors(settings.sensors, self._sysfs)
         self._listening: Triggers | None = None
@@ -148,8 +144,11 @@ class Appliance:
                 raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
             undo.pop_all()
         self._panel.mute(self._muted)
+        if self._is_open:
+            self._listen()
 
     def _listen(self) -> None:
+        self._panel.ready()
         try:
             self._listening = Triggers(self._settings.triggers, self._sensors, self._fire)
             if self._settings.mute_pin is not None:
@@ -167,12 +166,11 @@ class Appliance:
     def _fire(self, name: str, **values: Any) -> None:
         """A trigger went off. It comes from a driver's thread, where nobody could take an error."""
         try:
-            job = self.start(name, **values)
+            self.start(name, **values)
+        except NotStarted as error:
+            log.info("%s", error)
         except FlashdError as error:
             log.warning("trigger %s: %s", name, error)
-            return
-        if job is None:
-            log.info("trigger %s: not started, muted or too soon", name)
 
     def _session(self, settings: Serial) -> Callable[[Any, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console
@@ -191,9 +189,8 @@ def _prompts(settings: Settings) -> dict[str, Prompt]:
 
 
 def _request(trigger: AnyTrigger, text: str) -> Request:
-    first = (Turn("system", trigger.system),) if trigger.system else ()
     return Request(
-        turns=(*first, Turn("user", text)), source=f"trigger:{trigger.name}", priority=trigger.priority,
+        turns=question(text, trigger.system), source=f"trigger:{trigger.name}", priority=trigger.priority,
         deadline=trigger.deadline, barge_in=trigger.barge_in, coalesce=trigger.coalesce,
         per_minute=trigger.per_minute, max_tokens=trigger.max_tokens,
         choose=tuple(trigger.choose or ()), json_schema=trigger.json_schema,

@@ -95,9 +95,7 @@ class Console:
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]
-        system = self._front.settings.answer.system
-        first = [Turn("system", system)] if system else []
-        request = Request(turns=(*first, *turns), source=f"serial:{self._settings.name}", priority=PRIORITY)
+        request = Request(turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY)
         try:
             job, watch = self._front.jobs.ask(request)
         except FlashdError as error:
@@ -191,9 +189,6 @@ class Console:
             self._say(("no such trigger; " if name else "") + f"there are: {', '.join(known) or 'none'}")
             return
         job = self._front.start(name)
-        if job is None:
-            self._say("not started: muted, or it was started a moment ago")
-            return
         self._follow(job, self._front.jobs.watch(job.id))
 
     # --- out ----------------------------------------------------------------------------------------------

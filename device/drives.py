@@ -41,10 +41,6 @@ class Drives:
         if drive is not None:
             drive.set(job.state is State.DONE and job.result.text == drive.settings.answer)
 
-    def is_on(self, name: str) -> bool:
-        """Whether the pin of a trigger is on. Raises KeyError."""
-        return self._drives[f"trigger:{name}"].on
-
 
 class _Drive:
     def __init__(self, settings: Drive) -> None:
@@ -52,10 +48,6 @@ class _Drive:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._pin = gpiozero.DigitalOutputDevice(settings.pin, active_high=settings.active_high, initial_value=False)
-
-    @property
-    def on(self) -> bool:
-        return bool(self._pin.value)
 
     def set(self, on: bool) -> None:
         with self._lock:

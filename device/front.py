@@ -23,8 +23,8 @@ class Front(Protocol):
     def mute(self, muted: bool) -> None:
         """While muted, triggers start nothing and nothing is said aloud."""
 
-    def start(self, name: str, **values: Any) -> Job | None:
-        """Starts a trigger's job; None where it is muted or cools down. Raises KeyError, Busy, UsageError."""
+    def start(self, name: str, **values: Any) -> Job:
+        """Starts a trigger's job. Raises KeyError, NotStarted where it is muted or cools down, Busy, UsageError."""
 
     def status(self) -> dict[str, Any]:
         """How things stand, for people and for JSON."""

@@ -15,7 +15,7 @@ import gpiozero
 import msgspec
 
 from flashd.config import AnyOutput, Buzzer, Display, Hook, Led, RgbLed, Speech
-from flashd.daemon.job import Event, Job, State
+from flashd.daemon.job import Event, State
 from flashd.daemon.jobs import Jobs, Watch
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Output(Protocol):
     def show(self, phase: Phase) -> None:
         """The appliance is in a new phase."""
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         """Something happened to a job."""
 
     def close(self) -> None: ...
@@ -61,7 +61,6 @@ class Panel:
     """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
 
     def __init__(self, settings: list[AnyOutput], jobs: Jobs) -> None:
-        self._jobs = jobs
         self._lock = threading.RLock()
         self._base = Phase.LOADING
         self._muted = False
@@ -70,7 +69,7 @@ class Panel:
         self._timer: threading.Timer | None = None
         self._watch: Watch = jobs.watch()
         try:
-            self._outputs = [_output(s, lambda: self._muted) for s in settings]
+            self._outputs = [_output(s, jobs, lambda: self._muted) for s in settings]
         except BaseException:
             self.close()
             raise
@@ -103,10 +102,9 @@ class Panel:
                 self._enter(Phase.ANSWERING)
             elif event.end is not None:
                 self._enter(Phase.ERROR if event.end.state in (State.FAILED, State.EXPIRED) else Phase.IDLE)
-            job = event.end or self._jobs.get(event.job)
             for output in list(self._outputs):
                 try:
-                    output.event(event, job)
+                    output.event(event)
                 except Exception:  # an LED's driver must not stop the display's
                     log.exception("an output failed")
 
@@ -129,7 +127,7 @@ class Panel:
             output.show(phase)
 
 
-def _output(settings: AnyOutput, muted: Callable[[], bool]) -> Output:
+def _output(settings: AnyOutput, jobs: Jobs, muted: Callable[[], bool]) -> Output:
     if isinstance(settings, Led):
         return _Led(settings)
     if isinstance(settings, RgbLed):
@@ -140,7 +138,7 @@ def _output(settings: AnyOutput, muted: Callable[[], bool]) -> Output:
         return _Speech(settings, muted)
     if isinstance(settings, Display):
         return _Display(_open_display(settings))
-    return _Hook(settings)
+    return _Hook(settings, jobs)
 
 
 class _Led:
@@ -160,7 +158,7 @@ class _Led:
         else:
             self._led.blink(on, off)
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         """Shows phases only."""
 
     def close(self) -> None:
@@ -174,7 +172,7 @@ class _Rgb:
     def show(self, phase: Phase) -> None:
         self._led.color = COLOURS[phase]
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         """Shows phases only."""
 
     def close(self) -> None:
@@ -189,7 +187,7 @@ class _Buzzer:
         if phase is Phase.ERROR and not self._muted():
             self._buzzer.beep(0.1, 0.1, n=3)
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         if event.end is not None and event.end.state is State.DONE and not self._muted():
             self._buzzer.beep(0.1, 0.1, n=1)
 
@@ -214,7 +212,7 @@ class _Speech:
     def show(self, phase: Phase) -> None:
         """Says answers, not phases."""
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
             self._text = ""
         elif event.kind == "text":
@@ -274,16 +272,20 @@ class _Display:
 
         self._device = device
         self._terminal = terminal(device, animate=False)
+        self._fresh = True  # what is shown is no part of the answer that begins
 
     def show(self, phase: Phase) -> None:
         if phase in (Phase.LOADING, Phase.THINKING, Phase.ERROR):
             self._terminal.clear()
             self._terminal.println(str(phase))
 
-    def event(self, event: Event, job: Job | None) -> None:
-        if event.kind == "text":
-            if job is not None and job.result.text == event.text:
+    def event(self, event: Event) -> None:
+        if event.kind in ("started", "restarted"):
+            self._fresh = True
+        elif event.kind == "text":
+            if self._fresh:
                 self._terminal.clear()
+            self._fresh = False
             self._terminal.puts(event.text)
             self._terminal.flush()
 
@@ -297,17 +299,20 @@ HOOK_EVENTS = {"queued": "accepted", "started": "started"}
 class _Hook:
     """Runs a program for an event, the job as JSON on its standard input; it is given a time and no more."""
 
-    def __init__(self, settings: Hook) -> None:
-        self._settings = settings
+    def __init__(self, settings: Hook, jobs: Jobs) -> None:
+        self._settings, self._jobs = settings, jobs
 
     def show(self, phase: Phase) -> None:
         """Knows jobs, not phases."""
 
-    def event(self, event: Event, job: Job | None) -> None:
+    def event(self, event: Event) -> None:
         name = str(event.end.state) if event.end else HOOK_EVENTS.get(event.kind)
         if name == "expired":
             name = "failed"
-        if name == self._settings.event and job is not None:
+        if name != self._settings.event:
+            return
+        job = event.end or self._jobs.get(event.job)
+        if job is not None:
             threading.Thread(target=self._run, args=(msgspec.json.encode(job),), name="hook", daemon=True).start()
 
     def _run(self, text: bytes) -> None:

@@ -11,7 +11,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from device.sensors import Reading
-from flashd.errors import ConfigError, UsageError
+from flashd.errors import TEMPLATE_ERRORS, ConfigError, UsageError
 
 VALUES = ("sensors", "now", "last", "choice", "distance")
 """What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres."""
@@ -30,8 +30,9 @@ class Prompt:
         self._trigger = trigger
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
         try:
-            self._template = environment.from_string(source)
-            unknown = jinja2.meta.find_undeclared_variables(environment.parse(source)) - set(VALUES)
+            tree = environment.parse(source)
+            self._template = environment.from_string(tree)
+            unknown = jinja2.meta.find_undeclared_variables(tree) - set(VALUES)
         except jinja2.TemplateError as error:
             raise ConfigError(f"trigger {trigger!r}: the prompt is no template: {error}") from error
         if unknown:
@@ -39,7 +40,7 @@ class Prompt:
                 f"trigger {trigger!r}: the prompt names {min(unknown)!r}; there are {', '.join(VALUES)}"
             )
         try:
-            self.render({name: Reading(None) for name in sensors}, "", {"choice": "", "distance": 0.0})
+            self.render({name: Reading(None) for name in sensors}, "", {})
         except UsageError as error:
             raise ConfigError(str(error)) from error
 
@@ -48,7 +49,7 @@ class Prompt:
         names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
         try:
             text = self._template.render({**names, **values})
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             raise UsageError(f"trigger {self._trigger!r}: the prompt fails: {error}") from error
         if len(text) > MAX_LENGTH:
             raise UsageError(f"trigger {self._trigger!r}: a prompt of {len(text)} characters")

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flashd.client import Client, socket_path
-from flashd.errors import InputMissing, UsageError
+from flashd.errors import INTERRUPTED, InputMissing, UsageError
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
-INTERRUPTED = 130
 
 
 def add_commands(commands: Any) -> None:
@@ -100,7 +99,7 @@ def _jobs(args: argparse.Namespace) -> None:
 
     from flashd.daemon import spool
 
-    jobs = spool.read(_spool_path(args), "ORDER BY id DESC LIMIT ?", max(1, args.most))
+    jobs = spool.read_latest(_spool_path(args), max(1, args.most))
     if args.json:
         print(msgspec.json.encode(jobs).decode())
         return
@@ -117,10 +116,9 @@ def _show(args: argparse.Namespace) -> None:
     from flashd.daemon import spool
 
     path = _spool_path(args)
-    found = spool.read(path, "WHERE id = ?", args.number)
-    if not found:
+    job = spool.read_one(path, args.number)
+    if job is None:
         raise InputMissing(f"{path}: no job {args.number}; flashd jobs lists them")
-    job = found[0]
     if args.json:
         print(msgspec.json.encode(job).decode())
         return

@@ -18,9 +18,8 @@ from flashd import appliance_cli, embedded
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
 from flashd.console import MIB, Bar
-from flashd.errors import DataError, FlashdError, InputMissing, UsageError
+from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 
-INTERRUPTED = 130
 STARTED = time.perf_counter()
 
 

@@ -18,6 +18,8 @@ from flashd.errors import ConfigError
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Pin = Annotated[int, msgspec.Meta(ge=0, le=63)]
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
+TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Priority = Annotated[int, msgspec.Meta(ge=0, le=9)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400 * 366)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=86400 * 366)]
@@ -40,8 +42,8 @@ class Answering(Strict, frozen=True, kw_only=True):
 
     system: str | None = None
     max_tokens: Count = 128
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
     min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0

@@ -18,7 +18,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from flashd.daemon.job import Draw, Event, Job, Request, Role, State, Turn
+from flashd.config import Priority, Temperature, TopP
+from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
 from flashd.daemon.jobs import Jobs, Watch
 from flashd.errors import Busy, FlashdError, UsageError
 
@@ -61,15 +62,15 @@ class _Body(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     stream: bool = False
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=1)] | None = None
-    choose: Annotated[list[str], msgspec.Meta(max_length=64)] = []
-    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 5
-    deadline: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    choose: Choices = []
+    priority: Priority = 5
+    deadline: Deadline | None = None
 
     def request(self, turns: tuple[Turn, ...], plain: bool, schema: dict[str, Any] | None) -> Request:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -82,7 +83,7 @@ class _Body(msgspec.Struct, kw_only=True):
 
 class _Chat(_Body, kw_only=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=1000)]
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     response_format: _Format | None = None
 
 

@@ -11,6 +11,11 @@ Role = Literal["system", "user", "assistant"]
 MAX_TEXT = 256 << 10
 """Characters of one message."""
 
+Choices = Annotated[list[str], msgspec.Meta(max_length=64)]
+MaxTokens = Annotated[int, msgspec.Meta(ge=1)]
+Seed = Annotated[int, msgspec.Meta(ge=0)]
+Deadline = Annotated[float, msgspec.Meta(gt=0)]
+
 
 class State(StrEnum):
     QUEUED = "queued"
@@ -32,14 +37,16 @@ class Turn(msgspec.Struct, frozen=True):
     content: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
+def question(text: str, system: str | None = None) -> tuple[Turn, ...]:
+    """The turns of a single question."""
+    return (*((Turn("system", system),) if system else ()), Turn("user", text))
+
+
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
     """How the answer's tokens are drawn; None: as the configuration says."""
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
     seed: int | None = None
 
 

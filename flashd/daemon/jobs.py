@@ -94,7 +94,7 @@ class Jobs:
             job = self._spool.add(request)
             self._note_rate(request)
             self._monotonic[job.id] = time.monotonic()
-            heapq.heappush(self._waiting, (-request.priority, job.id, job))
+            self._enqueue(job)
             self._tell(Event(kind="queued", job=job.id, position=self.position(job.id)))
             running = self._running
             if request.barge_in and running is not None and running.request.priority < request.priority:
@@ -104,17 +104,18 @@ class Jobs:
         return job
 
     def watch(self, number: int | None = None, sink: Sink | None = None) -> Watch:
-        """The events of a job from now on, of all jobs for None; of one that has ended, its end.
+        """The events of a job, of all jobs from now on for None. One who comes late is told what was said so far.
 
         They wait to be asked for, or go to `sink` as they happen.
         """
         watch = Watch(self._forget_watch, number, sink)
         with self._changed:
             self._watches.append(watch)
-            if number is not None and self._find(number) is None:
-                ended = self._spool.get(number)
-                if ended is not None:
-                    watch.put(Event(kind="ended", job=ended.id, end=ended))
+            job = self.get(number) if number is not None else None
+            if job is not None and job.result.text:
+                watch.put(Event(kind="text", job=job.id, text=job.result.text))
+            if job is not None and job.state.ended:
+                watch.put(Event(kind="ended", job=job.id, end=job))
         return watch
 
     def ask(self, request: Request, sink: Sink | None = None) -> tuple[Job, Watch]:
@@ -171,7 +172,7 @@ class Jobs:
             while self._waiting:
                 job = heapq.heappop(self._waiting)[2]
                 if self._too_late(job):
-                    self._end(job, State.EXPIRED, f"no answer within {job.request.deadline:g} s")
+                    self._end(job, State.EXPIRED, _lateness(job))
                     continue
                 self._spool.begin(job)
                 job.state, job.attempts = State.RUNNING, job.attempts + 1
@@ -182,16 +183,17 @@ class Jobs:
 
     def wanted(self, job: Job) -> bool:
         """Whether the running job should go on: nobody cancelled it and nothing more urgent came."""
-        return not self._interrupt and job.id not in self._cancelled and not self._too_late(job)
+        return not self._interrupt and not self._given_up(job)
 
     def preempted(self, job: Job) -> bool:
         """Whether the running job only makes way: it was neither cancelled nor is it too late."""
-        return self._interrupt and job.id not in self._cancelled and not self._too_late(job)
+        return self._interrupt and not self._given_up(job)
 
     def say(self, job: Job, text: str) -> None:
         """More of a running job's answer."""
-        job.result.text += text
-        self._tell(Event(kind="text", job=job.id, text=text))
+        with self._changed:
+            job.result.text += text
+            self._tell(Event(kind="text", job=job.id, text=text))
 
     def progress(self, job: Job, done: int, total: int, card_bytes: int) -> None:
         self._tell(Event(kind="progress", job=job.id, done=done, total=total, card_bytes=card_bytes))
@@ -202,7 +204,7 @@ class Jobs:
             if job.id in self._cancelled:
                 state, finish = State.CANCELLED, "cancelled"
             elif state is State.CANCELLED and self._too_late(job):
-                state, finish = State.EXPIRED, f"no answer within {job.request.deadline:g} s"
+                state, finish = State.EXPIRED, _lateness(job)
             self._running = None
             self._end(job, state, finish)
 
@@ -215,7 +217,7 @@ class Jobs:
             self._spool.put_back(job)
             job.state, job.attempts, job.result.text = State.QUEUED, 0, ""
             self._running, self._interrupt = None, False
-            heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
+            self._enqueue(job)
             self._tell(Event(kind="restarted", job=job.id))
 
     def close(self) -> None:
@@ -237,9 +239,12 @@ class Jobs:
             # the clock may have jumped while the power was off: a deadline counts from now at the latest
             age = min(max(0.0, time.time() - job.created), job.request.deadline or 0.0)
             self._monotonic[job.id] = time.monotonic() - age
-            heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
+            self._enqueue(job)
         if self._waiting:
             log.info("%d jobs were waiting in the spool", len(self._waiting))
+
+    def _enqueue(self, job: Job) -> None:
+        heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
 
     def _same(self, request: Request) -> Job | None:
         if not request.coalesce:
@@ -262,6 +267,9 @@ class Jobs:
     def _too_late(self, job: Job) -> bool:
         deadline, since = job.request.deadline, self._monotonic.get(job.id)
         return deadline is not None and since is not None and time.monotonic() - since > deadline
+
+    def _given_up(self, job: Job) -> bool:
+        return job.id in self._cancelled or self._too_late(job)
 
     def _find(self, number: int) -> Job | None:
         if self._running is not None and self._running.id == number:
@@ -288,6 +296,10 @@ class Jobs:
         with self._changed:
             if watch in self._watches:
                 self._watches.remove(watch)
+
+
+def _lateness(job: Job) -> str:
+    return f"no answer within {job.request.deadline:g} s"
 
 
 def _fields(job: Job) -> dict[str, object]:

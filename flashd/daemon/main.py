@@ -21,7 +21,6 @@ from flashd import config, embedded
 from flashd.bundle.reader import Bundle
 from flashd.config import Settings
 from flashd.daemon.api import Api
-from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.metrics import metrics_text
 from flashd.daemon.notify import Notifier, log_to_journal
@@ -30,13 +29,12 @@ from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine.child import in_child
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.engine.plan import parse_size, peak
+from flashd.engine.plan import MIB, parse_size, peak
 from flashd.engine.schema import Schemas
-from flashd.errors import Busy, FlashdError
+from flashd.errors import FlashdError
 
 log = logging.getLogger(__name__)
 
-MIB = 1 << 20
 NEEDS_RESTART = ("model", "memory", "context", "threads", "schemas", "api", "spool", "serial")
 """What a reload does not change."""
 
@@ -102,13 +100,7 @@ class Daemon:
         return Engine(bundle, Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads), on_step)
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Any:
-        def start(name: str) -> Job:
-            job = appliance.start(name)
-            if job is None:
-                raise Busy(f"trigger {name!r} is muted or was started a moment ago")
-            return job
-
-        api = Api(jobs, self._name, appliance.status, start, metrics_text(jobs, worker))
+        api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
         return api.application([*kiosk.routes(appliance), *self._more])
 
     def _facts(self) -> dict[str, Any]:

@@ -28,11 +28,6 @@ class Notifier:
                 raise InputMissing("running under systemd needs: pip install 'flashd[systemd]'") from error
             self._send = daemon.notify
 
-    @property
-    def interval(self) -> float:
-        """Seconds within which systemd wants to hear that work goes on; 0 where it does not."""
-        return self._interval
-
     def ready(self) -> None:
         """A prompt can be answered now."""
         self._notify("READY=1")

@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS waiting ON jobs (state) WHERE state IN ('queued', 'running');
 """
 VERSION = 1
+ONE, LATEST = "WHERE id = ?", "ORDER BY id DESC LIMIT ?"
 
 
 class Spool:
@@ -102,11 +103,11 @@ class Spool:
         return self._select("WHERE state IN ('queued', 'running') ORDER BY id")
 
     def get(self, number: int) -> Job | None:
-        return next(iter(self._select("WHERE id = ?", number)), None)
+        return next(iter(self._select(ONE, number)), None)
 
     def recent(self, most: int) -> list[Job]:
         """The latest jobs, newest first."""
-        return self._select("ORDER BY id DESC LIMIT ?", most)
+        return self._select(LATEST, most)
 
     def _select(self, where: str, *values: int) -> list[Job]:
         with self._lock, self._guard():
@@ -131,8 +132,17 @@ class Spool:
             raise CannotWrite(f"{self.path}: {error.strerror}") from error
 
 
-def read(path: Path, where: str = "ORDER BY id DESC LIMIT ?", *values: int) -> list[Job]:
-    """Jobs of a spool that a daemon may be writing. Raises InputMissing, DataError."""
+def read_latest(path: Path, most: int) -> list[Job]:
+    """The latest jobs, newest first, of a spool that a daemon may be writing. Raises InputMissing, DataError."""
+    return _read(path, LATEST, most)
+
+
+def read_one(path: Path, number: int) -> Job | None:
+    """A job of a spool that a daemon may be writing. Raises InputMissing, DataError."""
+    return next(iter(_read(path, ONE, number)), None)
+
+
+def _read(path: Path, where: str, *values: int) -> list[Job]:
     if not path.exists():
         raise InputMissing(f"{path}: no spool; has flashd serve run here?")
     try:

@@ -82,22 +82,20 @@ class Worker:
         before = self._engine.model.card.bytes_read
         try:
             self._run_job(job, answer)
+            state, finish = State.DONE, answer.figures.finish
         except _Interrupted:
-            self._note(job, answer, started, before)
-            if self._stopping.is_set() or self._jobs.preempted(job):
-                self._jobs.put_back(job)
-            else:
-                self._jobs.finish(job, State.CANCELLED, "cancelled")
+            state, finish = State.CANCELLED, "cancelled"
         except FlashdError as error:
             log.error("%s failed: %s", job, error)
-            self._note(job, answer, started, before)
-            self._jobs.finish(job, State.FAILED, str(error))
+            state, finish = State.FAILED, str(error)
         except Exception as error:
             log.exception("%s failed", job)
-            self._jobs.finish(job, State.FAILED, f"an error in flashd: {type(error).__name__}: {error}")
+            state, finish = State.FAILED, f"an error in flashd: {type(error).__name__}: {error}"
+        self._note(job, answer, started, before)
+        if state is State.CANCELLED and (self._stopping.is_set() or self._jobs.preempted(job)):
+            self._jobs.put_back(job)
         else:
-            self._note(job, answer, started, before)
-            self._jobs.finish(job, State.DONE, answer.figures.finish)
+            self._jobs.finish(job, state, finish)
 
     def _run_job(self, job: Job, answer: Answer) -> None:
         request = job.request
@@ -138,14 +136,10 @@ class Worker:
 
     def _sampling(self, request: Request) -> Sampling:
         a, d = self.answering, request.draw
-
-        def chosen(mine: float | None, default: float) -> float:
-            return default if mine is None else mine
-
         return Sampling(
-            temperature=chosen(d.temperature, a.temperature), top_p=chosen(d.top_p, a.top_p),
-            top_k=int(chosen(d.top_k, a.top_k)), min_p=chosen(d.min_p, a.min_p),
-            repeat_penalty=chosen(d.repeat_penalty, a.repeat_penalty), seed=d.seed,
+            temperature=a.temperature if d.temperature is None else d.temperature,
+            top_p=a.top_p if d.top_p is None else d.top_p,
+            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty, seed=d.seed,
         )  # fmt: skip
 
     def _constraint(self, request: Request) -> Constraint | None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.errors import DataError, UsageError
+from flashd.errors import TEMPLATE_ERRORS, DataError, UsageError
 
 BREAK = "\ue000\ue001\ue000"
 """Private-use characters that part text where a control token must not form."""
@@ -86,10 +86,6 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return  # not glibc
-
-
-TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
-"""What a template's expressions can raise beside Jinja's own errors."""
 
 
 class ChatTemplate:

@@ -132,7 +132,7 @@ def test_a_day(packed: dict[str, Path], tmp_path: Path) -> None:
         script.close()
         from flashd.daemon import spool
 
-        jobs = {j.id: j for j in spool.read(tmp_path / "spool.db", "ORDER BY id LIMIT ?", 10_000)}
+        jobs = {j.id: j for j in spool.read_latest(tmp_path / "spool.db", 10_000)}
     cable.close()
     # every accepted job is answered once or reported as cancelled, none twice, none lost
     assert script.accepted <= set(jobs)

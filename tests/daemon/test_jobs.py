@@ -13,6 +13,7 @@ from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
 from tests.daemon.clerk import Clerk, request
+from tests.waiting import wait
 
 
 @pytest.fixture
@@ -38,6 +39,18 @@ def test_a_job_is_answered_and_stays_readable(jobs: Jobs) -> None:
     assert jobs.last_text == "one two three"
     # one that comes late still learns how it ended
     assert [e.end.result.text for e in jobs.watch(job.id) if e.end] == ["one two three"]
+
+
+def test_one_who_comes_late_misses_no_words(jobs: Jobs) -> None:
+    job = jobs.submit(request())
+    running = jobs.take(0)
+    assert running is not None
+    jobs.say(running, "one ")
+    watch = jobs.watch(job.id)
+    jobs.say(running, "two")
+    jobs.finish(running, State.DONE, "stop")
+    for late in (watch, jobs.watch(job.id)):
+        assert "".join(e.text for e in late) == "one two"
 
 
 def test_the_most_urgent_goes_first(jobs: Jobs) -> None:
@@ -80,9 +93,9 @@ def test_a_source_may_ask_so_often_a_minute(jobs: Jobs) -> None:
 def test_a_waiting_and_a_running_job_can_be_cancelled(jobs: Jobs) -> None:
     running, waiting = jobs.submit(request()), jobs.submit(request())
     clerk = Clerk(jobs, paced=True)
-    _wait(lambda: jobs.running is not None)
+    wait(lambda: jobs.running is not None)
     assert jobs.cancel(waiting.id) and jobs.cancel(running.id) and not jobs.cancel(999)
-    _wait(lambda: jobs.running is None)
+    wait(lambda: jobs.running is None)
     clerk.close()
     states = {j.id: j.state for j in jobs.recent(10)}
     assert states == {running.id: State.CANCELLED, waiting.id: State.CANCELLED}
@@ -94,9 +107,9 @@ def test_barge_in_makes_the_running_job_wait_and_start_anew(jobs: Jobs) -> None:
     clerk = Clerk(jobs, paced=True)
     assert clerk.permits is not None
     clerk.permits.release()
-    _wait(lambda: slow.result.text == "one ")
+    wait(lambda: slow.result.text == "one ")
     urgent = jobs.submit(request("now", priority=8, barge_in=True))
-    _wait(lambda: jobs.running is not None and jobs.running.id == urgent.id)
+    wait(lambda: jobs.running is not None and jobs.running.id == urgent.id)
     clerk.permits.release(6)
     events = list(watch)
     clerk.close()
@@ -128,7 +141,7 @@ def test_what_was_accepted_outlives_the_process(jobs: Jobs, spool: Spool) -> Non
     again = Spool(spool.path, keep=50)
     after = Jobs(again, most_waiting=4)
     clerk = Clerk(after)
-    _wait(lambda: after.waiting == 0 and after.running is None)
+    wait(lambda: after.waiting == 0 and after.running is None)
     clerk.close()
     assert [j.id for j in clerk.answered] == numbers
     assert {j.state for j in after.recent(10)} == {State.DONE}
@@ -163,10 +176,3 @@ def test_a_queue_that_stops_takes_nothing_and_cancels_nothing(jobs: Jobs) -> Non
     with pytest.raises(Busy, match="stopping"):
         jobs.submit(request())
     assert not jobs.cancel(job.id)
-
-
-def _wait(condition: object, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < until, "it did not come to pass"
-        time.sleep(0.005)

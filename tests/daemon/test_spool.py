@@ -41,14 +41,12 @@ def test_a_place_that_cannot_be(tmp_path: Path) -> None:
 
 def test_another_process_may_read(tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match="no spool"):
-        spool.read(tmp_path / "spool.db", "ORDER BY id DESC LIMIT ?", 3)
+        spool.read_latest(tmp_path / "spool.db", 3)
     writer = Spool(tmp_path / "spool.db", keep=5)
     for text in ("a", "b"):
         writer.add(request(text))
-    assert [j.request.turns[0].content for j in spool.read(tmp_path / "spool.db", "ORDER BY id LIMIT ?", 3)] == [
-        "a",
-        "b",
-    ]
+    found = reversed(spool.read_latest(tmp_path / "spool.db", 3))
+    assert [j.request.turns[0].content for j in found] == ["a", "b"]
     writer.close()
 
 

@@ -102,11 +102,3 @@ def terminal(cable: Cable) -> Iterator[Terminal]:
     terminal = Terminal(cable.theirs)
     yield terminal
     terminal.close()
-
-
-def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Waits until something holds."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come to pass"
-        time.sleep(0.005)

@@ -17,7 +17,8 @@ from device.demo import Cable
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from tests.daemon.clerk import Clerk
-from tests.device.conftest import Terminal, wait
+from tests.device.conftest import Terminal
+from tests.waiting import wait
 
 Make = Callable[..., Appliance]
 

@@ -18,7 +18,7 @@ from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.server import Server
 from tests.daemon.clerk import Clerk
-from tests.device.conftest import wait
+from tests.waiting import wait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")

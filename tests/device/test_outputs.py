@@ -21,7 +21,7 @@ from flashd.config import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from tests.daemon.clerk import Clerk, request
-from tests.device.conftest import wait
+from tests.waiting import wait
 
 Make = Callable[..., Appliance]
 
@@ -133,7 +133,7 @@ def test_a_display_shows_the_answer(jobs: Jobs) -> None:
     display = _Display(screen)
     display.show(Phase.THINKING)
     blank = screen.image.tobytes()
-    display.event(Event(kind="text", job=1, text="Hello"), None)
+    display.event(Event(kind="text", job=1, text="Hello"))
     assert screen.image.tobytes() != blank and screen.image.getbbox() is not None
 
 

@@ -18,7 +18,7 @@ from flashd.config import parse
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError
 from tests.daemon.clerk import Clerk
-from tests.device.conftest import wait
+from tests.waiting import wait
 
 Fired = list[tuple[str, dict[str, Any]]]
 Listen = Callable[[str], Fired]
@@ -183,3 +183,7 @@ def test_reload_changes_triggers_and_a_bad_one_changes_nothing(
         one.reload(parse("triggers: [{kind: button, name: a, pin: 6, prompt: '{{ weather }}'}]"))
     press(pins.pin(5))
     wait(lambda: len(clerk.answered) == 2)
+    with pytest.raises(ConfigError, match="a pin cannot be used"):
+        one.reload(parse("triggers: [{kind: button, name: a, pin: 63, prompt: p}]"))
+    press(pins.pin(5))
+    wait(lambda: len(clerk.answered) == 3)

@@ -61,7 +61,11 @@ class _Graph:
         return name
 
     def shape(self, *dims: int) -> str:
-        return self.constant(np.array(dims, np.int64))
+        """A constant shape, shared by all that have the same."""
+        name = f"shape{dims}"
+        if not any(i.name == name for i in self.initialisers):
+            self.initialisers.append(numpy_helper.from_array(np.array(dims, np.int64), name))
+        return name
 
     def external(self, name: str, kind: int, dims: Sequence[int]) -> str:
         """An initialiser that the engine supplies when it opens the graph."""
@@ -166,7 +170,7 @@ def ffn(model: Model, kind: RowKind) -> bytes:
     )
     index = g.input("index", T.INT64, ["rows"])
     a = _gated(g, model, _rows_product(g, kind, parts, index))
-    sums = _block_sums(g, a)
+    sums = g.node("ReduceSum", g.node("Reshape", a, g.shape(0, -1, BLOCK)), g.shape(2), keepdims=0)  # [T, n]
 
     ones = g.input("ones", T.FLOAT, ["neurons", blocks])
     down_index = g.input("down_index", T.INT64, ["neurons"])
@@ -239,7 +243,8 @@ def _attend(g: _Graph, model: Model, qkv: str, suffix: str) -> tuple[str, str, s
 def resident(model: Model, formats: Formats) -> bytes:
     """The whole model: x [T, H] embeddings -> logits [R, V] of the rows named by `wanted` [R]."""
     g, h = _Graph(), model.hidden
-    residual = g.input("x", T.FLOAT, ["T", h])
+    # three axes throughout, as GroupQueryAttention wants them: a change of shape costs as much as a small product
+    residual = g.node("Unsqueeze", g.input("x", T.FLOAT, ["T", h]), g.shape(0))  # [1, T, H]
     wanted = g.input("wanted", T.INT64, ["R"])
     branch = None
     for i in range(model.layers):
@@ -247,26 +252,26 @@ def resident(model: Model, formats: Formats) -> bytes:
         normed, residual = _normed(g, model, residual, branch, f"{at}attention_norm")
         bias = g.external(f"{at}bias", T.FLOAT, [model.qkv_width]) if model.qkv_bias else ""
         qkv = _layer_product(g, normed, formats.attention, f"{at}qkv", model.qkv_width, h, bias)
-        out, key, value = _attend(g, model, g.node("Unsqueeze", qkv, g.shape(0)), f".{i}")
+        heads, key, value = _attend(g, model, qkv, f".{i}")
         _present(g, model, f"present_key.{i}", key)
         _present(g, model, f"present_value.{i}", value)
-        heads = g.node("Squeeze", out, g.shape(0))
         branch = _layer_product(g, heads, formats.attention, f"{at}output", h, model.query_width)
         normed, residual = _normed(g, model, residual, branch, f"{at}ffn_norm")
         both = _layer_product(g, normed, formats.ffn, f"{at}inputs", 2 * model.neurons, h)
-        gate, up = g.nodes_out("Split", both, outputs=2, axis=1, num_outputs=2)
+        gate, up = g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
         op, domain, attributes = ACTIVATIONS[model.activation]
         a = g.node("Mul", g.node(op, gate, domain=domain, **attributes), up)
         branch = _layer_product(g, a, formats.ffn, f"{at}down", h, model.neurons)
-    residual = g.node("Gather", residual, wanted, axis=0)
-    branch = g.node("Gather", str(branch), wanted, axis=0)
+    residual = g.node("Gather", residual, wanted, axis=1)
+    branch = g.node("Gather", str(branch), wanted, axis=1)
     normed, _ = _normed(g, model, residual, branch, "norm")
-    g.output("logits", T.FLOAT, ["R", model.vocabulary], _head(g, normed, formats, model.vocabulary, h))
+    logits = g.node("Squeeze", _head(g, normed, formats, model.vocabulary, h), g.shape(0))
+    g.output("logits", T.FLOAT, ["R", model.vocabulary], logits)
     return g.serialise("resident")
 
 
 def _normed(g: _Graph, model: Model, residual: str, branch: str | None, weight: str) -> tuple[str, str]:
-    """(RMS norm of residual + branch, residual + branch), [T, H] both."""
+    """(RMS norm of residual + branch, residual + branch), [1, T, H] both."""
     gamma = g.external(weight, T.FLOAT, [model.hidden])
     epsilon = model.norm_epsilon
     if branch is None:
@@ -279,7 +284,7 @@ def _normed(g: _Graph, model: Model, residual: str, branch: str | None, weight: 
 
 
 def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int, bias: str = "") -> str:
-    """x [T, K] times constant rows [n, K] of a layer.
+    """x [1, T, K] times constant rows [n, K] of a layer.
 
     float32 products exist for 4-bit weights only, so 8-bit ones are two planes of nibbles, 16 high + low.
     """
@@ -296,7 +301,7 @@ def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int, 
 
 
 def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:
-    """Logits [R, V] of x [R, H]."""
+    """Logits [1, R, V] of x [1, R, H]."""
     kind = formats.head
     if not formats.rounded_head:
         return _layer_product(g, x, kind, "head", n, k)
@@ -304,15 +309,11 @@ def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:
     scale = g.external("head.scale", T.FLOAT, [n, k // BLOCK])
     y = g.node("MatMulNBits", x, q, scale, domain=MICROSOFT,
                K=k, N=n, bits=BITS[kind], block_size=BLOCK, accuracy_level=4)  # fmt: skip
-    return _with_centres(g, x, y, "head", n, k)
+    return _with_centres(g, x, y, "head", n, k) if formats.centred_head else y
 
 
 def _with_centres(g: _Graph, x: str, y: str, name: str, n: int, k: int) -> str:
-    centre = g.external(f"{name}.centre", T.FLOAT, [n, k // BLOCK])
-    return g.node("Gemm", _block_sums(g, x), centre, y, transB=1)
-
-
-def _block_sums(g: _Graph, x: str) -> str:
-    """The sum [T, K / 32] of each block of x [T, K]."""
-    blocks = g.node("Reshape", x, g.constant(np.array([0, -1, BLOCK], np.int64)))
-    return g.node("ReduceSum", blocks, g.shape(2), keepdims=0)
+    centre = g.external(f"{name}.centre", T.FLOAT, [k // BLOCK, n])
+    blocks = g.node("Reshape", x, g.shape(0, 0, -1, BLOCK))
+    sums = g.node("ReduceSum", blocks, g.shape(3), keepdims=0)  # [1, T, K / 32]
+    return g.node("Add", y, g.node("MatMul", sums, centre))

@@ -56,10 +56,10 @@ class _Packer:
             if "output.weight" in self.source.names:
                 run = ROWS_OF_A_RUN * RowFormat(self.formats.embedding, self.model.hidden).nbytes
                 writer.add("embedding", self._rows("token_embd.weight", self.formats.embedding), run)
-                writer.add("head", self._rows("output.weight", self.formats.head))
+                writer.add("head", self._head_rows("output.weight"))
             else:
                 run = ROWS_OF_A_RUN * RowFormat(self.formats.head, self.model.hidden).nbytes
-                writer.add("head", self._rows("token_embd.weight", self.formats.head), run)
+                writer.add("head", self._head_rows("token_embd.weight"), run)
             sample = sample_tokens(vocabulary.tokenizer_json)
             calibration = Calibration(self.source, self.family, self.model, sample)
             for i in range(self.model.layers):
@@ -101,7 +101,10 @@ class _Packer:
     def _order(self, heads: int) -> npt.NDArray[np.int64] | None:
         return rotary_order(self.family, heads, self.model.head_dim) if heads else None
 
-    def _rows(self, name: str, kind: RowKind, heads: int = 0) -> Iterator[bytes]:
+    def _head_rows(self, name: str) -> Iterator[bytes]:
+        return self._rows(name, self.formats.head, centred=self.formats.centred_head)
+
+    def _rows(self, name: str, kind: RowKind, heads: int = 0, centred: bool = True) -> Iterator[bytes]:
         """A matrix's row records, chunk by chunk; with `heads`, in the engine's rotary order."""
         tensor = self.source.tensor(name)
         form = RowFormat(kind, tensor.shape[1])
@@ -109,12 +112,12 @@ class _Packer:
         if order is None:
             order = np.arange(tensor.shape[0])
         for at in range(0, len(order), ROWS_AT_ONCE):
-            yield self._encode(tensor, form, order[at : at + ROWS_AT_ONCE]).tobytes()
+            yield self._encode(tensor, form, order[at : at + ROWS_AT_ONCE], centred).tobytes()
 
-    def _encode(self, tensor: Tensor, form: RowFormat, which: npt.NDArray[np.int64]) -> Bytes:
+    def _encode(self, tensor: Tensor, form: RowFormat, which: npt.NDArray[np.int64], centred: bool = True) -> Bytes:
         weights = tensor.rows(which)
         self._count(weights.size)
-        return encode_rows(weights, form, tensor.grid(which))
+        return encode_rows(weights, form, tensor.grid(which), centred)
 
     def _groups(self, i: int, form: GroupFormat, order: npt.NDArray[np.int64]) -> Iterator[bytes]:
         """A layer's groups, the hottest first. A group stays whole: its 32 columns share the source's grid."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK, Floats
 from flashd.pack.families import Family
-from flashd.pack.gguf import GgufModel
+from flashd.pack.source import Source
 
 TOKENS = 384
 """Sample tokens. Twice as many move a group's rank by little and cost twice the time."""
@@ -33,7 +33,7 @@ def sample_tokens(tokenizer_json: bytes) -> npt.NDArray[np.int64]:
 class Calibration:
     """The sample's hidden states [T, H], one layer further with each call of `layer`."""
 
-    def __init__(self, source: GgufModel, family: Family, model: Model, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, source: Source, family: Family, model: Model, tokens: npt.NDArray[np.int64]) -> None:
         self._source, self._family, self._model = source, family, model
         self._x: Floats = source.tensor("token_embd.weight").rows(tokens)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
-from flashd.pack.gguf import GgufModel
+from flashd.pack.source import Source
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ UNSUPPORTED_KEYS = {
 }
 
 
-def family_of(source: GgufModel) -> Family:
+def family_of(source: Source) -> Family:
     """The family of a model file. Raises DataError naming the families that are supported."""
     known = ", ".join(sorted(FAMILIES))
     family = FAMILIES.get(source.architecture)
@@ -46,7 +46,7 @@ def family_of(source: GgufModel) -> Family:
         raise DataError(f"{source.path}: architecture {source.architecture!r} is not supported; known are {known}")
     for key, what in UNSUPPORTED_KEYS.items():
         name = f"{source.architecture}.{key}"
-        if source.has(name) and source.reader.fields[name].contents() not in (0, "none"):
+        if source.metadata(name) not in (None, 0, "none"):
             raise DataError(f"{source.path}: {what} ({name}) is not supported for {source.architecture!r} yet")
     unknown = source.names - expected_tensors(family, source.number("block_count", int))
     if unknown:
@@ -76,7 +76,7 @@ def expected_tensors(family: Family, layers: int) -> set[str]:
     return names
 
 
-def model_of(source: GgufModel, family: Family) -> Model:
+def model_of(source: Source, family: Family) -> Model:
     """The hyper-parameters of a model file. Raises DataError where one is missing or does not fit."""
     heads = source.number("attention.head_count", int)
     hidden = source.number("embedding_length", int)

@@ -14,9 +14,10 @@ from flashd.bundle.writer import BundleWriter
 from flashd.pack import graphs
 from flashd.pack.calibrate import Calibration, sample_tokens
 from flashd.pack.families import Family, family_of, model_of, rotary_order
-from flashd.pack.gguf import GgufModel, Tensor
+from flashd.pack.gguf import GgufModel
 from flashd.pack.quantise import encode_groups, encode_rows
-from flashd.pack.tokenizer import read_vocabulary
+from flashd.pack.safetensors import HfFolder
+from flashd.pack.source import Source, Tensor
 
 ROWS_AT_ONCE = 1024
 GROUPS_AT_ONCE = 16
@@ -26,17 +27,22 @@ Progress = Callable[[int, int], None]
 
 
 def pack(source_path: Path, out: Path, rows: RowKind, on_progress: Progress = lambda done, total: None) -> Header:
-    """Packs the GGUF file at `source_path` into the bundle `out`, replacing it at the end or not at all.
+    """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
     Raises:
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind.
         CannotWrite: the disk is full or the folder cannot be written.
     """
-    return _Packer(GgufModel(source_path), rows, on_progress).write(out)
+    return _Packer(open_source(source_path), rows, on_progress).write(out)
+
+
+def open_source(path: Path) -> Source:
+    """The model at `path`: a Hugging Face folder, or a GGUF file. Raises InputMissing, DataError."""
+    return HfFolder(path) if path.is_dir() else GgufModel(path)
 
 
 class _Packer:
-    def __init__(self, source: GgufModel, rows: RowKind, on_progress: Progress) -> None:
+    def __init__(self, source: Source, rows: RowKind, on_progress: Progress) -> None:
         self.source = source
         self.family: Family = family_of(source)
         self.model: Model = model_of(source, self.family)
@@ -46,7 +52,7 @@ class _Packer:
         self._total = sum(int(np.prod(source.tensor(n).shape)) for n in source.names)
 
     def write(self, out: Path) -> Header:
-        vocabulary = read_vocabulary(self.source)
+        vocabulary = self.source.vocabulary()
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
@@ -145,7 +151,7 @@ class _Packer:
         self._on_progress(min(self._done, self._total), self._total)
 
 
-def _formats(source: GgufModel, rows: RowKind) -> Formats:
+def _formats(source: Source, rows: RowKind) -> Formats:
     """`rows` for the FFN and attention; 8 bits for a head or embedding whose source has as many.
 
     Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056, Qwen2.5-Coder-1.5B (source Q6_K)

@@ -23,7 +23,7 @@ from flashd.bundle.rows import (
     RowKind,
     pack_bits,
 )
-from flashd.pack.gguf import Grid
+from flashd.pack.source import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {"int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,)}
 """Parts of a block's range that are tried: fewer extremes reached, finer steps for the rest."""

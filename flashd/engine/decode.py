@@ -19,8 +19,10 @@ from flashd.engine.kv import KvCache
 from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.sample import Sampler
-from flashd.engine.speculate import DraftLength, lookup
+from flashd.engine.speculate import NODES, DraftLength, Tree, lookup
 from flashd.errors import UsageError
+
+NOTHING: Floats = np.empty((0, 0), np.float32)
 
 
 class Model(Protocol):
@@ -40,9 +42,11 @@ class Model(Protocol):
     @property
     def drafts(self) -> bool: ...
 
-    def draft(self, token: int) -> int: ...
+    def draft(self, token: int, most: int) -> list[int]: ...
 
-    def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats: ...
+    def forward(
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+    ) -> Floats: ...
 
     def close(self) -> None: ...
 
@@ -85,8 +89,9 @@ class Conversation:
 
     model: Model
     tokens: list[int] = field(default_factory=list)
-    _drafted: list[int] = field(default_factory=list)
-    _checked: list[Floats] = field(default_factory=list)
+    _tree: Tree | None = None  # what the last pass checked
+    _node: int = 0  # how far in it the answer has come
+    _checked: Floats = field(default_factory=lambda: NOTHING)  # [N, V] logits behind each of its nodes
     _drafting: bool = False
     _looked_up: DraftLength = field(default_factory=DraftLength)
     _from_ram: DraftLength = field(default_factory=DraftLength)
@@ -155,54 +160,67 @@ class Conversation:
 
     def _next(self, token: int, room: int, figures: Figures, on_step: OnStep) -> Floats:
         """Logits [V] behind `token`: from the last pass if that had drafted it, else from a new one."""
-        if self._drafted:
-            right = self._drafted.pop(0) == token
-            self._length.measured_token(right)
-            if right:
-                figures.accepted += 1
-                self.tokens.append(token)
-                return self._checked.pop(0)
-            self._forget_drafts()
+        if self._tree is not None and self._walk(self._tree, token, figures):
+            return np.asarray(self._checked[self._node], np.float32)
+        self._forget_drafts()
         started = time.perf_counter()
-        drafted = self._draft(token, room) if self._drafting else []
+        free = self.model.cache.context - len(self.tokens)
+        tree = Tree.grown(token, self._draft(token, room) if self._drafting else [], min(NODES, free))
         after = time.perf_counter()
-        rows = self._forward([token, *drafted], figures, on_step)
-        if drafted:
-            self._length.measured_draft(len(drafted), after - started)
+        self._checked = self._forward(tree.tokens, figures, on_step, tree.parents)
+        if tree.links:
+            self._length.measured_draft(tree.links, after - started)
         done = time.perf_counter()
         for length in (self._looked_up, self._from_ram):
             length.measured_pass(done - after)
         figures.passes += 1
-        figures.drafted += len(drafted)
+        figures.drafted += len(tree.tokens) - 1
         figures.draft_seconds += after - started
         self.tokens.append(token)
-        self._drafted, self._checked = drafted, list(rows[1:])
-        return np.asarray(rows[0], np.float32)
+        self._tree, self._node = tree, 0
+        return np.asarray(self._checked[0], np.float32)
+
+    def _walk(self, tree: Tree, token: int, figures: Figures) -> bool:
+        """Goes on in the tree that was checked to the node that says `token`, if there is one."""
+        node, next_link = tree.child(self._node, token), self._node + 1
+        if tree.is_guessed(self._node):
+            self._length.measured_token(node == next_link, node not in (None, next_link))
+        if node is None:
+            return False
+        # node i of the tree lies i places behind node 0, and of a branch's nodes only the chain's already lie in line
+        if node != next_link:
+            start = len(self.tokens) - next_link
+            self.model.cache.move(start + node, start + next_link)
+        figures.accepted += 1
+        self.tokens.append(token)
+        self._node = node
+        return True
 
     @property
     def _length(self) -> DraftLength:
         """The measure of the kind of draft that was made last."""
         return self._looked_up if self._by_lookup else self._from_ram
 
-    def _draft(self, token: int, room: int) -> list[int]:
-        """Up to `room` tokens that may follow `token`: as they did earlier in the text, or as RAM alone has it."""
+    def _draft(self, token: int, room: int) -> list[list[int]]:
+        """Guesses at each of up to `room` tokens behind `token`: what followed earlier, or what RAM alone says."""
         found = lookup([*self.tokens, token], min(room, self._looked_up.choose()))
         self._by_lookup = bool(found)
         if found or not self.model.drafts:
-            return found
+            return [[guess] for guess in found]
         return self._draft_from_ram(token, min(room, self._from_ram.choose()))
 
-    def _draft_from_ram(self, token: int, most: int) -> list[int]:
+    def _draft_from_ram(self, token: int, most: int) -> list[list[int]]:
         """The cache is left as it was."""
-        out: list[int] = []
+        out: list[list[int]] = []
         for _ in range(most):
-            out.append(self.model.draft(out[-1] if out else token))
+            # more than a tree takes of one place, unless that is its only one
+            out.append(self.model.draft(out[-1][0] if out else token, NODES - most))
         self.model.cache.truncate(len(self.tokens))
         return out
 
     def _forget_drafts(self) -> None:
         """Takes tokens that were drafted and not said out of the cache."""
-        self._drafted, self._checked = [], []
+        self._tree, self._checked = None, NOTHING
         self.model.cache.truncate(len(self.tokens))
 
     def _prefill(self, prompt: Sequence[int], figures: Figures, on_step: OnStep) -> Floats:
@@ -214,16 +232,20 @@ class Conversation:
         before = self.model.card.bytes_read
         for start in range(kept, len(prompt), PREFILL_TOKENS):
             chunk = prompt[start : start + PREFILL_TOKENS]
-            last = self._forward(chunk, figures, on_step, every=False)
+            last = self._forward(chunk, figures, on_step)
             self.tokens.extend(chunk)
         figures.prefill_card_bytes = self.model.card.bytes_read - before
         return np.asarray(last[0], np.float32)
 
-    def _forward(self, tokens: Sequence[int], figures: Figures, on_step: OnStep, every: bool = True) -> Floats:
-        """Logits [T, V] behind each of `tokens`, or [1, V] behind the last."""
+    def _forward(
+        self, tokens: Sequence[int], figures: Figures, on_step: OnStep, parents: Sequence[int] | None = None
+    ) -> Floats:
+        """Logits [1, V] behind the last of `tokens`, or with `parents` [T, V] behind each node of a tree."""
         started, waited = time.perf_counter(), self.model.card.waited
-        wanted = np.arange(len(tokens)) if every else np.array([len(tokens) - 1])
-        logits = self.model.forward(np.array(tokens, np.int64), wanted, on_step)
+        wanted = np.array([len(tokens) - 1]) if parents is None else np.arange(len(tokens))
+        # a tree of one node is a line, which every model takes
+        tree = parents if parents and len(parents) > 1 else None
+        logits = self.model.forward(np.array(tokens, np.int64), wanted, on_step, tree)
         figures.forward_seconds += time.perf_counter() - started
         figures.card_wait_seconds += self.model.card.waited - waited
         return logits

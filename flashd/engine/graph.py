@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -155,6 +157,37 @@ def rotary_tables(model: Model, positions: int) -> tuple[Floats, Floats]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+NEVER = np.float32(-1e30)
+"""Added to a score, what takes a key out of attention."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the T tokens of a pass stand, and which of them each may look at."""
+
+    past: int
+    positions: npt.NDArray[np.int64]  # [1, T]
+    bias: Floats  # [1, 1, T, past + T], added to attention's scores
+
+    @classmethod
+    def in_line(cls, past: int, tokens: int) -> Places:
+        """One token behind the other."""
+        return cls(past, np.arange(past, past + tokens)[None], np.zeros((1, 1, tokens, past + tokens), np.float32))
+
+    @classmethod
+    def in_tree(cls, past: int, parents: Sequence[int]) -> Places:
+        """Each token behind its parent, which came before it; the first has none. It looks at its ancestors alone.
+
+        Section 3 of SpecInfer (arXiv 2305.09781) calls this tree attention.
+        """
+        sees = np.eye(len(parents), dtype=bool)
+        for node, parent in enumerate(parents[1:], 1):
+            sees[node] |= sees[parent]
+        places = cls.in_line(past, len(parents))
+        places.bias[0, 0, :, past:] = np.where(sees, np.float32(0), NEVER)
+        return cls(past, past + sees.sum(1)[None] - 1, places.bias)
+
+
 class Attention:
     """Grouped-query attention with rotary embedding over a layer's KV cache."""
 
@@ -164,11 +197,13 @@ class Attention:
         self._cache = cache
         self._cos, self._sin = rotary_tables(model, cache.context)
 
-    def __call__(self, layer: int, qkv: Floats) -> Floats:
+    def __call__(self, layer: int, qkv: Floats, places: Places) -> Floats:
         """qkv [T, q + k + v widths] of T new tokens -> [T, query width]; their keys and values are kept."""
         binding = self._session.io_binding()
         binding.bind_cpu_input("qkv", qkv[None])
-        bind_positions(binding, self._cache.length, len(qkv), self._cos, self._sin)
+        bind_positions(binding, places.past, len(qkv), self._cos, self._sin)
+        binding.bind_cpu_input("positions", places.positions)
+        binding.bind_cpu_input("bias", places.bias)
         for part, value in zip(("key", "value"), self._cache.layer(layer), strict=True):
             binding.bind_ortvalue_input(f"past_{part}", value)
             binding.bind_ortvalue_output(f"present_{part}", value)

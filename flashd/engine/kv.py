@@ -35,6 +35,11 @@ class KvCache:
         """Counts `tokens` more as valid: every layer has written them."""
         self.length += tokens
 
+    def move(self, source: int, target: int) -> None:
+        """Puts the keys and values of the token at `source` in the place of those at `target`."""
+        for array in self._arrays:
+            array[0, :, target] = array[0, :, source]
+
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. Raises ValueError where there are fewer."""
         if not 0 <= length <= self.length:

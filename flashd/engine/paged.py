@@ -7,7 +7,7 @@ before compute, once for a whole chunk of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, PlainRows, QuantRows
 from flashd.engine import graph
 from flashd.engine.card import CardStats, CardStream, layer_schedule
+from flashd.engine.graph import Places
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
@@ -88,13 +89,18 @@ class PagedModel:
         """The share of groups that a pass finds in RAM."""
         return sum(layer.pinned.used for layer in self._layers) / (len(self._layers) * self._model.groups)
 
-    def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats:
+    def forward(
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+    ) -> Floats:
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Every neuron takes part. Raises CardError, DamagedRun; the cache is then as it was before.
+        Every neuron takes part. With `parents` the tokens are a tree, see graph.Places, which the cache keeps in the
+        order given. Raises CardError, DamagedRun; the cache is then as it was before.
         """
+        past = self.cache.length
+        places = Places.in_tree(past, parents) if parents else Places.in_line(past, len(tokens))
         try:
-            x = self._pass(self._bundle.embedding(tokens), on_step)  # [T, H]
+            x = self._pass(self._bundle.embedding(tokens), places, on_step)  # [T, H]
         except BaseException:
             # the next pass starts at the first layer, wherever this one broke off
             self._stream.restart()
@@ -102,14 +108,17 @@ class PagedModel:
         self.cache.advance(len(tokens))
         return self._head_linear(self._normed(x[wanted], self._norm), self._head)  # [R, V]
 
-    def draft(self, token: int) -> int:
-        """A guess at what follows `token`, made with what is in RAM alone; the KV cache counts the token.
+    def draft(self, token: int, most: int) -> list[int]:
+        """Guesses at what follows `token`, the likeliest first, made with what is in RAM alone.
 
-        Truncate the cache before the next exact pass.
+        The KV cache counts the token: truncate it before the next exact pass.
         """
-        x = self._pass(self._bundle.embedding(np.array([token])), silent, exact=False)
+        places = Places.in_line(self.cache.length, 1)
+        x = self._pass(self._bundle.embedding(np.array([token])), places, silent, exact=False)
         self.cache.advance(1)
-        return int(self._head_linear(self._normed(x, self._norm), self._likely)[0].argmax())
+        logits = self._head_linear(self._normed(x, self._norm), self._likely)[0]
+        best = np.argpartition(-logits, most)[:most]
+        return [int(i) for i in best[np.argsort(-logits[best])]]
 
     @property
     def pages(self) -> bool:
@@ -121,13 +130,13 @@ class PagedModel:
         """Whether a draft is cheaper than a pass and better than nothing: some groups are pinned, some not."""
         return 0 < self._layers[0].pinned.used < self._model.groups
 
-    def _pass(self, x: Floats, on_step: OnStep, exact: bool = True) -> Floats:
+    def _pass(self, x: Floats, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         for i, layer in enumerate(self._layers):
             h = self._normed(x, layer.attention_norm)  # [T, H]
             qkv = self._attention_linear(h, layer.qkv)  # [T, q + k + v]
             if layer.bias is not None:
                 qkv += layer.bias
-            x = x + self._attention_linear(self._attend(i, qkv), layer.output)  # [T, H]
+            x = x + self._attention_linear(self._attend(i, qkv, places), layer.output)  # [T, H]
             h = self._normed(x, layer.ffn_norm)  # [T, H]
             x = x + (self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows))
             on_step(i + 1, self._model.layers, self.card.bytes_read)

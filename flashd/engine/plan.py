@@ -15,6 +15,7 @@ from flashd.bundle.rows import BLOCK, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
 from flashd.engine.graph import TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes
+from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
 
 MIB = 1 << 20
@@ -123,7 +124,7 @@ def _workspace(header: Header, context: int) -> int:
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
     scores = 4 * tokens * context * m.heads
-    logits = 4 * 4 * m.vocabulary
+    logits = 4 * NODES * m.vocabulary
     return 4 * TEMPORARY_BYTES + activations + scores + logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,22 @@ class ResidentModel:
         self._cos, self._sin = graph.rotary_tables(self._model, plan.context)
         self._binding = self._bound()
 
-    def draft(self, token: int) -> int:
+    def draft(self, token: int, most: int) -> list[int]:
         """Never asked for: nothing is cheaper than an exact pass here."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Nothing is open but memory."""
 
-    def forward(self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent) -> Floats:
-        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps."""
+    def forward(
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+    ) -> Floats:
+        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
+
+        Raises NotImplementedError for a tree: there are no drafts here to make one of.
+        """
+        if parents:
+            raise NotImplementedError
         b = self._binding
         b.bind_cpu_input("x", self._bundle.embedding(tokens))
         b.bind_cpu_input("wanted", wanted)

@@ -8,9 +8,13 @@ was measured: how often each was right, what it and a pass took.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MOST = 8
-"""Drafted tokens at the most."""
+"""Drafted tokens in a row at the most."""
+
+NODES = 16
+"""Tokens of a pass that checks drafts, the one before them included: each takes a row of logits."""
 
 MEMORY = 0.8
 """How much of a running mean stays when something new is measured."""
@@ -18,9 +22,45 @@ MEMORY = 0.8
 PROBE = 16
 """Passes without a draft after which one is tried again: the text may have become easier."""
 
-
 LONGEST, SHORTEST = 4, 2
 """Tokens at the end of a text that are looked for earlier in it, the longest run first."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tokens that a pass checks. Node 0 was said; a chain of guesses follows it, then others for a guess's place."""
+
+    tokens: list[int]
+    parents: list[int]  # of each node, an earlier one; node 0 is its own
+    links: int  # nodes 1 to `links` are the chain
+
+    @classmethod
+    def grown(cls, token: int, places: Sequence[Sequence[int]], most: int = NODES) -> Tree:
+        """The tree of each place's guesses, likeliest first: the first guesses are the chain.
+
+        The others are taken in turn from all places, up to `most` nodes in all.
+        """
+        tokens, parents = [token], [0]
+        for place, guesses in enumerate(places):
+            tokens.append(guesses[0])
+            parents.append(place)
+        rank = 1
+        while len(tokens) < most and any(rank < len(guesses) for guesses in places):
+            for place, guesses in enumerate(places):
+                if rank < len(guesses) and len(tokens) < most:
+                    tokens.append(guesses[rank])
+                    parents.append(place)
+            rank += 1
+        return cls(tokens, parents, len(places))
+
+    def child(self, node: int, token: int) -> int | None:
+        """The node that says `token` behind `node`."""
+        found = (i for i in range(1, len(self.tokens)) if self.parents[i] == node and self.tokens[i] == token)
+        return next(found, None)
+
+    def is_guessed(self, node: int) -> bool:
+        """Whether there are guesses at what follows `node`."""
+        return node < self.links
 
 
 def lookup(tokens: Sequence[int], most: int) -> list[int]:
@@ -41,6 +81,7 @@ class DraftLength:
 
     def __init__(self) -> None:
         self._right = 0.5
+        self._beside = 0.0
         self._draft: float | None = None
         self._pass: float | None = None
         self._idle = 0
@@ -63,12 +104,15 @@ class DraftLength:
         """A pass over the card took `seconds`."""
         self._pass = _mean(self._pass, seconds)
 
-    def measured_token(self, right: bool) -> None:
-        """A drafted token was what the exact model says, or it was not."""
+    def measured_token(self, right: bool, beside: bool = False) -> None:
+        """The first guess at a token was what the exact model says, or another one `beside` it, or none."""
         self._right = MEMORY * self._right + (1 - MEMORY) * right
+        self._beside = MEMORY * self._beside + (1 - MEMORY) * beside
 
     def _rate(self, k: int, draft: float, full: float) -> float:
-        expected = sum(self._right**i for i in range(k + 1))
+        reached = [self._right**i for i in range(k + 1)]
+        # behind another guess nothing is drafted: it gives one token where the chain breaks
+        expected = sum(reached) + self._beside * sum(reached[:k])
         return expected / (full + k * draft)
 
 

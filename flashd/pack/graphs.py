@@ -202,10 +202,15 @@ def _gated(g: _Graph, model: Model, products: str) -> str:
 
 
 def attention(model: Model) -> bytes:
-    """Rotary embedding, KV cache and grouped-query attention of T new tokens, [1, T, ...] throughout."""
+    """Rotary embedding, KV cache and grouped-query attention of T new tokens, [1, T, ...] throughout.
+
+    `positions` [1, T] and `bias` [1, 1, T, past + T], which is added to the scores, make a tree of the new tokens.
+    """
     g = _Graph()
     qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
-    out, key, value = _attend(g, model, qkv, "")
+    positions = g.input("positions", T.INT64, [1, "T"])
+    bias = g.input("bias", T.FLOAT, [1, 1, "T", "all"])
+    out, key, value = _attend(g, model, qkv, "", positions, bias)
     g.output("y", T.FLOAT, [1, "T", model.query_width], out)
     for name, kept in (("present_key", key), ("present_value", value)):
         _present(g, model, name, kept)
@@ -222,7 +227,7 @@ def _present(g: _Graph, model: Model, name: str, value: str) -> None:
     g.outputs.append(helper.make_tensor_value_info(name, T.FLOAT, dims))
 
 
-def _attend(g: _Graph, model: Model, qkv: str, suffix: str) -> tuple[str, str, str]:
+def _attend(g: _Graph, model: Model, qkv: str, suffix: str, *tree: str) -> tuple[str, str, str]:
     cache: Dims = [1, model.kv_heads, "C", model.head_dim]
     past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
     if not any(i.name == "last" for i in g.inputs):
@@ -231,7 +236,7 @@ def _attend(g: _Graph, model: Model, qkv: str, suffix: str) -> tuple[str, str, s
         g.input("cos", T.FLOAT, ["positions", model.head_dim // 2])
         g.input("sin", T.FLOAT, ["positions", model.head_dim // 2])
     out, key, value = g.nodes_out(
-        "GroupQueryAttention", qkv, "", "", *past, "last", "total", "cos", "sin",
+        "GroupQueryAttention", qkv, "", "", *past, "last", "total", "cos", "sin", *tree,
         domain=MICROSOFT, outputs=3, num_heads=model.heads, kv_num_heads=model.kv_heads, do_rotary=1,
     )  # fmt: skip
     return out, key, value

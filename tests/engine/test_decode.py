@@ -14,9 +14,9 @@ from flashd.engine.card import READ_BYTES
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import MOST, DraftLength, lookup
+from flashd.engine.speculate import MOST, DraftLength, Tree, lookup
 from flashd.errors import UsageError
-from tests.engine.test_paths import opened, tokens_of
+from tests.engine.test_paths import opened, relative, tokens_of
 
 
 def said(
@@ -71,6 +71,41 @@ def test_a_lookup_is_what_followed_the_longest_end(tokens: list[int], most: int)
         if tokens[at : at + n] == tokens[-n:]
     ]
     assert found == (followed[0] if followed else [])
+
+
+def test_a_tree_s_branches_are_worth_what_the_same_tokens_in_line_are(packed: dict[str, Path]) -> None:
+    """Each node sees its ancestors alone, wherever the cache keeps it; one that is said moves into line."""
+    prompt = list(range(100, 130))
+    tree = Tree.grown(7, [[8, 11, 12], [9, 13], [10]])
+    assert tree.tokens == [7, 8, 9, 10, 11, 13, 12] and tree.parents == [0, 0, 1, 2, 0, 1, 0] and tree.links == 3
+    line = [[7], [7, 8], [7, 8, 9], [7, 8, 9, 10], [7, 11], [7, 8, 13], [7, 12]]
+    with opened(packed["int4"], 0.5) as model:
+        model.forward(np.array(prompt), np.array([0]))
+        wanted = np.arange(len(tree.tokens))
+        checked = model.forward(np.array(tree.tokens), wanted, parents=tree.parents)
+        for node, tokens in enumerate(line):
+            model.cache.truncate(len(prompt))
+            alone = model.forward(np.array(tokens), np.array([len(tokens) - 1]))[0]
+            assert relative(checked[node], alone) < 1e-3, node
+        model.cache.truncate(len(prompt))
+        model.forward(np.array(tree.tokens), wanted, parents=tree.parents)
+        model.cache.move(len(prompt) + 5, len(prompt) + 2)  # 13 behind 8
+        model.cache.truncate(len(prompt) + 3)
+        after = model.forward(np.array([20]), np.array([0]))[0]
+        model.cache.truncate(len(prompt))
+        model.forward(np.array([7, 8, 13]), np.array([0]))
+        assert relative(after, model.forward(np.array([20]), np.array([0]))[0]) < 1e-3
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True), max_size=5), st.integers(1, 20))
+def test_a_tree_is_a_chain_with_branches(places: list[list[int]], most: int) -> None:
+    tree = Tree.grown(99, places, most)
+    assert len(tree.tokens) == max(len(places) + 1, min(most, 1 + sum(map(len, places))))
+    assert tree.tokens[: tree.links + 1] == [99, *(guesses[0] for guesses in places)]
+    for node in range(1, len(tree.tokens)):
+        assert tree.parents[node] < node and tree.tokens[node] in places[tree.parents[node]]
+        assert tree.child(tree.parents[node], tree.tokens[node]) == node
+    assert tree.child(0, 100) is None and not tree.is_guessed(tree.links)
 
 
 def test_everything_pinned_drafts_nothing(packed: dict[str, Path]) -> None:

@@ -95,7 +95,8 @@ class Spool:
                 self._db.execute("DELETE FROM jobs WHERE ended IS NOT NULL AND id <= ?", (job.id - self._keep,))
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
                 raise
 
     def waiting(self) -> list[Job]:

@@ -36,6 +36,11 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--json", action="store_true")
         command.set_defaults(run=run)
 
+    doctor = commands.add_parser("doctor", help="what the board is, what stands in the way, and what to do")
+    doctor.add_argument("--card", type=Path, metavar="PATH", help="a bundle or folder on the card to look at")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+
     safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
     safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
     safe.set_defaults(run=_safe)
@@ -127,6 +132,38 @@ def _show(args: argparse.Namespace) -> None:
     print(f"{job.state} ({job.result.finish}): {job.result.text}")
     for name, value in (job.result.probabilities | job.result.figures).items():
         print(f"{name.replace('_', ' '):28} {value:.4g}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """flashd doctor"""
+    import json
+    from dataclasses import asdict
+
+    from flashd.doctor import examine
+
+    found = []
+    for finding in examine(args.card or _configured_bundle()):
+        found.append(finding)
+        if not args.json:
+            advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
+            print(f"{finding.level:5} {finding.name:14} {finding.text}{advice}", flush=True)
+    if args.json:
+        print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
+    return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
+
+
+def _configured_bundle() -> Path:
+    """The bundle that the daemon would answer with, or where its own would be."""
+    from flashd import embedded
+
+    if CONFIG.exists():
+        _needs_appliance()
+        from flashd import config
+
+        model = config.load(CONFIG).model
+        if model:
+            return Path(model)
+    return embedded.bundle_path() if embedded.bundle_path().exists() else Path.cwd()
 
 
 def _safe(args: argparse.Namespace) -> None:

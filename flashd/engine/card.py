@@ -21,6 +21,7 @@ from flashd.bundle.file import CardFile
 from flashd.bundle.layout import PAGE, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
+from flashd.engine.cardspeed import CardSpeed
 from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ READ_BYTES = 3 << 19
 GAP_BYTES = 16 << 10
 """Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for
 each random read, so a smaller gap costs nothing."""
+
+MOST_GAP_BYTES = 256 << 10
+"""However slow a card is to start a read."""
 
 IN_FLIGHT = 3
 """Reads under way at once."""
@@ -56,9 +60,16 @@ class CardStats:
     """How long the consumer stood still for the card."""
 
 
-def extents(layer: int, groups: Sequence[int], group_bytes: int) -> list[Extent]:
-    """The reads that fetch `groups` of a layer: sorted, merged across gaps up to GAP_BYTES, cut at READ_BYTES."""
-    gap, most = GAP_BYTES // group_bytes, max(1, READ_BYTES // group_bytes)
+def gap_bytes(speed: CardSpeed | None) -> int:
+    """Unwanted bytes that cost no more than another read: what comes in the time of one, where that was measured."""
+    if speed is None or speed.reads_per_second <= 0:
+        return GAP_BYTES
+    return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
+
+
+def extents(layer: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
+    """The reads that fetch `groups` of a layer: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
+    gap, most = unwanted // group_bytes, max(1, READ_BYTES // group_bytes)
     runs: list[list[int]] = []
     for group in sorted(groups):
         if runs and group - runs[-1][1] <= gap:
@@ -187,6 +198,6 @@ def buffer_bytes(group_bytes: int, groups: int) -> int:
     return (-(-groups * group_bytes // PAGE) + 2) * PAGE
 
 
-def layer_schedule(missing: Iterable[Sequence[int]], group_bytes: int) -> list[Extent]:
+def layer_schedule(missing: Iterable[Sequence[int]], group_bytes: int, gap: int = GAP_BYTES) -> list[Extent]:
     """The extents of one pass, given each layer's missing groups."""
-    return [e for layer, groups in enumerate(missing) for e in extents(layer, groups, group_bytes)]
+    return [e for layer, groups in enumerate(missing) for e in extents(layer, groups, group_bytes, gap)]

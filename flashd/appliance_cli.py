@@ -41,6 +41,11 @@ def add_commands(commands: Any) -> None:
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
 
+    update = commands.add_parser("update", help="a model or configuration from a folder, such as a USB stick's")
+    update.add_argument("folder", type=Path, metavar="PATH", help="where flashd-update.yaml is")
+    update.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    update.set_defaults(run=_update)
+
     safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
     safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
     safe.set_defaults(run=_safe)
@@ -164,6 +169,18 @@ def _configured_bundle() -> Path:
         if model:
             return Path(model)
     return embedded.bundle_path() if embedded.bundle_path().exists() else Path.cwd()
+
+
+def _update(args: argparse.Namespace) -> None:
+    """flashd update"""
+    _needs_appliance()
+    from flashd.update import restart_service, update
+
+    changed = update(args.folder, args.config, restart_service)
+    for path in changed:
+        print(f"{path}: updated; the old one is {path.name}.old")
+    if not changed:
+        print(f"{args.folder}: all of it is in place already")
 
 
 def _safe(args: argparse.Namespace) -> None:

@@ -146,7 +146,7 @@ def _card(path: Path, roots: Roots) -> Iterator[Finding]:
     file = path
     if path.is_dir():
         file = max((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_size, default=path)
-    if file.suffix == ".flash" or not path.is_dir():
+    if file.suffix == ".flash":
         yield _bundle(file)
     try:
         speed = remembered(file, roots.sys)

@@ -20,7 +20,7 @@ from tests.faults.power import cuts, read_log
 CALLS = ("pwrite", "fsync", "link", "rename", "open")
 
 
-def killed_at(action: Callable[[], None], number: int) -> bool:
+def killed_at(action: Callable[[], object], number: int) -> bool:
     """Runs `action` in a child that kills itself at its number-th call of CALLS, a write half done; did it?"""
 
     def run() -> None:

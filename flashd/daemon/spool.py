@@ -154,6 +154,8 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
 
 
 def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
+    if any(value >= 1 << 63 for value in values):
+        return []  # SQLite has no such number, so no job has it
     rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
     return [
         Job(

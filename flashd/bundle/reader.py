@@ -156,7 +156,7 @@ class Bundle:
         try:
             self.check(section, first_run, data)
         except DamagedRun as error:
-            log.warning("%s; reading it once more", error)
+            log.info("%s; reading it once more", error)
             self.file.forget(offset, length)
             data = self.file.read(offset, length)
             self.check(section, first_run, data)

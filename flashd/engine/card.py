@@ -178,7 +178,7 @@ class CardStream:
         try:
             self._bundle.check(section, extent.first, data)
         except DamagedRun as error:
-            log.warning("%s; reading it once more", error)
+            log.info("%s; reading it once more", error)
             self._file.forget(start, len(pages))
             self._fill(pages, start, offset + length)
             self._bundle.check(section, extent.first, data)

@@ -78,7 +78,7 @@ def test_a_pulled_card_is_waited_for(card: Card, expected: list[Floats], caplog:
         if looked == 2:
             card.put_back()
 
-    with model_on(card.path, Patience(60, while_waiting)) as model, caplog.at_level(logging.WARNING):
+    with model_on(card.path, Patience(60, while_waiting)) as model, caplog.at_level(logging.INFO):
         card.pull(after=2)
         assert same(text(model), expected)
     assert looked >= 2
@@ -176,7 +176,7 @@ def test_a_bit_that_flips_once_is_read_again(card: Card, section: str, caplog: p
         found = bundle.section(section)
         bundle.file.forget(0, bundle.file.size)
         card.flip(found.offset + found.length // 2, times=1)
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             bundle.verify()
         assert sum("reading it once more" in r.message for r in caplog.records) == 1
 
@@ -197,7 +197,7 @@ def test_a_bit_that_flips_while_it_answers(
     with model_on(card.path) as model:
         section = model._bundle.section("layer.1.ffn")
         card.flip(section.offset + section.run + 9, times=1)
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             assert same(text(model), expected)
         assert sum("reading it once more" in r.message for r in caplog.records) == 1
         card.flip(section.offset + section.run + 9)

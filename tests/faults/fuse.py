@@ -27,7 +27,7 @@ class FaultyCard(mfusepy.Operations):  # type: ignore[misc]
         self._behind, self._control = behind, control
         self._log = log.open("ab", buffering=0)
         self._policy = Policy(Faults())
-        self._loaded = 0
+        self._loaded = 0, 0
         self._card: dict[int, int] = {}
 
     # --- reading ------------------------------------------------------------------------------------------
@@ -109,7 +109,8 @@ class FaultyCard(mfusepy.Operations):  # type: ignore[misc]
         return fd
 
     def _faults(self) -> Policy:
-        now = self._control.stat().st_mtime_ns
+        found = self._control.stat()
+        now = found.st_mtime_ns, found.st_ino
         if now != self._loaded:
             self._loaded = now
             self._policy = Policy(msgspec.json.decode(self._control.read_bytes(), type=Faults))

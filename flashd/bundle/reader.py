@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,41 +11,45 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle import layout
-from flashd.bundle.layout import BadSection, DamagedRun, Header, Section
+from flashd.bundle.file import CardFile, Patience
+from flashd.bundle.layout import BadSection, DamagedRun, Section
 from flashd.bundle.rows import BLOCK, Bytes, PlainRows, QuantRows, RowKind, unit_steps, unpack
-from flashd.errors import CardError, DataError, InputMissing
+from flashd.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class Bundle:
     """An open bundle: its header, checksums and buffered reads of its small parts.
 
     The FFN sections are not read through here but by engine.card, which reads past the page cache.
+    What does not have its checksum is read from the card once more before it is called damaged.
+
+    Args:
+        path: the file.
+        patience: what a read does while the card is gone; without, it fails.
 
     Raises:
         InputMissing: there is no such file, or it may not be read.
         DataError: the file is not a whole bundle of a version that this flashd knows (see layout).
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, patience: Patience | None = None) -> None:
         self.path = Path(path)
+        self.patience = patience or Patience()
+        self.file = CardFile(self.path, self.patience)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise InputMissing(f"{self.path}: {error.strerror}") from error
-        try:
-            # what is needed next is known here and not guessed by the kernel, past the end of what is wanted
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-            self.header = self._read_header()
-            self._at = {s.name: s for s in self.header.sections}
-            self.checksums = self._read_checksums()
+            try:
+                self._read_header()
+            except DataError:
+                self.file.forget(0, self.file.size)
+                self._read_header()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.file.close()
 
     def __enter__(self) -> Bundle:
         return self
@@ -67,9 +71,7 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """A whole section, checked. Raises DamagedRun, CardError."""
         section = self.section(name)
-        data = self._pread(section.offset, section.length)
-        self.check(section, 0, data)
-        return data
+        return self._checked(section, 0, section.length)
 
     def check(self, section: Section, first_run: int, data: bytes | memoryview) -> None:
         """Checks whole runs of a section, from run `first_run` on. Raises DamagedRun."""
@@ -113,25 +115,23 @@ class Bundle:
         section = self.section(f"layer.{layer}.ffn")
         for first in range(0, count, at_once):
             n = min(at_once, count - first)
-            data = self._pread(section.offset + first * section.run, n * section.run)
             following = min(at_once, count - first - n)
-            self._read_ahead(section.offset + (first + n) * section.run, following * section.run)
-            self.check(section, first, data)
+            data = self._checked(section, first, n * section.run, following * section.run)
             yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
 
     def embedding(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Input embeddings [T, H] float32 of tokens [T]: the table stays on the card, a run is read for a row.
 
-        Raises DamagedRun, CardError.
+        Raises DamagedRun, CardError; DataError for a token that the bundle has no row for.
         """
         name = self.header.embedding_table
         section, form = self.section(name), self.header.row_format(name)
         raw = np.empty((len(tokens), form.nbytes), np.uint8)
         for i, token in enumerate(tokens.tolist()):
+            if not 0 <= token < self.header.model.vocabulary:
+                raise DataError(f"{self.path}: token {token} of a vocabulary of {self.header.model.vocabulary}")
             run, row = divmod(token, layout.ROWS_OF_A_RUN)
-            start = run * section.run
-            data = self._pread(section.offset + start, min(section.run, section.length - start))
-            self.check(section, run, data)
+            data = self._checked(section, run, min(section.run, section.length - run * section.run))
             raw[i] = np.frombuffer(data, np.uint8, form.nbytes, row * form.nbytes)
         return dequantise(form.views(raw), form.kind)
 
@@ -144,48 +144,37 @@ class Bundle:
     def _checked_runs(self, section: Section, chunk_bytes: int) -> Iterator[bytes]:
         runs = max(1, chunk_bytes // section.run)
         for run in range(0, section.runs, runs):
-            start = run * section.run
-            data = self._pread(section.offset + start, min(runs * section.run, section.length - start))
-            following = start + len(data)
-            self._read_ahead(section.offset + following, min(runs * section.run, section.length - following))
-            self.check(section, run, data)
-            yield data
+            left = section.length - run * section.run
+            length = min(runs * section.run, left)
+            yield self._checked(section, run, length, min(length, left - length))
 
-    def _read_ahead(self, offset: int, length: int) -> None:
-        """Has the kernel fetch what is read next while what has come is checked and copied."""
-        if length > 0:
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def _pread(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length:
-            try:
-                part = os.pread(self._fd, length, offset)
-            except OSError as error:
-                raise CardError(f"{self.path}: reading at byte {offset}: {error.strerror}") from error
-            if not part:
-                raise CardError(f"{self.path}: the file ends at byte {offset}; was it replaced?")
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _read_header(self) -> Header:
-        size = os.fstat(self._fd).st_size
+    def _checked(self, section: Section, first_run: int, length: int, following: int = 0) -> bytes:
+        """Whole runs, checked, while the kernel fetches the `following` bytes. Raises DamagedRun, CardError."""
+        offset = section.offset + first_run * section.run
+        data = self.file.read(offset, length)
+        self.file.read_ahead(offset + length, following)
         try:
-            length, checksum = layout.decode_prefix(os.pread(self._fd, layout.PREFIX.size, 0), size)
-            return layout.decode_header(self._pread(layout.PREFIX.size, length), checksum, size)
+            self.check(section, first_run, data)
+        except DamagedRun as error:
+            log.info("%s; reading it once more", error)
+            self.file.forget(offset, length)
+            data = self.file.read(offset, length)
+            self.check(section, first_run, data)
+        return data
+
+    def _read_header(self) -> None:
+        size, prefix = self.file.size, layout.PREFIX.size
+        try:
+            length, checksum = layout.decode_prefix(self.file.read(0, min(prefix, size)), size)
+            self.header = layout.decode_header(self.file.read(prefix, length), checksum, size)
         except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error
-        except OSError as error:
-            raise InputMissing(f"{self.path}: {error.strerror}") from error
-
-    def _read_checksums(self) -> npt.NDArray[np.uint64]:
+        self._at = {s.name: s for s in self.header.sections}
         section = self.header.checksums
-        data = self._pread(section.offset, section.length)
-        if f"{layout.digest(data):016x}" != self.header.checksums_digest:
+        table = self.file.read(section.offset, section.length)
+        if f"{layout.digest(table):016x}" != self.header.checksums_digest:
             raise DamagedRun(f"{self.path}: the table of checksums is damaged; copy the bundle again")
-        return np.frombuffer(data, "<u8")
+        self.checksums: npt.NDArray[np.uint64] = np.frombuffer(table, "<u8")
 
 
 def dequantise(rows: QuantRows | PlainRows, kind: RowKind) -> npt.NDArray[np.float32]:

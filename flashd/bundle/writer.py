@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from array import array
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import flashd
 from flashd.bundle import layout
 from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Section, Source, Text
 from flashd.errors import CannotWrite
-
-R = TypeVar("R")
+from flashd.newfile import NewFile
 
 HEADER_RESERVE = 512 << 10
 
@@ -25,8 +19,7 @@ HEADER_RESERVE = 512 << 10
 class BundleWriter:
     """A context manager: adds sections, then `finish` puts the whole file in its place at once.
 
-    The file has no name while it grows (O_TMPFILE) where the file system can do that; elsewhere it has a
-    temporary one that is removed on any exit but a kill. A cut leaves the old file or none.
+    A cut leaves the old file or none, see NewFile.
 
     Raises CannotWrite when the disk is full or the folder cannot be written.
     """
@@ -35,8 +28,7 @@ class BundleWriter:
         self.path = path
         self._sections: list[Section] = []
         self._checksums = array("Q")
-        self._temporary: Path | None = None
-        self._fd = self._guard(self._open)
+        self._file = NewFile(path)
         self._at = HEADER_RESERVE
 
     def __enter__(self) -> BundleWriter:
@@ -45,10 +37,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
-        if self._temporary is not None:
-            with suppress(FileNotFoundError):
-                self._temporary.unlink()
+        self._file.__exit__(kind, error, trace)
 
     def add(self, name: str, chunks: Iterable[bytes | memoryview], run: int = PLAIN_RUN) -> None:
         """Appends a section. Chunks may be of any length; only `run` bytes are held beside them."""
@@ -79,10 +68,10 @@ class BundleWriter:
         head = layout.encode(header, self._at)
         if len(head) > HEADER_RESERVE:
             raise CannotWrite(f"{self.path}: a header of {len(head)} bytes; {HEADER_RESERVE} at most")
-        self._guard(lambda: self._put(memoryview(head), 0))
+        self._file.write(head, 0)
         # What was written must read back as what was meant, before it replaces anything.
         layout.decode_header(head[layout.PREFIX.size :], layout.digest(head[layout.PREFIX.size :]), self._at)
-        self._guard(self._publish)
+        self._file.publish()
         return header
 
     def _write_runs(self, data: memoryview, run: int) -> None:
@@ -90,51 +79,5 @@ class BundleWriter:
         self._write(data)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._guard(lambda: self._put(memoryview(data), self._at))
+        self._file.write(data, self._at)
         self._at += len(data)
-
-    def _put(self, data: memoryview, offset: int) -> None:
-        while data:
-            n = os.pwrite(self._fd, data, offset)
-            data, offset = data[n:], offset + n
-
-    def _open(self) -> int:
-        folder = self.path.absolute().parent
-        try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            # FAT, which USB sticks have, knows no unnamed files
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                raise
-        fd, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=folder)
-        self._temporary = Path(name)
-        os.fchmod(fd, 0o644)
-        return fd
-
-    def _publish(self) -> None:
-        os.fsync(self._fd)
-        folder = os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if self._temporary is None:
-                # link(2) does not replace a file and rename(2) does: first a name, then the right one.
-                # The dir_fd makes Python call linkat(2), the one that follows /proc's link to the file.
-                named = self.path.absolute().with_name(f".{self.path.name}.{os.getpid()}.partial")
-                named.unlink(missing_ok=True)
-                os.link(f"/proc/self/fd/{self._fd}", named.name, dst_dir_fd=folder)
-                self._temporary = named
-            self._temporary.rename(self.path)
-            self._temporary = None
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _guard(self, action: Callable[[], R]) -> R:
-        try:
-            return action()
-        except OSError as error:
-            what = (
-                "the disk is full; free some space or write elsewhere"
-                if error.errno == errno.ENOSPC
-                else error.strerror
-            )
-            raise CannotWrite(f"{self.path}: {what}") from error

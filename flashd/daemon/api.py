@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -226,7 +227,9 @@ class Api:
 
     async def _recent(self, http: HttpRequest) -> Response:
         most = http.query_params.get("most", "20")
-        jobs = await asyncio.to_thread(self._jobs.recent, min(int(most), 1000) if most.isdigit() else 20)
+        jobs = await asyncio.to_thread(
+            self._jobs.recent, min(int(most), 1000) if re.fullmatch("[0-9]{1,9}", most) else 20
+        )
         return _struct_response(jobs)
 
     async def _one(self, http: HttpRequest) -> Response:

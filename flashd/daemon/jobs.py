@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from flashd.daemon.job import Event, Job, Request, State
 from flashd.daemon.spool import Spool
-from flashd.errors import Busy, UsageError
+from flashd.errors import Busy, CannotWrite, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Jobs:
         self._watches: list[Watch] = []
         self._recent: dict[str, deque[float]] = {}
         self._monotonic: dict[int, float] = {}
+        self._unkept: deque[Job] = deque()  # ended, and not in the spool so yet: the disk is full
         self._closed = False
         self.last_text = ""
         self._recover()
@@ -165,16 +167,23 @@ class Jobs:
     # --- for the worker -----------------------------------------------------------------------------------
 
     def take(self, timeout: float) -> Job | None:
-        """The next job to answer, or None where none came in `timeout` seconds."""
+        """The next job to answer, or None where none came in `timeout` seconds.
+
+        Raises CannotWrite where the spool cannot be written; the job then goes on waiting.
+        """
         with self._changed:
             if not self._waiting:
                 self._changed.wait(timeout)
+            with suppress(CannotWrite):
+                self._keep_ended()
             while self._waiting:
-                job = heapq.heappop(self._waiting)[2]
+                job = self._waiting[0][2]
                 if self._too_late(job):
+                    heapq.heappop(self._waiting)
                     self._end(job, State.EXPIRED, _lateness(job))
                     continue
                 self._spool.begin(job)
+                heapq.heappop(self._waiting)
                 job.state, job.attempts = State.RUNNING, job.attempts + 1
                 self._running, self._interrupt = job, False
                 self._tell(Event(kind="started", job=job.id))
@@ -214,7 +223,10 @@ class Jobs:
             if job.id in self._cancelled:
                 self.finish(job, State.CANCELLED, "cancelled")
                 return
-            self._spool.put_back(job)
+            try:
+                self._spool.put_back(job)
+            except CannotWrite as error:
+                log.error("%s; %s still counts as begun there", error, job)
             job.state, job.attempts, job.result.text = State.QUEUED, 0, ""
             self._running, self._interrupt = None, False
             self._enqueue(job)
@@ -274,7 +286,8 @@ class Jobs:
     def _find(self, number: int) -> Job | None:
         if self._running is not None and self._running.id == number:
             return self._running
-        return next((job for _, n, job in self._waiting if n == number), None)
+        known = [*self._unkept, *(job for _, _, job in self._waiting)]
+        return next((job for job in known if job.id == number), None)
 
     def _end(self, job: Job, state: State, finish: str) -> None:
         job.state, job.result.finish, job.ended = state, finish, time.time()
@@ -282,9 +295,19 @@ class Jobs:
         self._monotonic.pop(job.id, None)
         if state is State.DONE:
             self.last_text = job.result.text
-        self._spool.end(job)
+        self._unkept.append(job)
+        try:
+            self._keep_ended()
+        except CannotWrite as error:
+            log.error("%s; the end of %s is written down later", error, job)
         self._tell(Event(kind="ended", job=job.id, end=job))
         log.info("%s %s", job, state, extra=_fields(job))
+
+    def _keep_ended(self) -> None:
+        """Writes down what has ended. Raises CannotWrite; who waits for an answer has it all the same."""
+        while self._unkept:
+            self._spool.end(self._unkept[0])
+            self._unkept.popleft()
 
     def _tell(self, event: Event) -> None:
         with self._changed:

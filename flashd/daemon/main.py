@@ -18,6 +18,7 @@ from device import demo as demonstration
 from device import kiosk
 from device.appliance import Appliance
 from flashd import config, embedded
+from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config import Settings
 from flashd.daemon.api import Api
@@ -35,7 +36,7 @@ from flashd.errors import FlashdError
 
 log = logging.getLogger(__name__)
 
-NEEDS_RESTART = ("model", "memory", "context", "threads", "schemas", "api", "spool", "serial")
+NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "api", "spool", "serial")
 """What a reload does not change."""
 
 
@@ -69,7 +70,7 @@ class Daemon:
             jobs = Jobs(spool, s.spool.most_waiting)
             appliance = Appliance(s, jobs, self._facts)
             stack.callback(appliance.close)
-            bundle = stack.enter_context(Bundle(bundle_path))
+            bundle = stack.enter_context(Bundle(bundle_path, Patience(s.card.wait)))
             self._name = bundle.header.model.name
             prompts = Prompts(bundle)
             # before the engine, whose plan counts what is held already

@@ -95,7 +95,8 @@ class Spool:
                 self._db.execute("DELETE FROM jobs WHERE ended IS NOT NULL AND id <= ?", (job.id - self._keep,))
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already
+                    self._db.execute("ROLLBACK")
                 raise
 
     def waiting(self) -> list[Job]:
@@ -153,6 +154,8 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
 
 
 def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
+    if any(value >= 1 << 63 for value in values):
+        return []  # SQLite has no such number, so no job has it
     rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
     return [
         Job(

@@ -55,6 +55,7 @@ class Worker:
         self._schemas = schemas
         self._told = 0.0
         self._thread = threading.Thread(target=self._run, name="worker")
+        engine.bundle.patience.while_waiting = self._while_waiting
 
     @property
     def engine(self) -> Engine:
@@ -69,13 +70,31 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
+        said = ""
         while not self._stopping.is_set():
             self._notify.alive()
             self._notify.status("idle")
-            job = self._jobs.take(IDLE_SECONDS)
+            try:
+                job = self._jobs.take(IDLE_SECONDS)
+            except FlashdError as error:
+                # the spool's disk is full or gone: what waits there goes on waiting
+                if str(error) != said:
+                    log.error("%s", error)
+                said = str(error)
+                self._stopping.wait(IDLE_SECONDS)
+                continue
+            said = ""
             if job is not None:
                 self._notify.status(f"answering {job}")
                 self._answer(job)
+
+    def _while_waiting(self) -> None:
+        """A read waits for a card that is gone: no hang, but no reason to keep anybody who has given up."""
+        self._notify.alive()
+        self._notify.status("waiting for the card")
+        job = self._jobs.running
+        if self._stopping.is_set() or (job is not None and not self._jobs.wanted(job)):
+            raise _Interrupted
 
     def _answer(self, job: Job) -> None:
         answer, started = Answer(), time.monotonic()
@@ -105,6 +124,7 @@ class Worker:
 
         def on_step(done: int, total: int, card_bytes: int) -> None:
             self._notify.alive()
+            self._notify.status(f"answering {job}")
             if self._stopping.is_set() or not self._jobs.wanted(job):
                 raise _Interrupted
             if not job.result.text and time.monotonic() - self._told > PROGRESS_SECONDS:

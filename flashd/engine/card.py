@@ -6,10 +6,9 @@ copy through the page cache, which on a small board also costs the RAM that the 
 
 from __future__ import annotations
 
-import errno
 import logging
 import mmap
-import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashd.bundle.layout import PAGE
+from flashd.bundle.file import CardFile
+from flashd.bundle.layout import PAGE, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
+from flashd.engine.cardspeed import CardSpeed
 from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ READ_BYTES = 3 << 19
 GAP_BYTES = 16 << 10
 """Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for
 each random read, so a smaller gap costs nothing."""
+
+MOST_GAP_BYTES = 256 << 10
+"""However slow a card is to start a read."""
 
 IN_FLIGHT = 3
 """Reads under way at once."""
@@ -56,9 +60,16 @@ class CardStats:
     """How long the consumer stood still for the card."""
 
 
-def extents(layer: int, groups: Sequence[int], group_bytes: int) -> list[Extent]:
-    """The reads that fetch `groups` of a layer: sorted, merged across gaps up to GAP_BYTES, cut at READ_BYTES."""
-    gap, most = GAP_BYTES // group_bytes, max(1, READ_BYTES // group_bytes)
+def gap_bytes(speed: CardSpeed | None) -> int:
+    """Unwanted bytes that cost no more than another read: what comes in the time of one, where that was measured."""
+    if speed is None or speed.reads_per_second <= 0:
+        return GAP_BYTES
+    return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
+
+
+def extents(layer: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
+    """The reads that fetch `groups` of a layer: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
+    gap, most = unwanted // group_bytes, max(1, READ_BYTES // group_bytes)
     runs: list[list[int]] = []
     for group in sorted(groups):
         if runs and group - runs[-1][1] <= gap:
@@ -98,7 +109,8 @@ class CardStream:
         self._of_layer = Counter(e.layer for e in self._schedule)
         self._next = 0
         self._reads: deque[_Read] = deque()
-        self._fd, self._direct = _open_direct(bundle)
+        self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
+        self._counting = threading.Lock()
         most = max((e.count for e in self._schedule), default=0)
         self._idle = [mmap.mmap(-1, buffer_bytes(self._group_bytes, most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
@@ -108,9 +120,7 @@ class CardStream:
         self._pool.shutdown()
         # not closed one by one: a failed read's traceback may still look at its buffer
         self._idle.clear()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def read_ahead(self) -> None:
         """Starts as many of the next reads as there are idle buffers."""
@@ -128,9 +138,15 @@ class CardStream:
         for _ in range(self._of_layer[layer]):
             self.read_ahead()
             read = self._reads.popleft()
-            started = time.perf_counter()
+            started, ahead = time.perf_counter(), read.groups.done()
             try:
-                groups = read.groups.result()
+                try:
+                    groups = read.groups.result()
+                except CardError:
+                    if not ahead:
+                        raise
+                    # it failed some time ago, and the card may be back
+                    groups = self._read(read.extent, read.buffer)
                 self.stats.waited += time.perf_counter() - started
                 yield read.extent, groups
             finally:
@@ -156,35 +172,25 @@ class CardStream:
         length = extent.count * self._group_bytes
         offset = section.offset + extent.first * self._group_bytes
         start = offset // PAGE * PAGE
-        self._fill(memoryview(buffer)[: -(-(offset + length - start) // PAGE) * PAGE], start, offset + length)
+        pages = memoryview(buffer)[: -(-(offset + length - start) // PAGE) * PAGE]
         data = memoryview(buffer)[offset - start : offset - start + length]
-        self._bundle.check(section, extent.first, data)
-        self.stats.bytes_wanted += length
+        self._fill(pages, start, offset + length)
+        try:
+            self._bundle.check(section, extent.first, data)
+        except DamagedRun as error:
+            log.info("%s; reading it once more", error)
+            self._file.forget(start, len(pages))
+            self._fill(pages, start, offset + length)
+            self._bundle.check(section, extent.first, data)
+        with self._counting:
+            self.stats.bytes_wanted += length
         return np.frombuffer(data, np.uint8).reshape(extent.count, self._group_bytes)
 
-    def _fill(self, view: memoryview, start: int, needed: int) -> None:
-        """Reads at `start` until byte `needed` of the file has come."""
-        at = start
-        while at < needed:
-            try:
-                n = os.preadv(self._fd, [view[at - start :]], at)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._direct:
-                    self._fall_back()
-                    continue
-                raise CardError(f"{self._bundle.path}: reading at byte {at}: {error.strerror}") from error
-            if n == 0:
-                raise CardError(f"{self._bundle.path}: the file ends at byte {at}; was it replaced?")
-            at += n
-            self.stats.reads += 1
-            self.stats.bytes_read += n
-
-    def _fall_back(self) -> None:
-        if self._direct:
-            self._direct = False
-            log.warning("%s: no direct reads on this file system; reading through the page cache", self._bundle.path)
-            os.close(self._fd)
-            self._fd = os.open(self._bundle.path, os.O_RDONLY | os.O_CLOEXEC)
+    def _fill(self, pages: memoryview, start: int, needed: int) -> None:
+        reads, nbytes = self._file.fill(pages, start, needed)
+        with self._counting:
+            self.stats.reads += reads
+            self.stats.bytes_read += nbytes
 
 
 def buffer_bytes(group_bytes: int, groups: int) -> int:
@@ -192,17 +198,6 @@ def buffer_bytes(group_bytes: int, groups: int) -> int:
     return (-(-groups * group_bytes // PAGE) + 2) * PAGE
 
 
-def _open_direct(bundle: Bundle) -> tuple[int, bool]:
-    """A descriptor that reads past the page cache where the file system can, and whether it does."""
-    try:
-        return os.open(bundle.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise CardError(f"{bundle.path}: {error.strerror}") from error
-    log.warning("%s: no direct reads on this file system; reading through the page cache", bundle.path)
-    return os.open(bundle.path, os.O_RDONLY | os.O_CLOEXEC), False
-
-
-def layer_schedule(missing: Iterable[Sequence[int]], group_bytes: int) -> list[Extent]:
+def layer_schedule(missing: Iterable[Sequence[int]], group_bytes: int, gap: int = GAP_BYTES) -> list[Extent]:
     """The extents of one pass, given each layer's missing groups."""
-    return [e for layer, groups in enumerate(missing) for e in extents(layer, groups, group_bytes)]
+    return [e for layer, groups in enumerate(missing) for e in extents(layer, groups, group_bytes, gap)]

@@ -16,7 +16,7 @@ from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
 from flashd.engine.resident import ResidentModel
 from flashd.engine.sample import Constraint, Sampler, Sampling
 from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
-from flashd.errors import UsageError
+from flashd.errors import DataError, UsageError
 
 DEFAULT_CONTEXT = 1024
 
@@ -81,6 +81,8 @@ class Engine:
     def __init__(self, bundle: Bundle, budget: Budget, on_step: OnStep = silent) -> None:
         self.bundle = bundle
         self.token_bytes = TokenBytes.from_bytes(bundle.read("token_bytes"))
+        if len(self.token_bytes) < bundle.header.model.vocabulary:
+            raise DataError(f"{bundle.path}: fewer token texts than tokens; pack it again")
         self.plan = plan_for(bundle, budget)
         kind = ResidentModel if self.plan.resident else PagedModel
         self.model: Model = kind(bundle, self.plan, on_step)

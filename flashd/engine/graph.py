@@ -11,11 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, PlainGroups, PlainRows, QuantGroups, QuantRows
 from flashd.engine.kv import KvCache
+from flashd.errors import DataError
+
+BROKEN: tuple[type[Exception], ...] = (
+    UnicodeDecodeError, RuntimeError,
+    *(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)),
+)  # fmt: skip
+"""What onnxruntime raises; its errors have no base of their own, and may quote what is no text."""
 
 TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 a part at a time; a part this large stays in a processor's cache."""
@@ -51,7 +59,12 @@ def open_session(graph: bytes, initialisers: dict[str, npt.NDArray[Any]] | None 
     if initialisers:
         values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in initialisers.values()]
         options.add_external_initializers(list(initialisers), values)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except BROKEN as error:
+        raise DataError(
+            f"a graph of the bundle cannot be loaded ({str(error).splitlines()[0]}); pack it again"
+        ) from error
 
 
 class Linear:

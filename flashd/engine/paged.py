@@ -18,7 +18,8 @@ from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, PlainRows, QuantRows
 from flashd.engine import graph
-from flashd.engine.card import CardStats, CardStream, layer_schedule
+from flashd.engine.card import CardStats, CardStream, gap_bytes, layer_schedule
+from flashd.engine.cardspeed import remembered
 from flashd.engine.graph import Places
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
@@ -72,7 +73,8 @@ class PagedModel:
         self._layers = [self._load_layer(i, plan, on_step) for i in range(self._model.layers)]
         form = bundle.header.group
         missing = [layer.pinned.missing().tolist() for layer in self._layers]
-        self._stream = CardStream(bundle, layer_schedule(missing, form.nbytes), plan.buffers)
+        gap = gap_bytes(remembered(bundle.path))
+        self._stream = CardStream(bundle, layer_schedule(missing, form.nbytes, gap), plan.buffers)
         self._passing = Window(form, self._model.groups, plan.passing_groups)
         self._form = form
         self._stream.read_ahead()

@@ -11,16 +11,21 @@ import numpy.typing as npt
 from flashd.bundle.layout import ROWS_OF_A_RUN, Formats, Header, Model, Text
 from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, RowFormat, RowKind
 from flashd.bundle.writer import BundleWriter
+from flashd.errors import DataError
 from flashd.pack import graphs
 from flashd.pack.calibrate import Calibration, sample_tokens
 from flashd.pack.families import Family, family_of, model_of, rotary_order
 from flashd.pack.gguf import GgufModel
 from flashd.pack.quantise import encode_groups, encode_rows
 from flashd.pack.safetensors import HfFolder
+from flashd.pack.shapes import check_layers, check_shapes
 from flashd.pack.source import Source, Tensor
 
 ROWS_AT_ONCE = 1024
 GROUPS_AT_ONCE = 16
+
+BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What a file whose numbers contradict each other brings about in numpy and in the packages that read it."""
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
@@ -33,7 +38,11 @@ def pack(source_path: Path, out: Path, rows: RowKind, on_progress: Progress = la
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind.
         CannotWrite: the disk is full or the folder cannot be written.
     """
-    return _Packer(open_source(source_path), rows, on_progress).write(out)
+    try:
+        return _Packer(open_source(source_path), rows, on_progress).write(out)
+    except BENT as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{source_path}: its parts do not fit together ({what}); download it again") from error
 
 
 def open_source(path: Path) -> Source:
@@ -44,8 +53,10 @@ def open_source(path: Path) -> Source:
 class _Packer:
     def __init__(self, source: Source, rows: RowKind, on_progress: Progress) -> None:
         self.source = source
+        check_layers(source)
         self.family: Family = family_of(source)
         self.model: Model = model_of(source, self.family)
+        check_shapes(source, self.model)
         self.formats = _formats(source, rows)
         self._on_progress = on_progress
         self._done = 0

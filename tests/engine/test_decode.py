@@ -16,7 +16,8 @@ from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.speculate import MOST, DraftLength, Tree, lookup
 from flashd.errors import UsageError
-from tests.engine.test_paths import opened, relative, tokens_of
+from tests.engine.test_paths import opened, tokens_of
+from tests.reference import relative
 
 
 def said(

@@ -1,0 +1,210 @@
+"""A file on a card that may be pulled, rot or be written over: reads that notice, and go on when they can.
+
+A file system whose device went away never answers an open descriptor again, even when the card is put back. So
+a read that fails opens the path anew and goes on if the very same file is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flashd.bundle.layout import PAGE, PREFIX
+from flashd.errors import CardError, InputMissing
+
+log = logging.getLogger(__name__)
+
+Got = TypeVar("Got", int, bytes)
+
+RETRY_SECONDS = 0.25
+"""How often a card that is gone is looked for."""
+
+
+@dataclass
+class Patience:
+    """How long a failed read waits for the card to come back, and what is done meanwhile."""
+
+    seconds: float = 0.0
+    while_waiting: Callable[[], None] = lambda: None
+    """Called again and again, from the thread that reads. It may raise to give up."""
+
+
+class CardFile:
+    """An open file. Reads may come from several threads.
+
+    Args:
+        path: where it is, and where it is looked for again.
+        patience: what a read that fails does.
+        direct: read past the page cache where the file system can; offsets are then multiples of PAGE.
+        opened: another CardFile over the same file, to be read in another way.
+
+    Raises InputMissing where there is no such file or it may not be read.
+    """
+
+    def __init__(
+        self, path: Path, patience: Patience, *, direct: bool = False, opened: CardFile | None = None
+    ) -> None:
+        self.path = path
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._asked_direct = direct
+        self._direct = False
+        self._fd: int = -1
+        self.size: int = 0
+        self._identity: bytes = b""  # the prefix has the file's length and its header's digest
+        try:
+            if opened is not None:
+                # through /proc: what is at the path by now may be another file
+                self._fd = self._open(f"/proc/self/fd/{opened._fd}", direct)
+                self.size, self._identity = opened.size, opened._identity
+                return
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputMissing(f"{path}: not a file")
+            self._fd = self._open(str(path), direct)
+            self.size, self._identity = os.fstat(self._fd).st_size, os.pread(self._fd, PREFIX.size, 0)
+        except OSError as error:
+            self.close()
+            raise InputMissing(f"{path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`. Raises CardError."""
+        parts = []
+        while length:
+            part = self._attempt(os.pread, length, offset)
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def fill(self, view: memoryview, offset: int, needed: int) -> tuple[int, int]:
+        """Reads into `view` from `offset` on until byte `needed` of the file has come.
+
+        Returns how many reads that took and how many bytes came. Raises CardError.
+        """
+        at, reads, nbytes = offset, 0, 0
+        while at < needed:
+            n = self._attempt(os.preadv, [view[at - offset :]], at)
+            reads, nbytes = reads + 1, nbytes + n
+            if self._direct and at + n < needed:
+                whole = n // PAGE * PAGE  # what follows must start on a page too
+                if whole == 0:
+                    raise self._ended(at + n)
+                n = whole
+            at += n
+        return reads, nbytes
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Has the kernel fetch what is read next. It may not be able to, which the read then tells."""
+        if length > 0:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Takes bytes out of the page cache, so that they come from the card when they are read again."""
+        start = offset // PAGE * PAGE  # the kernel keeps a page of which only a part is named
+        os.posix_fadvise(self._fd, start, -(-(offset + length - start) // PAGE) * PAGE, os.POSIX_FADV_DONTNEED)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _attempt(self, call: Callable[[int, Any, int], Got], what: Any, at: int) -> Got:
+        """One read that gives at least a byte, tried again as far as patience goes."""
+        until: float | None = None
+        buffered = False
+        while True:
+            try:
+                got = call(self._fd, what, at)
+                if got:
+                    return got
+                if os.fstat(self._fd).st_size <= at:
+                    raise self._ended(at)
+                raise OSError(errno.EIO, "nothing came")
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._asked_direct and not buffered:
+                    self._read_buffered()
+                    buffered = True
+                    continue
+                now, at_first = time.monotonic(), until is None
+                until = now + self._patience.seconds if until is None else until
+                if not (at_first and self._open_again()):
+                    self._wait(until, f"{self.path}: reading at byte {at}: {error.strerror}", error)
+
+    def _wait(self, until: float, what: str, error: OSError) -> None:
+        """Returns when the same file can be opened again. Raises CardError when it is too late."""
+        said = False
+        while True:
+            if time.monotonic() >= until:
+                waited = f" within {self._patience.seconds:g} s" if self._patience.seconds else ""
+                raise CardError(f"{what}; is the card in place? It did not come back{waited}") from error
+            if not said:
+                log.warning("%s; waiting %g s for the card", what, self._patience.seconds)
+                said = True
+            self._patience.while_waiting()
+            time.sleep(RETRY_SECONDS)
+            if self._open_again():
+                log.warning("%s: there again", self.path)
+                return
+
+    def _open_again(self) -> bool:
+        """Whether the same file is at the path, which is then what is read."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if os.fstat(fd).st_size != self.size or os.pread(fd, PREFIX.size, 0) != self._identity:
+                return False
+            self._replace(fd, self._direct)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _read_buffered(self) -> None:
+        """The file system cannot read directly after all, or not from here."""
+        with self._lock:
+            if not self._direct:
+                return
+        self._say_buffered()
+        self._replace(self._fd, False)
+
+    def _replace(self, fd: int, direct: bool) -> None:
+        """Reads the file behind `fd` from now on. The number stays: a read of another thread may be using it."""
+        with self._lock:
+            fresh = self._open(f"/proc/self/fd/{fd}", direct)
+            os.dup2(fresh, self._fd, inheritable=False)
+            os.close(fresh)
+
+    def _open(self, path: str, direct: bool) -> int:
+        self._direct = direct
+        if direct:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            self._say_buffered()
+            self._direct = False
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not self._asked_direct:
+            # what is needed next is known here and not guessed by the kernel, past the end of what is wanted
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return fd
+
+    def _say_buffered(self) -> None:
+        log.warning("%s: no direct reads on this file system; reading through the page cache", self.path)
+
+    def _ended(self, at: int) -> CardError:
+        return CardError(f"{self.path}: the file ends at byte {at}; was it replaced?")

@@ -1,0 +1,156 @@
+"""Updates from a folder: verified first, switched at once, undone where the daemon does not start with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from flashd import config
+from flashd.bundle.reader import Bundle
+from flashd.cli import main
+from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
+from flashd.pack.pack import pack
+from flashd.update import MANIFEST, read_manifest, update
+from tests import tiny
+from tests.faults.test_newfile import killed_at
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Board:
+    """A model and a configuration in use, and a stick that brings others."""
+
+    def __init__(self, root: Path, bundle: Path) -> None:
+        self.stick, home = root / "stick", root / "home"
+        for folder in (self.stick, home):
+            folder.mkdir()
+        self.config, self.model = home / "flashd.yaml", home / "model.flash"
+        self.model.write_bytes(bundle.read_bytes())
+        self.config.write_text(f"model: {self.model}\ncontext: 256\n")
+        pack(tiny.write(root / "new.gguf", "qwen2"), self.stick / "new.flash", "int4")
+        (self.stick / "flashd.yaml").write_text(f"model: {self.model}\ncontext: 512\n")
+        self.starts: list[tuple[str, int]] = []
+        self.broken = False
+        self.write()
+
+    def write(self, needs: str = "0.1", **sums: str) -> None:
+        new, settings = self.stick / "new.flash", self.stick / "flashd.yaml"
+        (self.stick / MANIFEST).write_text(
+            f"needs: '{needs}'\n"
+            f"bundle: {{file: new.flash, sha256: '{sums.get('bundle', sha(new))}'}}\n"
+            f"configuration: {{file: flashd.yaml, sha256: '{sums.get('configuration', sha(settings))}'}}\n"
+        )
+
+    def state(self) -> tuple[str, int]:
+        """The model's name and the configured context, both whole."""
+        with Bundle(self.model) as bundle:
+            bundle.verify()
+            return bundle.header.model.family, config.load(self.config).context
+
+    def restart(self) -> None:
+        self.starts.append(self.state())
+        if self.broken and self.starts[-1] != OLD:
+            raise FlashdError("flashd does not start")
+
+    def update(self) -> list[Path]:
+        return update(self.stick, self.config, self.restart)
+
+
+OLD, NEW = ("llama", 256), ("qwen2", 512)
+
+
+@pytest.fixture
+def board(tmp_path: Path, tiny_bundle: Path) -> Board:
+    return Board(tmp_path, tiny_bundle)
+
+
+def test_an_update_is_taken_once_and_the_old_one_kept(board: Board) -> None:
+    before = sha(board.model)
+    assert board.update() == [board.model, board.config]
+    assert board.state() == NEW and board.starts == [NEW]
+    assert sha(board.model.with_name("model.flash.old")) == before
+    assert board.update() == [] and board.starts == [NEW]
+
+
+def test_what_does_not_start_is_undone(board: Board) -> None:
+    board.broken = True
+    with pytest.raises(FlashdError, match="the old one is in place again: flashd does not start"):
+        board.update()
+    assert board.state() == OLD and board.starts == [NEW, OLD]
+
+
+def test_what_is_damaged_changes_nothing(board: Board) -> None:
+    new, good = board.stick / "new.flash", (board.stick / "new.flash").read_bytes()
+    bent = bytearray(good)
+    bent[-9] ^= 1
+    new.write_bytes(bent)
+    board.write()  # the sum is that of the damaged file: the bundle's own checksums find it
+    with pytest.raises(DataError, match="damaged"):
+        board.update()
+    new.write_bytes(good)
+    board.write(configuration="0" * 64)
+    with pytest.raises(DataError, match="its SHA-256 is"):
+        board.update()
+    (board.stick / "flashd.yaml").write_text("modle: x")
+    board.write()
+    with pytest.raises(ConfigError, match="'modle' is not known"):
+        board.update()
+    new.unlink()
+    with pytest.raises(FlashdError):
+        board.update()
+    assert board.state() == OLD and board.starts == []
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("needs: '99'\n", "for flashd 99 and later"), ("needs: 1\n", "Expected `str`"), ("- x", "Expected `object`"),
+        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "unacceptable"),
+        ("needs: '0'\nrun: rm", "unknown field"),
+    ],
+)  # fmt: skip
+def test_manifests_that_are_refused(board: Board, text: str, error: str) -> None:
+    (board.stick / MANIFEST).write_text(text)
+    with pytest.raises(DataError, match=error):
+        read_manifest(board.stick)
+
+
+def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputMissing, match="No such file"):
+        update(tmp_path, board.config, board.restart)
+    assert main(["update", str(tmp_path), "--config", str(board.config)]) == os.EX_NOINPUT
+    assert "flashd-update.yaml" in capsys.readouterr().err
+
+
+def test_a_full_disk_changes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CannotWrite, match="disk is full"):
+        board.update()
+    assert board.state() == OLD
+
+
+def test_a_kill_at_each_write_leaves_whole_files_and_can_be_gone_on_with(board: Board) -> None:
+    old = {p: p.read_bytes() for p in (board.model, board.config)}
+    seen = set()
+    for number in range(1, 200):
+        for path, data in old.items():
+            path.write_bytes(data)
+        killed = killed_at(board.update, number)
+        seen.add(board.state())
+        board.update()
+        assert board.state() == NEW
+        left = {p.name for p in board.model.parent.iterdir()}
+        assert left <= {"model.flash", "flashd.yaml", "model.flash.old", "flashd.yaml.old"}
+        for path in (*old, *board.model.parent.glob("*.old")):
+            path.unlink()
+        if not killed:
+            break
+    assert {OLD, NEW} <= seen <= {OLD, NEW, ("qwen2", 256)} and number > 10

@@ -1,0 +1,144 @@
+"""Serial lines, API bodies and configurations of any kind: refused in words, with nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from device.appliance import check
+from device.machine import Machine
+from flashd.config import Serial, Settings, parse
+from flashd.daemon.api import Api
+from flashd.daemon.job import Job
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.spool import Spool
+from flashd.errors import ConfigError
+from tests.daemon.clerk import Clerk, request
+from tests.fuzz.conftest import tries
+
+EXAMPLE = Path(__file__).parent.parent.parent / "deploy" / "flashd.example.yaml"
+
+KEYS = st.sampled_from(
+    [
+        "prompt", "messages", "role", "content", "id", "max_tokens", "choose", "json_schema", "priority", "trigger",
+        "cancel", "status", "seed", "deadline", "temperature", "stream", "stop", "n", "response_format", "type",
+    ]
+)  # fmt: skip
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
+    | st.sampled_from(["user", "system", "json_schema", 1 << 63, -1, 1e308, "\x00", "\ud800", "{{ 7 * 7 }}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=5),
+    max_leaves=10,
+)  # fmt: skip
+OBJECTS = st.dictionaries(KEYS, VALUES, max_size=6)
+BODIES = OBJECTS.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=80)
+
+
+PATHS = [
+    "/v1/chat/completions", "/v1/completions", "/api/triggers/greet", "/api/triggers/x", "/api/jobs/7",
+    "/api/jobs/" + "9" * 30, "/api/jobs?most=%C2%B2", "/api/jobs?most=" + "9" * 5000, "/nowhere",
+]  # fmt: skip
+
+
+class Front:
+    """What a console sees of an appliance, with a real queue behind it."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs, self.settings, self.muted = jobs, Settings(), False
+
+    def mute(self, muted: bool) -> None:
+        self.muted = muted
+
+    def start(self, name: str, **values: Any) -> Job:
+        if name != "greet":
+            raise KeyError(name)
+        return self.jobs.submit(request("Greet.", source="trigger:greet"))
+
+    def status(self) -> dict[str, Any]:
+        return {"phase": "idle"}
+
+
+class Lines:
+    """A port that gives some lines and then says that the daemon stops."""
+
+    def __init__(self, data: bytes, stopping: threading.Event) -> None:
+        self._data, self._stopping, self.behind = data, stopping, False
+        self.written: list[dict[str, Any]] = []
+
+    def read(self, timeout: float) -> bytes:
+        data, self._data = self._data[:4096], self._data[4096:]
+        if not data:
+            self._stopping.set()
+        return data
+
+    def write(self, text: str) -> None:
+        self.written.append(json.loads(text))
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    spool = Spool(tmp_path_factory.mktemp("fuzz") / "spool.db", keep=20)
+    jobs = Jobs(spool, most_waiting=8)
+    clerk = Clerk(jobs)
+    yield jobs
+    clerk.close()
+    jobs.close()
+    spool.close()
+
+
+@tries(200)
+@given(st.lists(BODIES, min_size=1, max_size=50))
+def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
+    stopping = threading.Event()
+    port = Lines(b"\n".join(lines) + b"\n", stopping)
+    Machine(Front(jobs), Serial(name="board", port="none", mode="machine")).run(port, stopping)  # type: ignore[arg-type]
+    assert port.written[0] == {"event": "ready"}
+    known = {"ready", "accepted", "text", "end", "error", "status", "restarted"}
+    assert {e["event"] for e in port.written} <= known
+    assert all(e["message"] for e in port.written if e["event"] == "error")
+    assert not jobs._watches
+
+
+@tries(200)
+@given(
+    st.sampled_from(PATHS),
+    st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES,
+)  # fmt: skip
+def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
+    application = Api(jobs, "m", lambda: {}, Front(jobs).start, lambda: b"").application([])
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=application)  # an error in it is raised here
+        async with httpx.AsyncClient(transport=transport, base_url="http://flashd") as client:
+            return await client.request(method, path, content=body)
+
+    reply = asyncio.run(ask())
+    assert reply.status_code in (200, 400, 404, 405, 429), reply.text
+    if reply.status_code != 200:
+        assert reply.json()["error"]["message"]
+    assert not jobs._watches
+
+
+@tries(150)
+@given(st.data())
+def test_configurations(data: st.DataObject) -> None:
+    text = EXAMPLE.read_text("utf-8")
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, gone = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 20))
+        new = data.draw(
+            st.text(max_size=8) | st.sampled_from(["{{", "}}", "&a ", "*a", "!!python/name:os.system ", "\n"])
+        )
+        text = text[:at] + new + text[at + gone :]
+    try:
+        check(parse(text))
+    except ConfigError as error:
+        assert str(error)

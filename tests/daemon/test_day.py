@@ -20,7 +20,7 @@ import serial
 from device.demo import Cable
 from tests.daemon.running import Running
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
+pytest.importorskip("cysystemd", reason="needs the systemd extra")
 
 JOBS = 200
 MOST_WAITING = 24

@@ -33,7 +33,7 @@ def _journal_listens() -> bool:
 
 @pytest.mark.skipif(not _journal_listens(), reason="needs a journal")
 def test_the_journal_gets_a_job_s_fields() -> None:
-    pytest.importorskip("systemd")
+    pytest.importorskip("cysystemd")
     tag = f"trigger:{uuid.uuid4()}"
     subprocess.run([sys.executable, "-c", PROGRAM.replace("TAG", tag)], check=True)
     found = ""

@@ -57,7 +57,6 @@ class Console:
             if entry is Key.END or entry == "/quit":
                 self._turns = []
                 self._say("Goodbye. Press Enter to begin anew.")
-                port.flush()
                 self._wait_for_enter()
                 self._greet()
             elif isinstance(entry, str) and entry.strip():

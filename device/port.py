@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import termios
 import threading
 import time
@@ -23,20 +24,28 @@ GONE = (serial.SerialException, OSError, termios.error)
 
 BITS_A_BYTE = 10
 
+MOST_BEHIND = 64 << 10
+"""Bytes kept for a line whose other end holds it up; what is to be written beyond is dropped."""
+
 
 class Port:
     """An open port. Raises one of GONE when it goes away."""
 
     def __init__(self, settings: Serial) -> None:
         self._line = serial.serial_for_url(
-            settings.port, baudrate=settings.baud, timeout=0, write_timeout=5,
+            settings.port, baudrate=settings.baud, timeout=0, write_timeout=0,
             rtscts=settings.flow == "rtscts", xonxoff=settings.flow == "xonxoff",
         )  # fmt: skip
+        self._settings = settings
+        self._said: set[str] = set()
         self._rate = settings.baud / BITS_A_BYTE
         self._out = bytearray()
         self._free_at = time.monotonic()
 
     def close(self) -> None:
+        if self._settings.flow != "none":
+            # what an end that is not ready does not take would hold up the close for half a minute
+            self._line.reset_output_buffer()
         self._line.close()
 
     def read(self, timeout: float) -> bytes:
@@ -45,6 +54,8 @@ class Port:
         while True:
             self._pump()
             data = bytes(self._line.read(4096))
+            if b"\0" in data:
+                self._say_once("a break, or noise, on the line")
             now = time.monotonic()
             if data or now >= until:
                 return data
@@ -52,17 +63,14 @@ class Port:
 
     def write(self, text: str) -> None:
         """Takes a text; it goes out as fast as the line carries it, while `read` is called."""
+        if len(self._out) > MOST_BEHIND:
+            self._say_once("the other end takes nothing; what is for it is dropped")
+            return
         self._out += text.encode("utf-8", "replace")
 
     def discard(self) -> None:
         """Forgets what has not gone out yet."""
         self._out.clear()
-
-    def flush(self) -> None:
-        """Waits until all has gone out."""
-        while self._out:
-            self._pump()
-            time.sleep(0.005)
 
     @property
     def behind(self) -> bool:
@@ -70,12 +78,17 @@ class Port:
 
     def _pump(self) -> None:
         now = time.monotonic()
-        if not self._out or now < self._free_at:
+        if not self._out or now < self._free_at or not select.select([], [self._line], [], 0)[1]:
             return
         # a fiftieth of a second's worth: so much, and no more, is on its way when Ctrl-C comes
         written = self._line.write(bytes(self._out[: max(1, int(self._rate / 50))])) or 0
         del self._out[:written]
         self._free_at = now + written / self._rate
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("serial %s: %s", self._settings.name, what)
 
 
 class SerialLine:

@@ -1,9 +1,10 @@
-"""The commands of the appliance: serve, check-config, jobs, show, safe, and asking a daemon that runs."""
+"""The commands of the appliance: serve, check-config, jobs, show, safe, allow, and asking a daemon that runs."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from flashd.client import Client, socket_path
 from flashd.errors import INTERRUPTED, InputMissing, UsageError
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
+UNIT = "flashd.service"
 
 
 def add_commands(commands: Any) -> None:
@@ -49,6 +51,10 @@ def add_commands(commands: Any) -> None:
     safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
     safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
     safe.set_defaults(run=_safe)
+
+    allow = commands.add_parser("allow", help="tell systemd which devices and how much memory the service may have")
+    allow.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    allow.set_defaults(run=_allow)
 
 
 def daemon_serves(args: argparse.Namespace) -> bool:
@@ -190,6 +196,21 @@ def _safe(args: argparse.Namespace) -> None:
     from flashd import config
 
     Drives(config.load(args.config).triggers).close()
+
+
+def _allow(args: argparse.Namespace) -> None:
+    """flashd allow: the unit runs it before each start, so that its sandbox is what the configuration needs."""
+    _needs_appliance()
+    from device.nodes import nodes
+    from flashd import config
+
+    settings = config.load(args.config)
+    devices = [f"DeviceAllow={node} rw" for node in nodes(settings)]
+    # the figure that the plan obeys binds the whole service; systemd writes sizes as we do
+    properties = ["DeviceAllow=", *devices, f"MemoryMax={settings.memory.upper() if settings.memory else 'infinity'}"]
+    done = subprocess.run(["systemctl", "set-property", "--runtime", UNIT, *properties], check=False)
+    if done.returncode:
+        raise UsageError(f"systemctl did not allow {UNIT} what {args.config} names; it needs root")
 
 
 def _spool_path(args: argparse.Namespace) -> Path:

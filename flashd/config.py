@@ -305,9 +305,8 @@ class Settings(Strict, frozen=True, kw_only=True):
         for trigger in self.triggers:
             if isinstance(trigger, Near) and not isinstance(sensors.get(trigger.sensor), Distance):
                 raise ValueError(f"trigger {trigger.name!r} needs a distance sensor called {trigger.sensor!r}")
-        pins = [pin for entry in (*self.sensors, *self.triggers, *self.outputs) for pin in _pins(entry)]
-        pins += [self.mute_pin] if self.mute_pin is not None else []
-        shared = next((p for p in pins if pins.count(p) > 1 and not self._all_buttons(p)), None)
+        used = pins(self)
+        shared = next((p for p in used if used.count(p) > 1 and not self._all_buttons(p)), None)
         if shared is not None:
             raise ValueError(f"pin {shared} is used twice")
 
@@ -316,6 +315,13 @@ class Settings(Strict, frozen=True, kw_only=True):
         users = [e for e in (*self.sensors, *self.triggers, *self.outputs) if pin in _pins(e)]
         presses = [e.press for e in users if isinstance(e, Button)]
         return len(presses) == len(users) and len(set(presses)) == len(presses)
+
+
+def pins(settings: Settings) -> list[int]:
+    """The pins of everything configured; one that two entries use is there twice."""
+    entries = (*settings.sensors, *settings.triggers, *settings.outputs)
+    mute = [] if settings.mute_pin is None else [settings.mute_pin]
+    return [pin for entry in entries for pin in _pins(entry)] + mute
 
 
 def _pins(entry: Any) -> list[int]:

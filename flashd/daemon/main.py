@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import queue
@@ -152,6 +153,7 @@ class Daemon:
 def serve(path: Path) -> None:
     """Runs the daemon that a file describes. Raises FlashdError where it cannot start."""
     log_to_journal()
+    faulthandler.enable()  # a lost watchdog's SIGABRT writes down where each thread hangs
     settings = config.load(path)
     Daemon(settings, lambda: config.load(path), []).run(lambda: None)
 

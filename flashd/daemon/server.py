@@ -24,6 +24,8 @@ LISTEN_FDS_START = 3
 class Server:
     """uvicorn on sockets that are bound when this is made, so that a client waits rather than fails while we load.
 
+    systemd's sockets, where it passed any, are all there are: without a network we could not bind loopback's.
+
     Raises CannotWrite where a socket cannot be bound.
     """
 
@@ -33,8 +35,8 @@ class Server:
         if not self._sockets:
             self._sockets = [_unix_socket(path)]
             self._path = path
-        if loopback is not None:
-            self._sockets.append(_loopback_socket(loopback))
+            if loopback is not None:
+                self._sockets.append(_loopback_socket(loopback))
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 

@@ -14,6 +14,7 @@ import pytest
 
 from device.appliance import Appliance
 from device.demo import Cable
+from device.port import MOST_BEHIND
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from tests.daemon.clerk import Clerk
@@ -144,7 +145,27 @@ def test_text_is_paced_to_the_line(appliance: Make, cable: Cable, terminal: Term
     clerk.close()
 
 
-def test_garbage_a_megabyte_and_breaks(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
+def test_an_end_that_holds_the_line_up_is_waited_for(
+    appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """XOFF, then more than is kept: the session stays, what is over is dropped, and XON lets the rest come."""
+    appliance(settings(cable, ", flow: xonxoff, baud: 4000000"))
+    terminal.expect("> ")
+    clerk = Clerk(jobs, words=[f"{i:06} " for i in range(MOST_BEHIND // 7 + 2000)])
+    terminal.type("x\r")
+    terminal.expect("000009")
+    terminal.type(b"\x13")
+    wait(lambda: "the other end takes nothing" in caplog.text, 30)
+    wait(lambda: jobs.running is None, 30)
+    clerk.close()
+    terminal.type(b"\x11/status\r")
+    terminal.expect("idle, 0 waiting", 30)
+    assert "gone" not in caplog.text
+
+
+def test_garbage_a_megabyte_and_breaks(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, caplog: pytest.LogCaptureFixture
+) -> None:
     appliance(settings(cable))
     terminal.expect("> ")
     terminal.type(bytes(range(128, 256)) + b"\0\0\x1b[99;99;99;99z\x1b[A\x1bOx")
@@ -157,6 +178,7 @@ def test_garbage_a_megabyte_and_breaks(appliance: Make, cable: Cable, terminal: 
     terminal.type("still there?\r")
     terminal.expect("It is warm today.", 60)
     assert clerk.answered[-1].request.turns[-1].content == "still there?"
+    assert caplog.text.count("a break, or noise, on the line") == 1
 
 
 def test_an_adapter_that_is_pulled_and_put_back(

@@ -13,8 +13,8 @@ PYTHON = {"bookworm": "3.11", "trixie": "3.13"}
 DEBIAN = {"aarch64": "arm64", "x86_64": "amd64"}
 
 PACKAGES = (
-    "systemd-sysv", "udev", "dbus", "initramfs-tools", "zstd", "kmod", "procps", "iproute2", "python3", "python3-systemd",
-    "python3-venv",
+    "systemd-sysv", "udev", "dbus", "initramfs-tools", "zstd", "kmod", "procps", "iproute2", "python3",
+    "python3-systemd", "python3-venv",
 )  # fmt: skip
 LGPIO = {"bookworm": (), "trixie": ("python3-lgpio",)}
 """What there is on Raspberry Pi OS Lite, as far as flashd is concerned; and nothing from a network after this."""

@@ -37,7 +37,7 @@ def test_bad_model_files(tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:5000])
     refused(run("pack", tmp_path / "cut.gguf", "--out", tmp_path / "o.flash"), os.EX_DATAERR, "cut.gguf")
     mamba = tiny.write(tmp_path / "mamba.gguf", "mamba")
-    refused(run("pack", mamba, "--out", tmp_path / "o.flash"), os.EX_DATAERR, "'mamba'", "llama, qwen2")
+    refused(run("pack", mamba, "--out", tmp_path / "o.flash"), os.EX_DATAERR, "'mamba'", "llama, ", "qwen2")
     refused(run("pack", tmp_path / "none", "--out", tmp_path / "o.flash"), os.EX_NOINPUT, "no such file")
     refused(run("pack", source, "--out", "/proc/none/o.flash"), os.EX_CANTCREAT, "/proc/none/o.flash")
     assert not (tmp_path / "o.flash").exists()

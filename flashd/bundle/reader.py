@@ -119,16 +119,15 @@ class Bundle:
             self.check(section, first, data)
             yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
 
-    def embedding(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Input embeddings [T, H] float32 of tokens [T]: the table stays on the card, a run is read for a row.
+    def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows [n, H] float32 of a table that stays on the card, such as the embeddings: a run is read for a row.
 
         Raises DamagedRun, CardError.
         """
-        name = self.header.embedding_table
         section, form = self.section(name), self.header.row_format(name)
-        raw = np.empty((len(tokens), form.nbytes), np.uint8)
-        for i, token in enumerate(tokens.tolist()):
-            run, row = divmod(token, layout.ROWS_OF_A_RUN)
+        raw = np.empty((len(which), form.nbytes), np.uint8)
+        for i, number in enumerate(which.tolist()):
+            run, row = divmod(number, layout.ROWS_OF_A_RUN)
             start = run * section.run
             data = self._pread(section.offset + start, min(section.run, section.length - start))
             self.check(section, run, data)

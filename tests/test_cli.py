@@ -124,6 +124,16 @@ def test_info_and_verify_speak_to_machines(tiny_bundle: Path) -> None:
     assert b"tiny llama" in run("info", tiny_bundle).stdout
 
 
+def test_info_says_which_families_can_be_packed() -> None:
+    from flashd.pack.families import FAMILIES
+
+    rows = json.loads(run("info", "--families", "--json").stdout)
+    assert [row["architecture"] for row in rows] == list(FAMILIES)
+    text = run("info", "--families").stdout.decode()
+    assert len(text.splitlines()) == len(rows) and all(row["models"] in text for row in rows)
+    refused(run("info"), os.EX_USAGE, "--families")
+
+
 def test_eval_gives_the_perplexity_of_the_reference(packed: dict[str, Path], smollm: Path) -> None:
     import numpy as np
 

@@ -68,7 +68,7 @@ class DamagedRun(DataError):
 Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
-Place = Literal["attention", "query", "key", "attention_inner", "attention_branch", "ffn", "ffn_branch", "final"]
+Place = Literal["attention", "query", "key", "attention_branch", "ffn", "ffn_branch", "final"]
 Bias = Literal["qkv", "output", "inputs", "down", "head"]
 
 
@@ -144,7 +144,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         """The vectors of a norm and their lengths; none where there is no such norm."""
         if place not in self.norms:
             return {}
-        widths = {"query": self.query_width, "key": self.kv_width, "attention_inner": self.query_width}
+        widths = {"query": self.query_width, "key": self.kv_width}
         by_head = place in ("query", "key") and self.norm_heads
         width = self.head_dim if by_head else widths.get(place, self.hidden)
         parts = ("weight", "bias") if self.norm_bias else ("weight",)
@@ -168,7 +168,7 @@ STAGES = ("graph.enter", "graph.middle", "graph.leave", "graph.finish")
 """Graphs of what stands between the products with large matrices: norms, biases and sums."""
 
 LAYER_NORMS: tuple[Place, ...] = (
-    "attention", "query", "key", "attention_inner", "attention_branch", "ffn", "ffn_branch",
+    "attention", "query", "key", "attention_branch", "ffn", "ffn_branch",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Family:
 
     architecture: str
     models: str  # what people call them
-    checked: str  # on which weights answers were compared with a reference
+    checked: str  # the weights on which answers were compared with a reference; tiny: random ones, of tests/goldens
     block: Block = "sequential"
     norm: Norm = "rms"
     norms: tuple[Place, ...] = ("attention", "ffn", "final")
@@ -52,8 +52,11 @@ FALCON_TWO_NORMS = Family(
 FAMILIES = {
     f.architecture: f
     for f in (
-        Family("llama", "Llama 2 and 3, Mistral, SmolLM2", "SmolLM2-135M", permuted=True, may_have=("qkv", "output")),
-        Family("qwen2", "Qwen2, Qwen2.5", "Qwen2.5-Coder-1.5B", biases=("qkv",)),
+        Family(
+            "llama", "Llama 2 and 3, Mistral, SmolLM2", "SmolLM2-135M, tiny", permuted=True,
+            may_have=("qkv", "output"),
+        ),
+        Family("qwen2", "Qwen2, Qwen2.5", "Qwen2.5-Coder-1.5B, tiny", biases=("qkv",)),
         Family("qwen3", "Qwen3", "tiny", norms=("attention", "query", "key", "ffn", "final")),
         Family("smollm3", "SmolLM3", "tiny", permuted=True, unturned_every=4),
         Family(
@@ -95,7 +98,6 @@ TENSORS = {
     "attention_norm": "attn_norm",
     "query_norm": "attn_q_norm",
     "key_norm": "attn_k_norm",
-    "attention_inner_norm": "attn_sub_norm",
     "attention_branch_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
     "ffn_branch_norm": "post_ffw_norm",

@@ -372,11 +372,11 @@ class _Block:
             attributes["local_window_size"] = kind.window
         if m.attention_cap:
             attributes["softcap"] = m.attention_cap
-        out, key, value = g.nodes_out(
+        out, keys, values = g.nodes_out(
             "GroupQueryAttention", *parts, *past, *positions, domain=MICROSOFT, outputs=3,
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
-        return self._normed(out, "attention_inner"), key, value
+        return out, keys, values
 
     def _biased(self, x: str, part: Bias) -> str:
         if part not in self._model.biases:

@@ -24,10 +24,12 @@ def test_f16_rows_agree_with_transformers(tmp_path: Path, name: str) -> None:
     golden = GOLDENS[name]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
     expected, tokens = golden.logits(name), TOKENS.tolist()
+    # the products of embeddings and projections are rounded to float16 when they are folded into one table
+    limit = 1e-3 if "project_in.weight" in golden.model else 2e-5
     for pinned in (0.0, 0.5, 1.0):
         with opened(tmp_path / "m.flash", pinned, 64) as model:
-            assert farthest(expected, all_logits(model, tokens, 20)) < 1e-3
-            assert farthest(expected, all_logits(model, tokens, 1)) < 1e-3
+            assert farthest(expected, all_logits(model, tokens, 20)) < limit
+            assert farthest(expected, all_logits(model, tokens, 1)) < limit
 
 
 @pytest.mark.parametrize("name", GOLDENS)

@@ -360,8 +360,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flashd {flashd.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    pack = commands.add_parser("pack", help="a GGUF model file -> a bundle")
-    pack.add_argument("source", type=Path, metavar="MODEL.gguf")
+    pack = commands.add_parser("pack", help="a GGUF file or a Hugging Face folder -> a bundle")
+    pack.add_argument("source", type=Path, metavar="MODEL")
     pack.add_argument("--out", type=Path, required=True, metavar="FILE.flash")
     pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
     pack.set_defaults(run=run_pack)

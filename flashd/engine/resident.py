@@ -82,7 +82,9 @@ class ResidentModel:
         scale, centre = steps(head, formats.head)
         out: Arrays = {**graph.named(self._bundle.floats("vectors"), m.model_vectors())}
         if formats.rounded_head:
-            out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale, "head.centre": centre}
+            out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale}
+            if formats.centred_head:
+                out["head.centre"] = centre.T
         else:
             out |= _planes("head", head.q, scale, centre, formats.head)
         for i in range(m.layers):
@@ -139,4 +141,4 @@ def _planes(name: str, q: Bytes, scale: Floats, centre: Floats, kind: RowKind) -
         }  # fmt: skip
         # q - 128 = 16 (high - 8) + (low - 8) + 8
         centre = centre + 8 * scale
-    return {**planes, f"{name}.centre": centre}
+    return {**planes, f"{name}.centre": centre.T}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flashd.bundle.layout import LAYER_NORMS, Activation, AttentionKind, Bias, Block, Model, Norm, Place
 from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
-from flashd.pack.gguf import GgufModel
+from flashd.pack.source import Source
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def tensor_name(family: Family, part: str, layer: int | None = None) -> str:
     return name if layer is None else f"blk.{layer}.{name}"
 
 
-def family_of(source: GgufModel) -> Family:
+def family_of(source: Source) -> Family:
     """The family of a model file. Raises DataError naming the families that are supported."""
     family = FAMILIES.get(source.architecture)
     if family is None:
@@ -175,7 +175,7 @@ def _biased_parts(family: Family, biases: tuple[Place | Bias, ...]) -> list[str]
     return [part for bias in biases for part in parts.get(bias, [])]
 
 
-def model_of(source: GgufModel, family: Family) -> Model:
+def model_of(source: Source, family: Family) -> Model:
     """The model that a file holds. Raises DataError where something is missing or does not fit."""
     heads, hidden = source.number("attention.head_count", int), source.number("embedding_length", int)
     if heads < 1 or hidden < 1:
@@ -229,7 +229,7 @@ def model_of(source: GgufModel, family: Family) -> Model:
 _BIASES: tuple[Bias, ...] = ("qkv", "output", "inputs", "down", "head")
 
 
-def _head_dim(source: GgufModel) -> int:
+def _head_dim(source: Source) -> int:
     fallback = source.number("embedding_length", int) // max(1, source.number("attention.head_count", int))
     head_dim = source.number("attention.key_length", int, fallback)
     if source.number("attention.value_length", int, head_dim) != head_dim:
@@ -237,12 +237,12 @@ def _head_dim(source: GgufModel) -> int:
     return head_dim
 
 
-def _norm_epsilon(source: GgufModel, family: Family) -> float:
+def _norm_epsilon(source: Source, family: Family) -> float:
     key = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
     return source.number(key, float)
 
 
-def _activation(source: GgufModel, family: Family) -> tuple[Activation, float]:
+def _activation(source: Source, family: Family) -> tuple[Activation, float]:
     """(activation, its threshold): the file's own where it names one."""
     key = f"{source.architecture}.hidden_activation"
     name = source.metadata(key)
@@ -254,27 +254,27 @@ def _activation(source: GgufModel, family: Family) -> tuple[Activation, float]:
     return ACTIVATIONS[name], source.number("hidden_activation_threshold", float, 0.0)
 
 
-def _positions(source: GgufModel, family: Family) -> int:
+def _positions(source: Source, family: Family) -> int:
     return source.tensor("position_embd.weight").shape[0] - family.position_offset if family.position_offset else 0
 
 
-def _has(source: GgufModel, family: Family, part: str, kind: str, suffix: str = "") -> bool:
+def _has(source: Source, family: Family, part: str, kind: str, suffix: str = "") -> bool:
     layer = None if part in ("final", "head") else 0
     return f"{tensor_name(family, part + suffix, layer)}.{kind}" in source.names
 
 
-def _has_bias(source: GgufModel, family: Family, bias: Bias) -> bool:
+def _has_bias(source: Source, family: Family, bias: Bias) -> bool:
     return any(_has(source, family, part, "bias") for part in ([bias, "query"] if bias == "qkv" else [bias]))
 
 
-def _size(source: GgufModel, family: Family, part: str) -> int:
+def _size(source: Source, family: Family, part: str) -> int:
     return source.tensor(f"{tensor_name(family, part, 0)}.weight").shape[0]
 
 
 # --- attention --------------------------------------------------------------------------------------------
 
 
-def _attention(source: GgufModel, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:
+def _attention(source: Source, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:
     """The kinds of attention of a model, and each layer's."""
     window = source.number("attention.sliding_window", int, 0)
     local_rope = 1 if family.local_base else 0
@@ -289,7 +289,7 @@ def _attention(source: GgufModel, family: Family, layers: int) -> tuple[list[Att
     return kinds, layer_kinds
 
 
-def _local(source: GgufModel, family: Family, layers: int) -> list[bool]:
+def _local(source: Source, family: Family, layers: int) -> list[bool]:
     """Which layers see a window."""
     pattern = source.metadata(f"{source.architecture}.attention.sliding_window_pattern")
     if isinstance(pattern, list) and len(pattern) == layers:
@@ -303,7 +303,7 @@ def _turned(family: Family, layers: int) -> list[bool]:
     return [family.rotary and not (every and (i + 1) % every == 0) for i in range(layers)]
 
 
-def rope_tables(source: GgufModel, family: Family) -> npt.NDArray[np.float32]:
+def rope_tables(source: Source, family: Family) -> npt.NDArray[np.float32]:
     """[tables, 2, D / 2] float32: for each pair of a head the angle of one position, and the length it gets.
 
     Raises DataError for a way of scaling that is not known.
@@ -322,12 +322,12 @@ def rope_tables(source: GgufModel, family: Family) -> npt.NDArray[np.float32]:
     return tables.astype(np.float32)
 
 
-def rotary_width(source: GgufModel) -> int:
+def rotary_width(source: Source) -> int:
     """How many of a head's dimensions are turned."""
     return source.number("rope.dimension_count", int, _head_dim(source))
 
 
-def _scale_rope(source: GgufModel, table: npt.NDArray[np.float64], half: int, base: float) -> None:
+def _scale_rope(source: Source, table: npt.NDArray[np.float64], half: int, base: float) -> None:
     """Stretches a table for contexts longer than those of the first training."""
     if "rope_freqs.weight" in source.names:  # Llama 3: a divisor for each pair
         table[0, :half] /= source.tensor("rope_freqs.weight").rows()
@@ -344,7 +344,7 @@ def _scale_rope(source: GgufModel, table: npt.NDArray[np.float64], half: int, ba
         raise DataError(f"{source.path}: rotary scaling of kind {kind!r} is not supported; known are linear, yarn")
 
 
-def _yarn(source: GgufModel, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
+def _yarn(source: Source, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
     """What each pair's angle is multiplied by (arXiv 2309.00071): 1 for the fastest, 1 / factor for the slowest."""
     trained = source.number("rope.scaling.original_context_length", int)
 

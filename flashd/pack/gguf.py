@@ -6,45 +6,33 @@ import hashlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
-from flashd.bundle.layout import Source
+from flashd.bundle import layout
 from flashd.bundle.rows import BLOCK, Bytes, Floats
 from flashd.errors import DataError, InputMissing
-
-Number = TypeVar("Number", int, float)
-
-Which = slice | npt.NDArray[np.int64]
-"""Rows of a tensor: a slice, or their numbers."""
-
-ALL = slice(None)
-
-Grid = tuple[Floats, Floats]
-"""(scale, centre), each [n, K / 32]: the very steps that the source was rounded to."""
+from flashd.pack.source import ALL, Grid, Source, Tensor, Which
+from flashd.pack.tokenizer import read_vocabulary
+from flashd.pack.vocabulary import Vocabulary
 
 
-class Tensor:
+class GgufTensor(Tensor):
     """One matrix or vector of a model file, rows K wide, dequantised when asked for."""
 
     def __init__(self, tensor: gguf.ReaderTensor) -> None:
-        self.name: str = tensor.name
+        self.name = tensor.name
         self.kind: Kind = tensor.tensor_type
         self._data = tensor.data
-        self.shape: tuple[int, ...] = tuple(int(n) for n in reversed(tensor.shape))
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight in the source."""
+        self.shape = tuple(int(n) for n in reversed(tensor.shape))
         block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
-        return 8 * nbytes / block
+        self.bits = 8 * nbytes / block
 
     def rows(self, which: Which = ALL) -> Floats:
-        """Rows [n, K] float32 of a matrix; of a vector, all of it, [K].
+        """Rows [n, K] float32 of a matrix, or matrices [n, R, K] of a stack; of a vector, all of it, [K].
 
         Raises DataError where the gguf package cannot dequantise this type.
         """
@@ -85,7 +73,7 @@ def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
 
 
-class GgufModel:
+class GgufModel(Source):
     """An open GGUF file.
 
     Raises:
@@ -114,31 +102,12 @@ class GgufModel:
     def names(self) -> set[str]:
         return set(self._tensors)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> GgufTensor:
         """The tensor called `name`. Raises DataError."""
         try:
-            return Tensor(self._tensors[name])
+            return GgufTensor(self._tensors[name])
         except KeyError:
             raise DataError(f"{self.path}: tensor {name!r} is missing") from None
-
-    def text(self, key: str) -> str:
-        """A text of the metadata. Raises DataError where it is missing or no text."""
-        value = self.metadata(key)
-        if not isinstance(value, str):
-            raise DataError(f"{self.path}: {key!r} is missing or no text")
-        return value
-
-    def number(self, key: str, kind: type[Number], default: Number | None = None) -> Number:
-        """A number of the architecture's metadata. Raises DataError where it is missing or no number."""
-        value = self.metadata(f"{self.architecture}.{key}")
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise DataError(f"{self.path}: '{self.architecture}.{key}' is missing or no number")
-        return kind(value)
-
-    def has(self, key: str) -> bool:
-        return key in self.reader.fields
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none. Raises DataError where it is damaged."""
@@ -150,11 +119,15 @@ class GgufModel:
         except (ValueError, IndexError, UnicodeDecodeError) as error:
             raise DataError(f"{self.path}: {key!r} is damaged: {error}") from error
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> Source:
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer. Raises DataError where it is of an unknown kind or incomplete."""
+        return read_vocabulary(self)
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> layout.Source:
         """Name, size and SHA-256 of the file."""
         sha = hashlib.sha256()
         with self.path.open("rb") as file:
             while part := file.read(4 << 20):
                 sha.update(part)
                 on_progress(len(part))
-        return Source(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())
+        return layout.Source(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())

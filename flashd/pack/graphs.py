@@ -68,7 +68,11 @@ class _Graph:
         return name
 
     def shape(self, *dims: int) -> str:
-        return self.constant(np.array(dims, np.int64))
+        """A constant shape, shared by all that have the same."""
+        name = f"shape{dims}"
+        if not any(i.name == name for i in self.initialisers):
+            self.initialisers.append(numpy_helper.from_array(np.array(dims, np.int64), name))
+        return name
 
     def external(self, name: str, kind: int, dims: Sequence[int]) -> str:
         """An initialiser that the engine supplies when it opens the graph."""
@@ -192,7 +196,7 @@ def ffn(model: Model, kind: RowKind) -> bytes:
     )
     index = g.input("index", T.INT64, ["rows"])
     a = _activations(g, model, _rows_product(g, kind, parts, index))
-    sums = _block_sums(g, a)
+    sums = g.node("ReduceSum", g.node("Reshape", a, g.shape(0, -1, BLOCK)), g.shape(2), keepdims=0)  # [T, n]
 
     ones = g.input("ones", T.FLOAT, ["neurons", blocks])
     down_index = g.input("down_index", T.INT64, ["neurons"])
@@ -410,7 +414,8 @@ class _Block:
 def resident(model: Model, formats: Formats) -> bytes:
     """The whole model: x [T, H] embeddings -> logits [R, V] of the rows named by `wanted` [R]."""
     g, h = _Graph(), model.hidden
-    x = g.input("x", T.FLOAT, ["T", h])
+    # three axes throughout, as GroupQueryAttention wants them: a change of shape costs as much as a small product
+    x = g.node("Unsqueeze", g.input("x", T.FLOAT, ["T", h]), g.shape(0))  # [1, T, H]
     wanted = g.input("wanted", T.INT64, ["R"])
     for i in range(model.layers):
         at = f"layer.{i}."
@@ -418,16 +423,15 @@ def resident(model: Model, formats: Formats) -> bytes:
         normed = block.enter(x)
         qkv = _layer_product(g, normed, formats.attention, f"{at}qkv", model.qkv_width, h)
         kind = model.attention[model.layer_kinds[i]]
-        out, key, value = block.attend(g.node("Unsqueeze", qkv, g.shape(0)), kind, f".{i}")
+        heads, key, value = block.attend(qkv, kind, f".{i}")
         _present(g, model, f"present_key.{i}", key)
         _present(g, model, f"present_value.{i}", value)
-        heads = g.node("Squeeze", out, g.shape(0))
         branch = _layer_product(g, heads, formats.attention, f"{at}output", h, model.query_width)
         x, normed = block.middle(x, normed, branch)
         x = block.leave(x, _feed_forward(g, model, formats.ffn, normed, at))
     last = _Block(g, model, _external_vectors(g, ""))
-    logits = _head(g, last.finish(g.node("Gather", x, wanted, axis=0)), formats, model.vocabulary, h)
-    g.output("logits", T.FLOAT, ["R", model.vocabulary], last.logits(logits))
+    logits = last.logits(_head(g, last.finish(g.node("Gather", x, wanted, axis=1)), formats, model.vocabulary, h))
+    g.output("logits", T.FLOAT, ["R", model.vocabulary], g.node("Squeeze", logits, g.shape(0)))
     return g.serialise("resident")
 
 
@@ -436,19 +440,19 @@ def _external_vectors(g: _Graph, at: str) -> Vector:
 
 
 def _feed_forward(g: _Graph, model: Model, kind: RowKind, x: str, at: str) -> str:
-    """A layer's FFN, [T, H] -> [T, H], without the bias of its output."""
+    """A layer's FFN, [1, T, H] -> [1, T, H], without the bias of its output."""
     both = _layer_product(g, x, kind, f"{at}inputs", model.inputs * model.neurons, model.hidden)
     if "inputs" in model.biases:
         both = g.node("Add", both, g.external(f"{at}inputs.bias", T.FLOAT, [model.inputs * model.neurons]))
     if model.gated:
-        a = _gated(g, model, *g.nodes_out("Split", both, outputs=2, axis=1, num_outputs=2))
+        a = _gated(g, model, *g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2))
     else:
         a = _activated(g, model, both)
     return _layer_product(g, a, kind, f"{at}down", model.hidden, model.neurons)
 
 
 def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
-    """x [T, K] times constant rows [n, K] of a layer.
+    """x [1, T, K] times constant rows [n, K] of a layer.
 
     float32 products exist for 4-bit weights only, so 8-bit ones are two planes of nibbles, 16 high + low.
     """
@@ -464,7 +468,7 @@ def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int) 
 
 
 def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:
-    """Logits [R, V] of x [R, H]."""
+    """Logits [1, R, V] of x [1, R, H]."""
     kind = formats.head
     if not formats.rounded_head:
         return _layer_product(g, x, kind, "head", n, k)
@@ -472,15 +476,11 @@ def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:
     scale = g.external("head.scale", T.FLOAT, [n, k // BLOCK])
     y = g.node("MatMulNBits", x, q, scale, domain=MICROSOFT,
                K=k, N=n, bits=BITS[kind], block_size=BLOCK, accuracy_level=4)  # fmt: skip
-    return _with_centres(g, x, y, "head", n, k)
+    return _with_centres(g, x, y, "head", n, k) if formats.centred_head else y
 
 
 def _with_centres(g: _Graph, x: str, y: str, name: str, n: int, k: int) -> str:
-    centre = g.external(f"{name}.centre", T.FLOAT, [n, k // BLOCK])
-    return g.node("Gemm", _block_sums(g, x), centre, y, transB=1)
-
-
-def _block_sums(g: _Graph, x: str) -> str:
-    """The sum [T, K / 32] of each block of x [T, K]."""
-    blocks = g.node("Reshape", x, g.shape(0, -1, BLOCK))
-    return g.node("ReduceSum", blocks, g.shape(2), keepdims=0)
+    centre = g.external(f"{name}.centre", T.FLOAT, [k // BLOCK, n])
+    blocks = g.node("Reshape", x, g.shape(0, 0, -1, BLOCK))
+    sums = g.node("ReduceSum", blocks, g.shape(3), keepdims=0)  # [1, T, K / 32]
+    return g.node("Add", y, g.node("MatMul", sums, centre))

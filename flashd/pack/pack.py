@@ -15,7 +15,8 @@ from flashd.pack.calibrate import Calibration, sample_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.gguf import GgufModel
 from flashd.pack.quantise import encode_groups, encode_rows
-from flashd.pack.tokenizer import read_vocabulary
+from flashd.pack.safetensors import HfFolder
+from flashd.pack.source import Source
 from flashd.pack.weights import Matrix, Numbers, Weights
 
 ROWS_AT_ONCE = 1024
@@ -26,17 +27,22 @@ Progress = Callable[[int, int], None]
 
 
 def pack(source_path: Path, out: Path, rows: RowKind, on_progress: Progress = lambda done, total: None) -> Header:
-    """Packs the GGUF file at `source_path` into the bundle `out`, replacing it at the end or not at all.
+    """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
     Raises:
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind.
         CannotWrite: the disk is full or the folder cannot be written.
     """
-    return _Packer(GgufModel(source_path), rows, on_progress).write(out)
+    return _Packer(open_source(source_path), rows, on_progress).write(out)
+
+
+def open_source(path: Path) -> Source:
+    """The model at `path`: a Hugging Face folder, or a GGUF file. Raises InputMissing, DataError."""
+    return HfFolder(path) if path.is_dir() else GgufModel(path)
 
 
 class _Packer:
-    def __init__(self, source: GgufModel, rows: RowKind, on_progress: Progress) -> None:
+    def __init__(self, source: Source, rows: RowKind, on_progress: Progress) -> None:
         self.source = source
         family = family_of(source)
         self.model: Model = model_of(source, family)
@@ -48,7 +54,7 @@ class _Packer:
         self._total = sum(int(np.prod(source.tensor(n).shape)) for n in source.names)
 
     def write(self, out: Path) -> Header:
-        vocabulary = read_vocabulary(self.source)
+        vocabulary = self.source.vocabulary()
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
@@ -57,10 +63,11 @@ class _Packer:
             writer.add("rope", [self.rope.tobytes()])
             writer.add("vectors", self._vectors(self.weights.model_vectors()))
             if self.weights.tied:
-                self._add_table(writer, "head", self.weights.head(), self.formats.head)
+                self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
             else:
                 self._add_table(writer, "embedding", self.weights.embedding(), self.formats.embedding)
-                writer.add("head", self._rows(self.weights.head(), self.formats.head))
+                head = self._rows(self.weights.head(), self.formats.head, self.formats.centred_head)
+                writer.add("head", head)
             if self.model.positions:
                 self._add_table(writer, "positions", self.weights.positions(), "f16")
             sample = sample_tokens(vocabulary.tokenizer_json)[: self.model.context]
@@ -73,10 +80,12 @@ class _Packer:
             )  # fmt: skip
             return writer.finish(model=self.model, formats=self.formats, text=text, source=self.source.source())
 
-    def _add_table(self, writer: BundleWriter, name: str, matrix: Matrix, kind: RowKind) -> None:
+    def _add_table(
+        self, writer: BundleWriter, name: str, matrix: Matrix, kind: RowKind, centred: bool = True
+    ) -> None:
         """A matrix of which the engine reads a row here and there."""
         run = ROWS_OF_A_RUN * RowFormat(kind, self.model.hidden).nbytes
-        writer.add(name, self._rows(matrix, kind), run)
+        writer.add(name, self._rows(matrix, kind, centred), run)
 
     def _add_layer(self, writer: BundleWriter, calibration: Calibration, i: int) -> None:
         attention = self.formats.attention
@@ -92,16 +101,16 @@ class _Packer:
             self._count(vector.size)
             yield vector.tobytes()
 
-    def _rows(self, matrix: Matrix, kind: RowKind) -> Iterator[bytes]:
+    def _rows(self, matrix: Matrix, kind: RowKind, centred: bool = True) -> Iterator[bytes]:
         """A matrix's row records, chunk by chunk."""
         form = RowFormat(kind, matrix.width)
         for at in range(0, len(matrix), ROWS_AT_ONCE):
-            yield self._encode(matrix, form, slice(at, at + ROWS_AT_ONCE)).tobytes()
+            yield self._encode(matrix, form, slice(at, at + ROWS_AT_ONCE), centred).tobytes()
 
-    def _encode(self, matrix: Matrix, form: RowFormat, which: slice | Numbers) -> Bytes:
+    def _encode(self, matrix: Matrix, form: RowFormat, which: slice | Numbers, centred: bool = True) -> Bytes:
         weights = matrix.rows(which)
         self._count(weights.size)
-        return encode_rows(weights, form, matrix.grid(which))
+        return encode_rows(weights, form, matrix.grid(which), centred)
 
     def _groups(self, i: int, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
         """A layer's groups, the hottest first. A group stays whole: its 32 columns share the source's grid."""

@@ -23,20 +23,20 @@ from flashd.bundle.rows import (
     RowKind,
     pack_bits,
 )
-from flashd.pack.gguf import Grid
+from flashd.pack.source import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {"int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,)}
 """Parts of a block's range that are tried: fewer extremes reached, finer steps for the rest."""
 
 
-def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None) -> Bytes:
-    """Records [n, nbytes] uint8 of rows [n, K] float32."""
+def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True) -> Bytes:
+    """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero."""
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
     if isinstance(parts, PlainRows):
         parts.w[:] = weights
         return raw
-    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid)
+    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred)
     parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
     parts.scale[:], parts.centre[:], parts.step[:] = scale, centre, step
     return raw
@@ -76,18 +76,21 @@ def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFo
 
 
 def quantise(
-    blocks: Floats, kind: RowKind, grid: Grid | None = None
+    blocks: Floats, kind: RowKind, grid: Grid | None = None, centred: bool = True
 ) -> tuple[Bytes, Codes, Codes, npt.NDArray[np.float16]]:
     """Blocks [n, B, 32] float32 -> q [n, B, 32] uint8, scale codes [n, B], centre codes [n, B], steps [n, 2].
 
     The B blocks of an n share their steps.
     """
     low, high = blocks.min(2), blocks.max(2)
+    if not centred:
+        high = np.maximum(high, -low)
+        low = -high
     middle, half = (low + high) / 2, (high - low) / 2
     bits = 4 if kind == "int4" else 8
     levels = (1 << bits) - 1
     tries = [(2 * half * r / levels, middle + half * r / levels) for r in SHRINK[kind]]
-    if grid is not None:
+    if grid is not None and (centred or not grid[1].any()):
         tries.insert(0, grid)
     best = _Coded(blocks, *tries[0], kind, bits)
     for scale, centre in tries[1:]:

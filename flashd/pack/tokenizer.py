@@ -3,98 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError
-from flashd.pack.gguf import GgufModel
+from flashd.pack.source import Source
+from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
 
-END_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "</s>")
-
 # Split patterns as the models' own tokenizers publish them.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = GPT4O.replace(SHORT, "").replace(r"\p{N}{1,3}", r"\p{N}")
 
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "qwen2": lambda: _split(QWEN2),
-    "llama-bpe": lambda: _split(LLAMA3),
+SPLITS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (GPT2,),
+    "smollm": (r"\p{N}", GPT2),
+    "qwen2": (QWEN2,),
+    "llama-bpe": (LLAMA3,),
+    "gpt-4o": (GPT4O,),
+    "tekken": (TEKKEN,),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
 }
+"""Patterns that cut a text into words, each within what those before it left."""
 
-NORMALISED = {"qwen2": normalizers.NFC()}
+SAME_SPLITS = {
+    "phi-2": "gpt-2", "mpt": "gpt-2", "olmo": "gpt-2", "starcoder": "smollm", "refact": "smollm",
+    "command-r": "smollm", "stablelm2": "qwen2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe",
+}  # fmt: skip
+"""Other values of tokenizer.ggml.pre, and those whose splits are theirs."""
+
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+"""Those in which a word that is a token is not put together from its parts."""
+
+COMPOSED = ("qwen2", "stablelm2", "deepseek-r1-qwen")
+"""Those that compose letters and accents first, as NFC does."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a bundle keeps of a tokenizer."""
-
-    tokenizer_json: bytes
-    token_bytes: TokenBytes
-    eos: list[int]
-    bos: int | None
-    add_bos: bool
-    chat_template: str | None
-
-
-def read_vocabulary(source: GgufModel) -> Vocabulary:
-    """The vocabulary of a model file. Raises DataError where its tokenizer is of an unknown kind or incomplete."""
+def read_vocabulary(source: Source) -> Vocabulary:
+    """The vocabulary of a GGUF file. Raises DataError where its tokenizer is of an unknown kind or incomplete."""
     texts = _texts(source, "tokenizer.ggml.tokens")
     types = source.metadata("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
     if not isinstance(types, list) or len(types) != len(texts):
         raise DataError(f"{source.path}: {len(texts)} tokens but not as many token types")
     kind = source.text("tokenizer.ggml.model")
     if kind == "gpt2":
-        tokenizer = _byte_level(source, texts)
-        spell = _byte_level_bytes()
+        tokenizer, spell = _byte_level(source, texts), byte_level_bytes
     elif kind == "llama":
-        tokenizer = _sentence_piece(source, texts, types)
-        spell = _sentence_piece_bytes
+        tokenizer, spell = _sentence_piece(source, texts, types), sentence_piece_bytes
     else:
         raise DataError(f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are gpt2, llama")
-    special = [i for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)]
-    tokenizer.add_special_tokens(
-        [AddedToken(texts[i], special=True, normalized=False) for i in special if types[i] == CONTROL]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(texts[i], special=False, normalized=False) for i in special if types[i] == USER_DEFINED]
-    )
-    spelled = [
-        b"" if t in (CONTROL, UNUSED) else text.encode() if t == USER_DEFINED else spell(text, t)
-        for text, t in zip(texts, types, strict=True)
-    ]
+    _add_tokens(tokenizer, texts, types)
     bos = source.metadata("tokenizer.ggml.bos_token_id")
     template = source.metadata("tokenizer.chat_template")
     return Vocabulary(
         tokenizer_json=tokenizer.to_str().encode(),
-        token_bytes=TokenBytes.of(spelled),
+        token_bytes=TokenBytes.of([_spelled(spell, *token) for token in zip(texts, types, strict=True)]),
         eos=_end_tokens(source, texts, types),
         bos=bos if isinstance(bos, int) else None,
         add_bos=_adds_bos(source, kind),
@@ -102,33 +81,52 @@ def read_vocabulary(source: GgufModel) -> Vocabulary:
     )
 
 
-def _texts(source: GgufModel, key: str) -> list[str]:
+def _add_tokens(tokenizer: Tokenizer, texts: list[str], types: list[int]) -> None:
+    """Makes tokens of what is never cut: control tokens, and words that the model's makers chose."""
+    for special, kinds in ((True, (CONTROL, UNKNOWN)), (False, (USER_DEFINED,))):
+        tokens = [text for text, kind in zip(texts, types, strict=True) if kind in kinds and text]
+        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in tokens])
+
+
+def _spelled(spell: Callable[[str], bytes], text: str, kind: int) -> bytes:
+    """What a token adds to a text."""
+    if kind in (CONTROL, UNKNOWN, UNUSED):
+        return b""
+    if kind == USER_DEFINED:
+        return text.encode()
+    return byte_token(text) if kind == BYTE else spell(text)
+
+
+def _texts(source: Source, key: str) -> list[str]:
     value = source.metadata(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise DataError(f"{source.path}: {key!r} is missing or no list of texts")
     return value
 
 
-def _byte_level(source: GgufModel, texts: list[str]) -> Tokenizer:
+def _byte_level(source: Source, texts: list[str]) -> Tokenizer:
     pre_value = source.metadata("tokenizer.ggml.pre")
     pre = pre_value if isinstance(pre_value, str) else "default"
-    if pre not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
+    splits = SPLITS.get(SAME_SPLITS.get(pre, pre))
+    if splits is None:
+        known = ", ".join(sorted({*SPLITS, *SAME_SPLITS}))
         raise DataError(f"{source.path}: pre-tokenizer {pre!r} is not supported; known are {known}")
     merges: list[Any] = [tuple(m.split(" ", 1)) for m in _texts(source, "tokenizer.ggml.merges")]
     vocab = {t: i for i, t in enumerate(texts)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_WORDS))
     except Exception as error:
         raise DataError(f"{source.path}: the tokenizer's merges do not fit its tokens ({error})") from error
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    if pre in NORMALISED:
-        tokenizer.normalizer = NORMALISED[pre]
+    if pre in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
-def _sentence_piece(source: GgufModel, texts: list[str], types: list[int]) -> Tokenizer:
+def _sentence_piece(source: Source, texts: list[str], types: list[int]) -> Tokenizer:
     """SentencePiece BPE: pairs merge in the order of their product's score."""
     scores = source.metadata("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(texts):
@@ -157,27 +155,7 @@ def _sentence_piece(source: GgufModel, texts: list[str], types: list[int]) -> To
     return tokenizer
 
 
-def _byte_level_bytes() -> Callable[[str, int], bytes]:
-    """GPT-2's printable stand-ins for bytes, undone."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    table = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-    def spell(text: str, _: int) -> bytes:
-        if all(c in table for c in text):
-            return bytes(table[c] for c in text)
-        return text.encode()
-
-    return spell
-
-
-def _sentence_piece_bytes(text: str, kind: int) -> bytes:
-    if kind == BYTE:
-        return bytes([int(text[3:5], 16)])
-    return text.replace("▁", " ").encode()
-
-
-def _adds_bos(source: GgufModel, kind: str) -> bool:
+def _adds_bos(source: Source, kind: str) -> bool:
     """What the file says; where it says nothing, what its kind of tokenizer does."""
     stated = source.metadata("tokenizer.ggml.add_bos_token")
     if stated is None:
@@ -185,8 +163,8 @@ def _adds_bos(source: GgufModel, kind: str) -> bool:
     return stated is True
 
 
-def _end_tokens(source: GgufModel, texts: list[str], types: list[int]) -> list[int]:
-    """Every token that ends an answer: the file's own and the well-known ones that are control tokens here."""
-    ends = {source.metadata(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")}
-    ends |= {i for i, t in enumerate(texts) if t in END_TEXTS and types[i] == CONTROL}
-    return sorted(i for i in ends if isinstance(i, int) and 0 <= i < len(texts))
+def _end_tokens(source: Source, texts: list[str], types: list[int]) -> list[int]:
+    """Every token that ends an answer: the file's own, and the well-known ones that are control tokens here."""
+    ends = [source.metadata(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    ends += [i for i, t in enumerate(texts) if t in END_TEXTS and types[i] == CONTROL]
+    return list(dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < len(texts)))

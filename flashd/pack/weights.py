@@ -11,7 +11,7 @@ from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError
 from flashd.pack.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.gguf import GgufModel, Grid, Tensor
+from flashd.pack.source import Grid, Source, Tensor
 
 Numbers = npt.NDArray[np.int64]
 
@@ -50,7 +50,7 @@ class Matrix:
 class Weights:
     """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
 
-    def __init__(self, source: GgufModel, family: Family, model: Model) -> None:
+    def __init__(self, source: Source, family: Family, model: Model) -> None:
         self._source, self._family, self._model = source, family, model
         self._rotary = rotary_width(source) if family.rotary else 0
 

@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
 from flashd.errors import DataError, InputMissing
-from flashd.pack.gguf import GgufModel
+from flashd.pack.gguf import GgufModel, GgufTensor
 from flashd.pack.pack import pack
 from tests import tiny
 
@@ -69,9 +69,7 @@ def test_q4_k_grids_match_the_package_s_own_dequantisation() -> None:
     for block in (0, 144):  # sane float16 steps
         raw[:, block : block + 4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
     reader = gguf.ReaderTensor("t", Kind.Q4_K, np.array([512, 3]), 1536, 864, 0, raw, None)  # type: ignore[arg-type]
-    from flashd.pack.gguf import Tensor
-
-    tensor = Tensor(reader)
+    tensor = GgufTensor(reader)
     grid = tensor.grid()
     assert grid is not None
     live = grid[0] > 0

@@ -1,6 +1,7 @@
 """Token ids are llama.cpp's own.
 
-data/token_ids.json was made with llama-cpp-python on the same files; it says how. The larger model is checked
+data/token_ids.json was made with llama-cpp-python on the same files, data/sentence_piece.json with the sentencepiece
+package by the script beside it; they say how. The larger model is checked
 where FLASHD_QWEN_GGUF names Qwen2.5-Coder-1.5B-Instruct's file.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,8 @@ from flashd.pack.gguf import GgufModel
 from tests import tiny
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text("utf-8"))
+
+PIECES = json.loads((Path(__file__).parent / "data" / "sentence_piece.json").read_text("utf-8"))
 
 
 def check(path: Path, ids: list[int]) -> None:
@@ -40,10 +44,38 @@ def test_qwen2() -> None:
 
 
 def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(tokenizer.PRE_TOKENIZERS, "gpt-2")
-    with pytest.raises(DataError, match=r"'gpt-2' is not supported; known are llama-bpe, qwen2, smollm"):
+    monkeypatch.delitem(tokenizer.SPLITS, "gpt-2")
+    with pytest.raises(DataError, match=r"'gpt-2' is not supported; known are .*llama-bpe.*qwen2.*smollm"):
         tokenizer.read_vocabulary(GgufModel(tiny.write(tmp_path / "m.gguf")))
 
 
 def test_end_tokens_are_found_by_number_and_by_name(smollm: Path) -> None:
-    assert tokenizer.read_vocabulary(GgufModel(smollm)).eos == [0, 2]
+    assert tokenizer.read_vocabulary(GgufModel(smollm)).eos == [2, 0]
+
+
+class Changed(GgufModel):
+    """A file with some of its metadata changed."""
+
+    def __init__(self, path: Path, changes: dict[str, Any]) -> None:
+        self.changes = changes
+        super().__init__(path)
+
+    def metadata(self, key: str) -> Any:
+        return self.changes.get(key, super().metadata(key))
+
+
+@pytest.mark.parametrize("pre", GOLDEN["words"]["ids"])
+def test_words_are_cut_as_llama_cpp_cuts_them(smollm: Path, pre: str) -> None:
+    vocabulary = tokenizer.read_vocabulary(Changed(smollm, {"tokenizer.ggml.pre": pre}))
+    encoder = Encoder(vocabulary.tokenizer_json, None, False)
+    assert encoder.encode(GOLDEN["words"]["text"]) == GOLDEN["words"]["ids"][pre]
+
+
+@pytest.mark.parametrize("golden", PIECES["vocabularies"], ids=["llama", "gemma"])
+def test_pieces_are_those_of_sentencepiece(smollm: Path, golden: dict[str, Any]) -> None:
+    vocabulary = tokenizer.read_vocabulary(Changed(smollm, golden))
+    encoder = Encoder(vocabulary.tokenizer_json, None, False)
+    for text, ids in zip(PIECES["texts"], golden["ids"], strict=True):
+        assert encoder.encode(text) == ids
+        spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()
+        assert spelled.replace("▁", " ").lstrip(" ") == text.replace("▁", " ").lstrip(" ")

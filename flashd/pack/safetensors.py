@@ -1,0 +1,180 @@
+"""Reads a Hugging Face folder through the safetensors package, a few rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (by which numpy gets to know bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flashd.bundle import layout
+from flashd.bundle.rows import Floats
+from flashd.errors import DataError, InputMissing
+from flashd.pack import hugging_face
+from flashd.pack.hugging_face import Numbers
+from flashd.pack.source import ALL, Source, Tensor, Which
+from flashd.pack.tokenizer_json import read_object, read_tokenizer_json
+from flashd.pack.vocabulary import Vocabulary
+
+BITS = {"BF16": 16, "F16": 16, "F32": 32}
+"""Bits a weight of the types that are read."""
+
+ROWS_AT_ONCE = 1024
+
+
+class _Stored(Tensor):
+    """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
+
+    def __init__(self, name: str, data: Any, bits: float, order: Numbers | None = None, shift: float = 0.0) -> None:
+        self.name, self.bits = name, bits
+        self.shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
+        self._data, self._order, self._shift = data, order, np.float32(shift)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32 of a matrix; of a vector, all of it, [K]."""
+        if len(self.shape) == 1:
+            which = ALL
+        numbers = np.arange(self.shape[0])[which] if self._order is None else self._order[which]
+        out = np.empty((len(numbers), *self.shape[1:]), np.float32)
+        for start, stop in _runs(numbers):
+            first = int(numbers[start])
+            out[start:stop] = self._data[first : first + stop - start]
+        if self._shift:
+            out += self._shift
+        return out
+
+
+def _runs(numbers: Numbers) -> list[tuple[int, int]]:
+    """Where numbers that follow one another start and stop, ROWS_AT_ONCE at the most."""
+    if not len(numbers):
+        return []
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    edges = np.unique(np.concatenate([breaks, np.arange(0, len(numbers), ROWS_AT_ONCE), [len(numbers)]]))
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+class _Stack(Tensor):
+    """The same matrix of every expert, [E, R, K]."""
+
+    def __init__(self, name: str, experts: list[_Stored]) -> None:
+        self.name, self.bits, self._experts = name, experts[0].bits, experts
+        self.shape = (len(experts), *experts[0].shape)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """The matrices [n, R, K] float32 of some experts."""
+        return np.stack([self._experts[i].rows() for i in np.arange(len(self._experts))[which].tolist()])
+
+
+class HfFolder(Source):
+    """An open Hugging Face folder.
+
+    Raises:
+        InputMissing: a file that it needs is not there.
+        DataError: a file is damaged, cut short or of a kind that is not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
+        stated = hugging_face.flattened(read_object(path / "config.json"))
+        _refuse_quantised(path, stated)
+        self._conversion = hugging_face.conversion_of(stated)
+        self.architecture = self._conversion.architecture
+        try:
+            self._config = hugging_face.completed(stated, self._conversion)
+            keys = hugging_face.hyper_parameters(self._config, path)
+            divisors = hugging_face.rope_divisors(self._config)
+            self._files = _weight_files(path)
+            self._parts = self._find_parts()
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
+        self._made = {} if divisors is None else {"rope_freqs.weight": divisors}
+        self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
+        self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
+
+    def _find_parts(self) -> dict[str, dict[int, Any]]:
+        """Of each tensor, by its GGUF name, its parts as the files have them: one, or one an expert."""
+        names = hugging_face.Names(self._conversion, self._config)
+        parts: dict[str, dict[int, Any]] = {}
+        for file in self._files:
+            try:
+                shard = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+            for stored in shard.keys():  # noqa: SIM118
+                if found := names.find(stored):
+                    parts.setdefault(found[0], {})[found[1] or 0] = shard.get_slice(stored)
+        return parts
+
+    @property
+    def names(self) -> set[str]:
+        return {*self._parts, *self._made}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`. Raises DataError."""
+        if name in self._made:
+            return _Stored(name, self._made[name], bits=32)
+        if name not in self._parts:
+            raise DataError(f"{self.path}: tensor {name!r} is missing")
+        parts = [self._stored(name, part) for _, part in sorted(self._parts[name].items())]
+        if not name.endswith("_exps.weight"):
+            return parts[0]
+        if len(parts) != self.number("expert_count", int) or len({part.shape for part in parts}) != 1:
+            raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
+        return _Stack(name, parts)
+
+    def _stored(self, name: str, part: Any) -> _Stored:
+        kind, rows = part.get_dtype(), part.get_shape()[0]
+        if kind not in BITS:
+            known = ", ".join(BITS)
+            raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
+        order = hugging_face.row_order(self._conversion, self._config, name)
+        if order is not None and len(order) != rows:
+            raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
+        return _Stored(name, part, BITS[kind], order, self._conversion.shift if name.endswith("norm.weight") else 0.0)
+
+    def metadata(self, key: str) -> Any:
+        """A value of the metadata, None where there is none."""
+        return self._metadata.get(key)
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer. Raises InputMissing, DataError."""
+        return read_tokenizer_json(self.path, self.tensor("token_embd.weight").shape[0])
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> layout.Source:
+        """The folder's name, and the size and SHA-256 of its files of weights, one after the other."""
+        sha = hashlib.sha256()
+        for path in self._files:
+            with path.open("rb") as file:
+                while data := file.read(4 << 20):
+                    sha.update(data)
+                    on_progress(len(data))
+        size = sum(file.stat().st_size for file in self._files)
+        return layout.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
+
+
+def _refuse_quantised(path: Path, config: hugging_face.Config) -> None:
+    stated = config.get("quantization_config")
+    if stated:
+        method = stated.get("quant_method") if isinstance(stated, dict) else stated
+        raise DataError(
+            f"{path}: weights quantised by {method!r} are not read; take the model's folder from before, or a GGUF"
+        )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of weights, in the order of their names."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({path / str(name) for name in read_object(index)["weight_map"].values()})
+    else:
+        files = [path / "model.safetensors"]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputMissing(f"{missing[0]}: no such file; weights are read from model.safetensors, or from its shards")
+    return files

@@ -55,6 +55,11 @@ def run_pack(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """flashd info"""
+    if args.families:
+        _print_families(args.json)
+        return
+    if args.bundle is None:
+        raise UsageError("name a bundle, or ask for --families")
     with Bundle(args.bundle) as bundle:
         header = bundle.header
     m, f = header.model, header.formats
@@ -70,6 +75,19 @@ def run_info(args: argparse.Namespace) -> None:
         "packed_by": header.flashd,
     }  # fmt: skip
     _print_facts(facts, args.json)
+
+
+def _print_families(as_json: bool) -> None:
+    try:
+        from flashd.pack.families import FAMILIES
+    except ImportError as error:
+        raise InputMissing(f"the table needs the pack extra ({error.name}): pip install 'flashd[pack]'") from error
+    rows = [{"architecture": f.architecture, "models": f.models, "checked": f.checked} for f in FAMILIES.values()]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['architecture']:12} {row['models']:34} checked on {row['checked']}")
 
 
 def run_verify(args: argparse.Namespace) -> None:
@@ -348,14 +366,16 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
     pack.set_defaults(run=run_pack)
 
-    for name, run, text in (
-        ("info", run_info, "what is in a bundle"),
-        ("verify", run_verify, "read a bundle and check every checksum"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("bundle", type=Path, metavar="FILE.flash")
-        command.add_argument("--json", action="store_true")
-        command.set_defaults(run=run)
+    info = commands.add_parser("info", help="what is in a bundle, or which families can be packed")
+    info.add_argument("bundle", type=Path, nargs="?", metavar="FILE.flash")
+    info.add_argument("--families", action="store_true", help="the model families that can be packed")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=run_info)
+
+    verify = commands.add_parser("verify", help="read a bundle and check every checksum")
+    verify.add_argument("bundle", type=Path, metavar="FILE.flash")
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(run=run_verify)
 
     bench = commands.add_parser("bench", help="measure, beside llama.cpp where --gguf names the same model")
     bench.add_argument("bundle", type=Path, metavar="FILE.flash")

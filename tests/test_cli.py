@@ -37,7 +37,7 @@ def test_bad_model_files(tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[:5000])
     refused(run("pack", tmp_path / "cut.gguf", "--out", tmp_path / "o.flash"), os.EX_DATAERR, "cut.gguf")
     mamba = tiny.write(tmp_path / "mamba.gguf", "mamba")
-    refused(run("pack", mamba, "--out", tmp_path / "o.flash"), os.EX_DATAERR, "'mamba'", "llama, qwen2")
+    refused(run("pack", mamba, "--out", tmp_path / "o.flash"), os.EX_DATAERR, "'mamba'", "llama, ", "qwen2")
     refused(run("pack", tmp_path / "none", "--out", tmp_path / "o.flash"), os.EX_NOINPUT, "no such file")
     refused(run("pack", source, "--out", "/proc/none/o.flash"), os.EX_CANTCREAT, "/proc/none/o.flash")
     assert not (tmp_path / "o.flash").exists()
@@ -122,6 +122,16 @@ def test_info_and_verify_speak_to_machines(tiny_bundle: Path) -> None:
     assert (facts["family"], facts["layers"], facts["neurons"], facts["rows"]) == ("llama", 3, 224, "int4")
     assert json.loads(run("verify", tiny_bundle, "--json").stdout)["whole"] is True
     assert b"tiny llama" in run("info", tiny_bundle).stdout
+
+
+def test_info_says_which_families_can_be_packed() -> None:
+    from flashd.pack.families import FAMILIES
+
+    rows = json.loads(run("info", "--families", "--json").stdout)
+    assert [row["architecture"] for row in rows] == list(FAMILIES)
+    text = run("info", "--families").stdout.decode()
+    assert len(text.splitlines()) == len(rows) and all(row["models"] in text for row in rows)
+    refused(run("info"), os.EX_USAGE, "--families")
 
 
 def test_eval_gives_the_perplexity_of_the_reference(packed: dict[str, Path], smollm: Path) -> None:

@@ -14,7 +14,6 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, LAYERS = 64, 4, 2, 16, 200, 3
 def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool = True, seed: int = 0) -> Path:
     """A model of family `family` whose matrices have type `kind`."""
     random = np.random.default_rng(seed)
-    texts, merges = _vocabulary()
     w = gguf.GGUFWriter(path, family)
     w.add_name(f"tiny {family}")
     w.add_context_length(512)
@@ -25,13 +24,7 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     w.add_head_count_kv(KV_HEADS)
     w.add_rope_freq_base(10000.0)
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
-    w.add_token_list(texts)
-    w.add_token_types([1] * (len(texts) - 2) + [3, 3])
-    w.add_token_merges(merges)
-    w.add_eos_token_id(len(texts) - 1)
-    w.add_chat_template("{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|start|>")
+    vocabulary = add_vocabulary(w)
 
     def matrix(name: str, *shape: int) -> None:
         values = (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
@@ -43,9 +36,9 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     def vector(name: str, size: int, around: float) -> None:
         w.add_tensor(name, (around + 0.1 * random.standard_normal(size)).astype(np.float32))
 
-    matrix("token_embd.weight", len(texts), HIDDEN)
+    matrix("token_embd.weight", vocabulary, HIDDEN)
     if not tied:
-        matrix("output.weight", len(texts), HIDDEN)
+        matrix("output.weight", vocabulary, HIDDEN)
     vector("output_norm.weight", HIDDEN, 1)
     for i in range(LAYERS):
         at = f"blk.{i}."
@@ -68,6 +61,19 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def add_vocabulary(w: gguf.GGUFWriter) -> int:
+    """Writes a tokenizer of bytes and a few merges, and a chat template; returns how many tokens there are."""
+    texts, merges = _vocabulary()
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(texts)
+    w.add_token_types([1] * (len(texts) - 2) + [3, 3])
+    w.add_token_merges(merges)
+    w.add_eos_token_id(len(texts) - 1)
+    w.add_chat_template("{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|start|>")
+    return len(texts)
 
 
 def _vocabulary() -> tuple[list[str], list[str]]:

@@ -9,14 +9,14 @@
            sections            each starts on a page of 4,096 bytes
            checksums           uint64[runs]: XXH3-64 of every run of every section, in section order
 
-A *run* is what is checked, and so read, as one: a group of bundles in an FFN section, 16 rows of the table that
-input embeddings are read from, a mebibyte elsewhere.
+A *run* is what is checked, and so read, as one: a group of bundles in an FFN section, 16 rows of the tables that
+input embeddings and learned positions are read from, a mebibyte elsewhere.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import xxhash
@@ -25,7 +25,7 @@ from flashd.bundle.rows import BLOCK, GroupFormat, RowFormat, RowKind
 from flashd.errors import DataError
 
 MAGIC = b"\x93FLASHD\n"
-VERSION = 2
+VERSION = 3
 PAGE = 4096
 PLAIN_RUN = 1 << 20
 ROWS_OF_A_RUN = 16
@@ -65,8 +65,29 @@ class DamagedRun(DataError):
     """The bytes of a run are not those that were written."""
 
 
+Norm = Literal["rms", "layer"]
+Block = Literal["sequential", "parallel", "post"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
+Place = Literal["attention", "query", "key", "attention_branch", "ffn", "ffn_branch", "final"]
+Bias = Literal["qkv", "output", "inputs", "down", "head"]
+
+
+class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
+    """How the layers of one kind attend; each kind has a graph of its own."""
+
+    window: Count = 0  # tokens that one sees, itself included; 0: all
+    rope: Count | None = None  # the table that turns queries and keys; None: they are not turned
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """Hyper-parameters, all that the engine needs to know of an architecture."""
+    """What the engine needs to know of an architecture: sizes and properties, from which its graphs are built.
+
+    With f a layer's attention or its FFN, and n a norm where there is one, a block is
+
+        sequential   x + n(f(n(x))), first the attention, then the FFN
+        parallel     x + n(attention(n(x))) + n(ffn(n(x))); where the FFN has no norm it takes the attention's
+        post         n(x + f(x)), first the attention, then the FFN
+    """
 
     family: str
     name: str
@@ -74,14 +95,28 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     layers: Annotated[int, msgspec.Meta(ge=1, le=1024)]  # L
     heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]
+    head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # D
     neurons: Size  # of one layer's FFN, a multiple of 32
     vocabulary: Size  # V
     context: Positive  # tokens that the model was trained for
-    rope_base: Annotated[float, msgspec.Meta(gt=0)]
+    block: Block
+    norm: Norm  # x / rms(x) * weight, or (x - mean) / deviation * weight + bias
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, lt=1)]
-    activation: str
-    qkv_bias: bool
+    norm_bias: bool
+    norms: list[Place]
+    norm_heads: bool  # queries and keys are normed a head at a time
+    biases: list[Bias]
+    gated: bool  # down(f(gate x) * up x), or down(f(up x))
+    activation: Activation
+    threshold: float = 0.0  # below which fatrelu gives 0
+    attention: list[AttentionKind]
+    layer_kinds: list[Count]  # of each layer, its number in `attention`
+    ropes: Count  # tables
+    attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # of a query's product with a key
+    attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap)
+    embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    positions: Count = 0  # learned ones, added to the embeddings
+    logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
     @property
     def query_width(self) -> int:
@@ -99,6 +134,42 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     def groups(self) -> int:
         """Groups of 32 bundles in one layer."""
         return self.neurons // BLOCK
+
+    @property
+    def inputs(self) -> int:
+        """M, the matrices that an FFN multiplies its input by."""
+        return 2 if self.gated else 1
+
+    def norm_vectors(self, place: Place) -> dict[str, int]:
+        """The vectors of a norm and their lengths; none where there is no such norm."""
+        if place not in self.norms:
+            return {}
+        widths = {"query": self.query_width, "key": self.kv_width}
+        by_head = place in ("query", "key") and self.norm_heads
+        width = self.head_dim if by_head else widths.get(place, self.hidden)
+        parts = ("weight", "bias") if self.norm_bias else ("weight",)
+        return {f"{place}_norm.{part}": width for part in parts}
+
+    def layer_vectors(self) -> dict[str, int]:
+        """The vectors of a layer and their lengths, in the order in which its `vectors` section has them."""
+        vectors: dict[str, int] = {}
+        for place in LAYER_NORMS:
+            vectors |= self.norm_vectors(place)
+        widths = {"qkv": self.qkv_width, "output": self.hidden, "down": self.hidden}
+        return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
+
+    def model_vectors(self) -> dict[str, int]:
+        """The same for what follows the layers, and the `vectors` section that is no layer's."""
+        head = {"head.bias": self.vocabulary} if "head" in self.biases else {}
+        return self.norm_vectors("final") | head
+
+
+STAGES = ("graph.enter", "graph.middle", "graph.leave", "graph.finish")
+"""Graphs of what stands between the products with large matrices: norms, biases and sums."""
+
+LAYER_NORMS: tuple[Place, ...] = (
+    "attention", "query", "key", "attention_branch", "ffn", "ffn_branch",
+)  # fmt: skip
 
 
 class Formats(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,36 +241,58 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def group(self) -> GroupFormat:
-        return GroupFormat(self.formats.ffn, self.model.hidden)
+        return group_format(self.model, self.formats)
 
     def row_format(self, name: str) -> RowFormat:
         """The rows of the section called `name`."""
         part = name.rsplit(".", 1)[-1]
         if part == "output":
             return RowFormat(self.formats.attention, self.model.query_width)
-        kind = {"qkv": self.formats.attention, "head": self.formats.head, "embedding": self.formats.embedding}
-        return RowFormat(kind[part], self.model.hidden)
+        kinds: dict[str, RowKind] = {
+            "qkv": self.formats.attention,
+            "head": self.formats.head,
+            "embedding": self.formats.embedding,
+            "positions": "f16",
+        }
+        return RowFormat(kinds[part], self.model.hidden)
 
     @property
     def embedding_table(self) -> str:
         """The section that input embeddings are read from: the head's own where they are tied."""
         return "embedding" if self.section_named("embedding") else "head"
 
+    @property
+    def row_tables(self) -> list[str]:
+        """The sections of which the engine reads a row here and there."""
+        return [self.embedding_table, "positions"] if self.model.positions else [self.embedding_table]
+
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
         m = self.model
-        lengths = {"head": m.vocabulary * self.row_format("head").nbytes, "norm": 4 * m.hidden}
+        lengths = {
+            "head": m.vocabulary * self.row_format("head").nbytes,
+            "vectors": 4 * sum(m.model_vectors().values()),
+            "rope": 4 * m.ropes * m.head_dim,
+        }
+        if m.positions:
+            lengths["positions"] = m.positions * self.row_format("positions").nbytes
         if self.section_named("embedding"):
             lengths["embedding"] = m.vocabulary * self.row_format("embedding").nbytes
         for i in range(m.layers):
             lengths[f"layer.{i}.qkv"] = m.qkv_width * self.row_format("qkv").nbytes
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
             lengths[f"layer.{i}.ffn"] = m.groups * self.group.nbytes
-            lengths[f"layer.{i}.vectors"] = 4 * (2 * m.hidden + (m.qkv_width if m.qkv_bias else 0))
+            lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors().values())
         return lengths
 
     def section_named(self, name: str) -> Section | None:
         return next((s for s in self.sections if s.name == name), None)
+
+
+def group_format(model: Model, formats: Formats) -> GroupFormat:
+    """How a bundle of `model` writes its FFN."""
+    biases = model.inputs if "inputs" in model.biases else 0
+    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases)
 
 
 def align(offset: int) -> int:
@@ -263,6 +356,9 @@ def _check_model(m: Model) -> None:
         (m.query_width % BLOCK == 0, f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}"),
         (m.neurons % BLOCK == 0, f"{m.neurons} neurons are not a multiple of {BLOCK}"),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
+        (len(m.layer_kinds) == m.layers, f"{m.layers} layers and kinds of attention for {len(m.layer_kinds)}"),
+        (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention is not among them"),
+        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table is not among them"),
     ]
     for holds, what in rules:
         if not holds:
@@ -287,9 +383,10 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
         if name.endswith(".ffn") and present[name].run != header.group.nbytes:
             raise BadSection(f"section {name!r} is not checked a group at a time")
-    table = header.embedding_table
-    if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
-        raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")
-    for name in ("tokenizer", "token_bytes", "graph.ffn", "graph.attention"):
+    for table in header.row_tables:
+        if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
+            raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")
+    attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
+    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *STAGES):
         if name not in present:
             raise BadSection(f"section {name!r} is missing")

@@ -119,18 +119,17 @@ class Bundle:
             data = self._checked(section, first, n * section.run, following * section.run)
             yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
 
-    def embedding(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Input embeddings [T, H] float32 of tokens [T]: the table stays on the card, a run is read for a row.
+    def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows [n, H] float32 of a table that stays on the card, such as the embeddings: a run is read for a row.
 
         Raises DamagedRun, CardError; DataError for a token that the bundle has no row for.
         """
-        name = self.header.embedding_table
         section, form = self.section(name), self.header.row_format(name)
-        raw = np.empty((len(tokens), form.nbytes), np.uint8)
-        for i, token in enumerate(tokens.tolist()):
-            if not 0 <= token < self.header.model.vocabulary:
-                raise DataError(f"{self.path}: token {token} of a vocabulary of {self.header.model.vocabulary}")
-            run, row = divmod(token, layout.ROWS_OF_A_RUN)
+        raw = np.empty((len(which), form.nbytes), np.uint8)
+        for i, number in enumerate(which.tolist()):
+            if not 0 <= number < section.length // form.nbytes:
+                raise DataError(f"{self.path}: row {number} of {section.length // form.nbytes} in {name!r}")
+            run, row = divmod(number, layout.ROWS_OF_A_RUN)
             data = self._checked(section, run, min(section.run, section.length - run * section.run))
             raw[i] = np.frombuffer(data, np.uint8, form.nbytes, row * form.nbytes)
         return dequantise(form.views(raw), form.kind)

@@ -87,6 +87,7 @@ class QuantGroups(Slots):
     down_scale: Codes  # [n, H]: blocks of down_proj run along the neurons, one a group and output
     down_centre: Codes  # [n, H]
     down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class PlainGroups(Slots):
 
     w: npt.NDArray[np.float16]  # [n, 32, M, H]
     down: npt.NDArray[np.float16]  # [n, 32, H]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
 
 
 def unit_steps(kind: RowKind) -> Floats:
@@ -178,12 +180,14 @@ class GroupFormat:
 
     Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
     (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
-    one contiguous read, and so is a run of groups (section 3.2 of the paper).
+    one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
+    there are any, end the record as float32 [32, M].
     """
 
     kind: RowKind
     hidden: int
-    inputs: int = 2
+    inputs: int = 2  # M
+    biases: int = 0  # M or none
 
     @property
     def row(self) -> RowFormat:
@@ -200,7 +204,8 @@ class GroupFormat:
 
     @property
     def tail_bytes(self) -> int:
-        return 0 if self.kind == "f16" else 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks
+        shared = 0 if self.kind == "f16" else 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks
+        return shared + 4 * BLOCK * self.biases
 
     @property
     def nbytes(self) -> int:
@@ -210,8 +215,10 @@ class GroupFormat:
     def empty(self, groups: int) -> QuantGroups | PlainGroups:
         """Arrays for `groups` groups, their memory not touched yet."""
         h, m, b, width = self.hidden, self.inputs, self.row.blocks, self.column_bytes
+        bias = np.empty((groups, BLOCK, self.biases), np.float32)
         if self.kind == "f16":
-            return PlainGroups(np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16))
+            plain = np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16)
+            return PlainGroups(*plain, bias)
         scale, centre = CODE_TYPES[self.kind]
         return QuantGroups(
             np.empty((groups, BLOCK, m, width), np.uint8),
@@ -222,6 +229,7 @@ class GroupFormat:
             np.empty((groups, h), scale),
             np.empty((groups, h), centre),
             np.empty((groups, 2, b), np.float16),
+            bias,
         )
 
     def views(self, raw: Bytes) -> QuantGroups | PlainGroups:
@@ -229,16 +237,15 @@ class GroupFormat:
         n, m = len(raw), self.inputs
         body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)
         rows = body[:, :, : m * self.row.nbytes].reshape(n, BLOCK, m, self.row.nbytes)
-        column = body[:, :, m * self.row.nbytes :]
+        column, tail = body[:, :, m * self.row.nbytes :], raw[:, BLOCK * self.bundle_bytes :]
+        bias: tuple[Any, tuple[int, ...]] = (np.float32, (BLOCK, self.biases))
         if self.kind == "f16":
-            return PlainGroups(rows.view(np.float16), column.view(np.float16))
+            return PlainGroups(rows.view(np.float16), column.view(np.float16), *_carve(tail, [bias]))
         row = self.row.views(rows)
         assert isinstance(row, QuantRows)
-        tail = _carve(
-            raw[:, BLOCK * self.bundle_bytes :],
-            [*((code, (self.hidden,)) for code in CODE_TYPES[self.kind]), (np.float16, (2, self.row.blocks))],
-        )
-        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *tail)
+        codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
+        shared = _carve(tail, [*codes, (np.float16, (2, self.row.blocks)), bias])
+        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *shared)
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:

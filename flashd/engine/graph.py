@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, PlainGroups, PlainRows, QuantGroups, QuantRows
 from flashd.engine.kv import KvCache
-from flashd.errors import DataError
+from flashd.session import open_session, start_pool
 
-BROKEN: tuple[type[Exception], ...] = (
-    UnicodeDecodeError, RuntimeError,
-    *(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)),
-)  # fmt: skip
-"""What onnxruntime raises; its errors have no base of their own, and may quote what is no text."""
+Tokens = npt.NDArray[np.int64]
+Vectors = dict[str, Floats]
+"""The small vectors of a layer, or of the whole model, by the names of bundle.layout.Model."""
 
 TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 a part at a time; a part this large stays in a processor's cache."""
@@ -31,9 +28,8 @@ TEMPORARY_BYTES = 3 << 20
 
 @cache
 def use_threads(threads: int) -> None:
-    """One pool of `threads` for all graphs of this process: a session each of its own would oversubscribe."""
-    ort.set_global_thread_pool_sizes(threads, 1)
-    ort.set_default_logger_severity(3)
+    """Makes the process ready to compute with so many threads."""
+    start_pool(threads)
     _keep_freed_pages()
 
 
@@ -49,22 +45,6 @@ def _keep_freed_pages() -> None:
         libc.mallopt(m_trim_threshold, 64 << 20)
     except (OSError, AttributeError):
         return  # another C library: slower, not wrong
-
-
-def open_session(graph: bytes, initialisers: dict[str, npt.NDArray[Any]] | None = None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    # An arena keeps the largest of everything it ever held; the budget is kept by plain allocations.
-    options.enable_cpu_mem_arena = False
-    if initialisers:
-        values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in initialisers.values()]
-        options.add_external_initializers(list(initialisers), values)
-    try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except BROKEN as error:
-        raise DataError(
-            f"a graph of the bundle cannot be loaded ({str(error).splitlines()[0]}); pack it again"
-        ) from error
 
 
 class Linear:
@@ -101,16 +81,17 @@ class Linear:
 
 
 class Ffn:
-    """The share of some groups of bundles in a gated FFN's output."""
+    """The share of some groups of bundles in an FFN's output."""
 
-    def __init__(self, graph: bytes) -> None:
+    def __init__(self, graph: bytes, model: Model) -> None:
         self._session = open_session(graph)
+        self._inputs = model.inputs
 
     def __call__(self, x: Floats, groups: QuantGroups | PlainGroups) -> Floats:
         """x [T, H] float32, n groups in place -> [T, H] float32."""
         hidden = x.shape[1]
-        # gate and up of 32 neurons, widened
-        part = max(1, TEMPORARY_BYTES // (4 * hidden * 2 * BLOCK))
+        # the input rows of 32 neurons, widened
+        part = max(1, TEMPORARY_BYTES // (4 * hidden * self._inputs * BLOCK))
         feed = {"x": x} if isinstance(groups, PlainGroups) else {"x": x, "sums": block_sums(x)}
         out = np.zeros((len(x), hidden), np.float32)
         for start in range(0, len(groups), part):
@@ -119,6 +100,8 @@ class Ffn:
 
     def _part(self, feed: dict[str, Floats], g: Any, hidden: int) -> Floats:
         n = len(g)
+        if g.bias.size:
+            feed = {**feed, "bias": g.bias.reshape(-1)}
         if isinstance(g, PlainGroups):
             (y,) = self._session.run(None, {**feed, "w": g.w.reshape(-1, hidden), "down": g.down.reshape(-1, hidden)})
         else:
@@ -162,12 +145,63 @@ def round_blocks(x: Floats) -> Floats:
     return np.asarray((np.rint(blocks / scale) * scale).reshape(x.shape), np.float32)
 
 
-def rotary_tables(model: Model, positions: int) -> tuple[Floats, Floats]:
-    """cos and sin [positions, head_dim / 2] of rotary embedding (arXiv 2104.09864), halves rotated."""
-    half = model.head_dim // 2
-    frequency = model.rope_base ** (-np.arange(half) / half)
-    angle = np.arange(positions)[:, None] * frequency[None, :]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+class Stage:
+    """A small graph between the large products. It takes what it needs by name."""
+
+    def __init__(self, graph: bytes) -> None:
+        self._session = open_session(graph)
+        self._names = [i.name for i in self._session.get_inputs()]
+
+    def __call__(self, vectors: Vectors, **values: Floats) -> list[Floats]:
+        """What comes of `values` and those of `vectors` that it names."""
+        feed = {name: values[name] if name in values else vectors[name] for name in self._names}
+        return list(self._session.run(None, feed))
+
+
+def named(values: Floats, lengths: dict[str, int]) -> Vectors:
+    """The parts of `values`, one behind the other, by name."""
+    ends = np.cumsum(list(lengths.values()), dtype=np.int64)
+    return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}
+
+
+class Embedder:
+    """Token ids -> what goes into the first layer."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._model = bundle, bundle.header.model
+
+    def __call__(self, tokens: Tokens, positions: Tokens) -> Floats:
+        """[T, H] of `tokens` [T] at `positions` [T] of a text. Raises DamagedRun, CardError."""
+        x = self._bundle.table_rows(self._bundle.header.embedding_table, tokens)
+        if self._model.embedding_scale != 1:
+            x = x * np.float32(self._model.embedding_scale)
+        if self._model.positions:
+            x = x + self._bundle.table_rows("positions", positions)
+        return x
+
+
+class Rotary:
+    """cos and sin of rotary embedding (arXiv 2104.09864), halves rotated, for each of a model's tables.
+
+    A table gives each pair of a head's dimensions the angle that a position turns it by, 0 for what is not turned,
+    and the length that it is stretched to.
+    """
+
+    def __init__(self, bundle: Bundle, positions: int) -> None:
+        model = bundle.header.model
+        tables = bundle.floats("rope").astype(np.float64).reshape(model.ropes, 2, model.head_dim // 2)
+        self._arrays: dict[str, Floats] = {}
+        for i, (angle, length) in enumerate(tables):
+            turned = np.arange(positions)[:, None] * angle  # [positions, D / 2]
+            self._arrays[f"cos.{i}"] = (length * np.cos(turned)).astype(np.float32)
+            self._arrays[f"sin.{i}"] = (length * np.sin(turned)).astype(np.float32)
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in self._arrays.items()}
+
+    def bind(self, session: ort.InferenceSession, binding: Any) -> None:
+        """Gives a graph those tables that it asks for."""
+        for name in (i.name for i in session.get_inputs()):
+            if name in self._values:
+                binding.bind_ortvalue_input(name, self._values[name])
 
 
 NEVER = np.float32(-1e30)
@@ -202,33 +236,37 @@ class Places:
 
 
 class Attention:
-    """Grouped-query attention with rotary embedding over a layer's KV cache."""
+    """Attention over a layer's KV cache, with what stands around it: biases, norms, rotary embedding."""
 
     def __init__(self, bundle: Bundle, cache: KvCache) -> None:
         model = bundle.header.model
-        self._session = open_session(bundle.read("graph.attention"))
+        sessions = [open_session(bundle.read(f"graph.attention.{i}")) for i in range(len(model.attention))]
+        self._sessions = [sessions[kind] for kind in model.layer_kinds]
         self._cache = cache
-        self._cos, self._sin = rotary_tables(model, cache.context)
+        self._rotary = Rotary(bundle, cache.context)
 
-    def __call__(self, layer: int, qkv: Floats, places: Places) -> Floats:
+    def __call__(self, layer: int, qkv: Floats, vectors: Vectors, places: Places) -> Floats:
         """qkv [T, q + k + v widths] of T new tokens -> [T, query width]; their keys and values are kept."""
-        binding = self._session.io_binding()
+        session = self._sessions[layer]
+        binding = session.io_binding()
         binding.bind_cpu_input("qkv", qkv[None])
-        bind_positions(binding, places.past, len(qkv), self._cos, self._sin)
+        self._rotary.bind(session, binding)
+        for name in (i.name for i in session.get_inputs()):
+            if name in vectors:
+                binding.bind_cpu_input(name, vectors[name])
+        bind_positions(binding, places.past, len(qkv))
         binding.bind_cpu_input("positions", places.positions)
         binding.bind_cpu_input("bias", places.bias)
         for part, value in zip(("key", "value"), self._cache.layer(layer), strict=True):
             binding.bind_ortvalue_input(f"past_{part}", value)
             binding.bind_ortvalue_output(f"present_{part}", value)
         binding.bind_output("y", "cpu")
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         (y,) = [v.numpy() for v in binding.get_outputs() if len(v.shape()) == 3]
         return np.asarray(y[0], np.float32)
 
 
-def bind_positions(binding: Any, past: int, new: int, cos: Floats, sin: Floats) -> None:
+def bind_positions(binding: Any, past: int, new: int) -> None:
     """Tells GroupQueryAttention where `new` tokens stand behind `past` ones."""
     binding.bind_cpu_input("last", np.array([past + new - 1], np.int32))
     binding.bind_cpu_input("total", np.array(past + new, np.int32))
-    binding.bind_cpu_input("cos", cos)
-    binding.bind_cpu_input("sin", sin)

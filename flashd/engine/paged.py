@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from flashd.bundle.layout import Model
+from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, PlainRows, QuantRows
 from flashd.engine import graph
@@ -25,7 +24,7 @@ from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
 
-Tokens = npt.NDArray[np.int64]
+Tokens = graph.Tokens
 OnStep = Callable[[int, int, int], None]
 """Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
 
@@ -43,9 +42,7 @@ def silent(done: int, layers: int, nbytes: int) -> None:
 class _Layer:
     """What stays in RAM of one layer."""
 
-    attention_norm: Floats  # [H]
-    ffn_norm: Floats  # [H]
-    bias: Floats | None  # [q + k + v widths]
+    vectors: graph.Vectors
     qkv: Rows  # [q + k + v widths, H]
     output: Rows  # [H, query width]
     pinned: Window
@@ -66,11 +63,16 @@ class PagedModel:
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
         self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._ffn = graph.Ffn(bundle.read("graph.ffn"))
-        self._norm = bundle.floats("norm")
+        self._ffn = graph.Ffn(bundle.read("graph.ffn"), self._model)
+        self._embed = graph.Embedder(bundle)
+        self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
+        self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
+        self._vectors = graph.named(bundle.floats("vectors"), self._model.model_vectors())
         self._head = bundle.rows("head")
         self._likely: Any = self._head[:DRAFT_VOCABULARY]
         self._layers = [self._load_layer(i, plan, on_step) for i in range(self._model.layers)]
+        # where attention slides, a branch's slot in the cache would be taken for its place in the text
+        self._branches = not any(kind.window for kind in self._model.attention)
         form = bundle.header.group
         missing = [layer.pinned.missing().tolist() for layer in self._layers]
         gap = gap_bytes(remembered(bundle.path))
@@ -102,13 +104,13 @@ class PagedModel:
         past = self.cache.length
         places = Places.in_tree(past, parents) if parents else Places.in_line(past, len(tokens))
         try:
-            x = self._pass(self._bundle.embedding(tokens), places, on_step)  # [T, H]
+            x = self._pass(tokens, places, on_step)  # [T, H]
         except BaseException:
             # the next pass starts at the first layer, wherever this one broke off
             self._stream.restart()
             raise
         self.cache.advance(len(tokens))
-        return self._head_linear(self._normed(x[wanted], self._norm), self._head)  # [R, V]
+        return self._said(x[wanted], self._head)  # [R, V]
 
     def draft(self, token: int, most: int) -> list[int]:
         """Guesses at what follows `token`, the likeliest first, made with what is in RAM alone.
@@ -116,10 +118,11 @@ class PagedModel:
         The KV cache counts the token: truncate it before the next exact pass.
         """
         places = Places.in_line(self.cache.length, 1)
-        x = self._pass(self._bundle.embedding(np.array([token])), places, silent, exact=False)
+        x = self._pass(np.array([token]), places, silent, exact=False)
         self.cache.advance(1)
-        logits = self._head_linear(self._normed(x, self._norm), self._likely)[0]
-        best = np.argpartition(-logits, most)[:most]
+        logits = self._said(x, self._likely)[0]
+        most = min(most, len(logits)) if self._branches else 1
+        best = np.argpartition(-logits, most - 1)[:most]
         return [int(i) for i in best[np.argsort(-logits[best])]]
 
     @property
@@ -132,17 +135,23 @@ class PagedModel:
         """Whether a draft is cheaper than a pass and better than nothing: some groups are pinned, some not."""
         return 0 < self._layers[0].pinned.used < self._model.groups
 
-    def _pass(self, x: Floats, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
+    def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
+        """[T, H] behind the last layer."""
+        x = self._embed(tokens, places.positions[0])
         for i, layer in enumerate(self._layers):
-            h = self._normed(x, layer.attention_norm)  # [T, H]
-            qkv = self._attention_linear(h, layer.qkv)  # [T, q + k + v]
-            if layer.bias is not None:
-                qkv += layer.bias
-            x = x + self._attention_linear(self._attend(i, qkv, places), layer.output)  # [T, H]
-            h = self._normed(x, layer.ffn_norm)  # [T, H]
-            x = x + (self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows))
+            (h,) = self._enter(layer.vectors, x=x)
+            heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
+            x, h = self._middle(layer.vectors, x=x, h=h, branch=self._attention_linear(heads, layer.output))
+            y = self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows)
+            (x,) = self._leave(layer.vectors, x=x, branch=y)
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
+
+    def _said(self, x: Floats, head: Rows) -> Floats:
+        """Logits [R, n] of x [R, H] behind the last layer, as the n rows of `head` have them."""
+        (h,) = self._finish(self._vectors, x=x)
+        logits = self._head_linear(h, head)
+        return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _feed_forward(self, i: int, layer: _Layer, h: Floats, on_step: OnStep) -> Floats:
         y = self._ffn(h, layer.pinned.rows)  # [T, H]
@@ -153,18 +162,10 @@ class PagedModel:
             on_step(i, self._model.layers, self.card.bytes_read)
         return y
 
-    def _normed(self, x: Floats, weight: Floats) -> Floats:
-        """RMS norm of each row of x [T, H] (arXiv 1910.07467)."""
-        mean = np.mean(np.square(x), axis=1, keepdims=True)  # [T, 1]
-        return np.asarray(x / np.sqrt(mean + np.float32(self._model.norm_epsilon)) * weight, np.float32)
-
     def _load_layer(self, i: int, plan: Plan, on_step: OnStep) -> _Layer:
         m, at = self._model, f"layer.{i}."
-        vectors = self._bundle.floats(f"{at}vectors")
         layer = _Layer(
-            attention_norm=vectors[: m.hidden],
-            ffn_norm=vectors[m.hidden : 2 * m.hidden],
-            bias=vectors[2 * m.hidden :] if m.qkv_bias else None,
+            vectors=graph.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors()),
             qkv=self._bundle.rows(f"{at}qkv"),
             output=self._bundle.rows(f"{at}output"),
             pinned=Window(self._bundle.header.group, m.groups, plan.pinned_groups),

@@ -141,7 +141,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
             (header.row_format("qkv"), m.qkv_width * m.layers),
             (header.row_format("output"), m.hidden * m.layers),
         ],
-        (RowFormat(f.ffn, m.hidden), 2 * m.neurons * m.layers),
+        (RowFormat(f.ffn, m.hidden), m.inputs * m.neurons * m.layers),
         (RowFormat(f.ffn, m.neurons), m.hidden * m.layers),
     ):
         packed, steps = rows * form.width * form.bits // 8, 4 * rows * form.blocks

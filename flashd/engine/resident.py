@@ -27,6 +27,7 @@ from flashd.engine.card import CardStats
 from flashd.engine.kv import KvCache
 from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import Plan
+from flashd.session import open_session
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -42,8 +43,9 @@ class ResidentModel:
         self.card = CardStats()
         self.hit_rate = 1.0
         self.pages = self.drafts = False
-        self._session = graph.open_session(bundle.read("graph.resident"), self._initialisers(on_step))
-        self._cos, self._sin = graph.rotary_tables(self._model, plan.context)
+        self._session = open_session(bundle.read("graph.resident"), self._initialisers(on_step))
+        self._embed = graph.Embedder(bundle)
+        self._rotary = graph.Rotary(bundle, plan.context)
         self._binding = self._bound()
 
     def draft(self, token: int, most: int) -> list[int]:
@@ -63,9 +65,9 @@ class ResidentModel:
         if parents:
             raise NotImplementedError
         b = self._binding
-        b.bind_cpu_input("x", self._bundle.embedding(tokens))
+        b.bind_cpu_input("x", self._embed(tokens, np.arange(self.cache.length, self.cache.length + len(tokens))))
         b.bind_cpu_input("wanted", wanted)
-        graph.bind_positions(b, self.cache.length, len(tokens), self._cos, self._sin)
+        graph.bind_positions(b, self.cache.length, len(tokens))
         logits = np.empty((len(wanted), self._model.vocabulary), np.float32)
         b.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(b)
@@ -75,6 +77,7 @@ class ResidentModel:
 
     def _bound(self) -> Any:
         binding = self._session.io_binding()
+        self._rotary.bind(self._session, binding)
         for i in range(self._model.layers):
             for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
                 binding.bind_ortvalue_input(f"past_{part}.{i}", value)
@@ -85,7 +88,7 @@ class ResidentModel:
         m, formats = self._model, self._bundle.header.formats
         head = self._rows("head")
         scale, centre = steps(head, formats.head)
-        out: Arrays = {"norm": self._bundle.floats("norm")}
+        out: Arrays = {**graph.named(self._bundle.floats("vectors"), m.model_vectors())}
         if formats.rounded_head:
             out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale}
             if formats.centred_head:
@@ -94,13 +97,8 @@ class ResidentModel:
             out |= _planes("head", head.q, scale, centre, formats.head)
         for i in range(m.layers):
             at = f"layer.{i}."
-            vectors = self._bundle.floats(f"{at}vectors")
-            out[f"{at}attention_norm"], out[f"{at}ffn_norm"] = (
-                vectors[: m.hidden],
-                vectors[m.hidden : 2 * m.hidden],
-            )
-            if m.qkv_bias:
-                out[f"{at}bias"] = vectors[2 * m.hidden :]
+            vectors = graph.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors())
+            out |= {f"{at}{name}": vector for name, vector in vectors.items()}
             for part in ("qkv", "output"):
                 rows = self._rows(f"{at}{part}")
                 out |= _planes(f"{at}{part}", rows.q, *steps(rows, formats.attention), formats.attention)
@@ -114,7 +112,7 @@ class ResidentModel:
         return rows
 
     def _ffn(self, i: int, kind: RowKind) -> Arrays:
-        """gate and up rows one after the other [2 F, H], and down_proj [H, F] with its blocks along the neurons."""
+        """Input rows, one matrix after the other [M F, H], and down_proj [H, F] with its blocks along the neurons."""
         m, form = self._model, self._bundle.header.group
         groups = form.empty(m.groups)
         for first, raw in self._bundle.groups(i, m.groups):
@@ -127,9 +125,9 @@ class ResidentModel:
         top = top.repeat(BLOCK, axis=2)  # [g, 2, H]
         down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
         at = f"layer.{i}."
-        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | _planes(
-            f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind
-        )
+        bias: Arrays = {f"{at}inputs.bias": _matrix_major(groups.bias[..., None])[:, 0]} if groups.bias.size else {}
+        down = _planes(f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind)
+        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | bias
 
 
 def _matrix_major(part: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ right. Answers do not depend on it.
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 
 import numpy as np
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer
 
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK, Floats
-from flashd.pack.families import Family
-from flashd.pack.source import Source
+from flashd.pack import graphs
+from flashd.pack.weights import Matrix, Weights
+from flashd.session import open_session, start_pool
 
 TOKENS = 384
 """Sample tokens. Twice as many move a group's rank by little and cost twice the time."""
@@ -31,23 +33,54 @@ def sample_tokens(tokenizer_json: bytes) -> npt.NDArray[np.int64]:
 
 
 class Calibration:
-    """The sample's hidden states [T, H], one layer further with each call of `layer`."""
+    """The sample's hidden states [T, H], one layer further with each call of `layer`.
 
-    def __init__(self, source: Source, family: Family, model: Model, tokens: npt.NDArray[np.int64]) -> None:
-        self._source, self._family, self._model = source, family, model
-        self._x: Floats = source.tensor("token_embd.weight").rows(tokens)
+    Between the products with the source's own matrices run the graphs that the engine runs there, so that every
+    family is followed.
+    """
+
+    def __init__(self, weights: Weights, model: Model, rope: Floats, tokens: npt.NDArray[np.int64]) -> None:
+        self._weights, self._model = weights, model
+        start_pool(len(os.sched_getaffinity(0)))
+        self._stages = {name: open_session(graph) for name, graph in graphs.stages(model).items()}
+        self._activations = open_session(graphs.activations(model))
+        t = np.arange(len(tokens))
+        self._attended: dict[str, npt.NDArray[np.generic]] = {
+            "last": np.array([len(t) - 1], np.int32), "total": np.array(len(t), np.int32),
+        }  # fmt: skip
+        for i, (angle, length) in enumerate(rope):
+            self._attended[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)
+            self._attended[f"sin.{i}"] = (length * np.sin(t[:, None] * angle)).astype(np.float32)
+        cache = np.zeros((1, model.kv_heads, len(t), model.head_dim), np.float32)
+        self._attended |= {"past_key": cache, "past_value": cache}
+        self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
+        if model.positions:
+            self._x = self._x + weights.positions().rows(t)
 
     def layer(self, i: int) -> npt.NDArray[np.int64]:
         """Takes the sample through layer i; returns the numbers [groups] of its groups, the hottest first."""
-        at = f"blk.{i}."
-        self._x = self._x + self._attention(i, self._normed(f"{at}attn_norm.weight"))
-        h = self._normed(f"{at}ffn_norm.weight")
-        gate, up = (self._product(h, f"{at}ffn_{part}.weight") for part in ("gate", "up"))
-        with np.errstate(over="ignore"):
-            a = gate / (1 + np.exp(-gate)) * up  # [T, F]
-        down = self._source.tensor(f"{at}ffn_down.weight").rows()  # [H, F]
-        self._x = self._x + a @ down.T
+        vectors = self._weights.layer_vectors(i)
+        (h,) = self._run("graph.enter", vectors, x=self._x)
+        qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
+        kind = self._model.layer_kinds[i]
+        heads, *_ = self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None], **self._attended)
+        branch = _product(heads[0], self._weights.output(i))
+        x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
+        a, down = self._neurons(i, h), self._weights.down(i).rows()  # [T, F], [H, F]
+        (self._x,) = self._run("graph.leave", vectors, x=x, branch=a @ down.T)
         return self._hottest_first(a, down)
+
+    def _neurons(self, i: int, h: Floats) -> Floats:
+        """Activations [T, F] of a layer's neurons."""
+        products = np.stack([_product(h, part) for part in self._weights.inputs(i)], axis=2)  # [T, F, M]
+        feed = {"products": products.reshape(len(h), -1), "bias": self._weights.input_biases(i).reshape(-1)}
+        known = [part.name for part in self._activations.get_inputs()]
+        (a,) = self._activations.run(None, {name: feed[name] for name in known})
+        return np.asarray(a, np.float32)
+
+    def _run(self, stage: str, vectors: dict[str, Floats], **values: npt.NDArray[np.generic]) -> list[Floats]:
+        session = self._stages[stage]
+        return list(session.run(None, {i.name: (values | vectors)[i.name] for i in session.get_inputs()}))
 
     def _hottest_first(self, a: Floats, down: Floats) -> npt.NDArray[np.int64]:
         """Groups by the mean size of their neurons' shares in the output, |activation| x |down column|."""
@@ -55,46 +88,8 @@ class Calibration:
         size = np.pad(size, (0, self._model.neurons - len(size)))
         return np.argsort(-size.reshape(-1, BLOCK).sum(1), kind="stable")
 
-    def _normed(self, weight: str) -> Floats:
-        scale = np.sqrt(np.mean(np.square(self._x), axis=1, keepdims=True) + self._model.norm_epsilon)
-        return np.asarray(self._x / scale * self._source.tensor(weight).rows(), np.float32)
 
-    def _product(self, x: Floats, name: str) -> Floats:
-        """x [T, K] times a matrix of the file [n, K], some rows at a time."""
-        tensor = self._source.tensor(name)
-        n = tensor.shape[0]
-        return np.concatenate(
-            [x @ tensor.rows(slice(at, min(at + ROWS_AT_ONCE, n))).T for at in range(0, n, ROWS_AT_ONCE)], axis=1
-        )
-
-    def _attention(self, i: int, x: Floats) -> Floats:
-        m = self._model
-        q, k, v = (self._heads(i, part, x) for part in "qkv")  # [heads, T, D]
-        q, k = self._rotated(q), self._rotated(k)
-        later = np.triu(np.full((len(x), len(x)), -np.inf, np.float32), 1)
-        out = np.empty((len(x), m.heads, m.head_dim), np.float32)
-        for head in range(m.heads):
-            shared = head * m.kv_heads // m.heads
-            scores = q[head] @ k[shared].T / np.float32(np.sqrt(m.head_dim)) + later  # [T, T]
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            out[:, head] = weights / weights.sum(1, keepdims=True) @ v[shared]
-        return self._product(out.reshape(len(x), -1), f"blk.{i}.attn_output.weight")
-
-    def _heads(self, i: int, part: str, x: Floats) -> Floats:
-        y = self._product(x, f"blk.{i}.attn_{part}.weight")
-        if self._family.qkv_bias:
-            y += self._source.tensor(f"blk.{i}.attn_{part}.bias").rows()
-        return y.reshape(len(x), -1, self._model.head_dim).transpose(1, 0, 2)
-
-    def _rotated(self, x: Floats) -> Floats:
-        """Rotary embedding of [heads, T, D] in the file's own pairing."""
-        half = self._model.head_dim // 2
-        angle = np.arange(x.shape[1])[:, None] * self._model.rope_base ** (-np.arange(half) / half)
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        first, second = (
-            (slice(0, None, 2), slice(1, None, 2)) if self._family.permuted else (slice(half), slice(half, None))
-        )
-        out = np.empty_like(x)
-        out[..., first] = x[..., first] * cos - x[..., second] * sin
-        out[..., second] = x[..., first] * sin + x[..., second] * cos
-        return out
+def _product(x: Floats, matrix: Matrix) -> Floats:
+    """x [T, K] times a matrix of the file [n, K], some rows at a time."""
+    starts = range(0, len(matrix), ROWS_AT_ONCE)
+    return np.concatenate([x @ matrix.rows(slice(at, at + ROWS_AT_ONCE)).T for at in starts], axis=1)

@@ -7,6 +7,9 @@ Two lowerings of the same arithmetic, so that their logits agree:
 - *constant*: the weights are initialisers, for MatMulNBits to repack once (about 7 bits a weight in RAM,
   and many times faster). One graph for the whole model.
 
+Between the products with large matrices stand *stages*, the same in both lowerings: norms, biases, sums and
+attention itself. Whatever an architecture does there is in the stages' graphs, and the engine only runs them.
+
 MatMulNBits knows no float centre, so y = (q - zero) * scale @ x is its share and the centres' share is a
 thin product with the sum of each block of x.
 
@@ -18,7 +21,7 @@ at level 4; with int8 rows, for which closeness to the source is all, it does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +30,16 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from flashd.bundle.layout import Formats, Model
+from flashd.bundle.layout import AttentionKind, Bias, Formats, Model, Place
 from flashd.bundle.rows import BLOCK, RowKind, unit_steps
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
 MICROSOFT = "com.microsoft"
-ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {"silu": ("QuickGelu", MICROSOFT, {"alpha": 1.0})}
 BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16}
 CODES: dict[RowKind, tuple[int, int]] = {"int4": (T.UINT8, T.INT8), "int8": (T.UINT16, T.INT16)}
 Dims = Sequence[int | str]
+Vector = Callable[[str, int], str]
+"""(name, length) -> the value that holds a small vector of the model."""
 
 
 class _Graph:
@@ -46,9 +50,12 @@ class _Graph:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.initialisers: list[onnx.TensorProto] = []
+        self._residual: onnx.NodeProto | None = None
 
     def input(self, name: str, kind: int, dims: Dims) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, kind, list(dims)))
+        """An input of the graph, which may be asked for again."""
+        if not any(known.name == name for known in self.inputs):
+            self.inputs.append(helper.make_tensor_value_info(name, kind, list(dims)))
         return name
 
     def output(self, name: str, kind: int, dims: Dims, value: str) -> None:
@@ -83,6 +90,25 @@ class _Graph:
         self.nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
         return names
 
+    def residual(self, x: str, branch: str) -> str:
+        """x + branch, the stream that a layer adds to."""
+        total = self.node("Add", x, branch)
+        self._residual = self.nodes[-1]
+        return total
+
+    def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
+        """The norm of x's last axis; one node with the sum that x is, where nothing came in between."""
+        if self._residual is None or self._residual is not self.nodes[-1] or self._residual.output[0] != x:
+            return self.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
+        inputs, normed = self.nodes.pop().input, f"{x}_normed"
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization", [*inputs, weight], [normed, "", "", x],
+                domain=MICROSOFT, epsilon=epsilon,
+            )
+        )  # fmt: skip
+        return normed
+
     def serialise(self, name: str) -> bytes:
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initialisers)
         return bytes(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
@@ -92,7 +118,7 @@ def build(model: Model, formats: Formats) -> dict[str, bytes]:
     """Every graph of a bundle, by the name of its section."""
     graphs = {f"graph.linear.{kind}": linear(kind) for kind in {formats.attention, formats.head}}
     graphs["graph.ffn"] = ffn(model, formats.ffn)
-    graphs["graph.attention"] = attention(model)
+    graphs |= stages(model)
     if "f16" not in (formats.ffn, formats.attention, formats.head):
         graphs["graph.resident"] = resident(model, formats)
     return graphs
@@ -147,17 +173,17 @@ def linear(kind: RowKind) -> bytes:
 
 
 def ffn(model: Model, kind: RowKind) -> bytes:
-    """y [T, H] = the share that n groups of bundles, in place, have in a gated FFN's output.
+    """y [T, H] = the share that n groups of bundles, in place, have in an FFN's output.
 
     Inputs are the arrays of QuantGroups or PlainGroups with the group and neuron axes joined where that
-    leaves them contiguous; `index` counts 0 .. 64 n, `ones` [32 n, H / 32] are unit scales.
+    leaves them contiguous; `index` counts 0 .. 32 n M, `ones` [32 n, H / 32] are unit scales.
     """
     g, h = _Graph(), model.hidden
     x = g.input("x", T.FLOAT, ["T", h])
     if kind == "f16":
         rows = g.node("Cast", g.input("w", T.FLOAT16, ["rows", h]), to=T.FLOAT)
         down = g.node("Cast", g.input("down", T.FLOAT16, ["neurons", h]), to=T.FLOAT)
-        a = _gated(g, model, g.node("Gemm", x, rows, transB=1))
+        a = _activations(g, model, g.node("Gemm", x, rows, transB=1))
         g.output("y", T.FLOAT, ["T", h], g.node("Gemm", a, down))
         return g.serialise("ffn")
     blocks, width = h // BLOCK, h * BITS[kind] // 8
@@ -169,7 +195,7 @@ def ffn(model: Model, kind: RowKind) -> bytes:
         g.input("step", T.FLOAT16, ["rows", 2]),
     )
     index = g.input("index", T.INT64, ["rows"])
-    a = _gated(g, model, _rows_product(g, kind, parts, index))
+    a = _activations(g, model, _rows_product(g, kind, parts, index))
     sums = g.node("ReduceSum", g.node("Reshape", a, g.shape(0, -1, BLOCK)), g.shape(2), keepdims=0)  # [T, n]
 
     ones = g.input("ones", T.FLOAT, ["neurons", blocks])
@@ -192,25 +218,94 @@ def ffn(model: Model, kind: RowKind) -> bytes:
     return g.serialise("ffn")
 
 
-def _gated(g: _Graph, model: Model, products: str) -> str:
-    """Activations [T, 32 n] of gate and up products that alternate, [T, 64 n]."""
-    pairs = g.node("Reshape", products, g.constant(np.array([0, -1, 2], np.int64)))  # [T, 32 n, 2]
+def activations(model: Model) -> bytes:
+    """a [T, 32 n] of `products` [T, 32 n M] of an FFN's input with n groups, a neuron's M side by side."""
+    g = _Graph()
+    products = g.input("products", T.FLOAT, ["T", "rows"])
+    g.output("a", T.FLOAT, ["T", "neurons"], _activations(g, model, products))
+    return g.serialise("activations")
+
+
+def _activations(g: _Graph, model: Model, products: str) -> str:
+    """Activations [T, 32 n] of the input rows' products [T, 32 n M], a neuron's M side by side."""
+    if "inputs" in model.biases:
+        products = g.node("Add", products, g.input("bias", T.FLOAT, ["rows"]))
+    if not model.gated:
+        return _activated(g, model, products)
+    pairs = g.node("Reshape", products, g.shape(0, -1, 2))  # [T, 32 n, 2]
     gate, up = g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2)
-    op, domain, attributes = ACTIVATIONS[model.activation]
-    a = g.node("Mul", g.node(op, gate, domain=domain, **attributes), up)
-    return g.node("Squeeze", a, g.shape(2))
+    return g.node("Squeeze", _gated(g, model, gate, up), g.shape(2))
 
 
-def attention(model: Model) -> bytes:
-    """Rotary embedding, KV cache and grouped-query attention of T new tokens, [1, T, ...] throughout.
+def _gated(g: _Graph, model: Model, gate: str, up: str) -> str:
+    if model.activation == "drelu":
+        up = g.node("Relu", up)
+    return g.node("Mul", _activated(g, model, gate), up)
 
-    `positions` [1, T] and `bias` [1, 1, T, past + T], which is added to the scores, make a tree of the new tokens.
+
+def _activated(g: _Graph, model: Model, x: str) -> str:
+    match model.activation:
+        case "silu":
+            return g.node("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
+        case "gelu":
+            return g.node("Gelu", x)
+        case "gelu_tanh":
+            return g.node("Gelu", x, approximate="tanh")
+        case "relu" | "drelu":
+            return g.node("Relu", x)
+        case "relu2":
+            positive = g.node("Relu", x)
+            return g.node("Mul", positive, positive)
+        case "fatrelu":
+            return g.node("ThresholdedRelu", x, alpha=model.threshold)
+
+
+# --- stages -----------------------------------------------------------------------------------------------
+
+
+def stages(model: Model) -> dict[str, bytes]:
+    """The graphs between the products of the in-place lowering. x and h are [T, H] throughout.
+
+        enter      x -> h, what the attention's product takes
+        attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
+        middle     x, h, branch (the attention's output product) -> x, h, what the FFN takes
+        leave      x, branch (the FFN's output) -> x of the next layer
+        finish     x -> h, what the head takes
+        logits     x (logits [R, V]) -> x, in models that do something to them
+
+    Each also takes the vectors that it needs, by their names in Model.layer_vectors and model_vectors.
     """
+    out = {f"graph.attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
+    plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
+        ("enter", _Block.enter, ["x"], ["h"]),
+        ("middle", _Block.middle, ["x", "h", "branch"], ["x", "h"]),
+        ("leave", _Block.leave, ["x", "branch"], ["x"]),
+        ("finish", _Block.finish, ["x"], ["h"]),
+    ]
+    for name, stage, inputs, outputs in plan:
+        g = _Graph()
+        values = [g.input(part, T.FLOAT, ["T", model.hidden]) for part in inputs]
+        made = stage(_Block(g, model, _vector_inputs(g)), *values)
+        for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
+            g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
+        out[f"graph.{name}"] = g.serialise(name)
+    if model.logit_cap or "head" in model.biases:
+        g = _Graph()
+        logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
+        g.output("x_out", T.FLOAT, ["R", model.vocabulary], _Block(g, model, _vector_inputs(g)).logits(logits))
+        out["graph.logits"] = g.serialise("logits")
+    return out
+
+
+def _vector_inputs(g: _Graph) -> Vector:
+    return lambda name, length: g.input(name, T.FLOAT, [length])
+
+
+def _attention_stage(model: Model, kind: AttentionKind) -> bytes:
     g = _Graph()
     qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
-    positions = g.input("positions", T.INT64, [1, "T"])
-    bias = g.input("bias", T.FLOAT, [1, 1, "T", "all"])
-    out, key, value = _attend(g, model, qkv, "", positions, bias)
+    tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
+    out, key, value = _Block(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width], out)
     for name, kept in (("present_key", key), ("present_value", value)):
         _present(g, model, name, kept)
@@ -227,19 +322,96 @@ def _present(g: _Graph, model: Model, name: str, value: str) -> None:
     g.outputs.append(helper.make_tensor_value_info(name, T.FLOAT, dims))
 
 
-def _attend(g: _Graph, model: Model, qkv: str, suffix: str, *tree: str) -> tuple[str, str, str]:
-    cache: Dims = [1, model.kv_heads, "C", model.head_dim]
-    past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
-    if not any(i.name == "last" for i in g.inputs):
-        g.input("last", T.INT32, [1])
-        g.input("total", T.INT32, [])
-        g.input("cos", T.FLOAT, ["positions", model.head_dim // 2])
-        g.input("sin", T.FLOAT, ["positions", model.head_dim // 2])
-    out, key, value = g.nodes_out(
-        "GroupQueryAttention", qkv, "", "", *past, "last", "total", "cos", "sin", *tree,
-        domain=MICROSOFT, outputs=3, num_heads=model.heads, kv_num_heads=model.kv_heads, do_rotary=1,
-    )  # fmt: skip
-    return out, key, value
+class _Block:
+    """The stages of one layer, put into a graph."""
+
+    def __init__(self, g: _Graph, model: Model, vector: Vector) -> None:
+        self._g, self._model, self._vector = g, model, vector
+
+    def enter(self, x: str) -> str:
+        return x if self._model.block == "post" else self._normed(x, "attention")
+
+    def middle(self, x: str, h: str, branch: str) -> tuple[str, str]:
+        branch = self._normed(self._biased(branch, "output"), "attention_branch")
+        after = self._g.residual(x, branch)
+        if self._model.block == "post":
+            after = self._normed(after, "attention")
+            return after, after
+        if self._model.block == "sequential":
+            return after, self._normed(after, "ffn")
+        return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
+
+    def leave(self, x: str, branch: str) -> str:
+        branch = self._normed(self._biased(branch, "down"), "ffn_branch")
+        after = self._g.residual(x, branch)
+        return self._normed(after, "ffn") if self._model.block == "post" else after
+
+    def finish(self, x: str) -> str:
+        return self._normed(x, "final")
+
+    def logits(self, logits: str) -> str:
+        g, m = self._g, self._model
+        logits = self._biased(logits, "head")
+        if m.logit_cap:
+            cap = g.constant(np.float32(m.logit_cap))
+            logits = g.node("Mul", g.node("Tanh", g.node("Div", logits, cap)), cap)
+        return logits
+
+    def attend(self, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, str]:
+        """qkv [1, T, ...] -> (output [1, T, query width], keys, values).
+
+        With `tree`, of positions [1, T] and what is added to the scores [1, 1, T, past + T], the new tokens are one.
+        """
+        g, m = self._g, self._model
+        parts = [self._biased(qkv, "qkv"), "", ""]
+        if "query" in m.norms:
+            widths = g.shape(m.query_width, m.kv_width, m.kv_width)
+            query, key, value = g.nodes_out("Split", parts[0], widths, outputs=3, axis=2)
+            parts = [self._normed_heads(query, "query"), self._normed_heads(key, "key"), value]
+        cache: Dims = [1, m.kv_heads, "C", m.head_dim]
+        past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
+        positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
+        attributes: dict[str, Any] = {}
+        if kind.rope is not None:
+            table: Dims = ["positions", m.head_dim // 2]
+            positions += [g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
+            attributes["do_rotary"] = 1
+        elif tree:
+            positions += ["", ""]
+        if kind.window:
+            attributes["local_window_size"] = kind.window
+        if m.attention_cap:
+            attributes["softcap"] = m.attention_cap
+        out, keys, values = g.nodes_out(
+            "GroupQueryAttention", *parts, *past, *positions, *tree, domain=MICROSOFT, outputs=3,
+            num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
+        )  # fmt: skip
+        return out, keys, values
+
+    def _biased(self, x: str, part: Bias) -> str:
+        if part not in self._model.biases:
+            return x
+        m = self._model
+        width = {"qkv": m.qkv_width, "head": m.vocabulary}.get(part, m.hidden)
+        return self._g.node("Add", x, self._vector(f"{part}.bias", width))
+
+    def _normed_heads(self, x: str, place: Place) -> str:
+        """The norm of queries or keys [1, T, width], a head at a time where the model has it so."""
+        g, m = self._g, self._model
+        if not m.norm_heads:
+            return self._normed(x, place)
+        normed = self._normed(g.node("Reshape", x, g.shape(0, 0, -1, m.head_dim)), place)
+        return g.node("Reshape", normed, g.shape(0, 0, -1))
+
+    def _normed(self, x: str, place: Place) -> str:
+        """The norm of x's last axis, or x where there is none."""
+        g, m = self._g, self._model
+        vectors = [self._vector(name, length) for name, length in m.norm_vectors(place).items()]
+        if not vectors:
+            return x
+        if m.norm == "layer":
+            return g.node("LayerNormalization", x, *vectors, axis=-1, epsilon=m.norm_epsilon)
+        return g.rms_norm(x, vectors[0], m.norm_epsilon)
 
 
 # --- constant ---------------------------------------------------------------------------------------------
@@ -249,46 +421,43 @@ def resident(model: Model, formats: Formats) -> bytes:
     """The whole model: x [T, H] embeddings -> logits [R, V] of the rows named by `wanted` [R]."""
     g, h = _Graph(), model.hidden
     # three axes throughout, as GroupQueryAttention wants them: a change of shape costs as much as a small product
-    residual = g.node("Unsqueeze", g.input("x", T.FLOAT, ["T", h]), g.shape(0))  # [1, T, H]
+    x = g.node("Unsqueeze", g.input("x", T.FLOAT, ["T", h]), g.shape(0))  # [1, T, H]
     wanted = g.input("wanted", T.INT64, ["R"])
-    branch = None
     for i in range(model.layers):
         at = f"layer.{i}."
-        normed, residual = _normed(g, model, residual, branch, f"{at}attention_norm")
-        bias = g.external(f"{at}bias", T.FLOAT, [model.qkv_width]) if model.qkv_bias else ""
-        qkv = _layer_product(g, normed, formats.attention, f"{at}qkv", model.qkv_width, h, bias)
-        heads, key, value = _attend(g, model, qkv, f".{i}")
+        block = _Block(g, model, _external_vectors(g, at))
+        normed = block.enter(x)
+        qkv = _layer_product(g, normed, formats.attention, f"{at}qkv", model.qkv_width, h)
+        kind = model.attention[model.layer_kinds[i]]
+        heads, key, value = block.attend(qkv, kind, f".{i}")
         _present(g, model, f"present_key.{i}", key)
         _present(g, model, f"present_value.{i}", value)
         branch = _layer_product(g, heads, formats.attention, f"{at}output", h, model.query_width)
-        normed, residual = _normed(g, model, residual, branch, f"{at}ffn_norm")
-        both = _layer_product(g, normed, formats.ffn, f"{at}inputs", 2 * model.neurons, h)
-        gate, up = g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
-        op, domain, attributes = ACTIVATIONS[model.activation]
-        a = g.node("Mul", g.node(op, gate, domain=domain, **attributes), up)
-        branch = _layer_product(g, a, formats.ffn, f"{at}down", h, model.neurons)
-    residual = g.node("Gather", residual, wanted, axis=1)
-    branch = g.node("Gather", str(branch), wanted, axis=1)
-    normed, _ = _normed(g, model, residual, branch, "norm")
-    logits = g.node("Squeeze", _head(g, normed, formats, model.vocabulary, h), g.shape(0))
-    g.output("logits", T.FLOAT, ["R", model.vocabulary], logits)
+        x, normed = block.middle(x, normed, branch)
+        x = block.leave(x, _feed_forward(g, model, formats.ffn, normed, at))
+    last = _Block(g, model, _external_vectors(g, ""))
+    logits = last.logits(_head(g, last.finish(g.node("Gather", x, wanted, axis=1)), formats, model.vocabulary, h))
+    g.output("logits", T.FLOAT, ["R", model.vocabulary], g.node("Squeeze", logits, g.shape(0)))
     return g.serialise("resident")
 
 
-def _normed(g: _Graph, model: Model, residual: str, branch: str | None, weight: str) -> tuple[str, str]:
-    """(RMS norm of residual + branch, residual + branch), [1, T, H] both."""
-    gamma = g.external(weight, T.FLOAT, [model.hidden])
-    epsilon = model.norm_epsilon
-    if branch is None:
-        return g.node("SimplifiedLayerNormalization", residual, gamma, axis=-1, epsilon=epsilon), residual
-    normed, _, _, total = g.nodes_out(
-        "SkipSimplifiedLayerNormalization", residual, branch, gamma,
-        domain=MICROSOFT, outputs=4, epsilon=epsilon,
-    )  # fmt: skip
-    return normed, total
+def _external_vectors(g: _Graph, at: str) -> Vector:
+    return lambda name, length: g.external(f"{at}{name}", T.FLOAT, [length])
 
 
-def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int, bias: str = "") -> str:
+def _feed_forward(g: _Graph, model: Model, kind: RowKind, x: str, at: str) -> str:
+    """A layer's FFN, [1, T, H] -> [1, T, H], without the bias of its output."""
+    both = _layer_product(g, x, kind, f"{at}inputs", model.inputs * model.neurons, model.hidden)
+    if "inputs" in model.biases:
+        both = g.node("Add", both, g.external(f"{at}inputs.bias", T.FLOAT, [model.inputs * model.neurons]))
+    if model.gated:
+        a = _gated(g, model, *g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2))
+    else:
+        a = _activated(g, model, both)
+    return _layer_product(g, a, kind, f"{at}down", model.hidden, model.neurons)
+
+
+def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
     """x [1, T, K] times constant rows [n, K] of a layer.
 
     float32 products exist for 4-bit weights only, so 8-bit ones are two planes of nibbles, 16 high + low.
@@ -298,8 +467,7 @@ def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int, 
     for plane in planes:
         q = g.external(f"{name}.q{plane}", T.UINT8, [n, k // BLOCK, BLOCK // 2])
         scale = g.external(f"{name}.scale{plane}", T.FLOAT, [n, k // BLOCK])
-        inputs = [x, q, scale] + (["", "", bias] if bias and not y else [])
-        part = g.node("MatMulNBits", *inputs, domain=MICROSOFT,
+        part = g.node("MatMulNBits", x, q, scale, domain=MICROSOFT,
                       K=k, N=n, bits=4, block_size=BLOCK, accuracy_level=1)  # fmt: skip
         y = g.node("Add", y, part) if y else part
     return _with_centres(g, x, y, name, n, k)

@@ -42,16 +42,18 @@ def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, cent
     return raw
 
 
-def encode_groups(inputs: list[Bytes], down: Floats, form: GroupFormat, grid: Grid | None) -> Bytes:
+def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFormat, grid: Grid | None) -> Bytes:
     """Records [g, nbytes] uint8 of g groups.
 
     Args:
         inputs: for each input matrix (gate, up) the records [32 g, row bytes] of its rows.
         down: the same neurons' columns of down_proj, [H, 32 g] float32.
+        bias: the biases of the input rows, [32 g, M] or [32 g, 0] float32.
         grid: the source's own grid of `down`, each part [H, g].
     """
     groups, h = down.shape[1] // BLOCK, form.hidden
     raw = np.zeros((groups, form.nbytes), np.uint8)
+    raw[:, form.nbytes - 4 * BLOCK * form.biases :] = np.ascontiguousarray(bias).view(np.uint8).reshape(groups, -1)
     body = raw[:, : BLOCK * form.bundle_bytes].reshape(groups, BLOCK, form.bundle_bytes)
     for i, records in enumerate(inputs):
         body[:, :, i * form.row.nbytes : (i + 1) * form.row.nbytes] = records.reshape(groups, BLOCK, -1)
@@ -66,7 +68,7 @@ def encode_groups(inputs: list[Bytes], down: Floats, form: GroupFormat, grid: Gr
     q, scale, centre, step = quantise(blocks, form.kind, grid)
     neuron_major = q.reshape(groups, h, BLOCK).transpose(0, 2, 1)  # [g, 32, H]
     column[:] = pack_bits(np.ascontiguousarray(neuron_major), form.row.bits)
-    tail = raw[:, BLOCK * form.bundle_bytes :]
+    tail = raw[:, BLOCK * form.bundle_bytes : form.nbytes - 4 * BLOCK * form.biases]
     steps = step.reshape(groups, h // BLOCK, 2).transpose(0, 2, 1)  # [g, 2, H/32]
     shared = [scale.reshape(groups, h), centre.reshape(groups, h), steps.reshape(groups, -1)]
     tail[:] = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in shared], 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from flashd.bundle.layout import Model
+from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
 from flashd.pack.source import Source
+from flashd.pack.weights import Weights
 
 MOST_LAYERS = 1024
 
@@ -16,28 +18,26 @@ def check_layers(source: Source) -> None:
         raise DataError(f"{source.path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
-def check_shapes(source: Source, model: Model) -> None:
-    """Raises DataError where a tensor is missing or has another shape than the model needs."""
-    m, neurons = model, source.number("feed_forward_length", int)
+def check_shapes(weights: Weights, model: Model) -> None:
+    """Raises DataError where a matrix is missing or has another shape than the model needs."""
+    m = model
     if m.heads % max(1, m.kv_heads) or m.kv_heads < 1:
-        raise DataError(f"{source.path}: {m.heads} heads cannot share {m.kv_heads} key-value heads")
-    wanted: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (m.vocabulary, m.hidden), "output_norm.weight": (m.hidden,)
-    }  # fmt: skip
-    if "output.weight" in source.names:
-        wanted["output.weight"] = (m.vocabulary, m.hidden)
+        raise DataError(f"{m.heads} heads cannot share {m.kv_heads} key-value heads")
+    for name, matrix in (("the embeddings", weights.embedding()), ("the head", weights.head())):
+        _check(name, (len(matrix), matrix.width), (m.vocabulary, m.hidden))
     for i in range(m.layers):
-        at = f"blk.{i}."
-        wanted |= {f"{at}attn_norm.weight": (m.hidden,), f"{at}ffn_norm.weight": (m.hidden,)}
-        for part, width in (("q", m.query_width), ("k", m.kv_width), ("v", m.kv_width)):
-            wanted[f"{at}attn_{part}.weight"] = (width, m.hidden)
-            if m.qkv_bias:
-                wanted[f"{at}attn_{part}.bias"] = (width,)
-        wanted |= {
-            f"{at}attn_output.weight": (m.hidden, m.query_width), f"{at}ffn_gate.weight": (neurons, m.hidden),
-            f"{at}ffn_up.weight": (neurons, m.hidden), f"{at}ffn_down.weight": (m.hidden, neurons),
-        }  # fmt: skip
-    for name, shape in wanted.items():
-        found = source.tensor(name).shape
-        if found != shape or 0 in shape:
-            raise DataError(f"{source.path}: tensor {name!r} has the shape {found}, the model needs {shape}")
+        for part, rows in zip(weights.qkv(i), (m.query_width, m.kv_width, m.kv_width), strict=True):
+            _check(part.tensor.name, (len(part), part.width), (rows, m.hidden))
+        output = weights.output(i)
+        _check(output.tensor.name, (len(output), output.width), (m.hidden, m.query_width))
+        neurons = weights.down(i).shape[-1]
+        _check(weights.down(i).name, weights.down(i).shape, (m.hidden, neurons))
+        if -(-neurons // BLOCK) * BLOCK != m.neurons:
+            raise DataError(f"tensor {weights.down(i).name!r} has {neurons} neurons, the model needs {m.neurons}")
+        for part in weights.inputs(i):
+            _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
+
+
+def _check(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted or 0 in wanted:
+        raise DataError(f"tensor {name!r} has the shape {found}, the model needs {wanted}")

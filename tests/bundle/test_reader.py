@@ -128,10 +128,16 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("model", "hidden", to="64"), DamagedHeader),
         (_set("model", "hidden", to=65), DamagedHeader),
         (_set("model", "hidden", to=1 << 50), DamagedHeader),
-        (_set("model", "layers", to=1000), BadSection),
+        (_set("model", "layers", to=1000), DamagedHeader),
         (_set("model", "vocabulary", to=1 << 20), BadSection),
         (_set("model", "kv_heads", to=3), DamagedHeader),
-        (_set("model", "rope_base", to=0), DamagedHeader),
+        (_set("model", "attention_scale", to=0), DamagedHeader),
+        (_set("model", "layer_kinds", 0, to=1), DamagedHeader),
+        (_set("model", "attention", 0, "rope", to=1), DamagedHeader),
+        (_set("model", "norms", to=["attention", "hat"]), DamagedHeader),
+        (_set("model", "norms", to=["attention", "ffn", "ffn_branch", "final"]), BadSection),
+        (_set("model", "biases", to=["inputs"]), BadSection),
+        (_set("model", "positions", to=7), BadSection),
         (_set("formats", "ffn", to="int2"), DamagedHeader),
         (_set("formats", "ffn", to="int8"), BadSection),
         (_set("sections", 0, "offset", to=1 << 40), BadSection),
@@ -165,6 +171,6 @@ def test_a_damaged_embedding_row_is_found_before_it_is_used(copy: Path) -> None:
         section, form = bundle.section("head"), bundle.header.row_format("head")
     poke(copy, section.offset + 37 * form.nbytes + 5, b"\xaa\x55\xaa\x55")
     with Bundle(copy) as bundle:
-        assert bundle.embedding(np.array([31, 48])).shape == (2, 64)
+        assert bundle.table_rows("head", np.array([31, 48])).shape == (2, 64)
         with pytest.raises(DamagedRun, match=r"'head' is damaged.*run 2"):
-            bundle.embedding(np.array([37]))
+            bundle.table_rows("head", np.array([37]))

@@ -55,7 +55,7 @@ def test_groups_lay_out_each_neuron_as_one_run(kind: RowKind) -> None:
     gate, up = (random.standard_normal((groups * BLOCK, hidden)).astype(np.float32) for _ in range(2))
     down = random.standard_normal((hidden, groups * BLOCK)).astype(np.float32)
     records = [encode_rows(w, form.row) for w in (gate, up)]
-    raw = encode_groups(records, down, form, None)
+    raw = encode_groups(records, down, np.zeros((down.shape[1], 0), np.float32), form, None)
     assert raw.shape == (groups, form.nbytes)
     # neuron 5 of group 1: its gate row, its up row, its down column, one after the other
     at = 5 * form.bundle_bytes

@@ -210,14 +210,14 @@ def test_a_bit_that_flips_while_it_answers(
 def test_an_embedding_row_that_rots(card: Card) -> None:
     with Bundle(card.path) as bundle:
         section, form = bundle.section("head"), bundle.header.row_format("head")
-        right = bundle.embedding(np.array([37]))
+        right = bundle.table_rows("head", np.array([37]))
         bundle.file.forget(0, bundle.file.size)
         card.flip(section.offset + 37 * form.nbytes + 5, times=1)
-        assert np.array_equal(bundle.embedding(np.array([37])), right)
+        assert np.array_equal(bundle.table_rows("head", np.array([37])), right)
         bundle.file.forget(0, bundle.file.size)
         card.flip(section.offset + 37 * form.nbytes + 5)
         with pytest.raises(DamagedRun):
-            bundle.embedding(np.array([37]))
+            bundle.table_rows("head", np.array([37]))
 
 
 def test_a_header_and_a_table_that_rot(card: Card) -> None:

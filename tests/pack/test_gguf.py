@@ -42,19 +42,13 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "m.gguf", "mamba")
-    refused(tmp_path, source, r"architecture 'mamba' is not supported; known are llama, qwen2")
+    refused(tmp_path, source, r"architecture 'mamba' is not supported; known are .*llama, .*qwen2")
 
 
 def test_a_tensor_that_has_no_place_is_named(tmp_path: Path) -> None:
-    # qwen2's biases in a file that calls itself llama
-    source = tiny.write(tmp_path / "m.gguf", "qwen2")
-    raw = (
-        source.read_bytes()
-        .replace(b"qwen2.", b"llama.")
-        .replace(b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0llama")
-    )
-    source.write_bytes(raw)
-    refused(tmp_path, source, r"tensor 'blk\.0\.attn_k\.bias' has no place in 'llama'")
+    source = tiny.write(tmp_path / "m.gguf")
+    source.write_bytes(source.read_bytes().replace(b"blk.1.ffn_norm.weight", b"blk.1.ffn_rome.weight"))
+    refused(tmp_path, source, r"tensor 'blk\.1\.ffn_rome\.weight' has no place in 'llama'")
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])

@@ -1,0 +1,168 @@
+"""A model file's weights as the bundle has them, whatever the file calls them and however it orders them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.layout import Model
+from flashd.bundle.rows import Floats
+from flashd.errors import DataError
+from flashd.pack.families import Family, rotary_order, rotary_width, tensor_name
+from flashd.pack.source import Grid, Source, Tensor
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Some rows of a tensor, in an order of their own; `projection` [K, P], where there is one, follows them."""
+
+    tensor: Tensor
+    order: Numbers
+    projection: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def width(self) -> int:
+        """K, the weights of a row."""
+        return self.tensor.shape[-1] if self.projection is None else self.projection.shape[1]
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight in the source."""
+        return self.tensor.bits
+
+    def rows(self, which: slice | Numbers) -> Floats:
+        """Rows [n, K] float32."""
+        rows = self.tensor.rows(self.order[which])
+        return rows if self.projection is None else rows @ self.projection
+
+    def grid(self, which: slice | Numbers) -> Grid | None:
+        """The source's own grid of those rows, if it has one."""
+        return self.tensor.grid(self.order[which]) if self.projection is None else None
+
+
+class Weights:
+    """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
+
+    def __init__(self, source: Source, family: Family, model: Model) -> None:
+        self._source, self._family, self._model = source, family, model
+        self._rotary = rotary_width(source) if family.rotary else 0
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the table of embeddings."""
+        return not {"output.weight", "project_out.weight"} & self._source.names
+
+    def embedding(self) -> Matrix:
+        """[V, H]"""
+        tensor = self._source.tensor("token_embd.weight")
+        if "project_in.weight" not in self._source.names:
+            return _whole(tensor)
+        return Matrix(tensor, np.arange(tensor.shape[0]), self._source.tensor("project_in.weight").rows().T)
+
+    def head(self) -> Matrix:
+        """[V, H]"""
+        if "output.weight" in self._source.names:
+            return _whole(self._source.tensor("output.weight"))
+        tensor = self._source.tensor("token_embd.weight")
+        if self.tied:
+            return _whole(tensor)
+        return Matrix(tensor, np.arange(tensor.shape[0]), self._source.tensor("project_out.weight").rows())
+
+    def positions(self) -> Matrix:
+        """[positions, H]"""
+        tensor = self._source.tensor("position_embd.weight")
+        return Matrix(tensor, np.arange(self._family.position_offset, tensor.shape[0]))
+
+    def qkv(self, i: int) -> list[Matrix]:
+        """Queries [heads D, H], keys and values [kv heads D, H], in the engine's rotary order."""
+        fused = f"{tensor_name(self._family, 'qkv', i)}.weight"
+        if fused in self._source.names:
+            tensor = self._source.tensor(fused)
+            _check_rows(tensor, self._model.qkv_width)
+            return [Matrix(tensor, start + order) for start, order in self._qkv_orders()]
+        names = [f"{tensor_name(self._family, part, i)}.weight" for part in ("query", "key", "value")]
+        out = [
+            Matrix(self._source.tensor(name), order)
+            for name, (_, order) in zip(names, self._qkv_orders(), strict=True)
+        ]
+        for matrix in out:
+            _check_rows(matrix.tensor, len(matrix))
+        return out
+
+    def output(self, i: int) -> Matrix:
+        """[H, heads D]"""
+        return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
+
+    def inputs(self, i: int) -> list[Matrix]:
+        """Gate and up, or up alone, each [F, H]."""
+        parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
+        return [_whole(self._source.tensor(f"{tensor_name(self._family, part, i)}.weight")) for part in parts]
+
+    def input_biases(self, i: int) -> Floats:
+        """[F, M], or [F, 0] where there are none."""
+        parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
+        if "inputs" not in self._model.biases:
+            return np.zeros((len(self.inputs(i)[0]), 0), np.float32)
+        return np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
+
+    def down(self, i: int) -> Tensor:
+        """[H, F]"""
+        return self._source.tensor(f"{tensor_name(self._family, 'down', i)}.weight")
+
+    def layer_vectors(self, i: int) -> dict[str, Floats]:
+        """The vectors that Model.layer_vectors names."""
+        return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors().items()}
+
+    def model_vectors(self) -> dict[str, Floats]:
+        """The vectors that Model.model_vectors names."""
+        return {name: self._checked(name, length, None) for name, length in self._model.model_vectors().items()}
+
+    def _checked(self, name: str, length: int, layer: int | None) -> Floats:
+        part, kind = name.split(".")
+        values = (
+            self._qkv_bias(layer)
+            if part == "qkv" and layer is not None
+            else self._vector(f"{tensor_name(self._family, part, layer)}.{kind}")
+        )
+        if len(values) != length:
+            raise DataError(f"{self._source.path}: {name} has {len(values)} numbers and should have {length}")
+        if part in ("query_norm", "key_norm"):
+            return values[
+                rotary_order(self._family, length // self._model.head_dim, self._model.head_dim, self._rotary)
+            ]
+        return values
+
+    def _qkv_bias(self, i: int) -> Floats:
+        fused = f"{tensor_name(self._family, 'qkv', i)}.bias"
+        if fused in self._source.names:
+            values = self._vector(fused)
+            return np.concatenate([values[start + order] for start, order in self._qkv_orders()])
+        parts = [self._vector(f"{tensor_name(self._family, p, i)}.bias") for p in ("query", "key", "value")]
+        return np.concatenate([v[order] for v, (_, order) in zip(parts, self._qkv_orders(), strict=True)])
+
+    def _qkv_orders(self) -> list[tuple[int, Numbers]]:
+        """Where queries, keys and values start in one tensor, and the order of their rows."""
+        m = self._model
+        turned = [rotary_order(self._family, heads, m.head_dim, self._rotary) for heads in (m.heads, m.kv_heads)]
+        return [
+            (0, turned[0]), (m.query_width, turned[1]), (m.query_width + m.kv_width, np.arange(m.kv_width)),
+        ]  # fmt: skip
+
+    def _vector(self, name: str) -> Floats:
+        return self._source.tensor(name).rows()
+
+
+def _whole(tensor: Tensor) -> Matrix:
+    return Matrix(tensor, np.arange(tensor.shape[0]))
+
+
+def _check_rows(tensor: Tensor, rows: int) -> None:
+    if tensor.shape[0] != rows:
+        raise DataError(f"tensor {tensor.name!r} has {tensor.shape[0]} rows and should have {rows}")

@@ -1,0 +1,50 @@
+"""Every family on every path against the logits that transformers has for the same tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashd.pack.families import FAMILIES
+from flashd.pack.pack import pack
+from tests.engine.test_paths import all_logits, opened
+from tests.goldens.models import GOLDENS, TOKENS, Floats
+from tests.reference import relative
+
+
+def farthest(expected: Floats, logits: Floats) -> float:
+    """The largest difference, in parts of the range of the expected logits."""
+    return float(np.abs(expected - logits).max() / np.ptp(expected))
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_f16_rows_agree_with_transformers(tmp_path: Path, name: str) -> None:
+    golden = GOLDENS[name]
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
+    expected, tokens = golden.logits(name), TOKENS.tolist()
+    # the products of embeddings and projections are rounded to float16 when they are folded into one table
+    limit = 1e-3 if "project_in.weight" in golden.model else 2e-5
+    for pinned in (0.0, 0.5, 1.0):
+        with opened(tmp_path / "m.flash", pinned, 64) as model:
+            assert farthest(expected, all_logits(model, tokens, 20)) < limit
+            assert farthest(expected, all_logits(model, tokens, 1)) < limit
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) -> None:
+    golden = GOLDENS[name]
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int8")
+    expected, tokens = golden.logits(name), TOKENS.tolist()
+    with opened(tmp_path / "m.flash", 0.3, 64) as model:
+        paged = all_logits(model, tokens, 20)
+    with opened(tmp_path / "m.flash", None, 64) as model:
+        for chunk in (48, 1):
+            resident = all_logits(model, tokens, chunk)
+            assert relative(paged, resident) < 1e-3
+            assert relative(expected, resident) < 0.05
+
+
+def test_every_family_has_a_golden() -> None:
+    assert {g.architecture for g in GOLDENS.values()} == set(FAMILIES)

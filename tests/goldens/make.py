@@ -1,0 +1,254 @@
+"""Makes the goldens: logits of tiny models by the transformers library, with weights that numpy draws.
+
+    pip install torch transformers
+    python -m tests.goldens.make [NAME ...]
+
+flashd and its tests need neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+from tests.goldens.models import (
+    GOLDENS,
+    HEAD_DIM,
+    HEADS,
+    HERE,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    LLAMA3,
+    NEURONS,
+    TOKENS,
+    VOCABULARY,
+    WINDOW,
+    Golden,
+)
+
+Tensors = dict[str, np.ndarray]
+Rename = Callable[[str, Tensors], np.ndarray]
+Maker = Callable[[Golden], tuple[Any, Rename]]
+COMMON = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+
+
+def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
+    """Names with the parts that `special` names replaced, else as the gguf package maps them."""
+    architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = architectures.get(golden.architecture, gguf.MODEL_ARCH.LLAMA)
+    known = gguf.get_tensor_name_map(kind, LAYERS)
+
+    def find(name: str, tensors: Tensors) -> np.ndarray:
+        if name == "lm_head.weight":
+            return tensors.get("output.weight", tensors["token_embd.weight"])
+        ours = name
+        for theirs, part in (special or {}).items():
+            ours = ours.replace(theirs, part)
+        return tensors[ours if ours in tensors else str(known.get_name(name, try_suffixes=(".weight", ".bias")))]
+
+    return find
+
+
+OPT = {
+    "model.decoder.embed_tokens": "token_embd", "model.decoder.embed_positions": "position_embd",
+    "model.decoder.project_in": "project_in", "model.decoder.project_out": "project_out",
+    "model.decoder.final_layer_norm": "output_norm", "model.decoder.layers.": "blk.",
+    "self_attn_layer_norm": "attn_norm", "final_layer_norm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_output",
+    "fc1": "ffn_up", "fc2": "ffn_down",
+}  # fmt: skip
+
+
+def opt(golden: Golden) -> tuple[Any, Rename]:
+    post = golden.keys.get("norm_before") is False
+    config = transformers.OPTConfig(
+        **COMMON, ffn_dim=NEURONS, do_layer_norm_before=not post, word_embed_proj_dim=40 if post else HIDDEN,
+        dropout=0.0,
+    )  # fmt: skip
+    return config, by_map(golden, OPT)
+
+
+def halves(find: Rename) -> Rename:
+    """Undoes GGUF's order of llama's query and key rows."""
+
+    def found(name: str, tensors: Tensors) -> np.ndarray:
+        values = find(name, tensors)
+        if "q_proj" not in name and "k_proj" not in name:
+            return values
+        heads = HEADS if "q_proj" in name else KV_HEADS
+        return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+
+    return found
+
+
+def less_one(find: Rename) -> Rename:
+    """GGUF has the weights of norms with 1 added."""
+
+    def found(name: str, tensors: Tensors) -> np.ndarray:
+        return find(name, tensors) - (1.0 if "norm" in name and name.endswith(".weight") else 0.0)
+
+    return found
+
+
+def by_group(find: Rename, kv_heads: int) -> Rename:
+    """Queries, keys and values by groups of heads that share a key, where GGUF has all queries first."""
+
+    def found(name: str, tensors: Tensors) -> np.ndarray:
+        values = find(name, tensors)
+        if "query_key_value" not in name:
+            return values
+        q, k, v = np.split(values.reshape(-1, HEAD_DIM, *values.shape[1:]), [HEADS, HEADS + kv_heads])
+        q = q.reshape(kv_heads, HEADS // kv_heads, *q.shape[1:])
+        return np.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(values.shape)
+
+    return found
+
+
+def gemma(kind: type, **keys: Any) -> Maker:
+    def make(golden: Golden) -> tuple[Any, Rename]:
+        config, find = llama_like(kind, **keys)(golden)
+        return config, less_one(find)
+
+    return make
+
+
+PHI = {
+    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
+    "model.layers.": "blk.", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.dense": "attn_output",
+    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+}  # fmt: skip
+
+PERSIMMON = {
+    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
+    "model.layers.": "blk.", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.query_key_value": "attn_qkv", "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm", "self_attn.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}  # fmt: skip
+
+PARTLY = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+
+
+def phi(golden: Golden) -> tuple[Any, Rename]:
+    config = transformers.PhiConfig(
+        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, hidden_act="gelu_new",
+        rope_parameters=PARTLY, partial_rotary_factor=0.5, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    return config, by_map(golden, PHI)
+
+
+def persimmon(golden: Golden) -> tuple[Any, Rename]:
+    config = transformers.PersimmonConfig(
+        **COMMON, intermediate_size=NEURONS, hidden_act="relu2", qk_layernorm=True, rope_parameters=PARTLY,
+        partial_rotary_factor=0.5, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    return config, by_group(by_map(golden, PERSIMMON), HEADS)
+
+
+def falcon(golden: Golden) -> tuple[Any, Rename]:
+    two = golden.kv_heads > 1
+    config = transformers.FalconConfig(
+        **COMMON, ffn_hidden_size=NEURONS, multi_query=not two, new_decoder_architecture=two, parallel_attn=True,
+        num_kv_heads=golden.kv_heads, num_ln_in_parallel_attn=2 if two else None, bias=False, alibi=False,
+        activation=golden.keys.get("hidden_activation", "gelu"), tie_word_embeddings=not two,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+    )  # fmt: skip
+    return config, by_group(by_map(golden), golden.kv_heads)
+
+
+def nemotron(golden: Golden) -> tuple[Any, Rename]:
+    config = transformers.NemotronConfig(
+        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, hidden_act="relu2",
+        rope_parameters=PARTLY, partial_rotary_factor=0.5, norm_eps=1e-5,
+    )  # fmt: skip
+    return config, less_one(by_map(golden))
+
+
+def llama_like(kind: type, permuted: bool = False, **keys: Any) -> Maker:
+    def make(golden: Golden) -> tuple[Any, Rename]:
+        rope = {"rope_theta": golden.keys.get("rope.freq_base", 10000.0), "rope_type": "default"}
+        config = kind(**{
+            **COMMON, "intermediate_size": NEURONS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5,
+            "head_dim": golden.keys.get("attention.key_length", HEAD_DIM),
+            "tie_word_embeddings": "output.weight" not in golden.model,
+            "rope_parameters": rope, **keys,
+        })  # fmt: skip
+        find = by_map(golden)
+        return config, halves(find) if permuted else find
+
+    return make
+
+
+T = transformers
+YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+MAKERS: dict[str, Maker] = {
+    "llama3": llama_like(
+        T.LlamaConfig, True, rope_parameters={"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}
+    ),
+    "mistral": llama_like(T.MistralConfig, True, sliding_window=WINDOW),
+    "llama-relu": llama_like(T.LlamaConfig, True, hidden_act="relu"),
+    "qwen2-yarn": llama_like(T.Qwen2Config, rope_parameters=YARN),
+    "qwen3": llama_like(T.Qwen3Config),
+    "smollm3": llama_like(T.SmolLM3Config, True),
+    "gemma": gemma(T.GemmaConfig),
+    "gemma2": gemma(
+        T.Gemma2Config,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=32,
+    ),
+    "gemma3": gemma(
+        T.Gemma3TextConfig,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+    ),
+    "phi2": phi,
+    "falcon": falcon,
+    "falcon-two-norms": falcon,
+    "persimmon": persimmon,
+    "nemotron": nemotron,
+    "opt": opt,
+    "opt-350m": opt,
+}
+
+
+def logits(name: str) -> np.ndarray:
+    """[48, V] float32"""
+    golden = GOLDENS[name]
+    config, find = MAKERS[name](golden)
+    tensors = golden.tensors()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    state = {key: torch.from_numpy(np.array(find(key, tensors))) for key in model.state_dict()}
+    for key, value in model.state_dict().items():
+        assert value.shape == state[key].shape, f"{key}: {tuple(value.shape)}, not {tuple(state[key].shape)}"
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return np.asarray(model.eval()(torch.from_numpy(TOKENS)[None]).logits[0].numpy(), np.float32)
+
+
+def main() -> None:
+    for name in sys.argv[1:] or MAKERS:
+        made = logits(name)
+        np.savez_compressed(HERE / f"{name}.npz", logits=made)
+        print(f"{name}: {made.shape}, {np.abs(made).max():.2f} at the most")
+
+
+if __name__ == "__main__":
+    main()

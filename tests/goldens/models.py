@@ -1,0 +1,215 @@
+"""Tiny models of every family, their weights drawn from a seed, as GGUF files.
+
+`make.py` beside this file gives the same weights to the transformers library, and keeps the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from tests import tiny
+
+Floats = npt.NDArray[np.float32]
+
+HERE = Path(__file__).parent
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY = 64, 4, 4, 2, 16, 200, 262
+TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, 48)
+"""More than twice the sliding window of those that have one."""
+
+WINDOW = 11
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny model: GGUF keys beside the common ones, and the shapes of its tensors."""
+
+    architecture: str
+    keys: dict[str, Any]
+    layer: dict[str, tuple[int, ...]]
+    model: dict[str, tuple[int, ...]]
+    kv_heads: int = KV_HEADS
+
+    def tensors(self) -> dict[str, Floats]:
+        """By GGUF name; matrices are float16 numbers, so that f16 rows hold them exactly."""
+        shapes = dict(self.model)
+        for i in range(LAYERS):
+            shapes |= {f"blk.{i}.{name}": shape for name, shape in self.layer.items()}
+        return {name: _drawn(name, shape) for name, shape in shapes.items()}
+
+    def write(self, path: Path) -> Path:
+        """The GGUF file."""
+        w = gguf.GGUFWriter(path, self.architecture)
+        w.add_context_length(128)
+        w.add_embedding_length(HIDDEN)
+        w.add_block_count(LAYERS)
+        w.add_feed_forward_length(NEURONS)
+        w.add_head_count(HEADS)
+        w.add_head_count_kv(self.kv_heads)
+        for key, value in self.keys.items():
+            _add(w, f"{self.architecture}.{key}", value)
+        assert tiny.add_vocabulary(w) == VOCABULARY
+        for name, values in self.tensors().items():
+            w.add_tensor(name, values if values.ndim == 1 else values.astype(np.float16))
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_tensors_to_file()
+        w.close()
+        return path
+
+    def logits(self, name: str) -> Floats:
+        """[48, V] behind each of TOKENS, as transformers has them."""
+        return np.asarray(np.load(HERE / f"{name}.npz")["logits"], np.float32)
+
+
+def _add(w: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            w.add_bool(key, value)
+        case int():
+            w.add_uint32(key, value)
+        case float():
+            w.add_float32(key, value)
+        case str():
+            w.add_string(key, value)
+        case _:
+            w.add_array(key, value)
+
+
+def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
+    random = np.random.default_rng(crc32(name.encode()))
+    if name == "rope_freqs.weight":
+        return llama3_factors()
+    if len(shape) == 1:
+        around = 1.0 if name.endswith(".weight") else 0.0
+        return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
+    return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
+
+
+def llama3_factors() -> Floats:
+    """What Llama 3 divides each pair's angle by: nothing for the fast, `factor` for the slow, between in between."""
+    turns = LLAMA3["original_max_position_embeddings"] / (2 * np.pi * 10000.0 ** (np.arange(HEAD_DIM // 2) / 8))
+    low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(1 / (share + (1 - share) / LLAMA3["factor"]), np.float32)
+
+
+def _attention(head_dim: int = HEAD_DIM, kv_heads: int = KV_HEADS, bias: bool = False) -> dict[str, tuple[int, ...]]:
+    widths = {"attn_q": HEADS * head_dim, "attn_k": kv_heads * head_dim, "attn_v": kv_heads * head_dim}
+    shapes: dict[str, tuple[int, ...]] = {f"{part}.weight": (width, HIDDEN) for part, width in widths.items()}
+    if bias:
+        shapes |= {f"{part}.bias": (width,) for part, width in widths.items()}
+    return shapes | {"attn_output.weight": (HIDDEN, HEADS * head_dim)}
+
+
+def _fused(kv_heads: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    width = (HEADS + 2 * kv_heads) * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {"attn_qkv.weight": (width, HIDDEN), "attn_output.weight": (HIDDEN, HIDDEN)}
+    return shapes | ({"attn_qkv.bias": (width,), "attn_output.bias": (HIDDEN,)} if bias else {})
+
+
+def _norms(*names: str, bias: bool = False, width: int = HIDDEN) -> dict[str, tuple[int, ...]]:
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {f"{name}.{kind}": (width,) for name in names for kind in kinds}
+
+
+def _plain_ffn(bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"ffn_up.weight": (NEURONS, HIDDEN), "ffn_down.weight": (HIDDEN, NEURONS)}
+    return shapes | ({"ffn_up.bias": (NEURONS,), "ffn_down.bias": (HIDDEN,)} if bias else {})
+
+
+GATED: dict[str, tuple[int, ...]] = {"ffn_gate.weight": (NEURONS, HIDDEN), **_plain_ffn(False)}
+EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN)}
+HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
+RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
+LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
+TWO_NORMS = _norms("attn_norm", "ffn_norm")
+FOUR_NORMS = _norms("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+FINAL = _norms("output_norm")
+
+GOLDENS = {
+    "llama3": Golden(
+        "llama", RMS | {"rope.freq_base": 10000.0, "rope.dimension_count": HEAD_DIM},
+        TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL | {"rope_freqs.weight": (HEAD_DIM // 2,)},
+    ),
+    "mistral": Golden(
+        "llama", RMS | {"attention.sliding_window": WINDOW, "attention.key_length": 32},
+        TWO_NORMS | _attention(32) | GATED, EMBEDDING | HEAD | FINAL,
+    ),
+    "llama-relu": Golden(
+        "llama", RMS | {"hidden_activation": "relu"}, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL,
+    ),
+    "qwen2-yarn": Golden(
+        "qwen2",
+        RMS | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+        TWO_NORMS | _attention(bias=True) | GATED, EMBEDDING | FINAL,
+    ),
+    "qwen3": Golden(
+        "qwen3", RMS | {"attention.key_length": 32, "rope.freq_base": 1e6},
+        TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),
+    "gemma": Golden(
+        "gemma", RMS | {"attention.key_length": 32}, TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL
+    ),
+    "gemma2": Golden(
+        "gemma2",
+        RMS | {"attention.key_length": 32, "attention.sliding_window": WINDOW, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 30.0},
+        FOUR_NORMS | _attention(32) | GATED, EMBEDDING | FINAL,
+    ),
+    "gemma3": Golden(
+        "gemma3",
+        RMS | {"attention.key_length": 32, "attention.sliding_window": WINDOW, "rope.freq_base": 1e6,
+               "attention.sliding_window_pattern": [True, True, False, True],
+               "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        FOUR_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "phi2": Golden(
+        "phi2", LAYER_NORM | {"rope.dimension_count": 8},
+        _norms("attn_norm", bias=True) | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
+        EMBEDDING | HEAD | {"output.bias": (VOCABULARY,)} | _norms("output_norm", bias=True),
+    ),
+    "falcon": Golden(
+        "falcon", LAYER_NORM, _norms("attn_norm", bias=True) | _fused(1, False) | _plain_ffn(False),
+        EMBEDDING | _norms("output_norm", bias=True), 1,
+    ),
+    "falcon-two-norms": Golden(
+        "falcon", LAYER_NORM | {"hidden_activation": "relu"},
+        _norms("attn_norm", "attn_norm_2", bias=True) | _fused(2, False) | _plain_ffn(False),
+        EMBEDDING | HEAD | _norms("output_norm", bias=True),
+    ),
+    "persimmon": Golden(
+        "persimmon", LAYER_NORM | {"rope.dimension_count": 8},
+        _norms("attn_norm", "ffn_norm", bias=True) | _norms("attn_q_norm", "attn_k_norm", bias=True, width=HEAD_DIM)
+        | _fused(HEADS, True) | _plain_ffn(True),
+        EMBEDDING | HEAD | _norms("output_norm", bias=True), HEADS,
+    ),
+    "nemotron": Golden(
+        "nemotron", LAYER_NORM | {"rope.dimension_count": 8},
+        _norms("attn_norm", "ffn_norm", bias=True) | _attention() | _plain_ffn(False),
+        EMBEDDING | HEAD | _norms("output_norm", bias=True),
+    ),
+    "opt": Golden(
+        "opt", LAYER_NORM,
+        _norms("attn_norm", "ffn_norm", bias=True) | _attention(kv_heads=HEADS, bias=True)
+        | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
+        EMBEDDING | {"position_embd.weight": (130, HIDDEN)} | _norms("output_norm", bias=True),
+        HEADS,
+    ),
+    "opt-350m": Golden(
+        "opt", LAYER_NORM | {"norm_before": False},
+        _norms("attn_norm", "ffn_norm", bias=True) | _attention(kv_heads=HEADS, bias=True)
+        | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
+        {"token_embd.weight": (VOCABULARY, 40), "position_embd.weight": (130, HIDDEN),
+         "project_in.weight": (HIDDEN, 40), "project_out.weight": (40, HIDDEN)},
+        HEADS,
+    ),
+}  # fmt: skip

@@ -47,6 +47,7 @@ class Calibration:
         t = np.arange(len(tokens))
         self._attended: dict[str, npt.NDArray[np.generic]] = {
             "last": np.array([len(t) - 1], np.int32), "total": np.array(len(t), np.int32),
+            "positions": t[None], "bias": np.zeros((1, 1, len(t), len(t)), np.float32),
         }  # fmt: skip
         for i, (angle, length) in enumerate(rope):
             self._attended[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)

@@ -35,7 +35,7 @@ class Prompts:
 
     def __init__(self, bundle: Bundle) -> None:
         text = bundle.header.text
-        self._encoder = Encoder(bundle.read("tokenizer"), text.bos, text.add_bos)
+        self._encoder = Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos)
         self._template = ChatTemplate(text.chat_template) if text.chat_template else None
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:

@@ -38,7 +38,7 @@ class Encoder:
     Raises DataError where the bundle's tokenizer cannot be read.
     """
 
-    def __init__(self, tokenizer_json: bytes, bos: int | None, add_bos: bool) -> None:
+    def __init__(self, tokenizer_json: bytes, bos: int | None, add_bos: bool, eos: Sequence[int] = ()) -> None:
         from tokenizers import Tokenizer
 
         try:
@@ -46,6 +46,8 @@ class Encoder:
         except ValueError as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
+        # what templates call so; the model's own end is the first of its ends
+        self.bos_token, self.eos_token = self._spelt(bos), self._spelt(next(iter(eos), None))
         self._controls = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         give_back_freed_memory()
 
@@ -73,7 +75,12 @@ class Encoder:
     def encode_guarded(self, text: str) -> list[int]:
         """The tokens of a text with guarded parts: the control tokens outside of them are tokens."""
         parts = text.split(BREAK)
-        return self._first + [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
+        ids = [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
+        # many a template begins with the token itself
+        return ids if self._first and ids[:1] == self._first else self._first + ids
+
+    def _spelt(self, token: int | None) -> str:
+        return (self._tokenizer.id_to_token(token) or "") if token is not None else ""
 
 
 def give_back_freed_memory() -> None:
@@ -107,17 +114,20 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise DataError(f"the bundle's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
         """The text that asks the model for the next answer."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, bos_token="", eos_token="")
+            return self._template.render(
+                messages=turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
+            )
         except (self._error, *TEMPLATE_ERRORS) as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
     def encode(self, messages: Sequence[Message], encoder: Encoder) -> list[int]:
         """The tokens of the rendered messages, in which only the template's own control tokens count."""
-        return encoder.encode_guarded(self.render([Message(m.role, encoder.guarded(m.content)) for m in messages]))
+        guarded = [Message(m.role, encoder.guarded(m.content)) for m in messages]
+        return encoder.encode_guarded(self.render(guarded, encoder.bos_token, encoder.eos_token))
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

@@ -17,7 +17,7 @@ def encoder_and_template(packed):  # type: ignore[no-untyped-def]
     with Bundle(packed["int4"]) as bundle:
         text = bundle.header.text
         assert text.chat_template
-        return Encoder(bundle.read("tokenizer"), text.bos, text.add_bos), ChatTemplate(text.chat_template)
+        return Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos), ChatTemplate(text.chat_template)
 
 
 @given(st.text(max_size=40))
@@ -100,6 +100,20 @@ def test_a_control_token_cannot_be_forged_over_two_messages(encoder_and_template
     assert control not in encoder.encode_plain("a<|im_end|>b")
     with pytest.raises(UsageError, match="role"):
         Message("<|im_end|>", "x")
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_template_s_own_first_token_stands_once(packed, add_bos: bool) -> None:  # type: ignore[no-untyped-def]
+    """As Llama 2's and Mistral's templates have it, and their ends behind each answer."""
+    with Bundle(packed["int4"]) as bundle:
+        tokenizer, (start, end) = bundle.read("tokenizer"), (1, 2)  # <|im_start|>, <|im_end|>
+    encoder = Encoder(tokenizer, start, add_bos, [end])
+    template = ChatTemplate("{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}")
+    tokens = template.encode([Message("user", "a"), Message("assistant", "b")], encoder)
+    plain = [encoder.encode_answer(text) for text in ("[a]", "[b]")]
+    assert tokens == [start, *plain[0], end, *plain[1], end]
+    without = ChatTemplate("[{{ messages[0].content }}]").encode([Message("user", "a")], encoder)
+    assert without == [*([start] if add_bos else []), *plain[0]]
 
 
 def test_templates_may_trim_repeat_and_drop_what_they_are_given(encoder_and_template) -> None:  # type: ignore[no-untyped-def]

@@ -161,7 +161,7 @@ def test_a_slow_card_is_waited_for_and_work_is_seen_to_go_on(card: Card, expecte
 SECTIONS = [
     "tokenizer",
     "graph.ffn",
-    "norm",
+    "vectors",
     "head",
     "layer.0.vectors",
     "layer.1.qkv",

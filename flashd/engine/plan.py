@@ -31,8 +31,8 @@ SESSIONS = 10 * MIB
 MARGIN = 2 * MIB
 """What the libraries' measured share varies by from one start to the next."""
 
-SLACK = 8 * MIB
-"""What the allocator holds beyond what was asked of it."""
+SLACK = 16 * MIB
+"""What the allocator holds beyond what was asked of it, up to 14 MiB on a busy machine."""
 
 
 @dataclass(frozen=True)

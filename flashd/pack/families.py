@@ -204,7 +204,7 @@ def model_of(source: Source, family: Family) -> Model:
         head_dim=head_dim,
         neurons=-(-neurons // BLOCK) * BLOCK,
         vocabulary=source.tensor("token_embd.weight").shape[0],
-        context=source.number("context_length", int),
+        context=_context(source),
         block=block,
         norm=family.norm,
         norm_epsilon=_norm_epsilon(source, family),
@@ -356,6 +356,13 @@ def _yarn(source: Source, half: int, base: float, factor: float) -> npt.NDArray[
     low, high = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), 2 * half - 1)
     slowed = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
     return np.asarray(1 - slowed + slowed / factor)
+
+
+def _context(source: Source) -> int:
+    context = source.number("context_length", int)
+    if context < 1:
+        raise DataError(f"{source.path}: a context of {context} tokens makes no model")
+    return context
 
 
 def rotary_order(family: Family, heads: int, head_dim: int, rotary: int) -> npt.NDArray[np.int64]:

@@ -120,8 +120,12 @@ class GgufModel(Source):
             raise DataError(f"{self.path}: {key!r} is damaged: {error}") from error
 
     def vocabulary(self) -> Vocabulary:
-        """The tokenizer. Raises DataError where it is of an unknown kind or incomplete."""
-        return read_vocabulary(self)
+        """The tokenizer, which can be had once. Raises DataError where it is of an unknown kind or incomplete."""
+        vocabulary = read_vocabulary(self)
+        for key in LONG_LISTS:
+            # an array of its own for each entry: with 151,000 tokens half a gigabyte
+            self.reader.fields.pop(key, None)
+        return vocabulary
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> layout.Source:
         """Name, size and SHA-256 of the file."""

@@ -73,6 +73,9 @@ def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
 
 
+LONG_LISTS = tuple(f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type"))
+
+
 class GgufModel(Source):
     """An open GGUF file.
 

@@ -110,7 +110,7 @@ class PagedModel:
             self._stream.restart()
             raise
         self.cache.advance(len(tokens))
-        return self._said(x[wanted], self._head)  # [R, V]
+        return self._said(x[wanted])  # [R, V]
 
     def draft(self, token: int, most: int) -> list[int]:
         """Guesses at what follows `token`, the likeliest first, made with what is in RAM alone.
@@ -120,7 +120,9 @@ class PagedModel:
         places = Places.in_line(self.cache.length, 1)
         x = self._pass(np.array([token]), places, silent, exact=False)
         self.cache.advance(1)
-        logits = self._said(x, self._likely)[0]
+        # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
+        (h,) = self._finish(self._vectors, x=x)
+        logits = self._head_linear(h, self._likely)[0]
         most = min(most, len(logits)) if self._branches else 1
         best = np.argpartition(-logits, most - 1)[:most]
         return [int(i) for i in best[np.argsort(-logits[best])]]
@@ -147,10 +149,10 @@ class PagedModel:
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
-    def _said(self, x: Floats, head: Rows) -> Floats:
-        """Logits [R, n] of x [R, H] behind the last layer, as the n rows of `head` have them."""
+    def _said(self, x: Floats) -> Floats:
+        """Logits [R, V] of x [R, H] behind the last layer."""
         (h,) = self._finish(self._vectors, x=x)
-        logits = self._head_linear(h, head)
+        logits = self._head_linear(h, self._head)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _feed_forward(self, i: int, layer: _Layer, h: Floats, on_step: OnStep) -> Floats:

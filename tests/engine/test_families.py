@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashd.engine import paged
 from flashd.pack.families import FAMILIES
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
@@ -38,12 +39,24 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int8")
     expected, tokens = golden.logits(name), TOKENS.tolist()
     with opened(tmp_path / "m.flash", 0.3, 64) as model:
-        paged = all_logits(model, tokens, 20)
+        streamed = all_logits(model, tokens, 20)
     with opened(tmp_path / "m.flash", None, 64) as model:
         for chunk in (48, 1):
             resident = all_logits(model, tokens, chunk)
-            assert relative(paged, resident) < 1e-3
+            assert relative(streamed, resident) < 1e-3
             assert relative(expected, resident) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi2"])  # a cap on logits, a bias of the head
+def test_a_draft_guesses_among_part_of_a_vocabulary(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "DRAFT_VOCABULARY", 100)
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    with opened(tmp_path / "m.flash", 0.5, 64) as model:
+        model.forward(TOKENS[:20], np.array([19]))
+        guesses = model.draft(int(TOKENS[20]), 5)
+    assert guesses and len(set(guesses)) == len(guesses) and all(0 <= g < 100 for g in guesses)
 
 
 def test_every_family_has_a_golden() -> None:

@@ -16,7 +16,8 @@ of 4-bit rows have 8 bits, so that a row takes about 4.5 bits a weight, as Q4_K 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -99,6 +100,7 @@ class PlainGroups(Slots):
     bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
 
 
+@cache
 def unit_steps(kind: RowKind) -> Floats:
     """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
     return np.array([1 / np.iinfo(code).max for code in CODE_TYPES[kind]], np.float32)
@@ -108,7 +110,7 @@ def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
     """Views of the consecutive parts of records. raw: [..., record bytes]."""
     parts, at = [], 0
     for dtype, shape in widths:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = prod(shape) * np.dtype(dtype).itemsize
         part = raw[..., at : at + size].view(dtype)
         parts.append(part.reshape(*raw.shape[:-1], *shape))
         at += size

@@ -13,7 +13,7 @@ from pathlib import Path
 from flashd.bundle.layout import Header
 from flashd.bundle.rows import BLOCK, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
-from flashd.engine.graph import TEMPORARY_BYTES
+from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes
 from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
@@ -122,7 +122,7 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
 def _workspace(header: Header, context: int) -> int:
     """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
     m, tokens = header.model, min(PREFILL_TOKENS, context)
-    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
+    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     scores = 4 * tokens * context * m.heads
     logits = 4 * NODES * m.vocabulary
     return 4 * TEMPORARY_BYTES + activations + scores + logits
@@ -155,7 +155,8 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
 
 def _resident_workspace(header: Header) -> int:
     m, tokens = header.model, PREFILL_TOKENS
-    return 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 8 * m.vocabulary
+    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
+    return activations + 8 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:

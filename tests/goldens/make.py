@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from tests.goldens.models import (
+    EXPERTS,
     GOLDENS,
     HEAD_DIM,
     HEADS,
@@ -28,6 +29,7 @@ from tests.goldens.models import (
     LLAMA3,
     NEURONS,
     TOKENS,
+    USED,
     VOCABULARY,
     WINDOW,
     Golden,
@@ -190,6 +192,28 @@ def llama_like(kind: type, permuted: bool = False, **keys: Any) -> Maker:
     return make
 
 
+def of_experts(kind: type, permuted: bool = False, **keys: Any) -> Maker:
+    """A mixture: transformers has gate and up of all experts in one tensor."""
+
+    def make(golden: Golden) -> tuple[Any, Rename]:
+        experts = {"num_experts_per_tok": USED, "intermediate_size": golden.layer["ffn_up_exps.weight"][1]}
+        config, find = llama_like(kind, permuted, **experts, **keys)(golden)
+
+        def found(name: str, tensors: Tensors) -> np.ndarray:
+            layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
+            if name.endswith("experts.gate_up_proj"):
+                return np.concatenate([tensors[f"{layer}ffn_{part}_exps.weight"] for part in ("gate", "up")], axis=1)
+            if name.endswith("experts.down_proj"):
+                return tensors[f"{layer}ffn_down_exps.weight"]
+            if name.endswith("mlp.gate.weight"):
+                return tensors[f"{layer}ffn_gate_inp.weight"]
+            return find(name, tensors)
+
+        return config, found
+
+    return make
+
+
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 MAKERS: dict[str, Maker] = {
@@ -200,6 +224,9 @@ MAKERS: dict[str, Maker] = {
     "llama-relu": llama_like(T.LlamaConfig, True, hidden_act="relu"),
     "qwen2-yarn": llama_like(T.Qwen2Config, rope_parameters=YARN),
     "qwen3": llama_like(T.Qwen3Config),
+    "mixtral": of_experts(T.MixtralConfig, True, num_local_experts=EXPERTS),
+    "qwen3moe": of_experts(T.Qwen3MoeConfig, num_experts=EXPERTS, moe_intermediate_size=40, norm_topk_prob=True),
+    "olmoe": of_experts(T.OlmoeConfig, num_experts=EXPERTS, norm_topk_prob=False),
     "smollm3": llama_like(T.SmolLM3Config, True),
     "gemma": gemma(T.GemmaConfig),
     "gemma2": gemma(

@@ -141,7 +141,7 @@ def _workspace(header: Header, context: int) -> int:
 
 
 def _resident_parts(header: Header) -> dict[str, int] | None:
-    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None where there are none."""
+    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
     f = header.formats
     if "f16" in (f.ffn, f.attention, f.head) or header.model.experts:
         return None

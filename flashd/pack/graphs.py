@@ -116,7 +116,9 @@ class _Graph:
 
 def build(model: Model, formats: Formats) -> dict[str, bytes]:
     """Every graph of a bundle, by the name of its section."""
-    rows = {formats.attention, formats.head} | ({"f16"} if model.experts else set())
+    rows: set[RowKind] = {formats.attention, formats.head}
+    if model.experts:
+        rows.add("f16")
     graphs = {f"graph.linear.{kind}": linear(kind) for kind in rows}
     graphs["graph.ffn"] = ffn(model, formats.ffn)
     graphs |= stages(model)

@@ -256,8 +256,47 @@ MAKERS: dict[str, Maker] = {
 }
 
 
+def smallthinker() -> np.ndarray:
+    """[48, V] float32. transformers does not have SmallThinker: this follows the model's own modelling file.
+
+    The router reads what comes into a layer; of its products the largest are taken, and their sigmoids add up to 1.
+    Of each four layers the first sees all tokens and turns nothing, the others see a window.
+    """
+    w = {name: torch.from_numpy(np.array(values)) for name, values in GOLDENS["smallthinker"].tensors().items()}
+    x, at = w["token_embd.weight"][TOKENS], torch.arange(len(TOKENS))
+    angle = at[:, None] * 10000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    cos, sin = torch.cat([angle, angle], 1).cos()[None], torch.cat([angle, angle], 1).sin()[None]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    for i in range(LAYERS):
+        layer = {name.removeprefix(f"blk.{i}."): values for name, values in w.items()}
+        scores, chosen = (x @ layer["ffn_gate_inp.weight"].T).topk(USED, -1)
+        weights = scores.sigmoid() / scores.sigmoid().sum(-1, keepdim=True)
+        h = norm(x, f"blk.{i}.attn_norm")
+        q, k, v = ((h @ layer[f"attn_{part}.weight"].T).view(len(x), -1, HEAD_DIM).transpose(0, 1) for part in "qkv")
+        seen = at[:, None] >= at
+        if i % 4:
+            q, k, seen = turned(q), turned(k), seen & (at[:, None] - at < WINDOW)
+        k, v = (part.repeat_interleave(HEADS // KV_HEADS, 0) for part in (k, v))
+        attention = (q @ k.transpose(1, 2) * HEAD_DIM**-0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        x = x + attention.transpose(0, 1).reshape(len(x), -1) @ layer["attn_output.weight"].T
+        h = norm(x, f"blk.{i}.ffn_norm")
+        gate, up, down = (layer[f"ffn_{part}_exps.weight"][chosen] for part in ("gate", "up", "down"))
+        a = torch.einsum("tkfh,th->tkf", gate, h).relu() * torch.einsum("tkfh,th->tkf", up, h)
+        x = x + torch.einsum("tk,tkhf,tkf->th", weights, down, a)
+    return np.asarray((norm(x, "output_norm") @ w["output.weight"].T).numpy(), np.float32)
+
+
 def logits(name: str) -> np.ndarray:
     """[48, V] float32"""
+    if name == "smallthinker":
+        return smallthinker()
     golden = GOLDENS[name]
     config, find = MAKERS[name](golden)
     tensors = golden.tensors()
@@ -271,7 +310,7 @@ def logits(name: str) -> np.ndarray:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or MAKERS:
+    for name in sys.argv[1:] or [*MAKERS, "smallthinker"]:
         made = logits(name)
         np.savez_compressed(HERE / f"{name}.npz", logits=made)
         print(f"{name}: {made.shape}, {np.abs(made).max():.2f} at the most")

@@ -179,7 +179,8 @@ GOLDENS = {
     ),
     "smallthinker": Golden(
         "smallthinker",
-        RMS | MIXTURE | {"attention.sliding_window": WINDOW, "expert_feed_forward_length": 40, "expert_gating_func": 2},
+        RMS | MIXTURE
+        | {"attention.sliding_window": WINDOW, "expert_feed_forward_length": 40, "expert_gating_func": 2},
         TWO_NORMS | _attention() | _mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),

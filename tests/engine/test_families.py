@@ -47,7 +47,7 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
             if "expert_count" in golden.keys:
                 # where rounding changes which expert a random router chooses, what looks at it is another
                 apart = [relative(e, r) for e, r in zip(expected, resident, strict=True)]
-                assert np.quantile(apart, 0.25) < 0.05
+                assert np.quantile(apart, 0.1) < 0.05
             else:
                 assert relative(expected, resident) < 0.05
 

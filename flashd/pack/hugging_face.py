@@ -177,9 +177,12 @@ def hyper_parameters(config: Config, path: Path) -> dict[str, Any]:
     turned = [int((i + 1) % 4 != 0) for i in range(config.get("num_hidden_layers", 0))]
     if config.get("no_rope_layers", turned) != turned:
         raise DataError(f"{path}: layers without rotary embedding (no_rope_layers) other than each fourth")
-    local = config.get("sliding_window_layout") or []
-    if config.get("rope_layout", local) not in (local, [1] * len(local) if not any(local) else local):
-        raise DataError(f"{path}: layers without rotary embedding (rope_layout) other than those without a window")
+    if local := config.get("sliding_window_layout"):  # SmallThinker's
+        turned = local if any(local) else [1] * len(local)
+        if config.get("rope_layout", [1] * len(local)) != turned:
+            raise DataError(f"{path}: layers without rotary embedding (rope_layout) other than those without a window")
+    if config.get("moe_enable_early_router") is False:
+        raise DataError(f"{path}: a router behind the attention (moe_enable_early_router) is not supported here")
     out = {key: next((config[n] for n in names if n in config), None) for key, names in KEYS.items()}
     out |= _window(config) | _rotary(config)
     if "moe_primary_router_apply_softmax" in config:  # 1 and 2: the gguf package's ExpertGatingFuncType

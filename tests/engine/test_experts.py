@@ -23,8 +23,6 @@ from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
 
-MIXTURES = ["mixtral", "qwen3moe", "olmoe", "smallthinker"]
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -103,7 +101,7 @@ def test_a_chunk_reads_each_expert_that_it_needs_once(
         assert model.card.bytes_wanted == missed * expert_bytes(bundle)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker"])  # routers behind and before the attention
 def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

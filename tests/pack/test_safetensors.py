@@ -118,10 +118,13 @@ def test_routers_weigh_as_their_folders_say() -> None:
     assert parameters(model_type="smallthinker", moe_primary_router_apply_softmax=True)[scores] == 1
     assert parameters(model_type="smallthinker", moe_primary_router_apply_softmax=False)[scores] == 2
     assert "attention.sliding_window" not in parameters(model_type="smallthinker", sliding_window_layout=[0] * 4)
-    for layout in ([1, 0, 1, 1], [1, 1, 1, 1]):
+    for local, turned in (([0, 1, 1, 1], [1, 0, 1, 1]), ([0, 1, 1, 1], [1] * 4), ([0] * 4, [0] * 4)):
         with pytest.raises(DataError, match="rope_layout"):
-            parameters(model_type="smallthinker", sliding_window_layout=[0, 1, 1, 1], sliding_window_size=9,
-                       rope_layout=layout)  # fmt: skip
+            parameters(
+                model_type="smallthinker", sliding_window_layout=local, sliding_window_size=9, rope_layout=turned
+            )
+    with pytest.raises(DataError, match="moe_enable_early_router"):
+        parameters(model_type="smallthinker", moe_enable_early_router=False)
 
 
 def test_queries_keys_and_values_of_groups_of_heads_are_taken_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flashd.pack.quantise import encode_groups, encode_rows
 from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
 from flashd.pack.source import Source
-from flashd.pack.weights import Matrix, Numbers, Weights
+from flashd.pack.weights import Ffn, Matrix, Numbers, Weights
 
 ROWS_AT_ONCE = 1024
 GROUPS_AT_ONCE = 16
@@ -105,7 +106,15 @@ class _Packer:
         writer.add(f"layer.{i}.qkv", (chunk for part in qkv for chunk in self._rows(part, attention)))
         writer.add(f"layer.{i}.output", self._rows(self.weights.output(i), attention))
         form, order = group_format(self.model, self.formats), calibration.layer(i)
-        writer.add(f"layer.{i}.ffn", self._groups(i, form, order), run=form.nbytes)
+        if self.model.experts is None:
+            writer.add(f"layer.{i}.ffn", self._groups(self.weights.ffn(i), form, order), run=form.nbytes)
+            return
+        # the router's rows move with their experts, so that the hottest is number 0
+        router = self.weights.router(i)
+        writer.add(f"layer.{i}.router", self._rows(Matrix(router.tensor, order), "f16"))
+        every = np.arange(self.model.expert_groups)
+        experts = (self._groups(self.weights.ffn(i, expert), form, every) for expert in order.tolist())
+        writer.add(f"layer.{i}.ffn", itertools.chain.from_iterable(experts), run=form.nbytes)
 
     def _vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
         for vector in vectors.values():
@@ -123,16 +132,15 @@ class _Packer:
         self._count(weights.size)
         return encode_rows(weights, form, matrix.grid(which), centred)
 
-    def _groups(self, i: int, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
-        """A layer's groups, the hottest first. A group stays whole: its 32 columns share the source's grid."""
-        inputs, bias = self.weights.inputs(i), self.weights.input_biases(i)
-        down, grid = self.weights.down(i).rows(), self.weights.down(i).grid()
-        filling = self.model.neurons - down.shape[1]
-        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(bias, ((0, filling), (0, 0)))
+    def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
+        """An FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
+        down, grid = ffn.down.rows(), ffn.down.grid()
+        filling = len(order) * BLOCK - down.shape[1]
+        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(ffn.biases, ((0, filling), (0, 0)))
         for at in range(0, len(order), GROUPS_AT_ONCE):
             groups = order[at : at + GROUPS_AT_ONCE]
             neurons = (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            records = [self._padded_rows(matrix, form.row, neurons) for matrix in inputs]
+            records = [self._padded_rows(matrix, form.row, neurons) for matrix in ffn.inputs]
             part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
             self._count(form.hidden * len(neurons))
             yield encode_groups(records, down[:, neurons], bias[neurons], form, part).tobytes()

@@ -47,6 +47,15 @@ class Matrix:
         return self.tensor.grid(self.order[which]) if self.projection is None else None
 
 
+@dataclass(frozen=True)
+class Ffn:
+    """The weights of a layer's FFN, or of one of its experts."""
+
+    inputs: list[Matrix]  # gate and up, or up alone, each [F, H]
+    biases: Floats  # of the input rows, [F, M], or [F, 0] where there are none
+    down: Tensor  # [H, F]
+
+
 class Weights:
     """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
 
@@ -100,21 +109,23 @@ class Weights:
         """[H, heads D]"""
         return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
 
-    def inputs(self, i: int) -> list[Matrix]:
-        """Gate and up, or up alone, each [F, H]."""
+    def ffn(self, i: int, expert: int | None = None) -> Ffn:
+        """A layer's FFN, or one of its experts."""
         parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
-        return [_whole(self._source.tensor(f"{tensor_name(self._family, part, i)}.weight")) for part in parts]
+        *inputs, down = (
+            self._source.tensor(f"{tensor_name(self._family, part, i)}.weight") for part in [*parts, "down"]
+        )
+        if expert is not None:
+            *inputs, down = (_one_of(stack, expert) for stack in [*inputs, down])
+        if "inputs" in self._model.biases:
+            biases = np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
+        else:
+            biases = np.zeros((inputs[0].shape[0], 0), np.float32)
+        return Ffn([_whole(tensor) for tensor in inputs], biases, down)
 
-    def input_biases(self, i: int) -> Floats:
-        """[F, M], or [F, 0] where there are none."""
-        parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
-        if "inputs" not in self._model.biases:
-            return np.zeros((len(self.inputs(i)[0]), 0), np.float32)
-        return np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
-
-    def down(self, i: int) -> Tensor:
-        """[H, F]"""
-        return self._source.tensor(f"{tensor_name(self._family, 'down', i)}.weight")
+    def router(self, i: int) -> Matrix:
+        """[E, H]"""
+        return _whole(self._source.tensor(f"{tensor_name(self._family, 'router', i)}.weight"))
 
     def layer_vectors(self, i: int) -> dict[str, Floats]:
         """The vectors that Model.layer_vectors names."""
@@ -161,6 +172,12 @@ class Weights:
 
 def _whole(tensor: Tensor) -> Matrix:
     return Matrix(tensor, np.arange(tensor.shape[0]))
+
+
+def _one_of(stack: Tensor, number: int) -> Tensor:
+    if len(stack.shape) != 3 or number >= stack.shape[0]:
+        raise DataError(f"tensor {stack.name!r} has the shape {stack.shape} and no expert {number}")
+    return stack.matrix(number)
 
 
 def _check_rows(tensor: Tensor, rows: int) -> None:

@@ -87,7 +87,7 @@ def _print_families(as_json: bool) -> None:
         print(json.dumps(rows))
         return
     for row in rows:
-        print(f"{row['architecture']:12} {row['models']:34} checked on {row['checked']}")
+        print(f"{row['architecture']:12} {row['models']:40} checked on {row['checked']}")
 
 
 def run_verify(args: argparse.Namespace) -> None:

@@ -159,7 +159,7 @@ class ExpertFfn:
         for expert in layer.guessed:
             layer.right = MEMORY * layer.right + (1 - MEMORY) * (expert in missing)
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
-        if index + 1 < len(self._layers):
+        if index + 1 < len(self._layers) and self._layers[index + 1].window.used < self._experts.count:
             self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:

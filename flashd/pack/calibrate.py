@@ -74,7 +74,7 @@ class Calibration:
         if experts:
             y, order = self._mixture(i, h, self._x if experts.early else h)
         else:
-            a, down = self._neurons(self._weights.ffn(i), h)
+            a, down = self._neurons(self._weights.ffns(i)[0], h)
             y, order = a @ down.T, self._hottest_first(a, down)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return order
@@ -84,10 +84,10 @@ class Calibration:
         scores = _product(routed, self._weights.router(i))
         used, weights = self._run("graph.route", {}, scores=scores)  # [T, used] each
         uses = np.bincount(used.astype(np.int64).reshape(-1), minlength=scores.shape[1])
-        y = np.zeros_like(h)
+        y, ffns = np.zeros_like(h), self._weights.ffns(i)
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)
-            a, down = self._neurons(self._weights.ffn(i, expert), h[tokens])
+            a, down = self._neurons(ffns[expert], h[tokens])
             y[tokens] += weights[tokens, place, None] * (a @ down.T)
         return y, np.argsort(-uses, kind="stable")
 

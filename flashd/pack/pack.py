@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,15 +105,15 @@ class _Packer:
         writer.add(f"layer.{i}.qkv", (chunk for part in qkv for chunk in self._rows(part, attention)))
         writer.add(f"layer.{i}.output", self._rows(self.weights.output(i), attention))
         form, order = group_format(self.model, self.formats), calibration.layer(i)
+        ffns = self.weights.ffns(i)
         if self.model.experts is None:
-            writer.add(f"layer.{i}.ffn", self._groups(self.weights.ffn(i), form, order), run=form.nbytes)
-            return
-        # the router's rows move with their experts, so that the hottest is number 0
-        router = self.weights.router(i)
-        writer.add(f"layer.{i}.router", self._rows(Matrix(router.tensor, order), "f16"))
-        every = np.arange(self.model.expert_groups)
-        experts = (self._groups(self.weights.ffn(i, expert), form, every) for expert in order.tolist())
-        writer.add(f"layer.{i}.ffn", itertools.chain.from_iterable(experts), run=form.nbytes)
+            groups = self._groups(ffns[0], form, order)
+        else:
+            # the router's rows move with their experts, so that the hottest is number 0
+            writer.add(f"layer.{i}.router", self._rows(Matrix(self.weights.router(i).tensor, order), "f16"))
+            every = np.arange(self.model.expert_groups)
+            groups = (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
+        writer.add(f"layer.{i}.ffn", groups, run=form.nbytes)
 
     def _vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
         for vector in vectors.values():

@@ -30,13 +30,11 @@ def check_shapes(weights: Weights, model: Model) -> None:
             _check(part.tensor.name, (len(part), part.width), (rows, m.hidden))
         output = weights.output(i)
         _check(output.tensor.name, (len(output), output.width), (m.hidden, m.query_width))
-        if m.experts is None:
-            _check_ffn(weights.ffn(i), m)
-            continue
-        router = weights.router(i)
-        _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))
-        for expert in range(m.experts.count):
-            _check_ffn(weights.ffn(i, expert), m)
+        if m.experts:
+            router = weights.router(i)
+            _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))
+        for ffn in weights.ffns(i):
+            _check_ffn(ffn, m)
 
 
 def _check_ffn(ffn: Ffn, m: Model) -> None:

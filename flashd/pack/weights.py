@@ -109,19 +109,20 @@ class Weights:
         """[H, heads D]"""
         return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
 
-    def ffn(self, i: int, expert: int | None = None) -> Ffn:
-        """A layer's FFN, or one of its experts."""
+    def ffns(self, i: int) -> list[Ffn]:
+        """A layer's FFN, or in a mixture each of its experts."""
         parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
-        *inputs, down = (
-            self._source.tensor(f"{tensor_name(self._family, part, i)}.weight") for part in [*parts, "down"]
-        )
-        if expert is not None:
-            *inputs, down = (_one_of(stack, expert) for stack in [*inputs, down])
-        if "inputs" in self._model.biases:
-            biases = np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
+        names = [tensor_name(self._family, part, i) for part in [*parts, "down"]]
+        tensors = [self._source.tensor(f"{name}.weight") for name in names]
+        if self._model.experts:
+            ffns = [[_one_of(stack, number) for stack in tensors] for number in range(self._model.experts.count)]
         else:
-            biases = np.zeros((inputs[0].shape[0], 0), np.float32)
-        return Ffn([_whole(tensor) for tensor in inputs], biases, down)
+            ffns = [tensors]
+        if "inputs" in self._model.biases:
+            biases = np.stack([self._vector(f"{name}.bias") for name in names[:-1]], axis=1)
+        else:
+            biases = np.zeros((ffns[0][0].shape[0], 0), np.float32)
+        return [Ffn([_whole(tensor) for tensor in inputs], biases, down) for *inputs, down in ffns]
 
     def router(self, i: int) -> Matrix:
         """[E, H]"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from flashd.bundle import layout
-from flashd.bundle.layout import BadSection, DamagedHeader
+from flashd.bundle.layout import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.engine import experts, plan
 from flashd.engine.card import CardQueue, Extent
@@ -168,6 +170,32 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_right(bundle: Path, monkeypa
                 model.forward(TOKENS[:9], np.array([8]), stop)
             assert model.cache.length == 0
             assert np.array_equal(model.forward(TOKENS[:9], np.array([8])), expected)
+
+
+def test_a_damaged_expert_is_named_and_others_still_answer(
+    bundle: Path, tmp_path: Path, asked: list[Numbers], no_guesses: None
+) -> None:
+    with opened(bundle, 1.0, 64) as model:
+        expected = [model.forward(token[None], np.array([0])) for token in TOKENS[:12]]
+        used = [{int(asked[LAYERS * i + layer][0, k]) for k in range(USED)} for i in range(12) for layer in [2]]
+    expert = next(iter(used[5] - used[0]))
+    path = Path(shutil.copy(bundle, tmp_path / "damaged.flash"))
+    with Bundle(path) as opened_bundle:
+        section = opened_bundle.section("layer.2.ffn")
+    with path.open("r+b") as file:
+        file.seek(section.offset + expert * expert_bytes(bundle) + 100)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with opened(path, 0.0, 64) as model:
+        for token, uses, logits in zip(TOKENS, used, expected, strict=False):
+            if expert in uses:
+                with pytest.raises(DamagedRun, match=r"layer\.2\.ffn"):
+                    model.forward(token[None], np.array([0]))
+                break
+            assert np.array_equal(model.forward(token[None], np.array([0])), logits)
+        model.cache.truncate(0)
+        assert np.array_equal(model.forward(TOKENS[:1], np.array([0])), expected[0])
 
 
 # --- the plan ---------------------------------------------------------------------------------------------

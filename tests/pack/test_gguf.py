@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +17,7 @@ from flashd.errors import DataError, InputMissing
 from flashd.pack.gguf import GgufModel, GgufTensor
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.goldens.models import GOLDENS
 
 
 def refused(tmp_path: Path, source: Path, match: str, error: type[Exception] = DataError) -> None:
@@ -61,6 +64,57 @@ def test_grids_are_those_of_the_file(tmp_path: Path, kind: Kind) -> None:
     assert np.abs(levels - np.rint(levels)).max() < 2e-2
     most = 128 if kind == Kind.Q8_0 else 8
     assert np.rint(levels).min() >= -most and np.rint(levels).max() <= most - 1
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.F16])
+def test_a_matrix_of_a_stack_is_read_as_it_is_alone(tmp_path: Path, kind: Kind) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 8, 64)).astype(np.float32)
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    w.add_tensor("stack", gguf.quantize(values.reshape(24, 64), kind).reshape(3, 8, -1), raw_dtype=kind)
+    for i, matrix in enumerate(values):
+        w.add_tensor(f"alone.{i}", gguf.quantize(matrix, kind), raw_dtype=kind)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    model = GgufModel(tmp_path / "m.gguf")
+    for i in range(3):
+        one, alone = model.tensor("stack").matrix(i), model.tensor(f"alone.{i}")
+        assert one.shape == alone.shape == (8, 64) and one.bits == alone.bits
+        for which in (slice(None), np.array([6, 1])):
+            assert np.array_equal(one.rows(which), alone.rows(which))
+            grids = one.grid(which), alone.grid(which)
+            assert (grids[0] is None) == (grids[1] is None) == (kind == Kind.F16)
+            for a, b in zip(grids[0] or (), grids[1] or (), strict=True):
+                assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"expert_used_count": 7}, "a token uses 7 experts of 6, which makes no model"),
+        ({"expert_used_count": 0}, "a token uses 0 experts of 6, which makes no model"),
+        (
+            {"expert_gating_func": 3},
+            r"scores of kind 3 .*expert_gating_func.* known are 1 \(softmax\), 2 \(sigmoid\)",
+        ),
+        ({"expert_count": 5}, r"ffn_gate_inp.weight' has the shape \(6, 64\), the model needs \(5, 64\)"),
+        ({"expert_count": 7}, r"ffn_gate_inp.weight' has the shape \(6, 64\), the model needs \(7, 64\)"),
+        ({"expert_count": 0}, "has no place in 'qwen3moe'"),
+        ({"expert_feed_forward_length": 70}, "has 40 neurons, the model needs 96"),
+        ({"expert_shared_count": 1}, "an expert that every token uses .* is not supported for 'qwen3moe' yet"),
+        ({"attention.clamp_kqv": 8.0}, "a bound on queries, keys and values"),
+    ],
+)
+def test_a_mixture_whose_numbers_do_not_fit(tmp_path: Path, keys: dict[str, Any], match: str) -> None:
+    golden = GOLDENS["qwen3moe"]
+    refused(tmp_path, replace(golden, keys=golden.keys | keys).write(tmp_path / "m.gguf"), match)
+
+
+def test_a_mixture_of_a_family_that_has_none(tmp_path: Path) -> None:
+    golden = GOLDENS["qwen3"]
+    source = replace(golden, keys=golden.keys | {"expert_count": 6}).write(tmp_path / "m.gguf")
+    refused(tmp_path, source, "a mixture of experts is not supported for 'qwen3' yet")
 
 
 def test_q4_k_grids_match_the_package_s_own_dequantisation() -> None:

@@ -152,6 +152,29 @@ def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], mon
     assert least <= read <= least + wrong
 
 
+def test_where_guesses_are_wrong_they_are_not_read(
+    bundle: Path, asked: list[Numbers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guessed: list[Extent] = []
+    real = CardQueue.guess
+
+    def guess(self: CardQueue, extents: list[Extent]) -> None:
+        guessed.extend(extents)
+        real(self, extents)
+
+    monkeypatch.setattr(CardQueue, "guess", guess)
+    monkeypatch.setattr(experts, "TRUSTED", 0.99)  # one wrong guess is one too many, for some while
+    wrong: set[int] = set()
+    with opened(bundle, 0.0, 64) as model:
+        for token in TOKENS[:20]:
+            asked.clear()
+            guessed.clear()
+            model.forward(token[None], np.array([0]))
+            assert {e.layer for e in guessed} == set(range(1, LAYERS)) - wrong
+            wrong |= {e.layer for e in guessed if e.first // e.count not in asked[e.layer][0]}
+    assert wrong
+
+
 def test_a_pass_that_breaks_off_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (experts, plan):
         monkeypatch.setattr(module, "READ_BYTES", 6 << 10)  # an expert is two reads

@@ -74,6 +74,8 @@ def run_info(args: argparse.Namespace) -> None:
         "source": header.source.name, "source_bytes": header.source.nbytes, "source_sha256": header.source.sha256,
         "packed_by": header.flashd,
     }  # fmt: skip
+    if m.experts:
+        facts |= {"experts": m.experts.count, "experts_of_a_token": m.experts.used}
     _print_facts(facts, args.json)
 
 

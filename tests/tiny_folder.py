@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from flashd.pack.gguf import GgufModel
@@ -44,7 +45,7 @@ def write(folder: Path, model: Path, shards: int = 1, dtype: Any = np.float32, *
     source = GgufModel(model)
     folder.mkdir()
     names = NAMES | EXPERTS.get(config.get("model_type", ""), {})
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, npt.NDArray[Any]] = {}
     for name in sorted(source.names):
         values, theirs = _halves(source, name).astype(dtype), _name(name, names)
         many = {theirs.format(i): v for i, v in enumerate(values)} if "{}" in theirs else {theirs: values}

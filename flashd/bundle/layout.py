@@ -25,7 +25,7 @@ from flashd.bundle.rows import BLOCK, GroupFormat, RowFormat, RowKind
 from flashd.errors import DataError
 
 MAGIC = b"\x93FLASHD\n"
-VERSION = 3
+VERSION = 4
 PAGE = 4096
 PLAIN_RUN = 1 << 20
 ROWS_OF_A_RUN = 16
@@ -282,8 +282,14 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def row_tables(self) -> list[str]:
-        """The sections of which the engine reads a row here and there."""
-        return [self.embedding_table, "positions"] if self.model.positions else [self.embedding_table]
+        """The sections of which the engine reads a row here and there, or some rows."""
+        tables = ["head", "embedding", "positions"]
+        return [name for name in tables if name == "head" or self.section_named(name)]
+
+    @property
+    def paged_sections(self) -> list[str]:
+        """The sections that may be read in each pass, in the order in which it needs them."""
+        return [*(f"layer.{i}.ffn" for i in range(self.model.layers)), "head"]
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""

@@ -88,18 +88,19 @@ class Bundle:
         """A section of float32."""
         return np.frombuffer(self.read(name), np.float32)
 
-    def rows(self, name: str, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
-        """A section of rows, in arrays of their own; the transient beside them is about `chunk_bytes`.
+    def rows(self, name: str, most: int | None = None, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
+        """The first `most` rows of a section, or all, in arrays of their own; beside them goes about `chunk_bytes`.
 
         Raises DamagedRun, CardError.
         """
         section, form = self.section(name), self.header.row_format(name)
-        out = form.empty(section.length // form.nbytes)
+        wanted = section.length // form.nbytes if most is None else most
+        out = form.empty(wanted)
         carry = b""
         at = 0
-        for data in self._checked_runs(section, chunk_bytes):
+        for data in self._checked_runs(section, chunk_bytes, wanted * form.nbytes):
             data = carry + data
-            n = len(data) // form.nbytes
+            n = min(len(data) // form.nbytes, wanted - at)
             raw = np.frombuffer(data, np.uint8, n * form.nbytes).reshape(n, form.nbytes)
             for to, source in zip(out[at : at + n].arrays(), form.views(raw).arrays(), strict=True):
                 np.copyto(to, source)
@@ -140,9 +141,11 @@ class Bundle:
             for data in self._checked_runs(section, 4 << 20):
                 on_progress(len(data))
 
-    def _checked_runs(self, section: Section, chunk_bytes: int) -> Iterator[bytes]:
+    def _checked_runs(self, section: Section, chunk_bytes: int, most: int | None = None) -> Iterator[bytes]:
+        """The runs of a section, some at a time, as far as its first `most` bytes go."""
         runs = max(1, chunk_bytes // section.run)
-        for run in range(0, section.runs, runs):
+        end = section.length if most is None else most
+        for run in range(0, -(-end // section.run), runs):
             left = section.length - run * section.run
             length = min(runs * section.run, left)
             yield self._checked(section, run, length, min(length, left - length))

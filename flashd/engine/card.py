@@ -42,7 +42,7 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True)
 class Extent:
-    """A contiguous run of groups of one layer, read as one."""
+    """A contiguous run of groups of one layer, read as one. Behind the last layer comes the head, 16 rows a group."""
 
     layer: int
     first: int
@@ -93,19 +93,20 @@ class _Card:
 
     Args:
         bundle: an open bundle.
-        most: groups of the longest extent, 0 where nothing is to be read.
+        most: bytes of the longest extent, 0 where nothing is to be read.
         buffers: how many extents are held or under way.
     """
 
     def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
         self.stats = CardStats()
         self._bundle = bundle
-        self._group_bytes = bundle.header.group.nbytes
-        self._sections = [bundle.section(f"layer.{i}.ffn") for i in range(bundle.header.model.layers)]
+        header = bundle.header
+        self._sections = [bundle.section(name) for name in header.paged_sections]
+        self._records = [header.group.nbytes] * header.model.layers + [header.row_format("head").nbytes]
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
         self._counting = threading.Lock()
-        self._idle = [mmap.mmap(-1, buffer_bytes(self._group_bytes, most)) for _ in range(buffers)] if most else []
+        self._idle = [mmap.mmap(-1, buffer_bytes(most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
 
     def close(self) -> None:
@@ -153,8 +154,8 @@ class _Card:
 
     def _read(self, extent: Extent, buffer: mmap.mmap) -> Bytes:
         section = self._sections[extent.layer]
-        length = extent.count * self._group_bytes
-        offset = section.offset + extent.first * self._group_bytes
+        offset = section.offset + extent.first * section.run
+        length = min(extent.count * section.run, section.end - offset)
         start = offset // PAGE * PAGE
         pages = memoryview(buffer)[: -(-(offset + length - start) // PAGE) * PAGE]
         data = memoryview(buffer)[offset - start : offset - start + length]
@@ -168,7 +169,7 @@ class _Card:
             self._bundle.check(section, extent.first, data)
         with self._counting:
             self.stats.bytes_wanted += length
-        return np.frombuffer(data, np.uint8).reshape(extent.count, self._group_bytes)
+        return np.frombuffer(data, np.uint8).reshape(-1, self._records[extent.layer])
 
     def _fill(self, pages: memoryview, start: int, needed: int) -> None:
         reads, nbytes = self._file.fill(pages, start, needed)
@@ -190,7 +191,8 @@ class CardStream(_Card):
     """
 
     def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
-        super().__init__(bundle, max((e.count for e in schedule), default=0), buffers)
+        runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
+        super().__init__(bundle, max((e.count * runs[e.layer] for e in schedule), default=0), buffers)
         self._schedule = list(schedule)
         self._of_layer = Counter(e.layer for e in self._schedule)
         self._next = 0
@@ -202,7 +204,7 @@ class CardStream(_Card):
             self._next = (self._next + 1) % len(self._schedule)
 
     def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:
-        """The extents of a layer in order, each with its groups [count, group bytes] uint8.
+        """The extents of a layer in order, each with its groups [count, group bytes] or rows [n, row bytes] uint8.
 
         Layers are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
         next one is taken. Raises CardError, DamagedRun.
@@ -221,7 +223,7 @@ class CardQueue(_Card):
     """Groups in an order that is told as a pass goes on: what is wanted now and, behind it, what may be next."""
 
     def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
-        super().__init__(bundle, most, buffers)
+        super().__init__(bundle, most * bundle.header.group.nbytes, buffers)
         self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
         self._dropped: list[_Read] = []  # begun for nothing, and not done yet
         self._wanted = 0  # of what is under way and asked for, the first so many
@@ -276,11 +278,6 @@ class CardQueue(_Card):
         super()._drain()
 
 
-def buffer_bytes(group_bytes: int, groups: int) -> int:
-    """Bytes of a buffer that takes `groups` groups from any offset, whole pages."""
-    return (-(-groups * group_bytes // PAGE) + 2) * PAGE
-
-
-def layer_schedule(missing: Iterable[Sequence[int]], group_bytes: int, gap: int = GAP_BYTES) -> list[Extent]:
-    """The extents of one pass, given each layer's missing groups."""
-    return [e for layer, groups in enumerate(missing) for e in extents(layer, groups, group_bytes, gap)]
+def buffer_bytes(nbytes: int) -> int:
+    """Bytes of a buffer that takes `nbytes` from any offset, whole pages."""
+    return (-(-nbytes // PAGE) + 2) * PAGE

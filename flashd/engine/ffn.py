@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from flashd.bundle.layout import Model
+from flashd.bundle.layout import ROWS_OF_A_RUN, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine import graph
-from flashd.engine.card import CardStats, CardStream, gap_bytes, layer_schedule
+from flashd.engine.card import CardStats, CardStream, extents, gap_bytes
 from flashd.engine.cardspeed import remembered
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
@@ -61,19 +61,31 @@ class FeedForward(Protocol):
     def close(self) -> None: ...
 
 
-class StreamedFfn:
-    """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass."""
+def stream_past(bundle: Bundle, plan: Plan) -> CardStream:
+    """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
+    header, gap = bundle.header, gap_bytes(remembered(bundle.path))
+    m = header.model
+    groups = range(plan.pinned_groups, m.groups)
+    schedule = [e for i in range(m.layers) for e in extents(i, groups, header.group.nbytes, gap)]
+    head = bundle.section("head")
+    schedule += extents(m.layers, range(-(-plan.head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
+    return CardStream(bundle, schedule, plan.buffers)
 
-    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+
+class StreamedFfn:
+    """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
+
+    It closes the stream.
+    """
+
+    def __init__(self, bundle: Bundle, plan: Plan, stream: CardStream) -> None:
         self._bundle, self._plan = bundle, plan
         self._model: Model = bundle.header.model
         self._form = bundle.header.group
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        missing = [range(plan.pinned_groups, self._model.groups)] * self._model.layers
-        gap = gap_bytes(remembered(bundle.path))
-        self._stream = CardStream(bundle, layer_schedule(missing, self._form.nbytes, gap), plan.buffers)
+        self._stream = stream
 
     @property
     def card(self) -> CardStats:
@@ -85,11 +97,11 @@ class StreamedFfn:
 
     @property
     def pages(self) -> bool:
-        return self._plan.pinned_groups < self._model.groups
+        return self._plan.pinned_groups < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return 0 < self._plan.pinned_groups < self._model.groups
+        return self.pages and self._plan.pinned_groups > 0
 
     def load(self, layer: int) -> None:
         pinned = Window(self._form, self._model.groups, self._plan.pinned_groups)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,13 +17,11 @@ from flashd.bundle.rows import Floats, PlainRows, QuantRows
 from flashd.engine import graph
 from flashd.engine.card import CardStats
 from flashd.engine.experts import ExpertFfn
-from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
+from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent, stream_past
 from flashd.engine.graph import Places, Tokens
+from flashd.engine.head import Head
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
-
-DRAFT_VOCABULARY = 32768
-"""Tokens among which a draft chooses. BPE numbers its tokens by frequency: the first are nearly all of a text."""
 
 Rows = QuantRows | PlainRows
 
@@ -52,15 +49,14 @@ class PagedModel:
         self.cache = KvCache(self._model, plan.context)
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
-        self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._ffn: FeedForward = (ExpertFfn if self._model.experts else StreamedFfn)(bundle, plan)
+        stream = None if self._model.experts else stream_past(bundle, plan)
+        self._ffn: FeedForward = StreamedFfn(bundle, plan, stream) if stream else ExpertFfn(bundle, plan)
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
         self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
         self._vectors = graph.named(bundle.floats("vectors"), self._model.model_vectors())
-        self._head = bundle.rows("head")
-        self._likely: Any = self._head[:DRAFT_VOCABULARY]
         try:
+            self._head = Head(bundle, plan, stream)
             self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
         except BaseException:
             self.close()
@@ -99,12 +95,13 @@ class PagedModel:
         places = Places.in_tree(past, parents) if parents else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)  # [T, H]
+            logits = self._said(x[wanted], on_step)  # [R, V]
         except BaseException:
             # the next pass starts at the first layer, wherever this one broke off
             self._ffn.restart()
             raise
         self.cache.advance(len(tokens))
-        return self._said(x[wanted])  # [R, V]
+        return logits
 
     def draft(self, token: int, most: int) -> list[int]:
         """Guesses at what follows `token`, the likeliest first, made with what is in RAM alone.
@@ -116,7 +113,7 @@ class PagedModel:
         self.cache.advance(1)
         # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
         (h,) = self._finish(self._vectors, x=x)
-        logits = self._head_linear(h, self._likely)[0]
+        logits = self._head.of_likely(h)[0]
         most = min(most, len(logits)) if self._branches else 1
         best = np.argpartition(-logits, most - 1)[:most]
         return [int(i) for i in best[np.argsort(-logits[best])]]
@@ -135,10 +132,10 @@ class PagedModel:
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
-    def _said(self, x: Floats) -> Floats:
+    def _said(self, x: Floats, on_step: OnStep) -> Floats:
         """Logits [R, V] of x [R, H] behind the last layer."""
         (h,) = self._finish(self._vectors, x=x)
-        logits = self._head_linear(h, self._head)
+        logits = self._head(h, on_step)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _load_layer(self, i: int, on_step: OnStep) -> _Layer:

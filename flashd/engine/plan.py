@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashd.bundle.layout import Header, Model
+from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model
 from flashd.bundle.rows import BLOCK, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
 from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
@@ -35,6 +35,9 @@ SLACK = 16 * MIB
 """What the allocator holds beyond what was asked of it, up to 14 MiB on a busy machine."""
 
 
+LIKELY = 32768
+"""Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
+
 KEPT = ("vectors", "qkv", "output", "router")
 """Sections of a layer that stay in RAM."""
 
@@ -49,6 +52,7 @@ class Plan:
     resident: bool
     pinned_groups: int  # of every layer; of a mixture, those of the experts that it has room for
     groups: int  # of every layer, in all
+    head_rows: int  # of the head, the first so many
     passing_groups: int  # slots for what streams past
     buffers: int
     parts: dict[str, int]
@@ -77,8 +81,8 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
         parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
         return Plan(
             memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
-            groups=m.groups, passing_groups=0, buffers=0, parts=parts, smallest=smallest(header, context, base),
-            card_bytes=0,
+            groups=m.groups, head_rows=m.vocabulary, passing_groups=0, buffers=0, parts=parts,
+            smallest=smallest(header, context, base), card_bytes=0,
         )  # fmt: skip
     least = smallest(header, context, base)
     if memory < least:
@@ -92,20 +96,31 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
     if m.experts:  # whole ones
         pinned -= pinned % m.expert_groups
     parts["experts" if m.experts else "pinned neurons"] = pinned * a_group_a_layer
-    passing = passing_groups(header)
+    head, row = _likely(header), header.row_format("head").nbytes
     if pinned == m.groups:
+        more = (memory - sum(parts.values())) // row // ROWS_OF_A_RUN * ROWS_OF_A_RUN
+        head = min(m.vocabulary, head + more)
+        parts["head"] = head * row
+    passing = passing_groups(header)
+    if pinned == m.groups and head == m.vocabulary:
         passing = 0
         parts["window and read-ahead"] = 0
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
-        passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
-        card_bytes=_needed(m) * (m.groups - pinned) * a_group_a_layer // m.groups,
+        head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
+        card_bytes=_needed(m) * (m.groups - pinned) * a_group_a_layer // m.groups + (m.vocabulary - head) * row,
     )  # fmt: skip
 
 
 def smallest(header: Header, context: int, base: int) -> int:
     """The smallest budget that works: nothing pinned, every group streams past."""
     return base + cache_bytes(header.model, context) + sum(_paged_parts(header, context).values())
+
+
+def _likely(header: Header) -> int:
+    """Rows of the head that stay in RAM in any case."""
+    m = header.model
+    return m.vocabulary if m.experts else min(LIKELY, m.vocabulary)
 
 
 def _needed(m: Model) -> int:
@@ -119,14 +134,16 @@ def passing_groups(header: Header) -> int:
 
 
 def _paged_parts(header: Header, context: int) -> dict[str, int]:
-    m, passing = header.model, passing_groups(header)
+    m, head = header.model, _likely(header)
+    passing = passing_groups(header) * header.group.nbytes
+    rows = READ_BYTES if head < m.vocabulary else 0
     attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in KEPT)
     return {
         "graphs": SESSIONS,
         "attention": attention,
-        "head": _section(header, "head"),
+        "head": head * header.row_format("head").nbytes,
         "workspace": _workspace(header, context) + SLACK,
-        "window and read-ahead": passing * header.group.nbytes + BUFFERS * buffer_bytes(header.group.nbytes, passing),
+        "window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(passing, rows)),
     }
 
 

@@ -180,9 +180,7 @@ def hyper_parameters(config: Config, path: Path) -> dict[str, Any]:
     if local := config.get("sliding_window_layout"):  # SmallThinker's
         turned = local if any(local) else [1] * len(local)
         if config.get("rope_layout", [1] * len(local)) != turned:
-            raise DataError(
-                f"{path}: layers without rotary embedding (rope_layout) other than those without a window"
-            )
+            raise DataError(f"{path}: layers without rotary embedding (rope_layout) other than those with no window")
     if config.get("moe_enable_early_router") is False:
         raise DataError(f"{path}: a router behind the attention (moe_enable_early_router) is not supported here")
     out = {key: next((config[n] for n in names if n in config), None) for key, names in KEYS.items()}

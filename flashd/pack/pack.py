@@ -73,12 +73,9 @@ class _Packer:
                 writer.add(name, [graph])
             writer.add("rope", [self.rope.tobytes()])
             writer.add("vectors", self._vectors(self.weights.model_vectors()))
-            if self.weights.tied:
-                self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
-            else:
+            if not self.weights.tied:
                 self._add_table(writer, "embedding", self.weights.embedding(), self.formats.embedding)
-                head = self._rows(self.weights.head(), self.formats.head, self.formats.centred_head)
-                writer.add("head", head)
+            self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
             if self.model.positions:
                 self._add_table(writer, "positions", self.weights.positions(), "f16")
             sample = sample_tokens(vocabulary.tokenizer_json)[: self.model.context]
@@ -94,7 +91,7 @@ class _Packer:
     def _add_table(
         self, writer: BundleWriter, name: str, matrix: Matrix, kind: RowKind, centred: bool = True
     ) -> None:
-        """A matrix of which the engine reads a row here and there."""
+        """A matrix of which the engine reads a row here and there, or some rows."""
         run = ROWS_OF_A_RUN * RowFormat(kind, self.model.hidden).nbytes
         writer.add(name, self._rows(matrix, kind, centred), run)
 

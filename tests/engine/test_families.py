@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashd.engine import paged
 from flashd.pack.families import FAMILIES
 from flashd.pack.pack import pack
+from tests.engine.test_head import model as with_head
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS, Floats
 from tests.reference import relative
@@ -53,15 +53,12 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi2"])  # a cap on logits, a bias of the head
-def test_a_draft_guesses_among_part_of_a_vocabulary(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paged, "DRAFT_VOCABULARY", 100)
+def test_a_draft_guesses_among_part_of_a_vocabulary(tmp_path: Path, name: str) -> None:
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
-    with opened(tmp_path / "m.flash", 0.5, 64) as model:
+    with with_head(tmp_path / "m.flash", 0.5, 96) as model:
         model.forward(TOKENS[:20], np.array([19]))
         guesses = model.draft(int(TOKENS[20]), 5)
-    assert guesses and len(set(guesses)) == len(guesses) and all(0 <= g < 100 for g in guesses)
+    assert guesses and len(set(guesses)) == len(guesses) and all(0 <= g < 96 for g in guesses)
 
 
 def test_every_family_has_a_golden() -> None:

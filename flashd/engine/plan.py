@@ -124,7 +124,7 @@ def _workspace(header: Header, context: int) -> int:
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
     scores = 4 * tokens * context * m.heads
-    logits = 4 * NODES * m.vocabulary
+    logits = 4 * (NODES + 1) * m.vocabulary  # of a tree, and behind the prompt
     return 4 * TEMPORARY_BYTES + activations + scores + logits
 
 
@@ -155,7 +155,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
 
 def _resident_workspace(header: Header) -> int:
     m, tokens = header.model, PREFILL_TOKENS
-    return 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 8 * m.vocabulary
+    return 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 12 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:

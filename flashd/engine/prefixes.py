@@ -134,7 +134,8 @@ class Prefixes:
         fits = (MOST_BYTES_OF_ONE - snapshot.nbytes(0, cache, self._source)) // cache.token_bytes
         if len(tokens) > fits:
             tokens, logits = tokens[:fits], None
-        if len(tokens) < RUN or self._has(tokens, cache, logits is not None):
+        # a few tokens save little, unless they are all that a pass would be for
+        if (len(tokens) < RUN and logits is None) or self._has(tokens, cache, logits is not None):
             return 0
         nbytes = snapshot.nbytes(len(tokens), cache, self._source)
         if notes.written + nbytes > MOST_BYTES_A_DAY:
@@ -142,10 +143,10 @@ class Prefixes:
             return 0
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._make_room(nbytes)
             if shutil.disk_usage(self._folder).free < nbytes + FREE_BYTES:
                 self._say(f"{self._folder}: the disk is nearly full; no snapshots are kept")
                 return 0
+            self._make_room(nbytes)
             path = self._folder / f"{self._source.key}-{_name(tokens)}.kv"
             snapshot.save(path, self._source, tokens, cache, logits)
         except (CannotWrite, OSError) as error:
@@ -186,11 +187,12 @@ class Prefixes:
             os.utime(path)
 
     def _drop(self, path: Path, error: Exception) -> None:
-        log.warning("%s: %s; it is made again when it is needed", path, error)
         try:
             path.unlink(missing_ok=True)
         except OSError as reason:
-            self._say(f"{path}: {reason.strerror}")
+            self._say(f"{path}: {error}; it cannot be removed: {reason.strerror}")
+            return
+        log.warning("%s: %s; it is made again when it is needed", path, error)
 
     def _say(self, text: str) -> None:
         """Logs a text, but not again and again."""

@@ -65,3 +65,13 @@ def test_a_restart_pays_for_new_tokens_alone(tiny_bundle: Path, tmp_path: Path) 
             assert before["prompt_tokens"] - 16 <= last["reused_tokens"] < last["prompt_tokens"]
     text = running.log.read_text()
     assert "Traceback" not in text and "made again" not in text
+
+
+def test_snapshots_can_be_turned_off(tiny_bundle: Path, tmp_path: Path) -> None:
+    with Running(tmp_path, tiny_bundle, "snapshots: false\n") as running:
+        running.start()
+        with running.http() as http:
+            first, second = (ask(http, "How are the plants?") for _ in range(2))
+            assert first[0] == second[0]
+        assert running.stop() == 0
+    assert not (tmp_path / "cache" / "flashd" / "snapshots").exists()

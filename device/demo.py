@@ -24,6 +24,7 @@ SETTINGS = """
 answer: {{max_tokens: 64}}
 api: {{socket: {folder}/flashd.sock, loopback: 8765}}
 spool: {{path: {folder}/spool.db}}
+snapshots: false
 kiosk:
   title: flashd demo
   presets: ["What can you do?", "Why is the sky blue?", "Tell me a joke."]

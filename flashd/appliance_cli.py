@@ -59,7 +59,10 @@ def add_commands(commands: Any) -> None:
 
 def daemon_serves(args: argparse.Namespace) -> bool:
     """Whether a daemon is to answer: one is there, and no model or budget of one's own is asked for."""
-    own = (args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts)
+    own = (
+        args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts,
+        args.no_snapshots,
+    )  # fmt: skip
     return not any(own) and socket_path().exists()
 
 

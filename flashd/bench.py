@@ -53,7 +53,7 @@ class Bench:
     def _contenders(self) -> dict[str, list[str]]:
         ask = [
             sys.executable, "-m", "flashd", "ask", self.prompt, "--model", str(self.bundle), "--json", "--ignore-eos",
-            "--max-tokens", str(self.tokens), "--threads", str(self.threads),
+            "--no-snapshots", "--max-tokens", str(self.tokens), "--threads", str(self.threads),
         ]  # fmt: skip
         if self.memory:
             ask += ["--memory", self.memory]

@@ -147,10 +147,14 @@ def run_ask(args: argparse.Namespace) -> int:
         # Freed here, a vocabulary of 151,000 tokens would still leave some 40 MiB behind, in libraries and in
         # holes of the heap; that buys pinned neurons.
         tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
-        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass) as engine:
+        prefixes = _prefixes(args, bundle)
+        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass, prefixes) as engine:
             bar.close()
             loaded = time.perf_counter() - STARTED
-            return _say(engine, tokens, sampling, args, loaded=loaded)
+            code = _say(engine, tokens, sampling, args, loaded=loaded)
+            if code == os.EX_OK:
+                engine.remember()
+            return code
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -161,8 +165,8 @@ def run_chat(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     messages = [Message("system", args.system)] if args.system else []
     with Bundle(args.model or _default_bundle()) as bundle:
-        prompts = Prompts(bundle)
-        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass) as engine:
+        prompts, prefixes = Prompts(bundle), _prefixes(args, bundle)
+        with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass, prefixes) as engine:
             bar.close()
             if sys.stdin.isatty():
                 print("Ctrl-C stops an answer, Ctrl-D or /quit ends, /reset forgets.", file=sys.stderr)
@@ -182,6 +186,7 @@ def run_chat(args: argparse.Namespace) -> int:
                     print(f"flashd: {error}; /reset starts anew", file=sys.stderr)
                     continue
                 messages = [*asked, Message("assistant", answer.text)]
+            engine.remember()
     return os.EX_OK
 
 
@@ -255,6 +260,7 @@ def _figures(engine: Any, answer: Any) -> dict[str, Any]:
 def _print_stats(f: dict[str, Any]) -> None:
     lines = [
         f"prefill   {f['prompt_tokens']} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,"
+        f" {f['reused_tokens']} more were kept,"
         f" first token after {f['first_token_seconds']:.2f} s",
         f"decode    {f['tokens']} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {f['finish']}",
         f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
@@ -306,6 +312,13 @@ def _default_bundle() -> Path:
 
     with Bar("packing the default model, once", "weights") as bar:
         return in_child(lambda: embedded.ensure(bar.show))
+
+
+def _prefixes(args: argparse.Namespace, bundle: Bundle) -> Any:
+    from flashd.engine.prefixes import Prefixes
+    from flashd.places import snapshot_folder
+
+    return None if args.no_snapshots else Prefixes(snapshot_folder(), bundle)
 
 
 def _budget(args: argparse.Namespace) -> Any:
@@ -436,6 +449,7 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
     parser.add_argument("--ignore-eos", action="store_true", help="do not end at an end token, to measure")
     parser.add_argument("--no-drafts", action="store_true", help="one token for each pass over the card, to compare")
+    parser.add_argument("--no-snapshots", action="store_true", help="keep nothing of the prompt, use nothing kept")
     parser.add_argument("--stats", action="store_true", help="print what the answer cost")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     _add_budget(parser)

@@ -287,6 +287,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     kiosk: Kiosk = Kiosk()
     mute_pin: Pin | None = None
     schemas: bool = False
+    snapshots: bool = True
     serial: list[Serial] = []
     sensors: list[AnySensor] = []
     triggers: list[AnyTrigger] = []

@@ -18,6 +18,13 @@ from tests import tiny
 FLASHD = [sys.executable, "-m", "flashd"]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own for each test: what is kept of prompts would change what the next costs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def run(*args: str | Path, stdin: bytes = b"", home: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     env = os.environ | ({"XDG_CACHE_HOME": str(home)} if home else {})
     return subprocess.run([*FLASHD, *map(str, args)], input=stdin, capture_output=True, check=False, env=env)
@@ -162,7 +169,7 @@ def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -
     done = run(*question, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout
-    assert [p.suffix for p in (tmp_path / "flashd").iterdir()] == [".flash"]
+    assert {p.suffix for p in (tmp_path / "flashd").iterdir()} == {".flash", ""}
     assert b"Paris" in run(*question, home=tmp_path).stdout
 
 
@@ -194,6 +201,19 @@ def test_chat_remembers_and_ends(packed: dict[str, Path]) -> None:
 
 def test_nothing_is_reported_and_nothing_is_kept_for_it(tmp_path: Path, tiny_bundle: Path) -> None:
     """onnxruntime's wheels would keep a database of what to report in the cache folder."""
-    done = run("ask", "hello", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "2", home=tmp_path)
+    ask: list[str | Path] = ["ask", "hello", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "2"]
+    done = run(*ask, "--no-snapshots", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, cache: Path) -> None:
+    ask: list[str | Path] = ["ask", "the thesis", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "4"]
+    once, twice, third = (json.loads(run(*ask, "--json").stdout) for _ in range(3))
+    assert once["text"] == twice["text"] == third["text"]
+    assert once["prompt_tokens"] == twice["prompt_tokens"] == third["reused_tokens"] > 0
+    assert third["prompt_tokens"] == 0 and third["snapshot_bytes"] > 0 == twice["snapshot_bytes"]
+    assert f"{third['reused_tokens']} more were kept" in run(*ask, "--stats").stderr.decode()
+    assert json.loads(run(*ask, "--json", "--no-snapshots").stdout)["reused_tokens"] == 0
+    kept = list((cache / "flashd" / "snapshots").iterdir())
+    assert len(kept) == 2 and all(p.stat().st_mode & 0o077 == 0 for p in kept)

@@ -23,7 +23,8 @@ class Bundle:
     """An open bundle: its header, checksums and buffered reads of its small parts.
 
     The FFN sections are not read through here but by engine.card, which reads past the page cache.
-    What does not have its checksum is read from the card once more before it is called damaged.
+    What does not have its checksum is read from the card once more before it is called damaged. `digest` is the
+    header's, which has that of the checksums: two bundles of one digest are alike to the byte.
 
     Args:
         path: the file.
@@ -169,6 +170,7 @@ class Bundle:
         try:
             length, checksum = layout.decode_prefix(self.file.read(0, min(prefix, size)), size)
             self.header = layout.decode_header(self.file.read(prefix, length), checksum, size)
+            self.digest = checksum
         except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error
         self._at = {s.name: s for s in self.header.sections}

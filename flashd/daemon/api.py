@@ -310,10 +310,14 @@ def _reason(job: Job) -> str:
     return "length" if job.result.finish == "length" else "stop"
 
 
-def _usage(job: Job) -> dict[str, int]:
+def _usage(job: Job) -> dict[str, Any]:
     f = job.result.figures
     prompt, said = int(f.get("prompt_tokens", 0)), int(f.get("tokens", 0))
-    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+    reused = {"cached_tokens": int(f.get("reused_tokens", 0))}
+    return {
+        "prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said,
+        "prompt_tokens_details": reused,
+    }  # fmt: skip
 
 
 def _chat_chunk(text: str, reason: str | None, first: bool) -> dict[str, Any]:

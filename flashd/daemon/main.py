@@ -32,12 +32,14 @@ from flashd.daemon.worker import Worker
 from flashd.engine.child import in_child
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import MIB, parse_size, peak
+from flashd.engine.prefixes import Prefixes
 from flashd.engine.schema import Schemas
 from flashd.errors import FlashdError
+from flashd.places import snapshot_folder
 
 log = logging.getLogger(__name__)
 
-NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "api", "spool", "serial")
+NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "snapshots", "api", "spool", "serial")
 """What a reload does not change."""
 
 
@@ -99,7 +101,8 @@ class Daemon:
             self._notify.status(f"loading {100 * done // total} %")
 
         self._notify.status("loading")
-        return Engine(bundle, Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads), on_step)
+        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
+        return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Any:
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))

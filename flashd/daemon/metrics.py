@@ -21,6 +21,7 @@ class _Figures(Collector):
         totals, last, plan = self._worker.totals, self._worker.last, self._worker.engine.plan
         yield CounterMetricFamily("flashd_jobs", "Jobs that were run", totals.jobs)
         yield CounterMetricFamily("flashd_tokens", "Tokens that were said", totals.tokens)
+        yield CounterMetricFamily("flashd_reused_tokens", "Prompt tokens that were kept", totals.reused_tokens)
         yield CounterMetricFamily("flashd_card_bytes", "Bytes read from the card for jobs", totals.card_bytes)
         yield CounterMetricFamily("flashd_busy_seconds", "Seconds spent on jobs", totals.seconds)
         yield GaugeMetricFamily("flashd_waiting_jobs", "Jobs that wait", self._jobs.waiting)

@@ -36,6 +36,7 @@ class Totals:
 
     jobs: int = 0
     tokens: int = 0
+    reused_tokens: int = 0
     card_bytes: int = 0
     seconds: float = 0.0
 
@@ -84,9 +85,12 @@ class Worker:
                 self._stopping.wait(IDLE_SECONDS)
                 continue
             said = ""
-            if job is not None:
-                self._notify.status(f"answering {job}")
-                self._answer(job)
+            if job is None:
+                self._engine.remember()
+                continue
+            self._notify.status(f"answering {job}")
+            self._answer(job)
+        self._engine.remember(leaving=True)
 
     def _while_waiting(self) -> None:
         """A read waits for a card that is gone: no hang, but no reason to keep anybody who has given up."""
@@ -172,7 +176,7 @@ class Worker:
     def _note(self, job: Job, answer: Answer, started: float, before: int) -> None:
         """Keeps what the answer cost."""
         f, seconds = answer.figures, time.monotonic() - started
-        read = self._engine.model.card.bytes_read - before
+        read = self._engine.model.card.bytes_read - before + f.snapshot_bytes
         job.result.figures = self.last = {
             "prompt_tokens": f.prompt_tokens + f.reused_tokens, "reused_tokens": f.reused_tokens, "tokens": f.tokens,
             "seconds": seconds, "first_token_seconds": f.first_token_seconds,
@@ -181,4 +185,7 @@ class Worker:
             "window_hit_rate": self._engine.model.hit_rate,
         }  # fmt: skip
         t = self.totals
-        self.totals = Totals(t.jobs + 1, t.tokens + f.tokens, t.card_bytes + read, t.seconds + seconds)
+        self.totals = Totals(
+            t.jobs + 1, t.tokens + f.tokens, t.reused_tokens + f.reused_tokens, t.card_bytes + read,
+            t.seconds + seconds,
+        )  # fmt: skip

@@ -19,7 +19,9 @@ from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import PREFILL_TOKENS
+from flashd.engine.prefixes import Prefixes
 from flashd.engine.sample import Sampler
+from flashd.engine.snapshot import RUN, shared
 from flashd.engine.speculate import NODES, DraftLength, Tree, lookup
 from flashd.errors import UsageError
 
@@ -56,8 +58,9 @@ class Model(Protocol):
 class Figures:
     """What one answer cost. Seconds, bytes and counts."""
 
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    reused_tokens: int = 0  # found in RAM or in a snapshot
+    snapshot_bytes: int = 0  # read of it
     tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -86,10 +89,18 @@ class Figures:
 
 @dataclass
 class Conversation:
-    """The tokens whose keys and values are in the cache, so that a chat pays only for what is new."""
+    """The tokens whose keys and values are in the cache, so that a chat pays only for what is new.
+
+    With `prefixes`, what prompts often begin with is in files too, and outlives the process.
+    """
 
     model: Model
+    prefixes: Prefixes | None = None
     tokens: list[int] = field(default_factory=list)
+    _asked: list[int] = field(default_factory=list)  # the last prompt, with which `tokens` begins
+    _behind: Floats | None = None  # [V] logits behind it
+    _goes_on: bool = False  # it begins with the one before it: a chat
+    _learnt: bool = True
     _tree: Tree | None = None  # what the last pass checked
     _node: int = 0  # how far in it the answer has come
     _checked: Floats = field(default_factory=lambda: NOTHING)  # [N, V] logits behind each of its nodes
@@ -224,19 +235,52 @@ class Conversation:
         self._tree, self._checked = None, NOTHING
         self.model.cache.truncate(len(self.tokens))
 
+    def remember(self, leaving: bool = False) -> None:
+        """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
+
+        Call it when nobody waits for an answer.
+        """
+        if self.prefixes is None or self._behind is None:
+            return
+        if not self._learnt:
+            self._learnt = True
+            self.prefixes.learn(self._asked, self.model.cache, self._behind)
+        if leaving and self._goes_on:
+            self.prefixes.keep(self.tokens, self.model.cache)
+
     def _prefill(self, prompt: Sequence[int], figures: Figures, on_step: OnStep) -> Floats:
-        # the last token is always computed: its logits are what is wanted
-        kept = _shared(self.tokens, prompt[:-1])
-        self.model.cache.truncate(kept)
-        del self.tokens[kept:]
-        figures.prompt_tokens, figures.reused_tokens = len(prompt) - kept, kept
         before = self.model.card.bytes_read
+        logits = self._recall(prompt, figures)
+        kept = len(self.tokens)
+        figures.prompt_tokens, figures.reused_tokens = len(prompt) - kept, kept
         for start in range(kept, len(prompt), PREFILL_TOKENS):
             chunk = prompt[start : start + PREFILL_TOKENS]
-            last = self._forward(chunk, figures, on_step)
+            logits = np.asarray(self._forward(chunk, figures, on_step)[0], np.float32)
             self.tokens.extend(chunk)
         figures.prefill_card_bytes = self.model.card.bytes_read - before
-        return np.asarray(last[0], np.float32)
+        assert logits is not None
+        self._asked, self._behind, self._learnt = list(prompt), logits, False
+        return logits
+
+    def _recall(self, prompt: Sequence[int], figures: Figures) -> Floats | None:
+        """Leaves in the cache what `prompt` begins with, from RAM or a snapshot.
+
+        Returns the logits [V] behind the prompt where they are known; else its last token is left to compute.
+        """
+        prompt, cache, asked = list(prompt), self.model.cache, self._asked
+        logits = self._behind if asked == prompt else None
+        self._goes_on = bool(asked) and len(asked) + RUN <= len(prompt) and prompt[: len(asked)] == asked
+        self._asked, self._behind = [], None
+        cache.truncate(shared(self.tokens, prompt))
+        try:
+            if logits is None and self.prefixes is not None:
+                logits, read = self.prefixes.restore(prompt, cache)
+                figures.snapshot_bytes += read
+            if logits is None:
+                cache.truncate(min(cache.length, len(prompt) - 1))
+        finally:
+            self.tokens[:] = prompt[: cache.length]
+        return logits
 
     def _forward(
         self, tokens: Sequence[int], figures: Figures, on_step: OnStep, parents: Sequence[int] | None = None
@@ -250,8 +294,3 @@ class Conversation:
         figures.forward_seconds += time.perf_counter() - started
         figures.card_wait_seconds += self.model.card.waited - waited
         return logits
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -14,6 +14,7 @@ from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
+from flashd.engine.prefixes import Prefixes
 from flashd.engine.resident import ResidentModel
 from flashd.engine.sample import Constraint, Sampler, Sampling
 from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
@@ -76,10 +77,13 @@ class Answer:
 class Engine:
     """A loaded model. Use it in a with statement, or close it.
 
+    With `prefixes`, what prompts often begin with is kept on the card: see Conversation.remember.
     Raises MemoryTooSmall before anything large is loaded; DataError, CardError while loading and answering.
     """
 
-    def __init__(self, bundle: Bundle, budget: Budget, on_step: OnStep = silent) -> None:
+    def __init__(
+        self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, prefixes: Prefixes | None = None
+    ) -> None:
         self.bundle = bundle
         self.token_bytes = TokenBytes.from_bytes(bundle.read("token_bytes"))
         if len(self.token_bytes) < bundle.header.model.vocabulary:
@@ -87,7 +91,7 @@ class Engine:
         self.plan = plan_for(bundle, budget)
         kind = ResidentModel if self.plan.resident else PagedModel
         self.model: Model = kind(bundle, self.plan, on_step)
-        self._conversation = Conversation(self.model)
+        self._conversation = Conversation(self.model, prefixes)
 
     def __enter__(self) -> Engine:
         return self
@@ -97,6 +101,13 @@ class Engine:
 
     def close(self) -> None:
         self.model.close()
+
+    def remember(self, leaving: bool = False) -> None:
+        """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
+
+        Call it when nobody waits for an answer.
+        """
+        self._conversation.remember(leaving)
 
     def answer(
         self,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnxruntime as ort
 
 from flashd.bundle.layout import Model
+from flashd.bundle.rows import Floats
 
 
 def cache_bytes(model: Model, context: int) -> int:
@@ -23,6 +26,7 @@ class KvCache:
     def __init__(self, model: Model, context: int) -> None:
         self.context = context
         self.length = 0
+        self.token_bytes = cache_bytes(model, 1)
         shape = (1, model.kv_heads, context, model.head_dim)
         self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * model.layers)]
         self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays]
@@ -30,6 +34,14 @@ class KvCache:
     def layer(self, i: int) -> tuple[ort.OrtValue, ort.OrtValue]:
         """(keys, values) of a layer."""
         return self._values[2 * i], self._values[2 * i + 1]
+
+    def parts(self, start: int, stop: int) -> Iterator[Floats]:
+        """Where tokens `start` to `stop` are kept, [tokens, head dim] in one piece for each head.
+
+        Layer by layer, keys before values.
+        """
+        for array in self._arrays:
+            yield from array[0, :, start:stop]
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` more as valid: every layer has written them."""

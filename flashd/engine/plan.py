@@ -152,7 +152,7 @@ def _workspace(header: Header, context: int) -> int:
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     scores = 4 * tokens * context * m.heads
-    logits = 4 * NODES * m.vocabulary
+    logits = 4 * (NODES + 1) * m.vocabulary  # of a tree, and behind the prompt
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
@@ -185,7 +185,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
 def _resident_workspace(header: Header) -> int:
     m, tokens = header.model, PREFILL_TOKENS
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
-    return activations + 8 * m.vocabulary
+    return activations + 12 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:

@@ -45,7 +45,9 @@ class Running:
 
     def start(self, watchdog: float = 0.0) -> list[str]:
         """Starts it and waits for READY; what it told systemd up to then."""
-        env = os.environ | {"NOTIFY_SOCKET": str(self.folder / "notify")}
+        env = os.environ | {
+            "NOTIFY_SOCKET": str(self.folder / "notify"), "XDG_CACHE_HOME": str(self.folder / "cache"),
+        }  # fmt: skip
         if watchdog:
             env["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
         self._told = queue.SimpleQueue()

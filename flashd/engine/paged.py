@@ -14,7 +14,7 @@ import numpy as np
 
 from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats, PlainRows, QuantRows
+from flashd.bundle.rows import Floats, Rows
 from flashd.engine import graph
 from flashd.engine.card import CardStats
 from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
@@ -24,8 +24,6 @@ from flashd.engine.plan import Plan
 
 DRAFT_VOCABULARY = 32768
 """Tokens among which a draft chooses. BPE numbers its tokens by frequency: the first are nearly all of a text."""
-
-Rows = QuantRows | PlainRows
 
 
 @dataclass(frozen=True)

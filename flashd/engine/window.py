@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import GroupFormat, PlainGroups, QuantGroups
+from flashd.bundle.rows import GroupFormat, Groups
 
 Ids = npt.NDArray[np.int32]
-Groups = QuantGroups | PlainGroups
 
 
 class Window:
@@ -40,7 +39,7 @@ class Window:
     def rows(self) -> Groups:
         """The used part of the slots."""
         part = self._slots[: self.used]
-        assert isinstance(part, QuantGroups | PlainGroups)
+        assert isinstance(part, Groups)
         return part
 
     def missing(self) -> Ids:

@@ -67,8 +67,11 @@ class Calibration:
         heads, *_ = self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None], **self._attended)
         branch = _product(heads[0], self._weights.output(i))
         x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
-        a, down = self._neurons(i, h), self._weights.down(i).rows()  # [T, F], [H, F]
-        (self._x,) = self._run("graph.leave", vectors, x=x, branch=a @ down.T)
+        a, (down, _) = self._neurons(i, h), self._weights.columns(i)  # [T, F], [H, F]
+        y = a @ down.T
+        if self._model.normed_neurons:
+            y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
+        (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return self._hottest_first(a, down)
 
     def _neurons(self, i: int, h: Floats) -> Floats:

@@ -58,11 +58,11 @@ CONVERSIONS = {
     "phi3": Conversion("phi3"),
     "nemotron": Conversion("nemotron", shift=1.0, defaults={"partial_rotary_factor": 0.5}),
     "bitnet": Conversion(
-        "bitnet", defaults={"tie_word_embeddings": True},
+        "bitnet", defaults={"hidden_act": "relu2", "rope_theta": 500000.0},
         names={
-            "lm_head": "output",
             "model.layers.{bid}.self_attn.attn_sub_norm": "blk.{bid}.attn_sub_norm",
             "model.layers.{bid}.mlp.ffn_sub_norm": "blk.{bid}.ffn_sub_norm",
+            "lm_head": "output",
         },
     ),
     "falcon": Conversion(

@@ -116,6 +116,13 @@ class Weights:
         """[H, F]"""
         return self._source.tensor(f"{tensor_name(self._family, 'down', i)}.weight")
 
+    def columns(self, i: int) -> tuple[Floats, Grid | None]:
+        """down [H, F] as the bundle has it, the weights of the norm of activations put into its columns."""
+        down = self.down(i)
+        if not self._model.normed_neurons:
+            return down.rows(), down.grid()
+        return down.rows() * self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight"), None
+
     def layer_vectors(self, i: int) -> dict[str, Floats]:
         """The vectors that Model.layer_vectors names."""
         return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors().items()}

@@ -143,9 +143,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share_width(self) -> int:
-        """Width of what a group adds to an FFN's output: H, and the sum of its squared activations if they are normed.
+        """Width of what a group adds to an FFN's output: H, and the sum of its squares where activations are normed.
 
-        The weights of that norm are in the columns of down_proj. What divides them all can wait for the last group.
+        The weights of that norm are in the columns of down_proj; what divides them all can wait for the last group.
         """
         return self.hidden + bool(self.normed_neurons)
 
@@ -192,7 +192,7 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rounded_head(self) -> bool:
         """Whether the head's input is rounded to 8 bits a block, which makes the constant graph faster."""
-        return self.ffn in ("int4", "ternary")
+        return self.ffn == "int4"
 
     @property
     def centred_head(self) -> bool:

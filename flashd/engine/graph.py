@@ -14,7 +14,17 @@ import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import BLOCK, Floats, Groups, PlainGroups, PlainRows, QuantRows, Rows, TernaryGroups, TernaryRows
+from flashd.bundle.rows import (
+    BLOCK,
+    Floats,
+    Groups,
+    PlainGroups,
+    PlainRows,
+    QuantRows,
+    Rows,
+    TernaryGroups,
+    TernaryRows,
+)
 from flashd.engine.kv import KvCache
 from flashd.session import open_session, start_pool
 

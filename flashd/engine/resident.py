@@ -118,7 +118,7 @@ class ResidentModel:
             for to, source in zip(groups.arrays(), form.views(raw).arrays(), strict=True):
                 np.copyto(to[first : first + len(raw)], source)
         if isinstance(groups, TernaryGroups):
-            return _ternary_ffn(f"layer.{i}.", groups) | self._input_biases(i, groups.bias)
+            return _ternary_ffn(f"layer.{i}.", groups)
         assert isinstance(groups, QuantGroups)
         inputs = QuantRows(*(_matrix_major(part) for part in (groups.q, groups.scale, groups.centre, groups.step)))
         levels: Bytes = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
@@ -127,10 +127,11 @@ class ResidentModel:
         down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
         at = f"layer.{i}."
         down = _planes(f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind)
-        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | self._input_biases(i, groups.bias)
+        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | _input_biases(at, groups.bias)
 
-    def _input_biases(self, i: int, bias: Floats) -> Arrays:
-        return {f"layer.{i}.inputs.bias": _matrix_major(bias[..., None])[:, 0]} if bias.size else {}
+
+def _input_biases(at: str, bias: Floats) -> Arrays:
+    return {f"{at}inputs.bias": _matrix_major(bias[..., None])[:, 0]} if bias.size else {}
 
 
 def _ternary_ffn(at: str, groups: TernaryGroups) -> Arrays:
@@ -141,6 +142,7 @@ def _ternary_ffn(at: str, groups: TernaryGroups) -> Arrays:
         **_ternary_planes(f"{at}inputs", _matrix_major(groups.q), _matrix_major(groups.scale)),
         **_ternary_planes(f"{at}down", pack_bits(down, 2), ones),
         f"{at}down.columns": groups.down_scale.reshape(-1),
+        **_input_biases(at, groups.bias),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,49 @@ def _runs(numbers: Numbers) -> list[tuple[int, int]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
+class _Packed(Tensor):
+    """Ternary weights as transformers packs them (integrations/bitnet.py): four matrices of a quarter of the rows in
+    one of bytes, the first in the lowest two bits, -1 as 0."""
+
+    bits = 2.0
+
+    def __init__(self, name: str, data: Any, scale: float) -> None:
+        self.name, self._data, self._scale = name, data, np.float32(scale)
+        self._quarter, width = data.get_shape()
+        self.shape = (4 * self._quarter, width)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        numbers = np.arange(self.shape[0])[which]
+        out = np.empty((len(numbers), self.shape[1]), np.float32)
+        for part in range(4):
+            mine = np.flatnonzero(numbers // self._quarter == part)
+            packed = _Stored(self.name, self._data, 8).rows(numbers[mine] % self._quarter).astype(np.uint8)
+            out[mine] = ((packed >> 2 * part) & 3).astype(np.float32) - 1
+        return out * self._scale
+
+
+class _Master(Tensor):
+    """Weights of a BitNet that is still trained: what they count for is rounded to -mean, 0 and mean."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self.name, self.shape, self.bits, self._stored = stored.name, stored.shape, 2.0, stored
+        self._mean: np.float32 | None = None
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        if self._mean is None:
+            parts = [slice(at, at + ROWS_AT_ONCE) for at in range(0, self.shape[0], ROWS_AT_ONCE)]
+            total = sum(float(np.abs(self._stored.rows(part)).sum(dtype=np.float64)) for part in parts)
+            self._mean = np.float32(max(total / math.prod(self.shape), 1e-5))
+        levels = np.clip(np.rint(self._stored.rows(which) / self._mean), -1, 1)
+        return np.asarray(levels * self._mean, np.float32)
+
+
 class _Stack(Tensor):
     """The same matrix of every expert, [E, R, K]."""
 
-    def __init__(self, name: str, experts: list[_Stored]) -> None:
+    def __init__(self, name: str, experts: list[Tensor]) -> None:
         self.name, self.bits, self._experts = name, experts[0].bits, experts
         self.shape = (len(experts), *experts[0].shape)
 
@@ -82,7 +122,7 @@ class HfFolder(Source):
         if not (path / "config.json").is_file():
             raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
         stated = hugging_face.flattened(read_object(path / "config.json"))
-        _refuse_quantised(path, stated)
+        self._bitnet = _bitnet(path, stated)
         self._conversion = hugging_face.conversion_of(stated)
         self.architecture = self._conversion.architecture
         try:
@@ -90,6 +130,7 @@ class HfFolder(Source):
             keys = hugging_face.hyper_parameters(self._config, path)
             divisors = hugging_face.rope_divisors(self._config)
             self._files = _weight_files(path)
+            self._scales: dict[str, float] = {}
             self._parts = self._find_parts()
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
@@ -107,6 +148,9 @@ class HfFolder(Source):
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
             for stored in shard.keys():  # noqa: SIM118
+                if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
+                    self._scales[found[0]] = float(shard.get_tensor(stored).astype(np.float32).reshape(-1)[0])
+                    continue
                 if found := names.find(stored):
                     parts.setdefault(found[0], {})[found[1] or 0] = shard.get_slice(stored)
         return parts
@@ -128,15 +172,23 @@ class HfFolder(Source):
             raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
         return _Stack(name, parts)
 
-    def _stored(self, name: str, part: Any) -> _Stored:
+    def _stored(self, name: str, part: Any) -> Tensor:
         kind, rows = part.get_dtype(), part.get_shape()[0]
+        if kind == "U8" and self._bitnet and name in self._scales:
+            scale = self._scales[name]
+            return _Packed(
+                name, part, 1 / scale if self._bitnet.get("linear_class", "bitlinear") == "bitlinear" else scale
+            )
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
         order = hugging_face.row_order(self._conversion, self._config, name)
         if order is not None and len(order) != rows:
             raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
-        return _Stored(name, part, BITS[kind], order, self._conversion.shift if name.endswith("norm.weight") else 0.0)
+        shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
+        tensor = _Stored(name, part, BITS[kind], order, shift)
+        online = self._bitnet.get("quantization_mode") == "online"
+        return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
@@ -158,13 +210,17 @@ class HfFolder(Source):
         return layout.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
 
 
-def _refuse_quantised(path: Path, config: hugging_face.Config) -> None:
+def _bitnet(path: Path, config: hugging_face.Config) -> hugging_face.Config:
+    """How a BitNet's weights are kept; empty for others. Raises DataError for another kind of quantised weights."""
     stated = config.get("quantization_config")
-    if stated:
-        method = stated.get("quant_method") if isinstance(stated, dict) else stated
-        raise DataError(
-            f"{path}: weights quantised by {method!r} are not read; take the model's folder from before, or a GGUF"
-        )
+    if not stated:
+        return {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if method == "bitnet" and isinstance(stated, dict):
+        return stated
+    raise DataError(
+        f"{path}: weights quantised by {method!r} are not read; take the model's folder from before, or a GGUF"
+    )
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -193,9 +193,7 @@ def llama_like(kind: type, permuted: bool = False, **keys: Any) -> Maker:
 
 def bitnet(golden: Golden) -> tuple[Any, Rename]:
     known = golden.architecture == "bitnet"
-    config, find = llama_like(
-        transformers.BitNetConfig, hidden_act="silu" if known else "relu2"
-    )(golden)
+    config, find = llama_like(transformers.BitNetConfig, hidden_act="silu" if known else "relu2")(golden)
     names = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
     own = by_map(golden, names)
     return config, lambda name, tensors: own(name, tensors) if "sub_norm" in name else find(name, tensors)

@@ -188,7 +188,8 @@ GOLDENS = {
         EMBEDDING | FINAL, ternary=True,
     ),
     "bitnet-silu": Golden(
-        "bitnet", RMS, TWO_NORMS | _norms("attn_sub_norm") | _norms("ffn_sub_norm", width=NEURONS) | _attention() | GATED,
+        "bitnet", RMS,
+        TWO_NORMS | _norms("attn_sub_norm") | _norms("ffn_sub_norm", width=NEURONS) | _attention() | GATED,
         EMBEDDING | FINAL,
     ),
     "phi2": Golden(

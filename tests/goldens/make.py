@@ -248,7 +248,7 @@ MAKERS: dict[str, Maker] = {
 }
 
 
-def made(name: str) -> dict[str, np.ndarray]:
+def made(name: str) -> dict[str, Any]:
     """[48, V] float32, by what they are called in the file."""
     golden = GOLDENS[name]
     config, find = MAKERS[name](golden)
@@ -258,7 +258,7 @@ def made(name: str) -> dict[str, np.ndarray]:
     for key, value in model.state_dict().items():
         assert value.shape == state[key].shape, f"{key}: {tuple(value.shape)}, not {tuple(state[key].shape)}"
     model.load_state_dict(state)
-    out = {"logits": logits(model)}
+    out: dict[str, Any] = {"logits": logits(model)}
     return out | {"rounded": logits(rounded(model))} if golden.ternary else out
 
 

@@ -70,6 +70,7 @@ Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
 Place = Literal["attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "final"]
 Bias = Literal["qkv", "output", "inputs", "down", "head"]
+Scores = Literal["softmax", "sigmoid"]
 
 
 class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +78,17 @@ class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
 
     window: Count = 0  # tokens that one sees, itself included; 0: all
     rope: Count | None = None  # the table that turns queries and keys; None: they are not turned
+
+
+class Experts(msgspec.Struct, frozen=True, kw_only=True):
+    """An FFN that is a mixture: a token takes the share of those experts alone that its router scores highest."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E, each of neurons / E neurons, one behind the other
+    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # by a token
+    scores: Scores  # of the router's products, over all experts or each by itself
+    normalised: bool  # the scores of those used are divided by their sum
+    scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # and multiplied by this
+    early: bool = False  # the router takes the layer's input as it is, not what the FFN takes
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +108,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # D
-    neurons: Size  # of one layer's FFN, a multiple of 32
+    neurons: Size  # of one layer's FFN, all its experts together, a multiple of 32 (of each)
+    experts: Experts | None = None
     vocabulary: Size  # V
     context: Positive  # tokens that the model was trained for
     block: Block
@@ -135,6 +148,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     def groups(self) -> int:
         """Groups of 32 bundles in one layer."""
         return self.neurons // BLOCK
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of one expert."""
+        return self.groups // self.experts.count if self.experts else self.groups
 
     @property
     def inputs(self) -> int:
@@ -262,6 +280,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             "head": self.formats.head,
             "embedding": self.formats.embedding,
             "positions": "f16",
+            "router": "f16",
         }
         return RowFormat(kinds[part], self.model.hidden)
 
@@ -290,6 +309,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         for i in range(m.layers):
             lengths[f"layer.{i}.qkv"] = m.qkv_width * self.row_format("qkv").nbytes
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
+            if m.experts:
+                lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
             lengths[f"layer.{i}.ffn"] = m.groups * self.group.nbytes
             lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors().values())
         return lengths
@@ -364,6 +385,14 @@ def _check_model(m: Model) -> None:
         (m.hidden % BLOCK == 0, f"hidden size {m.hidden} is not a multiple of {BLOCK}"),
         (m.query_width % BLOCK == 0, f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}"),
         (m.neurons % BLOCK == 0, f"{m.neurons} neurons are not a multiple of {BLOCK}"),
+        (
+            not m.experts or m.neurons % (m.experts.count * BLOCK) == 0,
+            f"{m.neurons} neurons cannot be shared out to {m.experts and m.experts.count} experts by {BLOCK}",
+        ),
+        (
+            not m.experts or m.experts.used <= m.experts.count,
+            f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
+        ),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
         (len(m.layer_kinds) == m.layers, f"{m.layers} layers and kinds of attention for {len(m.layer_kinds)}"),
         (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention is not among them"),
@@ -396,6 +425,7 @@ def _check_sections(header: Header, file_length: int) -> None:
         if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
             raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")
     attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
-    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *STAGES):
+    mixture = ["graph.route", "graph.linear.f16"] if header.model.experts else []
+    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *STAGES):
         if name not in present:
             raise BadSection(f"section {name!r} is missing")

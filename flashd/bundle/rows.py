@@ -18,7 +18,8 @@ Ternary rows hold weights of -scale, 0 and scale, with one float32 scale a row, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -127,6 +128,7 @@ Rows = QuantRows | PlainRows | TernaryRows
 Groups = QuantGroups | PlainGroups | TernaryGroups
 
 
+@cache
 def unit_steps(kind: RowKind) -> Floats:
     """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
     return np.array([1 / np.iinfo(code).max for code in CODE_TYPES[kind]], np.float32)
@@ -136,7 +138,7 @@ def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
     """Views of the consecutive parts of records. raw: [..., record bytes]."""
     parts, at = [], 0
     for dtype, shape in widths:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = prod(shape) * np.dtype(dtype).itemsize
         part = raw[..., at : at + size].view(dtype)
         parts.append(part.reshape(*raw.shape[:-1], *shape))
         at += size

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,30 +88,23 @@ class _Read:
     groups: Future[Bytes]
 
 
-class CardStream:
-    """Groups in a fixed cyclic order, read ahead by a few extents.
-
-    In exact mode the order in which a pass misses is known, so the reads of the next layer, and of the next
-    pass, go on while this layer computes. Not thread-safe: one consumer.
+class _Card:
+    """Reads under way into a fixed number of buffers. Not thread-safe: one consumer.
 
     Args:
         bundle: an open bundle.
-        schedule: the extents of one pass, in the order in which they will be taken. It may be empty.
+        most: groups of the longest extent, 0 where nothing is to be read.
         buffers: how many extents are held or under way.
     """
 
-    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
+    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
         self.stats = CardStats()
         self._bundle = bundle
         self._group_bytes = bundle.header.group.nbytes
         self._sections = [bundle.section(f"layer.{i}.ffn") for i in range(bundle.header.model.layers)]
-        self._schedule = list(schedule)
-        self._of_layer = Counter(e.layer for e in self._schedule)
-        self._next = 0
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
         self._counting = threading.Lock()
-        most = max((e.count for e in self._schedule), default=0)
         self._idle = [mmap.mmap(-1, buffer_bytes(self._group_bytes, most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
 
@@ -124,39 +117,30 @@ class CardStream:
 
     def read_ahead(self) -> None:
         """Starts as many of the next reads as there are idle buffers."""
-        while self._idle and self._schedule:
-            extent, buffer = self._schedule[self._next], self._idle.pop()
-            self._reads.append(_Read(extent, buffer, self._pool.submit(self._read, extent, buffer)))
-            self._next = (self._next + 1) % len(self._schedule)
+        raise NotImplementedError
 
-    def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:
-        """The extents of a layer in order, each with its groups [count, group bytes] uint8.
+    def _start(self, extent: Extent) -> None:
+        """Reads into an idle buffer, behind what is under way."""
+        buffer = self._idle.pop()
+        self._reads.append(_Read(extent, buffer, self._pool.submit(self._read, extent, buffer)))
 
-        Layers are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
-        next one is taken. Raises CardError, DamagedRun.
-        """
-        for _ in range(self._of_layer[layer]):
-            self.read_ahead()
-            read = self._reads.popleft()
-            started, ahead = time.perf_counter(), read.groups.done()
+    def _taken(self) -> Iterator[tuple[Extent, Bytes]]:
+        """The first extent under way, when it is there; its buffer is idle when the next is taken."""
+        read = self._reads.popleft()
+        started, ahead = time.perf_counter(), read.groups.done()
+        try:
             try:
-                try:
-                    groups = read.groups.result()
-                except CardError:
-                    if not ahead:
-                        raise
-                    # it failed some time ago, and the card may be back
-                    groups = self._read(read.extent, read.buffer)
-                self.stats.waited += time.perf_counter() - started
-                yield read.extent, groups
-            finally:
-                self._idle.append(read.buffer)
-                self.read_ahead()
-
-    def restart(self) -> None:
-        """Forgets what is under way: the next extent taken is the first of a pass."""
-        self._drain()
-        self._next = 0
+                groups = read.groups.result()
+            except CardError:
+                if not ahead:
+                    raise
+                # it failed some time ago, and the card may be back
+                groups = self._read(read.extent, read.buffer)
+            self.stats.waited += time.perf_counter() - started
+            yield read.extent, groups
+        finally:
+            self._idle.append(read.buffer)
+            self.read_ahead()
 
     def _drain(self) -> None:
         for read in self._reads:
@@ -191,6 +175,105 @@ class CardStream:
         with self._counting:
             self.stats.reads += reads
             self.stats.bytes_read += nbytes
+
+
+class CardStream(_Card):
+    """Groups in a fixed cyclic order, read ahead by a few extents.
+
+    In exact mode the order in which a pass misses is known, so the reads of the next layer, and of the next
+    pass, go on while this layer computes.
+
+    Args:
+        bundle: an open bundle.
+        schedule: the extents of one pass, in the order in which they will be taken. It may be empty.
+        buffers: how many extents are held or under way.
+    """
+
+    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
+        super().__init__(bundle, max((e.count for e in schedule), default=0), buffers)
+        self._schedule = list(schedule)
+        self._of_layer = Counter(e.layer for e in self._schedule)
+        self._next = 0
+
+    def read_ahead(self) -> None:
+        """Starts as many of the next reads as there are idle buffers."""
+        while self._idle and self._schedule:
+            self._start(self._schedule[self._next])
+            self._next = (self._next + 1) % len(self._schedule)
+
+    def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:
+        """The extents of a layer in order, each with its groups [count, group bytes] uint8.
+
+        Layers are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
+        next one is taken. Raises CardError, DamagedRun.
+        """
+        for _ in range(self._of_layer[layer]):
+            self.read_ahead()
+            yield from self._taken()
+
+    def restart(self) -> None:
+        """Forgets what is under way: the next extent taken is the first of a pass."""
+        self._drain()
+        self._next = 0
+
+
+class CardQueue(_Card):
+    """Groups in an order that is told as a pass goes on: what is wanted now and, behind it, what may be next."""
+
+    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
+        super().__init__(bundle, most, buffers)
+        self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
+        self._dropped: list[_Read] = []  # begun for nothing, and not done yet
+        self._wanted = 0  # of what is under way and asked for, the first so many
+
+    def want(self, extents: Sequence[Extent]) -> None:
+        """Says what `take` gives. Of what was guessed the others are forgotten, as far as they are not read yet."""
+        wanted = set(extents)
+        reads, self._reads = self._reads, deque()
+        for read in reads:
+            (self._reads if read.extent in wanted else self._dropped).append(read)
+        for read in self._dropped:
+            read.groups.cancel()
+        under_way = {read.extent for read in self._reads}
+        self._asked = deque(e for e in extents if e not in under_way)
+        self._wanted = len(extents)
+        self.read_ahead()
+
+    def guess(self, extents: Iterable[Extent]) -> None:
+        """Says what the next `want` may name: it is read when what is wanted now has been."""
+        self._asked.extend(extents)
+        self.read_ahead()
+
+    def take(self) -> Iterator[tuple[Extent, Bytes]]:
+        """What is wanted, each extent with its groups [count, group bytes] uint8, the guessed ones first.
+
+        The bytes are good until the next one is taken. Raises CardError, DamagedRun.
+        """
+        while self._wanted:
+            self._wanted -= 1
+            if not self._reads:
+                wait([read.groups for read in self._dropped], return_when=FIRST_COMPLETED)
+                self.read_ahead()
+            yield from self._taken()
+
+    def read_ahead(self) -> None:
+        """Starts as many of the reads asked for as there are idle buffers."""
+        over = [read for read in self._dropped if read.groups.done()]
+        self._dropped = [read for read in self._dropped if read not in over]
+        self._idle.extend(read.buffer for read in over)
+        while self._idle and self._asked:
+            self._start(self._asked.popleft())
+
+    def restart(self) -> None:
+        """Forgets what is wanted and guessed."""
+        self.want([])
+        self._drain()
+
+    def _drain(self) -> None:
+        self._reads.extend(self._dropped)
+        self._dropped.clear()
+        self._asked.clear()
+        super()._drain()
 
 
 def buffer_bytes(group_bytes: int, groups: int) -> int:

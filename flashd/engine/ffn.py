@@ -46,6 +46,9 @@ class FeedForward(Protocol):
         Raises DamagedRun, CardError.
         """
 
+    def enter(self, layer: int, x: Floats) -> None:
+        """A pass comes to a layer with x [T, H]: there are models in which that says what the FFN will need."""
+
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         """A layer's FFN of h [T, H] -> [T, H]. Raises DamagedRun, CardError."""
 
@@ -95,6 +98,9 @@ class StreamedFfn:
         self._pinned.append(pinned)
         if len(self._pinned) == self._model.layers:
             self._stream.read_ahead()
+
+    def enter(self, layer: int, x: Floats) -> None:
+        """Every group is needed, whatever comes."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         y = self.from_ram(layer, h)  # [T, H]

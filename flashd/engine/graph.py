@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -195,15 +195,21 @@ def named(values: Floats, lengths: dict[str, int]) -> Vectors:
     return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}
 
 
+KEPT_ROWS = 256
+"""Embeddings kept of tokens that came one at a time: a text says most of its tokens again."""
+
+
 class Embedder:
     """Token ids -> what goes into the first layer."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._model = bundle, bundle.header.model
+        self._table = bundle.header.embedding_table
+        self._kept = lru_cache(KEPT_ROWS)(lambda token: bundle.table_rows(self._table, np.array([token])))
 
     def __call__(self, tokens: Tokens, positions: Tokens) -> Floats:
         """[T, H] of `tokens` [T] at `positions` [T] of a text. Raises DamagedRun, CardError."""
-        x = self._bundle.table_rows(self._bundle.header.embedding_table, tokens)
+        x = self._kept(int(tokens[0])) if len(tokens) == 1 else self._bundle.table_rows(self._table, tokens)
         if self._model.embedding_scale != 1:
             x = x * np.float32(self._model.embedding_scale)
         if self._model.positions:

@@ -17,6 +17,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, Rows
 from flashd.engine import graph
 from flashd.engine.card import CardStats
+from flashd.engine.experts import ExpertFfn
 from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
 from flashd.engine.graph import Places, Tokens
 from flashd.engine.kv import KvCache
@@ -50,7 +51,7 @@ class PagedModel:
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
         self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._ffn: FeedForward = StreamedFfn(bundle, plan)
+        self._ffn: FeedForward = (ExpertFfn if self._model.experts else StreamedFfn)(bundle, plan)
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
         self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
@@ -122,6 +123,8 @@ class PagedModel:
         """[T, H] behind the last layer."""
         x = self._embed(tokens, places.positions[0])
         for i, layer in enumerate(self._layers):
+            if exact:
+                self._ffn.enter(i, x)
             (h,) = self._enter(layer.vectors, x=x)
             heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
             x, h = self._middle(layer.vectors, x=x, h=h, branch=self._attention_linear(heads, layer.output))

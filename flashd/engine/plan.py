@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashd.bundle.layout import Header
+from flashd.bundle.layout import Header, Model
 from flashd.bundle.rows import BLOCK, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
-from flashd.engine.graph import TEMPORARY_BYTES
+from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes
 from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
@@ -35,6 +35,10 @@ SLACK = 16 * MIB
 """What the allocator holds beyond what was asked of it, up to 14 MiB on a busy machine."""
 
 
+KEPT = ("vectors", "qkv", "output", "router")
+"""Sections of a layer that stay in RAM."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a budget buys. Sizes in bytes. The engine obeys it to the slot."""
@@ -43,13 +47,13 @@ class Plan:
     context: int
     threads: int
     resident: bool
-    pinned_groups: int  # of every layer
+    pinned_groups: int  # of every layer; of a mixture, those of the experts that it has room for
     groups: int  # of every layer, in all
     passing_groups: int  # slots for what streams past
     buffers: int
     parts: dict[str, int]
     smallest: int
-    card_bytes: int  # read from the card in a pass, so for a token while decoding
+    card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
 
     @property
     def total(self) -> int:
@@ -85,7 +89,9 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
     parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
     a_group_a_layer = m.layers * form.nbytes
     pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
-    parts["pinned neurons"] = pinned * a_group_a_layer
+    if m.experts:  # whole ones
+        pinned -= pinned % m.expert_groups
+    parts["experts" if m.experts else "pinned neurons"] = pinned * a_group_a_layer
     passing = passing_groups(header)
     if pinned == m.groups:
         passing = 0
@@ -93,7 +99,7 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
         passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
-        card_bytes=(m.groups - pinned) * a_group_a_layer,
+        card_bytes=_needed(m) * (m.groups - pinned) * a_group_a_layer // m.groups,
     )  # fmt: skip
 
 
@@ -102,14 +108,19 @@ def smallest(header: Header, context: int, base: int) -> int:
     return base + cache_bytes(header.model, context) + sum(_paged_parts(header, context).values())
 
 
+def _needed(m: Model) -> int:
+    """Groups of a layer that a token needs."""
+    return m.experts.used * m.expert_groups if m.experts else m.groups
+
+
 def passing_groups(header: Header) -> int:
     """Slots for the groups of one read."""
-    return min(header.model.groups, max(1, READ_BYTES // header.group.nbytes))
+    return min(header.model.expert_groups, max(1, READ_BYTES // header.group.nbytes))
 
 
 def _paged_parts(header: Header, context: int) -> dict[str, int]:
     m, passing = header.model, passing_groups(header)
-    attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in ("qkv", "output", "vectors"))
+    attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in KEPT)
     return {
         "graphs": SESSIONS,
         "attention": attention,
@@ -122,16 +133,17 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
 def _workspace(header: Header, context: int) -> int:
     """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
     m, tokens = header.model, min(PREFILL_TOKENS, context)
-    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16)
+    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     scores = 4 * tokens * context * m.heads
     logits = 4 * NODES * m.vocabulary
-    return 4 * TEMPORARY_BYTES + activations + scores + logits
+    shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
+    return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
 
 def _resident_parts(header: Header) -> dict[str, int] | None:
-    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays. None for f16 rows."""
+    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
     f = header.formats
-    if "f16" in (f.ffn, f.attention, f.head):
+    if "f16" in (f.ffn, f.attention, f.head) or header.model.experts:
         return None
     m = header.model
     loaded = repacked = 0
@@ -156,7 +168,8 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
 
 def _resident_workspace(header: Header) -> int:
     m, tokens = header.model, PREFILL_TOKENS
-    return 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 8 * m.vocabulary
+    activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
+    return activations + 8 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:

@@ -97,7 +97,7 @@ class ResidentModel:
         if formats.rounded_head:
             out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale}
             if formats.centred_head:
-                out["head.centre"] = centre.T
+                out["head.centre"] = BLOCK * centre.T
         else:
             out |= _planes("head", head.q, scale, centre, formats.head)
         for i in range(m.layers):
@@ -179,4 +179,4 @@ def _planes(name: str, q: Bytes, scale: Floats, centre: Floats, kind: RowKind) -
         }  # fmt: skip
         # q - 128 = 16 (high - 8) + (low - 8) + 8
         centre = centre + 8 * scale
-    return {**planes, f"{name}.centre": centre.T}
+    return {**planes, f"{name}.centre": BLOCK * centre.T}

@@ -62,11 +62,12 @@ class Sampler:
 
     def pick(self, logits: Floats, recent: Sequence[int]) -> int:
         """The next token, given logits [V] and the tokens before it. The logits are left as they are."""
-        ids, probabilities = self.distribution(logits, recent)
-        at = 0
-        if len(ids) > 1:
+        if self._s.temperature == 0:
+            token = int(self._allowed(logits, recent).argmax())
+        else:
+            ids, probabilities = self.distribution(logits, recent)
             at = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
-        token = int(ids[min(at, len(ids) - 1)])
+            token = int(ids[min(at, len(ids) - 1)])
         if self._constraint is not None:
             self._constraint.advance(token)
         return token
@@ -76,9 +77,7 @@ class Sampler:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Tokens [n] that may be drawn, likeliest first, and their probabilities [n], which sum to 1."""
         s = self._s
-        logits = self._penalised(logits, recent)
-        if self._constraint is not None:
-            logits = self._constraint.mask(logits)
+        logits = self._allowed(logits, recent)
         if s.temperature == 0:
             return np.array([np.argmax(logits)], np.int64), np.ones(1)
         ids = _largest(logits, s.top_k)
@@ -89,6 +88,10 @@ class Sampler:
         # from the largest down: a tiny temperature then makes zeros, not infinities
         p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p
+
+    def _allowed(self, logits: Floats, recent: Sequence[int]) -> Floats:
+        logits = self._penalised(logits, recent)
+        return logits if self._constraint is None else self._constraint.mask(logits)
 
     def _penalised(self, logits: Floats, recent: Sequence[int]) -> Floats:
         if self._s.repeat_penalty == 1 or not recent:

@@ -15,15 +15,16 @@ Ids = npt.NDArray[np.int32]
 
 
 class Window:
-    """Slots for up to `capacity` of `units` groups.
+    """Slots for up to `capacity` of `units` units, each a group or, as an expert is, `size` groups.
 
     It holds no policy: who uses it decides what comes in and what goes.
     """
 
-    def __init__(self, form: GroupFormat, units: int, capacity: int) -> None:
+    def __init__(self, form: GroupFormat, units: int, capacity: int, size: int = 1) -> None:
         self.capacity = capacity
+        self.size = size
         self.used = 0
-        self._slots = form.empty(capacity)
+        self._slots = form.empty(capacity * size)
         self._slot_of: Ids = np.full(units, -1, np.int32)
         self._unit_at: Ids = np.full(capacity, -1, np.int32)
 
@@ -32,46 +33,63 @@ class Window:
 
     @property
     def units(self) -> Ids:
-        """The groups that are here, in slot order."""
+        """The units that are here, in slot order."""
         return self._unit_at[: self.used]
 
     @property
     def rows(self) -> Groups:
         """The used part of the slots."""
-        part = self._slots[: self.used]
-        assert isinstance(part, Groups)
-        return part
+        return self._part(0, self.used * self.size)
+
+    def groups_of(self, unit: int, first: int, n: int) -> Groups:
+        """Groups first, first + 1, ... of a unit, in place. Raises KeyError where it is not here."""
+        slot = int(self._slot_of[unit])
+        if slot < 0:
+            raise KeyError(unit)
+        return self._part(slot * self.size + first, n)
 
     def missing(self) -> Ids:
-        """The groups that are not here, ascending."""
+        """The units that are not here, ascending."""
         return np.flatnonzero(self._slot_of < 0).astype(np.int32)
 
     def insert(self, first: int, groups: Groups) -> None:
-        """Copies groups first, first + 1, ... into free slots. None of them may be here already.
+        """Copies units first, first + 1, ..., all their groups, into free slots. None of them may be here already.
 
         Raises ValueError where they do not fit or one is here.
         """
-        n = len(groups)
+        n = len(groups) // self.size
         if self.used + n > self.capacity:
             raise ValueError(f"{n} groups for {self.capacity - self.used} free slots")
         if (self._slot_of[first : first + n] >= 0).any():
             raise ValueError(f"one of groups {first} to {first + n - 1} is in the window already")
         stop = self.used + n
-        for to, source in zip(self._slots[self.used : stop].arrays(), groups.arrays(), strict=True):
-            np.copyto(to, source)
+        _copy(self._part(self.used * self.size, n * self.size), groups)
         self._slot_of[first : first + n] = np.arange(self.used, stop)
         self._unit_at[self.used : stop] = np.arange(first, first + n)
         self.used = stop
 
+    def fill(self, unit: int, first: int, groups: Groups) -> Groups:
+        """Copies a unit's groups from its `first` on, and returns them in place; a new unit takes a free slot.
+
+        Until all of them have come the slot holds something else. Raises ValueError where no slot is free.
+        """
+        if unit not in self:
+            if self.used == self.capacity:
+                raise ValueError("no free slot")
+            self._slot_of[unit], self._unit_at[self.used] = self.used, unit
+            self.used += 1
+        part = self.groups_of(unit, first, len(groups))
+        _copy(part, groups)
+        return part
+
     def delete(self, unit: int) -> None:
-        """Frees a group's slot: the last used slot's group moves into it. Raises KeyError."""
+        """Frees a unit's slot: the last used slot's unit moves into it. Raises KeyError."""
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)
         last = self.used - 1
         if slot != last:
-            for array in self._slots.arrays():
-                array[slot] = array[last]
+            _copy(self._part(slot * self.size, self.size), self._part(last * self.size, self.size))
             moved = self._unit_at[last]
             self._unit_at[slot] = moved
             self._slot_of[moved] = slot
@@ -84,3 +102,13 @@ class Window:
         self._slot_of[self.units] = -1
         self._unit_at[:] = -1
         self.used = 0
+
+    def _part(self, first: int, n: int) -> Groups:
+        part = self._slots[first : first + n]
+        assert isinstance(part, Groups)
+        return part
+
+
+def _copy(to: Groups, source: Groups) -> None:
+    for target, values in zip(to.arrays(), source.arrays(), strict=True):
+        np.copyto(target, values)

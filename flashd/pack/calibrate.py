@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK, Floats
 from flashd.pack import graphs
-from flashd.pack.weights import Matrix, Weights
+from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.session import open_session, start_pool
 
 TOKENS = 384
@@ -59,7 +59,10 @@ class Calibration:
             self._x = self._x + weights.positions().rows(t)
 
     def layer(self, i: int) -> npt.NDArray[np.int64]:
-        """Takes the sample through layer i; returns the numbers [groups] of its groups, the hottest first."""
+        """Takes the sample through layer i.
+
+        Returns the numbers of its groups, or in a mixture those of its experts, the hottest first.
+        """
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("graph.enter", vectors, x=self._x)
         qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
@@ -67,20 +70,36 @@ class Calibration:
         heads, *_ = self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None], **self._attended)
         branch = _product(heads[0], self._weights.output(i))
         x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
-        a, (down, _) = self._neurons(i, h), self._weights.columns(i)  # [T, F], [H, F]
-        y = a @ down.T
-        if self._model.normed_neurons:
-            y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
+        experts = self._model.experts
+        if experts:
+            y, order = self._mixture(i, h, self._x if experts.early else h)
+        else:
+            a, down = self._neurons(self._weights.ffn(i), h)
+            y, order = a @ down.T, self._hottest_first(a, down)
+            if self._model.normed_neurons:
+                y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
-        return self._hottest_first(a, down)
+        return order
 
-    def _neurons(self, i: int, h: Floats) -> Floats:
-        """Activations [T, F] of a layer's neurons."""
-        products = np.stack([_product(h, part) for part in self._weights.inputs(i)], axis=2)  # [T, F, M]
-        feed = {"products": products.reshape(len(h), -1), "bias": self._weights.input_biases(i).reshape(-1)}
+    def _mixture(self, i: int, h: Floats, routed: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """(the FFN's output [T, H], its experts by how many tokens use them) of what it and its router take."""
+        scores = _product(routed, self._weights.router(i))
+        used, weights = self._run("graph.route", {}, scores=scores)  # [T, used] each
+        uses = np.bincount(used.astype(np.int64).reshape(-1), minlength=scores.shape[1])
+        y = np.zeros_like(h)
+        for expert in np.flatnonzero(uses).tolist():
+            tokens, place = np.nonzero(used == expert)
+            a, down = self._neurons(self._weights.ffn(i, expert), h[tokens])
+            y[tokens] += weights[tokens, place, None] * (a @ down.T)
+        return y, np.argsort(-uses, kind="stable")
+
+    def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
+        """Activations [T, F] of an FFN's neurons, and their columns [H, F]."""
+        products = np.stack([_product(h, part) for part in ffn.inputs], axis=2)  # [T, F, M]
+        feed = {"products": products.reshape(len(h), -1), "bias": ffn.biases.reshape(-1)}
         known = [part.name for part in self._activations.get_inputs()]
         (a,) = self._activations.run(None, {name: feed[name] for name in known})
-        return np.asarray(a, np.float32)
+        return np.asarray(a, np.float32), ffn.down.rows()
 
     def _run(self, stage: str, vectors: dict[str, Floats], **values: npt.NDArray[np.generic]) -> list[Floats]:
         session = self._stages[stage]

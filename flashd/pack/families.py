@@ -12,10 +12,29 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.layout import LAYER_NORMS, Activation, AttentionKind, Bias, Block, Model, Norm, Place
+from flashd.bundle.layout import (
+    LAYER_NORMS,
+    Activation,
+    AttentionKind,
+    Bias,
+    Block,
+    Experts,
+    Model,
+    Norm,
+    Place,
+    Scores,
+)
 from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
 from flashd.pack.source import Source
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How a family's router weighs the experts that a token uses, where the file does not say."""
+
+    normalised: bool = True
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,10 +55,13 @@ class Family:
     rotary: bool = True
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window
+    global_first: bool = False  # and of each so many it is the first
+    global_unturned: bool = False  # where others see a window, those that see all tokens do not turn queries and keys
     local_base: float = 0.0  # the rotary base of layers that see a window, where it is another one
     scaled_embeddings: bool = False  # by the root of the hidden size
     scale_by_width: tuple[int, ...] = ()  # models of so many layers scale queries by hidden size / heads
     norms_neurons: bool = False  # activations are normed before the down product
+    mixture: Mixture | None = None  # of experts, where the file counts some
     position_offset: int = 0  # rows of the table of learned positions that stand for nothing
     names: dict[str, str] = field(default_factory=dict)  # tensors that are called otherwise than in TENSORS
     variant: tuple[str, Family] | None = None  # a tensor that tells models of another table, and that table
@@ -58,11 +80,22 @@ FAMILIES = {
     f.architecture: f
     for f in (
         Family(
-            "llama", "Llama 2 and 3, Mistral, SmolLM2", "SmolLM2-135M, tiny", permuted=True,
-            may_have=("qkv", "output"),
+            "llama", "Llama 2 and 3, Mistral, Mixtral, SmolLM2", "SmolLM2-135M, tiny", permuted=True,
+            may_have=("qkv", "output"), mixture=Mixture(),
         ),
         Family("qwen2", "Qwen2, Qwen2.5", "Qwen2.5-Coder-1.5B, tiny", biases=("qkv",)),
         Family("qwen3", "Qwen3", "tiny", norms=("attention", "query", "key", "ffn", "final")),
+        Family(
+            "qwen3moe", "Qwen3-MoE", "tiny", norms=("attention", "query", "key", "ffn", "final"), mixture=Mixture(),
+        ),
+        Family(
+            "olmoe", "OLMoE", "tiny", norms=("attention", "query", "key", "ffn", "final"),
+            mixture=Mixture(normalised=False),
+        ),
+        Family(
+            "smallthinker", "SmallThinker", "tiny", activation="relu", mixture=Mixture(early=True), global_every=4,
+            global_first=True, global_unturned=True,
+        ),
         Family("smollm3", "SmolLM3", "tiny", permuted=True, unturned_every=4),
         Family(
             "gemma", "Gemma", "tiny", activation="gelu_tanh", scaled_embeddings=True,
@@ -119,8 +152,12 @@ TENSORS = {
     "gate": "ffn_gate",
     "inputs": "ffn_up",
     "down": "ffn_down",
+    "router": "ffn_gate_inp",
     "head": "output",
 }
+
+EXPERTS = {"gate": "ffn_gate_exps", "inputs": "ffn_up_exps", "down": "ffn_down_exps"}
+"""What the stacks of a mixture's matrices are called."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "drelu": "drelu", "fatrelu": "fatrelu",
@@ -128,8 +165,13 @@ ACTIVATIONS: dict[str, Activation] = {
 }  # fmt: skip
 """Hugging Face's names of activations, and those of the models made sparse afterwards."""
 
+SCORES: dict[int, Scores] = {1: "softmax", 2: "sigmoid"}
+"""The gguf package's ExpertGatingFuncType."""
+
 UNSUPPORTED_KEYS = {
-    "expert_count": "a mixture of experts",
+    "expert_shared_count": "an expert that every token uses",
+    "expert_group_used_count": "experts chosen by groups",
+    "attention.clamp_kqv": "a bound on queries, keys and values",
 }
 
 
@@ -147,6 +189,12 @@ def family_of(source: Source) -> Family:
         raise DataError(f"{source.path}: architecture {source.architecture!r} is not supported; known are {known}")
     if family.variant and family.variant[0] in source.names:
         family = family.variant[1]
+    if source.number("expert_count", int, 0):
+        if family.mixture is None:
+            raise DataError(f"{source.path}: a mixture of experts is not supported for {source.architecture!r} yet")
+        family = replace(family, names={**family.names, **EXPERTS})
+    else:
+        family = replace(family, mixture=None)
     for key, what in UNSUPPORTED_KEYS.items():
         name = f"{source.architecture}.{key}"
         if source.metadata(name) not in (None, 0, "none"):
@@ -171,7 +219,8 @@ def _expected_tensors(family: Family, layers: int) -> set[str]:
     if family.norms_neurons:
         names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
-        for part in ("qkv", "query", "key", "value", "output", "inputs", "down", *(["gate"] if family.gated else [])):
+        parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
+        for part in parts + ["gate"] * family.gated + ["router"] * (family.mixture is not None):
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:
             names |= {f"{tensor_name(family, part, i)}.{kind}" for kind in ("weight", "bias")}
@@ -197,7 +246,10 @@ def model_of(source: Source, family: Family) -> Model:
             raise DataError(f"{source.path}: {name} {width} is not a multiple of {BLOCK}")
     if family.rotary and head_dim % 16:
         raise DataError(f"{source.path}: heads of {head_dim} are not a multiple of 16, which rotary embedding needs")
-    layers, neurons = source.number("block_count", int), source.number("feed_forward_length", int)
+    layers, experts = source.number("block_count", int), _experts(source, family)
+    neurons = source.number("feed_forward_length", int)
+    if experts:
+        neurons = source.number("expert_feed_forward_length", int, neurons)
     norms = [p for p in (*LAYER_NORMS, "final") if p in family.norms or _has(source, family, p, "weight", "_norm")]
     kinds, layer_kinds = _attention(source, family, layers)
     block: Block = family.block
@@ -213,7 +265,8 @@ def model_of(source: Source, family: Family) -> Model:
         heads=heads,
         kv_heads=source.number("attention.head_count_kv", int, heads),
         head_dim=head_dim,
-        neurons=-(-neurons // BLOCK) * BLOCK,
+        neurons=-(-neurons // BLOCK) * BLOCK * (experts.count if experts else 1),
+        experts=experts,
         vocabulary=source.tensor("token_embd.weight").shape[0],
         context=_context(source),
         block=block,
@@ -266,6 +319,29 @@ def _activation(source: Source, family: Family) -> tuple[Activation, float]:
     return ACTIVATIONS[name], source.number("hidden_activation_threshold", float, 0.0)
 
 
+def _experts(source: Source, family: Family) -> Experts | None:
+    if family.mixture is None:
+        return None
+    count, used = source.number("expert_count", int), source.number("expert_used_count", int)
+    if not 1 <= used <= count:
+        raise DataError(f"{source.path}: a token uses {used} experts of {count}, which makes no model")
+    kind = source.number("expert_gating_func", int, 0) or 1
+    if kind not in SCORES:
+        raise DataError(
+            f"{source.path}: experts chosen by scores of kind {kind} ({source.architecture}.expert_gating_func) are"
+            f" not supported; known are {', '.join(f'{n} ({name})' for n, name in SCORES.items())}"
+        )
+    stated = source.metadata(f"{source.architecture}.expert_weights_norm")
+    return Experts(
+        count=count,
+        used=used,
+        scores=SCORES[kind],
+        normalised=family.mixture.normalised if stated is None else bool(stated),
+        scale=source.number("expert_weights_scale", float, 0.0) or 1.0,
+        early=family.mixture.early,
+    )
+
+
 def _positions(source: Source, family: Family) -> int:
     return source.tensor("position_embd.weight").shape[0] - family.position_offset if family.position_offset else 0
 
@@ -293,6 +369,7 @@ def _attention(source: Source, family: Family, layers: int) -> tuple[list[Attent
     kinds: list[AttentionKind] = []
     layer_kinds = []
     for local, turned in zip(_local(source, family, layers), _turned(family, layers), strict=True):
+        turned = turned and not (family.global_unturned and window and not local)
         rope = (local_rope if local else 0) if turned else None
         kind = AttentionKind(window=window if local else 0, rope=rope)
         if kind not in kinds:
@@ -307,7 +384,7 @@ def _local(source: Source, family: Family, layers: int) -> list[bool]:
     if isinstance(pattern, list) and len(pattern) == layers:
         return [bool(p) for p in pattern]
     every = pattern if isinstance(pattern, int) else family.global_every
-    return [not every or (i + 1) % every != 0 for i in range(layers)]
+    return [not every or (i + (not family.global_first)) % every != 0 for i in range(layers)]
 
 
 def _turned(family: Family, layers: int) -> list[bool]:

@@ -23,13 +23,21 @@ from flashd.pack.vocabulary import Vocabulary
 class GgufTensor(Tensor):
     """One matrix or vector of a model file, rows K wide, dequantised when asked for."""
 
-    def __init__(self, tensor: gguf.ReaderTensor) -> None:
+    def __init__(self, tensor: gguf.ReaderTensor, number: int | None = None) -> None:
+        """`number`: of the one matrix of a stack that this is."""
+        self._tensor = tensor
         self.name = tensor.name
         self.kind: Kind = tensor.tensor_type
         self._data = tensor.data
         self.shape = tuple(int(n) for n in reversed(tensor.shape))
         block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
         self.bits = 8 * nbytes / block
+        if number is not None:
+            self._data, self.shape = self._data[number], self.shape[1:]
+
+    def matrix(self, number: int) -> GgufTensor:
+        """One matrix [R, K] of a stack [n, R, K]."""
+        return GgufTensor(self._tensor, number)
 
     def rows(self, which: Which = ALL) -> Floats:
         """Rows [n, K] float32 of a matrix, or matrices [n, R, K] of a stack; of a vector, all of it, [K].

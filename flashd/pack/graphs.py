@@ -30,7 +30,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from flashd.bundle.layout import AttentionKind, Bias, Formats, Model, Place
+from flashd.bundle.layout import AttentionKind, Bias, Experts, Formats, Model, Place
 from flashd.bundle.rows import BITS, BLOCK, RowKind, unit_steps
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -115,10 +115,13 @@ class _Graph:
 
 def build(model: Model, formats: Formats) -> dict[str, bytes]:
     """Every graph of a bundle, by the name of its section."""
-    graphs = {f"graph.linear.{kind}": linear(kind) for kind in {formats.attention, formats.head}}
+    rows: set[RowKind] = {formats.attention, formats.head}
+    if model.experts:
+        rows.add("f16")
+    graphs = {f"graph.linear.{kind}": linear(kind) for kind in rows}
     graphs["graph.ffn"] = ffn(model, formats.ffn)
     graphs |= stages(model)
-    if "f16" not in (formats.ffn, formats.attention, formats.head):
+    if "f16" not in (formats.ffn, formats.attention, formats.head) and not model.experts:
         graphs["graph.resident"] = resident(model, formats)
     return graphs
 
@@ -297,6 +300,8 @@ def stages(model: Model) -> dict[str, bytes]:
         leave      x, branch (the FFN's output, Model.share_width wide) -> x of the next layer
         finish     x -> h, what the head takes
         logits     x (logits [R, V]) -> x, in models that do something to them
+        route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that a token uses, the one
+                   of the highest score first, and weights [T, K], their shares; in mixtures
 
     Each also takes the vectors that it needs, by their names in Model.layer_vectors and model_vectors.
     """
@@ -320,7 +325,23 @@ def stages(model: Model) -> dict[str, bytes]:
         logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
         g.output("x_out", T.FLOAT, ["R", model.vocabulary], _Block(g, model, _vector_inputs(g)).logits(logits))
         out["graph.logits"] = g.serialise("logits")
+    if model.experts:
+        out["graph.route"] = _route(model.experts)
     return out
+
+
+def _route(experts: Experts) -> bytes:
+    g = _Graph()
+    scores = g.input("scores", T.FLOAT, ["T", experts.count])
+    scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
+    weights, used = g.nodes_out("TopK", scores, g.constant(np.array([experts.used])), outputs=2, axis=1)
+    if experts.normalised:
+        weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
+    if experts.scale != 1:
+        weights = g.node("Mul", weights, g.constant(np.float32(experts.scale)))
+    g.output("used", T.INT64, ["T", experts.used], used)
+    g.output("weights", T.FLOAT, ["T", experts.used], weights)
+    return g.serialise("route")
 
 
 def _vector_inputs(g: _Graph) -> Vector:
@@ -525,7 +546,7 @@ def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:
 
 
 def _with_centres(g: _Graph, x: str, y: str, name: str, n: int, k: int) -> str:
-    centre = g.external(f"{name}.centre", T.FLOAT, [k // BLOCK, n])
-    blocks = g.node("Reshape", x, g.shape(0, 0, -1, BLOCK))
-    sums = g.node("ReduceSum", blocks, g.shape(3), keepdims=0)  # [1, T, K / 32]
-    return g.node("Add", y, g.node("MatMul", sums, centre))
+    # one node where Reshape and ReduceSum are two: a node costs a small model as much as what it computes
+    means = g.node("AveragePool", x, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
+    centre = g.external(f"{name}.centre", T.FLOAT, [k // BLOCK, n])  # times 32
+    return g.node("Add", y, g.node("MatMul", means, centre))

@@ -43,8 +43,9 @@ CONVERSIONS = {
     "smollm3": Conversion("smollm3", permuted=True, defaults={**QWEN, "tie_word_embeddings": True}),
     "qwen2": Conversion("qwen2", defaults=QWEN),
     "qwen3": Conversion("qwen3", defaults=QWEN),
-    "qwen3_moe": Conversion("qwen3moe", defaults=QWEN),
-    "olmoe": Conversion("olmoe"),
+    "qwen3_moe": Conversion("qwen3moe", defaults={**QWEN, "norm_topk_prob": False}),
+    "olmoe": Conversion("olmoe", defaults={"norm_topk_prob": False}),
+    "smallthinker": Conversion("smallthinker"),
     "gemma": Conversion("gemma", shift=1.0, defaults=GEMMA),
     "gemma2": Conversion("gemma2", shift=1.0, defaults=GEMMA),
     "gemma3_text": Conversion(
@@ -110,18 +111,19 @@ KEYS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
     "block_count": ("num_hidden_layers", "n_layer"),
-    "feed_forward_length": ("intermediate_size", "ffn_dim", "ffn_hidden_size"),
+    "feed_forward_length": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "moe_ffn_hidden_size"),
     "attention.head_count": ("num_attention_heads", "n_head"),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
+    "attention.clamp_kqv": ("clip_qkv",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
-    "expert_count": ("num_local_experts", "num_experts"),
-    "expert_used_count": ("num_experts_per_tok",),
-    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_count": ("num_local_experts", "num_experts", "moe_num_primary_experts"),
+    "expert_used_count": ("num_experts_per_tok", "moe_num_active_primary_experts"),
+    "expert_feed_forward_length": ("moe_intermediate_size", "moe_ffn_hidden_size"),
     "expert_weights_norm": ("norm_topk_prob",),
     "use_parallel_residual": ("parallel_attn",),
     # GGUF has no key for these: the architecture says it all there
@@ -175,8 +177,16 @@ def hyper_parameters(config: Config, path: Path) -> dict[str, Any]:
     turned = [int((i + 1) % 4 != 0) for i in range(config.get("num_hidden_layers", 0))]
     if config.get("no_rope_layers", turned) != turned:
         raise DataError(f"{path}: layers without rotary embedding (no_rope_layers) other than each fourth")
+    if local := config.get("sliding_window_layout"):  # SmallThinker's
+        turned = local if any(local) else [1] * len(local)
+        if config.get("rope_layout", [1] * len(local)) != turned:
+            raise DataError(f"{path}: layers without rotary embedding (rope_layout) beside those without a window")
+    if config.get("moe_enable_early_router") is False:
+        raise DataError(f"{path}: a router behind the attention (moe_enable_early_router) is not supported here")
     out = {key: next((config[n] for n in names if n in config), None) for key, names in KEYS.items()}
     out |= _window(config) | _rotary(config)
+    if "moe_primary_router_apply_softmax" in config:  # 1 and 2: the gguf package's ExpertGatingFuncType
+        out["expert_gating_func"] = 1 if config["moe_primary_router_apply_softmax"] else 2
     if scalar := config.get("query_pre_attn_scalar"):
         out["attention.scale"] = float(scalar) ** -0.5
     return {key: value for key, value in out.items() if value is not None}
@@ -189,6 +199,11 @@ def head_dim(config: Config) -> int:
 def _window(config: Config) -> dict[str, Any]:
     """Which layers see only so many tokens: True in the pattern for those that do."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers", 0)
+    if local := config.get("sliding_window_layout"):  # SmallThinker's
+        return {} if not any(local) else {
+            "attention.sliding_window": config["sliding_window_size"],
+            "attention.sliding_window_pattern": [bool(slides) for slides in local],
+        }  # fmt: skip
     if not window or config.get("use_sliding_window") is False:
         return {}
     out: dict[str, Any] = {"attention.sliding_window": window}

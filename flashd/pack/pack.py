@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flashd.pack.quantise import encode_groups, encode_rows, is_ternary
 from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
 from flashd.pack.source import Source
-from flashd.pack.weights import Matrix, Numbers, Weights
+from flashd.pack.weights import Ffn, Matrix, Numbers, Weights
 
 ROWS_AT_ONCE = 1024
 GROUPS_AT_ONCE = 16
@@ -59,7 +60,7 @@ class _Packer:
         self.rope: Floats = rope_tables(source, family)
         self.weights = Weights(source, family, self.model)
         check_shapes(self.weights, self.model)
-        self.formats = _formats(self.weights, self.model.layers, rows)
+        self.formats = _formats(self.weights, self.model, rows)
         self._on_progress = on_progress
         self._done = 0
         self._total = sum(int(np.prod(source.tensor(n).shape)) for n in source.names)
@@ -105,7 +106,15 @@ class _Packer:
         writer.add(f"layer.{i}.qkv", (chunk for part in qkv for chunk in self._rows(part, attention)))
         writer.add(f"layer.{i}.output", self._rows(self.weights.output(i), attention))
         form, order = group_format(self.model, self.formats), calibration.layer(i)
-        writer.add(f"layer.{i}.ffn", self._groups(i, form, order), run=form.nbytes)
+        if self.model.experts is None:
+            writer.add(f"layer.{i}.ffn", self._groups(self.weights.ffn(i), form, order), run=form.nbytes)
+            return
+        # the router's rows move with their experts, so that the hottest is number 0
+        router = self.weights.router(i)
+        writer.add(f"layer.{i}.router", self._rows(Matrix(router.tensor, order), "f16"))
+        every = np.arange(self.model.expert_groups)
+        experts = (self._groups(self.weights.ffn(i, expert), form, every) for expert in order.tolist())
+        writer.add(f"layer.{i}.ffn", itertools.chain.from_iterable(experts), run=form.nbytes)
 
     def _vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
         for vector in vectors.values():
@@ -123,16 +132,15 @@ class _Packer:
         self._count(weights.size)
         return encode_rows(weights, form, matrix.grid(which), centred)
 
-    def _groups(self, i: int, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
-        """A layer's groups, the hottest first. A group stays whole: its 32 columns share the source's grid."""
-        inputs, bias = self.weights.inputs(i), self.weights.input_biases(i)
-        down, grid = self.weights.columns(i)
-        filling = self.model.neurons - down.shape[1]
-        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(bias, ((0, filling), (0, 0)))
+    def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
+        """An FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
+        down, grid = ffn.down.rows(), ffn.down.grid()
+        filling = len(order) * BLOCK - down.shape[1]
+        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(ffn.biases, ((0, filling), (0, 0)))
         for at in range(0, len(order), GROUPS_AT_ONCE):
             groups = order[at : at + GROUPS_AT_ONCE]
             neurons = (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            records = [self._padded_rows(matrix, form.row, neurons) for matrix in inputs]
+            records = [self._padded_rows(matrix, form.row, neurons) for matrix in ffn.inputs]
             part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
             self._count(form.hidden * len(neurons))
             yield encode_groups(records, down[:, neurons], bias[neurons], form, part).tobytes()
@@ -149,7 +157,7 @@ class _Packer:
         self._on_progress(min(self._done, self._total), self._total)
 
 
-def _formats(weights: Weights, layers: int, rows: RowKind) -> Formats:
+def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
     """`rows` for the FFN and attention; 8 bits for a head or embedding whose source has as many.
 
     Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056, Qwen2.5-Coder-1.5B (source Q6_K)
@@ -160,7 +168,8 @@ def _formats(weights: Weights, layers: int, rows: RowKind) -> Formats:
     def widened(matrix: Matrix) -> RowKind:
         return "int8" if rows == "int4" and matrix.bits >= 8 else rows
 
-    inner = "ternary" if rows != "f16" and all(_ternary(weights, i) for i in range(layers)) else rows
+    ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
+    inner = "ternary" if ternary else rows
     return Formats(
         ffn=inner, attention=inner, head=widened(weights.head()), embedding=widened(weights.embedding())
     )  # fmt: skip
@@ -168,8 +177,9 @@ def _formats(weights: Weights, layers: int, rows: RowKind) -> Formats:
 
 def _ternary(weights: Weights, i: int) -> bool:
     """Whether all matrices of a layer are; of most models the first rows tell that they are not."""
-    for matrix in (*weights.inputs(i), *weights.qkv(i), weights.output(i)):
+    ffn = weights.ffn(i)
+    for matrix in (*ffn.inputs, *weights.qkv(i), weights.output(i)):
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]
         if not all(is_ternary(matrix.rows(part)) for part in parts):
             return False
-    return is_ternary(weights.columns(i)[0].T)
+    return is_ternary(ffn.down.rows().T)

@@ -108,6 +108,9 @@ class _Stack(Tensor):
         """The matrices [n, R, K] float32 of some experts."""
         return np.stack([self._experts[i].rows() for i in np.arange(len(self._experts))[which].tolist()])
 
+    def matrix(self, number: int) -> Tensor:
+        return self._experts[number]
+
 
 class HfFolder(Source):
     """An open Hugging Face folder.

@@ -6,7 +6,7 @@ from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
 from flashd.pack.source import Source
-from flashd.pack.weights import Weights
+from flashd.pack.weights import Ffn, Weights
 
 MOST_LAYERS = 1024
 
@@ -30,12 +30,22 @@ def check_shapes(weights: Weights, model: Model) -> None:
             _check(part.tensor.name, (len(part), part.width), (rows, m.hidden))
         output = weights.output(i)
         _check(output.tensor.name, (len(output), output.width), (m.hidden, m.query_width))
-        neurons = weights.down(i).shape[-1]
-        _check(weights.down(i).name, weights.down(i).shape, (m.hidden, neurons))
-        if -(-neurons // BLOCK) * BLOCK != m.neurons:
-            raise DataError(f"tensor {weights.down(i).name!r} has {neurons} neurons, the model needs {m.neurons}")
-        for part in weights.inputs(i):
-            _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
+        if m.experts is None:
+            _check_ffn(weights.ffn(i), m)
+            continue
+        router = weights.router(i)
+        _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))
+        for expert in range(m.experts.count):
+            _check_ffn(weights.ffn(i, expert), m)
+
+
+def _check_ffn(ffn: Ffn, m: Model) -> None:
+    neurons, name = ffn.down.shape[-1], ffn.down.name
+    _check(name, ffn.down.shape, (m.hidden, neurons))
+    if -(-neurons // BLOCK) != m.expert_groups:
+        raise DataError(f"tensor {name!r} has {neurons} neurons, the model needs {m.expert_groups * BLOCK}")
+    for part in ffn.inputs:
+        _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
 
 
 def _check(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

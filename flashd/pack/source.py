@@ -42,6 +42,10 @@ class Tensor(Protocol):
         Raises DataError for a type of weights that is not read.
         """
 
+    def matrix(self, number: int) -> Tensor:
+        """One matrix [R, K] of a stack [n, R, K]. Raises DataError where this is none."""
+        raise DataError(f"tensor {self.name!r} is no stack of matrices, of which number {number} is wanted")
+
     def grid(self, which: Which = ALL) -> Grid | None:  # noqa: ARG002
         """The grid of some rows, or None for a source that has none of blocks of 32, as here."""
         return None

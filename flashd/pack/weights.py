@@ -11,7 +11,7 @@ from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError
 from flashd.pack.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.source import Grid, Source, Tensor
+from flashd.pack.source import ALL, Grid, Source, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -45,6 +45,27 @@ class Matrix:
     def grid(self, which: slice | Numbers) -> Grid | None:
         """The source's own grid of those rows, if it has one."""
         return self.tensor.grid(self.order[which]) if self.projection is None else None
+
+
+class _Scaled(Tensor):
+    """A matrix [R, K] whose columns are multiplied by [K]."""
+
+    def __init__(self, tensor: Tensor, columns: Floats) -> None:
+        self.name, self.shape, self.bits = tensor.name, tensor.shape, tensor.bits
+        self._tensor, self._columns = tensor, columns
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        return self._tensor.rows(which) * self._columns
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The weights of a layer's FFN, or of one of its experts."""
+
+    inputs: list[Matrix]  # gate and up, or up alone, each [F, H]
+    biases: Floats  # of the input rows, [F, M], or [F, 0] where there are none
+    down: Tensor  # [H, F]
 
 
 class Weights:
@@ -100,28 +121,25 @@ class Weights:
         """[H, heads D]"""
         return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
 
-    def inputs(self, i: int) -> list[Matrix]:
-        """Gate and up, or up alone, each [F, H]."""
+    def ffn(self, i: int, expert: int | None = None) -> Ffn:
+        """A layer's FFN, or one of its experts."""
         parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
-        return [_whole(self._source.tensor(f"{tensor_name(self._family, part, i)}.weight")) for part in parts]
+        *inputs, down = (
+            self._source.tensor(f"{tensor_name(self._family, part, i)}.weight") for part in [*parts, "down"]
+        )
+        if expert is not None:
+            *inputs, down = (_one_of(stack, expert) for stack in [*inputs, down])
+        if "inputs" in self._model.biases:
+            biases = np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
+        else:
+            biases = np.zeros((inputs[0].shape[0], 0), np.float32)
+        if self._model.normed_neurons:
+            down = _Scaled(down, self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight"))
+        return Ffn([_whole(tensor) for tensor in inputs], biases, down)
 
-    def input_biases(self, i: int) -> Floats:
-        """[F, M], or [F, 0] where there are none."""
-        parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
-        if "inputs" not in self._model.biases:
-            return np.zeros((len(self.inputs(i)[0]), 0), np.float32)
-        return np.stack([self._vector(f"{tensor_name(self._family, part, i)}.bias") for part in parts], axis=1)
-
-    def down(self, i: int) -> Tensor:
-        """[H, F]"""
-        return self._source.tensor(f"{tensor_name(self._family, 'down', i)}.weight")
-
-    def columns(self, i: int) -> tuple[Floats, Grid | None]:
-        """down [H, F] as the bundle has it, the weights of the norm of activations put into its columns."""
-        down = self.down(i)
-        if not self._model.normed_neurons:
-            return down.rows(), down.grid()
-        return down.rows() * self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight"), None
+    def router(self, i: int) -> Matrix:
+        """[E, H]"""
+        return _whole(self._source.tensor(f"{tensor_name(self._family, 'router', i)}.weight"))
 
     def layer_vectors(self, i: int) -> dict[str, Floats]:
         """The vectors that Model.layer_vectors names."""
@@ -168,6 +186,12 @@ class Weights:
 
 def _whole(tensor: Tensor) -> Matrix:
     return Matrix(tensor, np.arange(tensor.shape[0]))
+
+
+def _one_of(stack: Tensor, number: int) -> Tensor:
+    if len(stack.shape) != 3 or number >= stack.shape[0]:
+        raise DataError(f"tensor {stack.name!r} has the shape {stack.shape} and no expert {number}")
+    return stack.matrix(number)
 
 
 def _check_rows(tensor: Tensor, rows: int) -> None:

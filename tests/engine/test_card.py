@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from flashd.bundle.layout import DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import GAP_BYTES, READ_BYTES, CardStream, Extent, extents
+from flashd.engine.card import GAP_BYTES, READ_BYTES, CardQueue, CardStream, Extent, extents
 from flashd.errors import CardError
 
 
@@ -125,3 +125,61 @@ def test_without_direct_reads_it_reads_buffered_and_says_so_once(
         for _ in range(3):
             assert [data.shape[0] for _, data in opened.layer(0)] == [3]
     assert sum("no direct reads" in r.message for r in caplog.records) == 1
+
+
+# --- a queue ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def queue(path: Path, buffers: int) -> Iterator[CardQueue]:
+    with Bundle(path) as bundle:
+        opened = CardQueue(bundle, 2, buffers)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 6])
+def test_a_queue_gives_what_is_wanted_and_reads_a_right_guess_once(tiny_bundle: Path, buffers: int) -> None:
+    raw = tiny_bundle.read_bytes()
+    first, second = [Extent(0, 0, 2), Extent(0, 5, 1)], [Extent(1, 2, 2), Extent(1, 4, 1), Extent(1, 0, 2)]
+    with queue(tiny_bundle, buffers) as opened, Bundle(tiny_bundle) as bundle:
+        size = bundle.header.group.nbytes
+
+        def taken() -> list[Extent]:
+            out = []
+            for extent, data in opened.take():
+                at = bundle.section(f"layer.{extent.layer}.ffn").offset + extent.first * size
+                assert data.tobytes() == raw[at : at + extent.count * size]
+                out.append(extent)
+            return out
+
+        for _ in range(3):
+            opened.want(first)
+            opened.guess([second[1]])
+            assert taken() == first and taken() == []
+            opened.want(second)
+            assert sorted(taken(), key=second.index) == second
+            opened.want([])
+            assert taken() == []
+    assert opened.stats.bytes_wanted == 3 * 8 * size
+
+
+@pytest.mark.parametrize("buffers", [1, 6])
+def test_a_wrong_guess_costs_its_bytes_at_the_most(tiny_bundle: Path, buffers: int) -> None:
+    wrong, right = [Extent(2, i, 1) for i in range(4)], [Extent(2, 4, 2), Extent(2, 6, 1)]
+    with queue(tiny_bundle, buffers) as opened, Bundle(tiny_bundle) as bundle:
+        size = bundle.header.group.nbytes
+        for _ in range(5):
+            opened.want([])
+            opened.guess(wrong)
+            opened.want(right)
+            assert [extent for extent, _ in opened.take()] == right
+        opened.guess(wrong)
+        opened.restart()
+        assert list(opened.take()) == []
+        opened.want(right)
+        opened.restart()
+        assert list(opened.take()) == []
+    assert 5 * 3 * size <= opened.stats.bytes_wanted <= (5 * 3 + 3 + 6 * min(4, buffers)) * size

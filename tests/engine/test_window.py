@@ -68,5 +68,28 @@ class WindowMachine(RuleBasedStateMachine):
                 assert array[slot].tobytes() == source[0].tobytes()
 
 
+def test_a_unit_of_several_groups_comes_in_parts_and_moves_as_one() -> None:
+    window = Window(FORM, 4, 2, size=3)
+
+    def raw(unit: int, first: int = 0, n: int = 3) -> bytes:
+        return b"".join(a[3 * unit + first : 3 * unit + first + n].tobytes() for a in groups(0, UNITS).arrays())
+
+    window.fill(2, 0, groups(6, 2))
+    assert 2 in window and window.used == 1
+    window.fill(1, 0, groups(3, 3))
+    filled = window.fill(2, 2, groups(8, 1))
+    assert b"".join(a.tobytes() for a in filled.arrays()) == raw(2, 2, 1)
+    with pytest.raises(ValueError, match="no free slot"):
+        window.fill(0, 0, groups(0, 3))
+    window.delete(2)
+    assert window.units.tolist() == [1] and window.missing().tolist() == [0, 2, 3]
+    window.insert(3, groups(9, 3))
+    for unit in (1, 3):
+        here = window.groups_of(unit, 0, 3)
+        assert b"".join(a.tobytes() for a in here.arrays()) == raw(unit)
+    with pytest.raises(KeyError):
+        window.groups_of(2, 0, 3)
+
+
 WindowMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestWindow = WindowMachine.TestCase

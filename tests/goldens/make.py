@@ -19,6 +19,7 @@ import transformers
 from transformers.integrations.bitnet import ActQuant
 
 from tests.goldens.models import (
+    EXPERTS,
     GOLDENS,
     HEAD_DIM,
     HEADS,
@@ -29,6 +30,7 @@ from tests.goldens.models import (
     LLAMA3,
     NEURONS,
     TOKENS,
+    USED,
     VOCABULARY,
     WINDOW,
     Golden,
@@ -207,6 +209,28 @@ def rounded(model: Any) -> Any:
     return model
 
 
+def of_experts(kind: type, permuted: bool = False, **keys: Any) -> Maker:
+    """A mixture: transformers has gate and up of all experts in one tensor."""
+
+    def make(golden: Golden) -> tuple[Any, Rename]:
+        experts = {"num_experts_per_tok": USED, "intermediate_size": golden.layer["ffn_up_exps.weight"][1]}
+        config, find = llama_like(kind, permuted, **experts, **keys)(golden)
+
+        def found(name: str, tensors: Tensors) -> np.ndarray:
+            layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
+            if name.endswith("experts.gate_up_proj"):
+                return np.concatenate([tensors[f"{layer}ffn_{part}_exps.weight"] for part in ("gate", "up")], axis=1)
+            if name.endswith("experts.down_proj"):
+                return tensors[f"{layer}ffn_down_exps.weight"]
+            if name.endswith("mlp.gate.weight"):
+                return tensors[f"{layer}ffn_gate_inp.weight"]
+            return find(name, tensors)
+
+        return config, found
+
+    return make
+
+
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 MAKERS: dict[str, Maker] = {
@@ -217,6 +241,9 @@ MAKERS: dict[str, Maker] = {
     "llama-relu": llama_like(T.LlamaConfig, True, hidden_act="relu"),
     "qwen2-yarn": llama_like(T.Qwen2Config, rope_parameters=YARN),
     "qwen3": llama_like(T.Qwen3Config),
+    "mixtral": of_experts(T.MixtralConfig, True, num_local_experts=EXPERTS),
+    "qwen3moe": of_experts(T.Qwen3MoeConfig, num_experts=EXPERTS, moe_intermediate_size=40, norm_topk_prob=True),
+    "olmoe": of_experts(T.OlmoeConfig, num_experts=EXPERTS, norm_topk_prob=False),
     "smollm3": llama_like(T.SmolLM3Config, True),
     "gemma": gemma(T.GemmaConfig),
     "gemma2": gemma(
@@ -248,8 +275,47 @@ MAKERS: dict[str, Maker] = {
 }
 
 
+def smallthinker() -> np.ndarray:
+    """[48, V] float32. transformers does not have SmallThinker: this follows the model's own modelling file.
+
+    The router reads what comes into a layer; of its products the largest are taken, and their sigmoids add up to 1.
+    Of each four layers the first sees all tokens and turns nothing, the others see a window.
+    """
+    w = {name: torch.from_numpy(np.array(values)) for name, values in GOLDENS["smallthinker"].tensors().items()}
+    x, at = w["token_embd.weight"][TOKENS], torch.arange(len(TOKENS))
+    angle = at[:, None] * 10000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    cos, sin = torch.cat([angle, angle], 1).cos()[None], torch.cat([angle, angle], 1).sin()[None]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    for i in range(LAYERS):
+        layer = {name.removeprefix(f"blk.{i}."): values for name, values in w.items()}
+        scores, chosen = (x @ layer["ffn_gate_inp.weight"].T).topk(USED, -1)
+        weights = scores.sigmoid() / scores.sigmoid().sum(-1, keepdim=True)
+        h = norm(x, f"blk.{i}.attn_norm")
+        q, k, v = ((h @ layer[f"attn_{part}.weight"].T).view(len(x), -1, HEAD_DIM).transpose(0, 1) for part in "qkv")
+        seen = at[:, None] >= at
+        if i % 4:
+            q, k, seen = turned(q), turned(k), seen & (at[:, None] - at < WINDOW)
+        k, v = (part.repeat_interleave(HEADS // KV_HEADS, 0) for part in (k, v))
+        attention = (q @ k.transpose(1, 2) * HEAD_DIM**-0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        x = x + attention.transpose(0, 1).reshape(len(x), -1) @ layer["attn_output.weight"].T
+        h = norm(x, f"blk.{i}.ffn_norm")
+        gate, up, down = (layer[f"ffn_{part}_exps.weight"][chosen] for part in ("gate", "up", "down"))
+        a = torch.einsum("tkfh,th->tkf", gate, h).relu() * torch.einsum("tkfh,th->tkf", up, h)
+        x = x + torch.einsum("tk,tkhf,tkf->th", weights, down, a)
+    return np.asarray((norm(x, "output_norm") @ w["output.weight"].T).numpy(), np.float32)
+
+
 def made(name: str) -> dict[str, Any]:
     """[48, V] float32, by what they are called in the file."""
+    if name == "smallthinker":
+        return {"logits": smallthinker()}
     golden = GOLDENS[name]
     config, find = MAKERS[name](golden)
     tensors = golden.tensors()
@@ -268,7 +334,7 @@ def logits(model: Any) -> np.ndarray:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or MAKERS:
+    for name in sys.argv[1:] or [*MAKERS, "smallthinker"]:
         arrays = made(name)
         np.savez_compressed(HERE / f"{name}.npz", **arrays)
         print(f"{name}: {', '.join(arrays)}, {np.abs(arrays['logits']).max():.2f} at the most")

@@ -20,6 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 HERE = Path(__file__).parent
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, NEURONS, VOCABULARY = 64, 4, 4, 2, 16, 200, 262
+EXPERTS, USED = 6, 2
 TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, 48)
 """More than twice the sliding window of those that have one."""
 
@@ -135,9 +136,17 @@ def _plain_ffn(bias: bool) -> dict[str, tuple[int, ...]]:
     return shapes | ({"ffn_up.bias": (NEURONS,), "ffn_down.bias": (HIDDEN,)} if bias else {})
 
 
+def _mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_gate_exps.weight": (EXPERTS, neurons, HIDDEN),
+        "ffn_up_exps.weight": (EXPERTS, neurons, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, neurons),
+    }  # fmt: skip
+
+
 GATED: dict[str, tuple[int, ...]] = {"ffn_gate.weight": (NEURONS, HIDDEN), **_plain_ffn(False)}
 EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN)}
 HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
+MIXTURE = {"expert_count": EXPERTS, "expert_used_count": USED}
 RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
 LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 TWO_NORMS = _norms("attn_norm", "ffn_norm")
@@ -164,6 +173,25 @@ GOLDENS = {
     "qwen3": Golden(
         "qwen3", RMS | {"attention.key_length": 32, "rope.freq_base": 1e6},
         TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "mixtral": Golden(
+        "llama", RMS | MIXTURE, TWO_NORMS | _attention() | _mixture(NEURONS), EMBEDDING | HEAD | FINAL,
+    ),
+    "qwen3moe": Golden(
+        "qwen3moe",
+        RMS | MIXTURE | {"attention.key_length": 32, "rope.freq_base": 1e6, "expert_feed_forward_length": 40},
+        TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | _mixture(), EMBEDDING | FINAL,
+    ),
+    "olmoe": Golden(
+        "olmoe", RMS | MIXTURE | {"expert_feed_forward_length": 40},
+        TWO_NORMS | _attention() | _norms("attn_q_norm") | _norms("attn_k_norm", width=KV_HEADS * HEAD_DIM)
+        | _mixture(), EMBEDDING | HEAD | FINAL,
+    ),
+    "smallthinker": Golden(
+        "smallthinker",
+        RMS | MIXTURE
+        | {"attention.sliding_window": WINDOW, "expert_feed_forward_length": 40, "expert_gating_func": 2},
+        TWO_NORMS | _attention() | _mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),
     "gemma": Golden(

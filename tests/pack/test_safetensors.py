@@ -18,6 +18,7 @@ from flashd.pack import hugging_face
 from flashd.pack.pack import pack
 from flashd.pack.safetensors import HfFolder
 from tests import tiny, tiny_folder
+from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, USED, WINDOW
 
 
 def sections(path: Path) -> dict[str, bytes]:
@@ -67,6 +68,63 @@ def test_experts_are_one_stack(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(DataError, match=r"ffn_up_exps.weight' is not there for every expert alike"):
         HfFolder(folder).tensor("blk.1.ffn_up_exps.weight")
+
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": EXPERTS, "num_experts_per_tok": USED}),
+    "qwen3moe": (
+        "qwen3_moe",
+        {
+            "num_experts": EXPERTS, "num_experts_per_tok": USED, "moe_intermediate_size": 40, "head_dim": 32,
+            "norm_topk_prob": True, "rope_theta": 1e6,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": EXPERTS, "num_experts_per_tok": USED, "intermediate_size": 40}),
+    "smallthinker": (
+        "smallthinker",
+        {
+            "moe_num_primary_experts": EXPERTS, "moe_num_active_primary_experts": USED, "moe_ffn_hidden_size": 40,
+            "rope_layout": [0, 1, 1, 1], "sliding_window_layout": [0, 1, 1, 1], "sliding_window_size": WINDOW,
+            "moe_primary_router_apply_softmax": False, "intermediate_size": None, "hidden_act": None,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_folder_of_experts_packs_to_what_its_gguf_packs_to(tmp_path: Path, name: str) -> None:
+    kind, config = MIXTURES[name]
+    model = GOLDENS[name].write(tmp_path / "m.gguf")
+    folder = tiny_folder.write(
+        tmp_path / "folder",
+        model,
+        2,
+        model_type=kind,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=128,
+        **config,
+    )
+    theirs = pack(folder, tmp_path / "folder.flash", "int8")
+    ours = pack(model, tmp_path / "gguf.flash", "int8")
+    assert sections(tmp_path / "folder.flash") == sections(tmp_path / "gguf.flash")
+    assert theirs.model.experts == ours.model.experts and theirs.model.attention == ours.model.attention
+
+
+def test_routers_weigh_as_their_folders_say() -> None:
+    norm, scores = "expert_weights_norm", "expert_gating_func"
+    assert parameters(model_type="qwen3_moe", norm_topk_prob=True)[norm] is True
+    assert parameters(model_type="qwen3_moe")[norm] is parameters(model_type="olmoe")[norm] is False
+    assert norm not in parameters(model_type="mixtral")
+    assert parameters(model_type="smallthinker", moe_primary_router_apply_softmax=True)[scores] == 1
+    assert parameters(model_type="smallthinker", moe_primary_router_apply_softmax=False)[scores] == 2
+    assert "attention.sliding_window" not in parameters(model_type="smallthinker", sliding_window_layout=[0] * 4)
+    for local, turned in (([0, 1, 1, 1], [1, 0, 1, 1]), ([0, 1, 1, 1], [1] * 4), ([0] * 4, [0] * 4)):
+        with pytest.raises(DataError, match="rope_layout"):
+            parameters(
+                model_type="smallthinker", sliding_window_layout=local, sliding_window_size=9, rope_layout=turned
+            )
+    with pytest.raises(DataError, match="moe_enable_early_router"):
+        parameters(model_type="smallthinker", moe_enable_early_router=False)
 
 
 def test_queries_keys_and_values_of_groups_of_heads_are_taken_apart() -> None:

@@ -1,0 +1,237 @@
+"""Mixtures of experts: what is read from the card, what stays in RAM, and that answers depend on neither."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from flashd.bundle import layout
+from flashd.bundle.layout import BadSection, DamagedHeader
+from flashd.bundle.reader import Bundle
+from flashd.engine import experts, plan
+from flashd.engine.card import CardQueue, Extent
+from flashd.engine.eviction import LeastRecentlyUsed, Numbers
+from flashd.engine.plan import make_plan
+from flashd.errors import MemoryTooSmall
+from flashd.pack.pack import pack
+from tests.engine.test_paths import all_logits, opened
+from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture; of its experts, an expert is two groups."""
+    folder = tmp_path_factory.mktemp("mixture")
+    pack(GOLDENS["qwen3moe"].write(folder / "m.gguf"), folder / "m.flash", "int4")
+    return folder / "m.flash"
+
+
+@pytest.fixture
+def no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "TRUSTED", 2.0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Numbers]]:
+    """The experts [T, K] that a pass used, layer by layer."""
+    out: list[Numbers] = []
+    real = LeastRecentlyUsed.use
+
+    def use(self: LeastRecentlyUsed, units: Numbers) -> None:
+        out.append(units)
+        real(self, units)
+
+    monkeypatch.setattr(LeastRecentlyUsed, "use", use)
+    yield out
+
+
+def expert_bytes(bundle: Path) -> int:
+    with Bundle(bundle) as opened_bundle:
+        return opened_bundle.header.model.expert_groups * opened_bundle.header.group.nbytes
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 5, 6])
+def test_a_token_reads_the_experts_that_are_not_in_ram(
+    bundle: Path, asked: list[Numbers], no_guesses: None, capacity: int
+) -> None:
+    here = [OrderedDict.fromkeys(reversed(range(capacity))) for _ in range(LAYERS)]
+    with opened(bundle, capacity / EXPERTS + 1e-6, 64) as model:
+        for token in TOKENS[:30].tolist():
+            before = model.card.bytes_wanted
+            asked.clear()
+            model.forward(np.array([token]), np.array([0]))
+            assert len(asked) == LAYERS and all(used.shape == (1, USED) for used in asked)
+            missed = 0
+            for layer, used in zip(here, asked, strict=True):
+                missed += sum(expert not in layer for expert in used[0].tolist())
+                for expert in sorted(used[0].tolist(), reverse=True):
+                    layer[expert] = None
+                    layer.move_to_end(expert)
+                while len(layer) > capacity:
+                    layer.popitem(last=False)
+            assert model.card.bytes_wanted - before == missed * expert_bytes(bundle)
+
+
+def test_a_token_said_again_reads_nothing(bundle: Path, no_guesses: None) -> None:
+    with opened(bundle, USED / EXPERTS + 1e-6, 64) as model:
+        first = model.forward(TOKENS[:1], np.array([0]))
+        read = model.card.bytes_wanted
+        assert read > 0
+        for _ in range(3):
+            model.cache.truncate(0)
+            assert np.array_equal(model.forward(TOKENS[:1], np.array([0])), first)
+        assert model.card.bytes_wanted == read
+
+
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_a_chunk_reads_each_expert_that_it_needs_once(
+    bundle: Path, asked: list[Numbers], no_guesses: None, capacity: int
+) -> None:
+    with opened(bundle, capacity / EXPERTS + 1e-6, 64) as model:
+        model.forward(TOKENS, np.array([0]))
+        needed = [set(used.reshape(-1).tolist()) for used in asked]
+        assert all(len(used) > capacity for used in needed)
+        missed = sum(len(used - set(range(capacity))) for used in needed)
+        assert model.card.bytes_wanted == missed * expert_bytes(bundle)
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker"])  # routers behind and before the attention
+def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    # several reads an expert, and some experts of each layer guessed in part
+    for module in (experts, plan):
+        monkeypatch.setattr(module, "READ_BYTES", 6 << 10)
+    tokens = TOKENS[:10].tolist()
+    with opened(tmp_path / "m.flash", 1.0, 64) as model:
+        expected = {chunk: all_logits(model, tokens, chunk) for chunk in (1, 7)}
+        assert model.card.bytes_read == 0 and model.hit_rate == 1
+    for trusted in (0.0, 2.0):
+        monkeypatch.setattr(experts, "TRUSTED", trusted)
+        for capacity in (0, 3):
+            with opened(tmp_path / "m.flash", capacity / EXPERTS + 1e-6, 64) as model:
+                for chunk, logits in expected.items():
+                    assert np.array_equal(all_logits(model, tokens, chunk), logits)
+                assert model.hit_rate < 1
+
+
+def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [TOKENS[i : i + 1] for i in range(12)]
+    guessed: list[Any] = []
+    real = CardQueue.guess
+
+    def guess(self: CardQueue, extents: list[Extent]) -> None:
+        guessed.append(extents)
+        real(self, extents)
+
+    monkeypatch.setattr(CardQueue, "guess", guess)
+    monkeypatch.setattr(experts, "TRUSTED", 0.0)
+    with opened(bundle, 0.0, 64) as model:
+        for token in tokens:
+            model.forward(token, np.array([0]))
+    least = len(tokens) * LAYERS * USED
+    pairs = {(i, e.layer, e.first) for i, extents in enumerate(guessed) for e in extents}
+    assert len(pairs) == len(tokens) * (LAYERS - 1) * USED
+    right = wrong = 0
+    for i, extents in enumerate(guessed):
+        step, layer = divmod(i, LAYERS - 1)
+        used = asked[step * LAYERS + layer + 1][0].tolist()
+        right += sum(e.first // e.count in used for e in extents)
+        wrong += sum(e.first // e.count not in used for e in extents)
+    assert right > wrong > 0
+    read = model.card.bytes_wanted / expert_bytes(bundle)
+    assert least <= read <= least + wrong
+
+
+def test_a_pass_that_breaks_off_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (experts, plan):
+        monkeypatch.setattr(module, "READ_BYTES", 6 << 10)  # an expert is two reads
+    with opened(bundle, 1.0, 64) as model:
+        expected = model.forward(TOKENS[:9], np.array([8]))
+    steps = iter(range(0))
+
+    def stop(done: int, layers: int, nbytes: int) -> None:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+
+    for before in (0, 1, 2, 5, 9, 12):
+        with opened(bundle, 0.5, 64) as model:
+            steps = iter(range(before))
+            with pytest.raises(KeyboardInterrupt):
+                model.forward(TOKENS[:9], np.array([8]), stop)
+            assert model.cache.length == 0
+            assert np.array_equal(model.forward(TOKENS[:9], np.array([8])), expected)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_room_for_whole_experts_and_counts_all(bundle: Path) -> None:
+    with Bundle(bundle) as opened_bundle:
+        header = opened_bundle.header
+    m, nbytes = header.model, expert_bytes(bundle)
+    least = plan.smallest(header, 64, 0)
+    routers = sum(s.length for s in header.sections if s.name.endswith(".router"))
+    assert routers == LAYERS * EXPERTS * m.hidden * 2
+    previous = -1
+    for more in range(0, 8 * LAYERS * nbytes, nbytes // 3):
+        made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
+        room, rest = divmod(made.pinned_groups, m.expert_groups)
+        assert rest == 0 and not made.resident and room == min(EXPERTS, more // (LAYERS * nbytes))
+        assert made.total <= least + more and made.parts["experts"] == room * LAYERS * nbytes
+        assert made.card_bytes == LAYERS * USED * nbytes * (EXPERTS - room) // EXPERTS
+        assert room >= previous
+        previous = room
+    assert previous == EXPERTS and made.passing_groups == 0
+    with pytest.raises(MemoryTooSmall):
+        make_plan(header, memory=least - 1, context=64, threads=1, base=0)
+
+
+# --- headers that lie -------------------------------------------------------------------------------------
+
+
+def forged(bundle: Path, **changes: Any) -> bytes:
+    with Bundle(bundle) as opened_bundle:
+        header = opened_bundle.header
+    assert header.model.experts is not None
+    mixture = msgspec.structs.replace(header.model.experts, **changes)
+    model = msgspec.structs.replace(header.model, experts=mixture)
+    return msgspec.json.encode(msgspec.structs.replace(header, model=model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"count": 0}, DamagedHeader, "does not make sense"),
+        ({"count": 5}, DamagedHeader, "cannot be shared out to 5 experts"),
+        ({"count": 3}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
+        ({"count": 12, "used": 12}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
+        ({"used": 7}, DamagedHeader, "a token uses 7 experts of 6"),
+        ({"used": 0}, DamagedHeader, "does not make sense"),
+        ({"scores": "tanh"}, DamagedHeader, "does not make sense"),
+        ({"scale": 0.0}, DamagedHeader, "does not make sense"),
+    ],
+)
+def test_a_header_with_other_experts_than_the_file_is_refused(
+    bundle: Path, changes: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    body = forged(bundle, **changes)
+    with pytest.raises(error, match=match):
+        layout.decode_header(body, layout.digest(body), bundle.stat().st_size)
+
+
+def test_a_mixture_without_its_router_s_graph_is_refused(bundle: Path) -> None:
+    with Bundle(bundle) as opened_bundle:
+        header = opened_bundle.header
+    for name in ("graph.route", "graph.linear.f16"):
+        sections = [msgspec.structs.replace(s, name="graph.other") if s.name == name else s for s in header.sections]
+        body = msgspec.json.encode(msgspec.structs.replace(header, sections=sections))
+        with pytest.raises(BadSection, match=f"{name}.* is missing"):
+            layout.decode_header(body, layout.digest(body), bundle.stat().st_size)

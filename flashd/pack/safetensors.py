@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from flashd.bundle import layout
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError, InputMissing
-from flashd.pack import hugging_face
+from flashd.pack import four_bits, hugging_face
+from flashd.pack.four_bits import FourBits
 from flashd.pack.hugging_face import Numbers
 from flashd.pack.source import ALL, Source, Tensor, Which
 from flashd.pack.tokenizer_json import read_object, read_tokenizer_json
@@ -125,7 +126,7 @@ class HfFolder(Source):
         if not (path / "config.json").is_file():
             raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
         stated = hugging_face.flattened(read_object(path / "config.json"))
-        self._bitnet = _bitnet(path, stated)
+        self._rounded = _rounded(path, stated)
         self._conversion = hugging_face.conversion_of(stated)
         self.architecture = self._conversion.architecture
         try:
@@ -134,6 +135,7 @@ class HfFolder(Source):
             divisors = hugging_face.rope_divisors(self._config)
             self._files = _weight_files(path)
             self._scales: dict[str, float] = {}
+            self._four_bits: dict[str, dict[str, Any]] = {}
             self._parts = self._find_parts()
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
@@ -154,18 +156,25 @@ class HfFolder(Source):
                 if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
                     self._scales[found[0]] = float(shard.get_tensor(stored).astype(np.float32).reshape(-1)[0])
                     continue
+                end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
+                if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
+                    self._four_bits.setdefault(found[0], {})[end] = shard.get_slice(stored)
+                    continue
                 if found := names.find(stored):
                     parts.setdefault(found[0], {})[found[1] or 0] = shard.get_slice(stored)
         return parts
 
     @property
     def names(self) -> set[str]:
-        return {*self._parts, *self._made}
+        return {*self._parts, *self._made, *self._four_bits}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`. Raises DataError."""
         if name in self._made:
             return _Stored(name, self._made[name], bits=32)
+        if name in self._four_bits:
+            order = hugging_face.row_order(self._conversion, self._config, name)
+            return FourBits(name, self._four_bits[name], self._rounded, order)
         if name not in self._parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
         parts = [self._stored(name, part) for _, part in sorted(self._parts[name].items())]
@@ -177,10 +186,10 @@ class HfFolder(Source):
 
     def _stored(self, name: str, part: Any) -> Tensor:
         kind, rows = part.get_dtype(), part.get_shape()[0]
-        if kind == "U8" and self._bitnet and name in self._scales:
+        if kind == "U8" and name in self._scales:
             scale = self._scales[name]
             return _Packed(
-                name, part, 1 / scale if self._bitnet.get("linear_class", "bitlinear") == "bitlinear" else scale
+                name, part, 1 / scale if self._rounded.get("linear_class", "bitlinear") == "bitlinear" else scale
             )
         if kind not in BITS:
             known = ", ".join(BITS)
@@ -190,7 +199,7 @@ class HfFolder(Source):
             raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
         shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
         tensor = _Stored(name, part, BITS[kind], order, shift)
-        online = self._bitnet.get("quantization_mode") == "online"
+        online = self._rounded.get("quantization_mode") == "online"
         return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 
     def metadata(self, key: str) -> Any:
@@ -213,16 +222,20 @@ class HfFolder(Source):
         return layout.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
 
 
-def _bitnet(path: Path, config: hugging_face.Config) -> hugging_face.Config:
-    """How a BitNet's weights are kept; empty for others. Raises DataError for another kind of quantised weights."""
+def _rounded(path: Path, config: hugging_face.Config) -> hugging_face.Config:
+    """How the weights were rounded; empty where they were not. Raises DataError for a way that is not read."""
     stated = config.get("quantization_config")
     if not stated:
         return {}
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
-    if method == "bitnet" and isinstance(stated, dict):
+    if isinstance(stated, dict) and method in ("gptq", "awq"):
+        four_bits.check_method(path, stated)
+        return stated
+    if isinstance(stated, dict) and method == "bitnet":
         return stated
     raise DataError(
-        f"{path}: weights quantised by {method!r} are not read; take the model's folder from before, or a GGUF"
+        f"{path}: weights quantised by {method!r} are not read (bitnet, gptq and awq are); take the model's folder"
+        " from before, or a GGUF"
     )
 
 

@@ -105,7 +105,7 @@ FAMILIES = {
             norms=("attention", "attention_branch", "ffn", "ffn_branch", "final"), scale_by_width=(46,),
         ),
         Family(
-            "gemma3", "Gemma 3", "tiny", activation="gelu_tanh", scaled_embeddings=True, global_every=6,
+            "gemma3", "Gemma 3", "Gemma-3-270M, tiny", activation="gelu_tanh", scaled_embeddings=True, global_every=6,
             norms=("attention", "query", "key", "attention_branch", "ffn", "ffn_branch", "final"),
             local_base=10000.0, scale_by_width=(62,),
         ),

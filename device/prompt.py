@@ -7,11 +7,10 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from device.sensors import Reading
-from flashd.errors import TEMPLATE_ERRORS, ConfigError, UsageError
+from flashd.errors import ConfigError, UsageError
+from flashd.template import Template, TemplateFails
 
 VALUES = ("sensors", "now", "last", "choice", "distance")
 """What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres."""
@@ -28,12 +27,10 @@ class Prompt:
 
     def __init__(self, source: str, trigger: str, sensors: list[str]) -> None:
         self._trigger = trigger
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        self._template = Template(source, MAX_LENGTH, {"undefined": jinja2.StrictUndefined})
         try:
-            tree = environment.parse(source)
-            self._template = environment.from_string(tree)
-            unknown = jinja2.meta.find_undeclared_variables(tree) - set(VALUES)
-        except jinja2.TemplateError as error:
+            unknown = self._template.names() - set(VALUES)
+        except TemplateFails as error:
             raise ConfigError(f"trigger {trigger!r}: the prompt is no template: {error}") from error
         if unknown:
             raise ConfigError(
@@ -48,9 +45,6 @@ class Prompt:
         """The prompt now. Raises UsageError where the template fails."""
         names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
         try:
-            text = self._template.render({**names, **values})
-        except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
+            return self._template.render({**names, **values})
+        except TemplateFails as error:
             raise UsageError(f"trigger {self._trigger!r}: the prompt fails: {error}") from error
-        if len(text) > MAX_LENGTH:
-            raise UsageError(f"trigger {self._trigger!r}: a prompt of {len(text)} characters")
-        return text

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.child import in_child
+from flashd.child import in_child
 from flashd.engine.engine import Prompts
 from flashd.engine.text import Message
 from flashd.errors import FlashdError

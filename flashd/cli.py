@@ -137,7 +137,7 @@ def run_ask(args: argparse.Namespace) -> int:
     """flashd ask: through the daemon where one runs and nothing else is asked for, else with a model of its own."""
     if appliance_cli.daemon_serves(args):
         return appliance_cli.ask_daemon(args, _prompt_text(args.prompt))
-    from flashd.engine.child import in_child
+    from flashd.child import in_child
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.text import Message
 
@@ -276,7 +276,7 @@ def _print_stats(f: dict[str, Any]) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     """flashd eval"""
-    from flashd.engine.child import in_child
+    from flashd.child import in_child
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.evaluate import perplexity
 
@@ -308,7 +308,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def _default_bundle() -> Path:
     """The embedded model's bundle; a child packs it, whose memory is not to count against the budget."""
-    from flashd.engine.child import in_child
+    from flashd.child import in_child
 
     with Bar("packing the default model, once", "weights") as bar:
         return in_child(lambda: embedded.ensure(bar.show))

@@ -5,9 +5,6 @@ import os
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
 
-TEMPLATE_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
-"""What a sandboxed template's expressions can raise beside Jinja's own errors."""
-
 
 class FlashdError(Exception):
     """An error that is part of the interface: its text is the one line that the user reads.

@@ -68,7 +68,7 @@ class DamagedRun(DataError):
 Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
-Place = Literal["attention", "query", "key", "attention_branch", "ffn", "ffn_branch", "final"]
+Place = Literal["attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "final"]
 Bias = Literal["qkv", "output", "inputs", "down", "head"]
 Scores = Literal["softmax", "sigmoid"]
 
@@ -122,6 +122,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     gated: bool  # down(f(gate x) * up x), or down(f(up x))
     activation: Activation
     threshold: float = 0.0  # below which fatrelu gives 0
+    normed_neurons: Count = 0  # whose activations are divided by their root mean square before the down product
     attention: list[AttentionKind]
     layer_kinds: list[Count]  # of each layer, its number in `attention`
     ropes: Count  # tables
@@ -158,11 +159,19 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         """M, the matrices that an FFN multiplies its input by."""
         return 2 if self.gated else 1
 
+    @property
+    def share_width(self) -> int:
+        """Width of what a group adds to an FFN's output: H, and the sum of its squares where activations are normed.
+
+        The weights of that norm are in the columns of down_proj; what divides them all can wait for the last group.
+        """
+        return self.hidden + bool(self.normed_neurons)
+
     def norm_vectors(self, place: Place) -> dict[str, int]:
         """The vectors of a norm and their lengths; none where there is no such norm."""
         if place not in self.norms:
             return {}
-        widths = {"query": self.query_width, "key": self.kv_width}
+        widths = {"query": self.query_width, "key": self.kv_width, "heads": self.query_width}
         by_head = place in ("query", "key") and self.norm_heads
         width = self.head_dim if by_head else widths.get(place, self.hidden)
         parts = ("weight", "bias") if self.norm_bias else ("weight",)
@@ -186,7 +195,7 @@ STAGES = ("graph.enter", "graph.middle", "graph.leave", "graph.finish")
 """Graphs of what stands between the products with large matrices: norms, biases and sums."""
 
 LAYER_NORMS: tuple[Place, ...] = (
-    "attention", "query", "key", "attention_branch", "ffn", "ffn_branch",
+    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch",
 )  # fmt: skip
 
 

@@ -13,7 +13,17 @@ import numpy.typing as npt
 from flashd.bundle import layout
 from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.layout import BadSection, DamagedRun, Section
-from flashd.bundle.rows import BLOCK, Bytes, PlainRows, QuantRows, RowKind, unit_steps, unpack
+from flashd.bundle.rows import (
+    BLOCK,
+    Bytes,
+    PlainRows,
+    QuantRows,
+    RowKind,
+    Rows,
+    TernaryRows,
+    unit_steps,
+    unpack,
+)
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -89,7 +99,7 @@ class Bundle:
         """A section of float32."""
         return np.frombuffer(self.read(name), np.float32)
 
-    def rows(self, name: str, most: int | None = None, chunk_bytes: int = 4 << 20) -> QuantRows | PlainRows:
+    def rows(self, name: str, most: int | None = None, chunk_bytes: int = 4 << 20) -> Rows:
         """The first `most` rows of a section, or all, in arrays of their own; beside them goes about `chunk_bytes`.
 
         Raises DamagedRun, CardError.
@@ -181,10 +191,12 @@ class Bundle:
         self.checksums: npt.NDArray[np.uint64] = np.frombuffer(table, "<u8")
 
 
-def dequantise(rows: QuantRows | PlainRows, kind: RowKind) -> npt.NDArray[np.float32]:
+def dequantise(rows: Rows, kind: RowKind) -> npt.NDArray[np.float32]:
     """Rows as float32 [n, K]. For few rows: the engine multiplies quantised rows in place."""
     if isinstance(rows, PlainRows):
         return rows.w.astype(np.float32)
+    if isinstance(rows, TernaryRows):
+        return np.asarray((unpack(rows.q, 2).astype(np.float32) - 2) * rows.scale, np.float32)
     n, blocks = rows.scale.shape
     bits = rows.q.shape[1] * 8 // (blocks * BLOCK)
     q = unpack(rows.q, bits).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << (bits - 1))

@@ -11,6 +11,8 @@ loss: re-rounding SmolLM2's rows to symmetric 4-bit blocks costs a mean KL of 0.
 Scales and centres are codes, in parts of the largest of a run of blocks, which is kept as float16. The codes
 of 4-bit rows have 8 bits, so that a row takes about 4.5 bits a weight, as Q4_K does; those of 8-bit rows have
 16, so that the codes' own rounding stays below the weights'.
+
+Ternary rows hold weights of -scale, 0 and scale, with one float32 scale a row, as they are: 2 bits a weight.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ BLOCK = 32
 """Weights that share a scale and a centre; also the neurons of one bundle group."""
 
 
-RowKind = Literal["int4", "int8", "f16"]
+RowKind = Literal["int4", "int8", "f16", "ternary"]
 ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
+"""What may be asked for. Weights that are ternary stay so where few bits are wanted."""
+
+BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2}
 
 CODE_TYPES: dict[RowKind, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[Any]]]] = {
     "int4": (np.uint8, np.int8),
@@ -77,6 +82,14 @@ class PlainRows(Slots):
 
 
 @dataclass(frozen=True)
+class TernaryRows(Slots):
+    """n rows of K weights scale * (q - 2), with q 1, 2 or 3."""
+
+    q: Bytes  # [n, K / 4], low bits first
+    scale: Floats  # [n, 1]
+
+
+@dataclass(frozen=True)
 class QuantGroups(Slots):
     """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
 
@@ -100,6 +113,21 @@ class PlainGroups(Slots):
     bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
 
 
+@dataclass(frozen=True)
+class TernaryGroups(Slots):
+    """n groups of 32 bundles of ternary weights; each row and each column of down_proj has its own scale."""
+
+    q: Bytes  # [n, 32, M, H / 4]
+    scale: Floats  # [n, 32, M, 1]
+    down: Bytes  # [n, 32, H / 4]
+    down_scale: Floats  # [n, 32, 1]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+
+
+Rows = QuantRows | PlainRows | TernaryRows
+Groups = QuantGroups | PlainGroups | TernaryGroups
+
+
 @cache
 def unit_steps(kind: RowKind) -> Floats:
     """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
@@ -119,20 +147,23 @@ def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Rows of `width` weights, a record each: [q | scale codes | centre codes | two float16 steps]."""
+    """Rows of `width` weights, a record each: [q | scale codes | centre codes | two float16 steps].
+
+    Of f16 rows it is the weights alone, of ternary rows [q | a float32 scale].
+    """
 
     kind: RowKind
     width: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ROW_KINDS:
-            raise ValueError(f"rows of kind {self.kind!r}; known are {', '.join(ROW_KINDS)}")
+        if self.kind not in BITS:
+            raise ValueError(f"rows of kind {self.kind!r}; known are {', '.join(BITS)}")
         if self.width <= 0 or self.width % BLOCK:
             raise ValueError(f"rows of {self.width} weights; the width must be a multiple of {BLOCK}")
 
     @property
     def bits(self) -> int:
-        return {"int4": 4, "int8": 8, "f16": 16}[self.kind]
+        return BITS[self.kind]
 
     @property
     def blocks(self) -> int:
@@ -142,16 +173,23 @@ class RowFormat:
     def nbytes(self) -> int:
         """Bytes of one record."""
         weights = self.width * self.bits // 8
-        return weights if self.kind == "f16" else weights + 2 * self.blocks * self.code_bytes + 4
+        match self.kind:
+            case "f16":
+                return weights
+            case "ternary":
+                return weights + 4
+        return weights + 2 * self.blocks * self.code_bytes + 4
 
     @property
     def code_bytes(self) -> int:
         return np.dtype(CODE_TYPES[self.kind][0]).itemsize
 
-    def empty(self, rows: int) -> QuantRows | PlainRows:
+    def empty(self, rows: int) -> Rows:
         """Arrays for `rows` rows, their memory not touched yet."""
         if self.kind == "f16":
             return PlainRows(np.empty((rows, self.width), np.float16))
+        if self.kind == "ternary":
+            return TernaryRows(np.empty((rows, self.width // 4), np.uint8), np.empty((rows, 1), np.float32))
         scale, centre = CODE_TYPES[self.kind]
         return QuantRows(
             np.empty((rows, self.width * self.bits // 8), np.uint8),
@@ -160,10 +198,12 @@ class RowFormat:
             np.empty((rows, 2), np.float16),
         )
 
-    def views(self, raw: Bytes) -> QuantRows | PlainRows:
+    def views(self, raw: Bytes) -> Rows:
         """The parts of records in place. raw: [n, nbytes] uint8, unaligned parts included."""
         if self.kind == "f16":
             return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))
+        if self.kind == "ternary":
+            return TernaryRows(*_carve(raw, [(np.uint8, (self.width // 4,)), (np.float32, (1,))]))
         return QuantRows(
             *_carve(
                 raw,
@@ -183,7 +223,8 @@ class GroupFormat:
     Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
     (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
     one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
-    there are any, end the record as float32 [32, M].
+    there are any, end the record as float32 [32, M]. Columns of f16 and ternary bundles are RowFormat records too,
+    and share nothing.
     """
 
     kind: RowKind
@@ -197,7 +238,7 @@ class GroupFormat:
 
     @property
     def column_bytes(self) -> int:
-        return self.hidden * self.row.bits // 8
+        return self.row.nbytes if self.kind == "ternary" else self.hidden * self.row.bits // 8
 
     @property
     def bundle_bytes(self) -> int:
@@ -206,7 +247,7 @@ class GroupFormat:
 
     @property
     def tail_bytes(self) -> int:
-        shared = 0 if self.kind == "f16" else 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks
+        shared = 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks if self.kind in CODE_TYPES else 0
         return shared + 4 * BLOCK * self.biases
 
     @property
@@ -214,13 +255,18 @@ class GroupFormat:
         """Bytes of one group."""
         return BLOCK * self.bundle_bytes + self.tail_bytes
 
-    def empty(self, groups: int) -> QuantGroups | PlainGroups:
+    def empty(self, groups: int) -> Groups:
         """Arrays for `groups` groups, their memory not touched yet."""
         h, m, b, width = self.hidden, self.inputs, self.row.blocks, self.column_bytes
         bias = np.empty((groups, BLOCK, self.biases), np.float32)
         if self.kind == "f16":
             plain = np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16)
             return PlainGroups(*plain, bias)
+        if self.kind == "ternary":
+            return TernaryGroups(
+                np.empty((groups, BLOCK, m, h // 4), np.uint8), np.empty((groups, BLOCK, m, 1), np.float32),
+                np.empty((groups, BLOCK, h // 4), np.uint8), np.empty((groups, BLOCK, 1), np.float32), bias,
+            )  # fmt: skip
         scale, centre = CODE_TYPES[self.kind]
         return QuantGroups(
             np.empty((groups, BLOCK, m, width), np.uint8),
@@ -234,7 +280,7 @@ class GroupFormat:
             bias,
         )
 
-    def views(self, raw: Bytes) -> QuantGroups | PlainGroups:
+    def views(self, raw: Bytes) -> Groups:
         """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
         n, m = len(raw), self.inputs
         body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)
@@ -244,6 +290,10 @@ class GroupFormat:
         if self.kind == "f16":
             return PlainGroups(rows.view(np.float16), column.view(np.float16), *_carve(tail, [bias]))
         row = self.row.views(rows)
+        if isinstance(row, TernaryRows):
+            down = self.row.views(column)
+            assert isinstance(down, TernaryRows)
+            return TernaryGroups(row.q, row.scale, down.q, down.scale, *_carve(tail, [bias]))
         assert isinstance(row, QuantRows)
         codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
         shared = _carve(tail, [*codes, (np.float16, (2, self.row.blocks)), bias])
@@ -251,15 +301,20 @@ class GroupFormat:
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:
-    """Integers [..., K] as packed bytes [..., K * bits / 8], the first of two in the low bits."""
-    return q if bits == 8 else np.bitwise_or(q[..., 0::2], q[..., 1::2] << 4, dtype=np.uint8)
+    """Integers [..., K] as packed bytes [..., K * bits / 8], the first of a byte's in the low bits."""
+    step = 8 // bits
+    packed = q[..., 0::step]
+    for i in range(1, step):
+        packed = np.bitwise_or(packed, q[..., i::step] << (i * bits), dtype=np.uint8)
+    return packed
 
 
 def unpack(q: Bytes, bits: int) -> Bytes:
     """Packed integers [..., K * bits / 8] as bytes [..., K]."""
     if bits == 8:
         return q
-    out = np.empty((*q.shape[:-1], q.shape[-1] * 2), np.uint8)
-    np.bitwise_and(q, 15, out=out[..., 0::2])
-    np.right_shift(q, 4, out=out[..., 1::2])
+    step, most = 8 // bits, (1 << bits) - 1
+    out = np.empty((*q.shape[:-1], q.shape[-1] * step), np.uint8)
+    for i in range(step):
+        np.bitwise_and(q >> (i * bits), most, out=out[..., i::step])
     return out

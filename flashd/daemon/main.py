@@ -21,6 +21,7 @@ from device.appliance import Appliance
 from flashd import config, embedded
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
+from flashd.child import in_child
 from flashd.config import Settings
 from flashd.daemon.api import Api
 from flashd.daemon.jobs import Jobs
@@ -29,7 +30,6 @@ from flashd.daemon.notify import Notifier, log_to_journal
 from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
-from flashd.engine.child import in_child
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import MIB, parse_size, peak
 from flashd.engine.prefixes import Prefixes

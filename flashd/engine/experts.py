@@ -15,13 +15,13 @@ import numpy as np
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats, PlainRows, QuantRows
+from flashd.bundle.rows import Floats, Groups, Rows
 from flashd.engine import graph
 from flashd.engine.card import READ_BYTES, CardQueue, CardStats, Extent
 from flashd.engine.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
-from flashd.engine.window import Groups, Window
+from flashd.engine.window import Window
 
 MEMORY = 0.95
 """How much of the running share of right guesses stays with each new one."""
@@ -34,7 +34,7 @@ TRUSTED = 0.5
 class _Layer:
     """What stays in RAM of one layer."""
 
-    router: QuantRows | PlainRows  # [E, H]
+    router: Rows  # [E, H]
     window: Window  # of its experts
     recent: LeastRecentlyUsed
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked

@@ -14,7 +14,17 @@ import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import BLOCK, Floats, PlainGroups, PlainRows, QuantGroups, QuantRows
+from flashd.bundle.rows import (
+    BLOCK,
+    Floats,
+    Groups,
+    PlainGroups,
+    PlainRows,
+    QuantRows,
+    Rows,
+    TernaryGroups,
+    TernaryRows,
+)
 from flashd.engine.kv import KvCache
 from flashd.session import open_session, start_pool
 
@@ -55,7 +65,7 @@ class Linear:
         self._session = open_session(graph)
         self._rounded = rounded
 
-    def __call__(self, x: Floats, rows: QuantRows | PlainRows) -> Floats:
+    def __call__(self, x: Floats, rows: Rows) -> Floats:
         """x [T, K] float32, n rows of K -> [T, n] float32, widening a part of the rows at a time."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1]))
         feed = {"x": x}
@@ -69,6 +79,11 @@ class Linear:
     def _part(self, feed: dict[str, Floats], rows: Any) -> Floats:
         if isinstance(rows, PlainRows):
             (y,) = self._session.run(None, {**feed, "w": rows.w})
+        elif isinstance(rows, TernaryRows):
+            n, ones = len(rows), _ones(len(rows), rows.q.shape[1] * 4 // BLOCK)
+            (y,) = self._session.run(
+                None, {**feed, "q": rows.q, "scale": rows.scale, "ones": ones, "index": _index(n)}
+            )
         else:
             (y,) = self._session.run(
                 None,
@@ -85,15 +100,15 @@ class Ffn:
 
     def __init__(self, graph: bytes, model: Model) -> None:
         self._session = open_session(graph)
-        self._inputs = model.inputs
+        self._inputs, self._width = model.inputs, model.share_width
 
-    def __call__(self, x: Floats, groups: QuantGroups | PlainGroups) -> Floats:
-        """x [T, H] float32, n groups in place -> [T, H] float32."""
+    def __call__(self, x: Floats, groups: Groups) -> Floats:
+        """x [T, H] float32, n groups in place -> [T, H] float32; what shares in a norm comes behind the H."""
         hidden = x.shape[1]
         # the input rows of 32 neurons, widened
         part = max(1, TEMPORARY_BYTES // (4 * hidden * self._inputs * BLOCK))
-        feed = {"x": x} if isinstance(groups, PlainGroups) else {"x": x, "sums": block_sums(x)}
-        out = np.zeros((len(x), hidden), np.float32)
+        feed = {"x": x} if isinstance(groups, PlainGroups | TernaryGroups) else {"x": x, "sums": block_sums(x)}
+        out = np.zeros((len(x), self._width), np.float32)
         for start in range(0, len(groups), part):
             out += self._part(feed, groups[start : start + part], hidden)
         return out
@@ -104,6 +119,18 @@ class Ffn:
             feed = {**feed, "bias": g.bias.reshape(-1)}
         if isinstance(g, PlainGroups):
             (y,) = self._session.run(None, {**feed, "w": g.w.reshape(-1, hidden), "down": g.down.reshape(-1, hidden)})
+        elif isinstance(g, TernaryGroups):
+            rows, neurons, blocks = n * BLOCK * g.q.shape[2], n * BLOCK, hidden // BLOCK
+            (y,) = self._session.run(
+                None,
+                {
+                    **feed,
+                    "q": g.q.reshape(rows, -1), "scale": g.scale.reshape(rows, 1),
+                    "ones": _ones(rows, blocks), "index": _index(rows),
+                    "down": g.down.reshape(neurons, -1), "down_scale": g.down_scale.reshape(neurons, 1),
+                    "down_ones": _ones(neurons, blocks), "down_index": _index(neurons),
+                },
+            )  # fmt: skip
         else:
             rows, neurons, blocks = n * BLOCK * g.q.shape[2], n * BLOCK, hidden // BLOCK
             (y,) = self._session.run(

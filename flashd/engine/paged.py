@@ -13,7 +13,7 @@ import numpy as np
 
 from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats, PlainRows, QuantRows
+from flashd.bundle.rows import Floats, Rows
 from flashd.engine import graph
 from flashd.engine.card import CardStats
 from flashd.engine.experts import ExpertFfn
@@ -22,8 +22,6 @@ from flashd.engine.graph import Places, Tokens
 from flashd.engine.head import Head
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
-
-Rows = QuantRows | PlainRows
 
 
 @dataclass(frozen=True)

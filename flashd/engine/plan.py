@@ -173,7 +173,8 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
         (RowFormat(f.ffn, m.hidden), m.inputs * m.neurons * m.layers),
         (RowFormat(f.ffn, m.neurons), m.hidden * m.layers),
     ):
-        packed, steps = rows * form.width * form.bits // 8, 4 * rows * form.blocks
+        # ternary rows are nibbles here
+        packed, steps = rows * form.width * max(form.bits, 4) // 8, 4 * rows * form.blocks
         loaded += packed + 2 * steps
         repacked += packed + 2 * steps
     return {

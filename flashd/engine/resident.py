@@ -18,6 +18,9 @@ from flashd.bundle.rows import (
     QuantGroups,
     QuantRows,
     RowKind,
+    Rows,
+    TernaryGroups,
+    TernaryRows,
     pack_bits,
     unit_steps,
     unpack,
@@ -87,7 +90,8 @@ class ResidentModel:
 
     def _initialisers(self, on_step: OnStep) -> Arrays:
         m, formats = self._model, self._bundle.header.formats
-        head = self._rows("head")
+        head = self._bundle.rows("head")
+        assert isinstance(head, QuantRows)
         scale, centre = steps(head, formats.head)
         out: Arrays = {**graph.named(self._bundle.floats("vectors"), m.model_vectors())}
         if formats.rounded_head:
@@ -101,16 +105,10 @@ class ResidentModel:
             vectors = graph.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors())
             out |= {f"{at}{name}": vector for name, vector in vectors.items()}
             for part in ("qkv", "output"):
-                rows = self._rows(f"{at}{part}")
-                out |= _planes(f"{at}{part}", rows.q, *steps(rows, formats.attention), formats.attention)
+                out |= _product_planes(f"{at}{part}", self._bundle.rows(f"{at}{part}"), formats.attention)
             out |= self._ffn(i, formats.ffn)
             on_step(i + 1, m.layers, 0)
         return out
-
-    def _rows(self, section: str) -> QuantRows:
-        rows = self._bundle.rows(section)
-        assert isinstance(rows, QuantRows)
-        return rows
 
     def _ffn(self, i: int, kind: RowKind) -> Arrays:
         """Input rows, one matrix after the other [M F, H], and down_proj [H, F] with its blocks along the neurons."""
@@ -119,6 +117,8 @@ class ResidentModel:
         for first, raw in self._bundle.groups(i, m.groups):
             for to, source in zip(groups.arrays(), form.views(raw).arrays(), strict=True):
                 np.copyto(to[first : first + len(raw)], source)
+        if isinstance(groups, TernaryGroups):
+            return _ternary_ffn(f"layer.{i}.", groups)
         assert isinstance(groups, QuantGroups)
         inputs = QuantRows(*(_matrix_major(part) for part in (groups.q, groups.scale, groups.centre, groups.step)))
         levels: Bytes = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
@@ -126,9 +126,38 @@ class ResidentModel:
         top = top.repeat(BLOCK, axis=2)  # [g, 2, H]
         down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
         at = f"layer.{i}."
-        bias: Arrays = {f"{at}inputs.bias": _matrix_major(groups.bias[..., None])[:, 0]} if groups.bias.size else {}
         down = _planes(f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind)
-        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | bias
+        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | _input_biases(at, groups.bias)
+
+
+def _input_biases(at: str, bias: Floats) -> Arrays:
+    return {f"{at}inputs.bias": _matrix_major(bias[..., None])[:, 0]} if bias.size else {}
+
+
+def _ternary_ffn(at: str, groups: TernaryGroups) -> Arrays:
+    """As ResidentModel._ffn; the scales of down_proj's columns apart, for the activations to be multiplied by."""
+    down = unpack(groups.down, 2).reshape(-1, groups.down.shape[-1] * 4).T  # [H, F]
+    ones = np.ones((len(down), 1), np.float32)
+    return {
+        **_ternary_planes(f"{at}inputs", _matrix_major(groups.q), _matrix_major(groups.scale)),
+        **_ternary_planes(f"{at}down", pack_bits(down, 2), ones),
+        f"{at}down.columns": groups.down_scale.reshape(-1),
+        **_input_biases(at, groups.bias),
+    }
+
+
+def _product_planes(name: str, rows: Rows, kind: RowKind) -> Arrays:
+    if isinstance(rows, TernaryRows):
+        return _ternary_planes(name, rows.q, rows.scale)
+    assert isinstance(rows, QuantRows)
+    return _planes(name, rows.q, *steps(rows, kind), kind)
+
+
+def _ternary_planes(name: str, q: Bytes, scale: Floats) -> Arrays:
+    """The initialisers of a product with ternary rows, which are nibbles here. q [n, K / 4], scale [n, 1]."""
+    nibbles = pack_bits(unpack(q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
+    nibbles = nibbles.reshape(len(q), -1, BLOCK // 2)
+    return {f"{name}.q": nibbles, f"{name}.scale": scale.repeat(nibbles.shape[1], axis=1)}
 
 
 def _matrix_major(part: npt.NDArray[Any]) -> npt.NDArray[Any]:

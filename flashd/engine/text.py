@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.errors import TEMPLATE_ERRORS, DataError, UsageError
+from flashd.errors import DataError, UsageError
 
 BREAK = "\ue000\ue001\ue000"
 """Private-use characters that part text where a control token must not form."""
@@ -95,33 +95,34 @@ def give_back_freed_memory() -> None:
         return  # not glibc
 
 
+LONGEST_PROMPT = 1 << 20
+"""Characters that a chat template may make; as many bytes are the most that a request may have."""
+
+
 class ChatTemplate:
     """A model's chat template in Jinja's sandbox. Raises DataError where it is broken or reaches out."""
 
     def __init__(self, source: str) -> None:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from flashd.template import Template, TemplateFails
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._error: type[Exception] = jinja2.TemplateError
+        self._template = Template(
+            source, LONGEST_PROMPT,
+            {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]},
+            {"tojson": _to_json}, {"raise_exception": _refuse, "strftime_now": _now},
+        )  # fmt: skip
+        self._error = TemplateFails
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template.names()
+        except TemplateFails as error:
             raise DataError(f"the bundle's chat template is broken: {error}") from error
 
     def render(self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
         """The text that asks the model for the next answer."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
+        values = {"messages": turns, "add_generation_prompt": True, "bos_token": bos_token, "eos_token": eos_token}
         try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
-            )
-        except (self._error, *TEMPLATE_ERRORS) as error:
+            return self._template.render(values)
+        except self._error as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
     def encode(self, messages: Sequence[Message], encoder: Encoder) -> list[int]:
@@ -132,6 +133,10 @@ class ChatTemplate:
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _refuse(message: str) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import GroupFormat, PlainGroups, QuantGroups
+from flashd.bundle.rows import GroupFormat, Groups
 
 Ids = npt.NDArray[np.int32]
-Groups = QuantGroups | PlainGroups
 
 
 class Window:
@@ -106,7 +105,7 @@ class Window:
 
     def _part(self, first: int, n: int) -> Groups:
         part = self._slots[first : first + n]
-        assert isinstance(part, QuantGroups | PlainGroups)
+        assert isinstance(part, Groups)
         return part
 
 

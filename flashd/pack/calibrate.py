@@ -76,6 +76,8 @@ class Calibration:
         else:
             a, down = self._neurons(self._weights.ffns(i)[0], h)
             y, order = a @ down.T, self._hottest_first(a, down)
+            if self._model.normed_neurons:
+                y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return order
 

@@ -60,6 +60,7 @@ class Family:
     local_base: float = 0.0  # the rotary base of layers that see a window, where it is another one
     scaled_embeddings: bool = False  # by the root of the hidden size
     scale_by_width: tuple[int, ...] = ()  # models of so many layers scale queries by hidden size / heads
+    norms_neurons: bool = False  # activations are normed before the down product
     mixture: Mixture | None = None  # of experts, where the file counts some
     position_offset: int = 0  # rows of the table of learned positions that stand for nothing
     names: dict[str, str] = field(default_factory=dict)  # tensors that are called otherwise than in TENSORS
@@ -69,6 +70,10 @@ class Family:
 FALCON_TWO_NORMS = Family(
     "falcon", "Falcon", "tiny", block="parallel", norm="layer", norms=("attention", "ffn", "final"), gated=False,
     activation="gelu", names={"attention_norm": "attn_norm_2", "ffn_norm": "attn_norm"},
+)  # fmt: skip
+
+BITNET = Family(
+    "bitnet", "BitNet b1.58", "tiny", norms=("attention", "heads", "ffn", "final"), norms_neurons=True,
 )  # fmt: skip
 
 FAMILIES = {
@@ -100,7 +105,7 @@ FAMILIES = {
             norms=("attention", "attention_branch", "ffn", "ffn_branch", "final"), scale_by_width=(46,),
         ),
         Family(
-            "gemma3", "Gemma 3", "tiny", activation="gelu_tanh", scaled_embeddings=True, global_every=6,
+            "gemma3", "Gemma 3", "Gemma-3-270M, tiny", activation="gelu_tanh", scaled_embeddings=True, global_every=6,
             norms=("attention", "query", "key", "attention_branch", "ffn", "ffn_branch", "final"),
             local_base=10000.0, scale_by_width=(62,),
         ),
@@ -120,6 +125,8 @@ FAMILIES = {
             "nemotron", "Nemotron, Minitron", "tiny", norm="layer", gated=False, activation="relu2",
             may_have=("qkv", "output", "inputs", "down"),
         ),
+        BITNET,
+        replace(BITNET, architecture="bitnet-b1.58", activation="relu2"),
         Family(
             "opt", "OPT", "tiny", norm="layer", gated=False, activation="relu", rotary=False, position_offset=2,
             biases=("qkv", "output", "inputs", "down"),
@@ -131,6 +138,8 @@ TENSORS = {
     "attention_norm": "attn_norm",
     "query_norm": "attn_q_norm",
     "key_norm": "attn_k_norm",
+    "heads_norm": "attn_sub_norm",
+    "neurons_norm": "ffn_sub_norm",
     "attention_branch_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
     "ffn_branch_norm": "post_ffw_norm",
@@ -207,6 +216,8 @@ def _expected_tensors(family: Family, layers: int) -> set[str]:
         names.add("output.bias")
     norms = {place: f"{place}_norm" for place in (*LAYER_NORMS, "final") if place in allowed}
     names |= {f"{tensor_name(family, norms['final'])}.{kind}" for kind in ("weight", "bias")}
+    if family.norms_neurons:
+        names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
         parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
         for part in parts + ["gate"] * family.gated + ["router"] * (family.mixture is not None):
@@ -268,6 +279,7 @@ def model_of(source: Source, family: Family) -> Model:
         gated=family.gated,
         activation=activation,
         threshold=threshold,
+        normed_neurons=neurons if family.norms_neurons else 0,
         attention=kinds,
         layer_kinds=layer_kinds,
         ropes=len(rope_tables(source, family)),

@@ -99,6 +99,11 @@ class GgufModel(Source):
         try:
             self.reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+            if "GGMLQuantizationType" in str(error):
+                raise DataError(
+                    f"{path}: a tensor is of a type that is not read ({error}); of bitnet.cpp's models take the"
+                    " safetensors folder, or a GGUF of TQ1_0 or TQ2_0"
+                ) from error
             raise DataError(f"{path}: not a whole GGUF file ({error}); download it again") from error
         except OSError as error:
             raise InputMissing(f"{path}: {error.strerror}") from error

@@ -31,11 +31,10 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from flashd.bundle.layout import AttentionKind, Bias, Experts, Formats, Model, Place
-from flashd.bundle.rows import BLOCK, RowKind, unit_steps
+from flashd.bundle.rows import BITS, BLOCK, RowKind, unit_steps
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
 MICROSOFT = "com.microsoft"
-BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16}
 CODES: dict[RowKind, tuple[int, int]] = {"int4": (T.UINT8, T.INT8), "int8": (T.UINT16, T.INT16)}
 Dims = Sequence[int | str]
 Vector = Callable[[str, int], str]
@@ -152,16 +151,27 @@ def _rows_product(g: _Graph, kind: RowKind, parts: tuple[str, str, str, str], in
     return g.node("Gemm", "x", weights, centres, transB=1)
 
 
+def _ternary_product(g: _Graph, index: str) -> str:
+    """x [T, K] times ternary rows [n, K] -> [T, n]."""
+    q, ones = g.input("q", T.UINT8, ["rows", "bytes"]), g.input("ones", T.FLOAT, ["rows", "B"])
+    scale = g.node("Transpose", g.input("scale", T.FLOAT, ["rows", 1]), perm=[1, 0])
+    return g.node("Mul", g.node("Gemm", "x", _widen(g, "ternary", q, ones, index), transB=1), scale)
+
+
 def linear(kind: RowKind) -> bytes:
     """y [T, n] = x [T, K] times n rows in place.
 
-    Quantised rows also take `sums` [T, K / 32], the sum of each block of x, and `index`, which counts 0 .. n.
+    Quantised rows also take `index`, which counts 0 .. n, and `sums` [T, K / 32], the sum of each block of x, or in
+    their place ternary rows unit scales, `ones` [n, K / 32].
     """
     g = _Graph()
     g.input("x", T.FLOAT, ["T", "K"])
     if kind == "f16":
         w = g.node("Cast", g.input("w", T.FLOAT16, ["n", "K"]), to=T.FLOAT)
         g.output("y", T.FLOAT, ["T", "n"], g.node("Gemm", "x", w, transB=1))
+        return g.serialise("linear")
+    if kind == "ternary":
+        g.output("y", T.FLOAT, ["T", "n"], _ternary_product(g, g.input("index", T.INT64, ["n"])))
         return g.serialise("linear")
     g.input("sums", T.FLOAT, ["T", "B"])
     parts = (
@@ -176,7 +186,7 @@ def linear(kind: RowKind) -> bytes:
 
 
 def ffn(model: Model, kind: RowKind) -> bytes:
-    """y [T, H] = the share that n groups of bundles, in place, have in an FFN's output.
+    """y [T, Model.share_width] = the share that n groups of bundles, in place, have in an FFN's output.
 
     Inputs are the arrays of QuantGroups or PlainGroups with the group and neuron axes joined where that
     leaves them contiguous; `index` counts 0 .. 32 n M, `ones` [32 n, H / 32] are unit scales.
@@ -187,9 +197,17 @@ def ffn(model: Model, kind: RowKind) -> bytes:
         rows = g.node("Cast", g.input("w", T.FLOAT16, ["rows", h]), to=T.FLOAT)
         down = g.node("Cast", g.input("down", T.FLOAT16, ["neurons", h]), to=T.FLOAT)
         a = _activations(g, model, g.node("Gemm", x, rows, transB=1))
-        g.output("y", T.FLOAT, ["T", h], g.node("Gemm", a, down))
+        g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, g.node("Gemm", a, down)))
         return g.serialise("ffn")
     blocks, width = h // BLOCK, h * BITS[kind] // 8
+    if kind == "ternary":
+        a = _activations(g, model, _ternary_product(g, g.input("index", T.INT64, ["rows"])))
+        ones, index = g.input("down_ones", T.FLOAT, ["neurons", blocks]), g.input("down_index", T.INT64, ["neurons"])
+        down = _widen(g, kind, g.input("down", T.UINT8, ["neurons", width]), ones, index)
+        scale = g.node("Transpose", g.input("down_scale", T.FLOAT, ["neurons", 1]), perm=[1, 0])
+        y = g.node("Gemm", g.node("Mul", a, scale), down)
+        g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, y))
+        return g.serialise("ffn")
     g.input("sums", T.FLOAT, ["T", blocks])
     parts = (
         g.input("q", T.UINT8, ["rows", width]),
@@ -217,8 +235,15 @@ def ffn(model: Model, kind: RowKind) -> bytes:
     weights = g.node("Reshape", g.node("Mul", grouped, scales), g.shape(-1, h))
     centres = g.node("Reshape", _scaled(g, centre, tops[1]), g.shape(-1, h))  # [n, H]
     y = g.node("Gemm", a, weights, g.node("Gemm", sums, centres))
-    g.output("y", T.FLOAT, ["T", h], y)
+    g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, y))
     return g.serialise("ffn")
+
+
+def _share(g: _Graph, model: Model, a: str, y: str) -> str:
+    """y [..., H] with the sum of the squares of activations a [..., F] behind it, in models that norm them."""
+    if not model.normed_neurons:
+        return y
+    return g.node("Concat", y, g.node("ReduceSumSquare", a, g.constant(np.array([-1])), keepdims=1), axis=-1)
 
 
 def activations(model: Model) -> bytes:
@@ -272,7 +297,7 @@ def stages(model: Model) -> dict[str, bytes]:
         enter      x -> h, what the attention's product takes
         attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
         middle     x, h, branch (the attention's output product) -> x, h, what the FFN takes
-        leave      x, branch (the FFN's output) -> x of the next layer
+        leave      x, branch (the FFN's output, Model.share_width wide) -> x of the next layer
         finish     x -> h, what the head takes
         logits     x (logits [R, V]) -> x, in models that do something to them
         route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that a token uses, the one
@@ -289,7 +314,8 @@ def stages(model: Model) -> dict[str, bytes]:
     ]
     for name, stage, inputs, outputs in plan:
         g = _Graph()
-        values = [g.input(part, T.FLOAT, ["T", model.hidden]) for part in inputs]
+        wide = model.share_width if name == "leave" else model.hidden
+        values = [g.input(part, T.FLOAT, ["T", wide if part == "branch" else model.hidden]) for part in inputs]
         made = stage(_Block(g, model, _vector_inputs(g)), *values)
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
@@ -363,9 +389,18 @@ class _Block:
         return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
 
     def leave(self, x: str, branch: str) -> str:
-        branch = self._normed(self._biased(branch, "down"), "ffn_branch")
+        branch = self._normed(self._biased(self._divided(branch), "down"), "ffn_branch")
         after = self._g.residual(x, branch)
         return self._normed(after, "ffn") if self._model.block == "post" else after
+
+    def _divided(self, branch: str) -> str:
+        """An FFN's output [..., H] by the root mean square of its activations, whose squares' sum is behind it."""
+        g, m = self._g, self._model
+        if not m.normed_neurons:
+            return branch
+        y, squares = g.nodes_out("Split", branch, g.shape(m.hidden, 1), outputs=2, axis=-1)
+        mean = g.node("Div", squares, g.constant(np.float32(m.normed_neurons)))
+        return g.node("Div", y, g.node("Sqrt", g.node("Add", mean, g.constant(np.float32(m.norm_epsilon)))))
 
     def finish(self, x: str) -> str:
         return self._normed(x, "final")
@@ -407,7 +442,7 @@ class _Block:
             "GroupQueryAttention", *parts, *past, *positions, *tree, domain=MICROSOFT, outputs=3,
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
-        return out, keys, values
+        return self._normed(out, "heads"), keys, values
 
     def _biased(self, x: str, part: Bias) -> str:
         if part not in self._model.biases:
@@ -467,7 +502,7 @@ def _external_vectors(g: _Graph, at: str) -> Vector:
 
 
 def _feed_forward(g: _Graph, model: Model, kind: RowKind, x: str, at: str) -> str:
-    """A layer's FFN, [1, T, H] -> [1, T, H], without the bias of its output."""
+    """A layer's FFN, [1, T, H] -> [1, T, Model.share_width], without the bias of its output."""
     both = _layer_product(g, x, kind, f"{at}inputs", model.inputs * model.neurons, model.hidden)
     if "inputs" in model.biases:
         both = g.node("Add", both, g.external(f"{at}inputs.bias", T.FLOAT, [model.inputs * model.neurons]))
@@ -475,15 +510,19 @@ def _feed_forward(g: _Graph, model: Model, kind: RowKind, x: str, at: str) -> st
         a = _gated(g, model, *g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2))
     else:
         a = _activated(g, model, both)
-    return _layer_product(g, a, kind, f"{at}down", model.hidden, model.neurons)
+    if kind == "ternary":
+        scaled = g.node("Mul", a, g.external(f"{at}down.columns", T.FLOAT, [model.neurons]))
+        return _share(g, model, a, _layer_product(g, scaled, kind, f"{at}down", model.hidden, model.neurons))
+    return _share(g, model, a, _layer_product(g, a, kind, f"{at}down", model.hidden, model.neurons))
 
 
 def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
     """x [1, T, K] times constant rows [n, K] of a layer.
 
-    float32 products exist for 4-bit weights only, so 8-bit ones are two planes of nibbles, 16 high + low.
+    float32 products that do not widen a whole matrix exist for 4-bit weights only, so 8-bit ones are two planes of
+    nibbles, 16 high + low, and ternary ones are nibbles.
     """
-    planes = [""] if kind == "int4" else [".high", ".low"]
+    planes = [".high", ".low"] if kind == "int8" else [""]
     y = ""
     for plane in planes:
         q = g.external(f"{name}.q{plane}", T.UINT8, [n, k // BLOCK, BLOCK // 2])
@@ -491,7 +530,7 @@ def _layer_product(g: _Graph, x: str, kind: RowKind, name: str, n: int, k: int) 
         part = g.node("MatMulNBits", x, q, scale, domain=MICROSOFT,
                       K=k, N=n, bits=4, block_size=BLOCK, accuracy_level=1)  # fmt: skip
         y = g.node("Add", y, part) if y else part
-    return _with_centres(g, x, y, name, n, k)
+    return y if kind == "ternary" else _with_centres(g, x, y, name, n, k)
 
 
 def _head(g: _Graph, x: str, formats: Formats, n: int, k: int) -> str:

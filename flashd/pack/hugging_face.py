@@ -59,11 +59,11 @@ CONVERSIONS = {
     "phi3": Conversion("phi3"),
     "nemotron": Conversion("nemotron", shift=1.0, defaults={"partial_rotary_factor": 0.5}),
     "bitnet": Conversion(
-        "bitnet", defaults={"tie_word_embeddings": True},
+        "bitnet", defaults={"hidden_act": "relu2", "rope_theta": 500000.0},
         names={
-            "lm_head": "output",
             "model.layers.{bid}.self_attn.attn_sub_norm": "blk.{bid}.attn_sub_norm",
             "model.layers.{bid}.mlp.ffn_sub_norm": "blk.{bid}.ffn_sub_norm",
+            "lm_head": "output",
         },
     ),
     "falcon": Conversion(
@@ -180,7 +180,7 @@ def hyper_parameters(config: Config, path: Path) -> dict[str, Any]:
     if local := config.get("sliding_window_layout"):  # SmallThinker's
         turned = local if any(local) else [1] * len(local)
         if config.get("rope_layout", [1] * len(local)) != turned:
-            raise DataError(f"{path}: layers without rotary embedding (rope_layout) other than those with no window")
+            raise DataError(f"{path}: layers without rotary embedding (rope_layout) beside those without a window")
     if config.get("moe_enable_early_router") is False:
         raise DataError(f"{path}: a router behind the attention (moe_enable_early_router) is not supported here")
     out = {key: next((config[n] for n in names if n in config), None) for key, names in KEYS.items()}

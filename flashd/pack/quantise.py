@@ -21,6 +21,7 @@ from flashd.bundle.rows import (
     PlainRows,
     RowFormat,
     RowKind,
+    TernaryRows,
     pack_bits,
 )
 from flashd.pack.source import Grid
@@ -30,11 +31,18 @@ SHRINK: dict[RowKind, tuple[float, ...]] = {"int4": (1.0, 0.95, 0.9, 0.84), "int
 
 
 def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True) -> Bytes:
-    """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero."""
+    """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero.
+
+    For ternary rows see `is_ternary`.
+    """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
     if isinstance(parts, PlainRows):
         parts.w[:] = weights
+        return raw
+    if isinstance(parts, TernaryRows):
+        scale = np.abs(weights).max(1, keepdims=True)
+        parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
         return raw
     q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred)
     parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
@@ -58,8 +66,8 @@ def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFo
     for i, records in enumerate(inputs):
         body[:, :, i * form.row.nbytes : (i + 1) * form.row.nbytes] = records.reshape(groups, BLOCK, -1)
     column = body[:, :, len(inputs) * form.row.nbytes :]
-    if form.kind == "f16":
-        column[:] = np.ascontiguousarray(down.T.astype(np.float16)).view(np.uint8).reshape(groups, BLOCK, -1)
+    if form.kind in ("f16", "ternary"):
+        column[:] = encode_rows(np.ascontiguousarray(down.T), form.row).reshape(groups, BLOCK, -1)
         return raw
     # 32 outputs share a step: [g, H/32, 32 outputs, 32 neurons]
     blocks = down.reshape(h // BLOCK, BLOCK, groups, BLOCK).transpose(2, 0, 1, 3).reshape(-1, BLOCK, BLOCK)
@@ -73,6 +81,12 @@ def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFo
     shared = [scale.reshape(groups, h), centre.reshape(groups, h), steps.reshape(groups, -1)]
     tail[:] = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in shared], 1)
     return raw
+
+
+def is_ternary(rows: Floats) -> bool:
+    """Whether each of rows [n, K] has but one magnitude beside zero."""
+    size = np.abs(rows)
+    return bool(((size == 0) | (size == size.max(1, keepdims=True))).all())
 
 
 def quantise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from flashd.bundle import layout
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError, InputMissing
-from flashd.pack import hugging_face
+from flashd.pack import four_bits, hugging_face
+from flashd.pack.four_bits import FourBits
 from flashd.pack.hugging_face import Numbers
 from flashd.pack.source import ALL, Source, Tensor, Which
 from flashd.pack.tokenizer_json import read_object, read_tokenizer_json
@@ -57,10 +59,49 @@ def _runs(numbers: Numbers) -> list[tuple[int, int]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
+class _Packed(Tensor):
+    """Ternary weights as transformers packs them (integrations/bitnet.py): four matrices of a quarter of the rows in
+    one of bytes, the first in the lowest two bits, -1 as 0."""
+
+    bits = 2.0
+
+    def __init__(self, name: str, data: Any, scale: float) -> None:
+        self.name, self._data, self._scale = name, data, np.float32(scale)
+        self._quarter, width = data.get_shape()
+        self.shape = (4 * self._quarter, width)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        numbers = np.arange(self.shape[0])[which]
+        out = np.empty((len(numbers), self.shape[1]), np.float32)
+        for part in range(4):
+            mine = np.flatnonzero(numbers // self._quarter == part)
+            packed = _Stored(self.name, self._data, 8).rows(numbers[mine] % self._quarter).astype(np.uint8)
+            out[mine] = ((packed >> 2 * part) & 3).astype(np.float32) - 1
+        return out * self._scale
+
+
+class _Master(Tensor):
+    """Weights of a BitNet that is still trained: what they count for is rounded to -mean, 0 and mean."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self.name, self.shape, self.bits, self._stored = stored.name, stored.shape, 2.0, stored
+        self._mean: np.float32 | None = None
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        if self._mean is None:
+            parts = [slice(at, at + ROWS_AT_ONCE) for at in range(0, self.shape[0], ROWS_AT_ONCE)]
+            total = sum(float(np.abs(self._stored.rows(part)).sum(dtype=np.float64)) for part in parts)
+            self._mean = np.float32(max(total / math.prod(self.shape), 1e-5))
+        levels = np.clip(np.rint(self._stored.rows(which) / self._mean), -1, 1)
+        return np.asarray(levels * self._mean, np.float32)
+
+
 class _Stack(Tensor):
     """The same matrix of every expert, [E, R, K]."""
 
-    def __init__(self, name: str, experts: list[_Stored]) -> None:
+    def __init__(self, name: str, experts: list[Tensor]) -> None:
         self.name, self.bits, self._experts = name, experts[0].bits, experts
         self.shape = (len(experts), *experts[0].shape)
 
@@ -68,7 +109,7 @@ class _Stack(Tensor):
         """The matrices [n, R, K] float32 of some experts."""
         return np.stack([self._experts[i].rows() for i in np.arange(len(self._experts))[which].tolist()])
 
-    def matrix(self, number: int) -> _Stored:
+    def matrix(self, number: int) -> Tensor:
         return self._experts[number]
 
 
@@ -85,7 +126,7 @@ class HfFolder(Source):
         if not (path / "config.json").is_file():
             raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
         stated = hugging_face.flattened(read_object(path / "config.json"))
-        _refuse_quantised(path, stated)
+        self._rounded = _rounded(path, stated)
         self._conversion = hugging_face.conversion_of(stated)
         self.architecture = self._conversion.architecture
         try:
@@ -93,6 +134,8 @@ class HfFolder(Source):
             keys = hugging_face.hyper_parameters(self._config, path)
             divisors = hugging_face.rope_divisors(self._config)
             self._files = _weight_files(path)
+            self._scales: dict[str, float] = {}
+            self._four_bits: dict[str, dict[str, Any]] = {}
             self._parts = self._find_parts()
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
@@ -110,18 +153,28 @@ class HfFolder(Source):
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
             for stored in shard.keys():  # noqa: SIM118
+                if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
+                    self._scales[found[0]] = float(shard.get_tensor(stored).astype(np.float32).reshape(-1)[0])
+                    continue
+                end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
+                if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
+                    self._four_bits.setdefault(found[0], {})[end] = shard.get_slice(stored)
+                    continue
                 if found := names.find(stored):
                     parts.setdefault(found[0], {})[found[1] or 0] = shard.get_slice(stored)
         return parts
 
     @property
     def names(self) -> set[str]:
-        return {*self._parts, *self._made}
+        return {*self._parts, *self._made, *self._four_bits}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`. Raises DataError."""
         if name in self._made:
             return _Stored(name, self._made[name], bits=32)
+        if name in self._four_bits:
+            order = hugging_face.row_order(self._conversion, self._config, name)
+            return FourBits(name, self._four_bits[name], self._rounded, order)
         if name not in self._parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
         parts = [self._stored(name, part) for _, part in sorted(self._parts[name].items())]
@@ -131,15 +184,23 @@ class HfFolder(Source):
             raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
         return _Stack(name, parts)
 
-    def _stored(self, name: str, part: Any) -> _Stored:
+    def _stored(self, name: str, part: Any) -> Tensor:
         kind, rows = part.get_dtype(), part.get_shape()[0]
+        if kind == "U8" and name in self._scales:
+            scale = self._scales[name]
+            return _Packed(
+                name, part, 1 / scale if self._rounded.get("linear_class", "bitlinear") == "bitlinear" else scale
+            )
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
         order = hugging_face.row_order(self._conversion, self._config, name)
         if order is not None and len(order) != rows:
             raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
-        return _Stored(name, part, BITS[kind], order, self._conversion.shift if name.endswith("norm.weight") else 0.0)
+        shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
+        tensor = _Stored(name, part, BITS[kind], order, shift)
+        online = self._rounded.get("quantization_mode") == "online"
+        return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
@@ -161,13 +222,21 @@ class HfFolder(Source):
         return layout.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
 
 
-def _refuse_quantised(path: Path, config: hugging_face.Config) -> None:
+def _rounded(path: Path, config: hugging_face.Config) -> hugging_face.Config:
+    """How the weights were rounded; empty where they were not. Raises DataError for a way that is not read."""
     stated = config.get("quantization_config")
-    if stated:
-        method = stated.get("quant_method") if isinstance(stated, dict) else stated
-        raise DataError(
-            f"{path}: weights quantised by {method!r} are not read; take the model's folder from before, or a GGUF"
-        )
+    if not stated:
+        return {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if isinstance(stated, dict) and method in ("gptq", "awq"):
+        four_bits.check_method(path, stated)
+        return stated
+    if isinstance(stated, dict) and method == "bitnet":
+        return stated
+    raise DataError(
+        f"{path}: weights quantised by {method!r} are not read (bitnet, gptq and awq are); take the model's folder"
+        " from before, or a GGUF"
+    )
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError
 from flashd.pack.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.source import Grid, Source, Tensor
+from flashd.pack.source import ALL, Grid, Source, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -45,6 +45,18 @@ class Matrix:
     def grid(self, which: slice | Numbers) -> Grid | None:
         """The source's own grid of those rows, if it has one."""
         return self.tensor.grid(self.order[which]) if self.projection is None else None
+
+
+class _Scaled(Tensor):
+    """A matrix [R, K] whose columns are multiplied by [K]."""
+
+    def __init__(self, tensor: Tensor, columns: Floats) -> None:
+        self.name, self.shape, self.bits = tensor.name, tensor.shape, tensor.bits
+        self._tensor, self._columns = tensor, columns
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        return self._tensor.rows(which) * self._columns
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,9 @@ class Weights:
             biases = np.stack([self._vector(f"{name}.bias") for name in names[:-1]], axis=1)
         else:
             biases = np.zeros((ffns[0][0].shape[0], 0), np.float32)
+        if self._model.normed_neurons:
+            norm = self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight")
+            ffns = [[*inputs, _Scaled(down, norm)] for *inputs, down in ffns]
         return [Ffn([_whole(tensor) for tensor in inputs], biases, down) for *inputs, down in ffns]
 
     def router(self, i: int) -> Matrix:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows import BLOCK, GroupFormat, RowFormat, RowKind, pack_bits, unpack
-from flashd.pack.quantise import encode_groups, encode_rows
+from flashd.pack.quantise import encode_groups, encode_rows, is_ternary
 
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
 
@@ -71,11 +71,26 @@ def test_groups_lay_out_each_neuron_as_one_run(kind: RowKind) -> None:
 
 
 @given(
-    st.sampled_from([4, 8]), st.lists(st.integers(0, 15), min_size=2, max_size=64).filter(lambda v: len(v) % 2 == 0)
+    st.sampled_from([2, 4, 8]), st.lists(st.integers(0, 3), min_size=4, max_size=64).filter(lambda v: len(v) % 4 == 0)
 )
 def test_packed_bits_unpack(bits: int, values: list[int]) -> None:
     q = np.array([values], np.uint8)
     assert (unpack(pack_bits(q, bits), bits) == q).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 1 << 30))
+@settings(max_examples=30, deadline=None)
+def test_ternary_rows_come_back_as_they_were(blocks: int, rows: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    levels = random.integers(-1, 2, (rows, blocks * BLOCK))
+    weights = (levels * random.uniform(1e-3, 1e3, (rows, 1))).astype(np.float32)
+    assert is_ternary(weights)
+    form = RowFormat("ternary", blocks * BLOCK)
+    raw = encode_rows(weights, form)
+    assert raw.shape == (rows, blocks * BLOCK // 4 + 4)
+    assert (dequantise(form.views(raw), "ternary") == weights).all()
+    weights[0, :2] = 1, 2
+    assert not is_ternary(weights)
 
 
 @pytest.mark.parametrize("width", [0, -32, 33])

@@ -117,6 +117,9 @@ def test_prompts_name_what_is_unknown() -> None:
         prompt.render({}, "", {})
     with pytest.raises(ConfigError, match="characters"):
         Prompt("{{ 'x' * 100000 }}", "long", [])
+    endless = "{% set r = range(90000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}"
+    with pytest.raises(ConfigError, match="trigger 'endless': the prompt fails: it takes more than"):
+        Prompt(endless, "endless", [])
 
 
 def test_the_board(tmp_path: Path) -> None:

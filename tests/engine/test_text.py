@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
+from flashd.engine.plan import MIB, peak
 from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
 from flashd.errors import DataError, UsageError
+from flashd.template import LIMITS
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,7 @@ def test_a_template_s_tokens_are_those_of_its_text(encoder_and_template) -> None
 
 
 @given(st.text(max_size=10), st.text(max_size=10))
+@settings(max_examples=30, deadline=None)
 def test_a_prompt_cannot_forge_a_control_token(encoder_and_template, before: str, after: str) -> None:  # type: ignore[no-untyped-def]
     encoder, template = encoder_and_template
     (control,) = encoder.encode("<|im_end|>")
@@ -147,8 +152,44 @@ def test_stops_do_not_depend_on_how_the_text_is_cut() -> None:
         "{{ messages[99].content.x.y }}",
         "{{ 1 / 0 }}",
         "{{ range(999999999) | list }}",
+        "{{ 'x' * 2000000 }}",
     ],
 )
 def test_a_template_that_is_broken_or_reaches_out_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="chat template"):
         ChatTemplate(source).render([Message("user", "hi")])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # loops within loops, over a list that is made once: no call in between
+        "{% set r = range(90000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) > 1 }}",  # one operation that never ends
+        "{{ 'x' * 3000000000 }}",  # and worked out while compiling
+        "{% autoescape 'x' * 3000000000 %}{% endautoescape %}",
+        "{{ '%3000000000d' % 1 }}",
+        "{{ 'x' | center(3000000000) }}",
+        "{% set n = namespace(s='x' * 1000) %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% set n = namespace(l=messages) %}{% for i in range(40) %}{% set n.l = n.l + n.l %}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_too_much_is_refused(source: str) -> None:
+    before = (peak(), children_seconds())
+    with pytest.raises(DataError, match="chat template"):
+        ChatTemplate(source).render([Message("user", "hi")])
+    # the kernel ends it: it had its seconds, and none of its memory was ours
+    assert children_seconds() - before[1] < LIMITS.seconds + 1.5
+    assert peak() - before[0] < 8 * MIB
+
+
+def test_what_a_template_may_do_is_as_it_was_afterwards() -> None:
+    limits = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+    template = ChatTemplate("{{ messages[0].content | upper }}")
+    assert [template.render([Message("user", "hi")]) for _ in range(3)] == ["HI"] * 3
+    assert [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)] == limits
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from transformers.integrations.bitnet import ActQuant
 
 from tests.goldens.models import (
     EXPERTS,
@@ -192,6 +193,22 @@ def llama_like(kind: type, permuted: bool = False, **keys: Any) -> Maker:
     return make
 
 
+def bitnet(golden: Golden) -> tuple[Any, Rename]:
+    known = golden.architecture == "bitnet"
+    config, find = llama_like(transformers.BitNetConfig, hidden_act="silu" if known else "relu2")(golden)
+    names = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+    own = by_map(golden, names)
+    return config, lambda name, tensors: own(name, tensors) if "sub_norm" in name else find(name, tensors)
+
+
+def rounded(model: Any) -> Any:
+    """The model with what goes into the products of its layers rounded to 8 bits a token, as BitNet is trained."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and name != "lm_head":
+            part.register_forward_pre_hook(lambda _, args: (ActQuant.apply(args[0]),))
+    return model
+
+
 def of_experts(kind: type, permuted: bool = False, **keys: Any) -> Maker:
     """A mixture: transformers has gate and up of all experts in one tensor."""
 
@@ -246,6 +263,8 @@ MAKERS: dict[str, Maker] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     ),
+    "bitnet": bitnet,
+    "bitnet-silu": bitnet,
     "phi2": phi,
     "falcon": falcon,
     "falcon-two-norms": falcon,
@@ -293,10 +312,10 @@ def smallthinker() -> np.ndarray:
     return np.asarray((norm(x, "output_norm") @ w["output.weight"].T).numpy(), np.float32)
 
 
-def logits(name: str) -> np.ndarray:
-    """[48, V] float32"""
+def made(name: str) -> dict[str, Any]:
+    """[48, V] float32, by what they are called in the file."""
     if name == "smallthinker":
-        return smallthinker()
+        return {"logits": smallthinker()}
     golden = GOLDENS[name]
     config, find = MAKERS[name](golden)
     tensors = golden.tensors()
@@ -305,15 +324,20 @@ def logits(name: str) -> np.ndarray:
     for key, value in model.state_dict().items():
         assert value.shape == state[key].shape, f"{key}: {tuple(value.shape)}, not {tuple(state[key].shape)}"
     model.load_state_dict(state)
+    out: dict[str, Any] = {"logits": logits(model)}
+    return out | {"rounded": logits(rounded(model))} if golden.ternary else out
+
+
+def logits(model: Any) -> np.ndarray:
     with torch.no_grad():
         return np.asarray(model.eval()(torch.from_numpy(TOKENS)[None]).logits[0].numpy(), np.float32)
 
 
 def main() -> None:
     for name in sys.argv[1:] or [*MAKERS, "smallthinker"]:
-        made = logits(name)
-        np.savez_compressed(HERE / f"{name}.npz", logits=made)
-        print(f"{name}: {made.shape}, {np.abs(made).max():.2f} at the most")
+        arrays = made(name)
+        np.savez_compressed(HERE / f"{name}.npz", **arrays)
+        print(f"{name}: {', '.join(arrays)}, {np.abs(arrays['logits']).max():.2f} at the most")
 
 
 if __name__ == "__main__":

@@ -37,13 +37,17 @@ class Golden:
     layer: dict[str, tuple[int, ...]]
     model: dict[str, tuple[int, ...]]
     kv_heads: int = KV_HEADS
+    ternary: bool = False  # matrices of layers are
 
     def tensors(self) -> dict[str, Floats]:
         """By GGUF name; matrices are float16 numbers, so that f16 rows hold them exactly."""
         shapes = dict(self.model)
         for i in range(LAYERS):
             shapes |= {f"blk.{i}.{name}": shape for name, shape in self.layer.items()}
-        return {name: _drawn(name, shape) for name, shape in shapes.items()}
+        drawn = {name: _drawn(name, shape) for name, shape in shapes.items()}
+        if not self.ternary:
+            return drawn
+        return {name: ternary(v) if name.startswith("blk.") and v.ndim == 2 else v for name, v in drawn.items()}
 
     def write(self, path: Path) -> Path:
         """The GGUF file."""
@@ -65,9 +69,9 @@ class Golden:
         w.close()
         return path
 
-    def logits(self, name: str) -> Floats:
+    def logits(self, name: str, part: str = "logits") -> Floats:
         """[48, V] behind each of TOKENS, as transformers has them."""
-        return np.asarray(np.load(HERE / f"{name}.npz")["logits"], np.float32)
+        return np.asarray(np.load(HERE / f"{name}.npz")[part], np.float32)
 
 
 def _add(w: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -92,6 +96,12 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
         around = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
+
+
+def ternary(values: Floats) -> Floats:
+    """Rounded to -scale, 0 and scale, with one power of two for a scale."""
+    levels = np.clip(np.rint(values / np.abs(values).mean()), -1, 1)
+    return np.asarray(levels * 2.0 ** np.rint(np.log2(np.abs(values).mean())), np.float32)
 
 
 def llama3_factors() -> Floats:
@@ -199,6 +209,16 @@ GOLDENS = {
                "attention.sliding_window_pattern": [True, True, False, True],
                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         FOUR_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "bitnet": Golden(
+        "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},
+        TWO_NORMS | _norms("attn_sub_norm") | _norms("ffn_sub_norm", width=NEURONS) | _attention() | GATED,
+        EMBEDDING | FINAL, ternary=True,
+    ),
+    "bitnet-silu": Golden(
+        "bitnet", RMS,
+        TWO_NORMS | _norms("attn_sub_norm") | _norms("ffn_sub_norm", width=NEURONS) | _attention() | GATED,
+        EMBEDDING | FINAL,
     ),
     "phi2": Golden(
         "phi2", LAYER_NORM | {"rope.dimension_count": 8},

@@ -140,3 +140,13 @@ def test_the_source_is_named_and_digested(tiny_bundle: Path) -> None:
     file = tiny_bundle.with_name(source.name)
     assert source.nbytes == file.stat().st_size
     assert source.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_type_of_another_program_s_is_told_from_damage(tmp_path: Path) -> None:
+    data = bytearray(tiny.write(tmp_path / "m.gguf").read_bytes())
+    # behind the name: how many axes, the axes, the type
+    at = data.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8
+    data[at : at + 4] = (36).to_bytes(4, "little")  # bitnet.cpp's I2_S
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(DataError, match=r"a type that is not read .*36.* is not"):
+        GgufModel(tmp_path / "m.gguf")

@@ -1,0 +1,75 @@
+"""Runs in a child process what leaves memory behind, or what may ask for more time and memory than it is worth."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from flashd.errors import FlashdError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child may use: seconds of processor time, bytes of address space beyond what it starts with."""
+
+    seconds: int
+    memory: int
+
+    def obey(self) -> None:
+        """Puts the calling process under these limits, and in front of others where memory runs out."""
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (held + self.memory, held + self.memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+class ChildDied(FlashdError):
+    """The child ended without a result; memory or time that it did not have is the likely cause."""
+
+
+def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Result:
+    """What `action` returns, computed in a forked child.
+
+    A process with threads may call it for what is plain Python: fork takes along only the calling thread, Python
+    makes its own locks anew and glibc those of its allocator. What has threads of its own, such as onnxruntime, must
+    not have started them before, or not be used.
+
+    Raises the FlashdError that the action raised, or ChildDied.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def run() -> None:
+        gc.disable()  # what the parent holds, such as pins, is not for the child to close
+        try:
+            if limits:
+                limits.obey()
+            send.send((action(), None))
+        except FlashdError as error:
+            send.send((None, error))
+
+    child = context.Process(target=run)
+    child.start()
+    send.close()
+    try:
+        result, error = receive.recv()
+    except EOFError:
+        child.join()
+        raise ChildDied(f"a child process died (exit {child.exitcode}); is there enough memory?") from None
+    finally:
+        receive.close()
+    child.join()
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]

@@ -23,8 +23,8 @@ from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
 
-MEMORY = 0.95
-"""How much of the running share of right guesses stays with each new one."""
+MEMORY = 0.9
+"""How much of the running share of right guesses stays with each pass."""
 
 TRUSTED = 0.5
 """The share of right guesses from which on they are read: a wrong one may keep the card from what is needed."""
@@ -38,7 +38,7 @@ class _Layer:
     window: Window  # of its experts
     recent: LeastRecentlyUsed
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
-    right: float = 1.0  # the share of guesses that are
+    right: float = 0.5  # the running share of guesses that are; at first it is not known
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ class ExpertFfn:
         self._routed = _Routed(used, weights, here, missing)
         self._needed, self._found = self._needed + len(needed), self._found + len(here)
         layer.recent.use(used)
-        for expert in layer.guessed:
-            layer.right = MEMORY * layer.right + (1 - MEMORY) * (expert in missing)
+        if layer.guessed:
+            share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
+            layer.right = MEMORY * layer.right + (1 - MEMORY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
         if index + 1 < len(self._layers) and self._layers[index + 1].window.used < self._experts.count:
             self._guess(index + 1, routed)

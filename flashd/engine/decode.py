@@ -15,8 +15,9 @@ import numpy as np
 
 from flashd.bundle.rows import Floats
 from flashd.engine.card import CardStats
+from flashd.engine.ffn import OnStep, silent
+from flashd.engine.graph import Tokens
 from flashd.engine.kv import KvCache
-from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.sample import Sampler
 from flashd.engine.speculate import NODES, DraftLength, Tree, lookup

@@ -11,7 +11,8 @@ from flashd.bundle.rows import Floats
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.decide import Choices, Decision, decide
 from flashd.engine.decode import Conversation, Figures, Model
-from flashd.engine.paged import OnStep, PagedModel, silent
+from flashd.engine.ffn import OnStep, silent
+from flashd.engine.paged import PagedModel
 from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
 from flashd.engine.resident import ResidentModel
 from flashd.engine.sample import Constraint, Sampler, Sampling

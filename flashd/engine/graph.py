@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -145,12 +145,16 @@ def round_blocks(x: Floats) -> Floats:
     return np.asarray((np.rint(blocks / scale) * scale).reshape(x.shape), np.float32)
 
 
+def input_names(session: ort.InferenceSession) -> list[str]:
+    return [i.name for i in session.get_inputs()]
+
+
 class Stage:
     """A small graph between the large products. It takes what it needs by name."""
 
     def __init__(self, graph: bytes) -> None:
         self._session = open_session(graph)
-        self._names = [i.name for i in self._session.get_inputs()]
+        self._names = input_names(self._session)
 
     def __call__(self, vectors: Vectors, **values: Floats) -> list[Floats]:
         """What comes of `values` and those of `vectors` that it names."""
@@ -197,9 +201,9 @@ class Rotary:
             self._arrays[f"sin.{i}"] = (length * np.sin(turned)).astype(np.float32)
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in self._arrays.items()}
 
-    def bind(self, session: ort.InferenceSession, binding: Any) -> None:
-        """Gives a graph those tables that it asks for."""
-        for name in (i.name for i in session.get_inputs()):
+    def bind(self, names: Iterable[str], binding: Any) -> None:
+        """Gives a graph those tables that are among the `names` of its inputs."""
+        for name in names:
             if name in self._values:
                 binding.bind_ortvalue_input(name, self._values[name])
 
@@ -241,17 +245,17 @@ class Attention:
     def __init__(self, bundle: Bundle, cache: KvCache) -> None:
         model = bundle.header.model
         sessions = [open_session(bundle.read(f"graph.attention.{i}")) for i in range(len(model.attention))]
-        self._sessions = [sessions[kind] for kind in model.layer_kinds]
+        self._sessions = [(sessions[kind], input_names(sessions[kind])) for kind in model.layer_kinds]
         self._cache = cache
         self._rotary = Rotary(bundle, cache.context)
 
     def __call__(self, layer: int, qkv: Floats, vectors: Vectors, places: Places) -> Floats:
         """qkv [T, q + k + v widths] of T new tokens -> [T, query width]; their keys and values are kept."""
-        session = self._sessions[layer]
+        session, names = self._sessions[layer]
         binding = session.io_binding()
         binding.bind_cpu_input("qkv", qkv[None])
-        self._rotary.bind(session, binding)
-        for name in (i.name for i in session.get_inputs()):
+        self._rotary.bind(names, binding)
+        for name in names:
             if name in vectors:
                 binding.bind_cpu_input(name, vectors[name])
         bind_positions(binding, places.past, len(qkv))

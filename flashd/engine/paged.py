@@ -1,13 +1,12 @@
-"""The forward pass of a model that does not fit: weights multiplied in place, FFN groups streamed past.
+"""The forward pass of a model that does not fit: weights multiplied in place, in the bundle's own 4.5 bits a weight.
 
-What every token needs (attention, head) and as many groups of bundles as the plan allows stay in RAM in the
-bundle's own 4.5 bits a weight. The rest of each layer's FFN comes from the card, read ahead while the layers
-before compute, once for a whole chunk of tokens.
+What every token needs (attention, head) stays in RAM. The FFNs, which engine.ffn pages, see a whole chunk of tokens
+at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,11 @@ from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, PlainRows, QuantRows
 from flashd.engine import graph
-from flashd.engine.card import CardStats, CardStream, gap_bytes, layer_schedule
-from flashd.engine.cardspeed import remembered
-from flashd.engine.graph import Places
+from flashd.engine.card import CardStats
+from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
+from flashd.engine.graph import Places, Tokens
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
-from flashd.engine.window import Window
-
-Tokens = graph.Tokens
-OnStep = Callable[[int, int, int], None]
-"""Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
 
 DRAFT_VOCABULARY = 32768
 """Tokens among which a draft chooses. BPE numbers its tokens by frequency: the first are nearly all of a text."""
@@ -34,18 +28,13 @@ DRAFT_VOCABULARY = 32768
 Rows = QuantRows | PlainRows
 
 
-def silent(done: int, layers: int, nbytes: int) -> None:
-    """An OnStep that does nothing."""
-
-
 @dataclass(frozen=True)
 class _Layer:
-    """What stays in RAM of one layer."""
+    """What stays in RAM of one layer, its FFN apart."""
 
     vectors: graph.Vectors
     qkv: Rows  # [q + k + v widths, H]
     output: Rows  # [H, query width]
-    pinned: Window
 
 
 class PagedModel:
@@ -63,35 +52,39 @@ class PagedModel:
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
         self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._ffn = graph.Ffn(bundle.read("graph.ffn"), self._model)
+        self._ffn: FeedForward = StreamedFfn(bundle, plan)
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
         self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
         self._vectors = graph.named(bundle.floats("vectors"), self._model.model_vectors())
         self._head = bundle.rows("head")
         self._likely: Any = self._head[:DRAFT_VOCABULARY]
-        self._layers = [self._load_layer(i, plan, on_step) for i in range(self._model.layers)]
+        try:
+            self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
+        except BaseException:
+            self.close()
+            raise
         # where attention slides, a branch's slot in the cache would be taken for its place in the text
         self._branches = not any(kind.window for kind in self._model.attention)
-        form = bundle.header.group
-        missing = [layer.pinned.missing().tolist() for layer in self._layers]
-        gap = gap_bytes(remembered(bundle.path))
-        self._stream = CardStream(bundle, layer_schedule(missing, form.nbytes, gap), plan.buffers)
-        self._passing = Window(form, self._model.groups, plan.passing_groups)
-        self._form = form
-        self._stream.read_ahead()
 
     def close(self) -> None:
-        self._stream.close()
+        self._ffn.close()
 
     @property
     def card(self) -> CardStats:
-        return self._stream.stats
+        return self._ffn.card
 
     @property
     def hit_rate(self) -> float:
-        """The share of groups that a pass finds in RAM."""
-        return sum(layer.pinned.used for layer in self._layers) / (len(self._layers) * self._model.groups)
+        return self._ffn.hit_rate
+
+    @property
+    def pages(self) -> bool:
+        return self._ffn.pages
+
+    @property
+    def drafts(self) -> bool:
+        return self._ffn.drafts
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
@@ -107,7 +100,7 @@ class PagedModel:
             x = self._pass(tokens, places, on_step)  # [T, H]
         except BaseException:
             # the next pass starts at the first layer, wherever this one broke off
-            self._stream.restart()
+            self._ffn.restart()
             raise
         self.cache.advance(len(tokens))
         return self._said(x[wanted])  # [R, V]
@@ -127,16 +120,6 @@ class PagedModel:
         best = np.argpartition(-logits, most - 1)[:most]
         return [int(i) for i in best[np.argsort(-logits[best])]]
 
-    @property
-    def pages(self) -> bool:
-        """Whether a pass reads the card, so that one which checks several tokens costs what one costs."""
-        return self._layers[0].pinned.used < self._model.groups
-
-    @property
-    def drafts(self) -> bool:
-        """Whether a draft is cheaper than a pass and better than nothing: some groups are pinned, some not."""
-        return 0 < self._layers[0].pinned.used < self._model.groups
-
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
         x = self._embed(tokens, places.positions[0])
@@ -144,7 +127,7 @@ class PagedModel:
             (h,) = self._enter(layer.vectors, x=x)
             heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
             x, h = self._middle(layer.vectors, x=x, h=h, branch=self._attention_linear(heads, layer.output))
-            y = self._feed_forward(i, layer, h, on_step) if exact else self._ffn(h, layer.pinned.rows)
+            y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
             (x,) = self._leave(layer.vectors, x=x, branch=y)
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
@@ -155,24 +138,13 @@ class PagedModel:
         logits = self._head_linear(h, self._head)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
-    def _feed_forward(self, i: int, layer: _Layer, h: Floats, on_step: OnStep) -> Floats:
-        y = self._ffn(h, layer.pinned.rows)  # [T, H]
-        for extent, raw in self._stream.layer(i):
-            self._passing.insert(extent.first, self._form.views(raw))
-            y += self._ffn(h, self._passing.rows)
-            self._passing.clear()
-            on_step(i, self._model.layers, self.card.bytes_read)
-        return y
-
-    def _load_layer(self, i: int, plan: Plan, on_step: OnStep) -> _Layer:
+    def _load_layer(self, i: int, on_step: OnStep) -> _Layer:
         m, at = self._model, f"layer.{i}."
         layer = _Layer(
             vectors=graph.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors()),
             qkv=self._bundle.rows(f"{at}qkv"),
             output=self._bundle.rows(f"{at}output"),
-            pinned=Window(self._bundle.header.group, m.groups, plan.pinned_groups),
         )
-        for first, raw in self._bundle.groups(i, plan.pinned_groups):
-            layer.pinned.insert(first, self._bundle.header.group.views(raw))
+        self._ffn.load(i)
         on_step(i + 1, m.layers, 0)
         return layer

@@ -24,8 +24,9 @@ from flashd.bundle.rows import (
 )
 from flashd.engine import graph
 from flashd.engine.card import CardStats
+from flashd.engine.ffn import OnStep, silent
+from flashd.engine.graph import Tokens
 from flashd.engine.kv import KvCache
-from flashd.engine.paged import OnStep, Tokens, silent
 from flashd.engine.plan import Plan
 from flashd.session import open_session
 
@@ -77,7 +78,7 @@ class ResidentModel:
 
     def _bound(self) -> Any:
         binding = self._session.io_binding()
-        self._rotary.bind(self._session, binding)
+        self._rotary.bind(graph.input_names(self._session), binding)
         for i in range(self._model.layers):
             for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
                 binding.bind_ortvalue_input(f"past_{part}.{i}", value)

@@ -16,7 +16,8 @@ from flashd.bundle.file import Patience
 from flashd.bundle.layout import PREFIX, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.engine.card import CardStream, Extent
-from flashd.engine.paged import OnStep, PagedModel, silent
+from flashd.engine.ffn import OnStep, silent
+from flashd.engine.paged import PagedModel
 from flashd.errors import CardError
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card, Seam

@@ -1,0 +1,115 @@
+"""The FFN layers of a model that does not fit: what of them stays in RAM and what comes from the card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from flashd.bundle.layout import Model
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import Floats
+from flashd.engine import graph
+from flashd.engine.card import CardStats, CardStream, gap_bytes, layer_schedule
+from flashd.engine.cardspeed import remembered
+from flashd.engine.plan import Plan
+from flashd.engine.window import Window
+
+OnStep = Callable[[int, int, int], None]
+"""Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
+
+
+def silent(done: int, layers: int, nbytes: int) -> None:
+    """An OnStep that does nothing."""
+
+
+class FeedForward(Protocol):
+    """The FFNs of all layers. A pass takes the layers in order, or is broken off and `restart` called."""
+
+    @property
+    def card(self) -> CardStats: ...
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of what passes needed that was in RAM."""
+
+    @property
+    def pages(self) -> bool:
+        """Whether a pass reads the card, so that one which checks several tokens costs what one costs."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether `from_ram` is cheaper than a pass and better than nothing."""
+
+    def load(self, layer: int) -> None:
+        """Reads what of a layer stays in RAM; called once for each layer, in order, before the first pass.
+
+        Raises DamagedRun, CardError.
+        """
+
+    def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
+        """A layer's FFN of h [T, H] -> [T, H]. Raises DamagedRun, CardError."""
+
+    def from_ram(self, layer: int, h: Floats) -> Floats:
+        """What of it can be told without the card."""
+
+    def restart(self) -> None:
+        """The next layer asked for is the first."""
+
+    def close(self) -> None: ...
+
+
+class StreamedFfn:
+    """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass."""
+
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        self._bundle, self._plan = bundle, plan
+        self._model: Model = bundle.header.model
+        self._form = bundle.header.group
+        self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
+        self._pinned: list[Window] = []
+        self._passing = Window(self._form, self._model.groups, plan.passing_groups)
+        missing = [range(plan.pinned_groups, self._model.groups)] * self._model.layers
+        gap = gap_bytes(remembered(bundle.path))
+        self._stream = CardStream(bundle, layer_schedule(missing, self._form.nbytes, gap), plan.buffers)
+
+    @property
+    def card(self) -> CardStats:
+        return self._stream.stats
+
+    @property
+    def hit_rate(self) -> float:
+        return self._plan.pinned_groups / self._model.groups
+
+    @property
+    def pages(self) -> bool:
+        return self._plan.pinned_groups < self._model.groups
+
+    @property
+    def drafts(self) -> bool:
+        return 0 < self._plan.pinned_groups < self._model.groups
+
+    def load(self, layer: int) -> None:
+        pinned = Window(self._form, self._model.groups, self._plan.pinned_groups)
+        for first, raw in self._bundle.groups(layer, self._plan.pinned_groups):
+            pinned.insert(first, self._form.views(raw))
+        self._pinned.append(pinned)
+        if len(self._pinned) == self._model.layers:
+            self._stream.read_ahead()
+
+    def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
+        y = self.from_ram(layer, h)  # [T, H]
+        for extent, raw in self._stream.layer(layer):
+            self._passing.insert(extent.first, self._form.views(raw))
+            y += self._product(h, self._passing.rows)
+            self._passing.clear()
+            on_step(layer, self._model.layers, self.card.bytes_read)
+        return y
+
+    def from_ram(self, layer: int, h: Floats) -> Floats:
+        return self._product(h, self._pinned[layer].rows)
+
+    def restart(self) -> None:
+        self._stream.restart()
+
+    def close(self) -> None:
+        self._stream.close()

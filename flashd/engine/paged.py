@@ -21,6 +21,7 @@ from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
 from flashd.engine.graph import Places, Tokens
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
+from flashd.engine.select import SelectedFfn
 
 DRAFT_VOCABULARY = 32768
 """Tokens among which a draft chooses. BPE numbers its tokens by frequency: the first are nearly all of a text."""
@@ -43,7 +44,9 @@ class PagedModel:
     Raises DamagedRun, CardError while loading and while it runs.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
+    def __init__(
+        self, bundle: Bundle, plan: Plan, on_step: OnStep = silent, feed_forward: FeedForward | None = None
+    ) -> None:
         self._bundle = bundle
         self._model: Model = bundle.header.model
         formats = bundle.header.formats
@@ -52,7 +55,9 @@ class PagedModel:
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
         self._head_linear = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._ffn: FeedForward = StreamedFfn(bundle, plan)
+        self._ffn: FeedForward = feed_forward or (
+            SelectedFfn(bundle, plan) if bundle.header.selection else StreamedFfn(bundle, plan)
+        )
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
         self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None

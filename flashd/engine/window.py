@@ -1,27 +1,28 @@
-"""The window: a bounded set of bundle groups in RAM, in preallocated slots whose used part is contiguous.
+"""The window: a bounded set of units (groups of bundles, or neurons) in RAM, in slots whose used part is contiguous.
 
-Section 3.3 of "LLM in a flash": nothing is allocated while tokens are made, a group that leaves is replaced
+Section 3.3 of "LLM in a flash": nothing is allocated while tokens are made, a unit that leaves is replaced
 by the last one, and so the product always runs over one dense block of rows, in place.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import GroupFormat, PlainGroups, QuantGroups
+from flashd.bundle.rows import GroupFormat, NeuronFormat, Slots
 
 Ids = npt.NDArray[np.int32]
-Groups = QuantGroups | PlainGroups
 
 
 class Window:
-    """Slots for up to `capacity` of `units` groups.
+    """Slots for up to `capacity` of `units` units.
 
     It holds no policy: who uses it decides what comes in and what goes.
     """
 
-    def __init__(self, form: GroupFormat, units: int, capacity: int) -> None:
+    def __init__(self, form: GroupFormat | NeuronFormat, units: int, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
         self._slots = form.empty(capacity)
@@ -33,39 +34,48 @@ class Window:
 
     @property
     def units(self) -> Ids:
-        """The groups that are here, in slot order."""
+        """The units that are here, in slot order."""
         return self._unit_at[: self.used]
 
     @property
-    def rows(self) -> Groups:
+    def rows(self) -> Any:
         """The used part of the slots."""
-        part = self._slots[: self.used]
-        assert isinstance(part, QuantGroups | PlainGroups)
-        return part
+        return self._slots[: self.used]
+
+    def rows_of(self, units: Ids) -> Any:
+        """A copy of the rows of some units that are here."""
+        return self._slots[self._slot_of[units]]
+
+    def here(self) -> npt.NDArray[np.bool_]:
+        """[units]: which are here."""
+        return self._slot_of >= 0
 
     def missing(self) -> Ids:
-        """The groups that are not here, ascending."""
+        """The units that are not here, ascending."""
         return np.flatnonzero(self._slot_of < 0).astype(np.int32)
 
-    def insert(self, first: int, groups: Groups) -> None:
-        """Copies groups first, first + 1, ... into free slots. None of them may be here already.
+    def insert(self, first: int, rows: Slots) -> None:
+        """Copies units first, first + 1, ... into free slots, see `put`."""
+        self.put(np.arange(first, first + len(rows), dtype=np.int32), rows)
+
+    def put(self, units: Ids, rows: Slots) -> None:
+        """Copies units into free slots. None of them may be here already.
 
         Raises ValueError where they do not fit or one is here.
         """
-        n = len(groups)
-        if self.used + n > self.capacity:
-            raise ValueError(f"{n} groups for {self.capacity - self.used} free slots")
-        if (self._slot_of[first : first + n] >= 0).any():
-            raise ValueError(f"one of groups {first} to {first + n - 1} is in the window already")
-        stop = self.used + n
-        for to, source in zip(self._slots[self.used : stop].arrays(), groups.arrays(), strict=True):
+        stop = self.used + len(units)
+        if stop > self.capacity:
+            raise ValueError(f"{len(units)} units for {self.capacity - self.used} free slots")
+        if (self._slot_of[units] >= 0).any():
+            raise ValueError(f"one of units {units.min()} to {units.max()} is in the window already")
+        for to, source in zip(self._slots[self.used : stop].arrays(), rows.arrays(), strict=True):
             np.copyto(to, source)
-        self._slot_of[first : first + n] = np.arange(self.used, stop)
-        self._unit_at[self.used : stop] = np.arange(first, first + n)
+        self._slot_of[units] = np.arange(self.used, stop)
+        self._unit_at[self.used : stop] = units
         self.used = stop
 
     def delete(self, unit: int) -> None:
-        """Frees a group's slot: the last used slot's group moves into it. Raises KeyError."""
+        """Frees a unit's slot: the last used slot's unit moves into it. Raises KeyError."""
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)

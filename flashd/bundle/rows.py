@@ -298,7 +298,7 @@ class NeuronFormat:
         """Arrays for so many neurons, their memory not touched yet."""
         rows = self.row.empty(neurons * (self.inputs + 1))
         bias = np.empty((neurons, self.biases), np.float32)
-        return self._neurons([a.reshape(neurons, self.inputs + 1, -1) for a in rows.arrays()], bias)
+        return self._neurons([a.reshape(neurons, self.inputs + 1, a.shape[1]) for a in rows.arrays()], bias)
 
     def views(self, raw: Bytes) -> QuantNeurons | PlainNeurons:
         """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""

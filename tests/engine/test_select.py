@@ -29,7 +29,7 @@ from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS
 from tests.lab.replay import Trace, replay
 
-TEXT = "".join(f"the {w} there, then the other {w}; " for w in ("cat", "moth", "theatre", "heath", "path") * 60)
+TEXT = "".join(f"the {w} there, then the other {w}; " for w in ("cat", "moth", "theatre", "heath", "path") * 12)
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
 
 

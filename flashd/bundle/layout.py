@@ -213,8 +213,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero
     tokens: Count  # of the text on which perplexity was measured, which nothing was fitted to
-    perplexity_exact: float
-    perplexity: float
+    perplexity_exact: Annotated[float, msgspec.Meta(gt=0)]
+    perplexity: Annotated[float, msgspec.Meta(gt=0)]
 
     @property
     def loss(self) -> float:

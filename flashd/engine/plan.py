@@ -166,7 +166,8 @@ def _reading_parts(header: Header) -> dict[str, int]:
         "predictors": sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
         # a read's neurons are there twice: as they came, and those that were wanted
         "window and read-ahead": (BUFFERS + 1) * buffer_bytes(size, max(1, READ_BYTES // size))
-        + 20 * m.layers * m.neurons,
+        + 20 * m.layers * m.neurons
+        + 8 * PREFILL_TOKENS * m.neurons,
     }
 
 

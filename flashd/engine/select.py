@@ -18,7 +18,7 @@ from flashd.engine.cardspeed import remembered
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
 from flashd.engine.policy import Frequency, Mask, Policy, kept
-from flashd.engine.window import Window
+from flashd.engine.window import Ids, Window
 
 OnChosen = Callable[[int, Mask], None]
 """Called with (layer, which neurons take part in each token [T, F]), to record a trace."""
@@ -87,6 +87,7 @@ class SelectedFfn:
         self._windows: list[Window] = []
         gap = gap_bytes(remembered(bundle.path)) if gap is None else gap
         self._picks = CardPicks(bundle, max(gap, LEAST_GAP), plan.buffers)
+        self._at_once = max(1, graph.TEMPORARY_BYTES // self._form.nbytes)
         self._needed = self._found = 0
 
     @property
@@ -122,7 +123,7 @@ class SelectedFfn:
         found, missing = (np.flatnonzero(part).astype(np.int32) for part in (needed & here, needed & ~here))
         self._needed += len(found) + len(missing)
         self._found += len(found)
-        y = self._product(h, window.rows_of(found), chosen[:, found])
+        y = self._share(layer, h, chosen, found)
         for mask in chosen:
             self._policies[layer].used(mask)
         keep = kept(self._policies[layer], needed | here, window.capacity)
@@ -138,8 +139,15 @@ class SelectedFfn:
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
         chosen, window = self._predict(layer, h), self._windows[layer]
-        found = np.flatnonzero(chosen.any(0) & window.here()).astype(np.int32)
-        return self._product(h, window.rows_of(found), chosen[:, found])
+        return self._share(layer, h, chosen, np.flatnonzero(chosen.any(0) & window.here()).astype(np.int32))
+
+    def _share(self, layer: int, h: Floats, chosen: Mask, found: Ids) -> Floats:
+        """The share of neurons that are in the window, some at a time."""
+        y = np.zeros(h.shape, np.float32)
+        for at in range(0, len(found), self._at_once):
+            part = found[at : at + self._at_once]
+            y += self._product(h, self._windows[layer].rows_of(part), chosen[:, part])
+        return y
 
     def restart(self) -> None:
         """A layer that broke off has fewer neurons in its window, and they are those that it says."""

@@ -91,6 +91,20 @@ def test_with_every_neuron_chosen_it_is_the_dense_model(opt: Path, kind: RowKind
     assert difference < {"int4": 0.15, "int8": 0.01, "f16": 2e-5}[kind]
 
 
+def test_gated_neurons_too(tmp_path: Path) -> None:
+    golden = dataclasses.replace(GOLDENS["llama"], keys=GOLDENS["llama"].keys | {"hidden_activation": "drelu"})
+    source = golden.write(tmp_path / "m.gguf")
+    pack(source, tmp_path / "s.flash", "f16", selecting=Selecting(TEXT, max_loss=0.5))
+    pack(source, tmp_path / "d.flash", "f16")
+    with opened(tmp_path / "d.flash", 0.5, 64) as model:
+        expected = all_logits(model, TOKENS.tolist(), 48)
+    with model_of(tmp_path / "s.flash", 60) as model:
+        ffn = model._ffn
+        assert isinstance(ffn, SelectedFfn)
+        ffn._predict = lambda layer, h: np.ones((len(h), 224), np.bool_)  # type: ignore[assignment]
+        assert np.abs(all_logits(model, TOKENS.tolist(), 48) - expected).max() < 2e-5 * np.ptp(expected)
+
+
 @pytest.mark.parametrize("policy", [Frequency, LastTokens])
 def test_what_the_window_holds_changes_no_logit(selected: Path, policy: type[Frequency] | type[LastTokens]) -> None:
     tokens, found = TOKENS.tolist(), []

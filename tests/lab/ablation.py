@@ -25,7 +25,7 @@ from flashd.engine.ffn import FeedForward, StreamedFfn
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups, rates_of
 from flashd.engine.policy import Frequency, LastTokens, Mask, shares
-from flashd.engine.select import SelectedFfn
+from flashd.engine.select import SelectedFfn, ignore
 from flashd.pack.pack import pack
 from flashd.pack.predictor import Selecting
 from tests.lab import corpus
@@ -195,7 +195,7 @@ def _dense(bundle: Bundle, name: str, ram: float, tokens: list[int]) -> Row:
 
 
 def _selected(bundle: Bundle, plan: Plan, gap: int, tokens: list[int], trace: Trace | None) -> Row:
-    ffn = SelectedFfn(bundle, plan, gap=gap, **({"on_chosen": trace.record} if trace else {}))
+    ffn = SelectedFfn(bundle, plan, gap=gap, on_chosen=trace.record if trace else ignore)
     with opened(bundle, plan, ffn) as model:
         for start in range(0, len(tokens), model.cache.context):
             model.cache.truncate(0)

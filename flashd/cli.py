@@ -49,8 +49,33 @@ def run_pack(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputMissing(f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'") from error
     with Bar("packing", "weights") as bar:
-        header = pack(args.source, args.out, args.rows, bar.show)
+        header = pack(args.source, args.out, args.rows, bar.show, _selecting(args))
     print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
+    if s := header.selection:
+        print(
+            f"a predictor chooses {100 * sum(s.chosen) / len(s.chosen):.1f} % of neurons,"
+            f" {100 * sum(s.fired) / len(s.fired):.1f} % are not zero; perplexity {s.perplexity:.2f},"
+            f" {s.perplexity_exact:.2f} with all ({100 * s.loss:+.2f} %, {s.tokens} held-out tokens)"
+        )
+
+
+def _selecting(args: argparse.Namespace) -> Any:
+    from flashd.pack.predictor import Selecting
+
+    if args.select == "exact":
+        return None
+    if args.text is None:
+        raise UsageError("a predictor is trained on text like that which the model will meet; name some with --text")
+    return Selecting(_text_of(args.text), args.max_loss)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputMissing(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -68,15 +93,26 @@ def run_info(args: argparse.Namespace) -> None:
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
         "rows": f.ffn, "attention": f.attention, "head": f.head, "embedding": f.embedding,
-        "bundle_bytes": header.group.bundle_bytes, "group_bytes": header.group.nbytes,
+        "bundle_bytes": header.group.bundle_bytes, "group_bytes": header.unit_bytes,
         "ffn_bytes": ffn, "file_bytes": args.bundle.stat().st_size,
-        "selection": "exact", "chat_template": header.text.chat_template is not None,
+        **_selection_facts(header.selection), "chat_template": header.text.chat_template is not None,
         "source": header.source.name, "source_bytes": header.source.nbytes, "source_sha256": header.source.sha256,
         "packed_by": header.flashd,
     }  # fmt: skip
     if m.experts:
         facts |= {"experts": m.experts.count, "experts_of_a_token": m.experts.used}
     _print_facts(facts, args.json)
+
+
+def _selection_facts(s: Any) -> dict[str, Any]:
+    """What `info` says of which neurons take part."""
+    if s is None:
+        return {"selection": "exact"}
+    return {
+        "selection": "predictor", "ranks": s.ranks, "chosen": [round(c, 4) for c in s.chosen],
+        "fired": [round(f, 4) for f in s.fired], "held_out_tokens": s.tokens, "perplexity_exact": s.perplexity_exact,
+        "perplexity": s.perplexity, "perplexity_loss": s.loss,
+    }  # fmt: skip
 
 
 def _print_families(as_json: bool) -> None:
@@ -125,7 +161,7 @@ def run_plan(args: argparse.Namespace) -> None:
     if plan.resident:
         print("the whole model fits: constant graphs, nothing is read from the card while it answers")
         return
-    share = 100 * plan.pinned_groups / plan.groups
+    share = 100 * plan.pinned_share
     print(f"{'neurons pinned':34}{share:9.1f} %")
     print(f"{'card bytes a token':34}{plan.card_bytes / MIB:9.1f} MiB")
 
@@ -280,17 +316,12 @@ def run_eval(args: argparse.Namespace) -> None:
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.evaluate import perplexity
 
-    try:
-        text = args.text.read_text("utf-8")
-    except OSError as error:
-        raise InputMissing(f"{args.text}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{args.text}: not UTF-8 (byte {error.start})") from error
+    text = _text_of(args.text)
     with Bundle(args.bundle) as bundle:
         tokens = in_child(lambda: Prompts(bundle).plain(text))
         with Bar("reading", "tokens") as bar, Engine(bundle, _budget(args)) as engine:
             result = perplexity(engine.model, tokens, bar.show)
-    facts = {"mode": "exact", **asdict(result)}
+    facts = {"mode": "predictor" if bundle.header.selection else "exact", **asdict(result)}
     _print_facts(facts, args.json)
 
 
@@ -379,6 +410,14 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("source", type=Path, metavar="MODEL")
     pack.add_argument("--out", type=Path, required=True, metavar="FILE.flash")
     pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
+    pack.add_argument(
+        "--select", choices=("exact", "predictor"), default="exact",
+        help="neurons that take part: all (default), or those that a predictor chooses, for ReLU models",
+    )  # fmt: skip
+    pack.add_argument("--text", type=Path, metavar="T.txt", help="what the predictor is trained and judged on")
+    pack.add_argument(
+        "--max-loss", type=float, default=0.01, help="by how much it may raise perplexity (default 0.01: 1 %%)"
+    )
     pack.set_defaults(run=run_pack)
 
     info = commands.add_parser("info", help="what is in a bundle, or which families can be packed")

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import msgspec
 import xxhash
 
-from flashd.bundle.rows import BLOCK, GroupFormat, RowFormat, RowKind
+from flashd.bundle.rows import BLOCK, GroupFormat, NeuronFormat, RowFormat, RowKind
 from flashd.errors import DataError
 
 MAGIC = b"\x93FLASHD\n"
@@ -228,6 +228,31 @@ class Text(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None
 
 
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which neurons take part in a token, where that is not all of them, and what it was measured to cost.
+
+    A neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is above the
+    layer's threshold (section 3.1 of "LLM in a flash").
+    """
+
+    ranks: list[Count]  # of each layer's predictor, a multiple of 32; 0: all of its neurons take part
+    thresholds: list[float]  # of each layer
+    chosen: list[float]  # each layer's share of neurons that take part in a token
+    fired: list[float]  # each layer's share of neurons that are not zero
+    tokens: Count  # of the text on which perplexity was measured, which nothing was fitted to
+    perplexity_exact: Annotated[float, msgspec.Meta(gt=0)]
+    perplexity: Annotated[float, msgspec.Meta(gt=0)]
+
+    @property
+    def loss(self) -> float:
+        """By how much selection raises perplexity, in parts of it."""
+        return self.perplexity / self.perplexity_exact - 1
+
+
+PREDICTOR_ROWS: RowKind = "int8"
+"""Rows of predictors."""
+
+
 class Source(msgspec.Struct, frozen=True, kw_only=True):
     """The file that a bundle was packed from."""
 
@@ -254,7 +279,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
         return self.offset + self.length
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True):
+class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The JSON header of a bundle."""
 
     flashd: str
@@ -265,22 +290,35 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     sections: list[Section]
     checksums: Section
     checksums_digest: str
+    selection: Selection | None = None
 
     @property
     def group(self) -> GroupFormat:
         return group_format(self.model, self.formats)
+
+    @property
+    def neuron(self) -> NeuronFormat:
+        return neuron_format(self.model, self.formats)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of what is read and checked as one of an FFN: a group of bundles, or a neuron's own."""
+        return self.neuron.nbytes if self.selection else self.group.nbytes
 
     def row_format(self, name: str) -> RowFormat:
         """The rows of the section called `name`."""
         part = name.rsplit(".", 1)[-1]
         if part == "output":
             return RowFormat(self.formats.attention, self.model.query_width)
+        if part == "wide" and self.selection:
+            return RowFormat(PREDICTOR_ROWS, self.selection.ranks[int(name.split(".")[1])])
         kinds: dict[str, RowKind] = {
             "qkv": self.formats.attention,
             "head": self.formats.head,
             "embedding": self.formats.embedding,
             "positions": "f16",
             "router": "f16",
+            "narrow": PREDICTOR_ROWS,
         }
         return RowFormat(kinds[part], self.model.hidden)
 
@@ -317,8 +355,20 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
             if m.experts:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
-            lengths[f"layer.{i}.ffn"] = m.groups * self.group.nbytes
+            lengths[f"layer.{i}.ffn"] = (m.neurons if self.selection else m.groups) * self.unit_bytes
             lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors().values())
+        return lengths | self._predictor_lengths()
+
+    def _predictor_lengths(self) -> dict[str, int]:
+        m = self.model
+        if self.selection is None:
+            return {}
+        lengths = {"rates": 4 * m.layers * m.neurons}
+        for i, rank in enumerate(self.selection.ranks):
+            if rank:
+                lengths[f"layer.{i}.narrow"] = rank * self.row_format("narrow").nbytes
+                lengths[f"layer.{i}.wide"] = m.neurons * self.row_format(f"layer.{i}.wide").nbytes
+                lengths[f"layer.{i}.lean"] = 4 * m.neurons
         return lengths
 
     def section_named(self, name: str) -> Section | None:
@@ -329,6 +379,11 @@ def group_format(model: Model, formats: Formats) -> GroupFormat:
     """How a bundle of `model` writes its FFN."""
     biases = model.inputs if "inputs" in model.biases else 0
     return GroupFormat(formats.ffn, model.hidden, model.inputs, biases)
+
+
+def neuron_format(model: Model, formats: Formats) -> NeuronFormat:
+    """How a bundle of `model` writes its FFN where neurons are selected."""
+    return NeuronFormat(formats.ffn, model.hidden, model.inputs, model.inputs if "inputs" in model.biases else 0)
 
 
 def align(offset: int) -> int:
@@ -382,6 +437,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
     except msgspec.MsgspecError as error:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
     _check_model(header.model)
+    _check_selection(header)
     _check_sections(header, file_length)
     return header
 
@@ -409,6 +465,16 @@ def _check_model(m: Model) -> None:
             raise DamagedHeader(f"the header does not make sense: {what}")
 
 
+def _check_selection(header: Header) -> None:
+    s = header.selection
+    if s is None:
+        return
+    if any(len(part) != header.model.layers for part in (s.ranks, s.thresholds, s.chosen, s.fired)):
+        raise DamagedHeader(f"the header does not make sense: {header.model.layers} layers and other predictors")
+    if any(rank % BLOCK for rank in s.ranks):
+        raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
+
+
 def _check_sections(header: Header, file_length: int) -> None:
     first = 0
     for section in [*header.sections, header.checksums]:
@@ -425,8 +491,8 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} is missing")
         if present[name].length != length:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
-        if name.endswith(".ffn") and present[name].run != header.group.nbytes:
-            raise BadSection(f"section {name!r} is not checked a group at a time")
+        if name.endswith(".ffn") and present[name].run != header.unit_bytes:
+            raise BadSection(f"section {name!r} is not checked a unit at a time")
     for table in header.row_tables:
         if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
             raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")

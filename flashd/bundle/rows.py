@@ -56,7 +56,7 @@ class Slots:
     def __len__(self) -> int:
         return len(self.arrays()[0])
 
-    def __getitem__(self, part: slice) -> Slots:
+    def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Slots:
         return type(self)(*(a[part] for a in self.arrays()))
 
     @property
@@ -126,6 +126,25 @@ class TernaryGroups(Slots):
 
 Rows = QuantRows | PlainRows | TernaryRows
 Groups = QuantGroups | PlainGroups | TernaryGroups
+
+
+@dataclass(frozen=True)
+class QuantNeurons(Slots):
+    """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
+
+    q: Bytes  # [n, M + 1, H * bits / 8]
+    scale: Codes  # [n, M + 1, H / 32]
+    centre: Codes  # [n, M + 1, H / 32]
+    step: npt.NDArray[np.float16]  # [n, M + 1, 2]
+    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+
+
+@dataclass(frozen=True)
+class PlainNeurons(Slots):
+    """n bundles of one neuron each, of float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, M + 1, H]
+    bias: Floats  # [n, M], or [n, 0] where the inputs have none
 
 
 @cache
@@ -298,6 +317,54 @@ class GroupFormat:
         codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
         shared = _carve(tail, [*codes, (np.float16, (2, self.row.blocks)), bias])
         return QuantGroups(row.q, row.scale, row.centre, row.step, column, *shared)
+
+
+@dataclass(frozen=True)
+class NeuronFormat:
+    """Bundles of one neuron, a record each, for models of which few neurons take part in a token.
+
+    [row of every input matrix | column of down_proj], each a RowFormat record with blocks of its own, so that no
+    neuron needs its neighbours; then the biases of its input rows, where there are any, as float32 [M].
+    """
+
+    kind: RowKind
+    hidden: int
+    inputs: int = 2  # M
+    biases: int = 0  # M or none
+
+    @property
+    def row(self) -> RowFormat:
+        return RowFormat(self.kind, self.hidden)
+
+    @cached_property
+    def bundle_bytes(self) -> int:
+        """Bytes of one neuron."""
+        return (self.inputs + 1) * self.row.nbytes + 4 * self.biases
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one unit, which is a neuron."""
+        return self.bundle_bytes
+
+    def empty(self, neurons: int) -> QuantNeurons | PlainNeurons:
+        """Arrays for so many neurons, their memory not touched yet."""
+        rows = self.row.empty(neurons * (self.inputs + 1))
+        bias = np.empty((neurons, self.biases), np.float32)
+        return self._neurons([a.reshape(neurons, self.inputs + 1, a.shape[1]) for a in rows.arrays()], bias)
+
+    def views(self, raw: Bytes) -> QuantNeurons | PlainNeurons:
+        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
+        width = (self.inputs + 1) * self.row.nbytes
+        rows = self.row.views(raw[:, :width].reshape(len(raw), self.inputs + 1, self.row.nbytes))
+        (bias,) = _carve(raw[:, width:], [(np.float32, (self.biases,))])
+        return self._neurons(rows.arrays(), bias)
+
+    def _neurons(self, parts: list[Any], bias: Floats) -> QuantNeurons | PlainNeurons:
+        if self.kind == "f16":
+            (w,) = parts
+            return PlainNeurons(w, bias)
+        q, scale, centre, step = parts
+        return QuantNeurons(q, scale, centre, step, bias)
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:

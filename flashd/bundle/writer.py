@@ -9,7 +9,7 @@ from types import TracebackType
 
 import flashd
 from flashd.bundle import layout
-from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Section, Source, Text
+from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Section, Selection, Source, Text
 from flashd.errors import CannotWrite
 from flashd.newfile import NewFile
 
@@ -54,7 +54,9 @@ class BundleWriter:
         self._sections.append(Section(name=name, offset=start, length=self._at - start, run=run, first=first))
         self._at = layout.align(self._at)
 
-    def finish(self, *, model: Model, formats: Formats, text: Text, source: Source) -> Header:
+    def finish(
+        self, *, model: Model, formats: Formats, text: Text, source: Source, selection: Selection | None = None
+    ) -> Header:
         """Writes checksums and header, flushes all to the device and gives the file its name."""
         table = self._checksums.tobytes()
         checksums = Section(
@@ -63,6 +65,7 @@ class BundleWriter:
         header = Header(
             flashd=flashd.__version__, model=model, formats=formats, text=text, source=source,
             sections=self._sections, checksums=checksums, checksums_digest=f"{layout.digest(table):016x}",
+            selection=selection,
         )  # fmt: skip
         self._write(table)
         head = layout.encode(header, self._at)

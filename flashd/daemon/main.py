@@ -113,7 +113,7 @@ class Daemon:
         if self._worker is None:
             return {"model": {}, "last": {}}
         plan = self._worker.engine.plan
-        share = 100 if plan.resident else 100 * plan.pinned_groups // plan.groups
+        share = 100 if plan.resident else int(100 * plan.pinned_share)
         model = {
             "name": self._name, "context": f"{plan.context} tokens",
             "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from flashd.bundle.file import CardFile
 from flashd.bundle.layout import PAGE, DamagedRun
@@ -25,6 +26,8 @@ from flashd.engine.cardspeed import CardSpeed
 from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.int32]
 
 READ_BYTES = 3 << 19
 """Bytes of one read, about 1.5 MiB: more gains nothing on any card of the table in DESIGN.md."""
@@ -85,6 +88,7 @@ def extents(layer: int, groups: Sequence[int], group_bytes: int, unwanted: int =
 class _Read:
     extent: Extent
     buffer: mmap.mmap
+    wanted: int  # of its groups
     groups: Future[Bytes]
 
 
@@ -102,7 +106,7 @@ class _Card:
         self._bundle = bundle
         header = bundle.header
         self._sections = [bundle.section(name) for name in header.paged_sections]
-        self._records = [header.group.nbytes] * header.model.layers + [header.row_format("head").nbytes]
+        self._records = [header.unit_bytes] * header.model.layers + [header.row_format("head").nbytes]
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
         self._counting = threading.Lock()
@@ -120,10 +124,10 @@ class _Card:
         """Starts as many of the next reads as there are idle buffers."""
         raise NotImplementedError
 
-    def _start(self, extent: Extent) -> None:
-        """Reads into an idle buffer, behind what is under way."""
-        buffer = self._idle.pop()
-        self._reads.append(_Read(extent, buffer, self._pool.submit(self._read, extent, buffer)))
+    def _start(self, extent: Extent, wanted: int | None = None) -> None:
+        """Reads into an idle buffer, behind what is under way. Of its groups all are wanted, or so many."""
+        buffer, wanted = self._idle.pop(), extent.count if wanted is None else wanted
+        self._reads.append(_Read(extent, buffer, wanted, self._pool.submit(self._read, extent, buffer, wanted)))
 
     def _taken(self) -> Iterator[tuple[Extent, Bytes]]:
         """The first extent under way, when it is there; its buffer is idle when the next is taken."""
@@ -136,7 +140,7 @@ class _Card:
                 if not ahead:
                     raise
                 # it failed some time ago, and the card may be back
-                groups = self._read(read.extent, read.buffer)
+                groups = self._read(read.extent, read.buffer, read.wanted)
             self.stats.waited += time.perf_counter() - started
             yield read.extent, groups
         finally:
@@ -152,12 +156,12 @@ class _Card:
             self._idle.append(read.buffer)
         self._reads.clear()
 
-    def _read(self, extent: Extent, buffer: mmap.mmap) -> Bytes:
+    def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
         section = self._sections[extent.layer]
         offset = section.offset + extent.first * section.run
         length = min(extent.count * section.run, section.end - offset)
-        start = offset // PAGE * PAGE
-        pages = memoryview(buffer)[: -(-(offset + length - start) // PAGE) * PAGE]
+        start, nbytes = pages_of(offset, length)
+        pages = memoryview(buffer)[:nbytes]
         data = memoryview(buffer)[offset - start : offset - start + length]
         self._fill(pages, start, offset + length)
         try:
@@ -168,7 +172,7 @@ class _Card:
             self._fill(pages, start, offset + length)
             self._bundle.check(section, extent.first, data)
         with self._counting:
-            self.stats.bytes_wanted += length
+            self.stats.bytes_wanted += length - (extent.count - wanted) * section.run
         return np.frombuffer(data, np.uint8).reshape(-1, self._records[extent.layer])
 
     def _fill(self, pages: memoryview, start: int, needed: int) -> None:
@@ -217,6 +221,51 @@ class CardStream(_Card):
         """Forgets what is under way: the next extent taken is the first of a pass."""
         self._drain()
         self._next = 0
+
+
+class CardPicks(_Card):
+    """Units that nobody knew of before: the reads that fetch them go on side by side.
+
+    Args:
+        bundle: an open bundle.
+        gap: unwanted bytes that are read rather than skipped.
+        buffers: how many extents are held or under way.
+    """
+
+    def __init__(self, bundle: Bundle, gap: int, buffers: int) -> None:
+        self._unit_bytes = bundle.header.unit_bytes
+        super().__init__(bundle, max(READ_BYTES, self._unit_bytes), buffers)
+        self._gap = gap
+        self._waiting: deque[tuple[Extent, int]] = deque()  # with how many of its units are wanted
+
+    def forget_counts(self) -> None:
+        """Counts anew: what filled the windows at first is not what tokens cost."""
+        self.stats = CardStats()
+
+    def take(self, layer: int, units: Numbers) -> Iterator[tuple[Numbers, Bytes]]:
+        """Some of `units`, ascending, at a time, and their bytes [n, unit bytes]. Raises CardError, DamagedRun."""
+        picked = extents(layer, units.tolist(), self._unit_bytes, self._gap)
+        self._waiting.extend((extent, len(_within(extent, units))) for extent in picked)
+        try:
+            self.read_ahead()
+            while self._reads:
+                for extent, raw in self._taken():
+                    here = _within(extent, units)
+                    yield here, raw[here - extent.first]
+        finally:
+            self._waiting.clear()
+            self._drain()
+
+    def read_ahead(self) -> None:
+        """Starts as many of the reads that wait as there are idle buffers."""
+        while self._idle and self._waiting:
+            self._start(*self._waiting.popleft())
+
+
+def _within(extent: Extent, units: Numbers) -> Numbers:
+    """Those of `units`, ascending, that an extent fetches."""
+    start, stop = np.searchsorted(units, (extent.first, extent.first + extent.count))
+    return units[start:stop]
 
 
 class CardQueue(_Card):
@@ -276,6 +325,12 @@ class CardQueue(_Card):
         self._dropped.clear()
         self._asked.clear()
         super()._drain()
+
+
+def pages_of(offset: int, length: int) -> tuple[int, int]:
+    """(start, bytes) of the whole pages that hold `length` bytes at `offset`, which is what the card gives."""
+    start = offset // PAGE * PAGE
+    return start, -(-(offset + length - start) // PAGE) * PAGE
 
 
 def buffer_bytes(nbytes: int) -> int:

@@ -13,7 +13,7 @@ from flashd.engine.decide import Choices, Decision, decide
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
-from flashd.engine.plan import Plan, available_memory, make_plan, resident_now
+from flashd.engine.plan import Plan, available_memory, make_plan, rates_of, resident_now
 from flashd.engine.prefixes import Prefixes
 from flashd.engine.resident import ResidentModel
 from flashd.engine.sample import Constraint, Sampler, Sampling
@@ -63,6 +63,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         context=min(budget.context, bundle.header.model.context),
         threads=budget.threads or len(os.sched_getaffinity(0)),
         base=resident_now(),
+        rates=rates_of(bundle),
     )
 
 

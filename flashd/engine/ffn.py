@@ -75,21 +75,21 @@ def stream_past(bundle: Bundle, plan: Plan) -> CardStream:
 class StreamedFfn:
     """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
 
-    It closes the stream.
+    Behind the layers the head's unlikely rows stream past too, see engine.head.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, stream: CardStream) -> None:
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
         self._bundle, self._plan = bundle, plan
         self._model: Model = bundle.header.model
         self._form = bundle.header.group
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        self._stream = stream
+        self.stream = stream_past(bundle, plan)
 
     @property
     def card(self) -> CardStats:
-        return self._stream.stats
+        return self.stream.stats
 
     @property
     def hit_rate(self) -> float:
@@ -109,14 +109,14 @@ class StreamedFfn:
             pinned.insert(first, self._form.views(raw))
         self._pinned.append(pinned)
         if len(self._pinned) == self._model.layers:
-            self._stream.read_ahead()
+            self.stream.read_ahead()
 
     def enter(self, layer: int, x: Floats) -> None:
         """Every group is needed, whatever comes."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         y = self.from_ram(layer, h)  # [T, H]
-        for extent, raw in self._stream.layer(layer):
+        for extent, raw in self.stream.layer(layer):
             self._passing.insert(extent.first, self._form.views(raw))
             y += self._product(h, self._passing.rows)
             self._passing.clear()
@@ -127,7 +127,7 @@ class StreamedFfn:
         return self._product(h, self._pinned[layer].rows)
 
     def restart(self) -> None:
-        self._stream.restart()
+        self.stream.restart()
 
     def close(self) -> None:
-        self._stream.close()
+        self.stream.close()

@@ -19,7 +19,9 @@ from flashd.bundle.rows import (
     Floats,
     Groups,
     PlainGroups,
+    PlainNeurons,
     PlainRows,
+    QuantNeurons,
     QuantRows,
     Rows,
     TernaryGroups,
@@ -150,9 +152,39 @@ class Ffn:
         return np.asarray(y, np.float32)
 
 
+class Neurons:
+    """The share of some neurons in an FFN's output, each taking part in some of the tokens."""
+
+    def __init__(self, graph: bytes, model: Model) -> None:
+        self._session = open_session(graph)
+        self._rows = model.inputs + 1
+
+    def __call__(self, x: Floats, neurons: QuantNeurons | PlainNeurons, chosen: npt.NDArray[np.bool_]) -> Floats:
+        """x [T, H] float32, n neurons, which of them take part in each token [T, n] -> [T, H] float32."""
+        part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
+        out = np.zeros(x.shape, np.float32)
+        for start in range(0, len(neurons), part):
+            stop = min(start + part, len(neurons))
+            out += self._part(x, neurons[start:stop], chosen[:, start:stop])
+        return out
+
+    def _part(self, x: Floats, n: Any, chosen: npt.NDArray[np.bool_]) -> Floats:
+        rows = len(n) * self._rows
+        feed: dict[str, Any] = {"x": x, "chosen": chosen.astype(np.float32)}
+        if n.bias.size:
+            feed["bias"] = n.bias.reshape(-1)
+        if isinstance(n, PlainNeurons):
+            feed["w"] = n.w.reshape(rows, -1)
+        else:
+            parts = {"q": n.q, "scale": n.scale, "centre": n.centre, "step": n.step}
+            feed |= {name: array.reshape(rows, -1) for name, array in parts.items()} | {"index": _index(rows)}
+        (y,) = self._session.run(None, feed)
+        return np.asarray(y, np.float32)
+
+
 @cache
 def _index(n: int) -> npt.NDArray[np.int64]:
-    return np.arange(n)
+    return np.arange(n)  # there are as many different n as parts may have rows
 
 
 @cache

@@ -17,11 +17,12 @@ from flashd.bundle.rows import Floats, Rows
 from flashd.engine import graph
 from flashd.engine.card import CardStats
 from flashd.engine.experts import ExpertFfn
-from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent, stream_past
+from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
 from flashd.engine.graph import Places, Tokens
 from flashd.engine.head import Head
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
+from flashd.engine.select import SelectedFfn
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,22 @@ class _Layer:
     output: Rows  # [H, query width]
 
 
+def _feed_forward(bundle: Bundle, plan: Plan) -> FeedForward:
+    header = bundle.header
+    if header.model.experts:
+        return ExpertFfn(bundle, plan)
+    return SelectedFfn(bundle, plan) if header.selection else StreamedFfn(bundle, plan)
+
+
 class PagedModel:
     """A bundle under a memory budget. Close it when done.
 
     Raises DamagedRun, CardError while loading and while it runs.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
+    def __init__(
+        self, bundle: Bundle, plan: Plan, on_step: OnStep = silent, feed_forward: FeedForward | None = None
+    ) -> None:
         self._bundle = bundle
         self._model: Model = bundle.header.model
         formats = bundle.header.formats
@@ -47,14 +57,13 @@ class PagedModel:
         self.cache = KvCache(self._model, plan.context)
         self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
-        stream = None if self._model.experts else stream_past(bundle, plan)
-        self._ffn: FeedForward = StreamedFfn(bundle, plan, stream) if stream else ExpertFfn(bundle, plan)
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
         self._logits = graph.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
         self._vectors = graph.named(bundle.floats("vectors"), self._model.model_vectors())
+        self._ffn = feed_forward or _feed_forward(bundle, plan)
         try:
-            self._head = Head(bundle, plan, stream)
+            self._head = Head(bundle, plan, self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None)
             self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
         except BaseException:
             self.close()

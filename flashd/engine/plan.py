@@ -10,11 +10,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model
-from flashd.bundle.rows import BLOCK, RowFormat
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import BLOCK, Floats, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
 from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes
+from flashd.engine.policy import shares
 from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
 
@@ -58,19 +62,29 @@ class Plan:
     parts: dict[str, int]
     smallest: int
     card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
+    slots: tuple[int, ...] = ()  # of each layer's window, where neurons are selected
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def pinned_share(self) -> float:
+        """Of the neurons, those that RAM has room for."""
+        neurons = len(self.slots) * self.groups * BLOCK
+        return sum(self.slots) / neurons if neurons else self.pinned_groups / self.groups
 
-def make_plan(header: Header, *, memory: int, context: int, threads: int, base: int) -> Plan:
+
+def make_plan(
+    header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None
+) -> Plan:
     """The plan for a bundle.
 
     Args:
         memory: bytes that the process may hold.
         context: tokens that the KV cache must have room for.
         base: bytes that the process holds now.
+        rates: how often each neuron takes part [L, F], of a bundle that selects.
 
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
@@ -91,6 +105,8 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
             f" the smallest that works is --memory {-(-(least + MARGIN) // MIB)}M"
         )
     parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
+    if rates is not None:
+        return _selecting(header, rates, memory, context, threads, parts, least)
     a_group_a_layer = m.layers * form.nbytes
     pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
     if m.experts:  # whole ones
@@ -112,6 +128,21 @@ def make_plan(header: Header, *, memory: int, context: int, threads: int, base: 
     )  # fmt: skip
 
 
+def _selecting(
+    header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int
+) -> Plan:
+    """What is left goes to the windows of the layers, by how often their neurons take part."""
+    m, size = header.model, header.unit_bytes
+    slots = min(m.layers * m.neurons, (memory - sum(parts.values())) // size)
+    hottest = np.sort(rates.reshape(-1))[::-1]
+    parts["pinned neurons"] = slots * size
+    return Plan(
+        memory=memory, context=context, threads=threads, resident=False, pinned_groups=0, groups=m.groups,
+        head_rows=m.vocabulary, passing_groups=0, buffers=BUFFERS, parts=parts, smallest=least,
+        card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)),
+    )  # fmt: skip
+
+
 def smallest(header: Header, context: int, base: int) -> int:
     """The smallest budget that works: nothing pinned, every group streams past."""
     return base + cache_bytes(header.model, context) + sum(_paged_parts(header, context).values())
@@ -120,7 +151,7 @@ def smallest(header: Header, context: int, base: int) -> int:
 def _likely(header: Header) -> int:
     """Rows of the head that stay in RAM in any case."""
     m = header.model
-    return m.vocabulary if m.experts else min(LIKELY, m.vocabulary)
+    return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
 
 
 def _needed(m: Model) -> int:
@@ -133,17 +164,38 @@ def passing_groups(header: Header) -> int:
     return min(header.model.expert_groups, max(1, READ_BYTES // header.group.nbytes))
 
 
+def rates_of(bundle: Bundle) -> Floats | None:
+    """How often each neuron takes part [L, F]; None where all do. Raises DamagedRun, CardError."""
+    m = bundle.header.model
+    return bundle.floats("rates").reshape(m.layers, m.neurons) if bundle.header.selection else None
+
+
 def _paged_parts(header: Header, context: int) -> dict[str, int]:
     m, head = header.model, _likely(header)
-    passing = passing_groups(header) * header.group.nbytes
-    rows = READ_BYTES if head < m.vocabulary else 0
     attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in KEPT)
     return {
         "graphs": SESSIONS,
         "attention": attention,
         "head": head * header.row_format("head").nbytes,
         "workspace": _workspace(header, context) + SLACK,
-        "window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(passing, rows)),
+        **_reading_parts(header),
+    }
+
+
+def _reading_parts(header: Header) -> dict[str, int]:
+    """What reads go through; where neurons are selected, the predictors, their policies' scores and maps too."""
+    m, size = header.model, header.unit_bytes
+    if header.selection is None:
+        passing = passing_groups(header) * size
+        rows = READ_BYTES if _likely(header) < m.vocabulary else 0
+        return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(passing, rows))}
+    sections = ("narrow", "wide", "lean")
+    return {
+        "predictors": sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
+        # a read's neurons are there twice: as they came, and those that were wanted
+        "window and read-ahead": (BUFFERS + 1) * buffer_bytes(max(READ_BYTES, size))
+        + 20 * m.layers * m.neurons
+        + 8 * PREFILL_TOKENS * m.neurons,
     }
 
 
@@ -160,7 +212,7 @@ def _workspace(header: Header, context: int) -> int:
 def _resident_parts(header: Header) -> dict[str, int] | None:
     """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
     f = header.formats
-    if "f16" in (f.ffn, f.attention, f.head) or header.model.experts:
+    if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
         return None
     m = header.model
     loaded = repacked = 0

@@ -1,15 +1,17 @@
-"""The window: a bounded set of bundle groups in RAM, in preallocated slots whose used part is contiguous.
+"""The window: a bounded set of units (groups of bundles, or neurons) in RAM, in slots whose used part is contiguous.
 
-Section 3.3 of "LLM in a flash": nothing is allocated while tokens are made, a group that leaves is replaced
+Section 3.3 of "LLM in a flash": nothing is allocated while tokens are made, a unit that leaves is replaced
 by the last one, and so the product always runs over one dense block of rows, in place.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import GroupFormat, Groups
+from flashd.bundle.rows import GroupFormat, Groups, NeuronFormat, Slots
 
 Ids = npt.NDArray[np.int32]
 
@@ -20,7 +22,7 @@ class Window:
     It holds no policy: who uses it decides what comes in and what goes.
     """
 
-    def __init__(self, form: GroupFormat, units: int, capacity: int, size: int = 1) -> None:
+    def __init__(self, form: GroupFormat | NeuronFormat, units: int, capacity: int, size: int = 1) -> None:
         self.capacity = capacity
         self.size = size
         self.used = 0
@@ -37,7 +39,7 @@ class Window:
         return self._unit_at[: self.used]
 
     @property
-    def rows(self) -> Groups:
+    def rows(self) -> Any:
         """The used part of the slots."""
         return self._part(0, self.used * self.size)
 
@@ -46,26 +48,39 @@ class Window:
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)
-        return self._part(slot * self.size + first, n)
+        part = self._part(slot * self.size + first, n)
+        assert isinstance(part, Groups)
+        return part
+
+    def rows_of(self, units: Ids) -> Any:
+        """A copy of the rows of some units of one slot each that are here."""
+        return self._slots[self._slot_of[units]]
+
+    def here(self) -> npt.NDArray[np.bool_]:
+        """[units]: which are here."""
+        return self._slot_of >= 0
 
     def missing(self) -> Ids:
         """The units that are not here, ascending."""
         return np.flatnonzero(self._slot_of < 0).astype(np.int32)
 
-    def insert(self, first: int, groups: Groups) -> None:
-        """Copies units first, first + 1, ..., all their groups, into free slots. None of them may be here already.
+    def insert(self, first: int, rows: Slots) -> None:
+        """Copies units first, first + 1, ..., all their groups, into free slots, see `put`."""
+        self.put(np.arange(first, first + len(rows) // self.size, dtype=np.int32), rows)
+
+    def put(self, units: Ids, rows: Slots) -> None:
+        """Copies units into free slots. None of them may be here already.
 
         Raises ValueError where they do not fit or one is here.
         """
-        n = len(groups) // self.size
-        if self.used + n > self.capacity:
-            raise ValueError(f"{n} groups for {self.capacity - self.used} free slots")
-        if (self._slot_of[first : first + n] >= 0).any():
-            raise ValueError(f"one of groups {first} to {first + n - 1} is in the window already")
-        stop = self.used + n
-        _copy(self._part(self.used * self.size, n * self.size), groups)
-        self._slot_of[first : first + n] = np.arange(self.used, stop)
-        self._unit_at[self.used : stop] = np.arange(first, first + n)
+        stop = self.used + len(units)
+        if stop > self.capacity:
+            raise ValueError(f"{len(units)} units for {self.capacity - self.used} free slots")
+        if (self._slot_of[units] >= 0).any():
+            raise ValueError(f"one of units {units.min()} to {units.max()} is in the window already")
+        _copy(self._part(self.used * self.size, len(units) * self.size), rows)
+        self._slot_of[units] = np.arange(self.used, stop)
+        self._unit_at[self.used : stop] = units
         self.used = stop
 
     def fill(self, unit: int, first: int, groups: Groups) -> Groups:
@@ -103,12 +118,10 @@ class Window:
         self._unit_at[:] = -1
         self.used = 0
 
-    def _part(self, first: int, n: int) -> Groups:
-        part = self._slots[first : first + n]
-        assert isinstance(part, Groups)
-        return part
+    def _part(self, first: int, n: int) -> Any:
+        return self._slots[first : first + n]
 
 
-def _copy(to: Groups, source: Groups) -> None:
+def _copy(to: Slots, source: Slots) -> None:
     for target, values in zip(to.arrays(), source.arrays(), strict=True):
         np.copyto(target, values)

@@ -1,12 +1,14 @@
 """Runs sample text through a model while it is packed, layer by layer, to learn which neurons matter.
 
-What comes of it decides only which groups are pinned first, and so how often a draft that has only those is
-right. Answers do not depend on it.
+What comes of it decides which groups are pinned first, and so how often a draft that has only those is right; where
+neurons are selected, also which take part.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
@@ -19,83 +21,133 @@ from flashd.pack import graphs
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.session import open_session, start_pool
 
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
 TOKENS = 384
 """Sample tokens. Twice as many move a group's rank by little and cost twice the time."""
 
 ROWS_AT_ONCE = 2048
 
 
-def sample_tokens(tokenizer_json: bytes) -> npt.NDArray[np.int64]:
+def sample_tokens(tokenizer_json: bytes) -> Numbers:
     """The first tokens of the sample text that ships with flashd."""
-    text = files("flashd.pack").joinpath("sample.txt").read_text("utf-8")
-    ids = Tokenizer.from_buffer(tokenizer_json).encode(text, add_special_tokens=False).ids
-    return np.array(ids[:TOKENS], np.int64)
+    return text_tokens(tokenizer_json, files("flashd.pack").joinpath("sample.txt").read_text("utf-8"))[:TOKENS]
+
+
+def text_tokens(tokenizer_json: bytes, text: str) -> Numbers:
+    return np.array(Tokenizer.from_buffer(tokenizer_json).encode(text, add_special_tokens=False).ids, np.int64)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer's FFN did in the N tokens of all texts."""
+
+    h: Floats  # [N, H], what went in
+    a: Floats  # [N, F] activations
+    reach: Floats  # [F], the length of each column of down_proj
+
+    def sizes(self) -> Floats:
+        """[F]: the mean size of each neuron's share in the output."""
+        return np.asarray(np.abs(self.a).mean(0) * self.reach, np.float32)
 
 
 class Calibration:
-    """The sample's hidden states [T, H], one layer further with each call of `layer`.
+    """The hidden states [N, H] of some texts, one layer further with each call of `layer`.
 
     Between the products with the source's own matrices run the graphs that the engine runs there, so that every
     family is followed.
     """
 
-    def __init__(self, weights: Weights, model: Model, rope: Floats, tokens: npt.NDArray[np.int64]) -> None:
-        self._weights, self._model = weights, model
+    def __init__(self, weights: Weights, model: Model, rope: Floats, texts: Sequence[Numbers]) -> None:
+        self._weights, self._model, self._rope, self._texts = weights, model, rope, texts
         start_pool(len(os.sched_getaffinity(0)))
         self._stages = {name: open_session(graph) for name, graph in graphs.stages(model).items()}
         self._activations = open_session(graphs.activations(model))
-        t = np.arange(len(tokens))
-        self._attended: dict[str, npt.NDArray[np.generic]] = {
-            "last": np.array([len(t) - 1], np.int32), "total": np.array(len(t), np.int32),
-            "positions": t[None], "bias": np.zeros((1, 1, len(t), len(t)), np.float32),
-        }  # fmt: skip
-        for i, (angle, length) in enumerate(rope):
-            self._attended[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)
-            self._attended[f"sin.{i}"] = (length * np.sin(t[:, None] * angle)).astype(np.float32)
-        cache = np.zeros((1, model.kv_heads, len(t), model.head_dim), np.float32)
-        self._attended |= {"past_key": cache, "past_value": cache}
+        tokens = np.concatenate(texts)
         self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
         if model.positions:
-            self._x = self._x + weights.positions().rows(t)
+            places = np.concatenate([np.arange(len(text)) for text in texts])
+            self._x = self._x + weights.positions().rows(places)
 
-    def layer(self, i: int) -> npt.NDArray[np.int64]:
-        """Takes the sample through layer i.
-
-        Returns the numbers of its groups, or in a mixture those of its experts, the hottest first.
-        """
-        vectors = self._weights.layer_vectors(i)
-        (h,) = self._run("graph.enter", vectors, x=self._x)
-        qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
-        kind = self._model.layer_kinds[i]
-        heads, *_ = self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None], **self._attended)
-        branch = _product(heads[0], self._weights.output(i))
-        x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
-        experts = self._model.experts
-        if experts:
-            y, order = self._mixture(i, h, self._x if experts.early else h)
-        else:
-            a, down = self._neurons(self._weights.ffns(i)[0], h)
-            y, order = a @ down.T, self._hottest_first(a, down)
-            if self._model.normed_neurons:
-                y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
+    def layer(self, i: int, chooses: Callable[[Floats], Mask] | None = None) -> Seen:
+        """Takes the texts through layer i. Of h [N, H] `chooses` says which neurons [N, F] take part."""
+        vectors, x, h = self._attend(i)
+        a, down = self._neurons(self._weights.ffns(i)[0], h)  # [N, F], [H, F]
+        if chooses:
+            a *= chooses(h)
+        y = a @ down.T
+        if self._model.normed_neurons:
+            y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
-        return order
+        return Seen(h, a, np.linalg.norm(down, axis=0))
 
-    def _mixture(self, i: int, h: Floats, routed: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
-        """(the FFN's output [T, H], its experts by how many tokens use them) of what it and its router take."""
-        scores = _product(routed, self._weights.router(i))
-        used, weights = self._run("graph.route", {}, scores=scores)  # [T, used] each
+    def mixture(self, i: int) -> Numbers:
+        """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first."""
+        experts = self._model.experts
+        assert experts is not None
+        vectors, x, h = self._attend(i)
+        scores = _product(self._x if experts.early else h, self._weights.router(i))
+        used, weights = self._run("graph.route", {}, scores=scores)  # [N, used] each
         uses = np.bincount(used.astype(np.int64).reshape(-1), minlength=scores.shape[1])
         y, ffns = np.zeros_like(h), self._weights.ffns(i)
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)
             a, down = self._neurons(ffns[expert], h[tokens])
             y[tokens] += weights[tokens, place, None] * (a @ down.T)
-        return y, np.argsort(-uses, kind="stable")
+        (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
+        return np.argsort(-uses, kind="stable")
+
+    def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
+        """(the layer's vectors, x and h) behind its attention."""
+        vectors = self._weights.layer_vectors(i)
+        (h,) = self._run("graph.enter", vectors, x=self._x)
+        qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
+        kind = self._model.layer_kinds[i]
+        heads = [
+            self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part))[0][0]
+            for part in self._parts()
+        ]
+        branch = _product(np.concatenate(heads), self._weights.output(i))
+        x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
+        return vectors, x, h
+
+    def perplexity(self) -> float:
+        """Of the texts, behind the last layer."""
+        vectors, lost, counted = self._weights.model_vectors(), 0.0, 0
+        for part, text in zip(self._parts(), self._texts, strict=True):
+            (h,) = self._run("graph.finish", vectors, x=self._x[part][:-1])
+            logits = _product(h, self._weights.head())
+            if "graph.logits" in self._stages:
+                (logits,) = self._run("graph.logits", vectors, x=logits)
+            logits = logits - logits.max(1, keepdims=True)
+            said = logits[np.arange(len(logits)), text[1:]]
+            lost += float((np.log(np.exp(logits).sum(1)) - said).sum())
+            counted += len(logits)
+        return float(np.exp(lost / counted))
+
+    def _parts(self) -> Iterator[slice]:
+        """The rows of each text."""
+        ends = np.cumsum([len(text) for text in self._texts])
+        return (slice(int(end) - len(text), int(end)) for end, text in zip(ends, self._texts, strict=True))
+
+    def _attended(self, part: slice) -> dict[str, npt.NDArray[np.generic]]:
+        """What attention within one text takes beside queries, keys and values."""
+        n = part.stop - part.start
+        t, kept = np.arange(n), np.zeros((1, self._model.kv_heads, n, self._model.head_dim), np.float32)
+        feed: dict[str, npt.NDArray[np.generic]] = {
+            "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),
+            "positions": t[None], "bias": np.zeros((1, 1, n, n), np.float32),
+            "past_key": kept, "past_value": kept,
+        }  # fmt: skip
+        for i, (angle, length) in enumerate(self._rope):
+            feed[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)
+            feed[f"sin.{i}"] = (length * np.sin(t[:, None] * angle)).astype(np.float32)
+        return feed
 
     def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
-        """Activations [T, F] of an FFN's neurons, and their columns [H, F]."""
-        products = np.stack([_product(h, part) for part in ffn.inputs], axis=2)  # [T, F, M]
+        """Activations [N, F] of an FFN's neurons, and their columns [H, F]."""
+        products = np.stack([_product(h, part) for part in ffn.inputs], axis=2)  # [N, F, M]
         feed = {"products": products.reshape(len(h), -1), "bias": ffn.biases.reshape(-1)}
         known = [part.name for part in self._activations.get_inputs()]
         (a,) = self._activations.run(None, {name: feed[name] for name in known})
@@ -105,11 +157,12 @@ class Calibration:
         session = self._stages[stage]
         return list(session.run(None, {i.name: (values | vectors)[i.name] for i in session.get_inputs()}))
 
-    def _hottest_first(self, a: Floats, down: Floats) -> npt.NDArray[np.int64]:
-        """Groups by the mean size of their neurons' shares in the output, |activation| x |down column|."""
-        size = np.abs(a).mean(0) * np.linalg.norm(down, axis=0)  # [F]
-        size = np.pad(size, (0, self._model.neurons - len(size)))
-        return np.argsort(-size.reshape(-1, BLOCK).sum(1), kind="stable")
+
+def hottest_groups(seen: Seen, model: Model) -> Numbers:
+    """The numbers [groups] of a layer's groups by their neurons' shares in the output, the largest first."""
+    sizes = seen.sizes()
+    sizes = np.pad(sizes, (0, model.neurons - len(sizes)))
+    return np.argsort(-sizes.reshape(-1, BLOCK).sum(1), kind="stable")
 
 
 def _product(x: Floats, matrix: Matrix) -> Floats:

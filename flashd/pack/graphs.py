@@ -30,7 +30,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from flashd.bundle.layout import AttentionKind, Bias, Experts, Formats, Model, Place
+from flashd.bundle.layout import PREDICTOR_ROWS, AttentionKind, Bias, Experts, Formats, Model, Place
 from flashd.bundle.rows import BITS, BLOCK, RowKind, unit_steps
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -113,15 +113,17 @@ class _Graph:
         return bytes(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
 
 
-def build(model: Model, formats: Formats) -> dict[str, bytes]:
-    """Every graph of a bundle, by the name of its section."""
+def build(model: Model, formats: Formats, selecting: bool = False) -> dict[str, bytes]:
+    """Every graph of a bundle, by the name of its section; of one whose neurons are selected, those that it needs."""
     rows: set[RowKind] = {formats.attention, formats.head}
     if model.experts:
         rows.add("f16")
+    if selecting:
+        rows.add(PREDICTOR_ROWS)
     graphs = {f"graph.linear.{kind}": linear(kind) for kind in rows}
-    graphs["graph.ffn"] = ffn(model, formats.ffn)
+    graphs["graph.ffn"] = neurons(model, formats.ffn) if selecting else ffn(model, formats.ffn)
     graphs |= stages(model)
-    if "f16" not in (formats.ffn, formats.attention, formats.head) and not model.experts:
+    if not selecting and not model.experts and "f16" not in (formats.ffn, formats.attention, formats.head):
         graphs["graph.resident"] = resident(model, formats)
     return graphs
 
@@ -244,6 +246,43 @@ def _share(g: _Graph, model: Model, a: str, y: str) -> str:
     if not model.normed_neurons:
         return y
     return g.node("Concat", y, g.node("ReduceSumSquare", a, g.constant(np.array([-1])), keepdims=1), axis=-1)
+
+
+def neurons(model: Model, kind: RowKind) -> bytes:
+    """y [T, H] = the share that n neurons have in an FFN's output, where `chosen` [T, n] is 1 and not 0.
+
+    Inputs are the arrays of QuantNeurons or PlainNeurons, all axes but the last joined.
+    """
+    g, h, m = _Graph(), model.hidden, model.inputs
+    g.input("x", T.FLOAT, ["T", h])
+    chosen = g.input("chosen", T.FLOAT, ["T", "n"])
+    if kind == "f16":
+        wide = g.node("Cast", g.input("w", T.FLOAT16, ["records", h]), to=T.FLOAT)
+    else:
+        wide = _widened_rows(g, kind, h)
+    rows = g.node("Reshape", wide, g.shape(-1, m + 1, h))
+    widths = g.constant(np.array([m, 1], np.int64))
+    inputs, down = (
+        g.node("Reshape", part, g.shape(-1, h)) for part in g.nodes_out("Split", rows, widths, outputs=2, axis=1)
+    )
+    a = _activations(g, model, g.node("Gemm", "x", inputs, transB=1))
+    g.output("y", T.FLOAT, ["T", h], g.node("Gemm", g.node("Mul", a, chosen), down))
+    return g.serialise("neurons")
+
+
+def _widened_rows(g: _Graph, kind: RowKind, h: int) -> str:
+    """[records, H] float32, centres included."""
+    blocks = h // BLOCK
+    q = g.input("q", T.UINT8, ["records", h * BITS[kind] // 8])
+    scale = g.input("scale", CODES[kind][0], ["records", blocks])
+    centre = g.input("centre", CODES[kind][1], ["records", blocks])
+    step = g.input("step", T.FLOAT16, ["records", 2])
+    index = g.input("index", T.INT64, ["records"])
+    tops = g.node("Mul", g.node("Cast", step, to=T.FLOAT), g.constant(unit_steps(kind)))
+    top_scale, top_centre = g.nodes_out("Split", tops, outputs=2, axis=1, num_outputs=2)
+    levels = g.node("Reshape", _widen(g, kind, q, _scaled(g, scale, top_scale), index), g.shape(-1, blocks, BLOCK))
+    centres = g.node("Reshape", _scaled(g, centre, top_centre), g.shape(-1, blocks, 1))
+    return g.node("Reshape", g.node("Add", levels, centres), g.shape(-1, h))
 
 
 def activations(model: Model) -> bytes:

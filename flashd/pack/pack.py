@@ -7,15 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-from flashd.bundle.layout import ROWS_OF_A_RUN, Formats, Header, Model, Text, group_format
-from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, RowFormat, RowKind
+from flashd.bundle.layout import (
+    ROWS_OF_A_RUN,
+    Formats,
+    Header,
+    Model,
+    Selection,
+    Text,
+    group_format,
+    neuron_format,
+)
+from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, NeuronFormat, RowFormat, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError
 from flashd.pack import graphs
-from flashd.pack.calibrate import Calibration, sample_tokens
+from flashd.pack.calibrate import Calibration, hottest_groups, sample_tokens, text_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.gguf import GgufModel
-from flashd.pack.quantise import encode_groups, encode_rows, is_ternary
+from flashd.pack.order import card_order
+from flashd.pack.predictor import LOST, SPARSE, Layer, Selecting, Texts, fit_layer, rank_of, rates, thresholds
+from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows, is_ternary
 from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
 from flashd.pack.source import Source
@@ -31,15 +42,24 @@ Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
 
 
-def pack(source_path: Path, out: Path, rows: RowKind, on_progress: Progress = lambda done, total: None) -> Header:
+def pack(
+    source_path: Path,
+    out: Path,
+    rows: RowKind,
+    on_progress: Progress = lambda done, total: None,
+    selecting: Selecting | None = None,
+) -> Header:
     """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
+    With `selecting` a predictor says which neurons take part; without, all do.
+
     Raises:
-        InputMissing, DataError: the model file is missing, damaged or of an unknown kind.
+        InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
+            neurons costs as little as was asked.
         CannotWrite: the disk is full or the folder cannot be written.
     """
     try:
-        return _Packer(open_source(source_path), rows, on_progress).write(out)
+        return _Packer(open_source(source_path), rows, on_progress, selecting).write(out)
     except BENT as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source_path}: its parts do not fit together ({what}); download it again") from error
@@ -51,8 +71,8 @@ def open_source(path: Path) -> Source:
 
 
 class _Packer:
-    def __init__(self, source: Source, rows: RowKind, on_progress: Progress) -> None:
-        self.source = source
+    def __init__(self, source: Source, rows: RowKind, on_progress: Progress, selecting: Selecting | None) -> None:
+        self.source, self._selecting = source, selecting
         check_layers(source)
         family = family_of(source)
         self.model: Model = model_of(source, family)
@@ -60,6 +80,16 @@ class _Packer:
         self.weights = Weights(source, family, self.model)
         check_shapes(self.weights, self.model)
         self.formats = _formats(self.weights, self.model, rows)
+        if selecting and (self.model.experts or self.formats.ffn == "ternary" or self.model.normed_neurons):
+            raise DataError(
+                f"{source.path}: a predictor is for plain layers, not for mixtures of experts or BitNet; pack it with"
+                " --select exact"
+            )
+        if selecting and self.model.activation not in SPARSE:
+            raise DataError(
+                f"{source.path}: its activation is {self.model.activation}, of which few neurons are zero; a"
+                f" predictor is for {', '.join(sorted(SPARSE))}; pack it with --select exact"
+            )
         self._on_progress = on_progress
         self._done = 0
         self._total = sum(int(np.prod(source.tensor(n).shape)) for n in source.names)
@@ -69,7 +99,7 @@ class _Packer:
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
-            for name, graph in graphs.build(self.model, self.formats).items():
+            for name, graph in graphs.build(self.model, self.formats, self._selecting is not None).items():
                 writer.add(name, [graph])
             writer.add("rope", [self.rope.tobytes()])
             writer.add("vectors", self._vectors(self.weights.model_vectors()))
@@ -78,15 +108,14 @@ class _Packer:
             self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
             if self.model.positions:
                 self._add_table(writer, "positions", self.weights.positions(), "f16")
-            sample = sample_tokens(vocabulary.tokenizer_json)[: self.model.context]
-            calibration = Calibration(self.weights, self.model, self.rope, sample)
-            for i in range(self.model.layers):
-                self._add_layer(writer, calibration, i)
+            selection = self._add_layers(writer, vocabulary.tokenizer_json)
             text = Text(
                 eos=vocabulary.eos, bos=vocabulary.bos, add_bos=vocabulary.add_bos,
                 chat_template=vocabulary.chat_template,
             )  # fmt: skip
-            return writer.finish(model=self.model, formats=self.formats, text=text, source=self.source.source())
+            return writer.finish(
+                model=self.model, formats=self.formats, text=text, source=self.source.source(), selection=selection
+            )  # fmt: skip
 
     def _add_table(
         self, writer: BundleWriter, name: str, matrix: Matrix, kind: RowKind, centred: bool = True
@@ -95,22 +124,112 @@ class _Packer:
         run = ROWS_OF_A_RUN * RowFormat(kind, self.model.hidden).nbytes
         writer.add(name, self._rows(matrix, kind, centred), run)
 
-    def _add_layer(self, writer: BundleWriter, calibration: Calibration, i: int) -> None:
+    def _add_layers(self, writer: BundleWriter, tokenizer_json: bytes) -> Selection | None:
+        if self._selecting is None:
+            sample = sample_tokens(tokenizer_json)[: self.model.context]
+            calibration = self._calibration([sample])
+            for i in range(self.model.layers):
+                self._add_attention(writer, i)
+                form = group_format(self.model, self.formats)
+                writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
+            return None
+        texts = Texts.cut(text_tokens(tokenizer_json, self._selecting.text), self.model.context)
+        fitted = sum(len(text) for text in texts.fit)
+        calibration = self._calibration([*texts.fit, *texts.choose])
+        layers, orders = [], []
+        for i in range(self.model.layers):
+            self._add_attention(writer, i)
+            seen = calibration.layer(i)
+            order = self._filled(card_order(seen.a[:fitted] > 0))
+            neuron = neuron_format(self.model, self.formats)
+            writer.add(f"layer.{i}.ffn", self._neurons(i, neuron, order), run=neuron.nbytes)
+            rank = rank_of(i, self.model, self._selecting.rank)
+            (ffn,) = self.weights.ffns(i)
+            bias = ffn.biases
+            lean = bias[:, 0] if bias.size else np.zeros(len(bias), np.float32)
+            matrix = ffn.inputs[0].rows(slice(None))
+            layers.append(fit_layer(seen, fitted, order, matrix, lean - self.model.threshold, rank))
+            orders.append(order)
+        return self._add_predictors(writer, layers, orders, texts.judge)
+
+    def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:
+        """A layer's groups, the hottest first; of a mixture its experts, whose router is written here."""
+        ffns = self.weights.ffns(i)
+        if self.model.experts is None:
+            return self._groups(ffns[0], form, hottest_groups(calibration.layer(i), self.model))
+        order = calibration.mixture(i)
+        # the router's rows move with their experts, so that the hottest is number 0
+        writer.add(f"layer.{i}.router", self._rows(Matrix(self.weights.router(i).tensor, order), "f16"))
+        every = np.arange(self.model.expert_groups)
+        return (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
+
+    def _add_predictors(
+        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers]
+    ) -> Selection:
+        """Writes the layers' predictors with the thresholds that choose fewest neurons and cost what is allowed."""
+        assert self._selecting is not None
+        exact = self._judged(texts, None, orders)
+        for lost in LOST:
+            thresholds(layers, lost)
+            found = self._judged(texts, layers, orders)
+            if found <= exact * (1 + self._selecting.max_loss):
+                break
+        else:
+            raise DataError(
+                f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
+                f" which is more than {100 * self._selecting.max_loss:.2f} %; pack it with --select exact, or give"
+                " more text, or allow more"
+            )
+        often = rates(layers)
+        writer.add("rates", [often.tobytes()])
+        for i, layer in enumerate(layers):
+            if not layer.dense:
+                writer.add(f"layer.{i}.narrow", [layer.predictor.narrow.tobytes()])
+                writer.add(f"layer.{i}.wide", [layer.predictor.wide.tobytes()])
+                writer.add(f"layer.{i}.lean", [layer.predictor.lean.tobytes()])
+        return Selection(
+            ranks=[0 if layer.dense else layer.predictor.rank for layer in layers],
+            thresholds=[layer.threshold for layer in layers], chosen=often.mean(1).tolist(),
+            fired=[layer.fired for layer in layers], tokens=sum(len(text) - 1 for text in texts),
+            perplexity_exact=exact, perplexity=found,
+        )  # fmt: skip
+
+    def _judged(self, texts: list[Numbers], layers: list[Layer] | None, orders: list[Numbers]) -> float:
+        """Perplexity of texts, of all neurons or of those that the layers' predictors choose."""
+        judge = self._calibration(texts)
+        for i, order in enumerate(orders):
+            if layers is None:
+                judge.layer(i)
+                continue
+            placed, neurons = np.argsort(order), self.weights.ffns(i)[0].down.shape[-1]
+            judge.layer(i, lambda h, layer=layers[i], at=placed[:neurons]: layer.chosen(h)[:, at])  # type: ignore[misc]
+        return judge.perplexity()
+
+    def _calibration(self, texts: list[Numbers]) -> Calibration:
+        return Calibration(self.weights, self.model, self.rope, texts)
+
+    def _filled(self, order: Numbers) -> Numbers:
+        """The order of a layer's neurons with those behind them that only fill the last block."""
+        return np.concatenate([order, np.arange(len(order), self.model.neurons)])
+
+    def _neurons(self, i: int, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
+        """A layer's bundles of one neuron each, in the order of the card."""
+        (ffn,) = self.weights.ffns(i)
+        inputs, bias, down = ffn.inputs, ffn.biases, ffn.down.rows()
+        filling = self.model.neurons - down.shape[1]
+        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(bias, ((0, filling), (0, 0)))
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            neurons = order[at : at + ROWS_AT_ONCE]
+            records = [self._padded_rows(matrix, form.row, neurons) for matrix in inputs]
+            self._count(form.hidden * len(neurons))
+            yield encode_neurons(records, down[:, neurons], bias[neurons], form).tobytes()
+
+    def _add_attention(self, writer: BundleWriter, i: int) -> None:
         attention = self.formats.attention
         writer.add(f"layer.{i}.vectors", self._vectors(self.weights.layer_vectors(i)))
         qkv = self.weights.qkv(i)
         writer.add(f"layer.{i}.qkv", (chunk for part in qkv for chunk in self._rows(part, attention)))
         writer.add(f"layer.{i}.output", self._rows(self.weights.output(i), attention))
-        form, order = group_format(self.model, self.formats), calibration.layer(i)
-        ffns = self.weights.ffns(i)
-        if self.model.experts is None:
-            groups = self._groups(ffns[0], form, order)
-        else:
-            # the router's rows move with their experts, so that the hottest is number 0
-            writer.add(f"layer.{i}.router", self._rows(Matrix(self.weights.router(i).tensor, order), "f16"))
-            every = np.arange(self.model.expert_groups)
-            groups = (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
-        writer.add(f"layer.{i}.ffn", groups, run=form.nbytes)
 
     def _vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
         for vector in vectors.values():

@@ -18,6 +18,7 @@ from flashd.bundle.rows import (
     Codes,
     Floats,
     GroupFormat,
+    NeuronFormat,
     PlainRows,
     RowFormat,
     RowKind,
@@ -87,6 +88,18 @@ def is_ternary(rows: Floats) -> bool:
     """Whether each of rows [n, K] has but one magnitude beside zero."""
     size = np.abs(rows)
     return bool(((size == 0) | (size == size.max(1, keepdims=True))).all())
+
+
+def encode_neurons(inputs: list[Bytes], down: Floats, bias: Floats, form: NeuronFormat) -> Bytes:
+    """Records [n, nbytes] uint8 of n neurons.
+
+    Args:
+        inputs: for each input matrix (gate, up) the records [n, row bytes] of its rows.
+        down: the same neurons' columns of down_proj, [H, n] float32.
+        bias: the biases of the input rows, [n, M] or [n, 0] float32.
+    """
+    rows = [*inputs, encode_rows(np.ascontiguousarray(down.T), form.row)]
+    return np.concatenate([*rows, np.ascontiguousarray(bias).view(np.uint8).reshape(len(bias), -1)], axis=1)
 
 
 def quantise(

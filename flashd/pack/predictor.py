@@ -1,0 +1,197 @@
+"""Low-rank predictors of which neurons fire, trained on sample text (section 3.1 of "LLM in a flash").
+
+A layer's predictor is two thin matrices. It starts as the best approximation of that rank to the layer's own input
+matrix on the text's hidden states, and goes on by logistic regression in which what fires weighs as much as what
+does not, each neuron by its share in the output: missing one costs quality, a needless one costs a read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.layout import PREDICTOR_ROWS, Model
+from flashd.bundle.reader import dequantise
+from flashd.bundle.rows import BLOCK, Bytes, Floats, RowFormat
+from flashd.errors import DataError
+from flashd.pack.calibrate import Mask, Numbers, Seen
+from flashd.pack.quantise import encode_rows
+
+SPARSE = frozenset({"relu", "relu2", "drelu", "fatrelu"})
+"""Activations that are zero for most neurons."""
+
+MOST_TOKENS = 24_000
+LEAST_TEXTS = 8
+FIT, CHOOSE = 0.7, 0.15
+"""Parts of the texts that predictors are fitted on, and that thresholds are chosen on; the rest judges them."""
+
+LOST = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
+"""Parts of the neurons' shares in a layer's output that may be missed: the first that keeps to the loss is taken."""
+
+DENSE = 0.6
+"""Where more than this share of a layer's neurons would be chosen anyway, all of them are."""
+
+BATCH, PASSES, RATE = 256, 6, 3e-3
+MOST_BALANCE = 8.0
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """What the user asks of a selection."""
+
+    text: str
+    max_loss: float = 0.01  # of perplexity, in parts of it
+    rank: int | None = None  # of the predictors but the last quarter's, which have twice as much
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokens of the sample in texts of the model's context."""
+
+    fit: list[Numbers]
+    choose: list[Numbers]
+    judge: list[Numbers]
+
+    @classmethod
+    def cut(cls, tokens: Numbers, context: int) -> Texts:
+        """Raises DataError where there are too few."""
+        length = min(context, 512)
+        texts = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+        texts = texts[: MOST_TOKENS // length]
+        if len(texts) < LEAST_TEXTS:
+            raise DataError(
+                f"a predictor needs {LEAST_TEXTS * length} tokens of sample text and the text has {len(tokens)};"
+                " give a longer one with --text"
+            )
+        fit, choose = (int(len(texts) * part) for part in (FIT, FIT + CHOOSE))
+        return cls(texts[:fit], texts[fit:choose], texts[choose:])
+
+
+def rank_of(layer: int, model: Model, asked: int | None) -> int:
+    """A layer's rank: a sixteenth of the hidden size, or what was asked; twice that in the last quarter of layers."""
+    base = asked or model.hidden // 16
+    rank = base * (2 if layer >= model.layers - model.layers // 4 else 1)
+    return -(-rank // BLOCK) * BLOCK
+
+
+class Predictor:
+    """One layer's, and what its threshold is chosen by. Neurons are in the order of the card."""
+
+    def __init__(self, narrow: Floats, wide: Floats, lean: Floats) -> None:
+        self.rank = len(narrow)
+        self._forms = RowFormat(PREDICTOR_ROWS, narrow.shape[1]), RowFormat(PREDICTOR_ROWS, self.rank)
+        self.narrow: Bytes = encode_rows(narrow, self._forms[0])
+        self.wide: Bytes = encode_rows(wide, self._forms[1])
+        self.lean = lean
+
+    def scores(self, h: Floats) -> Floats:
+        """[N, F] of h [N, H], as the engine has them."""
+        narrow, wide = (
+            dequantise(form.views(raw), form.kind)
+            for form, raw in zip(self._forms, (self.narrow, self.wide), strict=True)
+        )
+        return np.asarray(h @ narrow.T @ wide.T + self.lean, np.float32)
+
+
+@dataclass
+class Layer:
+    """A layer's predictor, and how the neurons of its texts scored."""
+
+    predictor: Predictor
+    h: Floats  # [N, H] of the texts that thresholds are chosen on
+    scores: Floats  # of what fired in them, ascending
+    shares: Floats  # of the same, what of all shares in the output stands below
+    fired: float
+    threshold: float = 0.0
+    dense: bool = False
+
+    def choose(self, lost: float) -> None:
+        """Sets the threshold so that at most `lost` of the shares is missed."""
+        at = int(np.searchsorted(self.shares, lost, side="right"))
+        self.threshold = float(self.scores[min(at, len(self.scores) - 1)]) - 1e-4 if len(self.scores) else 0.0
+        self.dense = float(self.chosen(self.h).mean()) > DENSE
+
+    def chosen(self, h: Floats) -> Mask:
+        """[N, F]: which neurons take part, in the order of the card."""
+        scores = self.predictor.scores(h)
+        return np.ones(scores.shape, np.bool_) if self.dense else scores > self.threshold
+
+
+def fit_layer(seen: Seen, fitted: int, order: Numbers, matrix: Floats, bias: Floats, rank: int) -> Layer:
+    """A layer's predictor, from what was seen in the texts: the first `fitted` tokens train it.
+
+    Args:
+        order: the neurons in the order of the card; those behind the layer's own only fill it up.
+        matrix: the input matrix that decides, [F, H].
+        bias: [F].
+    """
+    own = order[order < len(matrix)]
+    narrow, wide = _nearest(seen.h[:fitted], matrix[own], rank)
+    weights = np.abs(seen.a[:, own]) * seen.reach[own]
+    narrow, wide, lean = _trained(seen.h[:fitted], weights[:fitted], narrow, wide, bias[own])
+    filling = len(order) - len(own)
+    predictor = Predictor(
+        narrow, np.pad(wide, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-1e9)
+    )
+    h, rest = seen.h[fitted:], weights[fitted:]
+    scores = predictor.scores(h)[:, : len(own)][rest > 0]
+    by_score = np.argsort(scores)
+    below = np.cumsum(rest[rest > 0][by_score], dtype=np.float64)
+    shares = (below / below[-1]).astype(np.float32) if len(below) else np.zeros(0, np.float32)
+    return Layer(predictor, h, scores[by_score], shares, float((seen.a > 0).mean()))
+
+
+def _nearest(h: Floats, matrix: Floats, rank: int) -> tuple[Floats, Floats]:
+    """(narrow [r, H], wide [F, r]): of all pairs of that rank, the closest to h times `matrix`."""
+    values, vectors = np.linalg.eigh((h.T @ h / len(h)).astype(np.float64))
+    root = np.sqrt(np.maximum(values, 1e-6 * values[-1]))
+    u, s, v = np.linalg.svd(matrix @ (vectors * root), full_matrices=False)
+    wide = u[:, :rank] * s[:rank]
+    narrow = v[:rank] / root @ vectors.T
+    return narrow.astype(np.float32), wide.astype(np.float32)
+
+
+def _trained(h: Floats, weights: Floats, narrow: Floats, wide: Floats, lean: Floats) -> tuple[Floats, Floats, Floats]:
+    """Adam on the logistic loss. weights [N, F]: each neuron's share in the output, 0 where it did not fire."""
+    random = np.random.default_rng(0)
+    spread = np.float32(2 / max(float((h[:BATCH] @ narrow.T @ wide.T + lean).std()), 1e-6))
+    parameters = [narrow, wide * spread, lean * spread]
+    fired = weights > 0
+    balance = np.float32(min(MOST_BALANCE, max(1.0, 1 / max(float(fired.mean()), 1e-6) - 1)))
+    typical = np.float32(weights[fired].mean()) if fired.any() else np.float32(1)
+    moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
+    steps = PASSES * max(1, len(h) // BATCH)
+    for step in range(1, steps + 1):
+        rows = random.integers(0, len(h), BATCH)
+        x, y = h[rows], fired[rows]
+        importance = np.where(y, balance * np.clip(weights[rows] / typical, 0.2, 4), 1).astype(np.float32)
+        rate = RATE * min(1.0, 2 * (1 - step / (steps + 1)))
+        for p, g, (m, v) in zip(parameters, _gradients(x, y, importance, *parameters), moments, strict=True):
+            m += np.float32(0.1) * (g - m)
+            v += np.float32(0.01) * (g * g - v)
+            scale = np.float32(rate * np.sqrt(1 - 0.99**step) / (1 - 0.9**step) * max(float(p.std()), 1e-3))
+            p -= scale * 10 * m / (np.sqrt(v) + np.float32(1e-8))
+    return parameters[0], parameters[1], parameters[2]
+
+
+def _gradients(
+    x: Floats, fired: Mask, importance: Floats, narrow: Floats, wide: Floats, lean: Floats
+) -> list[Floats]:
+    inner = x @ narrow.T  # [B, r]
+    scores = np.clip(inner @ wide.T + lean, -30, 30)
+    wrong = (1 / (1 + np.exp(-scores)) - fired) * importance / np.float32(len(x))  # [B, F]
+    return [(wrong @ wide).T @ x, wrong.T @ inner, wrong.sum(0)]
+
+
+def thresholds(layers: Sequence[Layer], lost: float) -> None:
+    """Sets every layer's threshold."""
+    for layer in layers:
+        layer.choose(lost)
+
+
+def rates(layers: Sequence[Layer]) -> npt.NDArray[np.float32]:
+    """[L, F]: how often each neuron takes part, in the order of the card."""
+    return np.stack([layer.chosen(layer.h).mean(0) for layer in layers]).astype(np.float32)

@@ -17,7 +17,7 @@ from flashd.engine import policy
 from flashd.engine.decode import Conversation, Figures
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import Plan, make_plan, rates_of
-from flashd.engine.policy import Frequency, LastTokens, shares
+from flashd.engine.policy import Frequency, shares
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.select import SelectedFfn
 from flashd.errors import DataError, MemoryTooSmall
@@ -27,7 +27,7 @@ from flashd.pack.quantise import encode_neurons, encode_rows
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS
-from tests.lab.replay import Trace, replay
+from tests.lab.replay import LastTokens, Trace, replay
 
 TEXT = "".join(f"the {w} there, then the other {w}; " for w in ("cat", "moth", "theatre", "heath", "path") * 12)
 KINDS: list[RowKind] = ["int4", "int8", "f16"]

@@ -12,7 +12,11 @@ from flashd.bundle.rows import Floats
 Mask = npt.NDArray[np.bool_]
 
 MEMORY = 0.98
-"""How much of a frequency stays from one token to the next. Of 0.9 to 0.995 on the traces of tests/lab."""
+"""How much of a frequency stays from one token to the next.
+
+On the trace of tests/lab, of 0.9 to 0.995, 0.95 and 0.98 read least, within 3 % of each other. Keeping the neurons
+of the last tokens, as many as fit, as the paper does, reads 3 to 17 % more.
+"""
 
 
 class Policy(Protocol):
@@ -22,19 +26,6 @@ class Policy(Protocol):
 
     def used(self, chosen: Mask) -> None:
         """A token needed the units that `chosen` [units] names."""
-
-
-class LastTokens:
-    """Keeps what the last tokens used, as many of them as fit: the sliding window of section 3.1 of the paper."""
-
-    def __init__(self, rates: Floats) -> None:
-        # what was never used yet comes behind all that was, the hottest first
-        self.scores: Floats = rates - np.float32(1)
-        self._now = 0
-
-    def used(self, chosen: Mask) -> None:
-        self._now += 1
-        self.scores[chosen] = self._now
 
 
 class Frequency:

@@ -28,7 +28,7 @@ LEAST_TEXTS = 8
 FIT, CHOOSE = 0.7, 0.15
 """Parts of the texts that predictors are fitted on, and that thresholds are chosen on; the rest judges them."""
 
-LOST = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
+LOST = (0.3, 0.2, 0.15, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 """Parts of the neurons' shares in a layer's output that may be missed: the first that keeps to the loss is taken."""
 
 DENSE = 0.6

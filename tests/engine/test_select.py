@@ -17,7 +17,7 @@ from flashd.engine import policy
 from flashd.engine.decode import Conversation, Figures
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import Plan, make_plan, rates_of
-from flashd.engine.policy import Frequency, LastTokens, shares
+from flashd.engine.policy import Frequency, shares
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.select import SelectedFfn
 from flashd.errors import DataError, MemoryTooSmall
@@ -27,7 +27,7 @@ from flashd.pack.quantise import encode_neurons, encode_rows
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS
-from tests.lab.replay import Trace, replay
+from tests.lab.replay import LastTokens, Trace, replay
 
 TEXT = "".join(f"the {w} there, then the other {w}; " for w in ("cat", "moth", "theatre", "heath", "path") * 12)
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
@@ -92,7 +92,7 @@ def test_with_every_neuron_chosen_it_is_the_dense_model(opt: Path, kind: RowKind
 
 
 def test_gated_neurons_too(tmp_path: Path) -> None:
-    golden = dataclasses.replace(GOLDENS["llama"], keys=GOLDENS["llama"].keys | {"hidden_activation": "drelu"})
+    golden = dataclasses.replace(GOLDENS["llama-relu"], keys=GOLDENS["llama-relu"].keys | {"hidden_activation": "drelu"})
     source = golden.write(tmp_path / "m.gguf")
     pack(source, tmp_path / "s.flash", "f16", selecting=Selecting(TEXT, max_loss=0.5))
     pack(source, tmp_path / "d.flash", "f16")

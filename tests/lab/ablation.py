@@ -24,12 +24,12 @@ from flashd.engine.evaluate import perplexity
 from flashd.engine.ffn import FeedForward, StreamedFfn
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups, rates_of
-from flashd.engine.policy import Frequency, LastTokens, Mask, shares
+from flashd.engine.policy import Frequency, Mask, shares
 from flashd.engine.select import SelectedFfn, ignore
 from flashd.pack.pack import pack
 from flashd.pack.predictor import Selecting
 from tests.lab import corpus
-from tests.lab.replay import MakePolicy, Trace, replay
+from tests.lab.replay import LastTokens, MakePolicy, Trace, replay
 
 PIECE, PIECES = 1500, 100  # characters, and how many texts a predictor's sample has one of
 GAP = 4096  # a page: what costs fewest bytes

@@ -20,10 +20,23 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine.card import extents, pages_of
 from flashd.engine.plan import rates_of
-from flashd.engine.policy import Frequency, LastTokens, Mask, Policy, kept, shares
+from flashd.engine.policy import Frequency, Mask, Policy, kept, shares
 from flashd.pack.order import card_order
 
 MakePolicy = Callable[[Floats], Policy]
+
+
+class LastTokens:
+    """Keeps what the last tokens used, as many of them as fit: the sliding window of section 3.1 of the paper."""
+
+    def __init__(self, rates: Floats) -> None:
+        # what was never used yet comes behind all that was, the hottest first
+        self.scores: Floats = rates - np.float32(1)
+        self._now = 0
+
+    def used(self, chosen: Mask) -> None:
+        self._now += 1
+        self.scores[chosen] = self._now
 
 
 @dataclass

@@ -28,7 +28,7 @@ PIN_BUTTON, PIN_YES, PIN_NO = 3, 5, 6
 
 CONFIG = """\
 model: /media/flashd/model.flash
-memory: 190M
+memory: 230M
 context: 512
 answer: {{max_tokens: 6, system: Answer in one word.}}
 api: {{loopback: 8080}}
@@ -113,10 +113,10 @@ class Board:
         wanted = {UART[g.arch], "char-ttyUSB", "/dev/tty1", *(["char-gpiochip"] if self._pins else [])}
         allowed = set(re.findall(r"DeviceAllow=(\S+) rw", self._show("DeviceAllow", value=False)))
         assert allowed == wanted, allowed
-        assert self._show("MemoryMax") == str(190 << 20)
+        assert self._show("MemoryMax") == str(230 << 20)
         verified = g.run("systemd-analyze verify flashd.service flashd.socket flashd-kiosk.service", check=False)
         assert "flashd" not in verified, verified
-        return f"exposure {exposure}; {', '.join(sorted(allowed))}; MemoryMax 190M"
+        return f"exposure {exposure}; {', '.join(sorted(allowed))}; MemoryMax 230M"
 
     # --- asking -------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def test_a_power_cut_before_the_new_has_started_is_undone(board: Board, monkeypa
 def test_what_was_not_there_is_gone_after_an_undo(board: Board) -> None:
     board.model.unlink()
     board.broken = True
-    with pytest.raises(InputMissing, match="model.flash"):  # from the second start, which has none again
+    with pytest.raises(InputMissing, match=r"model\.flash"):  # from the second start, which has none again
         board.update()
     assert not board.model.exists() and undo(board.unfinished) == []
 

@@ -131,7 +131,7 @@ class Board:
 
     def adapter(self) -> str:
         """a machine asks through a USB adapter, in JSON"""
-        return self._ask_adapter(1, "What is the capital of Italy?", tokens=6)
+        return self._ask_adapter(1, "What is the capital of Italy?", tokens=2)
 
     def screen(self) -> str:
         """a question is typed on the keyboard and answered on tty1"""

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.board import image
 from tests.board.guest import UART, Guest
+from tests.board.shorten import shorten
 
 PROMPT = r"\r> \x1b\[K"
 """What the console shows when it waits for a question."""
@@ -483,12 +484,13 @@ def main() -> int:
     parser.add_argument("--memory", default="1G", help="the board's RAM (default 1G)")
     parser.add_argument("--kvm", action="store_true", help="do not emulate this machine's own architecture")
     parser.add_argument("--bundle", type=Path, help="default: SmolLM2-135M-Instruct, packed now")
+    parser.add_argument("--layers", type=int, help="only so many of its layers: nonsense is answered, and sooner")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/flashd-board"), help="where images are kept")
     args = parser.parse_args()
     if os.geteuid():
         sys.exit("tests.board: making a root file system and disks needs root")
     args.work.mkdir(parents=True, exist_ok=True)
-    bundle = args.bundle or _packed(args.work)
+    bundle = args.bundle or _packed(args.work, args.layers)
     made = image.debian(args.arch, args.suite, args.work)
     guest = Guest(
         args.arch, made, image.medium(args.arch, args.suite, args.work), image.card(bundle, args.work), args.memory,
@@ -500,17 +502,23 @@ def main() -> int:
         guest.close()
 
 
-def _packed(work: Path) -> Path:
-    path = work / "smollm2.flash"
+def _packed(work: Path, layers: int | None) -> Path:
+    path = work / f"smollm2-{layers or 'whole'}.flash"
     if not path.exists():
         from flashd import embedded
 
-        subprocess.run([sys.executable, "-m", "flashd", "pack", embedded.model_file(), "--out", path], check=True)
+        source = embedded.model_file()
+        # f16 rows are always paged, however few there are
+        rows = ["--rows", "f16"] if layers else []
+        if layers:
+            source = shorten(source, work / "short.gguf", layers)
+        subprocess.run([sys.executable, "-m", "flashd", "pack", source, "--out", path, *rows], check=True)
     return path
 
 
 def _try_all(board: Board, args: argparse.Namespace) -> int:
-    lines = [f"{args.suite} {args.arch}, {args.memory}, {time.strftime('%Y-%m-%d', time.gmtime())}"]
+    model = f"{args.layers} layers of the model" if args.layers else "the whole model"
+    lines = [f"{args.suite} {args.arch}, {args.memory}, {model}, {time.strftime('%Y-%m-%d', time.gmtime())}"]
     print(lines[0], flush=True)
     failed = 0
     for step in board.steps():

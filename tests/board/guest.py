@@ -88,7 +88,8 @@ class Guest:
             if self._shell.expect(["board-is-up", fdpexpect.TIMEOUT], timeout=3) == 0:
                 break
             if time.monotonic() > until:
-                raise TimeoutError(f"no shell after {seconds:.0f} s; see {self._work}/console.log")
+                raise TimeoutError(f"no shell after {seconds:.0f} s; see {self._work}/shell.log")
+        self.run("true")  # past what the earlier tries have said
 
     def run(self, command: str, seconds: float = 120, check: bool = True) -> str:
         """What a root shell's command prints; the kernel's and systemd's messages go elsewhere."""

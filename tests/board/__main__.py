@@ -252,7 +252,7 @@ class Board:
             self._decide()
         pid = self._show("MainPID")
         g.run(f"kill -STOP {pid}")
-        g.wait("journalctl -u flashd --no-pager -n 40", "Watchdog timeout", 120)
+        g.wait("journalctl -u flashd -b --no-pager -o cat | grep 'Failed with result'", "watchdog", 120)
         g.wait("systemctl show -P MainPID flashd", rf"^(?!{pid}$|0$)\d+$", 120)
         if self._pins:
             assert {g.pin(PIN_YES), g.pin(PIN_NO)} == {"low"}, self._pins_say()

@@ -68,8 +68,8 @@ class Guest:
             try:
                 if self.run("cat /proc/sys/kernel/random/boot_id", 5) != boot:
                     return
-            except fdpexpect.TIMEOUT:
-                pass  # it was going down
+            except (fdpexpect.TIMEOUT, AssertionError):
+                pass  # it was going down, and took the command with it
             if time.monotonic() > until:
                 raise TimeoutError("it did not reboot")
 

@@ -20,6 +20,9 @@ IDLE_SECONDS = 0.5
 STATUS_SECONDS = 1.0
 """How often the line that stands in for a first token changes."""
 
+ENDS = b"\r\n\x03\x04"
+"""What an entry ends with: Enter, Ctrl-C, Ctrl-D."""
+
 PRIORITY = 6
 """Somebody stands at the cable and waits: before sensors and schedules."""
 
@@ -49,7 +52,6 @@ class Console:
         """Talks until /quit, Ctrl-D, or the daemon stops; then waits for Enter to begin anew."""
         self._port, self._stopping = port, stopping
         self._editor = LineEditor(port.write, self._settings.columns)
-        self._typed: list[str | Key] = []
         self._ahead = b""
         self._greet()
         while not stopping.is_set():
@@ -68,12 +70,14 @@ class Console:
     # --- lines --------------------------------------------------------------------------------------------
 
     def _next_entry(self) -> str | Key | None:
-        if not self._typed:
-            data, self._ahead = self._ahead or self._port.read(IDLE_SECONDS), b""
-            if b"\x03" in data:
-                self._port.discard()
-            self._typed = self._editor.feed(data)
-        return self._typed.pop(0) if self._typed else None
+        data = self._ahead or self._port.read(IDLE_SECONDS)
+        if b"\x03" in data:
+            self._port.discard()
+        # one entry at a time: what was typed ahead is shown when its turn comes, behind a prompt of its own
+        end = next((i for i, byte in enumerate(data, 1) if byte in ENDS), len(data))
+        self._ahead = data[end:]
+        entries = self._editor.feed(data[:end])
+        return entries[0] if entries else None
 
     def _line(self, line: str) -> None:
         presets = self._front.settings.kiosk.presets

@@ -14,6 +14,7 @@ from flashd.client import Client, socket_path
 from flashd.errors import INTERRUPTED, InputMissing, UsageError
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
+UNFINISHED = Path("/var/lib/flashd/update.unfinished")
 UNIT = "flashd.service"
 
 
@@ -44,7 +45,8 @@ def add_commands(commands: Any) -> None:
     doctor.set_defaults(run=_doctor)
 
     update = commands.add_parser("update", help="a model or configuration from a folder, such as a USB stick's")
-    update.add_argument("folder", type=Path, metavar="PATH", help="where flashd-update.yaml is")
+    update.add_argument("folder", type=Path, nargs="?", metavar="PATH", help="where flashd-update.yaml is")
+    update.add_argument("--undo", action="store_true", help="put the old files back if the last did not end")
     update.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
     update.set_defaults(run=_update)
 
@@ -183,9 +185,18 @@ def _configured_bundle() -> Path:
 def _update(args: argparse.Namespace) -> None:
     """flashd update"""
     _needs_appliance()
-    from flashd.update import restart_service, update
+    from flashd import update
 
-    changed = update(args.folder, args.config, restart_service)
+    if (args.folder is None) == (not args.undo):
+        raise UsageError("flashd update needs either a PATH or --undo")
+    if args.undo:
+        back = update.undo(UNFINISHED)
+        for path in back:
+            print(f"{path}: the old one is in place again, since the last update did not come to its end")
+        if back:
+            update.restart_if_running()
+        return
+    changed = update.update(args.folder, args.config, UNFINISHED, update.restart_service)
     for path in changed:
         print(f"{path}: updated; the old one is {path.name}.old")
     if not changed:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SERVICE = Path("/var/cache/flashd")
+"""The service's XDG_CACHE_HOME."""
+
 
 def cache_folder() -> Path:
-    """The user's cache folder; XDG_CACHE_HOME names another."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashd"
+    """The cache folder: XDG_CACHE_HOME names it; the service's for who may write there, else the user's.
+
+    So what `sudo flashd doctor` measured is what the service knows.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named) / "flashd"
+    return (SERVICE if os.access(SERVICE, os.W_OK) else Path.home() / ".cache") / "flashd"
 
 
 def snapshot_folder() -> Path:

@@ -1,18 +1,20 @@
 """flashd update: a model or a configuration from a folder, as a USB stick has it, verified before anything changes.
 
 The folder's `flashd-update.yaml` names what it brings. Each file is copied and checked, the one in use is kept
-beside it as NAME.old, and only then takes the new one its place; a power cut leaves one or the other. Where the
-daemon does not start with what is new, the old one is put back.
+beside it as NAME.old, and only then takes the new one its place. Where the daemon does not start with what is new,
+the old one is put back. What is about to change is written down first and struck out when the daemon has started:
+where the power goes or the stick is pulled in between, `undo` puts the old files back.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import logging
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,9 +26,7 @@ import flashd
 from flashd import config
 from flashd.bundle.reader import Bundle
 from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
-from flashd.newfile import NewFile
-
-log = logging.getLogger(__name__)
+from flashd.newfile import NewFile, sync_folder
 
 MANIFEST = "flashd-update.yaml"
 MOST_MANIFEST = 64 << 10
@@ -54,14 +54,11 @@ class _Change:
     sha256: str
     to: Path
 
-    @property
-    def old(self) -> Path:
-        return self.to.with_name(f"{self.to.name}.old")
 
-
-def update(folder: Path, config_path: Path, restart: Callable[[], None]) -> list[Path]:
+def update(folder: Path, config_path: Path, unfinished: Path, restart: Callable[[], None]) -> list[Path]:
     """Brings what `folder` has; the files that were changed, none where all is in place already.
 
+    `unfinished` is there while an update is under way, for `undo`; in its folder one update at a time goes on.
     `restart` starts the daemon with what there is then and raises FlashdError where it does not come up.
 
     Raises:
@@ -71,26 +68,27 @@ def update(folder: Path, config_path: Path, restart: Callable[[], None]) -> list
         FlashdError: the daemon did not start with it; the old one is in place again.
     """
     manifest = read_manifest(folder)
-    changes = [
-        c for c in _changes(manifest, folder, config_path) if not (c.to.exists() and _sha256(c.to) == c.sha256)
-    ]
-    for change in changes:
-        _verify(change, config_path)
-    done: list[_Change] = []
-    try:
+    with _alone(unfinished.parent):
+        _undo(unfinished)
+        changes = [
+            c for c in _changes(manifest, folder, config_path) if not (c.to.exists() and _sha256(c.to) == c.sha256)
+        ]
         for change in changes:
-            done.append(change)
-            _replace(change)
-        if done:
-            restart()
-    except FlashdError as error:
-        for change in reversed(done):
-            _put_back(change)
-        if isinstance(error, CannotWrite):
-            raise
-        restart()
-        raise FlashdError(f"{folder}: not taken, the old one is in place again: {error}") from error
-    return [change.to for change in done]
+            _verify(change, config_path)
+        if changes:
+            _write_down(unfinished, changes)
+            _take(changes, unfinished, restart, folder)
+            _strike_out(unfinished)
+    return [change.to for change in changes]
+
+
+def undo(unfinished: Path) -> list[Path]:
+    """Puts the old files back where an update did not come to its end; those files, none where there is no such.
+
+    Raises DataError where `unfinished` is not what `update` has written, CannotWrite.
+    """
+    with _alone(unfinished.parent):
+        return _undo(unfinished)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -121,6 +119,11 @@ def restart_service() -> None:
         )
 
 
+def restart_if_running() -> None:
+    """Has systemd restart flashd where it runs; waits for nothing, since at boot we come before it."""
+    subprocess.run(["systemctl", "try-restart", "--no-block", "flashd.service"], check=False)
+
+
 def _changes(manifest: Manifest, folder: Path, config_path: Path) -> list[_Change]:
     changes = []
     settings_from = config_path
@@ -146,6 +149,19 @@ def _verify(change: _Change, config_path: Path) -> None:
             bundle.verify()
 
 
+def _take(changes: list[_Change], unfinished: Path, restart: Callable[[], None], folder: Path) -> None:
+    try:
+        for change in changes:
+            _replace(change)
+        restart()
+    except FlashdError as error:
+        _undo(unfinished)
+        if isinstance(error, CannotWrite):
+            raise
+        restart()
+        raise FlashdError(f"{folder}: not taken, the old one is in place again: {error}") from error
+
+
 def _replace(change: _Change) -> None:
     """The new file in place of the old, which stays as NAME.old."""
     sha = hashlib.sha256()
@@ -158,28 +174,77 @@ def _replace(change: _Change) -> None:
         if sha.hexdigest() != change.sha256:
             raise DataError(f"{change.source}: it changed while it was copied; is the stick in order?")
         if change.to.exists():
-            _keep(change)
+            _keep(change.to)
         new.publish()
 
 
-def _keep(change: _Change) -> None:
+def _keep(path: Path) -> None:
     """Another name for the old file: no copy, and no moment in which it has none."""
-    fresh = change.old.with_name(f"{change.old.name}.new")
+    old = _old(path)
+    fresh = old.with_name(f"{old.name}.new")
     try:
         fresh.unlink(missing_ok=True)
-        os.link(change.to, fresh)
-        fresh.rename(change.old)
+        os.link(path, fresh)
+        fresh.rename(old)
         fresh.unlink(missing_ok=True)  # rename(2) leaves both names where they are one file's already
     except OSError as error:
-        raise CannotWrite(f"{change.old}: {error.strerror}") from error
+        raise CannotWrite(f"{old}: {error.strerror}") from error
 
 
-def _put_back(change: _Change) -> None:
-    if change.old.exists():
-        if _sha256(change.to) == change.sha256:
-            change.old.rename(change.to)
-    elif change.to.exists() and _sha256(change.to) == change.sha256:
-        change.to.unlink()  # there was none before
+# --- an update that does not come to its end --------------------------------------------------------------
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other update goes on."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotWrite(f"{folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _write_down(unfinished: Path, changes: list[_Change]) -> None:
+    with NewFile(unfinished) as file:
+        file.write(msgspec.json.encode([(str(change.to), change.sha256) for change in changes]), 0)
+        file.publish()
+
+
+def _undo(unfinished: Path) -> list[Path]:
+    try:
+        begun = msgspec.json.decode(unfinished.read_bytes(), type=list[tuple[str, str]])
+    except FileNotFoundError:
+        return []
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{unfinished}: damaged ({error}); remove it if flashd runs") from error
+    back = [Path(to) for to, sha256 in reversed(begun) if _put_back(Path(to), sha256)]
+    _strike_out(unfinished)
+    return back
+
+
+def _put_back(path: Path, sha256: str) -> bool:
+    """The old file where the new one is; was it?"""
+    if not path.exists() or _sha256(path) != sha256:
+        return False
+    if _old(path).exists():
+        _old(path).rename(path)
+    else:
+        path.unlink()  # there was none before
+    sync_folder(path.parent)
+    return True
+
+
+def _strike_out(unfinished: Path) -> None:
+    unfinished.unlink()
+    sync_folder(unfinished.parent)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from flashd.engine import cardspeed
 from flashd.engine.card import GAP_BYTES, MOST_GAP_BYTES, extents, gap_bytes
 from flashd.engine.cardspeed import CardSpeed, device_key, measure, remember, remembered
 from flashd.errors import InputMissing
+from flashd.places import cache_folder
 
 SLOW = CardSpeed(bandwidth=45e6, random_reads={4096: 2500.0, 16384: 1500.0, 65536: 500.0}, when=1.0)
 
@@ -166,3 +167,12 @@ def test_the_gap_that_reads_are_merged_across() -> None:
     for rate, expected in ((1.0, MOST_GAP_BYTES), (1e9, 4096), (0.0, GAP_BYTES)):
         assert gap_bytes(CardSpeed(bandwidth=45e6, random_reads={4096: rate}, when=0.0)) == expected
     assert len(extents(0, [0, 3], 4096)) == 1 and len(extents(0, [0, 3], 4096, 4096)) == 2
+
+
+def test_who_may_write_the_service_s_cache_shares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("flashd.places.SERVICE", tmp_path / "service")
+    assert cache_folder() == tmp_path / ".cache" / "flashd"
+    (tmp_path / "service").mkdir()
+    assert cache_folder() == tmp_path / "service" / "flashd"

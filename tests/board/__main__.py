@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.board import image
 from tests.board.guest import UART, Guest
+from tests.board.shorten import shorten
 
 PROMPT = r"\r> \x1b\[K"
 """What the console shows when it waits for a question."""
@@ -28,9 +29,9 @@ PIN_BUTTON, PIN_YES, PIN_NO = 3, 5, 6
 
 CONFIG = """\
 model: /media/flashd/model.flash
-memory: 190M
+memory: 230M
 context: 512
-answer: {{max_tokens: 6, system: Answer in one word.}}
+answer: {{max_tokens: 1, system: Answer in one word.}}
 api: {{loopback: 8080}}
 kiosk: {{title: The emulated board}}
 serial:
@@ -57,10 +58,12 @@ PINS = f"""\
 
 OURS = (
     "/opt/flashd /usr/local/bin/flashd /etc/sysusers.d/flashd.conf /etc/tmpfiles.d/flashd.conf /run/flashd"
-    " /etc/modules-load.d/flashd.conf /etc/udev/rules.d/70-flashd.rules /etc/systemd/system/*flashd*"
+    " /etc/modules-load.d/flashd.conf /etc/udev/rules.d/*flashd* /etc/systemd/system/*flashd*"
     " /etc/systemd/system/*.wants/*flashd* /var/cache/flashd /etc/flashd/flashd.example.yaml"
 )
 """Where the installer puts what is not data."""
+
+UPDATES = "-u 'flashd-update@*' -b -o cat --no-pager"
 
 CURL = "python3 -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())'"
 
@@ -68,8 +71,8 @@ CURL = "python3 -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1]
 class Board:
     """What is tried, in order; each method's docstring is its line of the result."""
 
-    def __init__(self, guest: Guest, boot_seconds: float) -> None:
-        self.guest, self._boot_seconds = guest, boot_seconds
+    def __init__(self, guest: Guest, boot_seconds: float, work: Path) -> None:
+        self.guest, self._boot_seconds, self._work = guest, boot_seconds, work
         self._pins = guest.arch == "aarch64"
 
     def steps(self) -> list[Callable[[], str]]:
@@ -77,8 +80,8 @@ class Board:
         return [
             self.boot, self.install, self.start, self.sandbox, self.uart, self.adapter, self.screen, self.kiosk,
             *pins, self.journal, self.reload, self.line_break, self.replug, self.flow, self.slow_card, self.watchdog,
-            self.kill, self.pull_card, self.put_card, self.activation, self.reboot, self.power_cut, self.upgrade,
-            self.uninstall,
+            self.kill, self.pull_card, self.put_card, self.activation, self.stick, self.bad_stick, self.read_only,
+            self.reboot, self.power_cut, self.upgrade, self.uninstall,
         ]  # fmt: skip
 
     # --- install ------------------------------------------------------------------------------------------
@@ -113,10 +116,11 @@ class Board:
         wanted = {UART[g.arch], "char-ttyUSB", "/dev/tty1", *(["char-gpiochip"] if self._pins else [])}
         allowed = set(re.findall(r"DeviceAllow=(\S+) rw", self._show("DeviceAllow", value=False)))
         assert allowed == wanted, allowed
-        assert self._show("MemoryMax") == str(190 << 20)
-        verified = g.run("systemd-analyze verify flashd.service flashd.socket flashd-kiosk.service", check=False)
+        assert self._show("MemoryMax") == str(230 << 20), self._show("MemoryMax")
+        units = "flashd.service flashd.socket flashd-undo.service flashd-update@sda.service flashd-kiosk.service"
+        verified = g.run(f"systemd-analyze verify {units}", check=False)
         assert "flashd" not in verified, verified
-        return f"exposure {exposure}; {', '.join(sorted(allowed))}; MemoryMax 190M"
+        return f"exposure {exposure}; {', '.join(sorted(allowed))}; MemoryMax 230M"
 
     # --- asking -------------------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ class Board:
 
     def adapter(self) -> str:
         """a machine asks through a USB adapter, in JSON"""
-        return self._ask_adapter(1, "What is the capital of Italy?")
+        return self._ask_adapter(1, "What is the capital of Italy?", tokens=2)
 
     def screen(self) -> str:
         """a question is typed on the keyboard and answered on tty1"""
@@ -148,7 +152,11 @@ class Board:
         assert '"title":"The emulated board"' in g.run(f"{CURL} http://127.0.0.1:8080/api/status")
         pid = self._show("MainPID")
         assert g.run(f"readlink /proc/{pid}/ns/net") != g.run("readlink /proc/1/ns/net")
-        return g.run(f"nsenter -n -t {pid} ls /sys/class/net") + " only; " + g.run("flashd ask 'Say hi.'", 120)
+        return (
+            g.run(f"nsenter -n -t {pid} ls /sys/class/net")
+            + " only; "
+            + g.run("flashd ask --max-tokens 1 'Say hi.'", 120)
+        )
 
     def button(self) -> str:
         """a button on a pin of the board's GPIO chip, through lgpio"""
@@ -244,7 +252,7 @@ class Board:
             self._decide()
         pid = self._show("MainPID")
         g.run(f"kill -STOP {pid}")
-        g.wait("journalctl -u flashd --no-pager -n 40", "Watchdog timeout", 120)
+        g.wait("journalctl -u flashd -b --no-pager -o cat | grep 'Failed with result'", "watchdog", 120)
         g.wait("systemctl show -P MainPID flashd", rf"^(?!{pid}$|0$)\d+$", 120)
         if self._pins:
             assert {g.pin(PIN_YES), g.pin(PIN_NO)} == {"low"}, self._pins_say()
@@ -288,17 +296,57 @@ class Board:
             "inactive",
             "active",
         ]
-        said = g.run("flashd ask 'Say hi.'", 300)
+        said = g.run("flashd ask --max-tokens 1 'Say hi.'", 300)
         assert self._show("ActiveState") == "active"
         return said
 
+    def stick(self) -> str:
+        """a USB stick with an update, where 90-flashd-update.rules was copied into place: it is taken"""
+        g = self.guest
+        g.run("cp /mnt/medium/deploy/90-flashd-update.rules /etc/udev/rules.d/ && udevadm control --reload")
+        self._put_stick("The emulated board", "The updated board")
+        g.wait(f"{CURL} http://127.0.0.1:8080/api/status", '"title":"The updated board"', 120)
+        said = g.wait(f"journalctl {UPDATES}", r"updated; the old one is flashd\.yaml\.old", 60)
+        g.pull_stick()
+        g.wait("ls -d /run/flashd-update/* 2>&1; findmnt -n LABEL=STICK", "No such file", 60)
+        return said.splitlines()[-1]
+
+    def bad_stick(self) -> str:
+        """a stick whose configuration does not start: the old one is in place again, and runs"""
+        g = self.guest
+        before = g.run("sha256sum /etc/flashd/flashd.yaml")
+        self._put_stick("/media/flashd/model.flash", "/media/flashd/another.flash")
+        said = g.wait(f"journalctl {UPDATES}", "not taken, the old one is in place again: .*", 120)
+        self._wait_ready()
+        g.pull_stick()
+        assert g.run("sha256sum /etc/flashd/flashd.yaml") == before
+        return said.splitlines()[-1]
+
+    def read_only(self) -> str:
+        """a read-only root with only /var/lib/flashd writable: it starts and answers"""
+        g = self.guest
+        g.run("for f in /tmp /var/tmp; do mount -t tmpfs tmpfs $f; done")
+        g.run("mount --bind /var/lib/flashd /var/lib/flashd && mount -o remount,bind,ro /")
+        assert "Read-only" in g.run("touch /etc/x", check=False)
+        try:
+            g.run("systemctl restart flashd")
+            self._wait_ready()
+            return self._ask_adapter(8, "What is the capital of Austria?")
+        finally:
+            g.run("mount -o remount,bind,rw / && umount /var/lib/flashd /tmp /var/tmp")
+            g.run("systemctl restart flashd")
+            self._wait_ready()
+
     def reboot(self) -> str:
-        """a reboot: the service is there again, and so are jobs and answers"""
+        """a reboot: the service is there again, and so are jobs and answers; a cut update is undone before that"""
         g = self.guest
         jobs = self._jobs("")
+        before = g.run("sha256sum </etc/flashd/flashd.yaml")
+        self._cut_update()
         g.reboot(self._boot_seconds)
         self._wait_ready()
         assert self._jobs("") >= jobs, "jobs were lost"
+        assert g.run("sha256sum </etc/flashd/flashd.yaml") == before, "the update was not undone"
         g.uart.send("\r")
         self._expect(g.uart, PROMPT)
         return f"{jobs} jobs kept; " + self._ask_uart("What is the capital of France?")
@@ -355,6 +403,20 @@ class Board:
         self.guest.run("systemctl daemon-reload && systemctl restart flashd")
         self._wait_ready()
 
+    def _put_stick(self, word: str, other: str) -> None:
+        """A stick with the board's own configuration, but for one word."""
+        configuration = self.guest.run("cat /etc/flashd/flashd.yaml")
+        assert word in configuration
+        self.guest.put_stick(image.stick(configuration.replace(word, other) + "\n", self._work))
+
+    def _cut_update(self) -> None:
+        """What a power cut leaves between an update's switch and flashd's start with it."""
+        self.guest.run(
+            "cd /etc/flashd && cp flashd.yaml new && sed -i 's/^model:.*/model: none/' new"
+            " && sum=$(sha256sum <new | cut -d' ' -f1) && mv flashd.yaml flashd.yaml.old && mv new flashd.yaml"
+            ' && echo "[[\\"/etc/flashd/flashd.yaml\\",\\"$sum\\"]]" >/var/lib/flashd/update.unfinished && sync'
+        )
+
     def _expect(self, line: Any, pattern: str, seconds: float = 120) -> str:
         line.expect(pattern, timeout=seconds * self.guest.patience)
         return str(line.before)
@@ -367,9 +429,9 @@ class Board:
         assert shown, f"no answer: {said!r}"
         return f"{question} {shown}"
 
-    def _ask_adapter(self, number: int, question: str) -> str:
+    def _ask_adapter(self, number: int, question: str, tokens: int = 1) -> str:
         line = self.guest.adapter
-        line.send(json.dumps({"id": number, "prompt": question, "max_tokens": 6}) + "\n")
+        line.send(json.dumps({"id": number, "prompt": question, "max_tokens": tokens}) + "\n")
         line.expect(rf'\{{"event":"end","id":{number},.*?\}}\r?\n', timeout=120 * self.guest.patience)
         end = json.loads(line.after)
         assert end["state"] == "done" and end["text"], end
@@ -379,7 +441,7 @@ class Board:
         """Has a long answer begun, for somebody who does not wait for it."""
         line = self.guest.adapter
         number = self._jobs("")
-        line.send(json.dumps({"id": f"long{number}", "prompt": "Count to a hundred.", "max_tokens": 40}) + "\n")
+        line.send(json.dumps({"id": f"long{number}", "prompt": "Count to a hundred.", "max_tokens": 3}) + "\n")
         self.guest.wait(f"{CURL} http://127.0.0.1:8080/api/status", '"running":[0-9]', 30)
         return number + 1
 
@@ -422,34 +484,41 @@ def main() -> int:
     parser.add_argument("--memory", default="1G", help="the board's RAM (default 1G)")
     parser.add_argument("--kvm", action="store_true", help="do not emulate this machine's own architecture")
     parser.add_argument("--bundle", type=Path, help="default: SmolLM2-135M-Instruct, packed now")
+    parser.add_argument("--layers", type=int, help="only so many of its layers: nonsense is answered, and sooner")
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/flashd-board"), help="where images are kept")
     args = parser.parse_args()
     if os.geteuid():
         sys.exit("tests.board: making a root file system and disks needs root")
     args.work.mkdir(parents=True, exist_ok=True)
-    bundle = args.bundle or _packed(args.work)
+    bundle = args.bundle or _packed(args.work, args.layers)
     made = image.debian(args.arch, args.suite, args.work)
     guest = Guest(
         args.arch, made, image.medium(args.arch, args.suite, args.work), image.card(bundle, args.work), args.memory,
         args.work, args.kvm,
     )  # fmt: skip
     try:
-        return _try_all(Board(guest, 120 * guest.patience), args)
+        return _try_all(Board(guest, 120 * guest.patience, args.work), args)
     finally:
         guest.close()
 
 
-def _packed(work: Path) -> Path:
-    path = work / "smollm2.flash"
+def _packed(work: Path, layers: int | None) -> Path:
+    path = work / f"smollm2-{layers or 'whole'}.flash"
     if not path.exists():
         from flashd import embedded
 
-        subprocess.run([sys.executable, "-m", "flashd", "pack", embedded.model_file(), "--out", path], check=True)
+        source = embedded.model_file()
+        # f16 rows are always paged, however few there are
+        rows = ["--rows", "f16"] if layers else []
+        if layers:
+            source = shorten(source, work / "short.gguf", layers)
+        subprocess.run([sys.executable, "-m", "flashd", "pack", source, "--out", path, *rows], check=True)
     return path
 
 
 def _try_all(board: Board, args: argparse.Namespace) -> int:
-    lines = [f"{args.suite} {args.arch}, {args.memory}, {time.strftime('%Y-%m-%d', time.gmtime())}"]
+    model = f"{args.layers} layers of the model" if args.layers else "the whole model"
+    lines = [f"{args.suite} {args.arch}, {args.memory}, {model}, {time.strftime('%Y-%m-%d', time.gmtime())}"]
     print(lines[0], flush=True)
     failed = 0
     for step in board.steps():

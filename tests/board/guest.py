@@ -68,8 +68,8 @@ class Guest:
             try:
                 if self.run("cat /proc/sys/kernel/random/boot_id", 5) != boot:
                     return
-            except fdpexpect.TIMEOUT:
-                pass  # it was going down
+            except (fdpexpect.TIMEOUT, AssertionError):
+                pass  # it was going down, and took the command with it
             if time.monotonic() > until:
                 raise TimeoutError("it did not reboot")
 
@@ -84,11 +84,12 @@ class Guest:
         until = time.monotonic() + seconds
         # what is typed before the shell is there is lost
         while True:
-            self._shell.send("stty -echo; PS1=; PS2=; echo board-is''-up\n")
+            self._shell.send("stty -echo; export TERM=dumb SYSTEMD_COLORS=0; PS1=; PS2=; echo board-is''-up\n")
             if self._shell.expect(["board-is-up", fdpexpect.TIMEOUT], timeout=3) == 0:
                 break
             if time.monotonic() > until:
-                raise TimeoutError(f"no shell after {seconds:.0f} s; see {self._work}/console.log")
+                raise TimeoutError(f"no shell after {seconds:.0f} s; see {self._work}/shell.log")
+        self.run("true")  # past what the earlier tries have said
 
     def run(self, command: str, seconds: float = 120, check: bool = True) -> str:
         """What a root shell's command prints; the kernel's and systemd's messages go elsewhere."""
@@ -135,6 +136,16 @@ class Guest:
 
     def put_adapter(self) -> None:
         self._qmp.ask("device_add", driver="usb-serial", id="adapter", chardev="adapter")
+
+    def put_stick(self, path: Path) -> None:
+        file = {"driver": "file", "filename": str(path), "read-only": True}
+        self._qmp.ask("blockdev-add", **{"driver": "raw", "node-name": "stick", "read-only": True, "file": file})
+        self._qmp.ask("device_add", driver="usb-storage", id="stick", drive="stick")
+
+    def pull_stick(self) -> None:
+        self._qmp.ask("device_del", id="stick")
+        self._qmp.wait_for("DEVICE_DELETED", lambda data: data.get("device") == "stick")
+        self._qmp.ask("blockdev-del", **{"node-name": "stick"})
 
     def send_break(self, line: str) -> None:
         self._qmp.ask("chardev-send-break", id=line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -120,6 +121,20 @@ def card(bundle: Path, work: Path) -> Path:
     tree.chmod(0o755)
     (tree / "model.flash").chmod(0o644)
     disk(path, tree, "FLASHD", more_mib=16)
+    return path
+
+
+def stick(configuration: str, work: Path) -> Path:
+    """A USB stick that brings a configuration."""
+    tree, path = work / "stick-tree", work / "stick.ext4"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    (tree / "flashd.yaml").write_text(configuration)
+    sha256 = hashlib.sha256(configuration.encode()).hexdigest()
+    (tree / "flashd-update.yaml").write_text(
+        f"needs: '0.1'\nconfiguration: {{file: flashd.yaml, sha256: '{sha256}'}}\n"
+    )
+    disk(path, tree, "STICK", more_mib=8)
     return path
 
 

@@ -121,6 +121,18 @@ def test_what_is_typed_during_an_answer_is_asked_afterwards(
     assert [j.request.turns[-1].content for j in clerk.answered] == ["first", "second"]
 
 
+def test_what_comes_in_one_read_is_taken_line_by_line(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk
+) -> None:
+    appliance(settings(cable))
+    terminal.expect("2  Will it rain?\r\n")
+    terminal.type("\rIs it warm?\rAnd n")
+    terminal.expect("\r> \x1b[K\r\n\r> \x1b[KIs it warm?\r\nIt is warm today.\r\n\r> \x1b[KAnd n")
+    terminal.type("ow?\r")
+    terminal.expect("ow?\r\nIt is warm today.\r\n")
+    assert [job.request.turns[-1].content for job in clerk.answered] == ["Is it warm?", "And now?"]
+
+
 def test_ascii_and_narrow(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
     appliance(settings(cable, ", charset: ascii, columns: 20"))
     clerk = Clerk(jobs, words=["Tous les ", "garçons — et ", "les filles… 25 °C"])

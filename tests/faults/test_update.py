@@ -13,7 +13,7 @@ from flashd.bundle.reader import Bundle
 from flashd.cli import main
 from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
 from flashd.pack.pack import pack
-from flashd.update import MANIFEST, read_manifest, update
+from flashd.update import MANIFEST, read_manifest, undo, update
 from tests import tiny
 from tests.faults.test_newfile import killed_at
 
@@ -30,6 +30,7 @@ class Board:
         for folder in (self.stick, home):
             folder.mkdir()
         self.config, self.model = home / "flashd.yaml", home / "model.flash"
+        self.unfinished = home / "update.unfinished"
         self.model.write_bytes(bundle.read_bytes())
         self.config.write_text(f"model: {self.model}\ncontext: 256\n")
         pack(tiny.write(root / "new.gguf", "qwen2"), self.stick / "new.flash", "int4")
@@ -58,10 +59,14 @@ class Board:
             raise FlashdError("flashd does not start")
 
     def update(self) -> list[Path]:
-        return update(self.stick, self.config, self.restart)
+        return update(self.stick, self.config, self.unfinished, self.restart)
 
 
 OLD, NEW = ("llama", 256), ("qwen2", 512)
+
+
+class PowerCut(BaseException):
+    """Nothing catches it."""
 
 
 @pytest.fixture
@@ -82,6 +87,37 @@ def test_what_does_not_start_is_undone(board: Board) -> None:
     with pytest.raises(FlashdError, match="the old one is in place again: flashd does not start"):
         board.update()
     assert board.state() == OLD and board.starts == [NEW, OLD]
+
+
+def test_a_power_cut_before_the_new_has_started_is_undone(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut() -> None:
+        raise PowerCut
+
+    before = sha(board.model)
+    with monkeypatch.context() as power, pytest.raises(PowerCut):
+        power.setattr(board, "restart", cut)
+        board.update()
+    assert board.state() == NEW
+    assert undo(board.unfinished) == [board.config, board.model]
+    assert board.state() == OLD and sha(board.model) == before
+    assert undo(board.unfinished) == []
+    assert board.update() and board.state() == NEW
+    assert undo(board.unfinished) == []  # one that came to its end stays
+    assert board.state() == NEW
+
+
+def test_what_was_not_there_is_gone_after_an_undo(board: Board) -> None:
+    board.model.unlink()
+    board.broken = True
+    with pytest.raises(InputMissing, match=r"model\.flash"):  # from the second start, which has none again
+        board.update()
+    assert not board.model.exists() and undo(board.unfinished) == []
+
+
+def test_a_damaged_record_is_named(board: Board) -> None:
+    board.unfinished.write_bytes(b"[[")
+    with pytest.raises(DataError, match=r"update\.unfinished: damaged"):
+        undo(board.unfinished)
 
 
 def test_what_is_damaged_changes_nothing(board: Board) -> None:
@@ -122,7 +158,7 @@ def test_manifests_that_are_refused(board: Board, text: str, error: str) -> None
 
 def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputMissing, match="No such file"):
-        update(tmp_path, board.config, board.restart)
+        update(tmp_path, board.config, board.unfinished, board.restart)
     assert main(["update", str(tmp_path), "--config", str(board.config)]) == os.EX_NOINPUT
     assert "flashd-update.yaml" in capsys.readouterr().err
 
@@ -144,7 +180,11 @@ def test_a_kill_at_each_write_leaves_whole_files_and_can_be_gone_on_with(board: 
         for path, data in old.items():
             path.write_bytes(data)
         killed = killed_at(board.update, number)
-        seen.add(board.state())
+        seen.add(found := board.state())
+        if killed and number % 2:
+            begun = board.unfinished.exists()
+            undo(board.unfinished)  # as the next boot does
+            assert board.state() == (OLD if begun else found)
         board.update()
         assert board.state() == NEW
         left = {p.name for p in board.model.parent.iterdir()}

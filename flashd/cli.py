@@ -294,9 +294,9 @@ def _figures(engine: Any, answer: Any) -> dict[str, Any]:
 
 
 def _print_stats(f: dict[str, Any]) -> None:
+    kept = f" {f['reused_tokens']} more were kept," if f["reused_tokens"] else ""
     lines = [
-        f"prefill   {f['prompt_tokens']} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,"
-        f" {f['reused_tokens']} more were kept,"
+        f"prefill   {f['prompt_tokens']} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,{kept}"
         f" first token after {f['first_token_seconds']:.2f} s",
         f"decode    {f['tokens']} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {f['finish']}",
         f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"

@@ -93,7 +93,7 @@ def run_info(args: argparse.Namespace) -> None:
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
         "rows": f.ffn, "attention": f.attention, "head": f.head, "embedding": f.embedding,
-        "bundle_bytes": header.group.bundle_bytes, "group_bytes": header.unit_bytes,
+        "bundle_bytes": (header.neuron if header.selection else header.group).bundle_bytes, "group_bytes": header.unit_bytes,
         "ffn_bytes": ffn, "file_bytes": args.bundle.stat().st_size,
         **_selection_facts(header.selection), "chat_template": header.text.chat_template is not None,
         "source": header.source.name, "source_bytes": header.source.nbytes, "source_sha256": header.source.sha256,

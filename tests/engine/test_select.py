@@ -92,7 +92,9 @@ def test_with_every_neuron_chosen_it_is_the_dense_model(opt: Path, kind: RowKind
 
 
 def test_gated_neurons_too(tmp_path: Path) -> None:
-    golden = dataclasses.replace(GOLDENS["llama-relu"], keys=GOLDENS["llama-relu"].keys | {"hidden_activation": "drelu"})
+    golden = dataclasses.replace(
+        GOLDENS["llama-relu"], keys=GOLDENS["llama-relu"].keys | {"hidden_activation": "drelu"}
+    )
     source = golden.write(tmp_path / "m.gguf")
     pack(source, tmp_path / "s.flash", "f16", selecting=Selecting(TEXT, max_loss=0.5))
     pack(source, tmp_path / "d.flash", "f16")

@@ -30,6 +30,7 @@ StandardInput=tty-force
 StandardOutput=inherit
 StandardError=inherit
 TTYPath=/dev/hvc0
+SendSIGHUP=yes
 Environment=HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 Restart=always
 RestartSec=1

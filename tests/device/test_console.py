@@ -56,6 +56,7 @@ def test_a_question_is_answered_and_the_talk_remembered(
 
 def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
     appliance(settings(cable))
+    terminal.expect("2  Will it rain?\r\n")  # what is typed before the port is open is lost
     for typed, seen in (
         ("/help", "Ctrl-C stops an answer"), ("/model", "name: a model"), ("/stats", "3 tokens in 1.5 s"),
         ("/status", "idle, 0 waiting"), ("/nonsense", "/nonsense is not known; /help lists what is"),

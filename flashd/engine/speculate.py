@@ -16,7 +16,7 @@ MOST = 8
 NODES = 16
 """Tokens of a pass that checks drafts, the one before them included: each takes a row of logits."""
 
-MEMORY = 0.8
+MEMORY = 0.9
 """How much of a running mean stays when something new is measured."""
 
 PROBE = 16
@@ -80,8 +80,9 @@ class DraftLength:
     """For one kind of draft, running means of what drafting costs (seconds) and how often it is right."""
 
     def __init__(self) -> None:
-        self._right = 0.5
-        self._beside = 0.0
+        # with a third of the neurons pinned, until this text has told
+        self._right = 0.6
+        self._beside = 0.2
         self._draft: float | None = None
         self._pass: float | None = None
         self._idle = 0
@@ -89,7 +90,7 @@ class DraftLength:
     def choose(self) -> int:
         """The number of tokens that makes the most tokens a second."""
         if self._draft is None or self._pass is None:
-            return 2
+            return 4
         best = max(range(MOST + 1), key=lambda k: self._rate(k, self._draft or 0.0, self._pass or 0.0))
         if best == 0:
             self._idle += 1

@@ -181,6 +181,6 @@ def test_draft_length_grows_when_drafts_are_right_and_cheap() -> None:
     for _ in range(30):
         length.measured_token(True)
     assert length.choose() == MOST
-    for _ in range(60):
+    for _ in range(120):
         length.measured_token(False)
     assert np.mean([length.choose() for _ in range(32)]) < 1

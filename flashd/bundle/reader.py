@@ -113,8 +113,7 @@ class Bundle:
             data = carry + data
             n = min(len(data) // form.nbytes, wanted - at)
             raw = np.frombuffer(data, np.uint8, n * form.nbytes).reshape(n, form.nbytes)
-            for to, source in zip(out[at : at + n].arrays(), form.views(raw).arrays(), strict=True):
-                np.copyto(to, source)
+            out[at : at + n].take(form.views(raw))
             carry = data[n * form.nbytes :]
             at += n
         return out

@@ -59,6 +59,11 @@ class Slots:
     def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Slots:
         return type(self)(*(a[part] for a in self.arrays()))
 
+    def take(self, source: Slots) -> None:
+        """Copies the items of `source`, which has as many, in place of what is here."""
+        for to, values in zip(self.arrays(), source.arrays(), strict=True):
+            np.copyto(to, values)
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays())

@@ -50,7 +50,6 @@ class Head:
     def _copied(self, raw: Bytes) -> QuantRows | PlainRows:
         """Rows as a product wants them, each part by itself."""
         rows = self._passing[: len(raw)]
-        for to, source in zip(rows.arrays(), self._form.views(raw).arrays(), strict=True):
-            np.copyto(to, source)
+        rows.take(self._form.views(raw))
         assert isinstance(rows, QuantRows | PlainRows)
         return rows

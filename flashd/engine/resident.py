@@ -115,8 +115,7 @@ class ResidentModel:
         m, form = self._model, self._bundle.header.group
         groups = form.empty(m.groups)
         for first, raw in self._bundle.groups(i, m.groups):
-            for to, source in zip(groups.arrays(), form.views(raw).arrays(), strict=True):
-                np.copyto(to[first : first + len(raw)], source)
+            groups[first : first + len(raw)].take(form.views(raw))
         if isinstance(groups, TernaryGroups):
             return _ternary_ffn(f"layer.{i}.", groups)
         assert isinstance(groups, QuantGroups)

@@ -60,10 +60,6 @@ class Window:
         """[units]: which are here."""
         return self._slot_of >= 0
 
-    def missing(self) -> Ids:
-        """The units that are not here, ascending."""
-        return np.flatnonzero(self._slot_of < 0).astype(np.int32)
-
     def insert(self, first: int, rows: Slots) -> None:
         """Copies units first, first + 1, ..., all their groups, into free slots, see `put`."""
         self.put(np.arange(first, first + len(rows) // self.size, dtype=np.int32), rows)
@@ -78,7 +74,7 @@ class Window:
             raise ValueError(f"{len(units)} units for {self.capacity - self.used} free slots")
         if (self._slot_of[units] >= 0).any():
             raise ValueError(f"one of units {units.min()} to {units.max()} is in the window already")
-        _copy(self._part(self.used * self.size, len(units) * self.size), rows)
+        self._part(self.used * self.size, len(units) * self.size).take(rows)
         self._slot_of[units] = np.arange(self.used, stop)
         self._unit_at[self.used : stop] = units
         self.used = stop
@@ -94,7 +90,7 @@ class Window:
             self._slot_of[unit], self._unit_at[self.used] = self.used, unit
             self.used += 1
         part = self.groups_of(unit, first, len(groups))
-        _copy(part, groups)
+        part.take(groups)
         return part
 
     def delete(self, unit: int) -> None:
@@ -104,7 +100,7 @@ class Window:
             raise KeyError(unit)
         last = self.used - 1
         if slot != last:
-            _copy(self._part(slot * self.size, self.size), self._part(last * self.size, self.size))
+            self._part(slot * self.size, self.size).take(self._part(last * self.size, self.size))
             moved = self._unit_at[last]
             self._unit_at[slot] = moved
             self._slot_of[moved] = slot
@@ -118,10 +114,5 @@ class Window:
         self._unit_at[:] = -1
         self.used = 0
 
-    def _part(self, first: int, n: int) -> Any:
+    def _part(self, first: int, n: int) -> Slots:
         return self._slots[first : first + n]
-
-
-def _copy(to: Slots, source: Slots) -> None:
-    for target, values in zip(to.arrays(), source.arrays(), strict=True):
-        np.copyto(target, values)

@@ -62,7 +62,7 @@ class WindowMachine(RuleBasedStateMachine):
         assert self.window.used == len(self.here) <= CAPACITY
         assert set(self.window.units.tolist()) == self.here
         assert {u for u in range(UNITS) if u in self.window} == self.here
-        assert set(self.window.missing().tolist()) == set(range(UNITS)) - self.here
+        assert set(np.flatnonzero(~self.window.here()).tolist()) == set(range(UNITS)) - self.here
         for slot, unit in enumerate(self.window.units.tolist()):
             for array, source in zip(self.window.rows.arrays(), groups(unit, 1).arrays(), strict=True):
                 assert array[slot].tobytes() == source[0].tobytes()
@@ -82,7 +82,7 @@ def test_a_unit_of_several_groups_comes_in_parts_and_moves_as_one() -> None:
     with pytest.raises(ValueError, match="no free slot"):
         window.fill(0, 0, groups(0, 3))
     window.delete(2)
-    assert window.units.tolist() == [1] and window.missing().tolist() == [0, 2, 3]
+    assert window.units.tolist() == [1] and np.flatnonzero(~window.here()).tolist() == [0, 2, 3]
     window.insert(3, groups(9, 3))
     for unit in (1, 3):
         here = window.groups_of(unit, 0, 3)

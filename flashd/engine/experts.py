@@ -18,9 +18,9 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, Groups, Rows
 from flashd.engine import graph
 from flashd.engine.card import READ_BYTES, CardQueue, CardStats, Extent
-from flashd.engine.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
+from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.engine.window import Window
 
 MEMORY = 0.9

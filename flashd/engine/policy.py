@@ -1,4 +1,4 @@
-"""What a full window keeps: of what was just used and what was there, that of the highest score."""
+"""What a full window keeps: of what was just used and what was there, that of the highest score or the latest use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from flashd.bundle.rows import Floats
 
 Mask = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.int64]
 
 MEMORY = 0.98
 """How much of a frequency stays from one token to the next.
@@ -39,14 +40,37 @@ class Frequency:
         self.scores[chosen] += 1
 
 
+class LeastRecentlyUsed:
+    """Keeps those that were used last; of those that never were, the first ones, which are the hottest."""
+
+    def __init__(self, units: int) -> None:
+        self._used_at: Numbers = -np.arange(units)
+        self._now = 0
+
+    def use(self, units: Numbers) -> None:
+        """Each of T tokens, one after the other, used `units` [T, K]."""
+        for of_token in units:
+            self._now += 1
+            self._used_at[of_token] = self._now
+
+    def worth(self, units: Numbers, count: int) -> Numbers:
+        """The `count` of `units` that should stay when there is no room for all; a tie is the hotter one's."""
+        return _highest(self._used_at, np.sort(units), count)
+
+
 def kept(policy: Policy, candidates: Mask, capacity: int) -> Mask:
     """[units]: the `capacity` candidates of the highest scores, the first of equals."""
     units = np.flatnonzero(candidates)
     if len(units) > capacity:
-        units = units[np.argsort(-policy.scores[units], kind="stable")[:capacity]]
+        units = _highest(policy.scores, units, capacity)
     out = np.zeros(len(candidates), np.bool_)
     out[units] = True
     return out
+
+
+def _highest(scores: Floats | Numbers, units: Numbers, count: int) -> Numbers:
+    """The `count` of `units`, ascending, of the highest scores, the first of equals first."""
+    return np.asarray(units[np.argsort(-scores[units], kind="stable")[:count]])
 
 
 def shares(rates: Floats, slots: int) -> list[int]:

@@ -19,8 +19,8 @@ from flashd.bundle.layout import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.engine import experts, plan
 from flashd.engine.card import CardQueue, Extent
-from flashd.engine.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.plan import make_plan
+from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.errors import MemoryTooSmall
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened

@@ -21,6 +21,7 @@ from flashd.bundle.rows import (
     PlainGroups,
     PlainNeurons,
     PlainRows,
+    QuantGroups,
     QuantNeurons,
     QuantRows,
     Rows,
@@ -87,13 +88,7 @@ class Linear:
                 None, {**feed, "q": rows.q, "scale": rows.scale, "ones": ones, "index": _index(n)}
             )
         else:
-            (y,) = self._session.run(
-                None,
-                {
-                    **feed, "q": rows.q, "scale": rows.scale, "centre": rows.centre, "step": rows.step,
-                    "index": _index(len(rows)),
-                },
-            )  # fmt: skip
+            (y,) = self._session.run(None, {**feed, **_row_feed(rows, len(rows))})
         return np.asarray(y, np.float32)
 
 
@@ -138,10 +133,7 @@ class Ffn:
             (y,) = self._session.run(
                 None,
                 {
-                    **feed,
-                    "q": g.q.reshape(rows, -1), "scale": g.scale.reshape(rows, -1),
-                    "centre": g.centre.reshape(rows, -1), "step": g.step.reshape(rows, 2),
-                    "index": _index(rows),
+                    **feed, **_row_feed(g, rows),
                     "down": g.down.reshape(neurons, -1), "ones": _ones(neurons, blocks),
                     "down_index": _index(neurons),
                     "down_scale": g.down_scale.reshape(n, blocks, BLOCK),
@@ -176,10 +168,15 @@ class Neurons:
         if isinstance(n, PlainNeurons):
             feed["w"] = n.w.reshape(rows, -1)
         else:
-            parts = {"q": n.q, "scale": n.scale, "centre": n.centre, "step": n.step}
-            feed |= {name: array.reshape(rows, -1) for name, array in parts.items()} | {"index": _index(rows)}
+            feed |= _row_feed(n, rows)
         (y,) = self._session.run(None, feed)
         return np.asarray(y, np.float32)
+
+
+def _row_feed(parts: QuantRows | QuantGroups | QuantNeurons, rows: int) -> dict[str, npt.NDArray[Any]]:
+    """The quantised rows of `parts`, all axes but the last joined, as graphs name them."""
+    arrays = {"q": parts.q, "scale": parts.scale, "centre": parts.centre, "step": parts.step}
+    return {name: array.reshape(rows, -1) for name, array in arrays.items()} | {"index": _index(rows)}
 
 
 @cache

@@ -143,6 +143,16 @@ def _widen(g: _Graph, kind: RowKind, q: str, scale: str, index: str) -> str:
     )  # fmt: skip
 
 
+def _rows_in(g: _Graph, kind: RowKind, rows: str, width: int | str, blocks: int | str) -> tuple[str, str, str, str]:
+    """The arrays of QuantRows as inputs: q [rows, width], scale and centre [rows, blocks], step [rows, 2]."""
+    return (
+        g.input("q", T.UINT8, [rows, width]),
+        g.input("scale", CODES[kind][0], [rows, blocks]),
+        g.input("centre", CODES[kind][1], [rows, blocks]),
+        g.input("step", T.FLOAT16, [rows, 2]),
+    )
+
+
 def _rows_product(g: _Graph, kind: RowKind, parts: tuple[str, str, str, str], index: str) -> str:
     """x [T, K] times rows [n, K] of codes -> [T, n]."""
     q, scale, centre, step = parts
@@ -176,12 +186,7 @@ def linear(kind: RowKind) -> bytes:
         g.output("y", T.FLOAT, ["T", "n"], _ternary_product(g, g.input("index", T.INT64, ["n"])))
         return g.serialise("linear")
     g.input("sums", T.FLOAT, ["T", "B"])
-    parts = (
-        g.input("q", T.UINT8, ["rows", "bytes"]),
-        g.input("scale", CODES[kind][0], ["rows", "B"]),
-        g.input("centre", CODES[kind][1], ["rows", "B"]),
-        g.input("step", T.FLOAT16, ["rows", 2]),
-    )
+    parts = _rows_in(g, kind, "rows", "bytes", "B")
     index = g.input("index", T.INT64, ["n"])
     g.output("y", T.FLOAT, ["T", "n"], _rows_product(g, kind, parts, index))
     return g.serialise("linear")
@@ -211,12 +216,7 @@ def ffn(model: Model, kind: RowKind) -> bytes:
         g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, y))
         return g.serialise("ffn")
     g.input("sums", T.FLOAT, ["T", blocks])
-    parts = (
-        g.input("q", T.UINT8, ["rows", width]),
-        g.input("scale", CODES[kind][0], ["rows", blocks]),
-        g.input("centre", CODES[kind][1], ["rows", blocks]),
-        g.input("step", T.FLOAT16, ["rows", 2]),
-    )
+    parts = _rows_in(g, kind, "rows", width, blocks)
     index = g.input("index", T.INT64, ["rows"])
     a = _activations(g, model, _rows_product(g, kind, parts, index))
     sums = g.node("ReduceSum", g.node("Reshape", a, g.shape(0, -1, BLOCK)), g.shape(2), keepdims=0)  # [T, n]
@@ -273,10 +273,7 @@ def neurons(model: Model, kind: RowKind) -> bytes:
 def _widened_rows(g: _Graph, kind: RowKind, h: int) -> str:
     """[records, H] float32, centres included."""
     blocks = h // BLOCK
-    q = g.input("q", T.UINT8, ["records", h * BITS[kind] // 8])
-    scale = g.input("scale", CODES[kind][0], ["records", blocks])
-    centre = g.input("centre", CODES[kind][1], ["records", blocks])
-    step = g.input("step", T.FLOAT16, ["records", 2])
+    q, scale, centre, step = _rows_in(g, kind, "records", h * BITS[kind] // 8, blocks)
     index = g.input("index", T.INT64, ["records"])
     tops = g.node("Mul", g.node("Cast", step, to=T.FLOAT), g.constant(unit_steps(kind)))
     top_scale, top_centre = g.nodes_out("Split", tops, outputs=2, axis=1, num_outputs=2)

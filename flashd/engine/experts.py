@@ -77,7 +77,7 @@ class ExpertFfn:
 
     @property
     def hit_rate(self) -> float:
-        return self._found / self._needed if self._needed else self._plan.pinned_groups / self._model.groups
+        return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
     def pages(self) -> bool:

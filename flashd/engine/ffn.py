@@ -93,7 +93,7 @@ class StreamedFfn:
 
     @property
     def hit_rate(self) -> float:
-        return self._plan.pinned_groups / self._model.groups
+        return self._plan.pinned_share
 
     @property
     def pages(self) -> bool:

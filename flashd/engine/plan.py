@@ -215,7 +215,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
     if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
         return None
     m = header.model
-    loaded = repacked = 0
+    weights = 0
     for form, rows in (
         (header.row_format("head"), m.vocabulary),
         *[
@@ -227,10 +227,9 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
     ):
         # ternary rows are nibbles here
         packed, steps = rows * form.width * max(form.bits, 4) // 8, 4 * rows * form.blocks
-        loaded += packed + 2 * steps
-        repacked += packed + 2 * steps
+        weights += packed + 2 * steps
     return {
-        "graphs": SESSIONS, "constant weights": repacked, "weights while loading": loaded,
+        "graphs": SESSIONS, "constant weights": weights, "weights while loading": weights,
         "workspace": _resident_workspace(header) + SLACK,
     }  # fmt: skip
 

@@ -241,15 +241,8 @@ class RowFormat:
 
 
 @dataclass(frozen=True)
-class GroupFormat:
-    """Bundles of 32 neurons, a record each.
-
-    Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
-    (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
-    one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
-    there are any, end the record as float32 [32, M]. Columns of f16 and ternary bundles are RowFormat records too,
-    and share nothing.
-    """
+class _BundleFormat:
+    """What the two ways to write bundles have in common."""
 
     kind: RowKind
     hidden: int
@@ -259,6 +252,18 @@ class GroupFormat:
     @property
     def row(self) -> RowFormat:
         return RowFormat(self.kind, self.hidden)
+
+
+@dataclass(frozen=True)
+class GroupFormat(_BundleFormat):
+    """Bundles of 32 neurons, a record each.
+
+    Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
+    (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
+    one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
+    there are any, end the record as float32 [32, M]. Columns of f16 and ternary bundles are RowFormat records too,
+    and share nothing.
+    """
 
     @property
     def column_bytes(self) -> int:
@@ -325,21 +330,12 @@ class GroupFormat:
 
 
 @dataclass(frozen=True)
-class NeuronFormat:
+class NeuronFormat(_BundleFormat):
     """Bundles of one neuron, a record each, for models of which few neurons take part in a token.
 
     [row of every input matrix | column of down_proj], each a RowFormat record with blocks of its own, so that no
     neuron needs its neighbours; then the biases of its input rows, where there are any, as float32 [M].
     """
-
-    kind: RowKind
-    hidden: int
-    inputs: int = 2  # M
-    biases: int = 0  # M or none
-
-    @property
-    def row(self) -> RowFormat:
-        return RowFormat(self.kind, self.hidden)
 
     @cached_property
     def bundle_bytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -64,6 +65,8 @@ class Calibration:
         start_pool(len(os.sched_getaffinity(0)))
         self._stages = {name: open_session(graph) for name, graph in graphs.stages(model).items()}
         self._activations = open_session(graphs.activations(model))
+        # every layer asks for it again, and texts of one cut are of one length
+        self._attended = lru_cache(maxsize=1)(self._attention_feed)
         tokens = np.concatenate(texts)
         self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
         if model.positions:
@@ -105,7 +108,9 @@ class Calibration:
         qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
         kind = self._model.layer_kinds[i]
         heads = [
-            self._run(f"graph.attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part))[0][0]
+            self._run(
+                f"graph.attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part.stop - part.start)
+            )[0][0]
             for part in self._parts()
         ]
         branch = _product(np.concatenate(heads), self._weights.output(i))
@@ -131,9 +136,8 @@ class Calibration:
         ends = np.cumsum([len(text) for text in self._texts])
         return (slice(int(end) - len(text), int(end)) for end, text in zip(ends, self._texts, strict=True))
 
-    def _attended(self, part: slice) -> dict[str, npt.NDArray[np.generic]]:
-        """What attention within one text takes beside queries, keys and values."""
-        n = part.stop - part.start
+    def _attention_feed(self, n: int) -> dict[str, npt.NDArray[np.generic]]:
+        """What attention within a text of n tokens takes beside queries, keys and values."""
         t, kept = np.arange(n), np.zeros((1, self._model.kv_heads, n, self._model.head_dim), np.float32)
         feed: dict[str, npt.NDArray[np.generic]] = {
             "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),

@@ -99,8 +99,7 @@ def debian(arch: str, suite: str, work: Path) -> Image:
 
 def medium(arch: str, suite: str, work: Path) -> Path:
     """A disk with this checkout and the wheels beside it, as it is carried to a board without a network."""
-    tree, path = work / "medium", work / f"medium-{suite}-{arch}.ext4"
-    shutil.rmtree(tree, ignore_errors=True)
+    tree, path = _emptied(work / "medium"), work / f"medium-{suite}-{arch}.ext4"
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=CHECKOUT, capture_output=True, text=True, check=True,
@@ -115,9 +114,7 @@ def medium(arch: str, suite: str, work: Path) -> Path:
 
 def card(bundle: Path, work: Path) -> Path:
     """The card: a file system labelled FLASHD with the bundle on it."""
-    tree, path = work / "card-tree", work / "card.ext4"
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir(parents=True)
+    tree, path = _emptied(work / "card-tree"), work / "card.ext4"
     shutil.copy(bundle, tree / "model.flash")
     tree.chmod(0o755)
     (tree / "model.flash").chmod(0o644)
@@ -127,9 +124,7 @@ def card(bundle: Path, work: Path) -> Path:
 
 def stick(configuration: str, work: Path) -> Path:
     """A USB stick that brings a configuration."""
-    tree, path = work / "stick-tree", work / "stick.ext4"
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir(parents=True)
+    tree, path = _emptied(work / "stick-tree"), work / "stick.ext4"
     (tree / "flashd.yaml").write_text(configuration)
     sha256 = hashlib.sha256(configuration.encode()).hexdigest()
     (tree / "flashd-update.yaml").write_text(
@@ -137,6 +132,12 @@ def stick(configuration: str, work: Path) -> Path:
     )
     disk(path, tree, "STICK", more_mib=8)
     return path
+
+
+def _emptied(tree: Path) -> Path:
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    return tree
 
 
 def disk(path: Path, tree: Path, label: str, more_mib: int) -> None:

@@ -120,7 +120,8 @@ def build(model: Model, formats: Formats, selecting: bool = False) -> dict[str, 
         rows.add("f16")
     if selecting:
         rows.add(PREDICTOR_ROWS)
-    graphs = {f"graph.linear.{kind}": linear(kind) for kind in rows}
+    # sorted: a set's order changes from run to run, and the same model makes the same bundle
+    graphs = {f"graph.linear.{kind}": linear(kind) for kind in sorted(rows)}
     graphs["graph.ffn"] = neurons(model, formats.ffn) if selecting else ffn(model, formats.ffn)
     graphs |= stages(model)
     if not selecting and not model.experts and "f16" not in (formats.ffn, formats.attention, formats.head):

@@ -1,4 +1,4 @@
-"""Memory that goes back to the system while the array over it stays."""
+"""What the process holds of memory that it does not use: given back to the system, or kept for the next use."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def give_back(array: npt.NDArray[np.generic]) -> None:
     nbytes = (array.ctypes.data + array.nbytes) // PAGE * PAGE - start
     if nbytes > 0 and _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "madvise")
+
+
+LARGE = 4 << 20
+
+
+def keep_freed() -> None:
+    """Lets the allocator use again what was freed, rather than return it to the system each time.
+
+    Without this every run of a graph pays a page fault for each 4 KiB of its temporaries. What is larger than those,
+    logits and attention's scores, comes once a pass, and would leave gaps of 20 MiB between what is in use.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    if hasattr(_libc(), "mallopt"):  # another C library: slower, not wrong
+        _libc().mallopt(mmap_threshold, LARGE)
+        _libc().mallopt(trim_threshold, 64 << 20)
 
 
 @cache

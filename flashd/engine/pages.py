@@ -1,4 +1,4 @@
-"""What the process holds of memory that it does not use: given back to the system, or kept for the next use."""
+"""Memory that the process does not use goes back to the system."""
 
 from __future__ import annotations
 
@@ -25,19 +25,15 @@ def give_back(array: npt.NDArray[np.generic]) -> None:
         raise OSError(ctypes.get_errno(), "madvise")
 
 
-LARGE = 4 << 20
+LARGE = 1 << 20
+"""Bytes of an array from which on it has pages of its own, which go back when it does."""
 
 
-def keep_freed() -> None:
-    """Lets the allocator use again what was freed, rather than return it to the system each time.
-
-    Without this every run of a graph pays a page fault for each 4 KiB of its temporaries. What is larger than those,
-    logits and attention's scores, comes once a pass, and would leave gaps of 20 MiB between what is in use.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    if hasattr(_libc(), "mallopt"):  # another C library: slower, not wrong
+def keep_large_apart() -> None:
+    """Keeps large arrays out of the C library's heap, which moves that bound up on its own, and leaves gaps there."""
+    mmap_threshold = -3
+    if hasattr(_libc(), "mallopt"):  # another C library: more memory, not wrong
         _libc().mallopt(mmap_threshold, LARGE)
-        _libc().mallopt(trim_threshold, 64 << 20)
 
 
 @cache

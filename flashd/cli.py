@@ -49,7 +49,7 @@ def run_pack(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputMissing(f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'") from error
     with Bar("packing", "weights") as bar:
-        header = pack(args.source, args.out, args.rows, bar.show, _selecting(args))
+        header = pack(args.source, args.out, args.rows, bar.show, _allowed(args))
     print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
     if s := header.selection:
         print(
@@ -57,16 +57,47 @@ def run_pack(args: argparse.Namespace) -> None:
             f" {100 * sum(s.fired) / len(s.fired):.1f} % are not zero; perplexity {s.perplexity:.2f},"
             f" {s.perplexity_exact:.2f} with all ({100 * s.loss:+.2f} %, {s.tokens} held-out tokens)"
         )
+    if n := header.narrowed:
+        print(
+            f"{_narrow_share(header):.0f} % of groups have fewer bits; perplexity {n.perplexity:.3f},"
+            f" {n.perplexity_exact:.3f} exact ({100 * n.loss:+.2f} %, KL {n.divergence:.4f},"
+            f" {n.tokens} held-out tokens)"
+        )
 
 
-def _selecting(args: argparse.Namespace) -> Any:
+def _narrow_share(header: Any) -> float:
+    """Per cent of all groups that have fewer bits on the card."""
+    m = header.model
+    return 100 * float(1 - sum(header.narrowed.int3) / (m.layers * m.groups))
+
+
+def _allowed(args: argparse.Namespace) -> Any:
+    """What loss of quality is allowed, and for what."""
+    from flashd.pack.narrow import Narrowing
     from flashd.pack.predictor import Selecting
 
-    if args.select == "exact":
+    text = _text_of(args.text) if args.text else None
+    if args.select == "exact" or (args.select is None and args.max_loss is None):
+        if text is not None:
+            raise UsageError("--text is for what may cost quality: give --max-loss too, or --select")
         return None
-    if args.text is None:
-        raise UsageError("a predictor is trained on text like that which the model will meet; name some with --text")
-    return Selecting(_text_of(args.text), args.max_loss)
+    if args.select == "predictor":
+        if text is None:
+            raise UsageError(
+                "a predictor is trained on text like that which the model will meet; name some with --text"
+            )
+        return Selecting(text, args.max_loss or 0.01)
+    return Narrowing(args.max_loss or 0.01, text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+_share.__name__ = "share between 0 and 1"  # what argparse calls it
 
 
 def _text_of(path: Path) -> str:
@@ -88,7 +119,7 @@ def run_info(args: argparse.Namespace) -> None:
     with Bundle(args.bundle) as bundle:
         header = bundle.header
     m, f = header.model, header.formats
-    ffn = sum(s.length for s in header.sections if s.name.endswith(".ffn"))
+    ffn = sum(s.length for s in header.sections if s.name in header.paged_sections[:-1])
     facts: dict[str, Any] = {
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
@@ -96,7 +127,8 @@ def run_info(args: argparse.Namespace) -> None:
         "bundle_bytes": (header.neuron if header.selection else header.group).bundle_bytes,
         "group_bytes": header.unit_bytes,
         "ffn_bytes": ffn, "file_bytes": args.bundle.stat().st_size,
-        **_selection_facts(header.selection), "chat_template": header.text.chat_template is not None,
+        **_selection_facts(header.selection), **_narrowed_facts(header.narrowed),
+        "chat_template": header.text.chat_template is not None,
         "source": header.source.name, "source_bytes": header.source.nbytes, "source_sha256": header.source.sha256,
         "packed_by": header.flashd,
     }  # fmt: skip
@@ -113,6 +145,17 @@ def _selection_facts(s: Any) -> dict[str, Any]:
         "selection": "predictor", "ranks": s.ranks, "chosen": [round(c, 4) for c in s.chosen],
         "fired": [round(f, 4) for f in s.fired], "held_out_tokens": s.tokens, "perplexity_exact": s.perplexity_exact,
         "perplexity": s.perplexity, "perplexity_loss": s.loss,
+    }  # fmt: skip
+
+
+def _narrowed_facts(n: Any) -> dict[str, Any]:
+    """What `info` says of groups that have fewer bits."""
+    if n is None:
+        return {}
+    return {
+        "int3_from_group": n.int3, "int2_from_group": n.int2, "held_out_tokens": n.tokens,
+        "perplexity_exact": n.perplexity_exact, "perplexity": n.perplexity, "perplexity_loss": n.loss,
+        "divergence": n.divergence,
     }  # fmt: skip
 
 
@@ -324,7 +367,9 @@ def run_eval(args: argparse.Namespace) -> None:
         tokens = in_child(lambda: Prompts(bundle).plain(text))
         with Bar("reading", "tokens") as bar, Engine(bundle, _budget(args)) as engine:
             result = perplexity(engine.model, tokens, bar.show)
-    facts = {"mode": "predictor" if bundle.header.selection else "exact", **asdict(result)}
+    header = bundle.header
+    mode = "predictor" if header.selection else "narrow" if header.narrowed else "exact"
+    facts = {"mode": mode, **asdict(result)}
     _print_facts(facts, args.json)
 
 
@@ -414,13 +459,14 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, required=True, metavar="FILE.flash")
     pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
     pack.add_argument(
-        "--select", choices=("exact", "predictor"), default="exact",
-        help="neurons that take part: all (default), or those that a predictor chooses, for ReLU models",
+        "--max-loss", type=_share, metavar="X",
+        help="by how much perplexity may rise, 0.02 for 2 %%: what matters least has fewer bits (default: exact)",
     )  # fmt: skip
-    pack.add_argument("--text", type=Path, metavar="T.txt", help="what the predictor is trained and judged on")
     pack.add_argument(
-        "--max-loss", type=float, default=0.01, help="by how much it may raise perplexity (default 0.01: 1 %%)"
-    )
+        "--select", choices=("exact", "narrow", "predictor"),
+        help="how: exact (default), fewer bits (default with --max-loss), or for ReLU models a predictor of neurons",
+    )  # fmt: skip
+    pack.add_argument("--text", type=Path, metavar="T.txt", help="text like that to come, to measure the loss on")
     pack.set_defaults(run=run_pack)
 
     info = commands.add_parser("info", help="what is in a bundle, or which families can be packed")

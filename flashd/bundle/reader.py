@@ -15,7 +15,7 @@ from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.layout import BadSection, DamagedRun, Section
 from flashd.bundle.rows import (
     BLOCK,
-    Bytes,
+    Groups,
     PlainRows,
     QuantRows,
     RowKind,
@@ -118,17 +118,18 @@ class Bundle:
             at += n
         return out
 
-    def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Bytes]]:
-        """The first `count` groups of a layer, some at a time: (first, [n, group bytes] uint8).
+    def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Groups]]:
+        """The first `count` groups of a layer, some at a time, each time with the number of the first.
 
         Raises DamagedRun, CardError.
         """
-        section = self.section(f"layer.{layer}.ffn")
-        for first in range(0, count, at_once):
-            n = min(at_once, count - first)
-            following = min(at_once, count - first - n)
-            data = self._checked(section, first, n * section.run, following * section.run)
-            yield first, np.frombuffer(data, np.uint8).reshape(n, section.run)
+        for part in self.header.ffn_parts:
+            section, wanted = self.section(part.section), min(part.count, count - part.first)
+            for first in range(0, wanted, at_once) if part.layer == layer else ():
+                n = min(at_once, wanted - first)
+                following = min(at_once, wanted - first - n)
+                data = self._checked(section, first, n * section.run, following * section.run)
+                yield part.first + first, part.form.groups(np.frombuffer(data, np.uint8).reshape(n, section.run))
 
     def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Rows [n, H] float32 of a table that stays on the card, such as the embeddings: a run is read for a row.

@@ -8,16 +8,17 @@ blocks of 32 weights; a weight is
 with q an unsigned 4- or 8-bit integer, zero = 8 or 128, and scale and centre given a block. Keeping a
 centre (and not an integer zero point) is what lets a 4-bit source such as Q4_1 or Q4_K move over without
 loss: re-rounding SmolLM2's rows to symmetric 4-bit blocks costs a mean KL of 0.30, this costs 0.0001.
-Scales and centres are codes, in parts of the largest of a run of blocks, which is kept as float16. The codes
-of 4-bit rows have 8 bits, so that a row takes about 4.5 bits a weight, as Q4_K does; those of 8-bit rows have
-16, so that the codes' own rounding stays below the weights'.
+Narrow rows, of 3 or 2 bits, are the same with zero 4 or 2; a row of 3 bits has the lower two bits of all its
+weights, then the upper ones. Scales and centres are codes, in parts of the largest of a run of blocks, which is kept
+as float16. The codes of 4-bit rows and narrower ones have 8 bits, so that a row takes about 4.5 bits a weight, as
+Q4_K does; those of 8-bit rows have 16, so that the codes' own rounding stays below the weights'.
 
 Ternary rows hold weights of -scale, 0 and scale, with one float32 scale a row, as they are: 2 bits a weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal
@@ -29,15 +30,20 @@ BLOCK = 32
 """Weights that share a scale and a centre; also the neurons of one bundle group."""
 
 
-RowKind = Literal["int4", "int8", "f16", "ternary"]
+RowKind = Literal["int4", "int8", "f16", "ternary", "int3", "int2"]
 ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
 """What may be asked for. Weights that are ternary stay so where few bits are wanted."""
 
-BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2}
+NARROW: tuple[RowKind, ...] = ("int3", "int2")
+"""What the card has of groups that matter little in a bundle of int4 rows: as soon as they are read they are int4."""
+
+BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2, "int3": 3, "int2": 2}
 
 CODE_TYPES: dict[RowKind, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[Any]]]] = {
     "int4": (np.uint8, np.int8),
     "int8": (np.uint16, np.int16),
+    "int3": (np.uint8, np.int8),
+    "int2": (np.uint8, np.int8),
 }
 """The types of scale codes and centre codes; the largest of each type stands for the largest of a run."""
 
@@ -328,6 +334,15 @@ class GroupFormat(_BundleFormat):
         shared = _carve(tail, [*codes, (np.float16, (2, self.row.blocks)), bias])
         return QuantGroups(row.q, row.scale, row.centre, row.step, column, *shared)
 
+    def groups(self, raw: Bytes) -> Groups:
+        """Records as products take them: in place, or narrow ones with 4 bits a weight."""
+        groups = self.views(raw)
+        if self.kind not in NARROW:
+            return groups
+        assert isinstance(groups, QuantGroups)
+        bits = self.row.bits
+        return replace(groups, q=_widened(groups.q, bits), down=_widened(groups.down, bits))
+
 
 @dataclass(frozen=True)
 class NeuronFormat(_BundleFormat):
@@ -370,6 +385,9 @@ class NeuronFormat(_BundleFormat):
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:
     """Integers [..., K] as packed bytes [..., K * bits / 8], the first of a byte's in the low bits."""
+    if bits == 3:
+        lower, upper = np.bitwise_and(q, 3, dtype=np.uint8), np.right_shift(q, 2, dtype=np.uint8)
+        return np.concatenate([pack_bits(lower, 2), pack_bits(upper, 1)], axis=-1)
     step = 8 // bits
     packed = q[..., 0::step]
     for i in range(1, step):
@@ -386,3 +404,22 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     for i in range(step):
         np.bitwise_and(q >> (i * bits), most, out=out[..., i::step])
     return out
+
+
+def _widened(q: Bytes, bits: int) -> Bytes:
+    """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
+    lower = q.shape[-1] * 2 // bits
+    out = _nibbles(2, bits)[q[..., :lower]]  # [..., K / 4] uint16
+    if bits == 3:
+        upper = out.view("<u4")
+        upper += _nibbles(1, bits)[q[..., lower:]]  # no nibble carries: the largest is 11
+    return out.view(np.uint8)
+
+
+@cache
+def _nibbles(part: int, bits: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """[256]: the nibbles of a byte that holds `part` bits of each weight, its lower two or the upper one."""
+    values = unpack(np.arange(256, dtype=np.uint8)[:, None], part).astype(np.uint32)  # [256, weights]
+    values = values * np.uint32(4) if part == 1 else values + np.uint32(8 - (1 << (bits - 1)))
+    words = pack_bits(values.astype(np.uint8), 4)
+    return words.view("<u2" if part == 2 else "<u4").reshape(256)

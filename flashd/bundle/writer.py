@@ -9,7 +9,7 @@ from types import TracebackType
 
 import flashd
 from flashd.bundle import layout
-from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Section, Selection, Source, Text
+from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Narrowed, Section, Selection, Source, Text
 from flashd.errors import CannotWrite
 from flashd.newfile import NewFile
 
@@ -55,8 +55,9 @@ class BundleWriter:
         self._at = layout.align(self._at)
 
     def finish(
-        self, *, model: Model, formats: Formats, text: Text, source: Source, selection: Selection | None = None
-    ) -> Header:
+        self, *, model: Model, formats: Formats, text: Text, source: Source,
+        selection: Selection | None = None, narrowed: Narrowed | None = None,
+    ) -> Header:  # fmt: skip
         """Writes checksums and header, flushes all to the device and gives the file its name."""
         table = self._checksums.tobytes()
         checksums = Section(
@@ -65,7 +66,7 @@ class BundleWriter:
         header = Header(
             flashd=flashd.__version__, model=model, formats=formats, text=text, source=source,
             sections=self._sections, checksums=checksums, checksums_digest=f"{layout.digest(table):016x}",
-            selection=selection,
+            selection=selection, narrowed=narrowed,
         )  # fmt: skip
         self._write(table)
         head = layout.encode(header, self._at)

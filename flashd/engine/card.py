@@ -45,9 +45,9 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True)
 class Extent:
-    """A contiguous run of groups of one layer, read as one. Behind the last layer comes the head, 16 rows a group."""
+    """A contiguous run of groups of one section, read as one; of the head, which is the last, 16 rows are a group."""
 
-    layer: int
+    section: int  # its number in Header.paged_sections
     first: int
     count: int
 
@@ -70,8 +70,8 @@ def gap_bytes(speed: CardSpeed | None) -> int:
     return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
 
 
-def extents(layer: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
-    """The reads that fetch `groups` of a layer: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
+def extents(section: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
+    """The reads that fetch `groups` of a section: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
     gap, most = unwanted // group_bytes, max(1, READ_BYTES // group_bytes)
     runs: list[list[int]] = []
     for group in sorted(groups):
@@ -80,7 +80,7 @@ def extents(layer: int, groups: Sequence[int], group_bytes: int, unwanted: int =
         else:
             runs.append([group, group + 1])
     return [
-        Extent(layer, first, min(most, stop - first)) for start, stop in runs for first in range(start, stop, most)
+        Extent(section, first, min(most, stop - first)) for start, stop in runs for first in range(start, stop, most)
     ]
 
 
@@ -106,7 +106,7 @@ class _Card:
         self._bundle = bundle
         header = bundle.header
         self._sections = [bundle.section(name) for name in header.paged_sections]
-        self._records = [header.unit_bytes] * header.model.layers + [header.row_format("head").nbytes]
+        self._records = [*(section.run for section in self._sections[:-1]), header.row_format("head").nbytes]
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
         self._counting = threading.Lock()
@@ -157,7 +157,7 @@ class _Card:
         self._reads.clear()
 
     def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
-        section = self._sections[extent.layer]
+        section = self._sections[extent.section]
         offset = section.offset + extent.first * section.run
         length = min(extent.count * section.run, section.end - offset)
         start, nbytes = pages_of(offset, length)
@@ -173,7 +173,7 @@ class _Card:
             self._bundle.check(section, extent.first, data)
         with self._counting:
             self.stats.bytes_wanted += length - (extent.count - wanted) * section.run
-        return np.frombuffer(data, np.uint8).reshape(-1, self._records[extent.layer])
+        return np.frombuffer(data, np.uint8).reshape(-1, self._records[extent.section])
 
     def _fill(self, pages: memoryview, start: int, needed: int) -> None:
         reads, nbytes = self._file.fill(pages, start, needed)
@@ -197,12 +197,12 @@ class CardStream(_Card):
 
     def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
         runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
-        super().__init__(bundle, max((e.count * runs[e.layer] for e in schedule), default=0), buffers)
+        super().__init__(bundle, max((e.count * runs[e.section] for e in schedule), default=0), buffers)
         self._follow(schedule)
 
     def _follow(self, schedule: Sequence[Extent]) -> None:
         self._schedule = list(schedule)
-        self._of_layer = Counter(e.layer for e in self._schedule)
+        self._of_section = Counter(e.section for e in self._schedule)
         self._next = 0
 
     def read_ahead(self) -> None:
@@ -211,13 +211,13 @@ class CardStream(_Card):
             self._start(self._schedule[self._next])
             self._next = (self._next + 1) % len(self._schedule)
 
-    def layer(self, layer: int) -> Iterator[tuple[Extent, Bytes]]:
-        """The extents of a layer in order, each with its groups [count, group bytes] or rows [n, row bytes] uint8.
+    def section(self, section: int) -> Iterator[tuple[Extent, Bytes]]:
+        """The extents of a section in order, each with its groups [count, group bytes] or rows [n, row bytes] uint8.
 
-        Layers are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
+        Sections are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
         next one is taken. Raises CardError, DamagedRun.
         """
-        for _ in range(self._of_layer[layer]):
+        for _ in range(self._of_section[section]):
             self.read_ahead()
             yield from self._taken()
 

@@ -10,6 +10,7 @@ Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,11 +92,11 @@ class ExpertFfn:
     def load(self, layer: int) -> None:
         capacity = self._plan.pinned_groups // self._size
         window = Window(self._form, self._experts.count, capacity, self._size)
-        for first, raw in self._bundle.groups(layer, capacity * self._size):
-            for extent in self._extents(layer, first, len(raw)):
+        for first, groups in self._bundle.groups(layer, capacity * self._size):
+            for extent in self._extents(layer, first, len(groups)):
                 at = extent.first - first
-                groups = self._form.views(raw[at : at + extent.count])
-                window.fill(extent.first // self._size, extent.first % self._size, groups)
+                part: Any = groups[at : at + extent.count]
+                window.fill(extent.first // self._size, extent.first % self._size, part)
         recent = LeastRecentlyUsed(self._experts.count)
         self._layers.append(_Layer(self._bundle.rows(f"layer.{layer}.router"), window, recent))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from flashd.bundle.layout import ROWS_OF_A_RUN, Model
+from flashd.bundle.layout import ROWS_OF_A_RUN, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine import graph
@@ -13,6 +13,9 @@ from flashd.engine.card import CardStats, CardStream, Extent, extents, gap_bytes
 from flashd.engine.cardspeed import remembered
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
+
+AT_ONCE = 8
+"""Groups that are widened together, beside the slots that they go to."""
 
 OnStep = Callable[[int, int, int], None]
 """Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
@@ -67,10 +70,11 @@ class FeedForward(Protocol):
 def stream_past(bundle: Bundle, pinned: int, head_rows: int) -> list[Extent]:
     """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
     header, gap = bundle.header, gap_bytes(remembered(bundle.path))
-    m, head = header.model, bundle.section("head")
-    groups = range(pinned, m.groups)
-    schedule = [e for i in range(m.layers) for e in extents(i, groups, header.group.nbytes, gap)]
-    return schedule + extents(m.layers, range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
+    parts, head, schedule = header.ffn_parts, bundle.section("head"), []
+    for section, part in enumerate(parts):
+        groups = range(min(max(pinned - part.first, 0), part.count), part.count)
+        schedule += extents(section, groups, part.form.nbytes, gap)
+    return schedule + extents(len(parts), range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
 
 
 class StreamedFfn:
@@ -85,6 +89,9 @@ class StreamedFfn:
         self._model: Model = bundle.header.model
         self._form = bundle.header.group
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
+        self._parts: list[list[tuple[int, Part]]] = [[] for _ in range(self._model.layers)]  # with their sections
+        for section, part in enumerate(bundle.header.ffn_parts):
+            self._parts[part.layer].append((section, part))
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
         self._scheduled = self._goal = plan.pinned_groups  # groups of each layer that are pinned, and that may be
@@ -111,8 +118,8 @@ class StreamedFfn:
         capacity = self._plan.pinned_groups + self._plan.lent_groups
         pinned = Window(self._form, self._model.groups, capacity)
         pinned.give_back()
-        for first, raw in self._bundle.groups(layer, self._plan.pinned_groups):
-            pinned.insert(first, self._form.views(raw))
+        for first, groups in self._bundle.groups(layer, self._plan.pinned_groups):
+            pinned.insert(first, groups)
         self._pinned.append(pinned)
         if len(self._pinned) == self._model.layers:
             self.stream.read_ahead()
@@ -126,12 +133,14 @@ class StreamedFfn:
         y = self.from_ram(layer, h)  # [T, H]
         self._found += self._pinned[layer].used
         self._needed += self._model.groups
-        for extent, raw in self.stream.layer(layer):
-            self._passing.insert(extent.first, self._form.views(raw))
-            y += self._product(h, self._passing.rows)
-            self._stay(layer, extent)
-            self._passing.clear()
-            on_step(layer, self._model.layers, self.card.bytes_read)
+        for section, part in self._parts[layer]:
+            for extent, raw in self.stream.section(section):
+                for at in range(0, len(raw), AT_ONCE):
+                    self._passing.insert(part.first + extent.first + at, part.form.groups(raw[at : at + AT_ONCE]))
+                y += self._product(h, self._passing.rows)
+                self._stay(layer)
+                self._passing.clear()
+                on_step(layer, self._model.layers, self.card.bytes_read)
         return y
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
@@ -154,12 +163,12 @@ class StreamedFfn:
             self.stream.restart(stream_past(self._bundle, kept, self._plan.head_rows))
             self._scheduled = kept
 
-    def _stay(self, layer: int, extent: Extent) -> None:
-        """Pins what of an extent that streams past there is room for."""
-        pinned = self._pinned[layer]
-        count = min(self._goal - pinned.used, extent.count)
-        if count > 0 and extent.first == pinned.used:
-            pinned.insert(extent.first, self._passing.rows[:count])
+    def _stay(self, layer: int) -> None:
+        """Pins what of the groups that stream past there is room for."""
+        pinned, first = self._pinned[layer], int(self._passing.units[0])
+        count = min(self._goal - pinned.used, self._passing.used)
+        if count > 0 and first == pinned.used:
+            pinned.insert(first, self._passing.rows[:count])
 
     def restart(self) -> None:
         self.stream.restart()

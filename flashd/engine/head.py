@@ -25,7 +25,7 @@ class Head:
         self._form = bundle.header.row_format("head")
         self._product = graph.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
         self._kept = bundle.rows("head", plan.head_rows)
-        self._stream = stream
+        self._stream, self._section = stream, len(bundle.header.ffn_parts)
         streams = len(self._kept) < self._model.vocabulary
         self._passing = self._form.empty(READ_BYTES // self._form.nbytes if streams else 0)
 
@@ -37,7 +37,7 @@ class Head:
         if self._stream is None:
             return out
         at = kept
-        for _, raw in self._stream.layer(layers):
+        for _, raw in self._stream.section(self._section):
             out[:, at : at + len(raw)] = self._product(h, self._copied(raw))
             at += len(raw)
             on_step(layers, layers, self._stream.stats.bytes_read)

@@ -126,7 +126,7 @@ def make_plan(
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
         lent_groups=lent, head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
-        card_bytes=_needed(m) * (m.groups - pinned) * a_group_a_layer // m.groups + (m.vocabulary - head) * row,
+        card_bytes=_needed(m) * _passing_bytes(header, pinned) // m.groups + (m.vocabulary - head) * row,
     )  # fmt: skip
 
 
@@ -163,7 +163,14 @@ def _needed(m: Model) -> int:
 
 def passing_groups(header: Header) -> int:
     """Slots for the groups of one read."""
-    return min(header.model.expert_groups, max(1, READ_BYTES // header.group.nbytes))
+    return min(header.model.expert_groups, max(1, READ_BYTES // min(part.form.nbytes for part in header.ffn_parts)))
+
+
+def _passing_bytes(header: Header, pinned: int) -> int:
+    """Bytes of the groups that are not pinned."""
+    return sum(
+        part.form.nbytes * min(max(part.first + part.count - pinned, 0), part.count) for part in header.ffn_parts
+    )
 
 
 def rates_of(bundle: Bundle) -> Floats | None:

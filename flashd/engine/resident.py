@@ -114,8 +114,8 @@ class ResidentModel:
         """Input rows, one matrix after the other [M F, H], and down_proj [H, F] with its blocks along the neurons."""
         m, form = self._model, self._bundle.header.group
         groups = form.empty(m.groups)
-        for first, raw in self._bundle.groups(i, m.groups):
-            groups[first : first + len(raw)].take(form.views(raw))
+        for first, some in self._bundle.groups(i, m.groups):
+            groups[first : first + len(some)].take(some)
         if isinstance(groups, TernaryGroups):
             return _ternary_ffn(f"layer.{i}.", groups)
         assert isinstance(groups, QuantGroups)

@@ -53,6 +53,19 @@ class Seen:
         return np.asarray(np.abs(self.a).mean(0) * self.reach, np.float32)
 
 
+@dataclass(frozen=True)
+class Dense:
+    """An FFN's weights in RAM."""
+
+    inputs: list[Floats]  # gate and up, or up alone, each [F, H]
+    biases: Floats  # of the input rows, [F, M] or [F, 0]
+    down: Floats  # [H, F]
+
+    def part(self, start: int, stop: int | None) -> Dense:
+        """Some of its neurons."""
+        return Dense([m[start:stop] for m in self.inputs], self.biases[start:stop], self.down[:, start:stop])
+
+
 class Calibration:
     """The hidden states [N, H] of some texts, one layer further with each call of `layer`.
 
@@ -117,19 +130,40 @@ class Calibration:
         x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
         return vectors, x, h
 
+    def replaced(self, i: int, ffn: Dense) -> None:
+        """Takes the texts through layer i with other weights in its FFN."""
+        vectors, x, h = self._attend(i)
+        (self._x,) = self._run("graph.leave", vectors, x=x, branch=self.activate(ffn, h) @ ffn.down.T)
+
+    @property
+    def states(self) -> Floats:
+        """[N, H] behind the last layer that the texts were taken through."""
+        return self._x
+
     def perplexity(self) -> float:
         """Of the texts, behind the last layer."""
-        vectors, lost, counted = self._weights.model_vectors(), 0.0, 0
-        for part, text in zip(self._parts(), self._texts, strict=True):
-            (h,) = self._run("graph.finish", vectors, x=self._x[part][:-1])
-            logits = _product(h, self._weights.head())
-            if "graph.logits" in self._stages:
-                (logits,) = self._run("graph.logits", vectors, x=logits)
+        lost, counted = 0.0, 0
+        for rows, following in self.pieces(self._model.context):
+            logits = self.logits(rows)
             logits = logits - logits.max(1, keepdims=True)
-            said = logits[np.arange(len(logits)), text[1:]]
+            said = logits[np.arange(len(logits)), following]
             lost += float((np.log(np.exp(logits).sum(1)) - said).sum())
             counted += len(logits)
         return float(np.exp(lost / counted))
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, Numbers]]:
+        """Up to `most` tokens of a text at a time, with the tokens that follow each."""
+        for part, text in zip(self._parts(), self._texts, strict=True):
+            for at in range(0, len(text) - 1, most):
+                following = text[at + 1 : at + 1 + most]
+                yield slice(part.start + at, part.start + at + len(following)), following
+
+    def logits(self, rows: slice) -> Floats:
+        """Logits [n, V] behind some tokens, once the last layer is done."""
+        vectors = self._weights.model_vectors()
+        (h,) = self._run("graph.finish", vectors, x=self._x[rows])
+        logits = _product(h, self._weights.head())
+        return self._run("graph.logits", vectors, x=logits)[0] if "graph.logits" in self._stages else logits
 
     def _parts(self) -> Iterator[slice]:
         """The rows of each text."""
@@ -151,11 +185,18 @@ class Calibration:
 
     def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
         """Activations [N, F] of an FFN's neurons, and their columns [H, F]."""
-        products = np.stack([_product(h, part) for part in ffn.inputs], axis=2)  # [N, F, M]
-        feed = {"products": products.reshape(len(h), -1), "bias": ffn.biases.reshape(-1)}
+        return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases), ffn.down.rows()
+
+    def activate(self, ffn: Dense, h: Floats) -> Floats:
+        """Activations [N, F] of an FFN's neurons for h [N, H]."""
+        return self._activated([h @ part.T for part in ffn.inputs], ffn.biases)
+
+    def _activated(self, products: list[Floats], biases: Floats) -> Floats:
+        """[N, F], from h's products with each of the input matrices, [N, F] too."""
+        feed = {"products": np.stack(products, axis=2).reshape(len(products[0]), -1), "bias": biases.reshape(-1)}
         known = [part.name for part in self._activations.get_inputs()]
         (a,) = self._activations.run(None, {name: feed[name] for name in known})
-        return np.asarray(a, np.float32), ffn.down.rows()
+        return np.asarray(a, np.float32)
 
     def _run(self, stage: str, vectors: dict[str, Floats], **values: npt.NDArray[np.generic]) -> list[Floats]:
         session = self._stages[stage]

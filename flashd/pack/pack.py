@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +14,30 @@ from flashd.bundle.layout import (
     Formats,
     Header,
     Model,
+    Narrowed,
     Selection,
     Text,
     group_format,
     neuron_format,
 )
-from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, NeuronFormat, RowFormat, RowKind
+from flashd.bundle.rows import (
+    BLOCK,
+    NARROW,
+    Bytes,
+    Floats,
+    GroupFormat,
+    NeuronFormat,
+    QuantGroups,
+    RowFormat,
+    RowKind,
+)
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError
-from flashd.pack import graphs
-from flashd.pack.calibrate import Calibration, hottest_groups, sample_tokens, text_tokens
+from flashd.pack import graphs, narrow
+from flashd.pack.calibrate import Calibration, Dense, Seen, hottest_groups, sample_tokens, text_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.gguf import GgufModel
+from flashd.pack.narrow import Narrowing, Starts, Weigh
 from flashd.pack.order import card_order
 from flashd.pack.predictor import LOST, SPARSE, Layer, Selecting, Texts, fit_layer, rank_of, rates, thresholds
 from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows, is_ternary
@@ -31,6 +45,8 @@ from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
 from flashd.pack.source import Source
 from flashd.pack.weights import Ffn, Matrix, Numbers, Weights
+
+log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1024
 GROUPS_AT_ONCE = 16
@@ -47,11 +63,12 @@ def pack(
     out: Path,
     rows: RowKind,
     on_progress: Progress = lambda done, total: None,
-    selecting: Selecting | None = None,
+    allowed: Selecting | Narrowing | None = None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
-    With `selecting` a predictor says which neurons take part; without, all do.
+    Where a loss is allowed: with Selecting a predictor says which neurons take part, with Narrowing what matters
+    least has fewer bits on the card, unless all of it matters too much.
 
     Raises:
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
@@ -59,7 +76,7 @@ def pack(
         CannotWrite: the disk is full or the folder cannot be written.
     """
     try:
-        return _Packer(open_source(source_path), rows, on_progress, selecting).write(out)
+        return _Packer(open_source(source_path), rows, on_progress, allowed).write(out)
     except BENT as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source_path}: its parts do not fit together ({what}); download it again") from error
@@ -70,9 +87,27 @@ def open_source(path: Path) -> Source:
     return HfFolder(path) if path.is_dir() else GgufModel(path)
 
 
+@dataclass
+class _Try:
+    """One of the budgets that are tried: what it makes of the judging texts, and of the layers."""
+
+    calibration: Calibration
+    starts: list[Starts] = field(default_factory=list)
+
+    def shares(self, groups: int) -> str:
+        """Per cent of all groups that have 4, 3 and 2 bits."""
+        int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
+        int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
+        return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
+
+
 class _Packer:
-    def __init__(self, source: Source, rows: RowKind, on_progress: Progress, selecting: Selecting | None) -> None:
-        self.source, self._selecting = source, selecting
+    def __init__(
+        self, source: Source, rows: RowKind, on_progress: Progress, allowed: Selecting | Narrowing | None
+    ) -> None:
+        self.source = source
+        self._selecting = selecting = allowed if isinstance(allowed, Selecting) else None
+        self._narrowing = allowed if isinstance(allowed, Narrowing) else None
         check_layers(source)
         family = family_of(source)
         self.model: Model = model_of(source, family)
@@ -89,6 +124,11 @@ class _Packer:
             raise DataError(
                 f"{source.path}: its activation is {self.model.activation}, of which few neurons are zero; a"
                 f" predictor is for {', '.join(sorted(SPARSE))}; pack it with --select exact"
+            )
+        if self._narrowing and (self.model.experts or self.formats.ffn != "int4" or self.model.normed_neurons):
+            raise DataError(
+                f"{source.path}: fewer bits are for plain layers of int4 rows, not for mixtures of experts or BitNet;"
+                " pack it without --max-loss"
             )
         self._on_progress = on_progress
         self._done = 0
@@ -108,13 +148,20 @@ class _Packer:
             self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
             if self.model.positions:
                 self._add_table(writer, "positions", self.weights.positions(), "f16")
-            selection = self._add_layers(writer, vocabulary.tokenizer_json)
+            selection = narrowed = None
+            if self._selecting:
+                selection = self._add_selected(writer, vocabulary.tokenizer_json, self._selecting)
+            elif self._narrowing:
+                narrowed = self._add_narrowed(writer, vocabulary.tokenizer_json, self._narrowing)
+            else:
+                self._add_exact(writer, vocabulary.tokenizer_json)
             text = Text(
                 eos=vocabulary.eos, bos=vocabulary.bos, add_bos=vocabulary.add_bos,
                 chat_template=vocabulary.chat_template,
             )  # fmt: skip
             return writer.finish(
-                model=self.model, formats=self.formats, text=text, source=self.source.source(), selection=selection
+                model=self.model, formats=self.formats, text=text, source=self.source.source(), selection=selection,
+                narrowed=narrowed,
             )  # fmt: skip
 
     def _add_table(
@@ -124,16 +171,100 @@ class _Packer:
         run = ROWS_OF_A_RUN * RowFormat(kind, self.model.hidden).nbytes
         writer.add(name, self._rows(matrix, kind, centred), run)
 
-    def _add_layers(self, writer: BundleWriter, tokenizer_json: bytes) -> Selection | None:
-        if self._selecting is None:
-            sample = sample_tokens(tokenizer_json)[: self.model.context]
-            calibration = self._calibration([sample])
-            for i in range(self.model.layers):
-                self._add_attention(writer, i)
-                form = group_format(self.model, self.formats)
-                writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
+    def _add_exact(self, writer: BundleWriter, tokenizer_json: bytes) -> None:
+        calibration = self._calibration([sample_tokens(tokenizer_json)[: self.model.context]])
+        for i in range(self.model.layers):
+            self._add_attention(writer, i)
+            form = group_format(self.model, self.formats)
+            writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
+
+    def _add_narrowed(self, writer: BundleWriter, tokenizer_json: bytes, narrowing: Narrowing) -> Narrowed | None:
+        """The layers, their coldest groups with as few bits as the allowed loss admits; None where it admits none."""
+        fit, judged = narrow.cut(tokenizer_json, narrowing, self.model.context)
+        calibration, exact = self._calibration(fit), self._calibration(judged)
+        tries = [_Try(self._calibration(judged)) for _ in narrow.BUDGETS]
+        orders, weighs = [], []
+        for i in range(self.model.layers):
+            seen = calibration.layer(i)
+            orders.append(hottest_groups(seen, self.model))
+            weighs.append(Weigh.of(seen))
+            self._try_layer(i, calibration, seen, orders[i], exact, tries)
+        found = narrow.judge(exact, [t.calibration for t in tries])
+        for budget, t, f in zip(narrow.BUDGETS, tries, found, strict=True):
+            log.info(
+                "error %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
+                budget, t.shares(self.model.groups), 100 * f.loss, f.divergence,
+            )  # fmt: skip
+        admitted = [(t, f) for t, f in zip(tries, found, strict=True) if f.loss <= narrowing.max_loss]
+        if not admitted:
+            log.warning(
+                "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
+                self.source.path, 100 * min(f.loss for f in found), 100 * narrowing.max_loss,
+            )  # fmt: skip
+        chosen, judgement = admitted[0] if admitted else (None, None)
+        for i, (order, weigh) in enumerate(zip(orders, weighs, strict=True)):
+            self._add_attention(writer, i)
+            self._add_parts(writer, i, order, weigh, chosen.starts[i] if chosen else None)
+        if chosen is None or judgement is None:
             return None
-        texts = Texts.cut(text_tokens(tokenizer_json, self._selecting.text), self.model.context)
+        return Narrowed(
+            int3=[s.int3 for s in chosen.starts], int2=[s.int2 for s in chosen.starts],
+            tokens=sum(len(text) - 1 for text in judged), perplexity_exact=judgement.perplexity_exact,
+            perplexity=judgement.perplexity, divergence=judgement.divergence,
+        )  # fmt: skip
+
+    def _try_layer(
+        self, i: int, calibration: Calibration, seen: Seen, order: Numbers, exact: Calibration, tries: list[_Try]
+    ) -> None:
+        """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups."""
+        (ffn,) = self.weights.ffns(i)
+        kept = len(order) // narrow.KEPT
+        whole = self._dense(ffn, order)
+        widths: tuple[RowKind, ...] = ("int3", "int2")
+        thin = {kind: self._narrow_dense(ffn, kind, order[kept:], Weigh.of(seen)) for kind in widths}
+        cold = whole.part(kept * BLOCK, None)
+        errors = {kind: narrow.group_errors(calibration, seen, cold, thin[kind]) for kind in widths}
+        exact.replaced(i, whole)
+        for t, budget in zip(tries, narrow.BUDGETS, strict=True):
+            at = narrow.starts(errors["int3"], errors["int2"], budget)
+            t.starts.append(Starts(kept + at.int3, kept + at.int2))
+            a, b = at.int3 * BLOCK, at.int2 * BLOCK
+            parts = [whole.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
+            t.calibration.replaced(i, narrow.joined(parts))
+
+    def _dense(self, ffn: Ffn, order: Numbers) -> Dense:
+        """An FFN's weights as they are, its groups in their order."""
+        neurons = (order[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+        filling = len(neurons) - ffn.down.shape[-1]
+        down = np.pad(ffn.down.rows(), ((0, 0), (0, filling)))[:, neurons]
+        bias = np.pad(ffn.biases, ((0, filling), (0, 0)))[neurons]
+        inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[neurons] for matrix in ffn.inputs]
+        return Dense(inputs, bias, down)
+
+    def _narrow_dense(self, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
+        """What becomes of some groups' weights in fewer bits."""
+        form = replace(group_format(self.model, self.formats), kind=kind)
+        raw = np.frombuffer(b"".join(self._groups(ffn, form, order, weigh)), np.uint8).reshape(-1, form.nbytes)
+        groups = form.groups(raw)
+        assert isinstance(groups, QuantGroups)
+        return narrow.floats(groups, groups.bias.reshape(len(groups) * BLOCK, -1))
+
+    def _add_parts(self, writer: BundleWriter, i: int, order: Numbers, weigh: Weigh, starts: Starts | None) -> None:
+        """A layer's groups, the hottest first, in sections of one width each."""
+        (ffn,) = self.weights.ffns(i)
+        form, ends = group_format(self.model, self.formats), [len(order)]
+        if starts:
+            ends = [starts.int3, starts.int2, len(order)]
+        first = 0
+        for kind, end in zip(("int4", *NARROW), ends, strict=False):
+            of_part, name = replace(form, kind=kind), f"layer.{i}.ffn" + (f".{kind}" if kind in NARROW else "")
+            if end > first:
+                chunks = self._groups(ffn, of_part, order[first:end], weigh if kind in NARROW else None)
+                writer.add(name, chunks, run=of_part.nbytes)
+            first = end
+
+    def _add_selected(self, writer: BundleWriter, tokenizer_json: bytes, selecting: Selecting) -> Selection:
+        texts = Texts.cut(text_tokens(tokenizer_json, selecting.text), self.model.context)
         fitted = sum(len(text) for text in texts.fit)
         calibration = self._calibration([*texts.fit, *texts.choose])
         layers, orders = [], []
@@ -143,14 +274,14 @@ class _Packer:
             order = self._filled(card_order(seen.a[:fitted] > 0))
             neuron = neuron_format(self.model, self.formats)
             writer.add(f"layer.{i}.ffn", self._neurons(i, neuron, order), run=neuron.nbytes)
-            rank = rank_of(i, self.model, self._selecting.rank)
+            rank = rank_of(i, self.model, selecting.rank)
             (ffn,) = self.weights.ffns(i)
             bias = ffn.biases
             lean = bias[:, 0] if bias.size else np.zeros(len(bias), np.float32)
             matrix = ffn.inputs[0].rows(slice(None))
             layers.append(fit_layer(seen, fitted, order, matrix, lean - self.model.threshold, rank))
             orders.append(order)
-        return self._add_predictors(writer, layers, orders, texts.judge)
+        return self._add_predictors(writer, layers, orders, texts.judge, selecting.max_loss)
 
     def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:
         """A layer's groups, the hottest first; of a mixture its experts, whose router is written here."""
@@ -164,20 +295,19 @@ class _Packer:
         return (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
 
     def _add_predictors(
-        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers]
+        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers], max_loss: float
     ) -> Selection:
         """Writes the layers' predictors with the thresholds that choose fewest neurons and cost what is allowed."""
-        assert self._selecting is not None
         exact = self._judged(texts, None, orders)
         for lost in LOST:
             thresholds(layers, lost)
             found = self._judged(texts, layers, orders)
-            if found <= exact * (1 + self._selecting.max_loss):
+            if found <= exact * (1 + max_loss):
                 break
         else:
             raise DataError(
                 f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
-                f" which is more than {100 * self._selecting.max_loss:.2f} %; pack it with --select exact, or give"
+                f" which is more than {100 * max_loss:.2f} %; pack it with --select exact, or give"
                 " more text, or allow more"
             )
         often = rates(layers)
@@ -242,29 +372,39 @@ class _Packer:
         for at in range(0, len(matrix), ROWS_AT_ONCE):
             yield self._encode(matrix, form, slice(at, at + ROWS_AT_ONCE), centred).tobytes()
 
-    def _encode(self, matrix: Matrix, form: RowFormat, which: slice | Numbers, centred: bool = True) -> Bytes:
+    def _encode(
+        self,
+        matrix: Matrix,
+        form: RowFormat,
+        which: slice | Numbers,
+        centred: bool = True,
+        weigh: Floats | None = None,
+    ) -> Bytes:
         weights = matrix.rows(which)
         self._count(weights.size)
-        return encode_rows(weights, form, matrix.grid(which), centred)
+        return encode_rows(weights, form, matrix.grid(which), centred, weigh)
 
-    def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers) -> Iterator[bytes]:
-        """An FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
+    def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
+        """Some of an FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
         down, grid = ffn.down.rows(), ffn.down.grid()
-        filling = len(order) * BLOCK - down.shape[1]
+        filling = self.model.expert_groups * BLOCK - down.shape[1]
         down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(ffn.biases, ((0, filling), (0, 0)))
+        columns = np.pad(weigh.neurons, (0, filling)) if weigh else None
         for at in range(0, len(order), GROUPS_AT_ONCE):
             groups = order[at : at + GROUPS_AT_ONCE]
             neurons = (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            records = [self._padded_rows(matrix, form.row, neurons) for matrix in ffn.inputs]
+            inputs = weigh.inputs if weigh else None
+            records = [self._padded_rows(matrix, form.row, neurons, inputs) for matrix in ffn.inputs]
             part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
             self._count(form.hidden * len(neurons))
-            yield encode_groups(records, down[:, neurons], bias[neurons], form, part).tobytes()
+            some = None if columns is None else columns[neurons]
+            yield encode_groups(records, down[:, neurons], bias[neurons], form, part, some).tobytes()
 
-    def _padded_rows(self, matrix: Matrix, form: RowFormat, neurons: Numbers) -> Bytes:
+    def _padded_rows(self, matrix: Matrix, form: RowFormat, neurons: Numbers, weigh: Floats | None = None) -> Bytes:
         """Row records of some neurons; those that only fill the last group are zero."""
         real = neurons < len(matrix)
         out = np.zeros((len(neurons), form.nbytes), np.uint8)
-        out[real] = self._encode(matrix, form, neurons[real])
+        out[real] = self._encode(matrix, form, neurons[real], weigh=weigh)
         return out
 
     def _count(self, weights: int) -> None:

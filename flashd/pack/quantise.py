@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.rows import (
+    BITS,
     BLOCK,
     CODE_TYPES,
+    NARROW,
     Bytes,
     Codes,
     Floats,
@@ -27,14 +29,21 @@ from flashd.bundle.rows import (
 )
 from flashd.pack.source import Grid
 
-SHRINK: dict[RowKind, tuple[float, ...]] = {"int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,)}
+SHRINK: dict[RowKind, tuple[float, ...]] = {
+    "int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,), "int3": (1.0, 0.8), "int2": (0.9, 0.7),
+}  # fmt: skip
 """Parts of a block's range that are tried: fewer extremes reached, finer steps for the rest."""
 
+FITS = 3
+"""Times that a narrow block's scale and centre are fitted to its weights as they were rounded last."""
 
-def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True) -> Bytes:
+
+def encode_rows(
+    weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
+) -> Bytes:
     """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero.
 
-    For ternary rows see `is_ternary`.
+    Narrow rows take `weigh` [K], how much an error of each weight counts. For ternary rows see `is_ternary`.
     """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
@@ -45,13 +54,18 @@ def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, cent
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
         return raw
-    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred)
+    blocks = weights.reshape(len(weights), -1, BLOCK)
+    if weigh is not None:
+        grid = fitted(blocks, form.kind, weigh.reshape(-1, BLOCK))
+    q, scale, centre, step = quantise(blocks, form.kind, grid, centred)
     parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
     parts.scale[:], parts.centre[:], parts.step[:] = scale, centre, step
     return raw
 
 
-def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFormat, grid: Grid | None) -> Bytes:
+def encode_groups(
+    inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFormat, grid: Grid | None, weigh: Floats | None = None
+) -> Bytes:
     """Records [g, nbytes] uint8 of g groups.
 
     Args:
@@ -59,6 +73,7 @@ def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFo
         down: the same neurons' columns of down_proj, [H, 32 g] float32.
         bias: the biases of the input rows, [32 g, M] or [32 g, 0] float32.
         grid: the source's own grid of `down`, each part [H, g].
+        weigh: of narrow groups, how much an error of each neuron's column counts, [32 g].
     """
     groups, h = down.shape[1] // BLOCK, form.hidden
     raw = np.zeros((groups, form.nbytes), np.uint8)
@@ -72,7 +87,9 @@ def encode_groups(inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFo
         return raw
     # 32 outputs share a step: [g, H/32, 32 outputs, 32 neurons]
     blocks = down.reshape(h // BLOCK, BLOCK, groups, BLOCK).transpose(2, 0, 1, 3).reshape(-1, BLOCK, BLOCK)
-    if grid is not None:
+    if weigh is not None:
+        grid = fitted(blocks, form.kind, np.repeat(weigh.reshape(groups, 1, BLOCK), h // BLOCK, axis=0))
+    elif grid is not None:
         grid = (grid[0].T.reshape(-1, BLOCK), grid[1].T.reshape(-1, BLOCK))
     q, scale, centre, step = quantise(blocks, form.kind, grid)
     neuron_major = q.reshape(groups, h, BLOCK).transpose(0, 2, 1)  # [g, 32, H]
@@ -102,6 +119,37 @@ def encode_neurons(inputs: list[Bytes], down: Floats, bias: Floats, form: Neuron
     return np.concatenate([*rows, np.ascontiguousarray(bias).view(np.uint8).reshape(len(bias), -1)], axis=1)
 
 
+def fitted(blocks: Floats, kind: RowKind, weigh: Floats) -> Grid:
+    """Scales and centres [n, B] of blocks [n, B, 32] that lose least, errors weighed by [B, 32] or [n, 1, 32].
+
+    Least squares in turn with rounding, from a few ranges.
+    """
+    levels = (1 << BITS[kind]) - 1
+    low, high = blocks.min(2, keepdims=True), blocks.max(2, keepdims=True)
+    weigh = np.broadcast_to(weigh.astype(np.float32), blocks.shape)
+    total = weigh.sum(2, keepdims=True)
+    best = [np.full_like(low, np.inf), low, low]  # error, scale, least
+    for shrink in SHRINK[kind]:
+        least = (low + high) / 2 - (high - low) * np.float32(shrink / 2)
+        scale = (high - low) * np.float32(shrink / levels)
+        for _ in range(FITS):
+            q = np.clip(np.rint(_divide(blocks - least, scale)), 0, levels)
+            wq = weigh * q
+            mean_q, mean = (
+                _divide(wq.sum(2, keepdims=True), total),
+                _divide((weigh * blocks).sum(2, keepdims=True), total),
+            )
+            spread = (wq * (q - mean_q)).sum(2, keepdims=True)
+            slope = _divide((wq * (blocks - mean)).sum(2, keepdims=True), spread)
+            scale = np.where(slope > 0, slope, scale)
+            least = mean - scale * mean_q
+        error = (weigh * (q * scale + least - blocks) ** 2).sum(2, keepdims=True)
+        better = error < best[0]
+        best = [np.where(better, new, old) for new, old in zip((error, scale, least), best, strict=True)]
+    _, scale, least = (part[:, :, 0] for part in best)
+    return scale, least + scale * np.float32(1 << (BITS[kind] - 1))
+
+
 def quantise(
     blocks: Floats, kind: RowKind, grid: Grid | None = None, centred: bool = True
 ) -> tuple[Bytes, Codes, Codes, npt.NDArray[np.float16]]:
@@ -114,10 +162,12 @@ def quantise(
         high = np.maximum(high, -low)
         low = -high
     middle, half = (low + high) / 2, (high - low) / 2
-    bits = 4 if kind == "int4" else 8
+    bits = BITS[kind]
     levels = (1 << bits) - 1
     tries = [(2 * half * r / levels, middle + half * r / levels) for r in SHRINK[kind]]
-    if grid is not None and (centred or not grid[1].any()):
+    if grid is not None and kind in NARROW:
+        tries = [grid]
+    elif grid is not None and (centred or not grid[1].any()):
         tries.insert(0, grid)
     best = _Coded(blocks, *tries[0], kind, bits)
     for scale, centre in tries[1:]:

@@ -111,6 +111,11 @@ def test_any_flipped_bit_of_a_section_is_found(tiny_bundle: Path, tmp_path: Path
         bundle.verify()
 
 
+NARROWED = {
+    "int3": [1, 1, 1], "int2": [2, 2, 2], "tokens": 9, "perplexity_exact": 5, "perplexity": 5.1, "divergence": 0.1,
+}  # fmt: skip
+
+
 def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
     def change(header: dict[str, object]) -> None:
         at: object = header
@@ -140,6 +145,10 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("model", "positions", to=7), BadSection),
         (_set("formats", "ffn", to="int2"), DamagedHeader),
         (_set("formats", "ffn", to="int8"), BadSection),
+        (_set("narrowed", to=NARROWED | {"int3": [1, 1]}), DamagedHeader),
+        (_set("narrowed", to=NARROWED | {"int3": [5, 1, 1], "int2": [4, 2, 2]}), DamagedHeader),
+        (_set("narrowed", to=NARROWED | {"int2": [2, 2, 1000]}), DamagedHeader),
+        (_set("narrowed", to=NARROWED), BadSection),
         (_set("sections", 0, "offset", to=1 << 40), BadSection),
         (_set("sections", 0, "offset", to=4097), BadSection),
         (_set("sections", 0, "length", to=1 << 40), BadSection),

@@ -35,7 +35,7 @@ def test_extents_cover_what_is_missing_and_little_else(groups: set[int], group_b
     found = extents(3, sorted(groups, reverse=True), group_bytes)
     read = [g for e in found for g in range(e.first, e.first + e.count)]
     assert read == sorted(set(read)) and set(read) >= groups
-    assert all(e.layer == 3 and e.count * group_bytes <= max(READ_BYTES, group_bytes) for e in found)
+    assert all(e.section == 3 and e.count * group_bytes <= max(READ_BYTES, group_bytes) for e in found)
     # what is read beside the wanted lies in gaps small enough to be cheaper read than skipped
     for unwanted in set(read) - groups:
         before = max(g for g in groups if g < unwanted)
@@ -52,10 +52,10 @@ def test_what_is_read_is_what_is_in_the_file(tiny_bundle: Path) -> None:
     with stream(tiny_bundle, schedule) as opened, Bundle(tiny_bundle) as bundle:
         size = bundle.header.group.nbytes
         for _ in range(3):
-            got = [(e, data.tobytes()) for layer in range(3) for e, data in opened.layer(layer)]
+            got = [(e, data.tobytes()) for layer in range(3) for e, data in opened.section(layer)]
             assert [e for e, _ in got] == schedule
             for extent, data in got:
-                at = bundle.section(f"layer.{extent.layer}.ffn").offset + extent.first * size
+                at = bundle.section(f"layer.{extent.section}.ffn").offset + extent.first * size
                 assert data == raw[at : at + extent.count * size]
 
 
@@ -63,11 +63,11 @@ def test_counts_of_one_pass(tiny_bundle: Path) -> None:
     schedule = [Extent(0, 0, 3), Extent(1, 0, 2)]
     with stream(tiny_bundle, schedule, buffers=1) as opened, Bundle(tiny_bundle) as bundle:
         size = bundle.header.group.nbytes
-        reads = [data.size for _, data in opened.layer(0)]
+        reads = [data.size for _, data in opened.section(0)]
         assert reads == [3 * size]
-        assert [data.size for _, data in opened.layer(1)] == [2 * size]
+        assert [data.size for _, data in opened.section(1)] == [2 * size]
         # the next pass's first extent is read ahead into the one buffer
-        assert [data.size for _, data in opened.layer(0)] == [3 * size]
+        assert [data.size for _, data in opened.section(0)] == [3 * size]
         opened.restart()
         assert 3 <= opened.stats.reads <= 4
         assert 8 * size <= opened.stats.bytes_wanted <= 10 * size
@@ -77,10 +77,10 @@ def test_counts_of_one_pass(tiny_bundle: Path) -> None:
 def test_restart_begins_a_pass_anew(tiny_bundle: Path) -> None:
     schedule = [Extent(0, 0, 1), Extent(0, 3, 1), Extent(1, 0, 1)]
     with stream(tiny_bundle, schedule) as opened:
-        next(iter(opened.layer(0)))
+        next(iter(opened.section(0)))
         opened.restart()
-        assert [e for e, _ in opened.layer(0)] == schedule[:2]
-        assert [e for e, _ in opened.layer(1)] == schedule[2:]
+        assert [e for e, _ in opened.section(0)] == schedule[:2]
+        assert [e for e, _ in opened.section(1)] == schedule[2:]
 
 
 def test_a_damaged_group_is_named_before_it_is_used(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_damaged_group_is_named_before_it_is_used(tiny_bundle: Path, tmp_path:
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
     with stream(path, [Extent(1, 0, 4)]) as opened, pytest.raises(DamagedRun, match=r"layer\.1\.ffn.*run 2"):
-        list(opened.layer(1))
+        list(opened.section(1))
 
 
 def test_a_file_that_ends_too_early_is_a_card_error(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_file_that_ends_too_early_is_a_card_error(tiny_bundle: Path, tmp_path:
         opened = CardStream(bundle, [Extent(2, 0, 1)], 1)
         try:
             with pytest.raises(CardError, match="was it replaced"):
-                list(opened.layer(2))
+                list(opened.section(2))
         finally:
             opened.close()
 
@@ -123,7 +123,7 @@ def test_without_direct_reads_it_reads_buffered_and_says_so_once(
     monkeypatch.setattr(os, "open", refuse_direct)
     with caplog.at_level(logging.WARNING), stream(tiny_bundle, [Extent(0, 0, 3)]) as opened:
         for _ in range(3):
-            assert [data.shape[0] for _, data in opened.layer(0)] == [3]
+            assert [data.shape[0] for _, data in opened.section(0)] == [3]
     assert sum("no direct reads" in r.message for r in caplog.records) == 1
 
 
@@ -150,7 +150,7 @@ def test_a_queue_gives_what_is_wanted_and_reads_a_right_guess_once(tiny_bundle: 
         def taken() -> list[Extent]:
             out = []
             for extent, data in opened.take():
-                at = bundle.section(f"layer.{extent.layer}.ffn").offset + extent.first * size
+                at = bundle.section(f"layer.{extent.section}.ffn").offset + extent.first * size
                 assert data.tobytes() == raw[at : at + extent.count * size]
                 out.append(extent)
             return out

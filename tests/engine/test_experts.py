@@ -140,7 +140,7 @@ def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], mon
         for token in tokens:
             model.forward(token, np.array([0]))
     least = len(tokens) * LAYERS * USED
-    pairs = {(i, e.layer, e.first) for i, extents in enumerate(guessed) for e in extents}
+    pairs = {(i, e.section, e.first) for i, extents in enumerate(guessed) for e in extents}
     assert len(pairs) == len(tokens) * (LAYERS - 1) * USED
     right = wrong = 0
     for i, extents in enumerate(guessed):
@@ -170,11 +170,13 @@ def test_where_guesses_are_wrong_they_are_not_read(
             asked.clear()
             guessed.clear()
             model.forward(first[None], np.array([0]))
-            assert {e.layer for e in guessed} == set(range(1, LAYERS))
-            right = [sum(e.layer == i and e.first // e.count in asked[i][0] for e in guessed) for i in range(LAYERS)]
+            assert {e.section for e in guessed} == set(range(1, LAYERS))
+            right = [
+                sum(e.section == i and e.first // e.count in asked[i][0] for e in guessed) for i in range(LAYERS)
+            ]
             guessed.clear()
             model.forward(second[None], np.array([0]))
-            again = {e.layer for e in guessed}
+            again = {e.section for e in guessed}
             for layer in range(1, LAYERS):
                 if right[layer] in (0, USED):
                     assert (layer in again) == (right[layer] == USED)

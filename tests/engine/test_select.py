@@ -42,7 +42,7 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def selected(opt: Path) -> Path:
     """A bundle with a predictor that may lose much: the neurons of a random model are not sparse."""
     out = opt.with_name("selected.flash")
-    pack(opt, out, "f16", selecting=Selecting(TEXT, max_loss=0.5))
+    pack(opt, out, "f16", allowed=Selecting(TEXT, max_loss=0.5))
     return out
 
 
@@ -81,7 +81,7 @@ def test_a_neuron_is_one_record(kind: RowKind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_every_neuron_chosen_it_is_the_dense_model(opt: Path, kind: RowKind, tmp_path: Path) -> None:
-    pack(opt, tmp_path / "s.flash", kind, selecting=Selecting(TEXT, max_loss=0.5))
+    pack(opt, tmp_path / "s.flash", kind, allowed=Selecting(TEXT, max_loss=0.5))
     with model_of(tmp_path / "s.flash", 100) as model:
         ffn = model._ffn
         assert isinstance(ffn, SelectedFfn)
@@ -96,7 +96,7 @@ def test_gated_neurons_too(tmp_path: Path) -> None:
         GOLDENS["llama-relu"], keys=GOLDENS["llama-relu"].keys | {"hidden_activation": "drelu"}
     )
     source = golden.write(tmp_path / "m.gguf")
-    pack(source, tmp_path / "s.flash", "f16", selecting=Selecting(TEXT, max_loss=0.5))
+    pack(source, tmp_path / "s.flash", "f16", allowed=Selecting(TEXT, max_loss=0.5))
     pack(source, tmp_path / "d.flash", "f16")
     with opened(tmp_path / "d.flash", 0.5, 64) as model:
         expected = all_logits(model, TOKENS.tolist(), 48)
@@ -198,12 +198,12 @@ def test_dense_bundles_know_nothing_of_it(opt: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_met_is_refused(opt: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--select exact"):
-        pack(opt, tmp_path / "m.flash", "f16", selecting=Selecting(TEXT, max_loss=-0.9))
+        pack(opt, tmp_path / "m.flash", "f16", allowed=Selecting(TEXT, max_loss=-0.9))
     with pytest.raises(DataError, match="longer one with --text"):
-        pack(opt, tmp_path / "m.flash", "f16", selecting=Selecting("too short"))
+        pack(opt, tmp_path / "m.flash", "f16", allowed=Selecting("too short"))
     dense = tiny.write(tmp_path / "silu.gguf")
     with pytest.raises(DataError, match="silu"):
-        pack(dense, tmp_path / "m.flash", "f16", selecting=Selecting(TEXT))
+        pack(dense, tmp_path / "m.flash", "f16", allowed=Selecting(TEXT))
     assert not (tmp_path / "m.flash").exists()
 
 

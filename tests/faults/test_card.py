@@ -131,7 +131,7 @@ def test_what_failed_while_nobody_asked_is_read_again(card: Card) -> None:
         for read in stream._reads:
             assert isinstance(read.groups.exception(), CardError)
         card.put_back()
-        assert [data.shape[0] for i in range(2) for _, data in stream.layer(i)] == [2, 2]
+        assert [data.shape[0] for i in range(2) for _, data in stream.section(i)] == [2, 2]
         stream.close()
 
 

@@ -85,7 +85,7 @@ def packed(folder: Path, rank: int | None) -> dict[str, Path]:
     if not paths["exact"].is_file():
         pack(folder, paths["exact"], "f16")
     if not paths["selected"].is_file():
-        pack(folder, paths["selected"], "f16", selecting=Selecting(sample(folder), rank=rank))
+        pack(folder, paths["selected"], "f16", allowed=Selecting(sample(folder), rank=rank))
     with Bundle(paths["selected"]) as bundle:
         s = bundle.header.selection
         size = sum(p.length for p in bundle.header.sections if p.name.endswith((".narrow", ".wide", ".lean")))

@@ -1,0 +1,179 @@
+"""Fewer bits for the groups that matter least, as many as an allowed loss admits.
+
+On a card a read costs as much time as some 16 KiB of it, so neurons of which one in two takes part cannot be read one
+by one; that each of them is fewer bytes helps always. Which layers bear it is measured, and what it costs in all is
+measured on text that nothing was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import numpy as np
+
+from flashd.bundle.reader import dequantise
+from flashd.bundle.rows import BLOCK, Floats, QuantGroups, QuantRows, unit_steps, unpack
+from flashd.errors import DataError
+from flashd.pack.calibrate import Calibration, Dense, Numbers, Seen, text_tokens
+
+KEPT = 4
+"""The hottest one in so many groups keeps its 4 bits: where there is any RAM at all, they are in it."""
+
+BUDGETS = (0.02, 0.01, 0.005, 0.0025, 0.0012, 0.0006)
+"""Errors of a layer that are tried, in parts of the hidden states, the largest first."""
+
+LENGTH = 512
+FIT, JUDGED = 4, 3
+"""Tokens of a text, texts that errors are weighed on, and others that judge the result."""
+
+TOKENS = 256
+"""Of the first text, on which the groups' errors are compared."""
+
+ROWS = 64
+"""Tokens whose logits are compared together: a large vocabulary takes megabytes for each."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What the user allows."""
+
+    max_loss: float  # of perplexity, in parts of it
+    text: str | None = None  # like that which the model will meet; None: what ships with flashd
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """How much errors of a layer's weights count: the mean squares of what each is multiplied by."""
+
+    inputs: Floats  # [H]
+    neurons: Floats  # [F]
+
+    @classmethod
+    def of(cls, seen: Seen) -> Weigh:
+        return cls(np.square(seen.h).mean(0), np.square(seen.a).mean(0))
+
+
+@dataclass(frozen=True)
+class Starts:
+    """From which group on a layer has 3, and 2 bits."""
+
+    int3: int
+    int2: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the other weights do to a text, beside the exact ones."""
+
+    perplexity_exact: float
+    perplexity: float
+    divergence: float  # nats
+
+    @property
+    def loss(self) -> float:
+        return self.perplexity / self.perplexity_exact - 1
+
+
+def cut(tokenizer_json: bytes, narrowing: Narrowing, context: int) -> tuple[list[Numbers], list[Numbers]]:
+    """Texts to weigh on and texts to judge by, in turn from all over the sample. Raises DataError for a short one."""
+    tokens = text_tokens(tokenizer_json, narrowing.text or "".join(_own_text()))
+    length, wanted = min(context, LENGTH), FIT + JUDGED
+    texts = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+    if len(texts) < wanted:
+        raise DataError(
+            f"to measure a loss takes {wanted * length} tokens of sample text and the text has {len(tokens)}; give a"
+            " longer one with --text"
+        )
+    spread = [texts[at * len(texts) // wanted] for at in range(wanted)]
+    judged = set(range(1, 2 * JUDGED, 2))
+    return [t for i, t in enumerate(spread) if i not in judged], [spread[i] for i in sorted(judged)]
+
+
+def _own_text(folder: Traversable | None = None) -> Iterator[str]:
+    """The sample text and flashd's own modules: prose and code that the package has anyway."""
+    if folder is None:
+        yield files("flashd.pack").joinpath("sample.txt").read_text("utf-8")
+        folder = files("flashd")
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.is_dir() and entry.name != "__pycache__":
+            yield from _own_text(entry)
+        elif entry.name.endswith(".py"):
+            yield entry.read_text("utf-8")
+
+
+def floats(groups: QuantGroups, biases: Floats) -> Dense:
+    """Groups of 4 bits as matrices; biases [32 n, M]."""
+    n, _, m, width = groups.q.shape
+    parts: list[Any] = [groups.q, groups.scale, groups.centre, groups.step]
+    rows = dequantise(QuantRows(*(p.reshape(n * BLOCK * m, -1) for p in parts)), "int4").reshape(n * BLOCK, m, -1)
+    top = groups.down_step.astype(np.float32) * unit_steps("int4")[:, None]  # [n, 2, H / 32]
+    scale, centre = (
+        (codes * np.repeat(top[:, k], BLOCK, axis=1))[:, None]
+        for k, codes in enumerate((groups.down_scale, groups.down_centre))
+    )  # [n, 1, H]
+    down = (unpack(groups.down, 4).astype(np.float32) - 8) * scale + centre  # [n, 32, H]
+    return Dense([rows[:, k] for k in range(m)], biases, down.reshape(n * BLOCK, 2 * width).T)
+
+
+def joined(parts: Sequence[Dense]) -> Dense:
+    """The neurons of all parts, one behind the other."""
+    return Dense(
+        [np.concatenate(inputs) for inputs in zip(*(part.inputs for part in parts), strict=True)],
+        np.concatenate([part.biases for part in parts]),
+        np.concatenate([part.down for part in parts], axis=1),
+    )
+
+
+def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Dense) -> Floats:
+    """[groups]: the squared error of each group's share in the output, in parts of the hidden states' squares."""
+    h = seen.h[:TOKENS]
+    size = float(np.square(calibration.states[:TOKENS]).sum())
+    a, b = calibration.activate(exact, h), calibration.activate(narrow, h)  # [N, F]
+    out = np.empty(a.shape[1] // BLOCK, np.float32)
+    for g in range(len(out)):
+        part = slice(g * BLOCK, (g + 1) * BLOCK)
+        out[g] = np.square(a[:, part] @ exact.down[:, part].T - b[:, part] @ narrow.down[:, part].T).sum() / size
+    return out
+
+
+def starts(int3: Floats, int2: Floats, budget: float) -> Starts:
+    """The most narrow groups whose errors stay within the budget, from each group's error with 3 and 2 bits.
+
+    Half of it is for each width. The errors [groups] are those of the coldest groups, the layer's last.
+    """
+    from_2 = _last(int2, budget / 2)
+    return Starts(_last(int3[:from_2], budget / 2), from_2)
+
+
+def _last(errors: Floats, budget: float) -> int:
+    """From which on the errors sum up to no more than the budget."""
+    behind = np.cumsum(errors[::-1], dtype=np.float64)
+    return len(errors) - int(np.searchsorted(behind, budget, side="right"))
+
+
+def judge(exact: Calibration, others: Sequence[Calibration]) -> list[Judgement]:
+    """What each of the others, behind its last layer, makes of the texts of `exact`."""
+    lost, divergence, counted = np.zeros(len(others) + 1), np.zeros(len(others)), 0
+    for rows, following in exact.pieces(ROWS):
+        right = np.arange(len(following))
+        expected = _log_softmax(exact.logits(rows))
+        lost[0] -= expected[right, following].sum()
+        for i, other in enumerate(others):
+            found = _log_softmax(other.logits(rows))
+            lost[i + 1] -= found[right, following].sum()
+            divergence[i] += (np.exp(expected) * (expected - found)).sum()
+        counted += len(following)
+    perplexity = np.exp(lost / counted)
+    return [
+        Judgement(float(perplexity[0]), float(perplexity[i + 1]), max(0.0, float(divergence[i] / counted)))
+        for i in range(len(others))
+    ]
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), np.float32)

@@ -1,0 +1,169 @@
+"""Groups of fewer bits: what is read is what was written, and a loss is measured before it is allowed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd.bundle import layout
+from flashd.bundle.reader import Bundle, dequantise
+from flashd.bundle.rows import NARROW, GroupFormat, QuantGroups, QuantRows, RowFormat, RowKind, pack_bits, unpack
+from flashd.engine.paged import PagedModel
+from flashd.errors import DataError
+from flashd.pack.narrow import Narrowing, cut, floats, starts
+from flashd.pack.pack import pack
+from flashd.pack.quantise import encode_rows
+from tests import tiny
+from tests.engine.test_paths import all_logits, opened, plan
+from tests.reference import relative
+
+TEXT = "the quick brown fox jumps over the lazy dog and " * 400
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle most of whose groups have 3 or 2 bits: a random model bears no loss, so much is allowed."""
+    folder = tmp_path_factory.mktemp("narrow")
+    source = tiny.write(folder / "tiny.gguf")
+    header = pack(source, folder / "narrow.flash", "int4", allowed=Narrowing(0.9, TEXT))
+    assert header.narrowed
+    assert any(a < b for a, b in zip(header.narrowed.int3, header.narrowed.int2, strict=True))
+    assert any(b < header.model.groups for b in header.narrowed.int2)
+    return folder / "narrow.flash"
+
+
+@given(st.data())
+def test_fewer_bits_widen_to_nibbles_that_stand_for_as_much(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(NARROW))
+    form = GroupFormat(kind, 32)
+    bits, zero = form.row.bits, 1 << (form.row.bits - 1)
+    random = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    raw = random.integers(0, 256, (2, form.nbytes), dtype=np.uint8)
+    q = random.integers(0, 1 << bits, (2, 32, 2, 32), dtype=np.uint8)
+    views = form.views(raw)
+    assert isinstance(views, QuantGroups)
+    views.q[:] = pack_bits(q, bits)
+    wide = form.groups(raw)
+    assert isinstance(wide, QuantGroups)
+    assert (unpack(wide.q, 4).astype(int) - 8 == q.astype(int) - zero).all()
+    assert (wide.scale == views.scale).all() and (wide.down_step.tobytes() == views.down_step.tobytes())
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_errors_that_count_more_are_smaller(kind: RowKind) -> None:
+    random = np.random.default_rng(1)
+    weights = random.standard_normal((64, 128)).astype(np.float32)
+    weights[0] = 0
+    weights[1] = 0.25
+    weigh = np.where(np.arange(128) % 4 == 0, 100, 1).astype(np.float32)
+    form = RowFormat(kind, 128)
+
+    def error(counts: np.ndarray) -> tuple[float, float]:
+        """Of the weights that count more, and of the others."""
+        rows = form.views(encode_rows(weights, form, weigh=counts.astype(np.float32)))
+        assert isinstance(rows, QuantRows)
+        wide = QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step)
+        off = (dequantise(wide, "int4") - weights) ** 2
+        assert off[0].max() == 0 and off[1].max() < 1e-4
+        return float(off[:, weigh > 1].mean()), float(off[:, weigh == 1].mean())
+
+    alike, weighed = error(np.ones(128)), error(weigh)
+    assert weighed[0] < 0.8 * alike[0] and weighed[1] > alike[1]
+    assert max(alike) < {"int3": 0.04, "int2": 0.15}[kind]  # of weights whose square is 1
+
+
+def widened(q: np.ndarray, bits: int) -> np.ndarray:
+    offset = 8 - (1 << (bits - 1))
+    values = unpack(q, bits) if bits != 3 else unpack(q[:, : q.shape[1] * 2 // 3], 2) + 4 * unpack(
+        q[:, q.shape[1] * 2 // 3 :], 1
+    )  # fmt: skip
+    return pack_bits((values + offset).astype(np.uint8), 4)
+
+
+def test_matrices_are_those_of_the_groups(tiny_bundle: Path) -> None:
+    with Bundle(tiny_bundle) as bundle:
+        ((_, groups),) = bundle.groups(0, 3)
+        assert isinstance(groups, QuantGroups)
+        dense = floats(groups, np.zeros((96, 0), np.float32))
+        model = PagedModel(bundle, plan(bundle, 0.0, 64))
+        try:
+            h = np.random.default_rng(0).standard_normal((2, dense.down.shape[0])).astype(np.float32)
+            gate, up = (h @ m.T for m in dense.inputs)
+            expected = (gate / (1 + np.exp(-gate)) * up) @ dense.down.T
+            assert relative(expected, model._ffn._product(h, groups)) < 1e-4  # type: ignore[attr-defined]
+        finally:
+            model.close()
+
+
+def test_every_path_computes_the_same(narrow: Path) -> None:
+    tokens = list(range(2, 40))
+    with opened(narrow, None) as model:
+        resident = all_logits(model, tokens, 16)
+    for pinned in (0.0, 0.4, 1.0):
+        with opened(narrow, pinned) as model:
+            assert relative(resident, all_logits(model, tokens, 16)) <= 1e-2  # a tiny model's rounded head
+
+
+def test_a_pass_reads_fewer_bytes(narrow: Path, tiny_bundle: Path) -> None:
+    def bytes_of_a_pass(path: Path) -> tuple[int, int]:
+        with Bundle(path) as bundle:
+            made = plan(bundle, 0.0, 64)
+            model = PagedModel(bundle, made)
+            try:
+                for _ in range(8):
+                    model.forward(np.arange(1), np.array([0]))
+                read = model.card.bytes_wanted / 8
+            finally:
+                model.close()
+            ffn = sum(part.count * part.form.nbytes for part in bundle.header.ffn_parts)
+        assert ffn <= read < 1.3 * ffn  # some of the next pass is read ahead
+        return int(read), ffn
+
+    assert bytes_of_a_pass(narrow)[1] < 0.85 * bytes_of_a_pass(tiny_bundle)[1]
+
+
+def test_what_was_measured_is_in_the_bundle(narrow: Path) -> None:
+    with Bundle(narrow) as bundle:
+        bundle.verify()
+        n = bundle.header.narrowed
+        assert n and abs(n.loss) <= 0.9 and 0.001 < n.divergence < 0.5 and n.tokens > 1000
+    version = layout.PREFIX.unpack(narrow.read_bytes()[: layout.PREFIX.size])[1]
+    assert version == layout.VERSION > layout.PLAIN_VERSION
+
+
+def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny.write(tmp_path / "tiny.gguf")
+    with caplog.at_level(logging.WARNING):
+        header = pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(-0.99, TEXT))
+    assert header.narrowed is None and "packed exact" in caplog.text
+    assert layout.PREFIX.unpack((tmp_path / "m.flash").read_bytes()[: layout.PREFIX.size])[1] == layout.PLAIN_VERSION
+
+
+def test_rows_of_other_bits_and_short_texts_are_refused(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "tiny.gguf")
+    with pytest.raises(DataError, match="int4 rows"):
+        pack(source, tmp_path / "m.flash", "int8", allowed=Narrowing(0.1, TEXT))
+    with pytest.raises(DataError, match="longer one with --text"):
+        pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(0.1, "short"))
+    assert not (tmp_path / "m.flash").exists()
+
+
+def test_the_default_text_is_long_enough(tiny_bundle: Path) -> None:
+    with Bundle(tiny_bundle) as bundle:
+        weighed, judged = cut(bundle.read("tokenizer"), Narrowing(0.1), 512)
+    assert len(weighed) == 4 and len(judged) == 3
+    assert not {t.tobytes() for t in weighed} & {t.tobytes() for t in judged}
+
+
+def test_groups_are_narrowed_from_the_last_on_while_the_budget_lasts() -> None:
+    int3, int2 = np.array([4, 3, 2, 1], np.float32), np.array([40, 30, 20, 10], np.float32)
+    assert starts(int3, int2, 0.5) == (starts(int3, int2, 0)) == type(starts(int3, int2, 0))(4, 4)
+    found = starts(int3, int2, 20)
+    assert (found.int3, found.int2) == (0, 3)
+    found = starts(int3, int2, 1e9)
+    assert (found.int3, found.int2) == (0, 0)

@@ -35,8 +35,8 @@ SESSIONS = 10 * MIB
 MARGIN = 2 * MIB
 """What the libraries' measured share varies by from one start to the next."""
 
-SLACK = 16 * MIB
-"""What the allocator holds beyond what was asked of it, up to 14 MiB on a busy machine."""
+SLACK = 8 * MIB
+"""What the allocators hold beyond what was asked of them."""
 
 
 LIKELY = 32768

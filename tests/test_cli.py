@@ -131,6 +131,18 @@ def test_info_and_verify_speak_to_machines(tiny_bundle: Path) -> None:
     assert b"tiny llama" in run("info", tiny_bundle).stdout
 
 
+def test_pack_says_what_fewer_bits_cost(tmp_path: Path, tiny_bundle: Path) -> None:
+    source, out = tiny_bundle.with_name("tiny.gguf"), tmp_path / "m.flash"
+    done = run("pack", source, "--out", out, "--max-loss", "0.9")
+    assert done.returncode == 0 and b"of groups have fewer bits; perplexity" in done.stdout, done.stderr
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert len(facts["int3_from_group"]) == facts["layers"] and facts["perplexity_loss"] <= 0.9
+    assert facts["ffn_bytes"] < json.loads(run("info", tiny_bundle, "--json").stdout)["ffn_bytes"]
+    (tmp_path / "t.txt").write_text("words")
+    refused(run("pack", source, "--out", out, "--text", tmp_path / "t.txt"), os.EX_USAGE, "--max-loss")
+    refused(run("pack", source, "--out", out, "--max-loss", "2"), os.EX_USAGE, "--max-loss", "between 0 and 1")
+
+
 def test_info_says_which_families_can_be_packed() -> None:
     from flashd.pack.families import FAMILIES
 

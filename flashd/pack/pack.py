@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,11 @@ GROUPS_AT_ONCE = 16
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What a file whose numbers contradict each other brings about in numpy and in the packages that read it."""
+
+GRID_BITS = 5.0
+"""Bits a weight, steps included, of the finest source whose levels int4 rows hold: Q4_1."""
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
@@ -80,6 +87,10 @@ class _Packer:
         self.weights = Weights(source, family, self.model)
         check_shapes(self.weights, self.model)
         self.formats = _formats(self.weights, self.model, rows)
+        if self.formats.ffn == "int4" and _finer(self.weights, self.model) > 0.5:
+            log.warning(
+                "%s: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", source.path
+            )
         if selecting and (self.model.experts or self.formats.ffn == "ternary" or self.model.normed_neurons):
             raise DataError(
                 f"{source.path}: a predictor is for plain layers, not for mixtures of experts or BitNet; pack it with"
@@ -92,7 +103,7 @@ class _Packer:
             )
         self._on_progress = on_progress
         self._done = 0
-        self._total = sum(int(np.prod(source.tensor(n).shape)) for n in source.names)
+        self._total = sum(prod(source.tensor(n).shape) for n in source.names)
 
     def write(self, out: Path) -> Header:
         vocabulary = self.source.vocabulary()
@@ -288,6 +299,21 @@ def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
     return Formats(
         ffn=inner, attention=inner, head=widened(weights.head()), embedding=widened(weights.embedding())
     )  # fmt: skip
+
+
+def _finer(weights: Weights, model: Model) -> float:
+    """The share of the layers' weights that the source has rounded, but to more levels than int4 rows have.
+
+    Measured: SmolLM2 with noise of a 4-bit step, as Q5_0, has a mean KL of 0.25 with int4 rows, 0.001 with int8.
+    """
+    finer = total = 0
+    for i in range(model.layers):
+        tensors = [part.tensor for part in (*weights.qkv(i), weights.output(i))]
+        tensors += [tensor for ffn in weights.ffns(i) for tensor in (*(part.tensor for part in ffn.inputs), ffn.down)]
+        for tensor in tensors:
+            total += prod(tensor.shape)
+            finer += prod(tensor.shape) * (GRID_BITS < tensor.bits < 16)
+    return finer / total
 
 
 def _ternary(weights: Weights, i: int) -> bool:

@@ -6,12 +6,14 @@ its scales cost; elsewhere the least squared error over a few ranges is taken, b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.rows import (
+    BITS,
     BLOCK,
     CODE_TYPES,
     Bytes,
@@ -109,47 +111,82 @@ def quantise(
 
     The B blocks of an n share their steps.
     """
+    own = _coded(blocks, *_fitted(blocks, kind, centred), kind)
+    if grid is None or not (centred or not grid[1].any()):
+        return own.q, own.scale, own.centre, own.step
+    theirs = _coded(blocks, *grid, kind)
+    better = own.error < theirs.error
+    for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
+        to[better] = values[better]
+    return theirs.q, theirs.scale, theirs.centre, theirs.step
+
+
+def _fitted(blocks: Floats, kind: RowKind, centred: bool) -> Grid:
+    """Scales and centres [n, B]: for each block the range of SHRINK whose levels, fitted to the block, err least."""
     low, high = blocks.min(2), blocks.max(2)
     if not centred:
         high = np.maximum(high, -low)
         low = -high
     middle, half = (low + high) / 2, (high - low) / 2
-    bits = 4 if kind == "int4" else 8
-    levels = (1 << bits) - 1
-    tries = [(2 * half * r / levels, middle + half * r / levels) for r in SHRINK[kind]]
-    if grid is not None and (centred or not grid[1].any()):
-        tries.insert(0, grid)
-    best = _Coded(blocks, *tries[0], kind, bits)
-    for scale, centre in tries[1:]:
-        best.take_better(_Coded(blocks, scale, centre, kind, bits))
-    return best.q, best.scale, best.centre, best.step
+    levels = (1 << BITS[kind]) - 1
+    scale, centre, least = np.empty_like(low), np.empty_like(low), np.full_like(low, np.inf)
+    for part in SHRINK[kind]:
+        step = 2 * half * np.float32(part / levels)
+        tried = _refit(blocks, step, middle + step / 2, kind, centred)
+        error = ((_levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks) ** 2).sum(2)
+        better = error < least
+        for to, values in zip((scale, centre, least), (*tried, error), strict=True):
+            to[better] = values[better]
+    return scale, centre
 
 
+def _refit(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, centred: bool) -> Grid:
+    """The scale and the centre of least squared error for the levels that a first pair gives."""
+    q = _levels(blocks, scale, centre, kind)
+    if not centred:
+        return _divide((q * blocks).sum(2), (q * q).sum(2)), np.zeros_like(scale)
+    mean, middle = q.mean(2), blocks.mean(2)
+    spread = q - mean[:, :, None]
+    scale = np.maximum(_divide((spread * blocks).sum(2), (spread * spread).sum(2)), 0)
+    return scale, middle - scale * mean
+
+
+def _levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floats:
+    """The nearest levels [n, B, 32] of weights, from -8 to 7 or from -128 to 127."""
+    zero = 1 << (BITS[kind] - 1)
+    return np.clip(np.rint(_divide(blocks - centre[:, :, None], scale[:, :, None])), -zero, zero - 1)
+
+
+@dataclass(frozen=True)
 class _Coded:
-    """One try at coding blocks [n, B, 32], and its squared error a row of blocks."""
+    """Blocks as they are written, and the squared error [n] of each n's."""
 
-    def __init__(self, blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, bits: int) -> None:
-        top_scale = _half(scale.max(1, keepdims=True))
-        top_centre = _half(np.abs(centre).max(1, keepdims=True))
-        self.step = np.concatenate([top_scale, top_centre], 1).astype(np.float16)
-        self.scale, s = _code(scale, top_scale, CODE_TYPES[kind][0], 1)
-        self.centre, c = _code(centre, top_centre, CODE_TYPES[kind][1], -np.iinfo(CODE_TYPES[kind][1]).max)
-        zero = 1 << (bits - 1)
-        levels = np.clip(np.rint(_divide(blocks - c, s)), -zero, zero - 1)
-        self.error = ((levels * s + c - blocks) ** 2).sum((1, 2))
-        self.q = (levels + zero).astype(np.uint8)
+    q: Bytes
+    scale: Codes
+    centre: Codes
+    step: npt.NDArray[np.float16]
+    error: Floats
 
-    def take_better(self, other: _Coded) -> None:
-        better = other.error < self.error
-        for name in ("q", "scale", "centre", "step", "error"):
-            getattr(self, name)[better] = getattr(other, name)[better]
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [self.q, self.scale, self.centre, self.step]
+
+
+def _coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> _Coded:
+    tops = _half(scale.max(1, keepdims=True)), _half(np.abs(centre).max(1, keepdims=True))
+    scale_type, centre_type = CODE_TYPES[kind]
+    scale_codes, s = _code(scale, tops[0], scale_type, 1)
+    centre_codes, c = _code(centre, tops[1], centre_type, -np.iinfo(centre_type).max)
+    levels = _levels(blocks, s, c, kind)
+    error = ((levels * s[:, :, None] + c[:, :, None] - blocks) ** 2).sum((1, 2))
+    q = (levels + (1 << (BITS[kind] - 1))).astype(np.uint8)
+    return _Coded(q, scale_codes, centre_codes, np.concatenate(tops, 1).astype(np.float16), error)
 
 
 def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int) -> tuple[Codes, Floats]:
-    """Values [n, B] as codes in parts of top [n, 1], and what the codes stand for, [n, B, 1]."""
+    """Values [n, B] as codes in parts of top [n, 1], and what the codes stand for, [n, B]."""
     most = int(np.iinfo(dtype).max)
     codes = np.clip(np.rint(_divide(values, top) * np.float32(most)), least, most).astype(dtype)
-    return codes, (codes.astype(np.float32) * (top / np.float32(most)))[:, :, None]
+    return codes, codes.astype(np.float32) * (top / np.float32(most))
 
 
 def _half(values: Floats) -> Floats:

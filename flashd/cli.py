@@ -88,7 +88,7 @@ def run_info(args: argparse.Namespace) -> None:
     with Bundle(args.bundle) as bundle:
         header = bundle.header
     m, f = header.model, header.formats
-    ffn = sum(s.length for s in header.sections if s.name.endswith(".ffn"))
+    ffn = sum(header.expected_lengths()[f"layer.{i}.ffn"] for i in range(m.layers))
     facts: dict[str, Any] = {
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
@@ -125,8 +125,9 @@ def _print_families(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(len(row["models"]) for row in rows)
     for row in rows:
-        print(f"{row['architecture']:12} {row['models']:40} checked on {row['checked']}")
+        print(f"{row['architecture']:12} {row['models']:{width}} checked on {row['checked']}")
 
 
 def run_verify(args: argparse.Namespace) -> None:

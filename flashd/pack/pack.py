@@ -91,16 +91,8 @@ class _Packer:
             log.warning(
                 "%s: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", source.path
             )
-        if selecting and (self.model.experts or self.formats.ffn == "ternary" or self.model.normed_neurons):
-            raise DataError(
-                f"{source.path}: a predictor is for plain layers, not for mixtures of experts or BitNet; pack it with"
-                " --select exact"
-            )
-        if selecting and self.model.activation not in SPARSE:
-            raise DataError(
-                f"{source.path}: its activation is {self.model.activation}, of which few neurons are zero; a"
-                f" predictor is for {', '.join(sorted(SPARSE))}; pack it with --select exact"
-            )
+        if selecting:
+            _check_selectable(source.path, self.model, self.formats)
         self._on_progress = on_progress
         self._done = 0
         self._total = sum(prod(source.tensor(n).shape) for n in source.names)
@@ -136,32 +128,32 @@ class _Packer:
         writer.add(name, self._rows(matrix, kind, centred), run)
 
     def _add_layers(self, writer: BundleWriter, tokenizer_json: bytes) -> Selection | None:
-        if self._selecting is None:
-            sample = sample_tokens(tokenizer_json)[: self.model.context]
-            calibration = self._calibration([sample])
-            for i in range(self.model.layers):
-                self._add_attention(writer, i)
-                form = group_format(self.model, self.formats)
-                writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
-            return None
-        texts = Texts.cut(text_tokens(tokenizer_json, self._selecting.text), self.model.context)
+        if self._selecting:
+            return self._add_selected(writer, tokenizer_json, self._selecting)
+        sample = sample_tokens(tokenizer_json)[: self.model.context]
+        calibration, form = self._calibration([sample]), group_format(self.model, self.formats)
+        for i in range(self.model.layers):
+            self._add_attention(writer, i)
+            writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
+        return None
+
+    def _add_selected(self, writer: BundleWriter, tokenizer_json: bytes, selecting: Selecting) -> Selection:
+        """Writes the layers with a bundle a neuron, in an order of their own, and what chooses among them."""
+        texts = Texts.cut(text_tokens(tokenizer_json, selecting.text), self.model.context)
         fitted = sum(len(text) for text in texts.fit)
-        calibration = self._calibration([*texts.fit, *texts.choose])
+        calibration, form = self._calibration([*texts.fit, *texts.choose]), neuron_format(self.model, self.formats)
         layers, orders = [], []
         for i in range(self.model.layers):
             self._add_attention(writer, i)
             seen = calibration.layer(i)
             order = self._filled(card_order(seen.a[:fitted] > 0))
-            neuron = neuron_format(self.model, self.formats)
-            writer.add(f"layer.{i}.ffn", self._neurons(i, neuron, order), run=neuron.nbytes)
-            rank = rank_of(i, self.model, self._selecting.rank)
+            writer.add(f"layer.{i}.ffn", self._neurons(i, form, order), run=form.nbytes)
             (ffn,) = self.weights.ffns(i)
-            bias = ffn.biases
-            lean = bias[:, 0] if bias.size else np.zeros(len(bias), np.float32)
-            matrix = ffn.inputs[0].rows(slice(None))
+            lean = ffn.biases[:, 0] if ffn.biases.size else np.zeros(len(ffn.biases), np.float32)
+            matrix, rank = ffn.inputs[0].rows(slice(None)), rank_of(i, self.model, selecting.rank)
             layers.append(fit_layer(seen, fitted, order, matrix, lean - self.model.threshold, rank))
             orders.append(order)
-        return self._add_predictors(writer, layers, orders, texts.judge)
+        return self._add_predictors(writer, layers, orders, texts.judge, selecting.max_loss)
 
     def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:
         """A layer's groups, the hottest first; of a mixture its experts, whose router is written here."""
@@ -175,20 +167,22 @@ class _Packer:
         return (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
 
     def _add_predictors(
-        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers]
+        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers], most: float
     ) -> Selection:
-        """Writes the layers' predictors with the thresholds that choose fewest neurons and cost what is allowed."""
-        assert self._selecting is not None
+        """Writes the layers' predictors with the thresholds that choose fewest neurons.
+
+        Raises DataError where they all raise perplexity by more than `most`, in parts of it.
+        """
         exact = self._judged(texts, None, orders)
         for lost in LOST:
             thresholds(layers, lost)
             found = self._judged(texts, layers, orders)
-            if found <= exact * (1 + self._selecting.max_loss):
+            if found <= exact * (1 + most):
                 break
         else:
             raise DataError(
                 f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
-                f" which is more than {100 * self._selecting.max_loss:.2f} %; pack it with --select exact, or give"
+                f" which is more than {100 * most:.2f} %; pack it with --select exact, or give"
                 " more text, or allow more"
             )
         often = rates(layers)
@@ -299,6 +293,20 @@ def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
     return Formats(
         ffn=inner, attention=inner, head=widened(weights.head()), embedding=widened(weights.embedding())
     )  # fmt: skip
+
+
+def _check_selectable(path: Path, model: Model, formats: Formats) -> None:
+    """Raises DataError for a model whose neurons no predictor can choose."""
+    if model.experts or formats.ffn == "ternary" or model.normed_neurons:
+        raise DataError(
+            f"{path}: a predictor is for plain layers, not for mixtures of experts or BitNet; pack it with"
+            " --select exact"
+        )
+    if model.activation not in SPARSE:
+        raise DataError(
+            f"{path}: its activation is {model.activation}, of which few neurons are zero; a predictor is for"
+            f" {', '.join(sorted(SPARSE))}; pack it with --select exact"
+        )
 
 
 def _finer(weights: Weights, model: Model) -> float:

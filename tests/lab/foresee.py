@@ -28,6 +28,7 @@ from flashd.bundle.rows import ROW_KINDS, RowKind
 from flashd.engine.card import READ_BYTES, Extent, extents, pages_of
 from flashd.engine.plan import MIB, Plan, make_plan, parse_size
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
+from flashd.errors import MemoryTooSmall
 from flashd.pack import hugging_face
 from flashd.pack.families import family_of, model_of
 from flashd.pack.source import Source, Tensor
@@ -190,7 +191,11 @@ def show(header: Header, args: argparse.Namespace) -> None:
     print(f"{m.name}, {m.family}: {m.layers} layers of {m.neurons} neurons, context {args.context}")
     routing = drawn(header, ROUTED_TOKENS, args.skew) if m.experts else None
     for memory in args.memory:
-        f = foresee(header, parse_size(memory), args.context, routing=routing)
+        try:
+            f = foresee(header, parse_size(memory), args.context, routing=routing)
+        except MemoryTooSmall as error:
+            print(f"{memory:>6} {error}")
+            continue
         nbytes, reads = f.bytes_read / args.tokens_a_pass, f.reads / args.tokens_a_pass
         share = 100 * f.plan.pinned_share
         print(f"{memory:>6} {share:5.1f} % of neurons in RAM, {nbytes / MIB:.1f} MiB and {reads:.0f} reads a token")

@@ -146,8 +146,8 @@ def test_the_part_that_speaks_of_a_model_that_also_sees() -> None:
     stated = hugging_face.flattened(config)
     conversion = hugging_face.conversion_of(stated)
     names = hugging_face.Names(conversion, hugging_face.completed(stated, conversion))
-    found = names.find("language_model.model.layers.1.pre_feedforward_layernorm.weight")
-    assert found == ("blk.1.ffn_norm.weight", None)
+    for before in ("language_model.model.", "model.language_model."):  # of earlier and of later releases
+        assert names.find(f"{before}layers.1.pre_feedforward_layernorm.weight") == ("blk.1.ffn_norm.weight", None)
     assert names.find("vision_tower.x.weight") is None and names.find("language_model.lm_head.weight") is None
     assert parameters(**config)["attention.head_count"] == 8
 

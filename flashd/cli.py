@@ -165,7 +165,9 @@ def run_plan(args: argparse.Namespace) -> None:
         return
     share = 100 * plan.pinned_share
     print(f"{'neurons pinned':34}{share:9.1f} %")
-    print(f"{'card bytes a token':34}{plan.card_bytes / MIB:9.1f} MiB")
+    if plan.lent_groups:
+        print(f"{'while a text is short, up to':34}{share + 100 * plan.lent_groups / plan.groups:9.1f} %")
+    print(f"{'card bytes a pass':34}{plan.card_bytes / MIB:9.1f} MiB")
 
 
 # --- answering --------------------------------------------------------------------------------------------

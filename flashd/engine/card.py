@@ -190,13 +190,17 @@ class CardStream(_Card):
 
     Args:
         bundle: an open bundle.
-        schedule: the extents of one pass, in the order in which they will be taken. It may be empty.
+        schedule: the extents of one pass, in the order in which they will be taken. It may be empty. None that
+            comes later, see `restart`, has a longer extent.
         buffers: how many extents are held or under way.
     """
 
     def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
         runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
         super().__init__(bundle, max((e.count * runs[e.layer] for e in schedule), default=0), buffers)
+        self._follow(schedule)
+
+    def _follow(self, schedule: Sequence[Extent]) -> None:
         self._schedule = list(schedule)
         self._of_layer = Counter(e.layer for e in self._schedule)
         self._next = 0
@@ -217,10 +221,10 @@ class CardStream(_Card):
             self.read_ahead()
             yield from self._taken()
 
-    def restart(self) -> None:
-        """Forgets what is under way: the next extent taken is the first of a pass."""
+    def restart(self, schedule: Sequence[Extent] | None = None) -> None:
+        """Forgets what is under way: the next extent taken is the first of a pass, which may have a new schedule."""
         self._drain()
-        self._next = 0
+        self._follow(self._schedule if schedule is None else schedule)
 
 
 class CardPicks(_Card):

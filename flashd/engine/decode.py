@@ -252,6 +252,7 @@ class Conversation:
         before = self.model.card.bytes_read
         logits = self._recall(prompt, figures)
         kept = len(self.tokens)
+        self.model.cache.hold(len(prompt))
         figures.prompt_tokens, figures.reused_tokens = len(prompt) - kept, kept
         for start in range(kept, len(prompt), PREFILL_TOKENS):
             chunk = prompt[start : start + PREFILL_TOKENS]

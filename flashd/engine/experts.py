@@ -137,6 +137,9 @@ class ExpertFfn:
         """Never asked for: without its experts a token is not worth guessing from."""
         raise NotImplementedError
 
+    def lend(self, nbytes: int) -> None:
+        """Its windows are as large as the plan says."""
+
     def restart(self) -> None:
         self._queue.restart()
         self._passing.clear()

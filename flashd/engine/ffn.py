@@ -9,7 +9,7 @@ from flashd.bundle.layout import ROWS_OF_A_RUN, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine import graph
-from flashd.engine.card import CardStats, CardStream, extents, gap_bytes
+from flashd.engine.card import CardStats, CardStream, Extent, extents, gap_bytes
 from flashd.engine.cardspeed import remembered
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
@@ -55,27 +55,29 @@ class FeedForward(Protocol):
     def from_ram(self, layer: int, h: Floats) -> Floats:
         """What of it can be told without the card."""
 
+    def lend(self, nbytes: int) -> None:
+        """Bytes beside the plan's that may be used from now on, no more, until the next call. Not within a pass."""
+
     def restart(self) -> None:
         """The next layer asked for is the first."""
 
     def close(self) -> None: ...
 
 
-def stream_past(bundle: Bundle, plan: Plan) -> CardStream:
+def stream_past(bundle: Bundle, pinned: int, head_rows: int) -> list[Extent]:
     """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
     header, gap = bundle.header, gap_bytes(remembered(bundle.path))
-    m = header.model
-    groups = range(plan.pinned_groups, m.groups)
+    m, head = header.model, bundle.section("head")
+    groups = range(pinned, m.groups)
     schedule = [e for i in range(m.layers) for e in extents(i, groups, header.group.nbytes, gap)]
-    head = bundle.section("head")
-    schedule += extents(m.layers, range(-(-plan.head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
-    return CardStream(bundle, schedule, plan.buffers)
+    return schedule + extents(m.layers, range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
 
 
 class StreamedFfn:
     """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
 
-    Behind the layers the head's unlikely rows stream past too, see engine.head.
+    While memory is lent, the first of those that stream past stay until it is wanted back. Behind the layers the
+    head's unlikely rows stream past too, see engine.head.
     """
 
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
@@ -85,7 +87,9 @@ class StreamedFfn:
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        self.stream = stream_past(bundle, plan)
+        self._scheduled = self._goal = plan.pinned_groups  # groups of each layer that are pinned, and that may be
+        self.stream = CardStream(bundle, stream_past(bundle, plan.pinned_groups, plan.head_rows), plan.buffers)
+        self._needed = self._found = 0
 
     @property
     def card(self) -> CardStats:
@@ -93,18 +97,20 @@ class StreamedFfn:
 
     @property
     def hit_rate(self) -> float:
-        return self._plan.pinned_share
+        return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
     def pages(self) -> bool:
-        return self._plan.pinned_groups < self._model.groups or self._plan.head_rows < self._model.vocabulary
+        return self._scheduled < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return self.pages and self._plan.pinned_groups > 0
+        return self.pages and self._scheduled > 0
 
     def load(self, layer: int) -> None:
-        pinned = Window(self._form, self._model.groups, self._plan.pinned_groups)
+        capacity = self._plan.pinned_groups + self._plan.lent_groups
+        pinned = Window(self._form, self._model.groups, capacity)
+        pinned.give_back()
         for first, raw in self._bundle.groups(layer, self._plan.pinned_groups):
             pinned.insert(first, self._form.views(raw))
         self._pinned.append(pinned)
@@ -115,16 +121,45 @@ class StreamedFfn:
         """Every group is needed, whatever comes."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
+        if layer == 0:
+            self._settle()
         y = self.from_ram(layer, h)  # [T, H]
+        self._found += self._pinned[layer].used
+        self._needed += self._model.groups
         for extent, raw in self.stream.layer(layer):
             self._passing.insert(extent.first, self._form.views(raw))
             y += self._product(h, self._passing.rows)
+            self._stay(layer, extent)
             self._passing.clear()
             on_step(layer, self._model.layers, self.card.bytes_read)
         return y
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
         return self._product(h, self._pinned[layer].rows)
+
+    def lend(self, nbytes: int) -> None:
+        """Fewer groups are let go at once; more stay when they next stream past."""
+        more = nbytes // (self._model.layers * self._form.nbytes)
+        self._goal = self._plan.pinned_groups + min(more, self._plan.lent_groups)
+        for pinned in self._pinned:
+            pinned.truncate(self._goal)
+
+    def _settle(self) -> None:
+        """Has the card give what no longer is in RAM, and no more what now is."""
+        # a pass that broke off leaves more in some layers than in others
+        kept = min(pinned.used for pinned in self._pinned)
+        for pinned in self._pinned:
+            pinned.truncate(kept)
+        if kept != self._scheduled:
+            self.stream.restart(stream_past(self._bundle, kept, self._plan.head_rows))
+            self._scheduled = kept
+
+    def _stay(self, layer: int, extent: Extent) -> None:
+        """Pins what of an extent that streams past there is room for."""
+        pinned = self._pinned[layer]
+        count = min(self._goal - pinned.used, extent.count)
+        if count > 0 and extent.first == pinned.used:
+            pinned.insert(extent.first, self._passing.rows[:count])
 
     def restart(self) -> None:
         self.stream.restart()

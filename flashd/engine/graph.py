@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -29,6 +28,7 @@ from flashd.bundle.rows import (
     TernaryRows,
 )
 from flashd.engine.kv import KvCache
+from flashd.engine.pages import keep_freed
 from flashd.session import open_session, start_pool
 
 Tokens = npt.NDArray[np.int64]
@@ -43,21 +43,7 @@ TEMPORARY_BYTES = 3 << 20
 def use_threads(threads: int) -> None:
     """Makes the process ready to compute with so many threads."""
     start_pool(threads)
-    _keep_freed_pages()
-
-
-def _keep_freed_pages() -> None:
-    """Lets glibc reuse the widened rows' memory between runs rather than return it to the kernel each time.
-
-    Without this every run pays a page fault for each 4 KiB of its temporaries.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 32 << 20)
-        libc.mallopt(m_trim_threshold, 64 << 20)
-    except (OSError, AttributeError):
-        return  # another C library: slower, not wrong
+    keep_freed()
 
 
 class Linear:

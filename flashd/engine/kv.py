@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
+from flashd.engine.pages import give_back
+
+Lend = Callable[[int], None]
+"""Called with the bytes that the cache does not need for now. Before it returns, what it lent before and does not
+lend now is free again."""
+
+
+def keep(nbytes: int) -> None:
+    """A Lend that leaves it all to the cache."""
 
 
 def cache_bytes(model: Model, context: int) -> int:
@@ -21,19 +30,38 @@ def cache_bytes(model: Model, context: int) -> int:
 
 
 class KvCache:
-    """Keys and values [1, kv heads, context, head dim] of every layer; the first `length` tokens are valid."""
+    """Keys and values [1, kv heads, context, head dim] of every layer; the first `length` tokens are valid.
 
-    def __init__(self, model: Model, context: int) -> None:
+    What a text shorter than the context does not need of it is lent, see `hold`.
+    """
+
+    def __init__(self, model: Model, context: int, lend: Lend = keep) -> None:
         self.context = context
+        self._lend = lend
         self.length = 0
         self.token_bytes = cache_bytes(model, 1)
         shape = (1, model.kv_heads, context, model.head_dim)
         self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * model.layers)]
         self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays]
+        self._held = context
+        self.hold(0)
 
     def layer(self, i: int) -> tuple[ort.OrtValue, ort.OrtValue]:
         """(keys, values) of a layer."""
         return self._values[2 * i], self._values[2 * i + 1]
+
+    def hold(self, length: int) -> None:
+        """Holds memory for `length` tokens, the valid ones among them, and lends the rest."""
+        for array in self._arrays if length < self._held else ():
+            for head in array[0]:
+                give_back(head[length:])
+        self._held = min(length, self.context)
+        self._lend((self.context - self._held) * self.token_bytes)
+
+    def reserve(self, length: int) -> None:
+        """Makes sure of memory for `length` tokens. Call it before they are written."""
+        if length > self._held:
+            self.hold(length)
 
     def parts(self, start: int, stop: int) -> Iterator[Floats]:
         """Where tokens `start` to `stop` are kept, [tokens, head dim] in one piece for each head.

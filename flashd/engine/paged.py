@@ -54,8 +54,6 @@ class PagedModel:
         self._model: Model = bundle.header.model
         formats = bundle.header.formats
         graph.use_threads(plan.threads)
-        self.cache = KvCache(self._model, plan.context)
-        self._attend = graph.Attention(bundle, self.cache)
         self._attention_linear = graph.Linear(bundle.read(f"graph.linear.{formats.attention}"))
         self._embed = graph.Embedder(bundle)
         self._enter, self._middle, self._leave, self._finish = (graph.Stage(bundle.read(name)) for name in STAGES)
@@ -63,6 +61,8 @@ class PagedModel:
         self._vectors = graph.named(bundle.floats("vectors"), self._model.model_vectors())
         self._ffn = feed_forward or _feed_forward(bundle, plan)
         try:
+            self.cache = KvCache(self._model, plan.context, self._ffn.lend)
+            self._attend = graph.Attention(bundle, self.cache)
             self._head = Head(bundle, plan, self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None)
             self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
         except BaseException:
@@ -99,6 +99,7 @@ class PagedModel:
         order given. Raises CardError, DamagedRun; the cache is then as it was before.
         """
         past = self.cache.length
+        self.cache.reserve(past + len(tokens))
         places = Places.in_tree(past, parents) if parents else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)  # [T, H]
@@ -115,6 +116,7 @@ class PagedModel:
 
         The KV cache counts the token: truncate it before the next exact pass.
         """
+        self.cache.reserve(self.cache.length + 1)
         places = Places.in_line(self.cache.length, 1)
         x = self._pass(np.array([token]), places, silent, exact=False)
         self.cache.advance(1)

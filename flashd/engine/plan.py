@@ -56,6 +56,7 @@ class Plan:
     resident: bool
     pinned_groups: int  # of every layer; of a mixture, those of the experts that it has room for
     groups: int  # of every layer, in all
+    lent_groups: int  # of every layer, that RAM of the KV cache has room for while a text is short
     head_rows: int  # of the head, the first so many
     passing_groups: int  # slots for what streams past
     buffers: int
@@ -95,7 +96,7 @@ def make_plan(
         parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
         return Plan(
             memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
-            groups=m.groups, head_rows=m.vocabulary, passing_groups=0, buffers=0, parts=parts,
+            groups=m.groups, lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=0, parts=parts,
             smallest=smallest(header, context, base), card_bytes=0,
         )  # fmt: skip
     least = smallest(header, context, base)
@@ -121,9 +122,10 @@ def make_plan(
     if pinned == m.groups and head == m.vocabulary:
         passing = 0
         parts["window and read-ahead"] = 0
+    lent = 0 if m.experts else min(m.groups - pinned, cache // a_group_a_layer)
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
-        head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
+        lent_groups=lent, head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
         card_bytes=_needed(m) * (m.groups - pinned) * a_group_a_layer // m.groups + (m.vocabulary - head) * row,
     )  # fmt: skip
 
@@ -138,7 +140,7 @@ def _selecting(
     parts["pinned neurons"] = slots * size
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=0, groups=m.groups,
-        head_rows=m.vocabulary, passing_groups=0, buffers=BUFFERS, parts=parts, smallest=least,
+        lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=BUFFERS, parts=parts, smallest=least,
         card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)),
     )  # fmt: skip
 

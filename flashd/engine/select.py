@@ -152,6 +152,9 @@ class SelectedFfn:
             y += self._product(h, self._windows[layer].rows_of(part), chosen[:, part])
         return y
 
+    def lend(self, nbytes: int) -> None:
+        """Its windows are as large as the plan says."""
+
     def restart(self) -> None:
         """A layer that broke off has fewer neurons in its window, and they are those that it says."""
 

@@ -142,6 +142,7 @@ def restore(path: Path, source: Source, prompt: Sequence[int], cache: KvCache) -
         header = read_header(file, source, cache)
         stop, start = header.usable(prompt), cache.length // RUN * RUN
         cache.truncate(start)
+        cache.reserve(stop)
         data = file.tell()
         file.seek(data + start * cache.token_bytes)
         for at in range(start, stop, RUN):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.rows import GroupFormat, Groups, NeuronFormat, Slots
+from flashd.engine import pages
 
 Ids = npt.NDArray[np.int32]
 
@@ -113,6 +114,19 @@ class Window:
         self._slot_of[self.units] = -1
         self._unit_at[:] = -1
         self.used = 0
+
+    def truncate(self, used: int) -> None:
+        """Frees all slots but the first `used`, and gives their memory to the system until they are used again."""
+        if used < self.used:
+            self._slot_of[self._unit_at[used : self.used]] = -1
+            self._unit_at[used : self.used] = -1
+            self.used = used
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Gives the memory of the free slots to the system, until they are used."""
+        for array in self._part(self.used * self.size, (self.capacity - self.used) * self.size).arrays():
+            pages.give_back(array)
 
     def _part(self, first: int, n: int) -> Slots:
         return self._slots[first : first + n]

@@ -1,0 +1,123 @@
+"""What of the KV cache a short text does not need holds groups, and goes back in time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashd.bundle.layout import PAGE
+from flashd.bundle.reader import Bundle
+from flashd.engine.ffn import StreamedFfn
+from flashd.engine.kv import KvCache
+from flashd.engine.paged import PagedModel
+from flashd.engine.pages import give_back
+from tests.engine.test_paths import plan
+from tests.reference import relative
+
+CONTEXT = 512
+PINNED = 2
+
+
+@contextmanager
+def lending(path: Path, lent: int) -> Iterator[PagedModel]:
+    """A model of which two groups of every layer are pinned, and up to `lent` more."""
+    with Bundle(path) as bundle:
+        made = dataclasses.replace(plan(bundle, 0.0, CONTEXT), pinned_groups=PINNED, lent_groups=lent, buffers=1)
+        model = PagedModel(bundle, made)
+        try:
+            yield model
+        finally:
+            model.close()
+
+
+def group_bytes(model: PagedModel) -> int:
+    """Bytes of one group in every layer."""
+    header = model._bundle.header
+    return header.model.layers * header.group.nbytes
+
+
+def groups_of_a_pass(model: PagedModel) -> int:
+    """Groups of each layer that a pass wants from the card."""
+    model.forward(np.arange(1), np.array([0]))
+    before, passes = model.card.bytes_wanted, 16
+    for _ in range(passes):
+        model.forward(np.arange(1), np.array([0]))
+    # of which the first or the last read may be counted or not
+    return round((model.card.bytes_wanted - before) / (passes * group_bytes(model)))
+
+
+def pinned_groups(model: PagedModel) -> set[int]:
+    assert isinstance(model._ffn, StreamedFfn)
+    return {pinned.used for pinned in model._ffn._pinned}
+
+
+def test_groups_stay_while_the_text_is_short_and_go_when_it_grows(tiny_bundle: Path) -> None:
+    with lending(tiny_bundle, 1) as model:
+        groups = model._bundle.header.model.groups
+        model.forward(np.arange(3), np.array([2]))
+        assert model.hit_rate == PINNED / groups
+        assert pinned_groups(model) == {PINNED + 1}  # what streamed past in the first pass
+        assert groups_of_a_pass(model) == groups - PINNED - 1
+        model.cache.reserve(CONTEXT)
+        assert pinned_groups(model) == {PINNED}
+        assert groups_of_a_pass(model) == groups - PINNED
+
+
+def test_logits_do_not_depend_on_what_is_lent(tiny_bundle: Path) -> None:
+    with lending(tiny_bundle, 0) as without, lending(tiny_bundle, 2) as model:
+        groups = model._bundle.header.model.groups
+        assert groups > PINNED
+        # grows with the text, is let go, and comes again with a new text
+        for start, tokens in ((0, 5), (5, 1), (6, 300), (306, 150), (0, 3), (3, 2)):
+            for each in (without, model):
+                each.cache.truncate(start)
+                each.cache.hold(start + tokens)
+            ids, last = np.arange(start, start + tokens) % 250, np.array([tokens - 1])
+            assert relative(without.forward(ids, last), model.forward(ids, last)) <= 1e-4
+
+
+def test_a_pass_that_breaks_off_while_groups_come_to_stay(tiny_bundle: Path) -> None:
+    def stop(done: int, layers: int, nbytes: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    ids, last = np.arange(4), np.array([3])
+    with lending(tiny_bundle, 0) as without, lending(tiny_bundle, 2) as model:
+        right = without.forward(ids, last)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(ids, last, stop)
+        for _ in range(3):
+            model.cache.truncate(0)
+            assert relative(right, model.forward(ids, last)) <= 1e-4
+
+
+def test_memory_that_is_lent_is_not_held(tiny_bundle: Path) -> None:
+    lent: list[int] = []
+    with Bundle(tiny_bundle) as bundle:
+        cache = KvCache(bundle.header.model, CONTEXT, lent.append)
+    whole = CONTEXT * cache.token_bytes
+    cache.reserve(CONTEXT)
+    for part in cache.parts(0, CONTEXT):
+        part[:] = 1
+    assert lent == [whole, 0]
+    cache.reserve(100)  # no more than there is
+    assert lent[-1] == 0 and all((part == 1).all() for part in cache.parts(0, CONTEXT))
+    cache.hold(100)
+    assert lent[-1] == whole - 100 * cache.token_bytes
+    assert all((part == 1).all() for part in cache.parts(0, 100))
+    for part in cache.parts(100, CONTEXT):  # reads as zeros, but for what shares a page with others
+        assert np.count_nonzero(part) * part.itemsize < 2 * PAGE < part.nbytes
+
+
+def test_whole_pages_go_back_and_nothing_beside_them() -> None:
+    memory = np.ones(6 * PAGE, np.uint8)
+    memory = memory[-memory.ctypes.data % PAGE :]
+    give_back(memory[10 : 3 * PAGE + 10])
+    assert memory[:PAGE].all() and memory[3 * PAGE :].all() and not memory[PAGE : 3 * PAGE].any()
+    give_back(memory[:5])
+    give_back(memory[:0])

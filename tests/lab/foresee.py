@@ -1,7 +1,7 @@
 """What a model would read from the card for a token, from its config.json alone: no weights, no board, no time.
 
-    python -m tests.lab.foresee CONFIG.json|BUNDLE --memory 2G 4G [--context 1024] [--rows int4] [--tokens-a-pass 2.8]
-                                                   [--skew 0.7] [--card 45 2500]
+    python -m tests.lab.foresee CONFIG.json|BUNDLE --memory 2G 4G [--context 1024] [--text 64] [--rows int4]
+                                                   [--tokens-a-pass 2.8] [--skew 0.7] [--card 45 2500]
 
 Sizes of sections, the plan and the reads are flashd's own; a pass of a dense model reads the same each time. What
 cannot be known is told: how many tokens drafts make of a pass (`flashd ask --stats` says it of a similar model), and
@@ -26,6 +26,7 @@ from flashd.bundle.layout import PLAIN_RUN, ROWS_OF_A_RUN, Formats, Header, Sect
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS, RowKind
 from flashd.engine.card import READ_BYTES, Extent, extents, pages_of
+from flashd.engine.kv import cache_bytes
 from flashd.engine.plan import MIB, Plan, make_plan, parse_size
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.errors import MemoryTooSmall
@@ -108,6 +109,7 @@ class Forecast:
     """What a plan would read, a pass of one token."""
 
     plan: Plan
+    in_ram: float  # share of the neurons
     bytes_read: float
     reads: float
 
@@ -116,30 +118,35 @@ class Forecast:
         return max(self.bytes_read / bandwidth, self.reads / reads_per_second)
 
 
-def foresee(header: Header, memory: int, context: int, base: int = BASE, routing: Numbers | None = None) -> Forecast:
+def foresee(
+    header: Header, memory: int, context: int, text: int, base: int = BASE, routing: Numbers | None = None
+) -> Forecast:
     """The plan for `memory` bytes, and what a pass of one token reads.
 
     Args:
+        text: tokens that the KV cache then holds; what they leave of it is lent to the FFN.
         routing: of a mixture, the experts [T, L, K] that each token uses in each layer, by their place on the card.
 
     Raises MemoryTooSmall; ValueError for a model that selects neurons.
     """
     if header.selection:
         raise ValueError("which neurons take part is not known without a trace; see tests.lab.replay")
-    m = header.model
-    plan = make_plan(header, memory=memory, context=min(context, m.context), threads=2, base=base)
+    m, head = header.model, _section(header, "head")
+    context = min(context, m.context)
+    plan = make_plan(header, memory=memory, context=context, threads=2, base=base)
     if plan.resident:
-        return Forecast(plan, 0, 0)
-    head = _section(header, "head")
+        return Forecast(plan, 1.0, 0, 0)
     rows = extents(m.layers, range(-(-plan.head_rows // ROWS_OF_A_RUN), head.runs), head.run)
     passing = [_cost(header, e) for e in rows]
     if m.experts:
         assert routing is not None
         mixture = _mixture(header, plan, routing)
-        return Forecast(plan, mixture[0] + sum(passing), mixture[1] + len(passing))
-    groups = range(plan.pinned_groups, m.groups)
+        return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
+    lent = cache_bytes(m, context - text) // (m.layers * header.group.nbytes)
+    pinned = plan.pinned_groups + min(plan.lent_groups, lent)
+    groups = range(pinned, m.groups)
     passing += [_cost(header, e) for i in range(m.layers) for e in extents(i, groups, header.group.nbytes)]
-    return Forecast(plan, sum(passing), len(passing))
+    return Forecast(plan, pinned / m.groups, sum(passing), len(passing))
 
 
 def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:
@@ -188,16 +195,16 @@ def drawn(header: Header, tokens: int, skew: float) -> Numbers:
 
 def show(header: Header, args: argparse.Namespace) -> None:
     m = header.model
-    print(f"{m.name}, {m.family}: {m.layers} layers of {m.neurons} neurons, context {args.context}")
+    print(f"{m.name}, {m.family}: {m.layers} layers of {m.neurons} neurons, {args.text} of {args.context} tokens")
     routing = drawn(header, ROUTED_TOKENS, args.skew) if m.experts else None
     for memory in args.memory:
         try:
-            f = foresee(header, parse_size(memory), args.context, routing=routing)
+            f = foresee(header, parse_size(memory), args.context, args.text, routing=routing)
         except MemoryTooSmall as error:
             print(f"{memory:>6} {error}")
             continue
         nbytes, reads = f.bytes_read / args.tokens_a_pass, f.reads / args.tokens_a_pass
-        share = 100 * f.plan.pinned_share
+        share = 100 * f.in_ram
         print(f"{memory:>6} {share:5.1f} % of neurons in RAM, {nbytes / MIB:.1f} MiB and {reads:.0f} reads a token")
         if args.card and reads:
             seconds = f.seconds(1e6 * args.card[0], args.card[1]) / args.tokens_a_pass
@@ -209,6 +216,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a config.json, or a bundle")
     parser.add_argument("--memory", nargs="+", required=True, metavar="SIZE")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=64, help="tokens of prompt and answer so far (default 64)")
     parser.add_argument("--rows", choices=ROW_KINDS, default="int4", help="where a config.json is given")
     parser.add_argument("--tokens-a-pass", type=float, default=1.0, help="that drafts make of a pass (default: none)")
     parser.add_argument("--skew", type=float, default=0.0, help="of experts' popularity; 0: all are as likely")

@@ -49,14 +49,16 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
         assert {s.name: (s.length, s.run) for s in foreseen}.items() <= theirs.items()
 
 
-@pytest.mark.parametrize("memory", ["185M", "205M"])
+@pytest.mark.parametrize("memory", ["178M", "188M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool
 ) -> None:
-    found, figures = foresee(header_of(config), parse_size(memory), CONTEXT), Figures()
+    figures = Figures()
     with Bundle(packed["int4"]) as bundle:
-        prompt, model = Prompts(bundle).plain("Name some seas."), PagedModel(bundle, found.plan)
+        prompt = Prompts(bundle).plain("Name some seas.")
+        found = foresee(header_of(config), parse_size(memory), CONTEXT, len(prompt) + TOKENS_OUT // 2)
+        model = PagedModel(bundle, found.plan)
         try:
             said = Conversation(model).generate(
                 prompt, Sampler(Sampling()), limit=TOKENS_OUT, eos=(), figures=figures, drafts=drafts
@@ -77,7 +79,7 @@ def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dic
     ]  # fmt: skip
     done = subprocess.run(ask, capture_output=True, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     facts = json.loads(done.stdout)
-    found = foresee(header_of(config), parse_size("180M"), CONTEXT)
+    found = foresee(header_of(config), parse_size("180M"), CONTEXT, facts["prompt_tokens"] + TOKENS_OUT // 2)
     assert found.bytes_read == pytest.approx(facts["card_bytes_per_token"], rel=0.05)
     assert found.reads == pytest.approx(facts["card_reads_per_token"], rel=0.05)
 
@@ -112,7 +114,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
                 finally:
                     model.close()
             routing = np.concatenate(asked).reshape(40, LAYERS, USED)
-            found = foresee(header, memory, 64, 0, routing)
+            found = foresee(header, memory, 64, 64, 0, routing)
             assert (20 * found.bytes_read, 20 * found.reads) == read
             counts.add(read[0])
     assert len(counts) == 4 and min(counts) == 0
@@ -128,7 +130,7 @@ def test_where_experts_are_used_unevenly_less_is_read(tmp_path: Path) -> None:
     header = header_of(tmp_path / "config.json")
     m, expert = header.model, header.model.expert_groups * header.group.nbytes
     memory = smallest(header, CONTEXT, 0) + 16 * m.layers * expert
-    even, uneven = (foresee(header, memory, CONTEXT, 0, drawn(header, 200, skew)) for skew in (0.0, 1.5))
+    even, uneven = (foresee(header, memory, CONTEXT, CONTEXT, 0, drawn(header, 200, skew)) for skew in (0.0, 1.5))
     assert even.bytes_read == pytest.approx(m.layers * 4 * expert / 2, rel=0.1)  # half of the experts are in RAM
     assert even.plan.card_bytes == pytest.approx(even.bytes_read, rel=0.1)
     assert uneven.bytes_read < 0.5 * even.bytes_read
@@ -144,7 +146,8 @@ def test_a_seven_billion_model_at_two_and_four_gigabytes(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     header = header_of(tmp_path / "config.json")
     ffn = sum(s.length for s in header.sections if s.name.endswith(".ffn"))
-    two, four = (foresee(header, parse_size(memory), 256) for memory in ("2G", "4G"))
+    two, four = (foresee(header, parse_size(memory), 256, 256) for memory in ("2G", "4G"))
+    assert foresee(header, parse_size("2G"), 256, 64).bytes_read < two.bytes_read
     assert 0.5 * ffn < two.bytes_read < 0.95 * ffn and two.plan.total <= 2048 * MIB
     assert four.bytes_read < 0.05 * ffn
     assert two.seconds(45e6, 2500) == pytest.approx(two.bytes_read / 45e6)

@@ -20,6 +20,7 @@ from flashd.engine.paged import PagedModel
 from flashd.engine.plan import MIB, make_plan, parse_size, smallest
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.engine.sample import Sampler, Sampling
+from flashd.engine.speculate import NODES
 from flashd.errors import DataError
 from flashd.pack.pack import pack
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
@@ -30,7 +31,7 @@ SMOLLM: dict[str, Any] = {
     "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
     "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
-TOKENS_OUT, CONTEXT = 13, 512
+TOKENS_OUT, CONTEXT = 25, 512
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
         assert {s.name: (s.length, s.run) for s in foreseen}.items() <= theirs.items()
 
 
-@pytest.mark.parametrize("memory", ["178M", "188M"])
+@pytest.mark.parametrize("memory", ["178M", "183M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool
@@ -57,7 +58,9 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
     figures = Figures()
     with Bundle(packed["int4"]) as bundle:
         prompt = Prompts(bundle).plain("Name some seas.")
-        found = foresee(header_of(config), parse_size(memory), CONTEXT, len(prompt) + TOKENS_OUT // 2)
+        # the middle of the answer; a pass that checks drafts needs the KV cache for a tree of them
+        text = len(prompt) + TOKENS_OUT // 2 + NODES * drafts
+        found = foresee(header_of(config), parse_size(memory), CONTEXT, text)
         model = PagedModel(bundle, found.plan)
         try:
             said = Conversation(model).generate(

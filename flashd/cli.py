@@ -77,9 +77,11 @@ def _allowed(args: argparse.Namespace) -> Any:
     from flashd.pack.predictor import Selecting
 
     text = _text_of(args.text) if args.text else None
+    if args.select is None and args.max_loss is None and text is not None:
+        raise UsageError("--text is for what may cost quality: give --max-loss too, or --select")
+    if args.select == "exact" and (args.max_loss is not None or text is not None):
+        raise UsageError("--select exact loses nothing: leave out --max-loss and --text, or --select")
     if args.select == "exact" or (args.select is None and args.max_loss is None):
-        if text is not None:
-            raise UsageError("--text is for what may cost quality: give --max-loss too, or --select")
         return None
     if args.select == "predictor":
         if text is None:
@@ -119,7 +121,8 @@ def run_info(args: argparse.Namespace) -> None:
     with Bundle(args.bundle) as bundle:
         header = bundle.header
     m, f = header.model, header.formats
-    ffn = sum(s.length for s in header.sections if s.name in header.paged_sections[:-1])
+    lengths = header.expected_lengths()
+    ffn = sum(lengths[name] for name in header.paged_sections[:-1])
     facts: dict[str, Any] = {
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
@@ -168,8 +171,9 @@ def _print_families(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(len(row["models"]) for row in rows)
     for row in rows:
-        print(f"{row['architecture']:12} {row['models']:40} checked on {row['checked']}")
+        print(f"{row['architecture']:12} {row['models']:{width}} checked on {row['checked']}")
 
 
 def run_verify(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pexpect
@@ -151,6 +152,38 @@ def test_info_says_which_families_can_be_packed() -> None:
     text = run("info", "--families").stdout.decode()
     assert len(text.splitlines()) == len(rows) and all(row["models"] in text for row in rows)
     refused(run("info"), os.EX_USAGE, "--families")
+
+
+def test_the_readme_says_of_every_family_what_its_answers_were_compared_on() -> None:
+    from flashd.pack.families import FAMILIES
+
+    lines = (Path(__file__).parent.parent / "README.md").read_text("utf-8").splitlines()
+    start = lines.index("| architecture | models | answers compared on |") + 2
+    rows = [line.strip("| ").split(" | ") for line in takewhile(lambda line: line.startswith("|"), lines[start:])]
+    compared = {name: row[2] for row in rows for name in row[0].split(", ")}
+    assert set(compared) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert all(weights in compared[name] for weights in family.checked.split(", ")), name
+
+
+def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
+    """Without a chat template a prompt is the beginning of a text, in which nothing is a control token."""
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.engine import Prompts
+    from flashd.engine.text import Message
+    from flashd.pack.pack import pack
+    from tests.goldens import folders
+    from tests.goldens.models import GOLDENS
+
+    folder = folders.write(tmp_path / "base", "llama3", GOLDENS["llama3"].write(tmp_path / "m.gguf"))
+    pack(folder, tmp_path / "m.flash", "int8")
+    with Bundle(tmp_path / "m.flash") as bundle:
+        assert bundle.header.text.chat_template is None
+        prompts = Prompts(bundle)
+        assert prompts.tokens([Message("user", "the other")]) == prompts.plain("the other")
+        assert prompts.plain("<|end|>")[0] not in prompts.tokens([Message("user", "<|end|>")])
+    done = run("ask", "the other", "--model", tmp_path / "m.flash", "--memory", "400M", "--max-tokens", "3", "--json")
+    assert json.loads(done.stdout)["prompt_tokens"] == len(prompts.plain("the other"))
 
 
 def test_eval_gives_the_perplexity_of_the_reference(packed: dict[str, Path], smollm: Path) -> None:

@@ -16,7 +16,6 @@ from tests import tiny
 NAMES = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -24,30 +23,19 @@ NAMES = {
 
 
 EXPERTS = {
-    "qwen3_moe": {
-        "ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-        "ffn_up_exps": "mlp.experts.{}.up_proj", "ffn_down_exps": "mlp.experts.{}.down_proj",
-    },
-    "mixtral": {
-        "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-        "ffn_up_exps": "block_sparse_moe.experts.{}.w3", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    },
-    "smallthinker": {
-        "ffn_gate_inp": "block_sparse_moe.primary_router", "ffn_gate_exps": "block_sparse_moe.experts.{}.gate",
-        "ffn_up_exps": "block_sparse_moe.experts.{}.up", "ffn_down_exps": "block_sparse_moe.experts.{}.down",
-    },
+    "ffn_gate_inp": "block_sparse_moe.primary_router", "ffn_gate_exps": "block_sparse_moe.experts.{}.gate",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.up", "ffn_down_exps": "block_sparse_moe.experts.{}.down",
 }  # fmt: skip
-EXPERTS["olmoe"] = EXPERTS["qwen3_moe"]
+"""SmallThinker's."""
 
 
 def write(folder: Path, model: Path, shards: int = 1, dtype: Any = np.float32, **config: Any) -> Path:
     """The folder of the GGUF file `model`, its weights of type `dtype` in so many files."""
     source = GgufModel(model)
     folder.mkdir()
-    names = NAMES | EXPERTS.get(config.get("model_type", ""), {})
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name in sorted(source.names):
-        values, theirs = _halves(source, name).astype(dtype), _name(name, names)
+        values, theirs = _halves(source, name).astype(dtype), _name(name)
         many = {theirs.format(i): v for i, v in enumerate(values)} if "{}" in theirs else {theirs: values}
         tensors |= many
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -71,9 +59,9 @@ def write(folder: Path, model: Path, shards: int = 1, dtype: Any = np.float32, *
     return folder
 
 
-def _name(name: str, names: dict[str, str]) -> str:
+def _name(name: str) -> str:
     *layer, part, kind = name.split(".")
-    return ".".join([*(["model.layers", layer[1]] if layer else []), names[part], kind])
+    return ".".join([*(["model.layers", layer[1]] if layer else []), (NAMES | EXPERTS)[part], kind])
 
 
 def _halves(source: GgufModel, name: str) -> np.ndarray[Any, Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import xxhash
@@ -416,6 +416,14 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 lengths[f"layer.{i}.lean"] = 4 * m.neurons
         return lengths
 
+    def run_of(self, name: str) -> int:
+        """Bytes of a run of the section called `name`."""
+        if name in self.row_tables:
+            return ROWS_OF_A_RUN * self.row_format(name).nbytes
+        if self.selection and name in self.paged_sections:
+            return self.unit_bytes
+        return next((part.form.nbytes for part in self.ffn_parts if part.section == name), PLAIN_RUN)
+
     def section_named(self, name: str) -> Section | None:
         return next((s for s in self.sections if s.name == name), None)
 
@@ -441,34 +449,58 @@ def digest(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+class Prefix(NamedTuple):
+    """What a bundle begins with, and a snapshot too, with another magic."""
+
+    magic: bytes
+    version: int
+    length: int  # of the header, which follows
+    digest: int  # of the header
+    file_length: int
+
+    @classmethod
+    def read(cls, data: bytes, magic: bytes) -> Prefix | None:
+        """From a file's first 32 bytes; None where they do not start with `magic`."""
+        if len(data) < PREFIX.size or not data.startswith(magic):
+            return None
+        return cls(*PREFIX.unpack(data[: PREFIX.size]))
+
+
+def sealed(magic: bytes, version: int, body: bytes, file_length: int) -> bytes:
+    """Prefix and header, ready to be written at offset 0."""
+    return PREFIX.pack(magic, version, len(body), digest(body), file_length) + body
+
+
 def encode(header: Header, file_length: int) -> bytes:
     """Prefix and header, ready to be written at offset 0."""
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
     version = VERSION if header.narrowed else PLAIN_VERSION
-    return PREFIX.pack(MAGIC, version, len(body), digest(body), file_length) + body
+    return sealed(MAGIC, version, body, file_length)
 
 
-def decode_prefix(prefix: bytes, file_length: int) -> tuple[int, int]:
-    """(header length, header digest) of a file, from its first 32 bytes.
+def decode_prefix(data: bytes, file_length: int) -> Prefix:
+    """What a file of `file_length` bytes says in its first 32.
 
     Raises NotABundle, NewerVersion, OlderVersion, TruncatedBundle, DamagedHeader.
     """
-    if len(prefix) < PREFIX.size or prefix[:8] != MAGIC:
+    prefix = Prefix.read(data, MAGIC)
+    if prefix is None:
         raise NotABundle("not a flashd bundle; make one with: flashd pack MODEL.gguf --out FILE.flash")
-    _, version, length, checksum, stated = PREFIX.unpack(prefix)
-    if version > VERSION:
+    if prefix.version > VERSION:
         raise NewerVersion(
-            f"a bundle of format {version}, this flashd reads {VERSION}; update flashd or pack it again"
+            f"a bundle of format {prefix.version}, this flashd reads {VERSION}; update flashd or pack it again"
         )
-    if version < PLAIN_VERSION:
-        raise OlderVersion(f"a bundle of format {version}, this flashd reads {VERSION}; pack it again")
-    if stated != file_length:
-        raise TruncatedBundle(f"the file has {file_length} bytes and should have {stated}; copy the bundle again")
-    if not 0 < length <= min(MAX_HEADER, file_length - PREFIX.size):
-        raise DamagedHeader(f"a header of {length} bytes; copy the bundle again or pack it again")
-    return length, checksum
+    if prefix.version < PLAIN_VERSION:
+        raise OlderVersion(f"a bundle of format {prefix.version}, this flashd reads {VERSION}; pack it again")
+    if prefix.file_length != file_length:
+        raise TruncatedBundle(
+            f"the file has {file_length} bytes and should have {prefix.file_length}; copy the bundle again"
+        )
+    if not 0 < prefix.length <= min(MAX_HEADER, file_length - PREFIX.size):
+        raise DamagedHeader(f"a header of {prefix.length} bytes; copy the bundle again or pack it again")
+    return prefix
 
 
 def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
@@ -537,13 +569,15 @@ def _check_narrowed(header: Header) -> None:
 
 
 def _check_sections(header: Header, file_length: int) -> None:
-    first = 0
+    first = end = 0
     for section in [*header.sections, header.checksums]:
         if section.offset % PAGE or section.end > file_length:
             raise BadSection(f"section {section.name!r} lies outside the file or off a page boundary")
+        if section.offset < end:
+            raise BadSection(f"section {section.name!r} begins before the one in front of it ends")
         if section is not header.checksums and section.first != first:
             raise BadSection(f"section {section.name!r} counts its checksums from {section.first}, not {first}")
-        first += section.runs
+        first, end = first + section.runs, section.end
     if header.checksums.length != 8 * (first - header.checksums.runs):
         raise BadSection(f"{header.checksums.length} bytes of checksums for {first} runs")
     present = {s.name: s for s in header.sections}
@@ -552,12 +586,10 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} is missing")
         if present[name].length != length:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
-    for part in header.ffn_parts:
-        if present[part.section].run != (header.unit_bytes if header.selection else part.form.nbytes):
-            raise BadSection(f"section {part.section!r} is not checked a unit at a time")
-    for table in header.row_tables:
-        if present[table].run != ROWS_OF_A_RUN * header.row_format(table).nbytes:
-            raise BadSection(f"section {table!r} is not checked {ROWS_OF_A_RUN} rows at a time")
+    for section in header.sections:
+        run = header.run_of(section.name)
+        if section.run != run:
+            raise BadSection(f"section {section.name!r} has runs of {section.run} bytes, not {run}")
     attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
     mixture = ["graph.route", "graph.linear.f16"] if header.model.experts else []
     for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *STAGES):

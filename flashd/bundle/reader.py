@@ -176,11 +176,11 @@ class Bundle:
         return data
 
     def _read_header(self) -> None:
-        size, prefix = self.file.size, layout.PREFIX.size
+        size, at = self.file.size, layout.PREFIX.size
         try:
-            length, checksum = layout.decode_prefix(self.file.read(0, min(prefix, size)), size)
-            self.header = layout.decode_header(self.file.read(prefix, length), checksum, size)
-            self.digest = checksum
+            prefix = layout.decode_prefix(self.file.read(0, min(at, size)), size)
+            self.header = layout.decode_header(self.file.read(at, prefix.length), prefix.digest, size)
+            self.digest = prefix.digest
         except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error
         self._at = {s.name: s for s in self.header.sections}

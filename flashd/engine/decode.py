@@ -132,7 +132,7 @@ class Conversation:
         started = time.perf_counter()
         logits = self._prefill(prompt, figures, on_step)
         figures.prefill_seconds = time.perf_counter() - started
-        self._drafting = drafts and self.model.pages
+        self._drafting = drafts
         card = self.model.card
         at_first = (card.bytes_read, card.reads)
         try:
@@ -177,7 +177,9 @@ class Conversation:
         self._forget_drafts()
         started = time.perf_counter()
         free = self.model.cache.context - len(self.tokens)
-        tree = Tree.grown(token, self._draft(token, room) if self._drafting else [], min(NODES, free))
+        tree = Tree.grown(
+            token, self._draft(token, room) if self._drafting and self.model.pages else [], min(NODES, free)
+        )
         after = time.perf_counter()
         self._checked = self._forward(tree.tokens, figures, on_step, tree.parents)
         if tree.links:

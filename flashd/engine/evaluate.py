@@ -35,6 +35,7 @@ def perplexity(
     for start in range(0, len(tokens) - 1, model.cache.context):
         window = np.array(tokens[start : start + model.cache.context], np.int64)
         model.cache.truncate(0)
+        model.cache.hold(0)
         for at in range(0, len(window), PREFILL_TOKENS):
             chunk = window[at : at + PREFILL_TOKENS]
             following = window[at + 1 : at + 1 + len(chunk)]

@@ -9,8 +9,7 @@ from flashd.bundle.layout import ROWS_OF_A_RUN, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine import graph
-from flashd.engine.card import CardStats, CardStream, Extent, extents, gap_bytes
-from flashd.engine.cardspeed import remembered
+from flashd.engine.card import CardStats, CardStream, Extent, extents
 from flashd.engine.plan import Plan
 from flashd.engine.window import Window
 
@@ -69,12 +68,11 @@ class FeedForward(Protocol):
 
 def stream_past(bundle: Bundle, pinned: int, head_rows: int) -> list[Extent]:
     """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
-    header, gap = bundle.header, gap_bytes(remembered(bundle.path))
-    parts, head, schedule = header.ffn_parts, bundle.section("head"), []
+    parts, head, schedule = bundle.header.ffn_parts, bundle.section("head"), []
     for section, part in enumerate(parts):
         groups = range(min(max(pinned - part.first, 0), part.count), part.count)
-        schedule += extents(section, groups, part.form.nbytes, gap)
-    return schedule + extents(len(parts), range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run, gap)
+        schedule += extents(section, groups, part.form.nbytes)
+    return schedule + extents(len(parts), range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run)
 
 
 class StreamedFfn:
@@ -108,11 +106,16 @@ class StreamedFfn:
 
     @property
     def pages(self) -> bool:
-        return self._scheduled < self._model.groups or self._plan.head_rows < self._model.vocabulary
+        return self._here < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return self.pages and self._scheduled > 0
+        return self.pages and self._here > 0
+
+    @property
+    def _here(self) -> int:
+        """Groups that are pinned in every layer."""
+        return min(pinned.used for pinned in self._pinned)
 
     def load(self, layer: int) -> None:
         capacity = self._plan.pinned_groups + self._plan.lent_groups
@@ -156,7 +159,7 @@ class StreamedFfn:
     def _settle(self) -> None:
         """Has the card give what no longer is in RAM, and no more what now is."""
         # a pass that broke off leaves more in some layers than in others
-        kept = min(pinned.used for pinned in self._pinned)
+        kept = self._here
         for pinned in self._pinned:
             pinned.truncate(kept)
         if kept != self._scheduled:
@@ -171,6 +174,7 @@ class StreamedFfn:
             pinned.insert(first, self._passing.rows[:count])
 
     def restart(self) -> None:
+        self._passing.clear()
         self.stream.restart()
 
     def close(self) -> None:

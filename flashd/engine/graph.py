@@ -28,7 +28,7 @@ from flashd.bundle.rows import (
     TernaryRows,
 )
 from flashd.engine.kv import KvCache
-from flashd.engine.pages import keep_large_apart
+from flashd.engine.pages import use_small_pages
 from flashd.session import open_session, start_pool
 
 Tokens = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ TEMPORARY_BYTES = 3 << 20
 def use_threads(threads: int) -> None:
     """Makes the process ready to compute with so many threads."""
     start_pool(threads)
-    keep_large_apart()
+    use_small_pages()
 
 
 class Linear:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
-from flashd.engine.pages import give_back
+from flashd.engine.pages import PAGE, give_back
 
 Lend = Callable[[int], None]
 """Called with the bytes that the cache does not need for now. Before it returns, what it lent before and does not
@@ -56,7 +56,9 @@ class KvCache:
             for head in array[0]:
                 give_back(head[length:])
         self._held = min(length, self.context)
-        self._lend((self.context - self._held) * self.token_bytes)
+        # of each head's part, pages at its ends that others share stay
+        ends = 2 * PAGE * len(self._arrays) * self._arrays[0].shape[1]
+        self._lend(max(0, (self.context - self._held) * self.token_bytes - ends))
 
     def reserve(self, length: int) -> None:
         """Makes sure of memory for `length` tokens. Call it before they are written."""

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.layout import PAGE
+PAGE = mmap.PAGESIZE
+"""The system's: 16 KiB on a Raspberry Pi 5."""
 
 
 def give_back(array: npt.NDArray[np.generic]) -> None:
     """Gives the whole pages within a contiguous array to the system; what they held is lost, and reads as zeros.
+
+    Up to two pages' worth at its ends stays.
 
     The memory is numpy's own, not shared or a file's. The pages are taken again when they are written. Raises
     OSError where the system refuses.
@@ -29,11 +32,16 @@ LARGE = 1 << 20
 """Bytes of an array from which on it has pages of its own, which go back when it does."""
 
 
-def keep_large_apart() -> None:
-    """Keeps large arrays out of the C library's heap, which moves that bound up on its own, and leaves gaps there."""
-    mmap_threshold = -3
-    if hasattr(_libc(), "mallopt"):  # another C library: more memory, not wrong
-        _libc().mallopt(mmap_threshold, LARGE)
+def use_small_pages() -> None:
+    """Makes memory cost what is touched of it, and no more.
+
+    Large arrays stay out of the C library's heap, where they leave gaps. No page is a huge one: numpy asks for those,
+    and a token written to the KV cache would hold 2 MiB of it.
+    """
+    mmap_threshold, set_thp_disable = -3, 41
+    for name, arguments in (("mallopt", (mmap_threshold, LARGE)), ("prctl", (set_thp_disable, 1, 0, 0, 0))):
+        if hasattr(_libc(), name):  # another C library: more memory, not wrong
+            getattr(_libc(), name)(*arguments)
 
 
 @cache

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model
+from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
@@ -122,7 +122,7 @@ def make_plan(
     if pinned == m.groups and head == m.vocabulary:
         passing = 0
         parts["window and read-ahead"] = 0
-    lent = 0 if m.experts else min(m.groups - pinned, cache // a_group_a_layer)
+    lent = 0 if m.experts else min(m.groups - pinned, cache // a_group_a_layer)  # the KV cache says how many when
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
         lent_groups=lent, head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
@@ -161,9 +161,10 @@ def _needed(m: Model) -> int:
     return m.experts.used * m.expert_groups if m.experts else m.groups
 
 
-def passing_groups(header: Header) -> int:
-    """Slots for the groups of one read."""
-    return min(header.model.expert_groups, max(1, READ_BYTES // min(part.form.nbytes for part in header.ffn_parts)))
+def passing_groups(header: Header, part: Part | None = None) -> int:
+    """The groups of one read: the most that there are, or of a part of a layer."""
+    least = min(p.form.nbytes for p in ([part] if part else header.ffn_parts))
+    return min(header.model.expert_groups, max(1, READ_BYTES // least))
 
 
 def _passing_bytes(header: Header, pinned: int) -> int:
@@ -197,7 +198,8 @@ def _reading_parts(header: Header) -> dict[str, int]:
     if header.selection is None:
         passing = passing_groups(header) * size
         rows = READ_BYTES if _likely(header) < m.vocabulary else 0
-        return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(passing, rows))}
+        reads = [passing_groups(header, part) * part.form.nbytes for part in header.ffn_parts]
+        return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(rows, *reads))}
     sections = ("narrow", "wide", "lean")
     return {
         "predictors": sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),

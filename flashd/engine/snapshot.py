@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 import flashd
-from flashd.bundle.layout import PREFIX, digest
+from flashd.bundle.layout import PREFIX, Prefix, digest, sealed
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine.kv import KvCache
@@ -99,7 +99,7 @@ def save(path: Path, source: Source, tokens: Sequence[int], cache: KvCache, logi
     length = PREFIX.size + len(body) + sum(piece.nbytes for run in data for piece in run)
     at = PREFIX.size + len(body)
     with NewFile(path, 0o600) as new:
-        new.write(PREFIX.pack(MAGIC, VERSION, len(body), digest(body), length) + body, 0)
+        new.write(sealed(MAGIC, VERSION, body, length), 0)
         for piece in (piece for run in data for piece in run):
             new.write(piece.data.cast("B"), at)
             at += piece.nbytes
@@ -108,14 +108,13 @@ def save(path: Path, source: Source, tokens: Sequence[int], cache: KvCache, logi
 
 def read_header(file: BufferedReader, source: Source, cache: KvCache) -> Header:
     """The header of an open file, whose size is then right; the file stands behind it. Raises BadSnapshot."""
-    prefix = file.read(PREFIX.size)
-    if len(prefix) < PREFIX.size or prefix[:8] != MAGIC:
+    prefix = Prefix.read(file.read(PREFIX.size), MAGIC)
+    if prefix is None:
         raise BadSnapshot("not a snapshot")
-    _, version, length, checksum, stated = PREFIX.unpack(prefix)
-    if version != VERSION:
-        raise BadSnapshot(f"a snapshot of format {version}, this flashd reads {VERSION}")
-    body = file.read(length) if length <= MAX_HEADER else b""
-    if digest(body) != checksum:
+    if prefix.version != VERSION:
+        raise BadSnapshot(f"a snapshot of format {prefix.version}, this flashd reads {VERSION}")
+    body = file.read(prefix.length) if prefix.length <= MAX_HEADER else b""
+    if digest(body) != prefix.digest:
         raise BadSnapshot("the header is damaged")
     try:
         header = msgspec.json.decode(body, type=Header)
@@ -127,8 +126,8 @@ def read_header(file: BufferedReader, source: Source, cache: KvCache) -> Header:
     right = start + tokens * cache.token_bytes + 4 * source.vocabulary * header.logits
     there = file.seek(0, 2)
     file.seek(start)
-    if not there == stated == right or len(header.checksums) != -(-tokens // RUN) + header.logits:
-        raise BadSnapshot(f"{there} bytes of {stated}, and its tokens need {right}")
+    if not there == prefix.file_length == right or len(header.checksums) != -(-tokens // RUN) + header.logits:
+        raise BadSnapshot(f"{there} bytes of {prefix.file_length}, and its tokens need {right}")
     return header
 
 

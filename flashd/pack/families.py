@@ -80,8 +80,8 @@ FAMILIES = {
     f.architecture: f
     for f in (
         Family(
-            "llama", "Llama 2 and 3, Mistral, Mixtral, SmolLM2", "SmolLM2-135M, tiny", permuted=True,
-            may_have=("qkv", "output"), mixture=Mixture(),
+            "llama", "Llama 2 and 3, Mistral, Mixtral, SmolLM2, ReluLLaMA, ProSparse, TurboSparse-Mistral",
+            "SmolLM2-135M, tiny", permuted=True, may_have=("qkv", "output"), mixture=Mixture(),
         ),
         Family("qwen2", "Qwen2, Qwen2.5", "Qwen2.5-Coder-1.5B, tiny", biases=("qkv",)),
         Family("qwen3", "Qwen3", "tiny", norms=("attention", "query", "key", "ffn", "final")),

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +41,22 @@ def check_method(path: Path, stated: Mapping[str, Any]) -> None:
         )
 
 
+class Part(Protocol):
+    """A tensor of a safetensors file; a slice of it is read when it is cut."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, rows: slice | EllipsisType) -> npt.NDArray[Any]: ...
+
+
 class FourBits(Tensor):
     """A matrix of such parts, in an order of rows of its own. Raises DataError where they do not fit together."""
 
-    def __init__(self, name: str, parts: Mapping[str, Any], stated: Mapping[str, Any], order: Numbers | None) -> None:
+    def __init__(
+        self, name: str, parts: Mapping[str, Part], stated: Mapping[str, Any], order: Numbers | None
+    ) -> None:
         missing = [part for part in PARTS[:3] if part not in parts]
         if missing:
             raise DataError(f"tensor {name!r} has no part {missing[0]!r}")

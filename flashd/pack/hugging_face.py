@@ -30,6 +30,7 @@ class Conversion:
     shift: float = 0.0  # GGUF has the weights of norms with this added
     names: Mapping[str, str] = field(default_factory=dict)  # of tensors that the gguf package does not know
     defaults: Config = field(default_factory=dict)  # what config.json may leave out
+    activations: Mapping[str, str] = field(default_factory=dict)  # that config.json calls by another's name
 
 
 LLAMA = Conversion("llama", permuted=True)
@@ -40,6 +41,8 @@ CONVERSIONS = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": LLAMA,
+    "sparsellama": LLAMA,  # ProSparse
+    "bamboo": Conversion("llama", permuted=True, activations={"relu": "drelu"}),  # Bamboo, TurboSparse-Mistral
     "smollm3": Conversion("smollm3", permuted=True, defaults={**QWEN, "tie_word_embeddings": True}),
     "qwen2": Conversion("qwen2", defaults=QWEN),
     "qwen3": Conversion("qwen3", defaults=QWEN),
@@ -56,7 +59,6 @@ CONVERSIONS = {
         },
     ),
     "phi": Conversion("phi2", defaults={"partial_rotary_factor": 0.5}),
-    "phi3": Conversion("phi3"),
     "nemotron": Conversion("nemotron", shift=1.0, defaults={"partial_rotary_factor": 0.5}),
     "bitnet": Conversion(
         "bitnet", defaults={"hidden_act": "relu2", "rope_theta": 500000.0},
@@ -125,7 +127,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "expert_used_count": ("num_experts_per_tok", "moe_num_active_primary_experts"),
     "expert_feed_forward_length": ("moe_intermediate_size", "moe_ffn_hidden_size"),
     "expert_weights_norm": ("norm_topk_prob",),
-    "use_parallel_residual": ("parallel_attn",),
     # GGUF has no key for these: the architecture says it all there
     "hidden_activation": ("hidden_activation", "hidden_act", "activation_function", "activation"),
     "hidden_activation_threshold": ("hidden_act_param",),
@@ -135,8 +136,11 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 ENDS = (".weight", ".bias")
 
-BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".weight_scale")
-"""Ends of names that are no weights of their own."""
+NOT_READ = (
+    ".rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".weight_scale",
+    ".mlp.predictor.fc1.weight", ".mlp.predictor.fc2.weight",
+)  # fmt: skip
+"""Ends of names that are no weights of their own, or a predictor's of which neurons fire: flashd fits its own."""
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
@@ -161,6 +165,8 @@ def flattened(config: Config) -> Config:
 def completed(config: Config, conversion: Conversion) -> Config:
     """The configuration with what it leaves out."""
     full = {**conversion.defaults, **{k: v for k, v in config.items() if v is not None}}
+    if "hidden_act" in full:
+        full["hidden_act"] = conversion.activations.get(full["hidden_act"], full["hidden_act"])
     if conversion.architecture == "falcon":
         full.setdefault("ffn_hidden_size", 4 * int(full.get("hidden_size", 0)))
         if not full.get("new_decoder_architecture"):
@@ -289,12 +295,10 @@ class Names:
         None for what is no weight, or a part of a model that also sees.
         """
         if self._sees:
-            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name).replace(
-                "model.lm_head", "lm_head"
-            )
-            if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+            name = _SPEAKING.sub("model.", name).replace("model.lm_head", "lm_head")
+            if _SEEING.match(name):
                 return None
-        if name.endswith(BUFFERS) or (self._tied and name == "lm_head.weight"):
+        if name.endswith(NOT_READ) or (self._tied and name == "lm_head.weight"):
             return None
         expert = _EXPERT.search(name)
         merged = _EXPERT.sub(".experts.", name)

@@ -30,6 +30,9 @@ LENGTH = 512
 FIT, JUDGED = 4, 3
 """Tokens of a text, texts that errors are weighed on, and others that judge the result."""
 
+LEAST = np.float32(1e-3)
+"""How much an error counts at least, in parts of the mean."""
+
 TOKENS = 256
 """Of the first text, on which the groups' errors are compared."""
 
@@ -47,14 +50,18 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Weigh:
-    """How much errors of a layer's weights count: the mean squares of what each is multiplied by."""
+    """How much errors of a layer's weights count: the mean squares of what each is multiplied by.
+
+    None counts nothing: what a text did not use another may.
+    """
 
     inputs: Floats  # [H]
     neurons: Floats  # [F]
 
     @classmethod
     def of(cls, seen: Seen) -> Weigh:
-        return cls(np.square(seen.h).mean(0), np.square(seen.a).mean(0))
+        means = [np.square(values).mean(0) for values in (seen.h, seen.a)]
+        return cls(*(mean + LEAST * mean.mean() + np.float32(1e-30) for mean in means))
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Judgement:
 
 def cut(tokenizer_json: bytes, narrowing: Narrowing, context: int) -> tuple[list[Numbers], list[Numbers]]:
     """Texts to weigh on and texts to judge by, in turn from all over the sample. Raises DataError for a short one."""
-    tokens = text_tokens(tokenizer_json, narrowing.text or "".join(_own_text()))
+    tokens = text_tokens(tokenizer_json, "".join(_own_text()) if narrowing.text is None else narrowing.text)
     length, wanted = min(context, LENGTH), FIT + JUDGED
     texts = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
     if len(texts) < wanted:
@@ -105,8 +112,8 @@ def _own_text(folder: Traversable | None = None) -> Iterator[str]:
             yield entry.read_text("utf-8")
 
 
-def floats(groups: QuantGroups, biases: Floats) -> Dense:
-    """Groups of 4 bits as matrices; biases [32 n, M]."""
+def floats(groups: QuantGroups) -> Dense:
+    """Groups of 4 bits as matrices."""
     n, _, m, width = groups.q.shape
     parts: list[Any] = [groups.q, groups.scale, groups.centre, groups.step]
     rows = dequantise(QuantRows(*(p.reshape(n * BLOCK * m, -1) for p in parts)), "int4").reshape(n * BLOCK, m, -1)
@@ -116,6 +123,7 @@ def floats(groups: QuantGroups, biases: Floats) -> Dense:
         for k, codes in enumerate((groups.down_scale, groups.down_centre))
     )  # [n, 1, H]
     down = (unpack(groups.down, 4).astype(np.float32) - 8) * scale + centre  # [n, 32, H]
+    biases = groups.bias.reshape(n * BLOCK, -1)
     return Dense([rows[:, k] for k in range(m)], biases, down.reshape(n * BLOCK, 2 * width).T)
 
 
@@ -129,7 +137,10 @@ def joined(parts: Sequence[Dense]) -> Dense:
 
 
 def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Dense) -> Floats:
-    """[groups]: the squared error of each group's share in the output, in parts of the hidden states' squares."""
+    """[groups]: the squared error of each group's share in the output, in parts of the hidden states' squares.
+
+    Where a norm follows the FFN both are of another size than what is added: the same for all groups of a layer.
+    """
     h = seen.h[:TOKENS]
     size = float(np.square(calibration.states[:TOKENS]).sum())
     a, b = calibration.activate(exact, h), calibration.activate(narrow, h)  # [N, F]

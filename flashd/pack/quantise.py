@@ -6,6 +6,7 @@ its scales cost; elsewhere the least squared error over a few ranges is taken, b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from flashd.bundle.rows import (
     BITS,
     BLOCK,
     CODE_TYPES,
-    NARROW,
     Bytes,
     Codes,
     Floats,
@@ -34,8 +34,8 @@ SHRINK: dict[RowKind, tuple[float, ...]] = {
 }  # fmt: skip
 """Parts of a block's range that are tried: fewer extremes reached, finer steps for the rest."""
 
-FITS = 3
-"""Times that a narrow block's scale and centre are fitted to its weights as they were rounded last."""
+FITS: dict[RowKind, int] = {"int4": 1, "int8": 1, "int3": 3, "int2": 3}
+"""Times that steps are fitted to the levels that they gave."""
 
 
 def encode_rows(
@@ -43,7 +43,7 @@ def encode_rows(
 ) -> Bytes:
     """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero.
 
-    Narrow rows take `weigh` [K], how much an error of each weight counts. For ternary rows see `is_ternary`.
+    Narrow rows take `weigh` [K], how much a squared error of each weight counts. For ternary rows see `is_ternary`.
     """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
@@ -54,10 +54,8 @@ def encode_rows(
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
         return raw
-    blocks = weights.reshape(len(weights), -1, BLOCK)
-    if weigh is not None:
-        grid = fitted(blocks, form.kind, weigh.reshape(-1, BLOCK))
-    q, scale, centre, step = quantise(blocks, form.kind, grid, centred)
+    counts = None if weigh is None else weigh.reshape(1, -1, BLOCK)
+    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, counts)
     parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
     parts.scale[:], parts.centre[:], parts.step[:] = scale, centre, step
     return raw
@@ -73,7 +71,7 @@ def encode_groups(
         down: the same neurons' columns of down_proj, [H, 32 g] float32.
         bias: the biases of the input rows, [32 g, M] or [32 g, 0] float32.
         grid: the source's own grid of `down`, each part [H, g].
-        weigh: of narrow groups, how much an error of each neuron's column counts, [32 g].
+        weigh: of narrow groups, how much a squared error of each neuron's column counts, [32 g].
     """
     groups, h = down.shape[1] // BLOCK, form.hidden
     raw = np.zeros((groups, form.nbytes), np.uint8)
@@ -87,11 +85,10 @@ def encode_groups(
         return raw
     # 32 outputs share a step: [g, H/32, 32 outputs, 32 neurons]
     blocks = down.reshape(h // BLOCK, BLOCK, groups, BLOCK).transpose(2, 0, 1, 3).reshape(-1, BLOCK, BLOCK)
-    if weigh is not None:
-        grid = fitted(blocks, form.kind, np.repeat(weigh.reshape(groups, 1, BLOCK), h // BLOCK, axis=0))
-    elif grid is not None:
+    if grid is not None:
         grid = (grid[0].T.reshape(-1, BLOCK), grid[1].T.reshape(-1, BLOCK))
-    q, scale, centre, step = quantise(blocks, form.kind, grid)
+    counts = None if weigh is None else np.repeat(weigh.reshape(groups, 1, BLOCK), h // BLOCK, axis=0)
+    q, scale, centre, step = quantise(blocks, form.kind, grid, weigh=counts)
     neuron_major = q.reshape(groups, h, BLOCK).transpose(0, 2, 1)  # [g, 32, H]
     column[:] = pack_bits(np.ascontiguousarray(neuron_major), form.row.bits)
     tail = raw[:, BLOCK * form.bundle_bytes : form.nbytes - 4 * BLOCK * form.biases]
@@ -119,87 +116,100 @@ def encode_neurons(inputs: list[Bytes], down: Floats, bias: Floats, form: Neuron
     return np.concatenate([*rows, np.ascontiguousarray(bias).view(np.uint8).reshape(len(bias), -1)], axis=1)
 
 
-def fitted(blocks: Floats, kind: RowKind, weigh: Floats) -> Grid:
-    """Scales and centres [n, B] of blocks [n, B, 32] that lose least, errors weighed by [B, 32] or [n, 1, 32].
-
-    Least squares in turn with rounding, from a few ranges.
-    """
-    levels = (1 << BITS[kind]) - 1
-    low, high = blocks.min(2, keepdims=True), blocks.max(2, keepdims=True)
-    weigh = np.broadcast_to(weigh.astype(np.float32), blocks.shape)
-    total = weigh.sum(2, keepdims=True)
-    best = [np.full_like(low, np.inf), low, low]  # error, scale, least
-    for shrink in SHRINK[kind]:
-        least = (low + high) / 2 - (high - low) * np.float32(shrink / 2)
-        scale = (high - low) * np.float32(shrink / levels)
-        for _ in range(FITS):
-            q = np.clip(np.rint(_divide(blocks - least, scale)), 0, levels)
-            wq = weigh * q
-            mean_q, mean = (
-                _divide(wq.sum(2, keepdims=True), total),
-                _divide((weigh * blocks).sum(2, keepdims=True), total),
-            )
-            spread = (wq * (q - mean_q)).sum(2, keepdims=True)
-            slope = _divide((wq * (blocks - mean)).sum(2, keepdims=True), spread)
-            scale = np.where(slope > 0, slope, scale)
-            least = mean - scale * mean_q
-        error = (weigh * (q * scale + least - blocks) ** 2).sum(2, keepdims=True)
-        better = error < best[0]
-        best = [np.where(better, new, old) for new, old in zip((error, scale, least), best, strict=True)]
-    _, scale, least = (part[:, :, 0] for part in best)
-    return scale, least + scale * np.float32(1 << (BITS[kind] - 1))
-
-
 def quantise(
-    blocks: Floats, kind: RowKind, grid: Grid | None = None, centred: bool = True
+    blocks: Floats, kind: RowKind, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
 ) -> tuple[Bytes, Codes, Codes, npt.NDArray[np.float16]]:
     """Blocks [n, B, 32] float32 -> q [n, B, 32] uint8, scale codes [n, B], centre codes [n, B], steps [n, 2].
 
-    The B blocks of an n share their steps.
+    The B blocks of an n share their steps. With `weigh`, as large as the blocks or repeated over them, the source's
+    grid is not looked at.
     """
+    own = _coded(blocks, *_fitted(blocks, kind, centred, weigh), kind)
+    if grid is None or weigh is not None or not (centred or not grid[1].any()):
+        return own.q, own.scale, own.centre, own.step
+    theirs = _coded(blocks, *grid, kind)
+    better = own.error < theirs.error
+    for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
+        to[better] = values[better]
+    return theirs.q, theirs.scale, theirs.centre, theirs.step
+
+
+def _fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
+    """Scales and centres [n, B]: for each block the range of SHRINK whose levels, fitted to the block, err least."""
     low, high = blocks.min(2), blocks.max(2)
     if not centred:
         high = np.maximum(high, -low)
         low = -high
     middle, half = (low + high) / 2, (high - low) / 2
-    bits = BITS[kind]
-    levels = (1 << bits) - 1
-    tries = [(2 * half * r / levels, middle + half * r / levels) for r in SHRINK[kind]]
-    if grid is not None and kind in NARROW:
-        tries = [grid]
-    elif grid is not None and (centred or not grid[1].any()):
-        tries.insert(0, grid)
-    best = _Coded(blocks, *tries[0], kind, bits)
-    for scale, centre in tries[1:]:
-        best.take_better(_Coded(blocks, scale, centre, kind, bits))
-    return best.q, best.scale, best.centre, best.step
+    levels = (1 << BITS[kind]) - 1
+    scale, centre, least = np.empty_like(low), np.empty_like(low), np.full_like(low, np.inf)
+    for part in SHRINK[kind]:
+        step = 2 * half * np.float32(part / levels)
+        tried = step, middle + step / 2
+        for _ in range(FITS[kind]):
+            tried = _refit(blocks, *tried, kind, centred, weigh)
+        off = _levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks
+        error = (off * off if weigh is None else off * off * weigh).sum(2)
+        better = error < least
+        for to, values in zip((scale, centre, least), (*tried, error), strict=True):
+            to[better] = values[better]
+    return scale, centre
 
 
+def _refit(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
+    """The scale and the centre of least squared error for the levels that a first pair gives."""
+    q = _levels(blocks, scale, centre, kind)
+    if not centred:
+        return _divide((q * blocks).sum(2), (q * q).sum(2)), np.zeros_like(scale)
+    mean, middle = _mean(q, weigh), _mean(blocks, weigh)
+    spread = q - mean[:, :, None]
+    counted = spread if weigh is None else spread * weigh
+    fit = _divide((counted * blocks).sum(2), (counted * spread).sum(2))
+    # weights that count very unequally leave no more than rounding noise
+    scale = np.where((fit >= 0) & (fit <= 2 * scale), fit, scale)
+    return scale, middle - scale * mean
+
+
+def _mean(blocks: Floats, weigh: Floats | None) -> Floats:
+    return blocks.mean(2) if weigh is None else _divide((blocks * weigh).sum(2), weigh.sum(2))
+
+
+def _levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floats:
+    """The nearest levels [n, B, 32] of weights, zero in the middle, as many as the bits give."""
+    zero = 1 << (BITS[kind] - 1)
+    return np.clip(np.rint(_divide(blocks - centre[:, :, None], scale[:, :, None])), -zero, zero - 1)
+
+
+@dataclass(frozen=True)
 class _Coded:
-    """One try at coding blocks [n, B, 32], and its squared error a row of blocks."""
+    """Blocks as they are written, and the squared error [n] of each n's."""
 
-    def __init__(self, blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, bits: int) -> None:
-        top_scale = _half(scale.max(1, keepdims=True))
-        top_centre = _half(np.abs(centre).max(1, keepdims=True))
-        self.step = np.concatenate([top_scale, top_centre], 1).astype(np.float16)
-        self.scale, s = _code(scale, top_scale, CODE_TYPES[kind][0], 1)
-        self.centre, c = _code(centre, top_centre, CODE_TYPES[kind][1], -np.iinfo(CODE_TYPES[kind][1]).max)
-        zero = 1 << (bits - 1)
-        levels = np.clip(np.rint(_divide(blocks - c, s)), -zero, zero - 1)
-        self.error = ((levels * s + c - blocks) ** 2).sum((1, 2))
-        self.q = (levels + zero).astype(np.uint8)
+    q: Bytes
+    scale: Codes
+    centre: Codes
+    step: npt.NDArray[np.float16]
+    error: Floats
 
-    def take_better(self, other: _Coded) -> None:
-        better = other.error < self.error
-        for name in ("q", "scale", "centre", "step", "error"):
-            getattr(self, name)[better] = getattr(other, name)[better]
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [self.q, self.scale, self.centre, self.step]
+
+
+def _coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> _Coded:
+    tops = _half(scale.max(1, keepdims=True)), _half(np.abs(centre).max(1, keepdims=True))
+    scale_type, centre_type = CODE_TYPES[kind]
+    scale_codes, s = _code(scale, tops[0], scale_type, 1)
+    centre_codes, c = _code(centre, tops[1], centre_type, -np.iinfo(centre_type).max)
+    levels = _levels(blocks, s, c, kind)
+    error = ((levels * s[:, :, None] + c[:, :, None] - blocks) ** 2).sum((1, 2))
+    q = (levels + (1 << (BITS[kind] - 1))).astype(np.uint8)
+    return _Coded(q, scale_codes, centre_codes, np.concatenate(tops, 1).astype(np.float16), error)
 
 
 def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int) -> tuple[Codes, Floats]:
-    """Values [n, B] as codes in parts of top [n, 1], and what the codes stand for, [n, B, 1]."""
+    """Values [n, B] as codes in parts of top [n, 1], and what the codes stand for, [n, B]."""
     most = int(np.iinfo(dtype).max)
     codes = np.clip(np.rint(_divide(values, top) * np.float32(most)), least, most).astype(dtype)
-    return codes, (codes.astype(np.float32) * (top / np.float32(most)))[:, :, None]
+    return codes, codes.astype(np.float32) * (top / np.float32(most))
 
 
 def _half(values: Floats) -> Floats:

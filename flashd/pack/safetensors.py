@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flashd.bundle import layout
 from flashd.bundle.rows import Floats
 from flashd.errors import DataError, InputMissing
 from flashd.pack import four_bits, hugging_face
-from flashd.pack.four_bits import FourBits
+from flashd.pack.four_bits import FourBits, Part
 from flashd.pack.hugging_face import Numbers
 from flashd.pack.source import ALL, Source, Tensor, Which
 from flashd.pack.tokenizer_json import read_object, read_tokenizer_json
@@ -31,7 +32,9 @@ ROWS_AT_ONCE = 1024
 class _Stored(Tensor):
     """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
 
-    def __init__(self, name: str, data: Any, bits: float, order: Numbers | None = None, shift: float = 0.0) -> None:
+    def __init__(
+        self, name: str, data: Part | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0
+    ) -> None:
         self.name, self.bits = name, bits
         self.shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
         self._data, self._order, self._shift = data, order, np.float32(shift)
@@ -65,7 +68,7 @@ class _Packed(Tensor):
 
     bits = 2.0
 
-    def __init__(self, name: str, data: Any, scale: float) -> None:
+    def __init__(self, name: str, data: Part, scale: float) -> None:
         self.name, self._data, self._scale = name, data, np.float32(scale)
         self._quarter, width = data.get_shape()
         self.shape = (4 * self._quarter, width)
@@ -113,6 +116,39 @@ class _Stack(Tensor):
         return self._experts[number]
 
 
+@dataclass
+class _Parts:
+    """What the files of weights have of each tensor, by its GGUF name."""
+
+    parts: dict[str, dict[int, Part]] = field(default_factory=dict)  # one, or one an expert
+    four_bits: dict[str, dict[str, Part]] = field(default_factory=dict)  # GPTQ's or AWQ's, by the ends of their names
+    scales: dict[str, float] = field(default_factory=dict)  # BitNet's
+
+    def add(self, stored: str, part: Part, names: hugging_face.Names) -> None:
+        """Takes the tensor that its file calls `stored`, unless it is no weight."""
+        if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
+            self.scales[found[0]] = float(np.asarray(part[...], np.float32).reshape(-1)[0])
+            return
+        end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
+        if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
+            self.four_bits.setdefault(found[0], {})[end] = part
+        elif found := names.find(stored):
+            self.parts.setdefault(found[0], {})[found[1] or 0] = part
+
+
+def _find_parts(files: list[Path], names: hugging_face.Names) -> _Parts:
+    """What the files hold, none of it read yet. Raises DataError."""
+    out = _Parts()
+    for file in files:
+        try:
+            shard = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+        for stored in shard.keys():  # noqa: SIM118
+            out.add(stored, shard.get_slice(stored), names)
+    return out
+
+
 class HfFolder(Source):
     """An open Hugging Face folder.
 
@@ -134,63 +170,39 @@ class HfFolder(Source):
             keys = hugging_face.hyper_parameters(self._config, path)
             divisors = hugging_face.rope_divisors(self._config)
             self._files = _weight_files(path)
-            self._scales: dict[str, float] = {}
-            self._four_bits: dict[str, dict[str, Any]] = {}
-            self._parts = self._find_parts()
+            self._stored = _find_parts(self._files, hugging_face.Names(self._conversion, self._config))
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
         self._made = {} if divisors is None else {"rope_freqs.weight": divisors}
         self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
         self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
 
-    def _find_parts(self) -> dict[str, dict[int, Any]]:
-        """Of each tensor, by its GGUF name, its parts as the files have them: one, or one an expert."""
-        names = hugging_face.Names(self._conversion, self._config)
-        parts: dict[str, dict[int, Any]] = {}
-        for file in self._files:
-            try:
-                shard = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
-            for stored in shard.keys():  # noqa: SIM118
-                if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
-                    self._scales[found[0]] = float(shard.get_tensor(stored).astype(np.float32).reshape(-1)[0])
-                    continue
-                end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
-                if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
-                    self._four_bits.setdefault(found[0], {})[end] = shard.get_slice(stored)
-                    continue
-                if found := names.find(stored):
-                    parts.setdefault(found[0], {})[found[1] or 0] = shard.get_slice(stored)
-        return parts
-
     @property
     def names(self) -> set[str]:
-        return {*self._parts, *self._made, *self._four_bits}
+        return {*self._stored.parts, *self._stored.four_bits, *self._made}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`. Raises DataError."""
         if name in self._made:
             return _Stored(name, self._made[name], bits=32)
-        if name in self._four_bits:
+        if name in self._stored.four_bits:
             order = hugging_face.row_order(self._conversion, self._config, name)
-            return FourBits(name, self._four_bits[name], self._rounded, order)
-        if name not in self._parts:
+            return FourBits(name, self._stored.four_bits[name], self._rounded, order)
+        if name not in self._stored.parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
-        parts = [self._stored(name, part) for _, part in sorted(self._parts[name].items())]
+        parts = [self._matrix(name, part) for _, part in sorted(self._stored.parts[name].items())]
         if not name.endswith("_exps.weight"):
             return parts[0]
         if len(parts) != self.number("expert_count", int) or len({part.shape for part in parts}) != 1:
             raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
         return _Stack(name, parts)
 
-    def _stored(self, name: str, part: Any) -> Tensor:
+    def _matrix(self, name: str, part: Part) -> Tensor:
+        """A tensor, or one expert's."""
         kind, rows = part.get_dtype(), part.get_shape()[0]
-        if kind == "U8" and name in self._scales:
-            scale = self._scales[name]
-            return _Packed(
-                name, part, 1 / scale if self._rounded.get("linear_class", "bitlinear") == "bitlinear" else scale
-            )
+        if kind == "U8" and name in self._stored.scales:
+            scale, divides = self._stored.scales[name], self._rounded.get("linear_class", "bitlinear") == "bitlinear"
+            return _Packed(name, part, 1 / scale if divides else scale)
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")

@@ -28,6 +28,14 @@ def test_rows_come_back_within_half_a_step(kind: RowKind, blocks: int, rows: int
     assert (np.abs(back - weights) <= allowed * span + 2e-7).all()
 
 
+def test_each_block_has_the_range_and_the_levels_that_err_least() -> None:
+    weights = np.random.default_rng(3).standard_normal((64, 20 * BLOCK)).astype(np.float32)
+    form = RowFormat("int4", 20 * BLOCK)
+    back = dequantise(form.views(encode_rows(weights, form)), "int4")
+    # the whole range gives 0.082, one range for all blocks of a row 0.078, levels not fitted 0.076
+    assert np.linalg.norm(back - weights) < 0.074 * np.linalg.norm(weights)
+
+
 def test_a_source_s_own_grid_moves_over_without_loss() -> None:
     random = np.random.default_rng(1)
     scale = random.uniform(0.5, 1, (6, 4)).astype(np.float16).astype(np.float32)

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from flashd.bundle.layout import PAGE
 from flashd.bundle.reader import Bundle
+from flashd.engine import pages
 from flashd.engine.ffn import StreamedFfn
 from flashd.engine.kv import KvCache
 from flashd.engine.paged import PagedModel
-from flashd.engine.pages import give_back
+from flashd.engine.pages import PAGE, give_back, use_small_pages
+from flashd.engine.plan import resident_now
 from tests.engine.test_paths import plan
 from tests.reference import relative
 
@@ -104,14 +106,57 @@ def test_memory_that_is_lent_is_not_held(tiny_bundle: Path) -> None:
     cache.reserve(CONTEXT)
     for part in cache.parts(0, CONTEXT):
         part[:] = 1
-    assert lent == [whole, 0]
+    ends = 2 * PAGE * len(list(cache.parts(0, 1)))  # pages that two heads share are not lent
+    assert lent == [whole - ends, 0]
     cache.reserve(100)  # no more than there is
     assert lent[-1] == 0 and all((part == 1).all() for part in cache.parts(0, CONTEXT))
     cache.hold(100)
-    assert lent[-1] == whole - 100 * cache.token_bytes
+    assert lent[-1] == whole - ends - 100 * cache.token_bytes
     assert all((part == 1).all() for part in cache.parts(0, 100))
     for part in cache.parts(100, CONTEXT):  # reads as zeros, but for what shares a page with others
         assert np.count_nonzero(part) * part.itemsize < 2 * PAGE < part.nbytes
+
+
+def test_a_pass_that_breaks_off_between_card_and_sum(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C may: groups that streamed past are in their slots then, and some in the head's."""
+    ids, last = np.arange(4), np.array([3])
+    with lending(tiny_bundle, 2) as model:
+        right = model.forward(ids, last)
+        assert isinstance(model._ffn, StreamedFfn)
+        product, calls = model._ffn._product, iter(range(100))
+
+        def stopped(*args: Any) -> Any:
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return product(*args)
+
+        monkeypatch.setattr(model._ffn, "_product", stopped)
+        model.cache.truncate(0)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(ids, last)
+        for _ in range(2):
+            model.cache.truncate(0)
+            assert relative(right, model.forward(ids, last)) <= 1e-4
+
+
+def test_drafts_are_asked_for_as_soon_as_groups_are_let_go(tiny_bundle: Path) -> None:
+    with Bundle(tiny_bundle) as bundle:
+        groups = bundle.header.model.groups
+    with lending(tiny_bundle, groups - PINNED) as model:
+        model.forward(np.arange(3), np.array([2]))
+        assert not model.pages
+        model.cache.reserve(CONTEXT)
+        assert model.pages and model.drafts
+
+
+def test_a_token_in_a_large_cache_holds_no_huge_pages(tiny_bundle: Path) -> None:
+    use_small_pages()
+    with Bundle(tiny_bundle) as bundle:
+        cache = KvCache(bundle.header.model, 1 << 16)  # arrays of 8 MiB
+    before = resident_now()
+    for part in cache.parts(0, 16):
+        part[:] = 1
+    assert resident_now() - before < 1 << 20
 
 
 def test_whole_pages_go_back_and_nothing_beside_them() -> None:
@@ -121,3 +166,12 @@ def test_whole_pages_go_back_and_nothing_beside_them() -> None:
     assert memory[:PAGE].all() and memory[3 * PAGE :].all() and not memory[PAGE : 3 * PAGE].any()
     give_back(memory[:5])
     give_back(memory[:0])
+
+
+def test_nothing_goes_back_that_is_no_page_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = 16 << 10  # as on a Raspberry Pi 5
+    monkeypatch.setattr(pages, "PAGE", large)
+    memory = np.ones(5 * large, np.uint8)
+    memory = memory[-memory.ctypes.data % large :][: 3 * large]
+    give_back(memory[4096 : 3 * large - 4096])
+    assert memory[:large].all() and memory[2 * large :].all() and not memory[large : 2 * large].any()

@@ -8,16 +8,20 @@ flashd and its tests need neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 from transformers.integrations.bitnet import ActQuant
 
+from tests.goldens import folders
 from tests.goldens.models import (
     EXPERTS,
     GOLDENS,
@@ -36,169 +40,77 @@ from tests.goldens.models import (
     Golden,
 )
 
-Tensors = dict[str, np.ndarray]
-Rename = Callable[[str, Tensors], np.ndarray]
-Maker = Callable[[Golden], tuple[Any, Rename]]
+Maker = Callable[[Golden], Any]
+"""The configuration of a golden."""
+
 COMMON = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCABULARY,
     "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 
 
-def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
-    """Names with the parts that `special` names replaced, else as the gguf package maps them."""
-    architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    kind = architectures.get(golden.architecture, gguf.MODEL_ARCH.LLAMA)
-    known = gguf.get_tensor_name_map(kind, LAYERS)
-
-    def find(name: str, tensors: Tensors) -> np.ndarray:
-        if name == "lm_head.weight":
-            return tensors.get("output.weight", tensors["token_embd.weight"])
-        ours = name
-        for theirs, part in (special or {}).items():
-            ours = ours.replace(theirs, part)
-        return tensors[ours if ours in tensors else str(known.get_name(name, try_suffixes=(".weight", ".bias")))]
-
-    return find
-
-
-OPT = {
-    "model.decoder.embed_tokens": "token_embd", "model.decoder.embed_positions": "position_embd",
-    "model.decoder.project_in": "project_in", "model.decoder.project_out": "project_out",
-    "model.decoder.final_layer_norm": "output_norm", "model.decoder.layers.": "blk.",
-    "self_attn_layer_norm": "attn_norm", "final_layer_norm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_output",
-    "fc1": "ffn_up", "fc2": "ffn_down",
-}  # fmt: skip
-
-
-def opt(golden: Golden) -> tuple[Any, Rename]:
+def opt(golden: Golden) -> Any:
     post = golden.keys.get("norm_before") is False
-    config = transformers.OPTConfig(
+    return transformers.OPTConfig(
         **COMMON, ffn_dim=NEURONS, do_layer_norm_before=not post, word_embed_proj_dim=40 if post else HIDDEN,
         dropout=0.0,
     )  # fmt: skip
-    return config, by_map(golden, OPT)
 
-
-def halves(find: Rename) -> Rename:
-    """Undoes GGUF's order of llama's query and key rows."""
-
-    def found(name: str, tensors: Tensors) -> np.ndarray:
-        values = find(name, tensors)
-        if "q_proj" not in name and "k_proj" not in name:
-            return values
-        heads = HEADS if "q_proj" in name else KV_HEADS
-        return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-
-    return found
-
-
-def less_one(find: Rename) -> Rename:
-    """GGUF has the weights of norms with 1 added."""
-
-    def found(name: str, tensors: Tensors) -> np.ndarray:
-        return find(name, tensors) - (1.0 if "norm" in name and name.endswith(".weight") else 0.0)
-
-    return found
-
-
-def by_group(find: Rename, kv_heads: int) -> Rename:
-    """Queries, keys and values by groups of heads that share a key, where GGUF has all queries first."""
-
-    def found(name: str, tensors: Tensors) -> np.ndarray:
-        values = find(name, tensors)
-        if "query_key_value" not in name:
-            return values
-        q, k, v = np.split(values.reshape(-1, HEAD_DIM, *values.shape[1:]), [HEADS, HEADS + kv_heads])
-        q = q.reshape(kv_heads, HEADS // kv_heads, *q.shape[1:])
-        return np.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(values.shape)
-
-    return found
-
-
-def gemma(kind: type, **keys: Any) -> Maker:
-    def make(golden: Golden) -> tuple[Any, Rename]:
-        config, find = llama_like(kind, **keys)(golden)
-        return config, less_one(find)
-
-    return make
-
-
-PHI = {
-    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
-    "model.layers.": "blk.", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.dense": "attn_output",
-    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
-}  # fmt: skip
-
-PERSIMMON = {
-    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
-    "model.layers.": "blk.", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.query_key_value": "attn_qkv", "self_attn.q_layernorm": "attn_q_norm",
-    "self_attn.k_layernorm": "attn_k_norm", "self_attn.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up",
-    "mlp.dense_4h_to_h": "ffn_down",
-}  # fmt: skip
 
 PARTLY = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
 
 
-def phi(golden: Golden) -> tuple[Any, Rename]:
-    config = transformers.PhiConfig(
-        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, hidden_act="gelu_new",
-        rope_parameters=PARTLY, partial_rotary_factor=0.5, layer_norm_eps=1e-5,
+def phi(golden: Golden) -> Any:
+    return transformers.PhiConfig(
+        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS,
+        hidden_act=golden.keys.get("hidden_activation", "gelu_new"), rope_parameters=PARTLY,
+        partial_rotary_factor=0.5, layer_norm_eps=1e-5,
     )  # fmt: skip
-    return config, by_map(golden, PHI)
 
 
-def persimmon(golden: Golden) -> tuple[Any, Rename]:
-    config = transformers.PersimmonConfig(
+def persimmon(golden: Golden) -> Any:
+    return transformers.PersimmonConfig(
         **COMMON, intermediate_size=NEURONS, hidden_act="relu2", qk_layernorm=True, rope_parameters=PARTLY,
         partial_rotary_factor=0.5, layer_norm_eps=1e-5,
     )  # fmt: skip
-    return config, by_group(by_map(golden, PERSIMMON), HEADS)
 
 
-def falcon(golden: Golden) -> tuple[Any, Rename]:
+def falcon(golden: Golden) -> Any:
     two = golden.kv_heads > 1
-    config = transformers.FalconConfig(
+    return transformers.FalconConfig(
         **COMMON, ffn_hidden_size=NEURONS, multi_query=not two, new_decoder_architecture=two, parallel_attn=True,
         num_kv_heads=golden.kv_heads, num_ln_in_parallel_attn=2 if two else None, bias=False, alibi=False,
         activation=golden.keys.get("hidden_activation", "gelu"), tie_word_embeddings=not two,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
     )  # fmt: skip
-    return config, by_group(by_map(golden), golden.kv_heads)
 
 
-def nemotron(golden: Golden) -> tuple[Any, Rename]:
-    config = transformers.NemotronConfig(
+def nemotron(golden: Golden) -> Any:
+    return transformers.NemotronConfig(
         **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, hidden_act="relu2",
         rope_parameters=PARTLY, partial_rotary_factor=0.5, norm_eps=1e-5,
     )  # fmt: skip
-    return config, less_one(by_map(golden))
 
 
-def llama_like(kind: type, permuted: bool = False, **keys: Any) -> Maker:
-    def make(golden: Golden) -> tuple[Any, Rename]:
+def llama_like(kind: type, **keys: Any) -> Maker:
+    def make(golden: Golden) -> Any:
         rope = {"rope_theta": golden.keys.get("rope.freq_base", 10000.0), "rope_type": "default"}
-        config = kind(**{
+        return kind(**{
             **COMMON, "intermediate_size": NEURONS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5,
             "head_dim": golden.keys.get("attention.key_length", HEAD_DIM),
             "tie_word_embeddings": "output.weight" not in golden.model,
             "rope_parameters": rope, **keys,
         })  # fmt: skip
-        find = by_map(golden)
-        return config, halves(find) if permuted else find
 
     return make
 
 
-def bitnet(golden: Golden) -> tuple[Any, Rename]:
-    known = golden.architecture == "bitnet"
-    config, find = llama_like(transformers.BitNetConfig, hidden_act="silu" if known else "relu2")(golden)
-    names = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
-    own = by_map(golden, names)
-    return config, lambda name, tensors: own(name, tensors) if "sub_norm" in name else find(name, tensors)
+def of_experts(kind: type, **keys: Any) -> Maker:
+    def make(golden: Golden) -> Any:
+        experts = {"num_experts_per_tok": USED, "intermediate_size": golden.layer["ffn_up_exps.weight"][1]}
+        return llama_like(kind, **experts, **keys)(golden)
+
+    return make
 
 
 def rounded(model: Any) -> Any:
@@ -209,51 +121,40 @@ def rounded(model: Any) -> Any:
     return model
 
 
-def of_experts(kind: type, permuted: bool = False, **keys: Any) -> Maker:
-    """A mixture: transformers has gate and up of all experts in one tensor."""
-
-    def make(golden: Golden) -> tuple[Any, Rename]:
-        experts = {"num_experts_per_tok": USED, "intermediate_size": golden.layer["ffn_up_exps.weight"][1]}
-        config, find = llama_like(kind, permuted, **experts, **keys)(golden)
-
-        def found(name: str, tensors: Tensors) -> np.ndarray:
-            layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
-            if name.endswith("experts.gate_up_proj"):
-                return np.concatenate([tensors[f"{layer}ffn_{part}_exps.weight"] for part in ("gate", "up")], axis=1)
-            if name.endswith("experts.down_proj"):
-                return tensors[f"{layer}ffn_down_exps.weight"]
-            if name.endswith("mlp.gate.weight"):
-                return tensors[f"{layer}ffn_gate_inp.weight"]
-            return find(name, tensors)
-
-        return config, found
-
-    return make
+def sparser(golden: Golden, model: Any) -> None:
+    """What those who made Llama's and Mistral's FFNs sparse do to them, in modelling files of their own."""
+    threshold = golden.keys.get("hidden_activation_threshold")
+    for layer in model.model.layers:
+        if golden.keys.get("hidden_activation") == "drelu":
+            layer.mlp.up_proj.register_forward_hook(lambda part, args, y: y.relu())
+        elif threshold:
+            layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
 
 
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
 MAKERS: dict[str, Maker] = {
-    "llama3": llama_like(
-        T.LlamaConfig, True, rope_parameters={"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}
-    ),
-    "mistral": llama_like(T.MistralConfig, True, sliding_window=WINDOW),
-    "llama-relu": llama_like(T.LlamaConfig, True, hidden_act="relu"),
+    "llama3": llama_like(T.LlamaConfig, rope_parameters={"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}),
+    "mistral": llama_like(T.MistralConfig, sliding_window=WINDOW),
+    "llama-relu": llama_like(T.LlamaConfig, hidden_act="relu"),
+    "llama-drelu": llama_like(T.MistralConfig, hidden_act="relu", sliding_window=WINDOW),
+    "llama-fatrelu": llama_like(T.LlamaConfig, rope_parameters=LINEAR),
     "qwen2-yarn": llama_like(T.Qwen2Config, rope_parameters=YARN),
     "qwen3": llama_like(T.Qwen3Config),
-    "mixtral": of_experts(T.MixtralConfig, True, num_local_experts=EXPERTS),
+    "mixtral": of_experts(T.MixtralConfig, num_local_experts=EXPERTS),
     "qwen3moe": of_experts(T.Qwen3MoeConfig, num_experts=EXPERTS, moe_intermediate_size=40, norm_topk_prob=True),
     "olmoe": of_experts(T.OlmoeConfig, num_experts=EXPERTS, norm_topk_prob=False),
-    "smollm3": llama_like(T.SmolLM3Config, True),
-    "gemma": gemma(T.GemmaConfig),
-    "gemma2": gemma(
+    "smollm3": llama_like(T.SmolLM3Config),
+    "gemma": llama_like(T.GemmaConfig),
+    "gemma2": llama_like(
         T.Gemma2Config,
         sliding_window=WINDOW,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=30.0,
         query_pre_attn_scalar=32,
     ),
-    "gemma3": gemma(
+    "gemma3": llama_like(
         T.Gemma3TextConfig,
         sliding_window=WINDOW,
         query_pre_attn_scalar=32,
@@ -263,9 +164,10 @@ MAKERS: dict[str, Maker] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     ),
-    "bitnet": bitnet,
-    "bitnet-silu": bitnet,
+    "bitnet": llama_like(T.BitNetConfig, hidden_act="relu2"),
+    "bitnet-silu": llama_like(T.BitNetConfig, hidden_act="silu"),
     "phi2": phi,
+    "phi2-relu": phi,
     "falcon": falcon,
     "falcon-two-norms": falcon,
     "persimmon": persimmon,
@@ -273,6 +175,13 @@ MAKERS: dict[str, Maker] = {
     "opt": opt,
     "opt-350m": opt,
 }
+
+SPARSER: dict[str, dict[str, Any]] = {
+    # TurboSparse-Mistral's, whose relu is dReLU, and ProSparse's
+    "llama-drelu": {"model_type": "bamboo"},
+    "llama-fatrelu": {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.125},
+}
+"""Of models that transformers knows by files of their own, what their config.json says."""
 
 
 def smallthinker() -> np.ndarray:
@@ -313,19 +222,34 @@ def smallthinker() -> np.ndarray:
 
 
 def made(name: str) -> dict[str, Any]:
-    """[48, V] float32, by what they are called in the file."""
+    """[48, V] float32, by what they are called in the file. Writes what a folder of the model says beside it."""
     if name == "smallthinker":
         return {"logits": smallthinker()}
     golden = GOLDENS[name]
-    config, find = MAKERS[name](golden)
-    tensors = golden.tensors()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    find, tensors = folders.found(name, golden), golden.tensors()
+    model = transformers.AutoModelForCausalLM.from_config(
+        MAKERS[name](golden), attn_implementation="eager", dtype=torch.float32
+    )
     state = {key: torch.from_numpy(np.array(find(key, tensors))) for key in model.state_dict()}
     for key, value in model.state_dict().items():
         assert value.shape == state[key].shape, f"{key}: {tuple(value.shape)}, not {tuple(state[key].shape)}"
     model.load_state_dict(state)
+    write_folder(name, model)
+    if name in SPARSER:
+        sparser(golden, model)
     out: dict[str, Any] = {"logits": logits(model)}
     return out | {"rounded": logits(rounded(model))} if golden.ternary else out
+
+
+def write_folder(name: str, model: Any) -> None:
+    """Keeps the config.json and the tensors' names that a folder of the model has."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = json.loads((Path(folder) / "config.json").read_text()) | SPARSER.get(name, {})
+        names = sorted(load_file(Path(folder) / "model.safetensors"))
+    if config["model_type"] == "bamboo":
+        names += [f"model.layers.{i}.mlp.predictor.fc{n}.weight" for i in range(LAYERS) for n in (1, 2)]
+    (HERE / f"{name}.json").write_text(json.dumps({"config": config, "tensors": names}, indent=1) + "\n")
 
 
 def logits(model: Any) -> np.ndarray:

@@ -165,6 +165,16 @@ GOLDENS = {
     "llama-relu": Golden(
         "llama", RMS | {"hidden_activation": "relu"}, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL,
     ),
+    "llama-drelu": Golden(
+        "llama", RMS | {"hidden_activation": "drelu", "attention.sliding_window": WINDOW},
+        TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL,
+    ),
+    "llama-fatrelu": Golden(
+        "llama",
+        RMS | {"hidden_activation": "fatrelu", "hidden_activation_threshold": 0.125, "rope.scaling.type": "linear",
+               "rope.scaling.factor": 4.0},
+        TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL,
+    ),
     "qwen2-yarn": Golden(
         "qwen2",
         RMS | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
@@ -222,6 +232,11 @@ GOLDENS = {
     ),
     "phi2": Golden(
         "phi2", LAYER_NORM | {"rope.dimension_count": 8},
+        _norms("attn_norm", bias=True) | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
+        EMBEDDING | HEAD | {"output.bias": (VOCABULARY,)} | _norms("output_norm", bias=True),
+    ),
+    "phi2-relu": Golden(
+        "phi2", LAYER_NORM | {"rope.dimension_count": 8, "hidden_activation": "relu"},
         _norms("attn_norm", bias=True) | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
         EMBEDDING | HEAD | {"output.bias": (VOCABULARY,)} | _norms("output_norm", bias=True),
     ),

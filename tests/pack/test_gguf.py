@@ -13,6 +13,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import RowKind
 from flashd.errors import DataError, InputMissing
 from flashd.pack.gguf import GgufModel, GgufTensor
 from flashd.pack.pack import pack
@@ -150,3 +151,15 @@ def test_a_type_of_another_program_s_is_told_from_damage(tmp_path: Path) -> None
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(DataError, match=r"a type that is not read .*36.* is not"):
         GgufModel(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("kind", "rows", "warned"), [
+    (Kind.Q5_0, "int4", True), (Kind.Q8_0, "int4", True), (Kind.Q5_0, "int8", False), (Kind.Q4_1, "int4", False),
+    (Kind.BF16, "int4", False),
+])  # fmt: skip
+def test_who_packs_five_bits_into_four_is_told_what_keeps_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind, rows: RowKind, warned: bool
+) -> None:
+    pack(tiny.write(tmp_path / "m.gguf", kind=kind), tmp_path / "m.flash", rows)
+    said = f"{tmp_path}/m.gguf: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them"
+    assert [r.getMessage() for r in caplog.records] == [said] * warned

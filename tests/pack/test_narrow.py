@@ -15,11 +15,13 @@ from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows import NARROW, GroupFormat, QuantGroups, QuantRows, RowFormat, RowKind, pack_bits, unpack
 from flashd.engine.paged import PagedModel
 from flashd.errors import DataError
-from flashd.pack.narrow import Narrowing, cut, floats, starts
+from flashd.pack.calibrate import Seen
+from flashd.pack.narrow import Narrowing, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
 from flashd.pack.quantise import encode_rows
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened, plan
+from tests.goldens.models import GOLDENS
 from tests.reference import relative
 
 TEXT = "the quick brown fox jumps over the lazy dog and " * 400
@@ -77,6 +79,39 @@ def test_errors_that_count_more_are_smaller(kind: RowKind) -> None:
     assert max(alike) < {"int3": 0.04, "int2": 0.15}[kind]  # of weights whose square is 1
 
 
+@pytest.mark.parametrize("kind", NARROW)
+def test_weights_that_count_nothing_or_everything_are_still_weights(kind: RowKind) -> None:
+    weights = np.random.default_rng(2).standard_normal((32, 64)).astype(np.float32)
+    form, unused, lopsided = RowFormat(kind, 64), np.ones(64, np.float32), np.ones(64, np.float32)
+    unused[:32] = 0
+    lopsided[0] = 1e8
+
+    def error(counts: np.ndarray) -> float:
+        rows = form.views(encode_rows(weights, form, weigh=Weigh.of(seen(counts)).inputs))
+        assert isinstance(rows, QuantRows)
+        wide = QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step)
+        return float(((dequantise(wide, "int4") - weights) ** 2).mean())
+
+    alike = error(np.ones(64))
+    assert error(unused) < 1.5 * alike and error(lopsided) < 4 * alike
+
+
+def seen(counts: np.ndarray) -> Seen:
+    h = np.sqrt(counts).astype(np.float32)[None]
+    return Seen(h, np.ones((1, 32), np.float32), np.ones(32, np.float32))
+
+
+def test_a_plain_ffn_with_biases_and_a_last_group_that_is_not_full(tmp_path: Path) -> None:
+    source = GOLDENS["opt"].write(tmp_path / "opt.gguf")
+    header = pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(0.9, TEXT))
+    assert header.narrowed
+    with Bundle(tmp_path / "m.flash") as bundle:
+        bundle.verify()
+    with opened(tmp_path / "m.flash", 0.0, 64) as part, opened(tmp_path / "m.flash", 1.0, 64) as whole:
+        ids, last = np.arange(2, 20), np.array([17])
+        assert relative(whole.forward(ids, last), part.forward(ids, last)) <= 1e-3
+
+
 def widened(q: np.ndarray, bits: int) -> np.ndarray:
     offset = 8 - (1 << (bits - 1))
     values = unpack(q, bits) if bits != 3 else unpack(q[:, : q.shape[1] * 2 // 3], 2) + 4 * unpack(
@@ -89,7 +124,7 @@ def test_matrices_are_those_of_the_groups(tiny_bundle: Path) -> None:
     with Bundle(tiny_bundle) as bundle:
         ((_, groups),) = bundle.groups(0, 3)
         assert isinstance(groups, QuantGroups)
-        dense = floats(groups, np.zeros((96, 0), np.float32))
+        dense = floats(groups)
         model = PagedModel(bundle, plan(bundle, 0.0, 64))
         try:
             h = np.random.default_rng(0).standard_normal((2, dense.down.shape[0])).astype(np.float32)

@@ -1,0 +1,167 @@
+"""The goldens as Hugging Face folders: the same weights, named and ordered as the transformers library saves them.
+
+`NAME.json` beside this file holds the config.json and the names of the tensors that it saved, see make.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import save_file
+
+from flashd.pack.gguf import GgufModel
+from tests.goldens.models import GOLDENS, HEAD_DIM, HEADS, HERE, HIDDEN, KV_HEADS, LAYERS, Floats, Golden
+
+Tensors = dict[str, Floats]
+Rename = Callable[[str, Tensors], Floats]
+"""The values of a tensor that transformers names so, out of those that GGUF names."""
+
+OPT = {
+    "model.decoder.embed_tokens": "token_embd", "model.decoder.embed_positions": "position_embd",
+    "model.decoder.project_in": "project_in", "model.decoder.project_out": "project_out",
+    "model.decoder.final_layer_norm": "output_norm", "model.decoder.layers.": "blk.",
+    "self_attn_layer_norm": "attn_norm", "final_layer_norm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_output",
+    "fc1": "ffn_up", "fc2": "ffn_down",
+}  # fmt: skip
+
+PHI = {
+    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
+    "model.layers.": "blk.", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.dense": "attn_output",
+    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+}  # fmt: skip
+
+PERSIMMON = {
+    "model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output",
+    "model.layers.": "blk.", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.query_key_value": "attn_qkv", "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm", "self_attn.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}  # fmt: skip
+
+BITNET = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+
+EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
+PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def found(name: str, golden: Golden) -> Rename:
+    """Where the golden called `name` has what transformers asks for."""
+    match golden.architecture:
+        case "llama" | "smollm3":
+            find = halves(by_map(golden))
+        case "gemma" | "gemma2" | "gemma3" | "nemotron":
+            find = less_one(by_map(golden))
+        case "falcon":
+            find = by_group(by_map(golden), golden.kv_heads)
+        case "persimmon":
+            find = by_group(by_map(golden, PERSIMMON), HEADS)
+        case "phi2":
+            find = by_map(golden, PHI)
+        case "opt":
+            find = by_map(golden, OPT)
+        case "bitnet" | "bitnet-b1.58":
+            find = bitnet(golden)
+        case _:
+            find = by_map(golden)
+    return of_experts(find) if "expert_count" in golden.keys else find
+
+
+def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
+    """Names with the parts that `special` names replaced, else as the gguf package maps them."""
+    architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = architectures.get(golden.architecture, gguf.MODEL_ARCH.LLAMA)
+    known = gguf.get_tensor_name_map(kind, LAYERS)
+
+    def find(name: str, tensors: Tensors) -> Floats:
+        if name == "lm_head.weight":
+            return tensors.get("output.weight", tensors["token_embd.weight"])
+        ours = name
+        for theirs, part in (special or {}).items():
+            ours = ours.replace(theirs, part)
+        return tensors[ours if ours in tensors else str(known.get_name(name, try_suffixes=(".weight", ".bias")))]
+
+    return find
+
+
+def halves(find: Rename) -> Rename:
+    """Undoes GGUF's order of llama's query and key rows."""
+
+    def halved(name: str, tensors: Tensors) -> Floats:
+        values = find(name, tensors)
+        if "q_proj" not in name and "k_proj" not in name:
+            return values
+        heads = HEADS if "q_proj" in name else KV_HEADS
+        return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+
+    return halved
+
+
+def less_one(find: Rename) -> Rename:
+    """GGUF has the weights of norms with 1 added."""
+
+    def less(name: str, tensors: Tensors) -> Floats:
+        one = np.float32("norm" in name and name.endswith(".weight"))
+        return np.asarray(find(name, tensors) - one, np.float32)
+
+    return less
+
+
+def by_group(find: Rename, kv_heads: int) -> Rename:
+    """Queries, keys and values by groups of heads that share a key, where GGUF has all queries first."""
+
+    def grouped(name: str, tensors: Tensors) -> Floats:
+        values = find(name, tensors)
+        if "query_key_value" not in name:
+            return values
+        q, k, v = np.split(values.reshape(-1, HEAD_DIM, *values.shape[1:]), [HEADS, HEADS + kv_heads])
+        q = q.reshape(kv_heads, HEADS // kv_heads, *q.shape[1:])
+        return np.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(values.shape)
+
+    return grouped
+
+
+def bitnet(golden: Golden) -> Rename:
+    find, own = by_map(golden), by_map(golden, BITNET)
+    return lambda name, tensors: own(name, tensors) if "sub_norm" in name else find(name, tensors)
+
+
+def of_experts(find: Rename) -> Rename:
+    """A mixture: in memory transformers has gate and up of all experts in one tensor, in a file each by itself."""
+
+    def of_mixture(name: str, tensors: Tensors) -> Floats:
+        if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            return tensors[f"blk.{name.split('.')[2]}.ffn_gate_inp.weight"]
+        if (at := EXPERT.fullmatch(name)) is None:
+            return find(name, tensors)
+        layer, number, part = at.groups()
+        stacks = {kind: tensors[f"blk.{layer}.ffn_{kind}_exps.weight"] for kind in ("gate", "up", "down")}
+        if part == "gate_up_proj":
+            return np.concatenate([stacks["gate"], stacks["up"]], axis=1)
+        return stacks[PARTS[part]] if number is None else stacks[PARTS[part]][int(number)]
+
+    return of_mixture
+
+
+def write(folder: Path, name: str, model: Path) -> Path:
+    """The folder of the golden called `name`, with the tokenizer of its GGUF file `model`."""
+    golden, stated = GOLDENS[name], json.loads((HERE / f"{name}.json").read_text())
+    find, tensors = found(name, golden), golden.tensors()
+    saved: dict[str, Any] = {}
+    for theirs in stated["tensors"]:
+        # what TurboSparse's files have beside Mistral's: weights of its own predictors, which nothing here needs
+        values = np.zeros((8, HIDDEN), np.float32) if ".predictor." in theirs else find(theirs, tensors)
+        saved[theirs] = np.ascontiguousarray(values)
+    folder.mkdir()
+    save_file(saved, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(stated["config"]))
+    (folder / "tokenizer.json").write_bytes(GgufModel(model).vocabulary().tokenizer_json)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    return folder

@@ -1,0 +1,234 @@
+"""What a model would read from the card for a token, from its config.json alone: no weights, no board, no time.
+
+    python -m tests.lab.foresee CONFIG.json|BUNDLE --memory 2G 4G [--context 1024] [--text 64] [--rows int4]
+                                                   [--tokens-a-pass 2.8] [--skew 0.7] [--card 45 2500]
+
+Sizes of sections, the plan and the reads are flashd's own; a pass of a dense model reads the same each time. What
+cannot be known is told: how many tokens drafts make of a pass (`flashd ask --stats` says it of a similar model), and
+how unevenly experts are used. Models that select neurons need a trace: see tests.lab.replay.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import flashd
+from flashd.bundle import layout
+from flashd.bundle.layout import PLAIN_RUN, ROWS_OF_A_RUN, Formats, Header, Section, Text
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import ROW_KINDS, RowKind
+from flashd.engine.card import READ_BYTES, Extent, extents, pages_of
+from flashd.engine.kv import cache_bytes
+from flashd.engine.plan import MIB, Plan, make_plan, parse_size
+from flashd.engine.policy import LeastRecentlyUsed, Numbers
+from flashd.errors import MemoryTooSmall
+from flashd.pack import hugging_face
+from flashd.pack.families import family_of, model_of
+from flashd.pack.source import Source, Tensor
+from flashd.pack.tokenizer_json import read_object
+from flashd.pack.vocabulary import Vocabulary
+
+BASE = 58 * MIB
+"""What a process holds before it makes its plan, measured on x86-64 with `flashd ask`."""
+
+ROUTED_TOKENS = 512
+"""Of a mixture that was not traced, tokens whose experts are drawn; the first half only fills the windows."""
+
+
+class ConfigSource(Source):
+    """A model of which only config.json is there. Raises DataError where it is of no family that is known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stated = hugging_face.flattened(read_object(path))
+        conversion = hugging_face.conversion_of(stated)
+        self.architecture = conversion.architecture
+        self._config = hugging_face.completed(stated, conversion)
+        keys = hugging_face.hyper_parameters(self._config, path)
+        self._metadata: dict[str, Any] = {f"{self.architecture}.{key}": value for key, value in keys.items()}
+
+    @property
+    def names(self) -> set[str]:
+        tied = self._config.get("tie_word_embeddings") is True
+        return {"token_embd.weight"} | (set() if tied else {"output.weight"})
+
+    def tensor(self, name: str) -> Tensor:
+        """No more than its shape."""
+        width = hugging_face.head_dim(self._config)
+        rows = {"token_embd.weight": "vocab_size", "position_embd.weight": "max_position_embeddings"}.get(name)
+        stub: Any = SimpleNamespace(name=name, shape=(self._config[rows] if rows else width,), bits=16.0)
+        return stub  # type: ignore[no-any-return]
+
+    def metadata(self, key: str) -> Any:
+        """A value of the metadata, None where there is none."""
+        return self._metadata.get(key)
+
+    def vocabulary(self) -> Vocabulary:
+        raise NotImplementedError
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> layout.Source:  # noqa: ARG002
+        return layout.Source(name=self.path.parent.name, nbytes=0, sha256="")
+
+
+def header_of(config: Path, rows: RowKind = "int4") -> Header:
+    """The header that a bundle of this model would have, as far as sizes and places go.
+
+    Raises DataError for a model of no known family.
+    """
+    source = ConfigSource(config)
+    tables: RowKind = "int8" if rows == "int4" else rows  # as flashd pack has those of 16-bit sources
+    formats = Formats(ffn=rows, attention=rows, head=tables, embedding=tables)
+    model = model_of(source, family_of(source))
+    empty = Section(name="checksums", offset=0, length=0, run=PLAIN_RUN, first=0)
+    header = Header(
+        flashd=flashd.__version__, model=model, formats=formats, source=source.source(), sections=[],
+        text=Text(eos=[], bos=None, add_bos=False, chat_template=None), checksums=empty, checksums_digest="",
+    )  # fmt: skip
+    if "output.weight" in source.names:
+        header.sections.append(Section(name="embedding", offset=0, length=0, run=PLAIN_RUN, first=0))
+    sections, at = [], 0
+    for name, length in header.expected_lengths().items():
+        run = header.unit_bytes if name.endswith(".ffn") else PLAIN_RUN
+        run = ROWS_OF_A_RUN * header.row_format(name).nbytes if name in header.row_tables else run
+        sections.append(Section(name=name, offset=at, length=length, run=run, first=0))
+        at = layout.align(at + length)
+    header.sections[:] = sections
+    return header
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan would read, a pass of one token."""
+
+    plan: Plan
+    in_ram: float  # share of the neurons
+    bytes_read: float
+    reads: float
+
+    def seconds(self, bandwidth: float, reads_per_second: float) -> float:
+        """Of the card alone, where a pass costs its bytes or its reads, whichever takes longer."""
+        return max(self.bytes_read / bandwidth, self.reads / reads_per_second)
+
+
+def foresee(
+    header: Header, memory: int, context: int, text: int, base: int = BASE, routing: Numbers | None = None
+) -> Forecast:
+    """The plan for `memory` bytes, and what a pass of one token reads.
+
+    Args:
+        text: tokens that the KV cache then holds; what they leave of it is lent to the FFN.
+        routing: of a mixture, the experts [T, L, K] that each token uses in each layer, by their place on the card.
+
+    Raises MemoryTooSmall; ValueError for a model that selects neurons.
+    """
+    if header.selection:
+        raise ValueError("which neurons take part is not known without a trace; see tests.lab.replay")
+    m, head = header.model, _section(header, "head")
+    context = min(context, m.context)
+    plan = make_plan(header, memory=memory, context=context, threads=2, base=base)
+    if plan.resident:
+        return Forecast(plan, 1.0, 0, 0)
+    rows = extents(m.layers, range(-(-plan.head_rows // ROWS_OF_A_RUN), head.runs), head.run)
+    passing = [_cost(header, e) for e in rows]
+    if m.experts:
+        assert routing is not None
+        mixture = _mixture(header, plan, routing)
+        return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
+    lent = cache_bytes(m, context - text) // (m.layers * header.group.nbytes)
+    pinned = plan.pinned_groups + min(plan.lent_groups, lent)
+    groups = range(pinned, m.groups)
+    passing += [_cost(header, e) for i in range(m.layers) for e in extents(i, groups, header.group.nbytes)]
+    return Forecast(plan, pinned / m.groups, sum(passing), len(passing))
+
+
+def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:
+    """(bytes, reads) a token of the later half of the tokens: experts that are not in RAM are read, none guessed."""
+    m, size = header.model, header.model.expert_groups
+    capacity, most = plan.pinned_groups // size, max(1, READ_BYTES // header.group.nbytes)
+    recent = [LeastRecentlyUsed(m.groups // size) for _ in range(m.layers)]
+    here = [set(range(capacity)) for _ in range(m.layers)]
+    nbytes = reads = 0
+    half = len(routing) // 2
+    for t, of_token in enumerate(routing):
+        for layer, used in enumerate(of_token):
+            missing = set(used.tolist()) - here[layer]
+            recent[layer].use(used[None])
+            everything = np.array(sorted(here[layer] | missing), np.int64)
+            here[layer] = set(recent[layer].worth(everything, capacity).tolist())
+            for expert in missing if t >= half else ():
+                for first in range(0, size, most):
+                    nbytes += _cost(header, Extent(layer, expert * size + first, min(most, size - first)))
+                    reads += 1
+    return nbytes / (len(routing) - half), reads / (len(routing) - half)
+
+
+def _cost(header: Header, extent: Extent) -> int:
+    """Bytes that the card gives for an extent: whole pages."""
+    section = _section(header, header.paged_sections[extent.section])
+    at = section.offset + extent.first * section.run
+    return pages_of(at, min(extent.count * section.run, section.end - at))[1]
+
+
+def _section(header: Header, name: str) -> Section:
+    section = header.section_named(name)
+    assert section is not None
+    return section
+
+
+def drawn(header: Header, tokens: int, skew: float) -> Numbers:
+    """Experts [tokens, L, K], each token's drawn by itself: the i-th is as likely as (i + 1) ** -skew."""
+    experts = header.model.experts
+    assert experts is not None
+    random = np.random.default_rng(0)
+    likely = -skew * np.log(np.arange(1, experts.count + 1))
+    keys: npt.NDArray[np.float64] = likely + random.gumbel(size=(tokens, header.model.layers, experts.count))
+    return np.argsort(-keys, axis=2)[:, :, : experts.used]
+
+
+def show(header: Header, args: argparse.Namespace) -> None:
+    m = header.model
+    print(f"{m.name}, {m.family}: {m.layers} layers of {m.neurons} neurons, {args.text} of {args.context} tokens")
+    routing = drawn(header, ROUTED_TOKENS, args.skew) if m.experts else None
+    for memory in args.memory:
+        try:
+            f = foresee(header, parse_size(memory), args.context, args.text, routing=routing)
+        except MemoryTooSmall as error:
+            print(f"{memory:>6} {error}")
+            continue
+        nbytes, reads = f.bytes_read / args.tokens_a_pass, f.reads / args.tokens_a_pass
+        share = 100 * f.in_ram
+        print(f"{memory:>6} {share:5.1f} % of neurons in RAM, {nbytes / MIB:.1f} MiB and {reads:.0f} reads a token")
+        if args.card and reads:
+            seconds = f.seconds(1e6 * args.card[0], args.card[1]) / args.tokens_a_pass
+            print(f"{'':7}{seconds:.2f} s of the card a token: at the most {1 / seconds:.3f} tokens/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path, help="a config.json, or a bundle")
+    parser.add_argument("--memory", nargs="+", required=True, metavar="SIZE")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=64, help="tokens of prompt and answer so far (default 64)")
+    parser.add_argument("--rows", choices=ROW_KINDS, default="int4", help="where a config.json is given")
+    parser.add_argument("--tokens-a-pass", type=float, default=1.0, help="that drafts make of a pass (default: none)")
+    parser.add_argument("--skew", type=float, default=0.0, help="of experts' popularity; 0: all are as likely")
+    parser.add_argument("--card", type=float, nargs=2, metavar=("MB/s", "READS/s"))
+    args = parser.parse_args()
+    if args.model.suffix == ".json":
+        header = header_of(args.model, args.rows)
+    else:
+        with Bundle(args.model) as bundle:
+            header = bundle.header
+    show(header, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,7 @@ class _Format(msgspec.Struct):
 
 
 class _Body(msgspec.Struct, kw_only=True):
-    """What completions and chat completions share. `choose`, `priority` and `deadline` are our own."""
+    """What completions and chat completions share. `choose`, `priority`, `deadline` and `forget` are our own."""
 
     model: str | None = None
     stream: bool = False
@@ -72,12 +72,13 @@ class _Body(msgspec.Struct, kw_only=True):
     choose: Choices = []
     priority: Priority = 5
     deadline: Deadline | None = None
+    forget: bool = False
 
     def request(self, turns: tuple[Turn, ...], plain: bool, schema: dict[str, Any] | None) -> Request:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Request(
             turns=turns, source="api", plain=plain, priority=self.priority, deadline=self.deadline,
-            max_tokens=self.max_tokens, stop=stop, choose=tuple(self.choose), json_schema=schema,
+            max_tokens=self.max_tokens, forget=self.forget, stop=stop, choose=tuple(self.choose), json_schema=schema,
             draw=Draw(temperature=self.temperature, top_p=self.top_p, seed=self.seed),
         )  # fmt: skip
 
@@ -195,8 +196,10 @@ class Api:
                     if len(text) > said:
                         yield _event(head | chunk(text[said:], None, False))
                         said = len(text)
+                elif event.kind in ("queued", "moved"):
+                    yield f": waiting, {event.position} before this\n\n"
                 elif event.kind == "progress":
-                    yield f": {event.done}/{event.total} layers, {event.card_bytes} bytes from the card\n\n"
+                    yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
                 end = event.end if event else None
             if end is None:
                 yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})

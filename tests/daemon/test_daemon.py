@@ -109,6 +109,19 @@ def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
     assert reply.status_code == 500 and "the context room for 511" in reply.json()["error"]["message"]
 
 
+def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, http: httpx.Client) -> None:
+    talk = [{"role": "system", "content": "Be brief."}]
+    for i in range(6):
+        talk += [{"role": "user", "content": f"{i}: " + "word " * 80}, {"role": "assistant", "content": "Yes."}]
+    body = {"messages": [*talk, *ASK], "max_tokens": 16}
+    assert "context room" in http.post("/v1/chat/completions", json=body).text
+    reply = http.post("/v1/chat/completions", json=body | {"forget": True})
+    assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]
+    used = reply.json()["usage"]["prompt_tokens"]
+    two = http.post("/v1/chat/completions", json=body | {"messages": [talk[0], *talk[9:], *ASK]}).json()["usage"]
+    assert used == two["prompt_tokens"]  # four exchanges went at once, the system's words stayed
+
+
 def test_decisions_come_with_their_probabilities(http: httpx.Client) -> None:
     reply = http.post("/v1/chat/completions", json={"messages": ASK, "choose": ["Paris", "Rome", "Parma"]}).json()
     p = reply["flashd"]["probabilities"]

@@ -33,7 +33,7 @@ def test_a_job_is_answered_and_stays_readable(jobs: Jobs) -> None:
     clerk = Clerk(jobs)
     events = list(watch)
     clerk.close()
-    assert [e.kind for e in events] == ["started", "text", "text", "text", "ended"]
+    assert [e.kind for e in events] == ["queued", "started", "text", "text", "text", "ended"]
     kept = jobs.get(job.id)
     assert kept is not None and kept.state is State.DONE and kept.result.text == "one two three"
     assert jobs.last_text == "one two three"
@@ -61,6 +61,16 @@ def test_the_most_urgent_goes_first(jobs: Jobs) -> None:
         order.append(job.id)
         jobs.finish(job, State.DONE, "stop")
     assert order == [high.id, first.id, low.id]
+
+
+def test_who_waits_is_told_his_place_as_it_changes(jobs: Jobs) -> None:
+    jobs.submit(request())
+    _, watch = jobs.ask(request())
+    for _ in range(2):
+        job = jobs.take(0)
+        assert job is not None
+        jobs.finish(job, State.DONE, "stop")
+    assert [(e.kind, e.position) for e in watch if e.end is None] == [("queued", 1), ("moved", 1), ("started", 0)]
 
 
 def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:

@@ -76,14 +76,16 @@ class Presses:
 
     def __init__(self, triggers: list[Button], fire: Fire) -> None:
         self._names = {t.press: t.name for t in triggers}
-        self._fire, self._gap = fire, triggers[0].gap
+        self._fire = fire
         self._lock = threading.Lock()
         self._held = False
         self._pending: threading.Timer | None = None
         first = triggers[0]
+        by_press = {t.press: t for t in triggers}
+        self._gap = by_press.get("double", first).gap
         self._button = gpiozero.Button(
             first.pin, pull_up=first.pull_up, bounce_time=first.bounce or None,
-            hold_time=next((t.hold for t in triggers if t.press == "long"), first.hold),
+            hold_time=by_press.get("long", first).hold,
         )  # fmt: skip
         if "long" in self._names:
             self._button.when_held = self._hold

@@ -12,12 +12,13 @@ import pytest
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
-from device.sensors import Reading, Sensors
+from device.sensors import Sensors
 from device.triggers import Triggers, next_time
 from flashd.config import parse
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError
 from tests.daemon.clerk import Clerk
+from tests.device.conftest import Echo
 from tests.waiting import wait
 
 Fired = list[tuple[str, dict[str, Any]]]
@@ -46,6 +47,15 @@ def press(pin: Any, seconds: float = 0.02) -> None:
     pin.drive_low()
     time.sleep(seconds)
     pin.drive_high()
+
+
+def test_a_double_press_has_its_own_trigger_s_gap(pins: MockFactory, listen: Listen) -> None:
+    entry = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, gap: {1}}}"
+    fired = listen(f"triggers: [{entry.format('short', 0.01)}, {entry.format('double', 5)}]")
+    press(pins.pin(4))
+    time.sleep(0.2)  # longer than the short one's gap
+    press(pins.pin(4))
+    assert [name for name, _ in fired] == ["double"]
 
 
 BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 0.15, gap: 0.15}}"
@@ -112,21 +122,18 @@ def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) 
     assert choices[0] == "one" and set(choices[1:]) == {"two", "three"}
 
 
-def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    distance = [2.0]
-    monkeypatch.setattr(Sensors, "read_one", lambda self, name: Reading(distance[0], "m"))
-    fired: Fired = []
-    settings = parse(
+def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, listen: Listen) -> None:
+    ranger = Echo(pins, echo=5, trigger=6)
+    ranger.metres = 3.0
+    fired = listen(
         "sensors: [{kind: distance, name: d, echo: 5, trigger: 6}]\n"
-        "triggers: [{kind: near, name: n, sensor: d, below: 0.5, every: 0.01, prompt: p}]"
+        "triggers: [{kind: near, name: n, sensor: d, below: 1.5, every: 0.05, prompt: p}]"
     )
-    sensors = Sensors([])
-    triggers = Triggers(settings.triggers, sensors, lambda name, **values: fired.append((name, values)))
-    for metres in (0.3, 0.2, 2.0, 0.4):
-        distance[0] = metres
-        time.sleep(0.1)
-    triggers.close()
-    assert [round(values["distance"], 1) for _, values in fired] == [0.3, 0.4]
+    for metres, times in ((0.3, 1), (3.0, 1), (0.3, 2)):
+        ranger.metres = metres
+        time.sleep(1.5)  # its median is of nine pings
+        assert len(fired) == times, (metres, fired)
+    assert all(values["distance"] < 1.5 for _, values in fired)
 
 
 def test_a_schedule(listen: Listen) -> None:

@@ -24,7 +24,7 @@ from device.triggers import Triggers
 from flashd.config import AnyTrigger, Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
-from flashd.errors import ConfigError, FlashdError, NotStarted
+from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
 
 log = logging.getLogger(__name__)
 
@@ -184,8 +184,15 @@ class Appliance:
 
 
 def _prompts(settings: Settings) -> dict[str, Prompt]:
+    """Each trigger's prompt. Raises Misfit."""
     sensors = [s.name for s in settings.sensors]
-    return {t.name: Prompt(t.prompt, t.name, sensors) for t in settings.triggers}
+    prompts = {}
+    for i, trigger in enumerate(settings.triggers):
+        try:
+            prompts[trigger.name] = Prompt(trigger.prompt, trigger.name, sensors)
+        except ConfigError as error:
+            raise Misfit(("triggers", i, "prompt"), str(error)) from error
+    return prompts
 
 
 def _request(trigger: AnyTrigger, text: str) -> Request:
@@ -198,5 +205,5 @@ def _request(trigger: AnyTrigger, text: str) -> Request:
 
 
 def check(settings: Settings) -> None:
-    """What can be said of a configuration without touching a pin. Raises ConfigError."""
+    """What can be said of a configuration without touching a pin. Raises Misfit."""
     _prompts(settings)

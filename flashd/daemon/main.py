@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute
 
 from device import demo as demonstration
 from device import kiosk
-from device.appliance import Appliance
+from device.appliance import Appliance, check
 from flashd import config, embedded
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
@@ -157,8 +157,8 @@ def serve(path: Path) -> None:
     """Runs the daemon that a file describes. Raises FlashdError where it cannot start."""
     log_to_journal()
     faulthandler.enable()  # a lost watchdog's SIGABRT writes down where each thread hangs
-    settings = config.load(path)
-    Daemon(settings, lambda: config.load(path), []).run(lambda: None)
+    settings = config.load(path, check)
+    Daemon(settings, lambda: config.load(path, check), []).run(lambda: None)
 
 
 def serve_demo(show: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from tests.daemon.clerk import Clerk
 
+
 class Echo:
     """A wall before an ultrasonic ranger, `metres` away; None: the ranger is pulled."""
 

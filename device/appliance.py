@@ -150,7 +150,7 @@ class Appliance:
     def _listen(self) -> None:
         self._panel.ready()
         try:
-            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire)
+            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire, self._panel.notice)
             if self._settings.mute_pin is not None:
                 self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)

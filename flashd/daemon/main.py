@@ -9,8 +9,9 @@ import queue
 import signal
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from starlette.routing import BaseRoute
@@ -43,6 +44,10 @@ NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "sn
 """What a reload does not change."""
 
 
+class _Stopped(Exception):
+    """A signal to stop came before the model was loaded."""
+
+
 class Daemon:
     """One run of the daemon, from its settings to its last signal.
 
@@ -56,10 +61,15 @@ class Daemon:
         self._settings, self._reread, self._more = settings, reread, more
         self._notify = Notifier()
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._stopping = False
         self._worker: Worker | None = None
 
     def run(self, when_ready: Callable[[], None]) -> None:
         """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
+        with suppress(_Stopped):
+            self._run(when_ready)
+
+    def _run(self, when_ready: Callable[[], None]) -> None:
         s = self._settings
         if not s.model and not embedded.bundle_path().exists():
             log.info("packing the default model, once; this takes a minute or two")
@@ -97,6 +107,8 @@ class Daemon:
         s = self._settings
 
         def on_step(done: int, total: int, _: int) -> None:
+            if self._stopping:
+                raise _Stopped
             self._notify.alive()
             self._notify.status(f"loading {100 * done // total} %")
 
@@ -123,8 +135,12 @@ class Daemon:
     def _take_signals(self, stack: ExitStack) -> None:
         """A handler only notes the signal: the main thread acts on it when it is in a state to."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            before = signal.signal(number, lambda n, _: self._signals.put(n))
+            before = signal.signal(number, self._note_signal)
             stack.callback(signal.signal, number, before)
+
+    def _note_signal(self, number: int, _: FrameType | None) -> None:
+        self._stopping = self._stopping or number != signal.SIGHUP
+        self._signals.put(number)
 
     def _wait(self, appliance: Appliance) -> None:
         while self._next_signal() == signal.SIGHUP:

@@ -234,6 +234,19 @@ def test_systemd_is_told(packed: dict[str, Path], tmp_path: Path) -> None:
         assert not daemon.socket.exists()
 
 
+def test_a_stop_while_the_model_loads_is_obeyed(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A model takes minutes to load from a slow card, and systemd kills after half a one."""
+    with Running(tmp_path, packed["int4"]) as daemon:
+        daemon.deaf_from = "STATUS=loading"
+        daemon.start(until="STATUS=loading")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)  # it waits in the middle of loading for systemd to read on
+        daemon.deaf_from = ""
+        assert daemon.process.wait(60) == 0
+        daemon.process = None
+        assert "ready" not in daemon.log.read_text() and not daemon.socket.exists()
+
+
 def test_a_hang_starves_the_watchdog(packed: dict[str, Path], tmp_path: Path) -> None:
     """No timer feeds it: while the job that runs does nothing, because nobody takes its words, systemd hears nothing.
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from gpiozero.pins.mock import MockFactory
 
+from device import outputs
 from device.appliance import Appliance
 from device.sensors import Sensors
 from device.triggers import Triggers, next_time
@@ -58,7 +59,7 @@ def test_a_double_press_has_its_own_trigger_s_gap(pins: MockFactory, listen: Lis
     assert [name for name, _ in fired] == ["double"]
 
 
-BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 0.15, gap: 0.15}}"
+BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 1, gap: 1}}"
 
 
 def test_a_short_press_alone_fires_at_once(pins: MockFactory, listen: Listen) -> None:
@@ -72,12 +73,12 @@ def test_short_long_and_double_are_told_apart(pins: MockFactory, listen: Listen)
     button = pins.pin(4)
     press(button)
     wait(lambda: fired)
-    press(button, 0.4)
+    button.drive_low()
+    wait(lambda: len(fired) == 2)  # a long press is one before the button is let go
+    button.drive_high()
     press(button)
-    time.sleep(0.03)
     press(button)
     wait(lambda: len(fired) == 3)
-    time.sleep(0.3)
     assert [name for name, _ in fired] == ["short", "long", "double"]
 
 
@@ -107,11 +108,6 @@ def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) 
         "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]"
     )
     a, b = pins.pin(5), pins.pin(6)
-
-    def turn(first: Any, second: Any) -> None:
-        for pin, low in ((first, True), (second, True), (first, False), (second, False)):
-            pin.drive_low() if low else pin.drive_high()
-
     press(pins.pin(7))
     turn(a, b)
     press(pins.pin(7))
@@ -120,6 +116,29 @@ def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) 
     press(pins.pin(7))
     choices = [values["choice"] for _, values in fired]
     assert choices[0] == "one" and set(choices[1:]) == {"two", "three"}
+
+
+def turn(first: Any, second: Any) -> None:
+    """One step of a rotary encoder, whose contacts close one after the other."""
+    for pin, low in ((first, True), (second, True), (first, False), (second, False)):
+        pin.drive_low() if low else pin.drive_high()
+
+
+def test_what_a_menu_stands_at_is_on_the_display(
+    pins: MockFactory, appliance: Callable[..., Appliance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    luma = pytest.importorskip("luma.core.device")
+    screen = luma.dummy(width=128, height=64, mode="1")
+    monkeypatch.setattr(outputs, "_open_display", lambda settings: screen)
+    appliance(
+        "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]\n"
+        "outputs: [{kind: display}]"
+    )
+    shown = {screen.image.tobytes()}
+    for _ in range(3):
+        turn(pins.pin(5), pins.pin(6))
+        shown.add(screen.image.tobytes())
+    assert len(shown) == 4  # loading, and each of three choices
 
 
 def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, listen: Listen) -> None:

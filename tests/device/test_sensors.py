@@ -115,14 +115,14 @@ def test_a_ranger_that_is_pulled_is_unknown(pins: MockFactory) -> None:
     """Not its last distance for ever, as gpiozero has it."""
     wall = Echo(pins, echo=5, trigger=6)
     wall.metres = 2.0
-    opened = Sensors(sensors("{kind: distance, name: d, echo: 5, trigger: 6, timeout: 10}"))
+    opened = Sensors(sensors("{kind: distance, name: d, echo: 5, trigger: 6, timeout: 30}"))
     try:
         value = opened.read()["d"].value
-        assert value is not None and 1.9 < value < 3.9  # a sleep takes longer at times, never less
+        assert value is not None and value > 1.9  # a sleep takes longer at times, never less
         wall.metres = None
-        wait(lambda: str(opened.read()["d"]) == "unknown")
+        wait(lambda: str(opened.read()["d"]) == "unknown", 30)
         wall.metres = 2.0
-        wait(lambda: opened.read()["d"].known)
+        wait(lambda: opened.read()["d"].known, 30)
     finally:
         opened.close()
 

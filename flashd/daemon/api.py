@@ -115,6 +115,7 @@ class Api:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),
             Route("/api/status", self._show_status),
@@ -216,8 +217,14 @@ class Api:
                 self._jobs.cancel(job.id)
 
     async def _models(self, _: HttpRequest) -> Response:
-        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "flashd"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _one_model(self, http: HttpRequest) -> Response:
+        name = http.path_params["name"]
+        return JSONResponse(self._described()) if name == self._model else _error(404, f"no model is called {name!r}")
+
+    def _described(self) -> dict[str, str | int]:
+        return {"id": self._model, "object": "model", "created": 0, "owned_by": "flashd"}
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})

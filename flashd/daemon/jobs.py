@@ -258,6 +258,8 @@ class Jobs:
             age = min(max(0.0, time.time() - job.created), job.request.deadline or 0.0)
             self._monotonic[job.id] = time.monotonic() - age
             self._enqueue(job)
+        last = self._spool.last_done()
+        self.last_text = last.result.text if last else ""
         if self._waiting:
             log.info("%d jobs were waiting in the spool", len(self._waiting))
 

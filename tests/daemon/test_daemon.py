@@ -60,7 +60,10 @@ ASK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_openai_client(client: openai.OpenAI) -> None:
-    assert [m.owned_by for m in client.models.list()] == ["flashd"]
+    (model,) = client.models.list()
+    assert model.owned_by == "flashd" and client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError, match="no model is called 'gpt'"):
+        client.models.retrieve("gpt")
     whole = client.chat.completions.create(model="any", messages=ASK, max_tokens=16)
     assert whole.choices[0].message.content == "The capital of France is Paris."
     assert whole.choices[0].finish_reason == "stop" and whole.usage is not None and whole.usage.completion_tokens == 7
@@ -335,6 +338,7 @@ def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
     assert b"Paris" in line.read_until(b"Paris")
     line.close()
     assert httpx.post("http://127.0.0.1:8765/demo/press/17").json() == {"pressed": 17}
+    assert httpx.post("http://127.0.0.1:8765/demo/press/99").json() == {"error": "there is no pin 99"}
     demo.expect("job 2 of trigger:front done")
     demo.sendintr()
     demo.expect(pexpect.EOF)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashd.daemon import spool as spool_module
 from flashd.daemon.job import State
 from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
 from flashd.daemon.spool import Spool
@@ -178,6 +179,29 @@ def test_old_jobs_are_forgotten(tmp_path: Path) -> None:
         jobs.finish(job, State.DONE, "stop")
     assert [j.id for j in jobs.recent(100)] == [12, 11, 10, 9, 8]
     spool.close()
+
+
+def test_the_spool_is_bounded_in_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "MOST_BYTES", 100_000)
+    spool = Spool(tmp_path / "large.db", keep=1000)
+    jobs = Jobs(spool, most_waiting=4)
+    waiting = jobs.submit(request("a job that waits is never forgotten", priority=1))
+    for _ in range(12):
+        jobs.submit(request("x" * 30_000))
+        job = jobs.take(0)
+        assert job is not None
+        jobs.finish(job, State.DONE, "stop")
+    assert [j.id for j in jobs.recent(100)] == [13, 12, 11, waiting.id]
+    spool.close()
+
+
+def test_the_last_answer_outlives_a_restart(jobs: Jobs, spool: Spool) -> None:
+    jobs.submit(request())
+    job = jobs.take(0)
+    assert job is not None
+    jobs.say(job, "It rains.")
+    jobs.finish(job, State.DONE, "stop")
+    assert Jobs(spool, most_waiting=4).last_text == "It rains."
 
 
 def test_a_queue_that_stops_takes_nothing_and_cancels_nothing(jobs: Jobs) -> None:

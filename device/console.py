@@ -165,18 +165,20 @@ class Console:
 
     def _status(self, _: str) -> None:
         status = self._front.status()
-        rows = [f"{status['phase']}, {status['waiting']} waiting" + (", muted" if status["muted"] else "")]
-        rows += [f"{name}: {value}" for name, value in status["sensors"].items()]
-        if status.get("temperature") is not None:
-            rows.append(f"processor {status['temperature']:.0f} °C" + (", slowed" if status["throttled"] else ""))
+        rows = [f"{status.phase}, {status.waiting} waiting" + (", muted" if status.muted else "")]
+        rows += [f"{name}: {value}" for name, value in status.sensors.items()]
+        if status.temperature is not None:
+            rows.append(f"processor {status.temperature:.0f} °C")
+        if status.throttled:
+            rows.append("processor slowed: too hot, or too weak a supply")
         self._say("\n".join(rows))
 
     def _model(self, _: str) -> None:
-        model = self._front.status()["model"]
+        model = self._front.status().model
         self._say("\n".join(f"{name}: {value}" for name, value in model.items()))
 
     def _stats(self, _: str) -> None:
-        last = self._front.status()["last"]
+        last = self._front.status().last
         if not last:
             self._say("nothing was answered yet")
             return

@@ -102,7 +102,7 @@ class Machine:
 
     def _do(self, wish: _In) -> None:
         if wish.status:
-            self._send("status", wish.id, **self._front.status())
+            self._send("status", wish.id, **msgspec.structs.asdict(self._front.status()))
         elif wish.cancel is not None:
             jobs = [job for number, job, _ in self._open if number == wish.cancel]
             if not jobs:

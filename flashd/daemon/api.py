@@ -105,7 +105,7 @@ class Api:
     """
 
     def __init__(
-        self, jobs: Jobs, model: str, status: Callable[[], dict[str, Any]], trigger: Callable[[str], Job],
+        self, jobs: Jobs, model: str, status: Callable[[], msgspec.Struct], trigger: Callable[[str], Job],
         metrics: Callable[[], bytes],
     ) -> None:  # fmt: skip
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
@@ -233,7 +233,7 @@ class Api:
         return PlainTextResponse(self._metrics(), media_type="text/plain; version=0.0.4")
 
     async def _show_status(self, _: HttpRequest) -> Response:
-        return JSONResponse(await asyncio.to_thread(self._status))
+        return _struct_response(await asyncio.to_thread(self._status))
 
     async def _recent(self, http: HttpRequest) -> Response:
         most = http.query_params.get("most", "20")

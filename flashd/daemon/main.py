@@ -12,13 +12,14 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from device import demo as demonstration
 from device import kiosk
 from device.appliance import Appliance, check
+from device.front import Facts
 from flashd import config, embedded
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
@@ -116,21 +117,21 @@ class Daemon:
         budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
         return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
 
-    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Any:
+    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
         return api.application([*kiosk.routes(appliance), *self._more])
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> Facts:
         """What the appliance's status says of the model and its last answer."""
         if self._worker is None:
-            return {"model": {}, "last": {}}
+            return Facts()
         plan = self._worker.engine.plan
         share = 100 if plan.resident else int(100 * plan.pinned_share)
         model = {
             "name": self._name, "context": f"{plan.context} tokens",
             "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",
         }  # fmt: skip
-        return {"model": model, "last": self._worker.last}
+        return Facts(model=model, last=self._worker.last)
 
     def _take_signals(self, stack: ExitStack) -> None:
         """A handler only notes the signal: the main thread acts on it when it is in a state to."""

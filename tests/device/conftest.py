@@ -14,6 +14,7 @@ from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockTriggerPin
 
 from device.appliance import Appliance
 from device.demo import Cable
+from device.front import Facts
 from flashd.config import parse
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
@@ -85,7 +86,7 @@ def appliance(pins: MockFactory, jobs: Jobs, tmp_path: Path) -> Iterator[Callabl
     made: list[Appliance] = []
 
     def make(text: str, **more: Any) -> Appliance:
-        one = Appliance(parse(text), jobs, lambda: {"model": {"name": "a model"}, "last": LAST}, **more)
+        one = Appliance(parse(text), jobs, lambda: Facts(model={"name": "a model"}, last=LAST), **more)
         made.append(one)
         one.open()
         return one

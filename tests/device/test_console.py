@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from device import board
 from device.appliance import Appliance
 from device.demo import Cable
 from device.port import MOST_BEHIND
@@ -74,6 +75,20 @@ def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Cler
     terminal.expect("Weather box")
     terminal.type("\x04")
     terminal.expect("Goodbye")
+
+
+def test_status_says_what_holds_the_board_back(
+    appliance: Make, cable: Cable, terminal: Terminal, tmp_path: Path
+) -> None:
+    zone, throttled = tmp_path / "class/thermal/thermal_zone0", tmp_path / board.THROTTLED
+    for folder in (zone, throttled.parent):
+        folder.mkdir(parents=True)
+    (zone / "temp").write_text("81000\n")
+    throttled.write_text("50005\n")
+    appliance(settings(cable), sysfs=tmp_path)
+    terminal.expect("2  Will it rain?\r\n")
+    terminal.type("/status\r")
+    terminal.expect("processor 81 °C\r\nprocessor slowed: too hot, or too weak a supply\r\n")
 
 
 def test_ctrl_c_stops_an_answer(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:

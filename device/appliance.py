@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import gpiozero
 
 from device import board
 from device.console import Console
 from device.drives import Drives
+from device.front import Facts, Status
 from device.machine import Machine
 from device.outputs import Panel
-from device.port import SerialLine
+from device.port import Port, SerialLine
 from device.prompt import Prompt
 from device.sensors import Sensors
 from device.triggers import Triggers
 from flashd.config import AnyTrigger, Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
-from flashd.errors import ConfigError, FlashdError, NotStarted
+from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Appliance:
     """
 
     def __init__(
-        self, settings: Settings, jobs: Jobs, facts: Callable[[], dict[str, Any]], sysfs: Path = Path("/sys")
+        self, settings: Settings, jobs: Jobs, facts: Callable[[], Facts], sysfs: Path = Path("/sys")
     ) -> None:
         self.jobs = jobs
         self._facts, self._sysfs = facts, sysfs
@@ -101,7 +101,7 @@ class Appliance:
                 self._build(*before)
                 raise
 
-    def start(self, name: str, **values: Any) -> Job:
+    def start(self, name: str, **values: str | float) -> Job:
         trigger = self._triggers[name]
         with self._lock:
             now = time.monotonic()
@@ -111,17 +111,17 @@ class Appliance:
         text = self._prompts[name].render(self._sensors.read(), self.jobs.last_text, values)
         return self.jobs.submit(_request(trigger, text))
 
-    def status(self) -> dict[str, Any]:
-        state = board.read(self._sysfs)
+    def status(self) -> Status:
+        state, facts = board.read(self._sysfs), self._facts()
         running = self.jobs.running
-        return {
-            "phase": str(self._panel.phase), "muted": self._muted, "waiting": self.jobs.waiting,
-            "running": None if running is None else running.id,
-            "sensors": {name: str(reading) for name, reading in self._sensors.read().items()},
-            "temperature": state.temperature, "throttled": state.throttled,
-            "title": self._settings.kiosk.title, "presets": list(self._settings.kiosk.presets),
-            "triggers": [t.name for t in self._settings.triggers], **self._facts(),
-        }  # fmt: skip
+        return Status(
+            phase=str(self._panel.phase), muted=self._muted, waiting=self.jobs.waiting,
+            running=None if running is None else running.id,
+            sensors={name: str(reading) for name, reading in self._sensors.read().items()},
+            temperature=state.temperature, throttled=state.throttled,
+            title=self._settings.kiosk.title, presets=self._settings.kiosk.presets,
+            triggers=[t.name for t in self._settings.triggers], model=facts.model, last=facts.last,
+        )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Appliance:
     def _listen(self) -> None:
         self._panel.ready()
         try:
-            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire)
+            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire, self._panel.notice)
             if self._settings.mute_pin is not None:
                 self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)
@@ -163,7 +163,7 @@ class Appliance:
                 each.close()
         self._listening = self._mute_button = None
 
-    def _fire(self, name: str, **values: Any) -> None:
+    def _fire(self, name: str, **values: str | float) -> None:
         """A trigger went off. It comes from a driver's thread, where nobody could take an error."""
         try:
             self.start(name, **values)
@@ -172,7 +172,7 @@ class Appliance:
         except FlashdError as error:
             log.warning("trigger %s: %s", name, error)
 
-    def _session(self, settings: Serial) -> Callable[[Any, threading.Event], None]:
+    def _session(self, settings: Serial) -> Callable[[Port, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console
         return lambda port, stopping: kind(self, settings).run(port, stopping)
 
@@ -184,8 +184,15 @@ class Appliance:
 
 
 def _prompts(settings: Settings) -> dict[str, Prompt]:
+    """Each trigger's prompt. Raises Misfit."""
     sensors = [s.name for s in settings.sensors]
-    return {t.name: Prompt(t.prompt, t.name, sensors) for t in settings.triggers}
+    prompts = {}
+    for i, trigger in enumerate(settings.triggers):
+        try:
+            prompts[trigger.name] = Prompt(trigger.prompt, trigger.name, sensors)
+        except ConfigError as error:
+            raise Misfit(("triggers", i, "prompt"), str(error)) from error
+    return prompts
 
 
 def _request(trigger: AnyTrigger, text: str) -> Request:
@@ -198,5 +205,5 @@ def _request(trigger: AnyTrigger, text: str) -> Request:
 
 
 def check(settings: Settings) -> None:
-    """What can be said of a configuration without touching a pin. Raises ConfigError."""
+    """What can be said of a configuration without touching a pin. Raises Misfit."""
     _prompts(settings)

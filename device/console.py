@@ -23,6 +23,9 @@ STATUS_SECONDS = 1.0
 ENDS = b"\r\n\x03\x04"
 """What an entry ends with: Enter, Ctrl-C, Ctrl-D."""
 
+MOST_TURNS = 64
+"""Messages of a talk that are kept; the oldest half goes when there are more."""
+
 PRIORITY = 6
 """Somebody stands at the cable and waits: before sensors and schedules."""
 
@@ -77,6 +80,10 @@ class Console:
         end = next((i for i, byte in enumerate(data, 1) if byte in ENDS), len(data))
         self._ahead = data[end:]
         entries = self._editor.feed(data[:end])
+        if self._editor.full:
+            self._port.note(f"a line of more than {MAX_LINE} characters; the rest of it is dropped")
+        if self._editor.garbled:
+            self._port.note("bytes that are no UTF-8")
         return entries[0] if entries else None
 
     def _line(self, line: str) -> None:
@@ -98,7 +105,7 @@ class Console:
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]
-        request = Request(turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY)
+        request = Request(turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY, forget=True)
         try:
             job, watch = self._front.jobs.ask(request)
         except FlashdError as error:
@@ -107,6 +114,8 @@ class Console:
         end = self._follow(job, watch)
         if end is not None and (end.state is State.DONE or end.result.text):
             self._turns = [*turns, Turn("assistant", end.result.text)]
+            if len(self._turns) > MOST_TURNS:
+                del self._turns[: MOST_TURNS // 2]
 
     # --- an answer as it comes ----------------------------------------------------------------------------
 
@@ -156,18 +165,20 @@ class Console:
 
     def _status(self, _: str) -> None:
         status = self._front.status()
-        rows = [f"{status['phase']}, {status['waiting']} waiting" + (", muted" if status["muted"] else "")]
-        rows += [f"{name}: {value}" for name, value in status["sensors"].items()]
-        if status.get("temperature") is not None:
-            rows.append(f"processor {status['temperature']:.0f} °C" + (", slowed" if status["throttled"] else ""))
+        rows = [f"{status.phase}, {status.waiting} waiting" + (", muted" if status.muted else "")]
+        rows += [f"{name}: {value}" for name, value in status.sensors.items()]
+        if status.temperature is not None:
+            rows.append(f"processor {status.temperature:.0f} °C")
+        if status.throttled:
+            rows.append("processor slowed: too hot, or too weak a supply")
         self._say("\n".join(rows))
 
     def _model(self, _: str) -> None:
-        model = self._front.status()["model"]
+        model = self._front.status().model
         self._say("\n".join(f"{name}: {value}" for name, value in model.items()))
 
     def _stats(self, _: str) -> None:
-        last = self._front.status()["last"]
+        last = self._front.status().last
         if not last:
             self._say("nothing was answered yet")
             return
@@ -232,7 +243,7 @@ class _Waiting:
         self._text = "waiting"
 
     def heard(self, event: Event) -> None:
-        if event.kind == "queued":
+        if event.kind in ("queued", "moved"):
             self._text = f"waiting, {event.position} before you"
         elif event.kind == "started":
             self._text = "thinking"

@@ -120,7 +120,11 @@ def routes() -> list[Route]:
     """Presses buttons over HTTP; only where pins are mock ones."""
 
     async def pressed(http: Request) -> Response:
-        await asyncio.to_thread(press, http.path_params["pin"])
-        return JSONResponse({"pressed": http.path_params["pin"]})
+        pin = http.path_params["pin"]
+        try:
+            await asyncio.to_thread(press, pin)
+        except gpiozero.PinInvalidPin:
+            return JSONResponse({"error": f"there is no pin {pin}"}, 404)
+        return JSONResponse({"pressed": pin})
 
     return [Route("/demo/press/{pin:int}", pressed, methods=["POST"])]

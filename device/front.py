@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
+
+import msgspec
 
 from flashd.config import Settings
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What only the daemon knows: the model in words, and the figures of the last answer, none before the first."""
+
+    model: dict[str, str] = {}
+    last: dict[str, float] = {}
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """How things stand, for people and for JSON."""
+
+    phase: str
+    muted: bool
+    waiting: int  # jobs
+    running: int | None  # a job's number
+    sensors: dict[str, str]  # readings in words
+    temperature: float | None  # of the processor, °C
+    throttled: bool
+    title: str
+    presets: list[str]
+    triggers: list[str]
+    model: dict[str, str]
+    last: dict[str, float]
 
 
 class Front(Protocol):
@@ -23,8 +49,8 @@ class Front(Protocol):
     def mute(self, muted: bool) -> None:
         """While muted, triggers start nothing and nothing is said aloud."""
 
-    def start(self, name: str, **values: Any) -> Job:
+    def start(self, name: str, **values: str | float) -> Job:
         """Starts a trigger's job. Raises KeyError, NotStarted where it is muted or cools down, Busy, UsageError."""
 
-    def status(self) -> dict[str, Any]:
-        """How things stand, for people and for JSON."""
+    def status(self) -> Status:
+        """How things stand; the sensors are read for it."""

@@ -28,6 +28,10 @@ CONTROLS = {
 }  # fmt: skip
 
 
+REPLACEMENT = "\ufffd"
+"""What the decoder makes of bytes that are no UTF-8."""
+
+
 class Key(Enum):
     """What is no line."""
 
@@ -46,8 +50,10 @@ class LineEditor:
         self._draft = ""
         self._escape: str | None = None
         self._after_return = False
-        self._full = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self.full = False  # characters beyond MAX_LINE came
+        self.garbled = False  # bytes came that are no UTF-8
+        self._stale = False  # the row is not what it should be
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def start(self) -> None:
         """Shows the prompt and an empty line."""
@@ -56,12 +62,14 @@ class LineEditor:
         self._draw()
 
     def feed(self, data: bytes) -> list[str | Key]:
-        """The lines and keys that these bytes complete."""
+        """The lines and keys that these bytes complete. The row is drawn anew once, however many they are."""
+        self.full = self.garbled = False
         done: list[str | Key] = []
         for character in self._decoder.decode(data):
             result = self._character(character)
             if result is not None:
                 done.append(result)
+        self._refresh()
         return done
 
     def _character(self, c: str) -> str | Key | None:
@@ -74,12 +82,15 @@ class LineEditor:
         if c in "\r\n":
             return self._enter()
         if c == "\x03":
+            self._refresh()
             self._write("^C\r\n")
             self._set("")
             return Key.INTERRUPT
         if c == "\x04":
             return Key.END if not self._text else None
-        if c == "\x1b":
+        if c == REPLACEMENT:
+            self.garbled = True
+        elif c == "\x1b":
             self._escape = ""
         elif c in CONTROLS:
             self._action(CONTROLS[c])
@@ -100,6 +111,7 @@ class LineEditor:
         line = self._text
         if line.strip() and (not self._history or self._history[-1] != line):
             self._history = [*self._history[-MAX_HISTORY + 1 :], line]
+        self._refresh()
         self._write("\r\n")
         self._set("")
         self._shown = len(self._history)
@@ -107,18 +119,17 @@ class LineEditor:
 
     def _insert(self, c: str) -> None:
         if len(self._text) >= MAX_LINE:
-            if not self._full:
+            if not self.full:
                 self._write("\a")
-            self._full = True
+            self.full = True
             return
-        self._full = False
         at_end = self._at == len(self._text)
         self._text = self._text[: self._at] + c + self._text[self._at :]
         self._at += 1
-        if at_end and width(self._prompt + self._text) < self._columns:
+        if at_end and not self._stale and width(self._prompt + self._text) < self._columns:
             self._write(c)
         else:
-            self._draw()
+            self._stale = True
 
     def _action(self, name: str) -> None:
         text, at = self._text, self._at
@@ -139,7 +150,7 @@ class LineEditor:
         else:
             moves = {"left": max(0, at - 1), "right": min(len(text), at + 1), "home": 0, "end": len(text)}
             self._at = moves.get(name, at)
-        self._draw()
+        self._stale = True
 
     def _recall(self, step: int) -> None:
         to = self._shown + step
@@ -153,8 +164,13 @@ class LineEditor:
     def _set(self, text: str) -> None:
         self._text, self._at = text, len(text)
 
+    def _refresh(self) -> None:
+        if self._stale:
+            self._draw()
+
     def _draw(self) -> None:
         """The row anew: the prompt, the part of the line round the cursor, the cursor in its place."""
+        self._stale = False
         room = self._columns - width(self._prompt) - 1
         start = self._at
         while start > 0 and width(self._text[start - 1 : self._at]) <= room:

@@ -75,6 +75,7 @@ class Machine:
                 *lines, pending = pending.replace(b"\r", b"\n").split(b"\n")
                 for line in lines:
                     if dropping or len(line) > MAX_LINE:
+                        port.note(f"a line of more than {MAX_LINE} bytes")
                         self._refuse(None, f"a line of more than {MAX_LINE} bytes")
                         dropping = False
                     elif line.strip(b"\0 \t"):
@@ -91,6 +92,7 @@ class Machine:
         try:
             wish = msgspec.json.decode(line, type=_In)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            self._port.note("a line that is not understood; its sender was told why")
             self._refuse(None, str(error))
             return
         try:
@@ -100,7 +102,7 @@ class Machine:
 
     def _do(self, wish: _In) -> None:
         if wish.status:
-            self._send("status", wish.id, **self._front.status())
+            self._send("status", wish.id, **msgspec.structs.asdict(self._front.status()))
         elif wish.cancel is not None:
             jobs = [job for number, job, _ in self._open if number == wish.cancel]
             if not jobs:

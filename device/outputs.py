@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 from queue import Empty, Queue
-from typing import Any, Protocol
+from typing import Any
 
 import gpiozero
 import msgspec
@@ -47,14 +51,20 @@ COLOURS: dict[Phase, tuple[float, float, float]] = {
 }  # fmt: skip
 
 
-class Output(Protocol):
+class Output:
+    """Takes what happens, in any thread, and does nothing about it unless a kind of output does."""
+
     def show(self, phase: Phase) -> None:
         """The appliance is in a new phase."""
 
     def event(self, event: Event) -> None:
         """Something happened to a job."""
 
-    def close(self) -> None: ...
+    def notice(self, text: str) -> None:
+        """Something to be read at once: what a menu stands at."""
+
+    def close(self) -> None:
+        """Lets go of what it holds."""
 
 
 class Panel:
@@ -94,6 +104,10 @@ class Panel:
             self._muted = muted
             self._show()
 
+    def notice(self, text: str) -> None:
+        """Something to be read at once: what a menu stands at."""
+        self._each(lambda output: output.notice(text))
+
     def _follow(self) -> None:
         for event in self._watch:
             if event.kind == "started":
@@ -102,11 +116,14 @@ class Panel:
                 self._enter(Phase.ANSWERING)
             elif event.end is not None:
                 self._enter(Phase.ERROR if event.end.state in (State.FAILED, State.EXPIRED) else Phase.IDLE)
-            for output in list(self._outputs):
-                try:
-                    output.event(event)
-                except Exception:  # an LED's driver must not stop the display's
-                    log.exception("an output failed")
+            self._each(partial(_pass_on, event))
+
+    def _each(self, do: Callable[[Output], None]) -> None:
+        for output in list(self._outputs):
+            try:
+                do(output)
+            except Exception:  # an LED's driver must not stop the display's
+                log.exception("an output failed")
 
     def _enter(self, phase: Phase) -> None:
         with self._lock:
@@ -127,6 +144,10 @@ class Panel:
             output.show(phase)
 
 
+def _pass_on(event: Event, output: Output) -> None:
+    output.event(event)
+
+
 def _output(settings: AnyOutput, jobs: Jobs, muted: Callable[[], bool]) -> Output:
     if isinstance(settings, Led):
         return _Led(settings)
@@ -141,7 +162,7 @@ def _output(settings: AnyOutput, jobs: Jobs, muted: Callable[[], bool]) -> Outpu
     return _Hook(settings, jobs)
 
 
-class _Led:
+class _Led(Output):
     def __init__(self, settings: Led) -> None:
         self._led = gpiozero.LED(settings.pin, active_high=settings.active_high)
         self._phase: Phase | None = None
@@ -158,28 +179,22 @@ class _Led:
         else:
             self._led.blink(on, off)
 
-    def event(self, event: Event) -> None:
-        """Shows phases only."""
-
     def close(self) -> None:
         self._led.close()
 
 
-class _Rgb:
+class _Rgb(Output):
     def __init__(self, s: RgbLed) -> None:
         self._led = gpiozero.RGBLED(s.red, s.green, s.blue, active_high=s.active_high, pwm=False)
 
     def show(self, phase: Phase) -> None:
         self._led.color = COLOURS[phase]
 
-    def event(self, event: Event) -> None:
-        """Shows phases only."""
-
     def close(self) -> None:
         self._led.close()
 
 
-class _Buzzer:
+class _Buzzer(Output):
     def __init__(self, settings: Buzzer, muted: Callable[[], bool]) -> None:
         self._buzzer, self._muted = gpiozero.Buzzer(settings.pin), muted
 
@@ -195,10 +210,13 @@ class _Buzzer:
         self._buzzer.close()
 
 
+SPEECH_SECONDS = 120.0
+"""How long a program may take for a sentence."""
+
 SENTENCE = re.compile(r"(.*?[.!?:;\n])(?=\s|$)", re.DOTALL)
 
 
-class _Speech:
+class _Speech(Output):
     """Says an answer sentence by sentence while the rest is still being made; a cancelled one falls silent."""
 
     def __init__(self, settings: Speech, muted: Callable[[], bool]) -> None:
@@ -206,11 +224,9 @@ class _Speech:
         self._text = ""
         self._sentences: Queue[str | None] = Queue(maxsize=256)
         self._speaking: subprocess.Popen[bytes] | None = None
+        self._said_missing = False
         self._thread = threading.Thread(target=self._run, name="speech", daemon=True)
         self._thread.start()
-
-    def show(self, phase: Phase) -> None:
-        """Says answers, not phases."""
 
     def event(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
@@ -241,20 +257,37 @@ class _Speech:
                 self._sentences.get_nowait()
         except Empty:
             pass
-        if self._speaking is not None:
-            self._speaking.terminate()
+        speaking = self._speaking
+        if speaking is not None:
+            _kill(speaking)
 
     def _run(self) -> None:
         while (sentence := self._sentences.get()) is not None:
             try:
-                self._speaking = subprocess.Popen(self._command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-                self._speaking.communicate(sentence.encode(), timeout=120)
+                self._speak(sentence)
+                self._said_missing = False
             except (OSError, subprocess.TimeoutExpired) as error:
-                log.warning("speech: %s", error)
-                if self._speaking is not None:
-                    self._speaking.kill()
-                    self._speaking.wait()
-            self._speaking = None
+                if not self._said_missing:
+                    log.warning("speech: %s", error)
+                self._said_missing = True
+
+    def _speak(self, sentence: str) -> None:
+        # a session of its own: a shell that pipes one program into another falls silent as a whole
+        with subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as speaking:
+            self._speaking = speaking
+            try:
+                speaking.communicate(sentence.encode(), timeout=SPEECH_SECONDS)
+            finally:
+                self._speaking = None
+                _kill(speaking)
+
+
+def _kill(program: subprocess.Popen[bytes]) -> None:
+    """Ends a program that leads a session, with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
 
 
 def _open_display(settings: Display) -> Any:
@@ -264,30 +297,37 @@ def _open_display(settings: Display) -> Any:
     return getattr(device, settings.driver)(i2c(port=settings.port, address=settings.address))
 
 
-class _Display:
-    """A luma device as a small text terminal: the phase, then the answer as it comes."""
+class _Display(Output):
+    """A luma device as a small text terminal: the phase, what a menu stands at, the answer as it comes."""
 
     def __init__(self, device: Any) -> None:
         from luma.core.virtual import terminal
 
         self._device = device
         self._terminal = terminal(device, animate=False)
+        self._lock = threading.Lock()
         self._fresh = True  # what is shown is no part of the answer that begins
 
     def show(self, phase: Phase) -> None:
         if phase in (Phase.LOADING, Phase.THINKING, Phase.ERROR):
+            self.notice(str(phase))
+
+    def notice(self, text: str) -> None:
+        with self._lock:
             self._terminal.clear()
-            self._terminal.println(str(phase))
+            self._terminal.println(text)
+            self._fresh = True
 
     def event(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
             self._fresh = True
         elif event.kind == "text":
-            if self._fresh:
-                self._terminal.clear()
-            self._fresh = False
-            self._terminal.puts(event.text)
-            self._terminal.flush()
+            with self._lock:
+                if self._fresh:
+                    self._terminal.clear()
+                self._fresh = False
+                self._terminal.puts(event.text)
+                self._terminal.flush()
 
     def close(self) -> None:
         self._device.cleanup()
@@ -296,14 +336,11 @@ class _Display:
 HOOK_EVENTS = {"queued": "accepted", "started": "started"}
 
 
-class _Hook:
+class _Hook(Output):
     """Runs a program for an event, the job as JSON on its standard input; it is given a time and no more."""
 
     def __init__(self, settings: Hook, jobs: Jobs) -> None:
         self._settings, self._jobs = settings, jobs
-
-    def show(self, phase: Phase) -> None:
-        """Knows jobs, not phases."""
 
     def event(self, event: Event) -> None:
         name = str(event.end.state) if event.end else HOOK_EVENTS.get(event.kind)
@@ -316,15 +353,18 @@ class _Hook:
             threading.Thread(target=self._run, args=(msgspec.json.encode(job),), name="hook", daemon=True).start()
 
     def _run(self, text: bytes) -> None:
+        name = self._settings.command[0]
         try:
-            done = subprocess.run(
-                self._settings.command, input=text, timeout=self._settings.timeout, capture_output=True, check=False
-            )
+            with subprocess.Popen(
+                self._settings.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            ) as program:  # fmt: skip
+                try:
+                    program.communicate(text, timeout=self._settings.timeout)
+                finally:
+                    _kill(program)
         except (OSError, subprocess.TimeoutExpired) as error:
-            log.warning("hook %s: %s", self._settings.command[0], error)
+            log.warning("hook %s: %s", name, error)
             return
-        if done.returncode:
-            log.warning("hook %s ended with %d", self._settings.command[0], done.returncode)
-
-    def close(self) -> None:
-        """A hook that runs ends by itself or at its time-out."""
+        if program.returncode:
+            log.warning("hook %s ended with %d", name, program.returncode)

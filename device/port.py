@@ -55,7 +55,7 @@ class Port:
             self._pump()
             data = bytes(self._line.read(4096))
             if b"\0" in data:
-                self._say_once("a break, or noise, on the line")
+                self.note("a break, or noise, on the line")
             now = time.monotonic()
             if data or now >= until:
                 return data
@@ -64,7 +64,7 @@ class Port:
     def write(self, text: str) -> None:
         """Takes a text; it goes out as fast as the line carries it, while `read` is called."""
         if len(self._out) > MOST_BEHIND:
-            self._say_once("the other end takes nothing; what is for it is dropped")
+            self.note("the other end takes nothing; what is for it is dropped")
             return
         self._out += text.encode("utf-8", "replace")
 
@@ -85,7 +85,8 @@ class Port:
         del self._out[:written]
         self._free_at = now + written / self._rate
 
-    def _say_once(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Says in the journal what the line was put through, once while it is open."""
         if what not in self._said:
             self._said.add(what)
             log.warning("serial %s: %s", self._settings.name, what)

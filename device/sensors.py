@@ -31,6 +31,10 @@ IIO_UNITS: dict[str, tuple[float, str]] = {
 """From the ABI's unit of a kind of channel to a person's."""
 
 
+ECHO_SECONDS = 1.0
+"""How old the last echo of a ranger may be; it sends a ping every 0.06 s."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a sensor said, in words `unknown` where it said nothing."""
@@ -130,9 +134,9 @@ class _Sensor:
     def _open(self) -> Callable[[], float]:
         s = self._settings
         if isinstance(s, Distance):
-            ranger = gpiozero.DistanceSensor(echo=s.echo, trigger=s.trigger, max_distance=s.range)
+            ranger = Ranger(echo=s.echo, trigger=s.trigger, max_distance=s.range)
             self._device = ranger
-            return lambda: ranger.distance
+            return ranger.metres
         if isinstance(s, Light):
             light = gpiozero.LightSensor(s.pin)
             self._device = light
@@ -151,6 +155,26 @@ class _Sensor:
         factor, unit = IIO_UNITS.get(s.channel.rstrip("0123456789"), (1.0, ""))
         self._unit = self._unit or unit
         return lambda: factor * iio(self._sysfs, s.device, s.channel)
+
+
+class Ranger(gpiozero.DistanceSensor):  # type: ignore[misc]
+    """gpiozero's ranger, which goes on giving its last distances when it is pulled; this one then says so."""
+
+    heard = 0.0
+    """When the last echo came, by the monotonic clock."""
+
+    def _read(self) -> float | None:
+        value: float | None = super()._read()
+        if value is not None:
+            self.heard = time.monotonic()
+        return value
+
+    def metres(self) -> float:
+        """The distance, waiting for the first echoes. Raises OSError where none comes any more."""
+        distance = float(self.distance)
+        if time.monotonic() - self.heard > ECHO_SECONDS:
+            raise OSError("no echo")
+        return distance
 
 
 def one_wire(sysfs: Path, number: str | None) -> float:

@@ -29,16 +29,25 @@ class Closes(Protocol):
     def close(self) -> None: ...
 
 
-class Triggers:
-    """The configured triggers, live until closed. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
+def _nobody(_: str) -> None:
+    """Nobody looks at what a menu stands at."""
 
-    def __init__(self, settings: list[AnyTrigger], sensors: Sensors, fire: Fire) -> None:
+
+class Triggers:
+    """The configured triggers, live until closed; `turned` is told what a menu stands at.
+
+    Raises gpiozero.GPIOZeroError where a pin cannot be had.
+    """
+
+    def __init__(
+        self, settings: list[AnyTrigger], sensors: Sensors, fire: Fire, turned: Callable[[str], None] = _nobody
+    ) -> None:
         self._open: list[Closes] = []
         try:
             for pin in sorted({t.pin for t in settings if isinstance(t, Button)}):
                 self._open.append(Presses([t for t in settings if isinstance(t, Button) and t.pin == pin], fire))
             for trigger in settings:
-                self._open += _opened(trigger, sensors, fire)
+                self._open += _opened(trigger, sensors, fire, turned)
         except BaseException:
             self.close()
             raise
@@ -49,7 +58,7 @@ class Triggers:
         self._open.clear()
 
 
-def _opened(trigger: AnyTrigger, sensors: Sensors, fire: Fire) -> list[Closes]:
+def _opened(trigger: AnyTrigger, sensors: Sensors, fire: Fire, turned: Callable[[str], None]) -> list[Closes]:
     if isinstance(trigger, Motion):
         motion = gpiozero.MotionSensor(trigger.pin)
         motion.when_motion = lambda: fire(trigger.name)
@@ -65,7 +74,7 @@ def _opened(trigger: AnyTrigger, sensors: Sensors, fire: Fire) -> list[Closes]:
     if isinstance(trigger, Near):
         return [Nearness(trigger, sensors, fire)]
     if isinstance(trigger, Rotary):
-        return [Menu(trigger, fire)]
+        return [Menu(trigger, fire, turned)]
     if isinstance(trigger, Schedule):
         return [Clock(trigger, fire)]
     return []
@@ -76,14 +85,16 @@ class Presses:
 
     def __init__(self, triggers: list[Button], fire: Fire) -> None:
         self._names = {t.press: t.name for t in triggers}
-        self._fire, self._gap = fire, triggers[0].gap
+        self._fire = fire
         self._lock = threading.Lock()
         self._held = False
         self._pending: threading.Timer | None = None
         first = triggers[0]
+        by_press = {t.press: t for t in triggers}
+        self._gap = by_press.get("double", first).gap
         self._button = gpiozero.Button(
             first.pin, pull_up=first.pull_up, bounce_time=first.bounce or None,
-            hold_time=next((t.hold for t in triggers if t.press == "long"), first.hold),
+            hold_time=by_press.get("long", first).hold,
         )  # fmt: skip
         if "long" in self._names:
             self._button.when_held = self._hold
@@ -172,10 +183,10 @@ class Nearness(_Loop):
 
 
 class Menu:
-    """A rotary encoder that goes round a menu and a button that picks."""
+    """A rotary encoder that goes round a menu, `turned` to a choice, and a button that picks it."""
 
-    def __init__(self, trigger: Rotary, fire: Fire) -> None:
-        self._trigger, self._fire = trigger, fire
+    def __init__(self, trigger: Rotary, fire: Fire, turned: Callable[[str], None]) -> None:
+        self._trigger = trigger
         self._encoder = gpiozero.RotaryEncoder(trigger.a, trigger.b, max_steps=0)
         try:
             self._button = gpiozero.Button(trigger.button, bounce_time=trigger.bounce or None)
@@ -183,6 +194,7 @@ class Menu:
             self._encoder.close()
             raise
         self._button.when_pressed = lambda: fire(trigger.name, choice=self.choice)
+        self._encoder.when_rotated = lambda: turned(self.choice)
 
     @property
     def choice(self) -> str:

@@ -106,8 +106,7 @@ def _check(args: argparse.Namespace) -> None:
     from device.appliance import check
     from flashd import config
 
-    settings = config.load(args.config)
-    check(settings)
+    settings = config.load(args.config, check)
     print(
         f"{args.config}: right; {len(settings.serial)} serial, {len(settings.sensors)} sensors,"
         f" {len(settings.triggers)} triggers, {len(settings.outputs)} outputs"

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 
-from flashd.errors import ConfigError
+from flashd.errors import ConfigError, Misfit
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+NAME, SIZE, CLOCK = r"^[a-z][a-z0-9_-]{0,31}$", r"^[0-9]+(\.[0-9]+)?[KMGkmg]?$", r"^([01]\d|2[0-3]):[0-5]\d$"
+ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}$", r"^[a-z0-9_]{1,40}$"
+SHAPES = {
+    NAME: "a name: a small letter, then up to 31 small letters, digits, - and _",
+    SIZE: "a size, such as 512M or 1.5G",
+    CLOCK: "a time of day in quotes, such as '07:30'",
+    ONE_WIRE: "28- and twelve digits 0 to f, as /sys/bus/w1/devices names it",
+    CHANNEL: "a channel's name, such as temp or voltage0",
+}
+"""What patterns allow, in words."""
+
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 Pin = Annotated[int, msgspec.Meta(ge=0, le=63)]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -105,7 +117,7 @@ class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
     """A DS18B20 thermometer on the 1-Wire bus. Degrees Celsius. Without an id the first that is found."""
 
-    id: Annotated[str, msgspec.Meta(pattern=r"^28-[0-9a-f]{12}$")] | None = None
+    id: Annotated[str, msgspec.Meta(pattern=ONE_WIRE)] | None = None
     unit: str = "°C"
 
 
@@ -113,7 +125,7 @@ class Iio(Sensor, tag="iio", frozen=True, kw_only=True):
     """A channel of a Linux IIO device, such as temp, pressure or humidityrelative of a bme280."""
 
     device: str
-    channel: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_]{1,40}$")]
+    channel: Annotated[str, msgspec.Meta(pattern=CHANNEL)]
 
 
 AnySensor = Distance | Light | Analog | OneWire | Iio
@@ -203,7 +215,7 @@ class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
     """Every so many seconds, or at a time of day."""
 
     every: Positive | None = None
-    at: Annotated[str, msgspec.Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    at: Annotated[str, msgspec.Meta(pattern=CLOCK)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,7 +289,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     model: str | None = None
-    memory: str | None = None
+    memory: Annotated[str, msgspec.Meta(pattern=SIZE)] | None = None
     context: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 1024
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     card: Card = Card()
@@ -293,36 +305,64 @@ class Settings(Strict, frozen=True, kw_only=True):
     triggers: list[AnyTrigger] = []
     outputs: list[AnyOutput] = []
 
-    def __post_init__(self) -> None:
-        for what in ("serial", "sensors", "triggers"):
-            names = [entry.name for entry in getattr(self, what)]
-            twice = next((n for n in names if names.count(n) > 1), None)
-            if twice:
-                raise ValueError(f"two {what} are called {twice!r}")
-        wants = next((t.name for t in self.triggers if t.json_schema is not None), None)
-        if wants and not self.schemas:
-            raise ValueError(f"trigger {wants!r} has a json_schema, which needs schemas: true")
-        sensors = {s.name: s for s in self.sensors}
-        for trigger in self.triggers:
-            if isinstance(trigger, Near) and not isinstance(sensors.get(trigger.sensor), Distance):
-                raise ValueError(f"trigger {trigger.name!r} needs a distance sensor called {trigger.sensor!r}")
-        used = pins(self)
-        shared = next((p for p in used if used.count(p) > 1 and not self._all_buttons(p)), None)
-        if shared is not None:
-            raise ValueError(f"pin {shared} is used twice")
-
-    def _all_buttons(self, pin: int) -> bool:
-        """Short, long and double presses may be of one button."""
-        users = [e for e in (*self.sensors, *self.triggers, *self.outputs) if pin in _pins(e)]
-        presses = [e.press for e in users if isinstance(e, Button)]
-        return len(presses) == len(users) and len(set(presses)) == len(presses)
-
 
 def pins(settings: Settings) -> list[int]:
     """The pins of everything configured; one that two entries use is there twice."""
-    entries = (*settings.sensors, *settings.triggers, *settings.outputs)
-    mute = [] if settings.mute_pin is None else [settings.mute_pin]
-    return [pin for entry in entries for pin in _pins(entry)] + mute
+    return [pin for _, entry in _entries(settings) for pin in _pins(entry)] + _mute(settings)
+
+
+def _check_fit(settings: Settings) -> None:
+    """What one entry cannot say of itself. Raises Misfit."""
+    _check_names(settings)
+    distances = {s.name for s in settings.sensors if isinstance(s, Distance)}
+    for i, trigger in enumerate(settings.triggers):
+        at = ("triggers", i)
+        if trigger.json_schema is not None and not settings.schemas:
+            raise Misfit((*at, "json_schema"), f"trigger {trigger.name!r} has one, which needs schemas: true")
+        if isinstance(trigger, Near) and trigger.sensor not in distances:
+            wanted = f"a distance sensor called {trigger.sensor!r}"
+            raise Misfit((*at, "sensor"), f"trigger {trigger.name!r} needs {wanted}")
+    _check_pins(settings)
+
+
+def _check_names(settings: Settings) -> None:
+    for what in ("serial", "sensors", "triggers"):
+        names: list[str] = []
+        for i, entry in enumerate(getattr(settings, what)):
+            if entry.name in names:
+                raise Misfit((what, i, "name"), f"two {what} are called {entry.name!r}")
+            names.append(entry.name)
+
+
+def _check_pins(settings: Settings) -> None:
+    """Each pin has one user, but for a button that is pressed in several ways."""
+    users: dict[int, list[Any]] = {pin: [None] for pin in _mute(settings)}
+    for path, entry in _entries(settings):
+        for pin in _pins(entry):
+            others = users.setdefault(pin, [])
+            if others and not all(_same_button(entry, other) for other in others):
+                raise Misfit(path, f"pin {pin} is used twice")
+            others.append(entry)
+
+
+def _same_button(one: Any, other: Any) -> bool:
+    return (
+        isinstance(one, Button)
+        and isinstance(other, Button)
+        and one.press != other.press
+        and (one.pull_up, one.bounce) == (other.pull_up, other.bounce)
+    )
+
+
+def _entries(settings: Settings) -> Iterator[tuple[tuple[str, int], Any]]:
+    """What may have pins, each with the path to it."""
+    for what in ("sensors", "triggers", "outputs"):
+        for i, entry in enumerate(getattr(settings, what)):
+            yield (what, i), entry
+
+
+def _mute(settings: Settings) -> list[int]:
+    return [] if settings.mute_pin is None else [settings.mute_pin]
 
 
 def _pins(entry: Any) -> list[int]:
@@ -332,18 +372,30 @@ def _pins(entry: Any) -> list[int]:
     return pins + ([drive.pin] if drive else [])
 
 
-def load(path: Path) -> Settings:
-    """The settings of a file. Raises ConfigError naming the line, the key and what is allowed."""
+Check = Callable[[Settings], None]
+
+
+def _no_more(_: Settings) -> None:
+    """Checks nothing."""
+
+
+def load(path: Path, check: Check = _no_more) -> Settings:
+    """The settings of a file. Raises ConfigError naming the line, the key and what is allowed.
+
+    Args:
+        path: the file.
+        check: looks at what this module knows nothing of, such as templates. Raises Misfit.
+    """
     try:
         text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
-    return parse(text, str(path))
+    return parse(text, str(path), check)
 
 
-def parse(text: str, name: str = "flashd.yaml") -> Settings:
+def parse(text: str, name: str = "flashd.yaml", check: Check = _no_more) -> Settings:
     """The settings of a text called `name`. Raises ConfigError."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -356,7 +408,12 @@ def parse(text: str, name: str = "flashd.yaml") -> Settings:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}") from error
     try:
-        return msgspec.convert({} if value is None else value, Settings)
+        settings = msgspec.convert({} if value is None else value, Settings)
+        _check_fit(settings)
+        check(settings)
+        return settings
+    except Misfit as error:
+        raise ConfigError(f"{name}, line {_line(tree, error.path)}: {_dotted(error.path)}{error}") from error
     except msgspec.ValidationError as error:
         what, path = _message(str(error))
         unknown = re.match(r"Object contains unknown field `(.+)`", what)
@@ -425,6 +482,9 @@ def _explained(what: str, path: list[str | int], value: Any) -> str:
     if tag and path and path[-1] == "kind" and isinstance(path[0], str):
         kinds = [t.__struct_config__.tag for t in typing.get_args(_element(path[0]))]
         return f"{tag.group(1)!r} is not known; allowed are {', '.join(map(str, kinds))}"
+    shape = re.match(r"Expected `str` matching regex '(.*)'$", what)
+    if shape:
+        return f"expected {SHAPES[shape.group(1).encode().decode('unicode_escape')]}"
     choice = re.match(r"Invalid enum value '?(.*?)'?$", what)
     if choice:
         options = _options(path, value)

@@ -1,6 +1,7 @@
 """What flashd says when it cannot go on: one clear line and a sysexits code."""
 
 import os
+from collections.abc import Sequence
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
@@ -43,6 +44,14 @@ class ConfigError(FlashdError):
     """The configuration does not make sense."""
 
     exit_code = os.EX_CONFIG
+
+
+class Misfit(ConfigError):
+    """A value that makes no sense beside the others of its file; `path` leads to it: ("triggers", 0, "pin")."""
+
+    def __init__(self, path: Sequence[str | int], text: str) -> None:
+        super().__init__(text)
+        self.path = list(path)
 
 
 class Busy(FlashdError):

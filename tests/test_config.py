@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import typing
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from device.appliance import check
-from flashd.config import Button, Settings, load, parse
+from flashd.config import AnyOutput, AnySensor, AnyTrigger, Button, Settings, load, parse
 from flashd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
@@ -39,12 +43,30 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
             "triggers:\n- {kind: manual, name: a, prompt: p, choose: [yes, no]}",
             "triggers[0].choose[0]: expected a text; quote",
         ),
-        ("triggers: [{kind: manual, name: a, prompt: p, json_schema: {}}]", "which needs schemas: true"),
-        ("triggers:\n- {kind: near, name: a, prompt: p, sensor: s, below: 1}", "needs a distance sensor called 's'"),
+        (
+            "triggers:\n- {kind: manual, name: a, prompt: p, json_schema: {}}",
+            "line 2: triggers[0].json_schema: trigger 'a' has one, which needs schemas: true",
+        ),
+        (
+            "triggers:\n- kind: near\n  name: a\n  prompt: p\n  sensor: s\n  below: 1",
+            "line 5: triggers[0].sensor: trigger 'a' needs a distance sensor called 's'",
+        ),
         ("triggers:\n- {kind: schedule, name: a, prompt: p}", "every: SECONDS or at: 'HH:MM'"),
-        ("outputs:\n- {kind: led, pin: 3}\n- {kind: buzzer, pin: 3}", "pin 3 is used twice"),
-        ("mute_pin: 3\noutputs: [{kind: led, pin: 3}]", "pin 3 is used twice"),
-        ("serial: [{name: a, port: x}, {name: a, port: y}]", "two serial are called 'a'"),
+        ("outputs:\n- {kind: led, pin: 3}\n- {kind: buzzer, pin: 3}", "line 3: outputs[1]: pin 3 is used twice"),
+        ("mute_pin: 3\noutputs: [{kind: led, pin: 3}]", "line 2: outputs[0]: pin 3 is used twice"),
+        (
+            "triggers:\n- {kind: button, name: a, pin: 3, prompt: p}\n"
+            "- {kind: button, name: b, pin: 3, prompt: p, press: long, pull_up: false}",
+            "line 3: triggers[1]: pin 3 is used twice",
+        ),
+        ("serial: [{name: a, port: x},\n {name: a, port: y}]", "line 2: serial[1].name: two serial are called 'a'"),
+        ("context: 512\nmemory: 512Q", "line 2: memory: expected a size, such as 512M or 1.5G"),
+        ("triggers:\n- {kind: manual, name: A, prompt: p}", "line 2: triggers[0].name: expected a name: a small"),
+        (
+            "triggers:\n- {kind: schedule, name: a, prompt: p, at: '7:30'}",
+            "triggers[0].at: expected a time of day in quotes, such as '07:30'",
+        ),
+        ("sensors: [{kind: ds18b20, name: a, id: '10-1'}]", "sensors[0].id: expected 28- and twelve digits"),
         ("a: &x [1]\nb: *x", "line 1: aliases are not allowed"),
         ("memory: 1G\nmemory: 2G", "line 2: memory is given twice"),
         ("a: [", "line 1: "),
@@ -70,9 +92,8 @@ def test_errors_name_line_key_and_what_is_allowed(text: str, words: str) -> None
     ],
 )
 def test_a_wrong_template_is_found_before_it_is_needed(prompt: str, words: str) -> None:
-    settings = parse(f"triggers: [{{kind: manual, name: a, prompt: {prompt!r}}}]")
-    with pytest.raises(ConfigError, match="trigger 'a'") as error:
-        check(settings)
+    with pytest.raises(ConfigError, match=r"line 4: triggers\[0\]\.prompt: trigger 'a'") as error:
+        parse(f"triggers:\n- kind: manual\n  name: a\n  prompt: {prompt!r}", check=check)
     assert words in str(error.value)
 
 
@@ -83,12 +104,28 @@ def test_one_button_may_have_three_kinds_of_press() -> None:
     assert [t.press for t in triggers if isinstance(t, Button)] == ["short", "long", "double"]
 
 
-def test_the_example_is_right_and_names_every_key() -> None:
-    settings = load(EXAMPLE)
-    check(settings)
+def keys(kind: Any) -> set[str]:
+    """Every key of a struct and of what it holds."""
+    found: set[str] = set()
+    for one in [kind, *typing.get_args(kind)]:
+        if isinstance(one, type) and issubclass(one, msgspec.Struct):
+            for name, inner in typing.get_type_hints(one).items():
+                found |= {name} | keys(inner)
+        elif one is not kind:
+            found |= keys(one)
+    return found
+
+
+def test_the_example_is_right_and_names_every_key_and_kind() -> None:
+    settings = load(EXAMPLE, check)
+    assert settings.triggers and settings.sensors and settings.outputs
     text = EXAMPLE.read_text("utf-8")
-    missing = [name for name in Settings.__struct_fields__ if f"{name}:" not in text]
-    assert not missing
+    wanted = keys(Settings)
+    assert {"hold", "gap", "bounce", "most", "active_high", "address", "below", "keep"} <= wanted
+    assert not [key for key in sorted(wanted) if not re.search(rf"\b{key}\b", text)]
+    for union in (AnySensor, AnyTrigger, AnyOutput):
+        tags = [str(one.__struct_config__.tag) for one in typing.get_args(union)]
+        assert not [tag for tag in tags if f"kind: {tag}" not in text]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

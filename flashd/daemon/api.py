@@ -59,7 +59,7 @@ class _Format(msgspec.Struct):
 
 
 class _Body(msgspec.Struct, kw_only=True):
-    """What completions and chat completions share. `choose`, `priority` and `deadline` are our own."""
+    """What completions and chat completions share. `choose`, `priority`, `deadline` and `forget` are our own."""
 
     model: str | None = None
     stream: bool = False
@@ -72,12 +72,13 @@ class _Body(msgspec.Struct, kw_only=True):
     choose: Choices = []
     priority: Priority = 5
     deadline: Deadline | None = None
+    forget: bool = False
 
     def request(self, turns: tuple[Turn, ...], plain: bool, schema: dict[str, Any] | None) -> Request:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Request(
             turns=turns, source="api", plain=plain, priority=self.priority, deadline=self.deadline,
-            max_tokens=self.max_tokens, stop=stop, choose=tuple(self.choose), json_schema=schema,
+            max_tokens=self.max_tokens, forget=self.forget, stop=stop, choose=tuple(self.choose), json_schema=schema,
             draw=Draw(temperature=self.temperature, top_p=self.top_p, seed=self.seed),
         )  # fmt: skip
 
@@ -104,7 +105,7 @@ class Api:
     """
 
     def __init__(
-        self, jobs: Jobs, model: str, status: Callable[[], dict[str, Any]], trigger: Callable[[str], Job],
+        self, jobs: Jobs, model: str, status: Callable[[], msgspec.Struct], trigger: Callable[[str], Job],
         metrics: Callable[[], bytes],
     ) -> None:  # fmt: skip
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
@@ -114,6 +115,7 @@ class Api:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._one_model),
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),
             Route("/api/status", self._show_status),
@@ -195,8 +197,10 @@ class Api:
                     if len(text) > said:
                         yield _event(head | chunk(text[said:], None, False))
                         said = len(text)
+                elif event.kind in ("queued", "moved"):
+                    yield f": waiting, {event.position} before this\n\n"
                 elif event.kind == "progress":
-                    yield f": {event.done}/{event.total} layers, {event.card_bytes} bytes from the card\n\n"
+                    yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
                 end = event.end if event else None
             if end is None:
                 yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})
@@ -213,8 +217,14 @@ class Api:
                 self._jobs.cancel(job.id)
 
     async def _models(self, _: HttpRequest) -> Response:
-        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "flashd"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _one_model(self, http: HttpRequest) -> Response:
+        name = http.path_params["name"]
+        return JSONResponse(self._described()) if name == self._model else _error(404, f"no model is called {name!r}")
+
+    def _described(self) -> dict[str, str | int]:
+        return {"id": self._model, "object": "model", "created": 0, "owned_by": "flashd"}
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -223,7 +233,7 @@ class Api:
         return PlainTextResponse(self._metrics(), media_type="text/plain; version=0.0.4")
 
     async def _show_status(self, _: HttpRequest) -> Response:
-        return JSONResponse(await asyncio.to_thread(self._status))
+        return _struct_response(await asyncio.to_thread(self._status))
 
     async def _recent(self, http: HttpRequest) -> Response:
         most = http.query_params.get("most", "20")

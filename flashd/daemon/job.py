@@ -62,6 +62,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     coalesce: bool = False  # one of the same source that still waits stands for this one too
     per_minute: int | None = None  # jobs of this source
     max_tokens: int | None = None
+    forget: bool = False  # of a talk that does not fit in the context the oldest messages are left out
     stop: tuple[str, ...] = ()
     draw: Draw = Draw()
     choose: tuple[str, ...] = ()  # the answer is one of these
@@ -95,11 +96,11 @@ class Job(msgspec.Struct, kw_only=True):
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a job.
 
-    queued (position), started, progress (done, total, card_bytes), text (text), restarted (forget what was said),
-    ended (the job as it ended).
+    queued (position), moved (position, when the queue goes on), started, progress (done, total, card_bytes),
+    text (text), restarted (forget what was said), ended (the job as it ended).
     """
 
-    kind: Literal["queued", "started", "progress", "text", "restarted", "ended"]
+    kind: Literal["queued", "moved", "started", "progress", "text", "restarted", "ended"]
     job: int
     text: str = ""
     position: int = 0

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Literal
 
 from flashd.daemon.job import Event, Job, Request, State
 from flashd.daemon.spool import Spool
@@ -97,7 +98,7 @@ class Jobs:
             self._note_rate(request)
             self._monotonic[job.id] = time.monotonic()
             self._enqueue(job)
-            self._tell(Event(kind="queued", job=job.id, position=self.position(job.id)))
+            self._tell(self._place(job, "queued"))
             running = self._running
             if request.barge_in and running is not None and running.request.priority < request.priority:
                 self._interrupt = True
@@ -106,7 +107,8 @@ class Jobs:
         return job
 
     def watch(self, number: int | None = None, sink: Sink | None = None) -> Watch:
-        """The events of a job, of all jobs from now on for None. One who comes late is told what was said so far.
+        """The events of a job, of all jobs from now on for None. One who comes late is told what was said so far,
+        and one who waits his place in the queue, now and whenever it changes.
 
         They wait to be asked for, or go to `sink` as they happen.
         """
@@ -114,6 +116,8 @@ class Jobs:
         with self._changed:
             self._watches.append(watch)
             job = self.get(number) if number is not None else None
+            if job is not None and job.state is State.QUEUED:
+                watch.put(self._place(job, "queued"))
             if job is not None and job.result.text:
                 watch.put(Event(kind="text", job=job.id, text=job.result.text))
             if job is not None and job.state.ended:
@@ -187,6 +191,8 @@ class Jobs:
                 job.state, job.attempts = State.RUNNING, job.attempts + 1
                 self._running, self._interrupt = job, False
                 self._tell(Event(kind="started", job=job.id))
+                for _, _, other in self._waiting:
+                    self._tell(self._place(other, "moved"))
                 return job
         return None
 
@@ -252,8 +258,13 @@ class Jobs:
             age = min(max(0.0, time.time() - job.created), job.request.deadline or 0.0)
             self._monotonic[job.id] = time.monotonic() - age
             self._enqueue(job)
+        last = self._spool.last_done()
+        self.last_text = last.result.text if last else ""
         if self._waiting:
             log.info("%d jobs were waiting in the spool", len(self._waiting))
+
+    def _place(self, job: Job, kind: Literal["queued", "moved"]) -> Event:
+        return Event(kind=kind, job=job.id, position=self.position(job.id))
 
     def _enqueue(self, job: Job) -> None:
         heapq.heappush(self._waiting, (-job.request.priority, job.id, job))

@@ -9,15 +9,17 @@ import queue
 import signal
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
+from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from device import demo as demonstration
 from device import kiosk
-from device.appliance import Appliance
+from device.appliance import Appliance, check
+from device.front import Facts
 from flashd import config, embedded
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
@@ -43,6 +45,10 @@ NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "sn
 """What a reload does not change."""
 
 
+class _Stopped(Exception):
+    """A signal to stop came before the model was loaded."""
+
+
 class Daemon:
     """One run of the daemon, from its settings to its last signal.
 
@@ -56,10 +62,15 @@ class Daemon:
         self._settings, self._reread, self._more = settings, reread, more
         self._notify = Notifier()
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._stopping = False
         self._worker: Worker | None = None
 
     def run(self, when_ready: Callable[[], None]) -> None:
         """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
+        with suppress(_Stopped):
+            self._run(when_ready)
+
+    def _run(self, when_ready: Callable[[], None]) -> None:
         s = self._settings
         if not s.model and not embedded.bundle_path().exists():
             log.info("packing the default model, once; this takes a minute or two")
@@ -97,6 +108,8 @@ class Daemon:
         s = self._settings
 
         def on_step(done: int, total: int, _: int) -> None:
+            if self._stopping:
+                raise _Stopped
             self._notify.alive()
             self._notify.status(f"loading {100 * done // total} %")
 
@@ -104,27 +117,31 @@ class Daemon:
         budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
         return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
 
-    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Any:
+    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
         return api.application([*kiosk.routes(appliance), *self._more])
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> Facts:
         """What the appliance's status says of the model and its last answer."""
         if self._worker is None:
-            return {"model": {}, "last": {}}
+            return Facts()
         plan = self._worker.engine.plan
         share = 100 if plan.resident else int(100 * plan.pinned_share)
         model = {
             "name": self._name, "context": f"{plan.context} tokens",
             "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",
         }  # fmt: skip
-        return {"model": model, "last": self._worker.last}
+        return Facts(model=model, last=self._worker.last)
 
     def _take_signals(self, stack: ExitStack) -> None:
         """A handler only notes the signal: the main thread acts on it when it is in a state to."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            before = signal.signal(number, lambda n, _: self._signals.put(n))
+            before = signal.signal(number, self._note_signal)
             stack.callback(signal.signal, number, before)
+
+    def _note_signal(self, number: int, _: FrameType | None) -> None:
+        self._stopping = self._stopping or number != signal.SIGHUP
+        self._signals.put(number)
 
     def _wait(self, appliance: Appliance) -> None:
         while self._next_signal() == signal.SIGHUP:
@@ -157,8 +174,8 @@ def serve(path: Path) -> None:
     """Runs the daemon that a file describes. Raises FlashdError where it cannot start."""
     log_to_journal()
     faulthandler.enable()  # a lost watchdog's SIGABRT writes down where each thread hangs
-    settings = config.load(path)
-    Daemon(settings, lambda: config.load(path), []).run(lambda: None)
+    settings = config.load(path, check)
+    Daemon(settings, lambda: config.load(path, check), []).run(lambda: None)
 
 
 def serve_demo(show: Callable[[str], None]) -> None:

@@ -32,6 +32,16 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS waiting ON jobs (state) WHERE state IN ('queued', 'running');
 """
 VERSION = 1
+MOST_BYTES = 64 << 20
+"""Of requests and results together; what ended longest ago goes first."""
+
+FORGET = """
+DELETE FROM jobs WHERE ended IS NOT NULL AND (id <= ? OR id IN (
+    SELECT id FROM (
+        SELECT id, SUM(LENGTH(request) + COALESCE(LENGTH(result), 0)) OVER (ORDER BY id DESC) AS bytes FROM jobs
+    ) WHERE bytes > ?
+))
+"""
 ONE, LATEST = "WHERE id = ?", "ORDER BY id DESC LIMIT ?"
 
 
@@ -84,7 +94,7 @@ class Spool:
             self._db.execute("UPDATE jobs SET state = ?, attempts = 0 WHERE id = ?", (State.QUEUED, job.id))
 
     def end(self, job: Job) -> None:
-        """Keeps a job's result, and forgets the oldest beyond `keep`."""
+        """Keeps a job's result, and forgets the oldest beyond `keep` and MOST_BYTES."""
         with self._lock, self._guard():
             self._db.execute("BEGIN")
             try:
@@ -92,7 +102,7 @@ class Spool:
                     "UPDATE jobs SET state = ?, ended = ?, result = ? WHERE id = ?",
                     (job.state, job.ended, msgspec.json.encode(job.result), job.id),
                 )
-                self._db.execute("DELETE FROM jobs WHERE ended IS NOT NULL AND id <= ?", (job.id - self._keep,))
+                self._db.execute(FORGET, (job.id - self._keep, MOST_BYTES))
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # a full disk has ended it already
@@ -102,6 +112,10 @@ class Spool:
     def waiting(self) -> list[Job]:
         """Jobs that were accepted and not ended, in the order in which they came."""
         return self._select("WHERE state IN ('queued', 'running') ORDER BY id")
+
+    def last_done(self) -> Job | None:
+        """The latest job that was answered."""
+        return next(iter(self._select("WHERE state = 'done' ORDER BY id DESC LIMIT 1")), None)
 
     def get(self, number: int) -> Job | None:
         return next(iter(self._select(ONE, number)), None)

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0
 """How long the worker waits for a job before it shows that it still could take one."""
 
+FORGET = 8
+"""Messages that a long talk is shortened by: so many, that what is left begins alike for some questions and its
+KV cache is kept."""
+
 PROGRESS_SECONDS = 0.25
 """Progress is told this often at the most."""
 
@@ -141,8 +145,8 @@ class Worker:
             self._jobs.say(job, decision.text)
             return
         pieces = self._engine.answer(
-            prompt, sampling, answer, limit=request.max_tokens or self.answering.max_tokens,
-            stop=request.stop, constraint=self._constraint(request), on_step=on_step,
+            prompt, sampling, answer, limit=self._limit(request), stop=request.stop,
+             constraint=self._constraint(request), on_step=on_step,
         )  # fmt: skip
         for piece in pieces:
             if piece:
@@ -154,9 +158,21 @@ class Worker:
         if request.plain:
             return self._prompts.plain("".join(turn.content for turn in request.turns))
         messages = [Message(turn.role, turn.content) for turn in request.turns]
-        if self.answering.system and all(m.role != "system" for m in messages):
-            messages.insert(0, Message("system", self.answering.system))
-        return self._prompts.tokens(messages)
+        return self._shortened(messages, request) if request.forget else self._prompts.tokens(messages)
+
+    def _shortened(self, messages: list[Message], request: Request) -> list[int]:
+        """The tokens of a talk without its oldest messages where they leave no room for an answer."""
+        context = self._engine.plan.context
+        room = context - min(self._limit(request), context // 2)
+        first = 1 if messages[0].role == "system" else 0
+        tokens = self._prompts.tokens(messages)
+        while len(tokens) > room and len(messages) - first > 1:
+            del messages[first : min(first + FORGET, len(messages) - 1)]
+            tokens = self._prompts.tokens(messages)
+        return tokens
+
+    def _limit(self, request: Request) -> int:
+        return request.max_tokens or self.answering.max_tokens
 
     def _sampling(self, request: Request) -> Sampling:
         a, d = self.answering, request.draw

@@ -167,7 +167,7 @@ class Conversation:
         if len(prompt) >= self.model.cache.context:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens and the context room for {self.model.cache.context - 1};"
-                " shorten it or raise --context"
+                " shorten it or raise the context"
             )
 
     def _next(self, token: int, room: int, figures: Figures, on_step: OnStep) -> Floats:

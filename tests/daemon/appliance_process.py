@@ -12,6 +12,7 @@ import gpiozero
 from gpiozero.pins.mock import MockFactory
 
 from device import demo
+from device.appliance import check
 from flashd import config
 from flashd.daemon.main import Daemon
 from flashd.daemon.notify import log_to_journal
@@ -22,7 +23,7 @@ def main(path: Path) -> int:
     gpiozero.Device.pin_factory = MockFactory()
     log_to_journal()
     try:
-        Daemon(config.load(path), lambda: config.load(path), [*demo.routes()]).run(lambda: None)
+        Daemon(config.load(path, check), lambda: config.load(path, check), [*demo.routes()]).run(lambda: None)
     except FlashdError as error:
         print(f"flashd: {error}", file=sys.stderr)
         return error.exit_code

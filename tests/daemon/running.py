@@ -25,6 +25,10 @@ spool: {{path: {folder}/spool.db, most_waiting: {most}}}
 """
 
 
+PATIENCE = 180.0
+"""Seconds after which a daemon that says nothing is given up; a busy machine may need most of them."""
+
+
 class Running:
     """A daemon over a folder; start it, kill it, start it again on the same spool."""
 
@@ -38,13 +42,15 @@ class Running:
         self.notify.settimeout(0.2)
         self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = False
+        self.deaf_from = ""
+        """While set: systemd reads no further than a message with this word, and the daemon soon waits for it."""
         self._reader = threading.Thread(target=self._read_notices, name="systemd", daemon=True)
         self._reader.start()
         self.log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, watchdog: float = 0.0) -> list[str]:
-        """Starts it and waits for READY; what it told systemd up to then."""
+    def start(self, watchdog: float = 0.0, until: str = "READY=1") -> list[str]:
+        """Starts it and waits for READY, or what else it should tell; what it told systemd up to then."""
         env = os.environ | {
             "NOTIFY_SOCKET": str(self.folder / "notify"), "XDG_CACHE_HOME": str(self.folder / "cache"),
         }  # fmt: skip
@@ -55,12 +61,12 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.daemon.appliance_process", str(self.config)], env=env, stderr=log
             )
-        return self.told_until("READY=1")
+        return self.told_until(until)
 
     def told_until(self, word: str) -> list[str]:
         """What systemd is told up to and with a message that holds `word`."""
         told: list[str] = []
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE
         while not told or word not in told[-1]:
             try:
                 told.append(self._told.get(timeout=max(0.0, until - time.monotonic())))
@@ -70,7 +76,7 @@ class Running:
 
     def wait_for_silence(self, seconds: float) -> None:
         """Waits until systemd has heard nothing for so long."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             try:
                 self._told.get(timeout=seconds)
@@ -81,7 +87,7 @@ class Running:
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        code = self.process.wait(60)
+        code = self.process.wait(PATIENCE)
         self.process = None
         return code
 
@@ -103,14 +109,17 @@ class Running:
         """As systemd does, always: the kernel holds ten datagrams and then makes the sender wait."""
         while not self._closing:
             try:
-                self._told.put(self.notify.recv(4096).decode())
+                message = self.notify.recv(4096).decode()
             except TimeoutError:
                 continue
+            self._told.put(message)
+            while self.deaf_from and self.deaf_from in message and not self._closing:
+                time.sleep(0.01)
 
     def http(self) -> httpx.Client:
         # no connection outlives its request: the daemon may be killed between two
         transport = httpx.HTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_keepalive_connections=0))
-        return httpx.Client(transport=transport, base_url="http://flashd", timeout=60)
+        return httpx.Client(transport=transport, base_url="http://flashd", timeout=PATIENCE)
 
     def rss(self) -> int:
         """Bytes of RAM that it holds."""
@@ -126,7 +135,7 @@ class Running:
         found: dict[str, Any] = client.get(f"/api/jobs/{number}").json()
         return found
 
-    def ended(self, client: httpx.Client, number: int, seconds: float = 60.0) -> dict[str, Any]:
+    def ended(self, client: httpx.Client, number: int, seconds: float = PATIENCE) -> dict[str, Any]:
         """A job once it has ended."""
         until = time.monotonic() + seconds
         while True:

@@ -60,7 +60,10 @@ ASK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_openai_client(client: openai.OpenAI) -> None:
-    assert [m.owned_by for m in client.models.list()] == ["flashd"]
+    (model,) = client.models.list()
+    assert model.owned_by == "flashd" and client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError, match="no model is called 'gpt'"):
+        client.models.retrieve("gpt")
     whole = client.chat.completions.create(model="any", messages=ASK, max_tokens=16)
     assert whole.choices[0].message.content == "The capital of France is Paris."
     assert whole.choices[0].finish_reason == "stop" and whole.usage is not None and whole.usage.completion_tokens == 7
@@ -107,6 +110,19 @@ def test_bad_bodies_are_refused_in_openai_s_shape(http: httpx.Client, client: op
 def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
     reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 800}]})
     assert reply.status_code == 500 and "the context room for 511" in reply.json()["error"]["message"]
+
+
+def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, http: httpx.Client) -> None:
+    talk = [{"role": "system", "content": "Be brief."}]
+    for i in range(6):
+        talk += [{"role": "user", "content": f"{i}: " + "word " * 80}, {"role": "assistant", "content": "Yes."}]
+    body = {"messages": [*talk, *ASK], "max_tokens": 16}
+    assert "context room" in http.post("/v1/chat/completions", json=body).text
+    reply = http.post("/v1/chat/completions", json=body | {"forget": True})
+    assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]
+    used = reply.json()["usage"]["prompt_tokens"]
+    two = http.post("/v1/chat/completions", json=body | {"messages": [talk[0], *talk[9:], *ASK]}).json()["usage"]
+    assert used == two["prompt_tokens"]  # four exchanges went at once, the system's words stayed
 
 
 def test_decisions_come_with_their_probabilities(http: httpx.Client) -> None:
@@ -221,6 +237,19 @@ def test_systemd_is_told(packed: dict[str, Path], tmp_path: Path) -> None:
         assert not daemon.socket.exists()
 
 
+def test_a_stop_while_the_model_loads_is_obeyed(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A model takes minutes to load from a slow card, and systemd kills after half a one."""
+    with Running(tmp_path, packed["int4"]) as daemon:
+        daemon.deaf_from = "STATUS=loading"
+        daemon.start(until="STATUS=loading")
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)  # it waits in the middle of loading for systemd to read on
+        daemon.deaf_from = ""
+        assert daemon.process.wait(60) == 0
+        daemon.process = None
+        assert "ready" not in daemon.log.read_text() and not daemon.socket.exists()
+
+
 def test_a_hang_starves_the_watchdog(packed: dict[str, Path], tmp_path: Path) -> None:
     """No timer feeds it: while the job that runs does nothing, because nobody takes its words, systemd hears nothing.
 
@@ -309,9 +338,10 @@ def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
     assert b"Paris" in line.read_until(b"Paris")
     line.close()
     assert httpx.post("http://127.0.0.1:8765/demo/press/17").json() == {"pressed": 17}
+    assert httpx.post("http://127.0.0.1:8765/demo/press/99").json() == {"error": "there is no pin 99"}
     demo.expect("job 2 of trigger:front done")
     demo.sendintr()
     demo.expect(pexpect.EOF)
+    assert demo.wait() == 0, demo.before  # not close alone, which kills what is slow to end
     demo.close()
-    assert demo.exitstatus == 0
     assert not list(tmp_path.glob("flashd-demo-*"))  # it leaves nothing behind

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashd.daemon import spool as spool_module
 from flashd.daemon.job import State
 from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
 from flashd.daemon.spool import Spool
@@ -33,7 +34,7 @@ def test_a_job_is_answered_and_stays_readable(jobs: Jobs) -> None:
     clerk = Clerk(jobs)
     events = list(watch)
     clerk.close()
-    assert [e.kind for e in events] == ["started", "text", "text", "text", "ended"]
+    assert [e.kind for e in events] == ["queued", "started", "text", "text", "text", "ended"]
     kept = jobs.get(job.id)
     assert kept is not None and kept.state is State.DONE and kept.result.text == "one two three"
     assert jobs.last_text == "one two three"
@@ -61,6 +62,16 @@ def test_the_most_urgent_goes_first(jobs: Jobs) -> None:
         order.append(job.id)
         jobs.finish(job, State.DONE, "stop")
     assert order == [high.id, first.id, low.id]
+
+
+def test_who_waits_is_told_his_place_as_it_changes(jobs: Jobs) -> None:
+    jobs.submit(request())
+    _, watch = jobs.ask(request())
+    for _ in range(2):
+        job = jobs.take(0)
+        assert job is not None
+        jobs.finish(job, State.DONE, "stop")
+    assert [(e.kind, e.position) for e in watch if e.end is None] == [("queued", 1), ("moved", 1), ("started", 0)]
 
 
 def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:
@@ -168,6 +179,29 @@ def test_old_jobs_are_forgotten(tmp_path: Path) -> None:
         jobs.finish(job, State.DONE, "stop")
     assert [j.id for j in jobs.recent(100)] == [12, 11, 10, 9, 8]
     spool.close()
+
+
+def test_the_spool_is_bounded_in_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "MOST_BYTES", 100_000)
+    spool = Spool(tmp_path / "large.db", keep=1000)
+    jobs = Jobs(spool, most_waiting=4)
+    waiting = jobs.submit(request("a job that waits is never forgotten", priority=1))
+    for _ in range(12):
+        jobs.submit(request("x" * 30_000))
+        job = jobs.take(0)
+        assert job is not None
+        jobs.finish(job, State.DONE, "stop")
+    assert [j.id for j in jobs.recent(100)] == [13, 12, 11, waiting.id]
+    spool.close()
+
+
+def test_the_last_answer_outlives_a_restart(jobs: Jobs, spool: Spool) -> None:
+    jobs.submit(request())
+    job = jobs.take(0)
+    assert job is not None
+    jobs.say(job, "It rains.")
+    jobs.finish(job, State.DONE, "stop")
+    assert Jobs(spool, most_waiting=4).last_text == "It rains."
 
 
 def test_a_queue_that_stops_takes_nothing_and_cancels_nothing(jobs: Jobs) -> None:

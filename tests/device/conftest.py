@@ -10,14 +10,43 @@ from typing import Any
 import gpiozero
 import pytest
 import serial
-from gpiozero.pins.mock import MockFactory, MockPWMPin
+from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockTriggerPin
 
 from device.appliance import Appliance
 from device.demo import Cable
+from device.front import Facts
 from flashd.config import parse
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from tests.daemon.clerk import Clerk
+
+
+class Echo:
+    """A wall before an ultrasonic ranger, `metres` away; None: the ranger is pulled."""
+
+    def __init__(self, pins: MockFactory, echo: int, trigger: int) -> None:
+        pins.pin_class = MockPin  # the mock of a trigger knows no PWM, and all pins must agree
+        self._trigger = pins.pin(trigger, pin_class=MockTriggerPin, echo_pin=pins.pin(echo))
+        self._echo = self._trigger.echo_pin
+
+    @property
+    def metres(self) -> float | None:
+        return None if self._trigger.echo_pin is not self._echo else self._trigger.echo_time * SOUND / 2
+
+    @metres.setter
+    def metres(self, metres: float | None) -> None:
+        self._trigger.echo_pin = _Nowhere() if metres is None else self._echo
+        self._trigger.echo_time = 0 if metres is None else 2 * metres / SOUND
+
+
+class _Nowhere:
+    def drive_high(self) -> None: ...
+
+    def drive_low(self) -> None: ...
+
+
+SOUND = 343.0
+"""Metres a second."""
 
 LAST = {
     "tokens": 3.0, "seconds": 1.5, "first_token_seconds": 0.5, "decode_tokens_per_second": 2.0,
@@ -57,7 +86,7 @@ def appliance(pins: MockFactory, jobs: Jobs, tmp_path: Path) -> Iterator[Callabl
     made: list[Appliance] = []
 
     def make(text: str, **more: Any) -> Appliance:
-        one = Appliance(parse(text), jobs, lambda: {"model": {"name": "a model"}, "last": LAST}, **more)
+        one = Appliance(parse(text), jobs, lambda: Facts(model={"name": "a model"}, last=LAST), **more)
         made.append(one)
         one.open()
         return one

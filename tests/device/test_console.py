@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from device import board
 from device.appliance import Appliance
 from device.demo import Cable
 from device.port import MOST_BEHIND
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
-from tests.daemon.clerk import Clerk
+from tests.daemon.clerk import Clerk, request
 from tests.device.conftest import Terminal
 from tests.waiting import wait
 
@@ -47,6 +48,7 @@ def test_a_question_is_answered_and_the_talk_remembered(
     first, second = clerk.answered
     assert [t.content for t in first.request.turns] == ["Is it cold?"]
     assert [t.content for t in second.request.turns] == ["Is it cold?", "It is warm today.", "And now?"]
+    assert second.request.forget  # a long talk must not end in an error
     terminal.type("/reset\r")
     terminal.expect("forgotten")
     terminal.type("1\r")
@@ -73,6 +75,20 @@ def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Cler
     terminal.expect("Weather box")
     terminal.type("\x04")
     terminal.expect("Goodbye")
+
+
+def test_status_says_what_holds_the_board_back(
+    appliance: Make, cable: Cable, terminal: Terminal, tmp_path: Path
+) -> None:
+    zone, throttled = tmp_path / "class/thermal/thermal_zone0", tmp_path / board.THROTTLED
+    for folder in (zone, throttled.parent):
+        folder.mkdir(parents=True)
+    (zone / "temp").write_text("81000\n")
+    throttled.write_text("50005\n")
+    appliance(settings(cable), sysfs=tmp_path)
+    terminal.expect("2  Will it rain?\r\n")
+    terminal.type("/status\r")
+    terminal.expect("processor 81 °C\r\nprocessor slowed: too hot, or too weak a supply\r\n")
 
 
 def test_ctrl_c_stops_an_answer(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
@@ -134,6 +150,18 @@ def test_what_comes_in_one_read_is_taken_line_by_line(
     assert [job.request.turns[-1].content for job in clerk.answered] == ["Is it warm?", "And now?"]
 
 
+def test_who_waits_sees_his_place(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    appliance(settings(cable))
+    first = jobs.submit(request(priority=9))
+    terminal.expect("> ")
+    terminal.type("hello\r")
+    terminal.expect("waiting, 1 before you, ")
+    clerk = Clerk(jobs)
+    terminal.expect("one two three")
+    clerk.close()
+    assert clerk.answered[0].id == first.id
+
+
 def test_ascii_and_narrow(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
     appliance(settings(cable, ", charset: ascii, columns: 20"))
     clerk = Clerk(jobs, words=["Tous les ", "garçons — et ", "les filles… 25 °C"])
@@ -191,7 +219,8 @@ def test_garbage_a_megabyte_and_breaks(
     terminal.type("still there?\r")
     terminal.expect("It is warm today.", 60)
     assert clerk.answered[-1].request.turns[-1].content == "still there?"
-    assert caplog.text.count("a break, or noise, on the line") == 1
+    for what in ("a break, or noise, on the line", "bytes that are no UTF-8", "a line of more than 4096 characters"):
+        assert caplog.text.count(what) == 1, what
 
 
 def test_an_adapter_that_is_pulled_and_put_back(

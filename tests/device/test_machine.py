@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,7 +74,9 @@ def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, termina
     assert jobs.recent(1)[0].state is State.CANCELLED
 
 
-def test_bad_lines_are_refused_in_words(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
+def test_bad_lines_are_refused_in_words(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, caplog: pytest.LogCaptureFixture
+) -> None:
     appliance(YAML.format(port=cable.ours))
     ready(terminal)
     for typed, words in (
@@ -86,6 +89,7 @@ def test_bad_lines_are_refused_in_words(appliance: Make, cable: Cable, terminal:
         terminal.type(typed + b"\n")
         refused = line(terminal)
         assert refused["event"] == "error" and words in refused["message"], (typed[:30], refused)
+    assert caplog.text.count("a line that is not understood") == caplog.text.count("a line of more than") == 1
     terminal.type('{"prompt": "fine"}\n')
     assert until_end(terminal)[-1]["state"] == "done"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
 from device.outputs import Panel, Phase
+from flashd.cli import main
 from flashd.config import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
@@ -111,6 +109,60 @@ def test_a_cancelled_answer_falls_silent_and_a_muted_one_is_not_said(tmp_path: P
     assert not said.exists()
 
 
+def test_a_cancelled_answer_falls_silent_at_once(tmp_path: Path, jobs: Jobs) -> None:
+    """The whole pipe of a shell, such as piper's into aplay."""
+    alive = tmp_path / "alive"
+    text = f"outputs: [{{kind: speech, command: [sh, -c, 'cat | (echo $$ > {alive}; sleep 600)']}}]"
+    panel = Panel(parse(text).outputs, jobs)
+    clerk = Clerk(jobs, words=["A sentence. ", "More. ", "And more."], paced=True)
+    assert clerk.permits is not None
+    job = jobs.submit(request())
+    clerk.permits.release(2)
+    wait(lambda: alive.exists() and alive.read_text().strip())
+    jobs.cancel(job.id)
+    group = int(alive.read_text())
+    wait(lambda: not running(group))
+    clerk.close()
+    panel.close()
+
+
+def running(group: int) -> list[str]:
+    """The programs of a session."""
+    stats = [_text(path).rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [fields[0] for fields in stats if fields and int(fields[3]) == group and fields[0] != "Z"]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has just ended
+        return ""
+
+
+def test_what_is_not_installed_is_said_once(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    panel = Panel(parse("outputs: [{kind: speech, command: [none-such]}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["One. ", "Two. ", "Three."])
+    _, watch = jobs.ask(request())
+    list(watch)
+    wait(lambda: "none-such" in caplog.text)
+    time.sleep(0.2)
+    clerk.close()
+    panel.close()
+    assert caplog.text.count("none-such") == 1
+
+
+def test_a_hook_that_takes_too_long_ends_with_all_it_started(
+    tmp_path: Path, jobs: Jobs, clerk: Clerk, caplog: pytest.LogCaptureFixture
+) -> None:
+    alive = tmp_path / "alive"
+    command = f"[sh, -c, 'echo $$ > {alive}; sleep 600 | cat']"
+    panel = Panel(parse(f"outputs: [{{kind: hook, timeout: 0.5, command: {command}}}]").outputs, jobs)
+    jobs.submit(request())
+    wait(lambda: "timed out" in caplog.text)
+    wait(lambda: not running(int(alive.read_text())))
+    panel.close()
+
+
 def test_a_hook_is_given_the_job(tmp_path: Path, jobs: Jobs, clerk: Clerk) -> None:
     program, got = tmp_path / "hook", tmp_path / "got"
     program.write_text(f"#!/bin/sh\ncat > {got}.part && mv {got}.part {got}\n")
@@ -179,10 +231,12 @@ def test_a_pin_is_off_after_anything_else(how: str, pins: MockFactory, appliance
     wait(lambda: not pin.state)
 
 
-def test_safe_turns_pins_off_after_a_crash(tmp_path: Path) -> None:
-    (tmp_path / "flashd.yaml").write_text(DECIDES)
-    done = subprocess.run(
-        [sys.executable, "-m", "flashd", "safe", "--config", str(tmp_path / "flashd.yaml")],
-        env=os.environ | {"GPIOZERO_PIN_FACTORY": "mock"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("active_high", [True, False])
+def test_safe_turns_pins_off_after_a_crash(active_high: bool, pins: MockFactory, tmp_path: Path) -> None:
+    pin = pins.pin(8)
+    pin.function, pin.state = "output", active_high  # on, as a daemon left it that was killed
+    pin.clear_states()
+    config = tmp_path / "flashd.yaml"
+    config.write_text(DECIDES.replace("most:", f"active_high: {str(active_high).lower()}, most:"))
+    assert main(["safe", "--config", str(config)]) == 0
+    assert [bool(s.state) for s in pin.states][:2] == [active_high, not active_high]  # then it floats

@@ -15,6 +15,8 @@ from device.prompt import Prompt
 from device.sensors import Reading, Sensors
 from flashd.config import AnySensor, parse
 from flashd.errors import ConfigError, UsageError
+from tests.device.conftest import Echo
+from tests.waiting import wait
 
 W1 = "5c 01 4b 46 7f ff 04 10 a1 : crc=a1 {crc}\n5c 01 4b 46 7f ff 04 10 a1 t={milli}\n"
 
@@ -105,6 +107,22 @@ def test_pins(pins: MockFactory) -> None:
         found = opened.read()
         assert set(found) == {"light", "soil"}
         assert found["soil"].value is not None and -5 <= found["soil"].value <= 5
+    finally:
+        opened.close()
+
+
+def test_a_ranger_that_is_pulled_is_unknown(pins: MockFactory) -> None:
+    """Not its last distance for ever, as gpiozero has it."""
+    wall = Echo(pins, echo=5, trigger=6)
+    wall.metres = 2.0
+    opened = Sensors(sensors("{kind: distance, name: d, echo: 5, trigger: 6, timeout: 30}"))
+    try:
+        value = opened.read()["d"].value
+        assert value is not None and value > 1.9  # a sleep takes longer at times, never less
+        wall.metres = None
+        wait(lambda: str(opened.read()["d"]) == "unknown", 30)
+        wall.metres = 2.0
+        wait(lambda: opened.read()["d"].known, 30)
     finally:
         opened.close()
 

@@ -70,6 +70,15 @@ def test_a_line_longer_than_the_row_scrolls_in_it() -> None:
     assert editor.feed(b"\r") == ["0123456789" * 5]
 
 
+def test_a_long_line_that_comes_at_once_is_drawn_once() -> None:
+    """Drawn for each byte it would be eighty times as long as what came, more than a slow line carries."""
+    written: list[str] = []
+    editor = LineEditor(written.append, 80)
+    editor.start()
+    editor.feed(b"y" * MAX_LINE)
+    assert sum(map(len, written)) < 400
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_make_only_bounded_printable_lines(data: bytes) -> None:
     written: list[str] = []

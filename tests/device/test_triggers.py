@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from gpiozero.pins.mock import MockFactory
 
+from device import outputs
 from device.appliance import Appliance
-from device.sensors import Reading, Sensors
+from device.sensors import Sensors
 from device.triggers import Triggers, next_time
 from flashd.config import parse
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError
 from tests.daemon.clerk import Clerk
+from tests.device.conftest import Echo
 from tests.waiting import wait
 
 Fired = list[tuple[str, dict[str, Any]]]
@@ -48,7 +50,16 @@ def press(pin: Any, seconds: float = 0.02) -> None:
     pin.drive_high()
 
 
-BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 0.15, gap: 0.15}}"
+def test_a_double_press_has_its_own_trigger_s_gap(pins: MockFactory, listen: Listen) -> None:
+    entry = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, gap: {1}}}"
+    fired = listen(f"triggers: [{entry.format('short', 0.01)}, {entry.format('double', 5)}]")
+    press(pins.pin(4))
+    time.sleep(0.2)  # longer than the short one's gap
+    press(pins.pin(4))
+    assert [name for name, _ in fired] == ["double"]
+
+
+BUTTON = "{{kind: button, name: {0}, pin: 4, press: {0}, prompt: p, bounce: 0, hold: 1, gap: 1}}"
 
 
 def test_a_short_press_alone_fires_at_once(pins: MockFactory, listen: Listen) -> None:
@@ -62,12 +73,12 @@ def test_short_long_and_double_are_told_apart(pins: MockFactory, listen: Listen)
     button = pins.pin(4)
     press(button)
     wait(lambda: fired)
-    press(button, 0.4)
+    button.drive_low()
+    wait(lambda: len(fired) == 2)  # a long press is one before the button is let go
+    button.drive_high()
     press(button)
-    time.sleep(0.03)
     press(button)
     wait(lambda: len(fired) == 3)
-    time.sleep(0.3)
     assert [name for name, _ in fired] == ["short", "long", "double"]
 
 
@@ -97,11 +108,6 @@ def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) 
         "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]"
     )
     a, b = pins.pin(5), pins.pin(6)
-
-    def turn(first: Any, second: Any) -> None:
-        for pin, low in ((first, True), (second, True), (first, False), (second, False)):
-            pin.drive_low() if low else pin.drive_high()
-
     press(pins.pin(7))
     turn(a, b)
     press(pins.pin(7))
@@ -112,21 +118,50 @@ def test_a_menu_goes_round_and_a_press_picks(pins: MockFactory, listen: Listen) 
     assert choices[0] == "one" and set(choices[1:]) == {"two", "three"}
 
 
-def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    distance = [2.0]
-    monkeypatch.setattr(Sensors, "read_one", lambda self, name: Reading(distance[0], "m"))
-    fired: Fired = []
-    settings = parse(
-        "sensors: [{kind: distance, name: d, echo: 5, trigger: 6}]\n"
-        "triggers: [{kind: near, name: n, sensor: d, below: 0.5, every: 0.01, prompt: p}]"
+def turn(first: Any, second: Any) -> None:
+    """One step of a rotary encoder, whose contacts close one after the other."""
+    for pin, low in ((first, True), (second, True), (first, False), (second, False)):
+        pin.drive_low() if low else pin.drive_high()
+
+
+def test_what_a_menu_stands_at_is_on_the_display(
+    pins: MockFactory, appliance: Callable[..., Appliance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    luma = pytest.importorskip("luma.core.device")
+    screen = luma.dummy(width=128, height=64, mode="1")
+    monkeypatch.setattr(outputs, "_open_display", lambda settings: screen)
+    appliance(
+        "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]\n"
+        "outputs: [{kind: display}]"
     )
-    sensors = Sensors([])
-    triggers = Triggers(settings.triggers, sensors, lambda name, **values: fired.append((name, values)))
-    for metres in (0.3, 0.2, 2.0, 0.4):
-        distance[0] = metres
-        time.sleep(0.1)
-    triggers.close()
-    assert [round(values["distance"], 1) for _, values in fired] == [0.3, 0.4]
+    shown = {screen.image.tobytes()}
+    for _ in range(3):
+        turn(pins.pin(5), pins.pin(6))
+        shown.add(screen.image.tobytes())
+    assert len(shown) == 4  # loading, and each of three choices
+
+
+def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, listen: Listen) -> None:
+    wall = Echo(pins, echo=5, trigger=6)
+    wall.metres = 5.0  # beyond its range of 4
+    fired = listen(
+        "sensors: [{kind: distance, name: d, echo: 5, trigger: 6, timeout: 30}]\n"
+        "triggers: [{kind: near, name: n, sensor: d, below: 3, every: 0.05, prompt: p}]"
+    )
+    time.sleep(1)
+    assert not fired
+    wall.metres = 0.1
+    wait(lambda: fired, 60)
+    time.sleep(1)
+    assert len(fired) == 1 and fired[0][1]["distance"] < 3
+
+    def goes_and_comes() -> bool:
+        for metres in (5.0, 0.1):
+            wall.metres = metres
+            time.sleep(1.5)  # the ranger gives the median of nine pings
+        return len(fired) > 1
+
+    wait(goes_and_comes, 60)
 
 
 def test_a_schedule(listen: Listen) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.appliance import check
+from device.front import Facts
 from device.machine import Machine
 from flashd.config import Serial, Settings, parse
 from flashd.daemon.api import Api
@@ -83,6 +84,9 @@ class Lines:
     def write(self, text: str) -> None:
         self.written.append(json.loads(text))
 
+    def note(self, what: str) -> None:
+        """Said in the journal."""
+
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
@@ -114,7 +118,7 @@ def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
     st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES,
 )  # fmt: skip
 def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
-    application = Api(jobs, "m", lambda: {}, Front(jobs).start, lambda: b"").application([])
+    application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"").application([])
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=application)  # an error in it is raised here

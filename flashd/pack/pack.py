@@ -193,8 +193,8 @@ class _Packer:
         found = narrow.judge(exact, [t.calibration for t in tries])
         for budget, t, f in zip(narrow.BUDGETS, tries, found, strict=True):
             log.info(
-                "error %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
-                budget, t.shares(self.model.groups), 100 * f.loss, f.divergence,
+                "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
+                budget.int3, budget.int2, t.shares(self.model.groups), 100 * f.loss, f.divergence,
             )  # fmt: skip
         admitted = [
             (t, f)

@@ -128,7 +128,8 @@ def quantise(
     if grid is None or weigh is not None or not (centred or not grid[1].any()):
         return own.q, own.scale, own.centre, own.step
     theirs = _coded(blocks, *grid, kind)
-    better = own.error < theirs.error
+    # where the grid's own error is but its codes' rounding, another is no nearer to what was meant
+    better = own.error < theirs.error / 4
     for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
         to[better] = values[better]
     return theirs.q, theirs.scale, theirs.centre, theirs.step

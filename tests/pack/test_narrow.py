@@ -15,8 +15,9 @@ from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows import NARROW, GroupFormat, QuantGroups, QuantRows, RowFormat, RowKind, pack_bits, unpack
 from flashd.engine.paged import PagedModel
 from flashd.errors import DataError
+from flashd.pack import narrow as narrowing
 from flashd.pack.calibrate import Seen
-from flashd.pack.narrow import Narrowing, Weigh, cut, floats, starts
+from flashd.pack.narrow import Budget, Narrowing, Starts, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
 from flashd.pack.quantise import encode_rows
 from tests import tiny
@@ -32,7 +33,9 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle most of whose groups have 3 or 2 bits: a random model bears no loss, so much is allowed."""
     folder = tmp_path_factory.mktemp("narrow")
     source = tiny.write(folder / "tiny.gguf")
-    header = pack(source, folder / "narrow.flash", "int4", allowed=Narrowing(0.9, TEXT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(narrowing, "BUDGETS", (Budget(0.01, 0.01),))
+        header = pack(source, folder / "narrow.flash", "int4", allowed=Narrowing(0.9, TEXT))
     assert header.narrowed
     assert any(a < b for a, b in zip(header.narrowed.int3, header.narrowed.int2, strict=True))
     assert any(b < header.model.groups for b in header.narrowed.int2)
@@ -197,8 +200,8 @@ def test_the_default_text_is_long_enough(tiny_bundle: Path) -> None:
 
 def test_groups_are_narrowed_from_the_last_on_while_the_budget_lasts() -> None:
     int3, int2 = np.array([4, 3, 2, 1], np.float32), np.array([40, 30, 20, 10], np.float32)
-    assert starts(int3, int2, 0.5) == (starts(int3, int2, 0)) == type(starts(int3, int2, 0))(4, 4)
-    found = starts(int3, int2, 20)
-    assert (found.int3, found.int2) == (0, 3)
-    found = starts(int3, int2, 1e9)
-    assert (found.int3, found.int2) == (0, 0)
+    assert starts(int3, int2, Budget(0.5, 0.5)) == starts(int3, int2, Budget(0, 0)) == Starts(4, 4)
+    assert starts(int3, int2, Budget(9, 10)) == Starts(0, 3)
+    assert starts(int3, int2, Budget(5, 10)) == Starts(1, 3)
+    assert starts(int3, int2, Budget(np.inf, 0)) == Starts(0, 4)
+    assert starts(int3, int2, Budget(np.inf, np.inf)) == Starts(0, 0)

@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpiozero
 import httpx2 as httpx
 import openai
 import pexpect
 import pytest
 import serial
+from gpiozero.pins.mock import MockFactory
 
 from flashd import embedded
+from flashd.cli import main
 from tests.daemon.running import Running
 
 pytest.importorskip("systemd", reason="needs the systemd extra")
@@ -283,6 +286,35 @@ def test_a_stop_keeps_the_running_job(packed: dict[str, Path], tmp_path: Path) -
         with daemon.http() as http:
             job = daemon.ended(http, 1)
         assert job["state"] == "done" and job["attempts"] == 1 and len(job["result"]["text"]) > 100
+
+
+DRIVES = """
+triggers:
+  - {kind: manual, name: plants, prompt: "Water?", choose: [water, wait],
+     drive: {pin: 8, answer: water, active_high: false}}
+"""
+
+
+@pytest.mark.parametrize("became", ["triggers: []", "modle: x", None])
+def test_safe_turns_off_what_a_killed_daemon_held(
+    became: str | None, packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the unit runs it, whatever has become of the configuration since the start."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    with Running(tmp_path, packed["int4"], DRIVES) as daemon:
+        daemon.start(until="STATUS=loading")  # pins are held from here on
+        daemon.stop(signal.SIGKILL)
+        if became is None:
+            daemon.config.unlink()
+        else:
+            daemon.config.write_text(became)
+        pins = MockFactory()
+        monkeypatch.setattr(gpiozero.Device, "pin_factory", pins)
+        pin = pins.pin(8)
+        pin.function, pin.state = "output", False  # on: what the killed one left
+        pin.clear_states()
+        assert main(["safe", "--config", str(daemon.config)]) == 0
+        assert [bool(s.state) for s in pin.states][:2] == [False, True]
 
 
 def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: Path) -> None:

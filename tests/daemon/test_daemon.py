@@ -337,12 +337,21 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
-def test_socket_activation(packed: dict[str, Path], tmp_path: Path) -> None:
-    """systemd holds the socket: a client that comes before the model is loaded waits for it."""
+@pytest.mark.parametrize("loopback", [True, False])
+def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Path) -> None:
+    """systemd holds the sockets: a client that comes before the model is loaded waits for it.
+
+    Where it does not hold the one that the configuration names, that is said.
+    """
+    port = _free_port()
     with Running(tmp_path, packed["int4"]) as daemon:
+        text = daemon.config.read_text()
+        daemon.config.write_text(text.replace("flashd.sock}", f"flashd.sock, loopback: {port}}}"))
         held = tmp_path / "held.sock"
+        listen = ["-l", str(held), *(["-l", f"127.0.0.1:{port}"] if loopback else [])]
         module = ["-m", "tests.daemon.appliance_process", str(daemon.config)]
-        process = subprocess.Popen(["systemd-socket-activate", "-l", str(held), sys.executable, *module])
+        with daemon.log.open("ab") as log:
+            process = subprocess.Popen(["systemd-socket-activate", *listen, sys.executable, *module], stderr=log)
         until = time.monotonic() + 30
         while not held.exists():
             assert time.monotonic() < until
@@ -350,8 +359,20 @@ def test_socket_activation(packed: dict[str, Path], tmp_path: Path) -> None:
         transport = httpx.HTTPTransport(uds=str(held))
         with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
             assert http.get("/health").json() == {"status": "ok"}
+        if loopback:
+            assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+        else:
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+        assert (f"systemd does not listen on 127.0.0.1:{port}" in daemon.log.read_text()) is not loopback
         process.terminate()
         assert process.wait(60) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flashd.config import AnyTrigger, Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
 from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
+from flashd.places import pins_record
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Appliance:
         facts: what only the daemon knows of model and last answer, for `status`.
         sysfs: the kernel's files.
 
-    Raises ConfigError where a template is wrong or a pin cannot be had.
+    Raises ConfigError where a template is wrong or a pin cannot be had, CannotWrite where pins cannot be recorded.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Appliance:
         self._mute_button: gpiozero.Button | None = None
         self._serial: list[SerialLine] = []
         self._watch: Watch | None = None
+        self._record = pins_record(Path(settings.spool.path))
         self._build(settings, _prompts(settings))
 
     @property
@@ -135,7 +137,7 @@ class Appliance:
         with ExitStack() as undo:
             undo.callback(self._sensors.close)
             try:
-                self._drives = Drives(settings.triggers)
+                self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
                 self._panel = Panel(settings.outputs, self.jobs)
             except gpiozero.GPIOZeroError as error:

@@ -1,26 +1,87 @@
-"""Pins that decisions drive: on for an answer, never longer than allowed, off at start, stop and error."""
+"""Pins that decisions drive: on for an answer, never longer than allowed, off at start, stop and error.
+
+Those that are held are written down before they are taken: after a crash they are turned off whatever has become
+of the configuration.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import gpiozero
+import msgspec
 
 from flashd.config import AnyTrigger, Drive
 from flashd.daemon.job import Job, State
+from flashd.errors import DataError, FlashdError, InputMissing
+from flashd.newfile import NewFile
 
 log = logging.getLogger(__name__)
+
+
+class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pin that is driven. Off, its safe level, is low where it is `active_high` and high where it is not."""
+
+    pin: int
+    active_high: bool
+
+
+def held(triggers: list[AnyTrigger]) -> list[Held]:
+    """The pins that triggers drive."""
+    return [Held(t.drive.pin, t.drive.active_high) for t in triggers if t.drive is not None]
+
+
+def read_record(record: Path) -> list[Held] | None:
+    """The pins that a daemon took and has not let go, None where there is no record.
+
+    Raises InputMissing where it may not be read, DataError where it is damaged.
+    """
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=list[Held])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputMissing(f"{record}: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{record}: damaged ({error}); remove it and run flashd safe again") from error
+
+
+def turn_off(pins: list[Held]) -> None:
+    """Turns pins off that nobody holds any more, all that can be. Raises FlashdError naming those that cannot."""
+    left = []
+    for each in pins:
+        try:
+            _open(each.pin, each.active_high).close()
+        except gpiozero.GPIOZeroError as error:
+            left.append(f"pin {each.pin}: {error}")
+    if left:
+        raise FlashdError(f"not turned off, is flashd still running? {'; '.join(left)}")
+
+
+def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
+    return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
 
 
 class Drives:
     """The output pins of triggers that have one. They are off unless a decision has just turned one on.
 
-    Raises gpiozero.GPIOZeroError where a pin cannot be had.
+    `record` is there as long as pins are held.
+
+    Raises gpiozero.GPIOZeroError where a pin cannot be had, CannotWrite where the record cannot be made.
     """
 
-    def __init__(self, triggers: list[AnyTrigger]) -> None:
+    def __init__(self, triggers: list[AnyTrigger], record: Path) -> None:
         self._drives: dict[str, _Drive] = {}
+        self._record = record
+        pins = held(triggers)
+        if pins:
+            with NewFile(record) as file:
+                file.write(msgspec.json.encode(pins), 0)
+                file.publish()
+        else:
+            record.unlink(missing_ok=True)
         try:
             for trigger in triggers:
                 if trigger.drive is not None:
@@ -34,6 +95,7 @@ class Drives:
         for drive in self._drives.values():
             drive.close()
         self._drives.clear()
+        self._record.unlink(missing_ok=True)
 
     def decided(self, job: Job) -> None:
         """A job has ended: its trigger's pin follows the answer; anything but an answer turns it off."""
@@ -47,7 +109,7 @@ class _Drive:
         self.settings = settings
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
-        self._pin = gpiozero.DigitalOutputDevice(settings.pin, active_high=settings.active_high, initial_value=False)
+        self._pin = _open(settings.pin, settings.active_high)
 
     def set(self, on: bool) -> None:
         with self._lock:

@@ -30,6 +30,8 @@ IIO_UNITS: dict[str, tuple[float, str]] = {
 }  # fmt: skip
 """From the ABI's unit of a kind of channel to a person's."""
 
+MCP3008_FULL = 1023
+"""What its ten bits say at full scale."""
 
 ECHO_SECONDS = 1.0
 """How old the last echo of a ranger may be; it sends a ping every 0.06 s."""
@@ -145,7 +147,8 @@ class _Sensor:
             analog = gpiozero.MCP3008(channel=s.channel)
             self._device = analog
             low, high = s.low, s.high
-            return lambda: low + analog.value * (high - low)
+            # not gpiozero's `value`, which for 0 is a little more
+            return lambda: low + analog.raw_value * (high - low) / MCP3008_FULL
         if isinstance(s, OneWire):
             one = s
             return lambda: one_wire(self._sysfs, one.id)

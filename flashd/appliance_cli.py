@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flashd.client import Client, socket_path
-from flashd.errors import INTERRUPTED, InputMissing, UsageError
+from flashd.errors import INTERRUPTED, ConfigError, InputMissing, UsageError
+from flashd.places import pins_record
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
 UNFINISHED = Path("/var/lib/flashd/update.unfinished")
@@ -203,12 +204,24 @@ def _update(args: argparse.Namespace) -> None:
 
 
 def _safe(args: argparse.Namespace) -> None:
-    """flashd safe"""
+    """flashd safe: the pins that the daemon wrote down; those of the configuration only where there is no record."""
     _needs_appliance()
-    from device.drives import Drives
+    from device.drives import held, read_record, turn_off
     from flashd import config
 
-    Drives(config.load(args.config).triggers).close()
+    wrong: ConfigError | None = None
+    try:
+        settings = config.load(args.config)
+    except ConfigError as error:
+        settings, wrong = config.Settings(), error
+    record = pins_record(Path(settings.spool.path))
+    pins = read_record(record)
+    if pins is None:
+        if wrong is not None:
+            raise wrong
+        pins = held(settings.triggers)
+    turn_off(pins)
+    record.unlink(missing_ok=True)
 
 
 def _allow(args: argparse.Namespace) -> None:

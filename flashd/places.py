@@ -1,4 +1,4 @@
-"""Where flashd keeps what it can make anew."""
+"""Where flashd keeps what nobody configures a place for."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def cache_folder() -> Path:
 def snapshot_folder() -> Path:
     """Where what prompts begin with is kept."""
     return cache_folder() / "snapshots"
+
+
+def pins_record(spool: Path) -> Path:
+    """The record of pins that are held: in the service's state folder, else beside the spool.
+
+    systemd names that folder to all that a unit runs, so there it is found with a configuration that is broken.
+    """
+    state = os.environ.get("STATE_DIRECTORY")
+    return (Path(state) if state else spool.absolute().parent) / "pins.json"

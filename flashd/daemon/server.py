@@ -24,7 +24,8 @@ LISTEN_FDS_START = 3
 class Server:
     """uvicorn on sockets that are bound when this is made, so that a client waits rather than fails while we load.
 
-    systemd's sockets, where it passed any, are all there are: without a network we could not bind loopback's.
+    systemd's sockets, where it passed any, are all there are: without a network we could not bind loopback's. Where
+    that one is configured and was not passed, the journal says so.
 
     Raises CannotWrite where a socket cannot be bound.
     """
@@ -32,7 +33,14 @@ class Server:
     def __init__(self, path: Path, loopback: int | None) -> None:
         self._path: Path | None = None
         self._sockets = _passed_sockets()
-        if not self._sockets:
+        if self._sockets:
+            if loopback is not None and not any(_is_loopback(each, loopback) for each in self._sockets):
+                log.warning(
+                    "api.loopback: systemd does not listen on 127.0.0.1:%d; systemctl stop flashd, then"
+                    " systemctl enable --now flashd-loopback.socket, which listens on 8080",
+                    loopback,
+                )
+        else:
             self._sockets = [_unix_socket(path)]
             self._path = path
             if loopback is not None:
@@ -68,6 +76,10 @@ def _passed_sockets() -> list[socket.socket]:
         return []
     count = int(os.environ.get("LISTEN_FDS", "0"))
     return [socket.socket(fileno=fd) for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + count)]
+
+
+def _is_loopback(passed: socket.socket, port: int) -> bool:
+    return passed.family == socket.AF_INET and passed.getsockname() == ("127.0.0.1", port)
 
 
 def _unix_socket(path: Path) -> socket.socket:

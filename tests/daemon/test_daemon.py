@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpiozero
 import httpx2 as httpx
 import openai
 import pexpect
 import pytest
 import serial
+from gpiozero.pins.mock import MockFactory
 
 from flashd import embedded
+from flashd.cli import main
 from tests.daemon.running import Running
 
 pytest.importorskip("systemd", reason="needs the systemd extra")
@@ -285,6 +288,35 @@ def test_a_stop_keeps_the_running_job(packed: dict[str, Path], tmp_path: Path) -
         assert job["state"] == "done" and job["attempts"] == 1 and len(job["result"]["text"]) > 100
 
 
+DRIVES = """
+triggers:
+  - {kind: manual, name: plants, prompt: "Water?", choose: [water, wait],
+     drive: {pin: 8, answer: water, active_high: false}}
+"""
+
+
+@pytest.mark.parametrize("became", ["triggers: []", "modle: x", None])
+def test_safe_turns_off_what_a_killed_daemon_held(
+    became: str | None, packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the unit runs it, whatever has become of the configuration since the start."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    with Running(tmp_path, packed["int4"], DRIVES) as daemon:
+        daemon.start(until="STATUS=loading")  # pins are held from here on
+        daemon.stop(signal.SIGKILL)
+        if became is None:
+            daemon.config.unlink()
+        else:
+            daemon.config.write_text(became)
+        pins = MockFactory()
+        monkeypatch.setattr(gpiozero.Device, "pin_factory", pins)
+        pin = pins.pin(8)
+        pin.function, pin.state = "output", False  # on: what the killed one left
+        pin.clear_states()
+        assert main(["safe", "--config", str(daemon.config)]) == 0
+        assert [bool(s.state) for s in pin.states][:2] == [False, True]
+
+
 def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: Path) -> None:
     for text, code, words in (
         ("memory: 40M", os.EX_CONFIG, "the smallest that works is"),
@@ -305,12 +337,21 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
-def test_socket_activation(packed: dict[str, Path], tmp_path: Path) -> None:
-    """systemd holds the socket: a client that comes before the model is loaded waits for it."""
+@pytest.mark.parametrize("loopback", [True, False])
+def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Path) -> None:
+    """systemd holds the sockets: a client that comes before the model is loaded waits for it.
+
+    Where it does not hold the one that the configuration names, that is said.
+    """
+    port = _free_port()
     with Running(tmp_path, packed["int4"]) as daemon:
+        text = daemon.config.read_text()
+        daemon.config.write_text(text.replace("flashd.sock}", f"flashd.sock, loopback: {port}}}"))
         held = tmp_path / "held.sock"
+        listen = ["-l", str(held), *(["-l", f"127.0.0.1:{port}"] if loopback else [])]
         module = ["-m", "tests.daemon.appliance_process", str(daemon.config)]
-        process = subprocess.Popen(["systemd-socket-activate", "-l", str(held), sys.executable, *module])
+        with daemon.log.open("ab") as log:
+            process = subprocess.Popen(["systemd-socket-activate", *listen, sys.executable, *module], stderr=log)
         until = time.monotonic() + 30
         while not held.exists():
             assert time.monotonic() < until
@@ -318,8 +359,20 @@ def test_socket_activation(packed: dict[str, Path], tmp_path: Path) -> None:
         transport = httpx.HTTPTransport(uds=str(held))
         with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
             assert http.get("/health").json() == {"status": "ok"}
+        if loopback:
+            assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+        else:
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://127.0.0.1:{port}/health")
+        assert (f"systemd does not listen on 127.0.0.1:{port}" in daemon.log.read_text()) is not loopback
         process.terminate()
         assert process.wait(60) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -81,8 +81,11 @@ def clerk(jobs: Jobs) -> Iterator[Clerk]:
 
 
 @pytest.fixture
-def appliance(pins: MockFactory, jobs: Jobs, tmp_path: Path) -> Iterator[Callable[..., Appliance]]:
+def appliance(
+    pins: MockFactory, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Appliance]]:
     """Makes an open appliance from YAML."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
     made: list[Appliance] = []
 
     def make(text: str, **more: Any) -> Appliance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpiozero import LED
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
@@ -18,6 +20,7 @@ from flashd.cli import main
 from flashd.config import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
+from flashd.errors import CannotWrite
 from tests.daemon.clerk import Clerk, request
 from tests.waiting import wait
 
@@ -233,10 +236,67 @@ def test_a_pin_is_off_after_anything_else(how: str, pins: MockFactory, appliance
 
 @pytest.mark.parametrize("active_high", [True, False])
 def test_safe_turns_pins_off_after_a_crash(active_high: bool, pins: MockFactory, tmp_path: Path) -> None:
-    pin = pins.pin(8)
-    pin.function, pin.state = "output", active_high  # on, as a daemon left it that was killed
-    pin.clear_states()
+    """Without a record, as an older daemon leaves it, the configuration's."""
+    pin = left_on(pins, 8, active_high)
     config = tmp_path / "flashd.yaml"
-    config.write_text(DECIDES.replace("most:", f"active_high: {str(active_high).lower()}, most:"))
+    drives = DECIDES.replace("most:", f"active_high: {str(active_high).lower()}, most:")
+    config.write_text(f"spool: {{path: {tmp_path}/spool.db}}{drives}")
     assert main(["safe", "--config", str(config)]) == 0
-    assert [bool(s.state) for s in pin.states][:2] == [active_high, not active_high]  # then it floats
+    assert levels(pin) == [active_high, not active_high]
+
+
+def left_on(pins: MockFactory, number: int, level: bool = True) -> Any:
+    """A pin as a daemon left it that was killed."""
+    pin = pins.pin(number)
+    pin.function, pin.state = "output", level
+    pin.clear_states()
+    return pin
+
+
+def levels(pin: Any) -> list[bool]:
+    """What was on it, up to when it floats again."""
+    return [bool(s.state) for s in pin.states][:2]
+
+
+def test_the_record_of_pins_is_as_long_there_as_they_are_held(
+    pins: MockFactory, appliance: Make, tmp_path: Path
+) -> None:
+    record = tmp_path / "pins.json"
+    one = appliance(DECIDES)
+    assert json.loads(record.read_bytes()) == [{"pin": 8, "active_high": True}]
+    one.reload(parse(DECIDES.replace("pin: 8", "active_high: false, pin: 9")))
+    assert json.loads(record.read_bytes()) == [{"pin": 9, "active_high": False}]
+    one.reload(parse(""))
+    assert not record.exists()
+    one.reload(parse(DECIDES))
+    assert record.exists()
+    one.close()
+    assert not record.exists()
+
+
+def test_no_pin_is_taken_that_cannot_be_written_down(
+    pins: MockFactory, appliance: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin = left_on(pins, 8)
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "none"))
+    with pytest.raises(CannotWrite, match=r"pins\.json"):
+        appliance(DECIDES)
+    assert levels(pin) == [True]
+
+
+def test_safe_turns_off_all_that_it_can(
+    pins: MockFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And keeps the record while a pin of it may be on."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    record = tmp_path / "pins.json"
+    record.write_text('[{"pin": 8, "active_high": true}, {"pin": 9, "active_high": false}]')
+    pin = left_on(pins, 9, False)
+    safe = ["safe", "--config", str(tmp_path / "none.yaml")]
+    with LED(8):  # somebody has it
+        assert main(safe) != 0
+        assert "pin 8" in capsys.readouterr().err
+    assert levels(pin) == [False, True] and record.exists()
+    assert main(safe) == 0 and not record.exists()
+    record.write_text("[{")
+    assert main(safe) == os.EX_DATAERR

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gpiozero.pins.mock import MockFactory
+from gpiozero.pins.mock import MockFactory, MockPin, MockSPIDevice
 
 from device import board
 from device.prompt import Prompt
@@ -107,6 +107,44 @@ def test_pins(pins: MockFactory) -> None:
         found = opened.read()
         assert set(found) == {"light", "soil"}
         assert found["soil"].value is not None and -5 <= found["soil"].value <= 5
+    finally:
+        opened.close()
+
+
+class Mcp3008(MockSPIDevice):  # type: ignore[misc]
+    """The chip on SPI port 0, bit by bit as its data sheet (Microchip DS21295) has it; `levels` of its channels."""
+
+    def __init__(self, pins: MockFactory, levels: dict[int, int]) -> None:
+        pins.pin_class = MockPin  # the mock of an SPI clock knows no PWM, and all pins must agree
+        super().__init__(clock_pin=11, mosi_pin=10, miso_pin=9, select_pin=8, pin_factory=pins)
+        self.levels = levels
+
+    def on_bit(self) -> None:
+        asked = "".join(str(int(bit)) for bit in self.rx_buf).lstrip("0")
+        if len(asked) == 5 and asked[1] == "1":  # a start bit, single-ended, then the channel
+            sampling_and_null = "00"
+            answer = f"{sampling_and_null}{self.levels[int(asked[2:], 2)]:010b}"
+            self.tx_buf = [int(bit) for bit in answer]
+
+
+def test_analog_channels_are_scaled(pins: MockFactory) -> None:
+    """From `low` at 0 to `high` at 1023, the chip's full scale; `high` may be the smaller, as for dry soil."""
+    chip = Mcp3008(pins, {0: 0, 3: 341, 5: 682, 7: 1023})
+    opened = Sensors(
+        sensors(
+            "{kind: mcp3008, name: plain, channel: 3, timeout: 30},"
+            "{kind: mcp3008, name: percent, channel: 5, high: 100, unit: '%', timeout: 30},"
+            "{kind: mcp3008, name: around, channel: 0, low: -5, high: 5, timeout: 30},"
+            "{kind: mcp3008, name: dry, channel: 7, low: 100, high: 0, timeout: 30}"
+        )
+    )
+    try:
+        values = {name: reading.value for name, reading in opened.read().items()}
+        assert values == pytest.approx({"plain": 1 / 3, "percent": 200 / 3, "around": -5, "dry": 0}, abs=1e-9)
+        chip.levels = {0: 1023, 3: 1, 5: 0, 7: 0}
+        values = {name: reading.value for name, reading in opened.read().items()}
+        assert values == pytest.approx({"plain": 1 / 1023, "percent": 0, "around": 5, "dry": 100}, abs=1e-9)
+        assert str(opened.read_one("percent")) == "0 %"
     finally:
         opened.close()
 

@@ -1,0 +1,78 @@
+"""What the units in deploy/ listen on, enabled with systemctl itself in a folder of the test's own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
+
+DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+UNITS = Path("etc/systemd/system")
+
+
+class Root:
+    """A root file system with our units in it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        (root / UNITS).mkdir(parents=True)
+        for pattern in ("*.service", "*.socket"):
+            for unit in DEPLOY.glob(pattern):
+                shutil.copy(unit, root / UNITS)
+
+    def systemctl(self, *words: str) -> None:
+        subprocess.run(["systemctl", "--root", self._root, "--quiet", *words], check=True)
+
+    def listening(self) -> dict[str, str]:
+        """Where systemd listens from boot on for flashd.service, and for which unit."""
+        found = {}
+        for link in sorted((self._root / UNITS / "sockets.target.wants").glob("flashd*.socket")):
+            for address in _values(DEPLOY / link.name, "Socket", "ListenStream"):
+                found[address] = (_values(DEPLOY / link.name, "Socket", "Service") or [f"{link.stem}.service"])[0]
+        return found
+
+
+def _values(unit: Path, section: str, key: str) -> list[str]:
+    """A key's values, of which there may be several."""
+    found, inside = [], False
+    for line in unit.read_text().splitlines():
+        if line.startswith("["):
+            inside = line == f"[{section}]"
+        elif inside and line.partition("=")[0] == key:
+            found.append(line.partition("=")[2])
+    return found
+
+
+SOCKET, LOOPBACK = "/run/flashd/flashd.sock", "127.0.0.1:8080"
+
+
+def test_loopback_is_listened_on_with_the_kiosk_only(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.systemctl("enable", "flashd.service", "flashd.socket", "flashd-undo.service")  # as deploy/install does
+    assert root.listening() == {SOCKET: "flashd.service"}
+    root.systemctl("enable", "flashd-kiosk.service")
+    assert root.listening() == {SOCKET: "flashd.service", LOOPBACK: "flashd.service"}
+    root.systemctl("disable", "flashd-kiosk.service")
+    assert root.listening() == {SOCKET: "flashd.service"}
+
+
+def test_a_kiosk_enabled_before_there_was_a_loopback_socket_gets_it(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    wants = tmp_path / UNITS / "multi-user.target.wants"
+    wants.mkdir()
+    (wants / "flashd-kiosk.service").symlink_to("/etc/systemd/system/flashd-kiosk.service")
+    root.systemctl("is-enabled", "flashd-kiosk.service")
+    root.systemctl("reenable", "flashd-kiosk.service")
+    assert LOOPBACK in root.listening()
+
+
+def test_the_kiosk_brings_the_socket_of_its_address() -> None:
+    kiosk = DEPLOY / "flashd-kiosk.service"
+    assert LOOPBACK in _values(DEPLOY / "flashd-loopback.socket", "Socket", "ListenStream")
+    assert f"http://{LOOPBACK}/" in kiosk.read_text()
+    for key in ("Wants", "After"):
+        assert "flashd-loopback.socket" in _values(kiosk, "Unit", key)[0].split()

@@ -333,8 +333,8 @@ class Board:
             self._wait_ready()
             return self._ask_adapter(8, "What is the capital of Austria?")
         finally:
-            g.run("mount -o remount,bind,rw / && umount /var/lib/flashd /tmp /var/tmp")
-            g.run("systemctl restart flashd")
+            g.run("systemctl stop flashd.service && mount -o remount,bind,rw /")
+            g.run("umount /var/lib/flashd /tmp /var/tmp && systemctl start flashd")
             self._wait_ready()
 
     def reboot(self) -> str:

@@ -113,7 +113,8 @@ class Guest:
                 return said
             if time.monotonic() > until:
                 raise AssertionError(f"{command} never said {wanted!r}; it said {said[-2000:]}")
-            time.sleep(0.5)
+            # what asks takes an emulated processor from what it waits for
+            time.sleep(0.5 * self.patience)
 
     @property
     def patience(self) -> float:

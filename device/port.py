@@ -125,13 +125,17 @@ class SerialLine:
                 continue
             said_missing = False
             log.info("serial %s: open on %s", self._settings.name, self._settings.port)
+            gone: BaseException | None = None
             try:
                 self._session(port, self._stopping)
             except GONE as error:
-                log.warning("serial %s: gone (%s); waiting for it", self._settings.name, _words(error))
-                self._stopping.wait(RETRY_SECONDS)
+                gone = error
             finally:
+                # at once: as long as it is open, an adapter that is put back gets another name
                 _close(port)
+            if gone is not None:
+                log.warning("serial %s: gone (%s); waiting for it", self._settings.name, _words(gone))
+                self._stopping.wait(RETRY_SECONDS)
 
 
 def _close(port: Port) -> None:

@@ -76,6 +76,8 @@ def _allowed(args: argparse.Namespace) -> Any:
     from flashd.pack.narrow import Narrowing
     from flashd.pack.predictor import Selecting
 
+    if args.max_loss is not None and not 0 < args.max_loss < 1:
+        raise UsageError(f"--max-loss {args.max_loss:g} is no share between 0 and 1; 0.02 allows 2 %")
     text = _text_of(args.text) if args.text else None
     if args.select is None and args.max_loss is None and text is not None:
         raise UsageError("--text is for what may cost quality: give --max-loss too, or --select")
@@ -90,16 +92,6 @@ def _allowed(args: argparse.Namespace) -> Any:
             )
         return Selecting(text, args.max_loss or 0.01)
     return Narrowing(args.max_loss or 0.01, text)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError
-    return value
-
-
-_share.__name__ = "share between 0 and 1"  # what argparse calls it
 
 
 def _text_of(path: Path) -> str:
@@ -463,7 +455,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, required=True, metavar="FILE.flash")
     pack.add_argument("--rows", choices=ROW_KINDS, default="int4", help="bits of a weight (default int4)")
     pack.add_argument(
-        "--max-loss", type=_share, metavar="X",
+        "--max-loss", type=float, metavar="X",
         help="by how much perplexity may rise, 0.02 for 2 %%: what matters least has fewer bits (default: exact)",
     )  # fmt: skip
     pack.add_argument(

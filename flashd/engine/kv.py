@@ -29,6 +29,11 @@ def cache_bytes(model: Model, context: int) -> int:
     return 2 * model.layers * model.kv_width * context * 4
 
 
+def lendable_bytes(model: Model, unused: int) -> int:
+    """Bytes of `unused` tokens that can be lent: of each head's part, pages at its ends that others share stay."""
+    return max(0, cache_bytes(model, unused) - 2 * PAGE * 2 * model.layers * model.kv_heads)
+
+
 class KvCache:
     """Keys and values [1, kv heads, context, head dim] of every layer; the first `length` tokens are valid.
 
@@ -37,7 +42,7 @@ class KvCache:
 
     def __init__(self, model: Model, context: int, lend: Lend = keep) -> None:
         self.context = context
-        self._lend = lend
+        self._model, self._lend = model, lend
         self.length = 0
         self.token_bytes = cache_bytes(model, 1)
         shape = (1, model.kv_heads, context, model.head_dim)
@@ -56,9 +61,7 @@ class KvCache:
             for head in array[0]:
                 give_back(head[length:])
         self._held = min(length, self.context)
-        # of each head's part, pages at its ends that others share stay
-        ends = 2 * PAGE * len(self._arrays) * self._arrays[0].shape[1]
-        self._lend(max(0, (self.context - self._held) * self.token_bytes - ends))
+        self._lend(lendable_bytes(self._model, self.context - self._held))
 
     def reserve(self, length: int) -> None:
         """Makes sure of memory for `length` tokens. Call it before they are written."""

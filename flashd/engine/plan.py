@@ -17,7 +17,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes
 from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
-from flashd.engine.kv import cache_bytes
+from flashd.engine.kv import cache_bytes, lendable_bytes
 from flashd.engine.policy import shares
 from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
@@ -122,7 +122,7 @@ def make_plan(
     if pinned == m.groups and head == m.vocabulary:
         passing = 0
         parts["window and read-ahead"] = 0
-    lent = 0 if m.experts else min(m.groups - pinned, cache // a_group_a_layer)  # the KV cache says how many when
+    lent = 0 if m.experts else min(m.groups - pinned, lendable_bytes(m, context) // a_group_a_layer)
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
         lent_groups=lent, head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,

@@ -26,7 +26,7 @@ from flashd.bundle.layout import PLAIN_RUN, ROWS_OF_A_RUN, Formats, Header, Sect
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS, RowKind
 from flashd.engine.card import READ_BYTES, Extent, extents, pages_of
-from flashd.engine.kv import cache_bytes
+from flashd.engine.kv import lendable_bytes
 from flashd.engine.plan import MIB, Plan, make_plan, parse_size
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.errors import MemoryTooSmall
@@ -142,7 +142,7 @@ def foresee(
         assert routing is not None
         mixture = _mixture(header, plan, routing)
         return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
-    lent = cache_bytes(m, context - text) // (m.layers * header.group.nbytes)
+    lent = lendable_bytes(m, context - text) // (m.layers * header.group.nbytes)
     pinned = plan.pinned_groups + min(plan.lent_groups, lent)
     groups = range(pinned, m.groups)
     passing += [_cost(header, e) for i in range(m.layers) for e in extents(i, groups, header.group.nbytes)]

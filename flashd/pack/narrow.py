@@ -33,11 +33,10 @@ class Budget:
 
 
 BUDGETS = (
-    Budget(np.inf, 1e-4), Budget(np.inf, 2e-5), Budget(np.inf, 4e-6),
-    Budget(np.inf, 0), Budget(1e-4, 0), Budget(2e-5, 0),
+    Budget(np.inf, 2e-5), Budget(np.inf, 0), Budget(1e-4, 0), Budget(2e-5, 0), Budget(8e-6, 0), Budget(2e-6, 0),
 )  # fmt: skip
-"""What is tried, the fewest bytes first. Qwen2.5-Coder-1.5B bears 2 bits in few of its groups: an error of 3e-4 in
-each layer costs 16 % of perplexity."""
+"""What is tried, the fewest bytes first. Of Qwen2.5-Coder-1.5B the first four have 75, 75, 64 and 48 % of groups
+narrow and cost 7.2, 5.5, 3.7 and 2.3 % of perplexity; with 2 bits in half of them it is 19 %."""
 
 LENGTH = 512
 FIT, JUDGED = 4, 3

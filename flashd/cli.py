@@ -15,6 +15,7 @@ from typing import Any
 
 import flashd
 from flashd import appliance_cli, embedded
+from flashd.bundle.layout import Measured, Narrowed, Selection
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
 from flashd.console import MIB, Bar
@@ -132,25 +133,30 @@ def run_info(args: argparse.Namespace) -> None:
     _print_facts(facts, args.json)
 
 
-def _selection_facts(s: Any) -> dict[str, Any]:
+def _selection_facts(s: Selection | None) -> dict[str, Any]:
     """What `info` says of which neurons take part."""
     if s is None:
         return {"selection": "exact"}
     return {
         "selection": "predictor", "ranks": s.ranks, "chosen": [round(c, 4) for c in s.chosen],
-        "fired": [round(f, 4) for f in s.fired], "held_out_tokens": s.tokens, "perplexity_exact": s.perplexity_exact,
-        "perplexity": s.perplexity, "perplexity_loss": s.loss,
+        "fired": [round(f, 4) for f in s.fired], **_measured_facts(s),
     }  # fmt: skip
 
 
-def _narrowed_facts(n: Any) -> dict[str, Any]:
+def _narrowed_facts(n: Narrowed | None) -> dict[str, Any]:
     """What `info` says of groups that have fewer bits."""
     if n is None:
         return {}
     return {
-        "int3_from_group": n.int3, "int2_from_group": n.int2, "held_out_tokens": n.tokens,
-        "perplexity_exact": n.perplexity_exact, "perplexity": n.perplexity, "perplexity_loss": n.loss,
-        "divergence": n.divergence,
+        "int3_from_group": n.int3, "int2_from_group": n.int2, **_measured_facts(n), "divergence": n.divergence,
+    }  # fmt: skip
+
+
+def _measured_facts(m: Measured) -> dict[str, Any]:
+    """What `info` says of a loss."""
+    return {
+        "held_out_tokens": m.tokens, "perplexity_exact": m.perplexity_exact, "perplexity": m.perplexity,
+        "perplexity_loss": m.loss,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ input embeddings and learned positions are read from, a mebibyte elsewhere.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
@@ -368,17 +369,13 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def ffn_parts(self) -> list[Part]:
-        """All groups of all layers, in order."""
-        parts, groups = [], self.model.groups
-        for i in range(self.model.layers):
-            ends = [self.narrowed.int3[i], self.narrowed.int2[i], groups] if self.narrowed else [groups]
-            first = 0
-            for kind, end in zip((self.formats.ffn, *NARROW), ends, strict=False):
-                if end > first:
-                    name = f"layer.{i}.ffn" + (f".{kind}" if kind in NARROW else "")
-                    parts.append(Part(name, i, replace(self.group, kind=kind), first, end - first))
-                first = end
-        return parts
+        """All groups of all layers, in order. Of a bundle that selects neurons only the sections' names hold."""
+        return [part for i in range(self.model.layers) for part in self.parts_of(i)]
+
+    def parts_of(self, layer: int) -> list[Part]:
+        """All groups of a layer, in order."""
+        n, groups = self.narrowed, self.model.groups
+        return layer_parts(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
@@ -416,16 +413,25 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 lengths[f"layer.{i}.lean"] = 4 * m.neurons
         return lengths
 
-    def run_of(self, name: str) -> int:
-        """Bytes of a run of the section called `name`."""
-        if name in self.row_tables:
-            return ROWS_OF_A_RUN * self.row_format(name).nbytes
-        if self.selection and name in self.paged_sections:
-            return self.unit_bytes
-        return next((part.form.nbytes for part in self.ffn_parts if part.section == name), PLAIN_RUN)
+    def own_runs(self) -> dict[str, int]:
+        """Bytes of a run of each section that is not checked a mebibyte at a time."""
+        rows = {name: ROWS_OF_A_RUN * self.row_format(name).nbytes for name in self.row_tables}
+        units = {part.section: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_parts}
+        return rows | units
 
     def section_named(self, name: str) -> Section | None:
         return next((s for s in self.sections if s.name == name), None)
+
+
+def layer_parts(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[Part]:
+    """The parts of a layer, written as `form` and then narrower; of each width, the group behind its last."""
+    parts, first = [], 0
+    for kind, end in zip((form.kind, *NARROW), ends, strict=False):
+        if end > first:
+            name = f"layer.{layer}.ffn" + (f".{kind}" if kind in NARROW else "")
+            parts.append(Part(name, layer, replace(form, kind=kind), first, end - first))
+        first = end
+    return parts
 
 
 def group_format(model: Model, formats: Formats) -> GroupFormat:
@@ -586,8 +592,9 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {name!r} is missing")
         if present[name].length != length:
             raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
+    own_runs = header.own_runs()
     for section in header.sections:
-        run = header.run_of(section.name)
+        run = own_runs.get(section.name, PLAIN_RUN)
         if section.run != run:
             raise BadSection(f"section {section.name!r} has runs of {section.run} bytes, not {run}")
     attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]

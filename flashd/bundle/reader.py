@@ -123,9 +123,9 @@ class Bundle:
 
         Raises DamagedRun, CardError.
         """
-        for part in self.header.ffn_parts:
+        for part in self.header.parts_of(layer):
             section, wanted = self.section(part.section), min(part.count, count - part.first)
-            for first in range(0, wanted, at_once) if part.layer == layer else ():
+            for first in range(0, wanted, at_once):
                 n = min(at_once, wanted - first)
                 following = min(at_once, wanted - first - n)
                 data = self._checked(section, first, n * section.run, following * section.run)

@@ -399,6 +399,10 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     """Packed integers [..., K * bits / 8] as bytes [..., K]."""
     if bits == 8:
         return q
+    if bits == 3:
+        lower = q.shape[-1] * 2 // 3
+        upper = np.left_shift(unpack(q[..., lower:], 1), 2, dtype=np.uint8)
+        return np.asarray(unpack(q[..., :lower], 2) | upper, np.uint8)
     step, most = 8 // bits, (1 << bits) - 1
     out = np.empty((*q.shape[:-1], q.shape[-1] * step), np.uint8)
     for i in range(step):

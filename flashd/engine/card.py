@@ -70,9 +70,14 @@ def gap_bytes(speed: CardSpeed | None) -> int:
     return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
 
 
+def units_of_a_read(unit_bytes: int) -> int:
+    """How many units of so many bytes one read fetches at the most."""
+    return max(1, READ_BYTES // unit_bytes)
+
+
 def extents(section: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
     """The reads that fetch `groups` of a section: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
-    gap, most = unwanted // group_bytes, max(1, READ_BYTES // group_bytes)
+    gap, most = unwanted // group_bytes, units_of_a_read(group_bytes)
     runs: list[list[int]] = []
     for group in sorted(groups):
         if runs and group - runs[-1][1] <= gap:

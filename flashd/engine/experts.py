@@ -18,7 +18,7 @@ from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, Groups, Rows
 from flashd.engine import graph
-from flashd.engine.card import READ_BYTES, CardQueue, CardStats, Extent
+from flashd.engine.card import CardQueue, CardStats, Extent, units_of_a_read
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
@@ -62,7 +62,7 @@ class ExpertFfn:
         self._experts = self._model.experts
         self._size = self._model.expert_groups
         self._form = bundle.header.group
-        self._most = max(1, READ_BYTES // self._form.nbytes)
+        self._most = units_of_a_read(self._form.nbytes)
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
         self._router = graph.Linear(bundle.read("graph.linear.f16"))
         self._route = graph.Stage(bundle.read("graph.route"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from flashd.bundle.layout import ROWS_OF_A_RUN, Model, Part
+from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine import graph
@@ -66,13 +66,14 @@ class FeedForward(Protocol):
     def close(self) -> None: ...
 
 
-def stream_past(bundle: Bundle, pinned: int, head_rows: int) -> list[Extent]:
+def stream_past(header: Header, pinned: int, head_rows: int) -> list[Extent]:
     """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
-    parts, head, schedule = bundle.header.ffn_parts, bundle.section("head"), []
+    parts, schedule = header.ffn_parts, []
     for section, part in enumerate(parts):
         groups = range(min(max(pinned - part.first, 0), part.count), part.count)
         schedule += extents(section, groups, part.form.nbytes)
-    return schedule + extents(len(parts), range(-(-head_rows // ROWS_OF_A_RUN), head.runs), head.run)
+    runs = range(-(-head_rows // ROWS_OF_A_RUN), -(-header.model.vocabulary // ROWS_OF_A_RUN))
+    return schedule + extents(len(parts), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
 
 
 class StreamedFfn:
@@ -93,7 +94,7 @@ class StreamedFfn:
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
         self._scheduled = self._goal = plan.pinned_groups  # groups of each layer that are pinned, and that may be
-        self.stream = CardStream(bundle, stream_past(bundle, plan.pinned_groups, plan.head_rows), plan.buffers)
+        self.stream = CardStream(bundle, stream_past(bundle.header, plan.pinned_groups, plan.head_rows), plan.buffers)
         self._needed = self._found = 0
 
     @property
@@ -151,8 +152,7 @@ class StreamedFfn:
 
     def lend(self, nbytes: int) -> None:
         """Fewer groups are let go at once; more stay when they next stream past."""
-        more = nbytes // (self._model.layers * self._form.nbytes)
-        self._goal = self._plan.pinned_groups + min(more, self._plan.lent_groups)
+        self._goal = self._plan.groups_beside(nbytes, self._model.layers * self._form.nbytes)
         for pinned in self._pinned:
             pinned.truncate(self._goal)
 
@@ -163,7 +163,7 @@ class StreamedFfn:
         for pinned in self._pinned:
             pinned.truncate(kept)
         if kept != self._scheduled:
-            self.stream.restart(stream_past(self._bundle, kept, self._plan.head_rows))
+            self.stream.restart(stream_past(self._bundle.header, kept, self._plan.head_rows))
             self._scheduled = kept
 
     def _stay(self, layer: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, RowFormat
-from flashd.engine.card import READ_BYTES, buffer_bytes
+from flashd.engine.card import READ_BYTES, buffer_bytes, units_of_a_read
 from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
 from flashd.engine.kv import cache_bytes, lendable_bytes
 from flashd.engine.policy import shares
@@ -64,6 +64,13 @@ class Plan:
     smallest: int
     card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
     slots: tuple[int, ...] = ()  # of each layer's window, where neurons are selected
+
+    def groups_beside(self, lent: int, group_bytes: int) -> int:
+        """Groups of every layer that there is room for with `lent` bytes of the KV cache.
+
+        `group_bytes` is what a group of every layer takes together.
+        """
+        return self.pinned_groups + min(lent // group_bytes, self.lent_groups)
 
     @property
     def total(self) -> int:
@@ -161,10 +168,14 @@ def _needed(m: Model) -> int:
     return m.experts.used * m.expert_groups if m.experts else m.groups
 
 
-def passing_groups(header: Header, part: Part | None = None) -> int:
-    """The groups of one read: the most that there are, or of a part of a layer."""
-    least = min(p.form.nbytes for p in ([part] if part else header.ffn_parts))
-    return min(header.model.expert_groups, max(1, READ_BYTES // least))
+def passing_groups(header: Header) -> int:
+    """Slots for the groups of one read."""
+    return max(_of_a_read(header, part) for part in header.ffn_parts)
+
+
+def _of_a_read(header: Header, part: Part) -> int:
+    """Groups that one read fetches at the most."""
+    return min(header.model.expert_groups, units_of_a_read(part.form.nbytes))
 
 
 def _passing_bytes(header: Header, pinned: int) -> int:
@@ -198,7 +209,7 @@ def _reading_parts(header: Header) -> dict[str, int]:
     if header.selection is None:
         passing = passing_groups(header) * size
         rows = READ_BYTES if _likely(header) < m.vocabulary else 0
-        reads = [passing_groups(header, part) * part.form.nbytes for part in header.ffn_parts]
+        reads = [_of_a_read(header, part) * part.form.nbytes for part in header.ffn_parts]
         return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(rows, *reads))}
     sections = ("narrow", "wide", "lean")
     return {

@@ -160,10 +160,18 @@ class Calibration:
 
     def logits(self, rows: slice) -> Floats:
         """Logits [n, V] behind some tokens, once the last layer is done."""
-        vectors = self._weights.model_vectors()
-        (h,) = self._run("graph.finish", vectors, x=self._x[rows])
+        return self.head(self.finished(rows))
+
+    def finished(self, rows: slice) -> Floats:
+        """What the head takes [n, H] of some tokens, once the last layer is done."""
+        return self._run("graph.finish", self._weights.model_vectors(), x=self._x[rows])[0]
+
+    def head(self, h: Floats) -> Floats:
+        """h [n, H] -> logits [n, V]."""
         logits = _product(h, self._weights.head())
-        return self._run("graph.logits", vectors, x=logits)[0] if "graph.logits" in self._stages else logits
+        if "graph.logits" not in self._stages:
+            return logits
+        return self._run("graph.logits", self._weights.model_vectors(), x=logits)[0]
 
     def _parts(self) -> Iterator[slice]:
         """The rows of each text."""

@@ -48,8 +48,8 @@ LEAST = np.float32(1e-3)
 TOKENS = 256
 """Of the first text, on which the groups' errors are compared."""
 
-ROWS = 64
-"""Tokens whose logits are compared together: a large vocabulary takes megabytes for each."""
+ROWS = 32
+"""Tokens whose logits are compared together, each as often as there are tries: of a large vocabulary megabytes."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,13 @@ def judge(exact: Calibration, others: Sequence[Calibration]) -> list[Judgement]:
     lost, divergence, counted = np.zeros(len(others) + 1), np.zeros(len(others)), 0
     for rows, following in exact.pieces(ROWS):
         right = np.arange(len(following))
-        expected = _log_softmax(exact.logits(rows))
+        # the head's weights are read once for all
+        h = np.concatenate([each.finished(rows) for each in (exact, *others)])
+        logits = np.split(exact.head(h), len(others) + 1)
+        expected = _log_softmax(logits[0])
         lost[0] -= expected[right, following].sum()
-        for i, other in enumerate(others):
-            found = _log_softmax(other.logits(rows))
+        for i, of_other in enumerate(logits[1:]):
+            found = _log_softmax(of_other)
             lost[i + 1] -= found[right, following].sum()
             divergence[i] += (np.exp(expected) * (expected - found)).sum()
         counted += len(following)

@@ -19,6 +19,7 @@ from flashd.bundle.layout import (
     Selection,
     Text,
     group_format,
+    layer_parts,
     neuron_format,
 )
 from flashd.bundle.rows import (
@@ -38,7 +39,7 @@ from flashd.pack import graphs, narrow
 from flashd.pack.calibrate import Calibration, Dense, Seen, hottest_groups, sample_tokens, text_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.gguf import GgufModel
-from flashd.pack.narrow import Narrowing, Starts, Weigh
+from flashd.pack.narrow import Judgement, Narrowing, Starts, Weigh
 from flashd.pack.order import card_order
 from flashd.pack.predictor import LOST, SPARSE, Layer, Selecting, Texts, fit_layer, rank_of, rates, thresholds
 from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows, is_ternary
@@ -135,8 +136,9 @@ class _Packer:
 
     def write(self, out: Path) -> Header:
         vocabulary = self.source.vocabulary()
-        if self._narrowing:
-            self._texts = narrow.cut(vocabulary.tokenizer_json, self._narrowing, self.model.context)
+        context, narrowing = self.model.context, self._narrowing
+        # before anything long: the text may be too short
+        texts = narrow.cut(vocabulary.tokenizer_json, narrowing, context) if narrowing else None
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
@@ -152,8 +154,8 @@ class _Packer:
             selection = narrowed = None
             if self._selecting:
                 selection = self._add_selected(writer, vocabulary.tokenizer_json, self._selecting)
-            elif self._narrowing:
-                narrowed = self._add_narrowed(writer, self._narrowing)
+            elif narrowing and texts:
+                narrowed = self._add_narrowed(writer, *texts, narrowing.max_loss)
             else:
                 self._add_exact(writer, vocabulary.tokenizer_json)
             text = Text(
@@ -179,9 +181,10 @@ class _Packer:
             form = group_format(self.model, self.formats)
             writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
 
-    def _add_narrowed(self, writer: BundleWriter, narrowing: Narrowing) -> Narrowed | None:
+    def _add_narrowed(
+        self, writer: BundleWriter, fit: list[Numbers], judged: list[Numbers], max_loss: float
+    ) -> Narrowed | None:
         """The layers, their coldest groups with as few bits as the allowed loss admits; None where it admits none."""
-        fit, judged = self._texts
         calibration, exact = self._calibration(fit), self._calibration(judged)
         tries = [_Try(self._calibration(judged)) for _ in narrow.BUDGETS]
         orders, weighs = [], []
@@ -191,32 +194,34 @@ class _Packer:
             weighs.append(Weigh.of(seen))
             self._try_layer(i, calibration, seen, orders[i], weighs[i], exact, tries)
         found = narrow.judge(exact, [t.calibration for t in tries])
+        admitted = self._admitted(tries, found, max_loss)
+        chosen = None if admitted is None else tries[admitted].starts
+        for i, (order, weigh) in enumerate(zip(orders, weighs, strict=True)):
+            self._add_attention(writer, i)
+            self._add_parts(writer, i, order, weigh, chosen[i] if chosen else None)
+        if admitted is None:
+            return None
+        return Narrowed(
+            int3=[s.int3 for s in tries[admitted].starts], int2=[s.int2 for s in tries[admitted].starts],
+            tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found[admitted].perplexity_exact,
+            perplexity=found[admitted].perplexity, divergence=found[admitted].divergence,
+        )  # fmt: skip
+
+    def _admitted(self, tries: list[_Try], found: list[Judgement], max_loss: float) -> int | None:
+        """The number of the first try that narrows anything and costs what is allowed."""
         for budget, t, f in zip(narrow.BUDGETS, tries, found, strict=True):
             log.info(
                 "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
                 budget.int3, budget.int2, t.shares(self.model.groups), 100 * f.loss, f.divergence,
             )  # fmt: skip
-        admitted = [
-            (t, f)
-            for t, f in zip(tries, found, strict=True)
-            if f.loss <= narrowing.max_loss and any(s.int3 < self.model.groups for s in t.starts)
-        ]
-        if not admitted:
-            log.warning(
-                "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
-                self.source.path, 100 * min(f.loss for f in found), 100 * narrowing.max_loss,
-            )  # fmt: skip
-        chosen, judgement = admitted[0] if admitted else (None, None)
-        for i, (order, weigh) in enumerate(zip(orders, weighs, strict=True)):
-            self._add_attention(writer, i)
-            self._add_parts(writer, i, order, weigh, chosen.starts[i] if chosen else None)
-        if chosen is None or judgement is None:
-            return None
-        return Narrowed(
-            int3=[s.int3 for s in chosen.starts], int2=[s.int2 for s in chosen.starts],
-            tokens=sum(len(text) - 1 for text in judged), perplexity_exact=judgement.perplexity_exact,
-            perplexity=judgement.perplexity, divergence=judgement.divergence,
+        for i, (t, f) in enumerate(zip(tries, found, strict=True)):
+            if f.loss <= max_loss and any(s.int3 < self.model.groups for s in t.starts):
+                return i
+        log.warning(
+            "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
+            self.source.path, 100 * min(f.loss for f in found), 100 * max_loss,
         )  # fmt: skip
+        return None
 
     def _try_layer(
         self, i: int, calibration: Calibration, seen: Seen, order: Numbers, weigh: Weigh, exact: Calibration,
@@ -239,12 +244,19 @@ class _Packer:
 
     def _dense(self, ffn: Ffn, order: Numbers) -> Dense:
         """An FFN's weights as they are, its groups in their order."""
-        neurons = (order[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-        filling = len(neurons) - ffn.down.shape[-1]
-        down = np.pad(ffn.down.rows(), ((0, 0), (0, filling)))[:, neurons]
-        bias = np.pad(ffn.biases, ((0, filling), (0, 0)))[neurons]
+        neurons, filling = _neurons_of(order), self._filling(ffn)
+        down, bias = self._filled_up(ffn)
         inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[neurons] for matrix in ffn.inputs]
-        return Dense(inputs, bias, down)
+        return Dense(inputs, bias[neurons], down[:, neurons])
+
+    def _filled_up(self, ffn: Ffn) -> tuple[Floats, Floats]:
+        """down_proj [H, F] and the biases [F, M] of an FFN; neurons that only fill its last block are zero."""
+        filling = self._filling(ffn)
+        return np.pad(ffn.down.rows(), ((0, 0), (0, filling))), np.pad(ffn.biases, ((0, filling), (0, 0)))
+
+    def _filling(self, ffn: Ffn) -> int:
+        """Neurons that only fill an FFN's last block."""
+        return self.model.expert_groups * BLOCK - ffn.down.shape[-1]
 
     def _narrow_dense(self, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
         """What becomes of some groups' weights in fewer bits."""
@@ -259,16 +271,11 @@ class _Packer:
     def _add_parts(self, writer: BundleWriter, i: int, order: Numbers, weigh: Weigh, starts: Starts | None) -> None:
         """A layer's groups, the hottest first, in sections of one width each."""
         (ffn,) = self.weights.ffns(i)
-        form, ends = group_format(self.model, self.formats), [len(order)]
-        if starts:
-            ends = [starts.int3, starts.int2, len(order)]
-        first = 0
-        for kind, end in zip(("int4", *NARROW), ends, strict=False):
-            of_part, name = replace(form, kind=kind), f"layer.{i}.ffn" + (f".{kind}" if kind in NARROW else "")
-            if end > first:
-                chunks = self._groups(ffn, of_part, order[first:end], weigh if kind in NARROW else None)
-                writer.add(name, chunks, run=of_part.nbytes)
-            first = end
+        ends = [starts.int3, starts.int2, len(order)] if starts else [len(order)]
+        for part in layer_parts(i, group_format(self.model, self.formats), ends):
+            groups = order[part.first : part.first + part.count]
+            chunks = self._groups(ffn, part.form, groups, weigh if part.form.kind in NARROW else None)
+            writer.add(part.section, chunks, run=part.form.nbytes)
 
     def _add_selected(self, writer: BundleWriter, tokenizer_json: bytes, selecting: Selecting) -> Selection:
         """Writes the layers with a bundle a neuron, in an order of their own, and what chooses among them."""
@@ -353,12 +360,10 @@ class _Packer:
     def _neurons(self, i: int, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
         """A layer's bundles of one neuron each, in the order of the card."""
         (ffn,) = self.weights.ffns(i)
-        inputs, bias, down = ffn.inputs, ffn.biases, ffn.down.rows()
-        filling = self.model.neurons - down.shape[1]
-        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(bias, ((0, filling), (0, 0)))
+        down, bias = self._filled_up(ffn)
         for at in range(0, len(order), ROWS_AT_ONCE):
             neurons = order[at : at + ROWS_AT_ONCE]
-            records = [self._padded_rows(matrix, form.row, neurons) for matrix in inputs]
+            records = [self._padded_rows(matrix, form.row, neurons) for matrix in ffn.inputs]
             self._count(form.hidden * len(neurons))
             yield encode_neurons(records, down[:, neurons], bias[neurons], form).tobytes()
 
@@ -394,13 +399,11 @@ class _Packer:
 
     def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
         """Some of an FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
-        down, grid = ffn.down.rows(), ffn.down.grid()
-        filling = self.model.expert_groups * BLOCK - down.shape[1]
-        down, bias = np.pad(down, ((0, 0), (0, filling))), np.pad(ffn.biases, ((0, filling), (0, 0)))
-        columns = np.pad(weigh.neurons, (0, filling)) if weigh else None
+        (down, bias), grid = self._filled_up(ffn), ffn.down.grid()
+        columns = np.pad(weigh.neurons, (0, self._filling(ffn))) if weigh else None
         for at in range(0, len(order), GROUPS_AT_ONCE):
             groups = order[at : at + GROUPS_AT_ONCE]
-            neurons = (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+            neurons = _neurons_of(groups)
             inputs = weigh.inputs if weigh else None
             records = [self._padded_rows(matrix, form.row, neurons, inputs) for matrix in ffn.inputs]
             part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
@@ -418,6 +421,11 @@ class _Packer:
     def _count(self, weights: int) -> None:
         self._done += weights
         self._on_progress(min(self._done, self._total), self._total)
+
+
+def _neurons_of(groups: Numbers) -> Numbers:
+    """The numbers of the neurons of some groups, in the groups' order."""
+    return (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
 
 
 def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:

@@ -17,7 +17,7 @@ import pytest
 from flashd.bundle import layout
 from flashd.bundle.layout import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine import experts, plan
+from flashd.engine import card, experts, plan
 from flashd.engine.card import CardQueue, Extent
 from flashd.engine.plan import make_plan
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
@@ -110,8 +110,7 @@ def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
 ) -> None:
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     # several reads an expert, and some experts of each layer guessed in part
-    for module in (experts, plan):
-        monkeypatch.setattr(module, "READ_BYTES", 6 << 10)
+    monkeypatch.setattr(card, "READ_BYTES", 6 << 10)
     tokens = TOKENS[:10].tolist()
     with opened(tmp_path / "m.flash", 1.0, 64) as model:
         expected = {chunk: all_logits(model, tokens, chunk) for chunk in (1, 7)}
@@ -185,8 +184,7 @@ def test_where_guesses_are_wrong_they_are_not_read(
 
 
 def test_a_pass_that_breaks_off_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (experts, plan):
-        monkeypatch.setattr(module, "READ_BYTES", 6 << 10)  # an expert is two reads
+    monkeypatch.setattr(card, "READ_BYTES", 6 << 10)  # an expert is two reads
     with opened(bundle, 1.0, 64) as model:
         expected = model.forward(TOKENS[:9], np.array([8]))
     steps = iter(range(0))

@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 import flashd
 from flashd.bundle import layout
-from flashd.bundle.layout import PLAIN_RUN, ROWS_OF_A_RUN, Formats, Header, Section, Text
+from flashd.bundle.layout import PLAIN_RUN, Formats, Header, Section, Text
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS, RowKind
-from flashd.engine.card import READ_BYTES, Extent, extents, pages_of
+from flashd.engine.card import Extent, pages_of, units_of_a_read
+from flashd.engine.ffn import stream_past
 from flashd.engine.kv import lendable_bytes
 from flashd.engine.plan import MIB, Plan, make_plan, parse_size
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
@@ -94,10 +95,9 @@ def header_of(config: Path, rows: RowKind = "int4") -> Header:
     )  # fmt: skip
     if "output.weight" in source.names:
         header.sections.append(Section(name="embedding", offset=0, length=0, run=PLAIN_RUN, first=0))
-    sections, at = [], 0
+    sections, at, own_runs = [], 0, header.own_runs()
     for name, length in header.expected_lengths().items():
-        run = header.unit_bytes if name.endswith(".ffn") else PLAIN_RUN
-        run = ROWS_OF_A_RUN * header.row_format(name).nbytes if name in header.row_tables else run
+        run = own_runs.get(name, PLAIN_RUN)
         sections.append(Section(name=name, offset=at, length=length, run=run, first=0))
         at = layout.align(at + length)
     header.sections[:] = sections
@@ -131,28 +131,25 @@ def foresee(
     """
     if header.selection:
         raise ValueError("which neurons take part is not known without a trace; see tests.lab.replay")
-    m, head = header.model, _section(header, "head")
+    m = header.model
     context = min(context, m.context)
     plan = make_plan(header, memory=memory, context=context, threads=2, base=base)
     if plan.resident:
         return Forecast(plan, 1.0, 0, 0)
-    rows = extents(m.layers, range(-(-plan.head_rows // ROWS_OF_A_RUN), head.runs), head.run)
-    passing = [_cost(header, e) for e in rows]
     if m.experts:
         assert routing is not None
         mixture = _mixture(header, plan, routing)
+        passing = [_cost(header, e) for e in stream_past(header, m.groups, plan.head_rows)]
         return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
-    lent = lendable_bytes(m, context - text) // (m.layers * header.group.nbytes)
-    pinned = plan.pinned_groups + min(plan.lent_groups, lent)
-    groups = range(pinned, m.groups)
-    passing += [_cost(header, e) for i in range(m.layers) for e in extents(i, groups, header.group.nbytes)]
+    pinned = plan.groups_beside(lendable_bytes(m, context - text), m.layers * header.group.nbytes)
+    passing = [_cost(header, e) for e in stream_past(header, pinned, plan.head_rows)]
     return Forecast(plan, pinned / m.groups, sum(passing), len(passing))
 
 
 def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:
     """(bytes, reads) a token of the later half of the tokens: experts that are not in RAM are read, none guessed."""
     m, size = header.model, header.model.expert_groups
-    capacity, most = plan.pinned_groups // size, max(1, READ_BYTES // header.group.nbytes)
+    capacity, most = plan.pinned_groups // size, units_of_a_read(header.group.nbytes)
     recent = [LeastRecentlyUsed(m.groups // size) for _ in range(m.layers)]
     here = [set(range(capacity)) for _ in range(m.layers)]
     nbytes = reads = 0

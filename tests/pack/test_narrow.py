@@ -116,11 +116,7 @@ def test_a_plain_ffn_with_biases_and_a_last_group_that_is_not_full(tmp_path: Pat
 
 
 def widened(q: np.ndarray, bits: int) -> np.ndarray:
-    offset = 8 - (1 << (bits - 1))
-    values = unpack(q, bits) if bits != 3 else unpack(q[:, : q.shape[1] * 2 // 3], 2) + 4 * unpack(
-        q[:, q.shape[1] * 2 // 3 :], 1
-    )  # fmt: skip
-    return pack_bits((values + offset).astype(np.uint8), 4)
+    return pack_bits((unpack(q, bits) + 8 - (1 << (bits - 1))).astype(np.uint8), 4)
 
 
 def test_matrices_are_those_of_the_groups(tiny_bundle: Path) -> None:

@@ -337,7 +337,10 @@ HOOK_EVENTS = {"queued": "accepted", "started": "started"}
 
 
 class _Hook(Output):
-    """Runs a program for an event, the job as JSON on its standard input; it is given a time and no more."""
+    """Runs a program for an event, the job as JSON on its standard input; it is given a time and no more.
+
+    A stop of the daemon waits for those that run: their threads are no daemon threads.
+    """
 
     def __init__(self, settings: Hook, jobs: Jobs) -> None:
         self._settings, self._jobs = settings, jobs
@@ -350,17 +353,22 @@ class _Hook(Output):
             return
         job = event.end or self._jobs.get(event.job)
         if job is not None:
-            threading.Thread(target=self._run, args=(msgspec.json.encode(job),), name="hook", daemon=True).start()
+            threading.Thread(target=self._run, args=(msgspec.json.encode(job),), name="hook").start()
 
     def _run(self, text: bytes) -> None:
         name = self._settings.command[0]
         try:
-            with subprocess.Popen(
-                self._settings.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            ) as program:  # fmt: skip
+            # whole before the program starts: through a pipe, the daemon's death would leave it a part
+            with os.fdopen(os.memfd_create("job"), "w+b") as job:
+                job.write(text)
+                job.seek(0)
+                program = subprocess.Popen(
+                    self._settings.command, stdin=job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+            with program:
                 try:
-                    program.communicate(text, timeout=self._settings.timeout)
+                    program.wait(self._settings.timeout)
                 finally:
                     _kill(program)
         except (OSError, subprocess.TimeoutExpired) as error:

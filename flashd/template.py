@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from flashd.child import ChildDied, Limits, Result, in_child
 from flashd.errors import DataError
 
-LIMITS = Limits(seconds=3, memory=32 << 20)
+LIMITS = Limits(seconds=10, memory=32 << 20)
 """Templates as models have them take milliseconds on a small board, and a few times their text."""
 
 ERRORS = (

@@ -25,6 +25,9 @@ from tests.board.shorten import shorten
 PROMPT = r"\r> \x1b\[K"
 """What the console shows when it waits for a question."""
 
+PINS_IN_USE = "/var/lib/flashd/pins.json"
+"""What `flashd safe` goes by after a crash."""
+
 PIN_BUTTON, PIN_YES, PIN_NO = 3, 5, 6
 
 CONFIG = """\
@@ -179,6 +182,7 @@ class Board:
         """a decision drives a pin"""
         assert {self.guest.pin(PIN_YES), self.guest.pin(PIN_NO)} == {"low"}, "pins are not off before"
         self._decide()
+        self.guest.run(f"test -s {PINS_IN_USE}")
         return self._pins_say()
 
     def journal(self) -> str:
@@ -300,6 +304,7 @@ class Board:
         g.slow_card(CARD_SPEED)
         states = g.run("systemctl is-active flashd.service flashd.socket", check=False).split()
         assert states == ["inactive", "active"], states
+        assert g.run(f"cat {PINS_IN_USE} 2>/dev/null", check=False) == "", "a clean stop leaves pins"
         said = g.run("flashd ask --max-tokens 1 'Say hi.'", 300)
         assert self._show("ActiveState") == "active"
         return f"{said}; " + self._answered_once(number, attempts=1)
@@ -349,6 +354,7 @@ class Board:
         self._cut_update()
         g.reboot(self._boot_seconds)
         self._wait_ready()
+        assert "<title>" in g.run(f"{CURL} http://127.0.0.1:8080/ | head -c 3000"), "loopback is not served again"
         assert self._jobs("") >= jobs, "jobs were lost"
         assert g.run("sha256sum </etc/flashd/flashd.yaml") == before, "the update was not undone"
         g.uart.send("\r")

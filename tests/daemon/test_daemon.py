@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gpiozero.pins.mock import MockFactory
 
 from flashd import embedded
 from flashd.cli import main
-from tests.daemon.running import Running
+from tests.daemon.running import PATIENCE, Running
 
 pytest.importorskip("systemd", reason="needs the systemd extra")
 
@@ -288,11 +288,36 @@ def test_a_stop_keeps_the_running_job(packed: dict[str, Path], tmp_path: Path) -
         assert job["state"] == "done" and job["attempts"] == 1 and len(job["result"]["text"]) > 100
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 DRIVES = """
 triggers:
   - {kind: manual, name: plants, prompt: "Water?", choose: [water, wait],
      drive: {pin: 8, answer: water, active_high: false}}
 """
+
+
+def test_a_stop_waits_for_a_hook_and_a_kill_leaves_it_the_whole_job(packed: dict[str, Path], tmp_path: Path) -> None:
+    begun, told = tmp_path / "begun", tmp_path / "told"
+    slow = f"touch {begun}; sleep 1; cat > {told}.part && mv {told}.part {told}"
+    settings = f"outputs: [{{kind: hook, event: failed, timeout: 120, command: [sh, -c, '{slow}']}}]"
+    too_long = [{"role": "user", "content": "more than a pipe holds " * 4000}]
+    with Running(tmp_path, packed["int4"], settings) as daemon, daemon.http() as http:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            daemon.start()
+            assert http.post("/v1/chat/completions", json={"messages": too_long}).status_code == 500
+            wait_for(begun.exists)
+            daemon.stop(number)
+            if number == signal.SIGKILL:
+                wait_for(told.exists)
+            assert json.loads(told.read_text())["state"] == "failed"
+            begun.unlink()
+            told.unlink()
 
 
 @pytest.mark.parametrize("became", ["triggers: []", "modle: x", None])

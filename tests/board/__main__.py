@@ -224,16 +224,18 @@ class Board:
         """hardware flow control on the UART (the emulated PL011 never says clear to send, the 16550 always does)"""
         g = self.guest
         g.run(f"sed -i 's#port: {UART[g.arch]}#&, flow: rtscts#' /etc/flashd/flashd.yaml && systemctl restart flashd")
-        self._wait_ready()
-        if g.arch == "aarch64":
-            g.uart.send("Is anybody there?\r")
-            self._wait_done("serial:console", self._jobs("serial:console") + 1)
-            said = "asked and not shown; " + self._ask_adapter(4, "What is the capital of Sweden?")
-        else:
-            g.uart.send("\r")
-            self._expect(g.uart, PROMPT)
-            said = self._ask_uart("What is the capital of Sweden?")
-        g.run("sed -i 's#, flow: rtscts##' /etc/flashd/flashd.yaml && systemctl restart flashd")
+        try:
+            self._wait_ready()
+            if g.arch == "aarch64":
+                g.uart.send("Is anybody there?\r")
+                self._wait_done("serial:console", self._jobs("serial:console") + 1)
+                said = "asked and not shown; " + self._ask_adapter(4, "What is the capital of Sweden?")
+            else:
+                g.uart.send("\r")
+                self._expect(g.uart, PROMPT)
+                said = self._ask_uart("What is the capital of Sweden?")
+        finally:
+            g.run("sed -i 's#, flow: rtscts##' /etc/flashd/flashd.yaml && systemctl restart flashd")
         self._wait_ready()
         gone = g.run("journalctl -u flashd --no-pager | grep -c 'serial console: gone'", check=False)
         assert gone == "0", f"{gone} times gone"

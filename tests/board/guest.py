@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from pexpect import fdpexpect
+from pexpect import EOF, TIMEOUT, fdpexpect
 
 from tests.board.image import Image
 
@@ -71,7 +73,7 @@ class Guest:
             try:
                 if self.run("cat /proc/sys/kernel/random/boot_id", 5) != boot:
                     return
-            except (fdpexpect.TIMEOUT, AssertionError):
+            except (TIMEOUT, AssertionError):
                 pass  # it was going down, and took the command with it
             if time.monotonic() > until:
                 raise TimeoutError("it did not reboot")
@@ -88,7 +90,7 @@ class Guest:
         # what is typed before the shell is there is lost
         while True:
             self._shell.send("stty -echo; export TERM=dumb SYSTEMD_COLORS=0; PS1=; PS2=; echo board-is''-up\n")
-            if self._shell.expect(["board-is-up", fdpexpect.TIMEOUT], timeout=3) == 0:
+            if self._shell.expect(["board-is-up", TIMEOUT], timeout=3) == 0:
                 break
             if time.monotonic() > until:
                 raise TimeoutError(f"no shell after {seconds:.0f} s; see {self._work}/shell.log")
@@ -236,10 +238,43 @@ class Guest:
                     raise
                 time.sleep(0.1)
 
-    def _terminal(self, name: str) -> fdpexpect.fdspawn:
-        connection = self._connect(name)
+    def _terminal(self, name: str) -> Line:
         log = (self._work / f"{name}.log").open("a")
-        return fdpexpect.fdspawn(connection.detach(), encoding="utf-8", codec_errors="replace", logfile=log)
+        return Line(self._connect(name).detach(), encoding="utf-8", codec_errors="replace", logfile=log)
+
+
+class Line(fdpexpect.fdspawn):
+    """A serial line that is always read, whoever waits for what it says.
+
+    QEMU writes a character at a time, of which some 280 fill a socket, and then the whole machine stands still.
+    """
+
+    def __init__(self, fd: int, **options: Any) -> None:
+        super().__init__(fd, **options)
+        self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read_on, name="line", daemon=True).start()
+
+    def _read_on(self) -> None:
+        said = b"-"
+        while said:
+            try:
+                said = os.read(self.child_fd, 65536)
+            except OSError:
+                said = b""
+            self._said.put(said)
+
+    def read_nonblocking(self, size: int = 1, timeout: float | None = -1) -> str:  # noqa: ARG002 - as its base
+        """What came, as much as it is. Raises pexpect.TIMEOUT, pexpect.EOF."""
+        try:
+            said = self._said.get(timeout=self.timeout if timeout == -1 else timeout)
+        except queue.Empty:
+            raise TIMEOUT(f"nothing was said for {timeout} s") from None
+        if not said:
+            self.flag_eof = True
+            raise EOF("the line is closed")
+        text = str(self._decoder.decode(said, final=False))
+        self._log(text, "read")
+        return text
 
 
 class Qmp:

@@ -22,7 +22,7 @@ from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.prefixes import Prefixes
 from flashd.engine.sample import Sampler
 from flashd.engine.snapshot import RUN, shared
-from flashd.engine.speculate import NODES, DraftLength, Tree, lookup
+from flashd.engine.speculate import BEAM, NODES, Draft, Guesses, Pace, Tree, lookup
 from flashd.errors import UsageError
 
 NOTHING: Floats = np.empty((0, 0), np.float32)
@@ -45,7 +45,7 @@ class Model(Protocol):
     @property
     def drafts(self) -> bool: ...
 
-    def draft(self, token: int, most: int) -> list[int]: ...
+    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses: ...
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
@@ -103,11 +103,11 @@ class Conversation:
     _learnt: bool = True
     _tree: Tree | None = None  # what the last pass checked
     _node: int = 0  # how far in it the answer has come
+    _start: int = 0  # where the cache has its node 0
     _checked: Floats = field(default_factory=lambda: NOTHING)  # [N, V] logits behind each of its nodes
     _drafting: bool = False
-    _looked_up: DraftLength = field(default_factory=DraftLength)
-    _from_ram: DraftLength = field(default_factory=DraftLength)
-    _by_lookup: bool = False
+    _pace: Pace = field(default_factory=Pace)
+    _looked_up: list[int] = field(default_factory=list)  # what should come next, as long as it was right
 
     def generate(
         self,
@@ -176,17 +176,10 @@ class Conversation:
             return np.asarray(self._checked[self._node], np.float32)
         self._forget_drafts()
         started = time.perf_counter()
-        free = self.model.cache.context - len(self.tokens)
-        tree = Tree.grown(
-            token, self._draft(token, room) if self._drafting and self.model.pages else [], min(NODES, free)
-        )
+        tree = self._drafted(token, room)
         after = time.perf_counter()
         self._checked = self._forward(tree.tokens, figures, on_step, tree.parents)
-        if tree.links:
-            self._length.measured_draft(tree.links, after - started)
-        done = time.perf_counter()
-        for length in (self._looked_up, self._from_ram):
-            length.measured_pass(done - after)
+        self._pace.measured_pass(time.perf_counter() - after)
         figures.passes += 1
         figures.drafted += len(tree.tokens) - 1
         figures.draft_seconds += after - started
@@ -196,41 +189,46 @@ class Conversation:
 
     def _walk(self, tree: Tree, token: int, figures: Figures) -> bool:
         """Goes on in the tree that was checked to the node that says `token`, if there is one."""
-        node, next_link = tree.child(self._node, token), self._node + 1
-        if tree.is_guessed(self._node):
-            self._length.measured_token(node == next_link, node not in (None, next_link))
+        node = tree.child(self._node, token)
+        promised = tree.promised(self._node)
+        if promised:
+            self._pace.measured_guesses(node is not None, promised)
+        if self._looked_up:
+            self._pace.measured_lookup(self._looked_up[0] == token)
+            self._looked_up = self._looked_up[1:] if self._looked_up[0] == token else []
         if node is None:
             return False
-        # node i of the tree lies i places behind node 0, and of a branch's nodes only the chain's already lie in line
-        if node != next_link:
-            start = len(self.tokens) - next_link
-            self.model.cache.move(start + node, start + next_link)
+        # node i of the tree lies i places behind node 0; no node lies before its place in line
+        start, place = self._start, len(self.tokens)
+        if start + node != place:
+            self.model.cache.move(start + node, place)
         figures.accepted += 1
         self.tokens.append(token)
         self._node = node
         return True
 
-    @property
-    def _length(self) -> DraftLength:
-        """The measure of the kind of draft that was made last."""
-        return self._looked_up if self._by_lookup else self._from_ram
+    def _drafted(self, token: int, room: int) -> Tree:
+        """What the next pass checks: `token`, and guesses at up to `room` tokens behind it."""
+        self._start = len(self.tokens)
+        most = min(NODES, self.model.cache.context - self._start)
+        draft, self._looked_up = Draft(token, self._pace.trust), []
+        if self._drafting and self.model.pages:
+            self._looked_up = lookup([*self.tokens, token], min(room, most - 1))
+            draft.follow(self._looked_up, self._pace.looked_up)
+            if self.model.drafts:
+                self._draft_from_ram(draft, room, most)
+        return draft.tree(most)
 
-    def _draft(self, token: int, room: int) -> list[list[int]]:
-        """Guesses at each of up to `room` tokens behind `token`: what followed earlier, or what RAM alone says."""
-        found = lookup([*self.tokens, token], min(room, self._looked_up.choose()))
-        self._by_lookup = bool(found)
-        if found or not self.model.drafts:
-            return [[guess] for guess in found]
-        return self._draft_from_ram(token, min(room, self._from_ram.choose()))
-
-    def _draft_from_ram(self, token: int, most: int) -> list[list[int]]:
-        """The cache is left as it was."""
-        out: list[list[int]] = []
-        for _ in range(most):
-            # more than a tree takes of one place, unless that is its only one
-            out.append(self.model.draft(out[-1][0] if out else token, NODES - most))
+    def _draft_from_ram(self, draft: Draft, room: int, most: int) -> None:
+        """Lets a draft grow by what RAM alone says. The cache is left as it was."""
+        steps = 0
+        while (nodes := draft.likeliest(min(BEAM, most), room)) and self._pace.goes_on(draft, steps, nodes):
+            started = time.perf_counter()
+            tokens, parents = draft.asked(nodes)
+            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), parents))
+            self._pace.measured_draft(time.perf_counter() - started)
+            steps, most = steps + 1, most - len(nodes)
         self.model.cache.truncate(len(self.tokens))
-        return out
 
     def _forget_drafts(self) -> None:
         """Takes tokens that were drafted and not said out of the cache."""

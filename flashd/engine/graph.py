@@ -274,17 +274,18 @@ class Places:
         return cls(past, np.arange(past, past + tokens)[None], np.zeros((1, 1, tokens, past + tokens), np.float32))
 
     @classmethod
-    def in_tree(cls, past: int, parents: Sequence[int]) -> Places:
+    def in_tree(cls, past: int, parents: Sequence[int], known: int = 0) -> Places:
         """Each token behind its parent, which came before it; the first has none. It looks at its ancestors alone.
 
-        Section 3 of SpecInfer (arXiv 2305.09781) calls this tree attention.
+        Section 3 of SpecInfer (arXiv 2305.09781) calls this tree attention. The tree stands behind `past` tokens, and
+        the first `known` of its own are in the cache already.
         """
         sees = np.eye(len(parents), dtype=bool)
         for node, parent in enumerate(parents[1:], 1):
             sees[node] |= sees[parent]
-        places = cls.in_line(past, len(parents))
-        places.bias[0, 0, :, past:] = np.where(sees, np.float32(0), NEVER)
-        return cls(past, past + sees.sum(1)[None] - 1, places.bias)
+        places = cls.in_line(past + known, len(parents) - known)
+        places.bias[0, 0, :, past:] = np.where(sees[known:], np.float32(0), NEVER)
+        return cls(past + known, past + sees[known:].sum(1)[None] - 1, places.bias)
 
 
 class Attention:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, Rows
@@ -23,6 +21,7 @@ from flashd.engine.head import Head
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
 from flashd.engine.select import SelectedFfn
+from flashd.engine.speculate import NODES, Guesses
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,20 @@ class PagedModel:
         self.cache.advance(len(tokens))
         return logits
 
-    def draft(self, token: int, most: int) -> list[int]:
-        """Guesses at what follows `token`, the likeliest first, made with what is in RAM alone.
+    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses:
+        """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
 
-        The KV cache counts the token: truncate it before the next exact pass.
+        The tokens are the last of a tree, see graph.Places; what of it came before them was drafted before and is in
+        the KV cache, which counts these too: truncate it before the next exact pass.
         """
-        self.cache.reserve(self.cache.length + 1)
-        places = Places.in_line(self.cache.length, 1)
-        x = self._pass(np.array([token]), places, silent, exact=False)
-        self.cache.advance(1)
+        known = len(parents) - len(tokens)
+        places = Places.in_tree(self.cache.length - known, parents, known)
+        self.cache.reserve(self.cache.length + len(tokens))
+        x = self._pass(tokens, places, silent, exact=False)
+        self.cache.advance(len(tokens))
         # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
         (h,) = self._finish(self._vectors, x=x)
-        logits = self._head.of_likely(h)[0]
-        most = min(most, len(logits)) if self._branches else 1
-        best = np.argpartition(-logits, most - 1)[:most]
-        return [int(i) for i in best[np.argsort(-logits[best])]]
+        return Guesses.of(self._head.of_likely(h), NODES if self._branches else 1)
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""

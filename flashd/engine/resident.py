@@ -31,6 +31,7 @@ from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
+from flashd.engine.speculate import Guesses
 from flashd.session import open_session
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -52,7 +53,7 @@ class ResidentModel:
         self._rotary = graph.Rotary(bundle, plan.context)
         self._binding = self._bound()
 
-    def draft(self, token: int, most: int) -> list[int]:
+    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses:
         """Never asked for: nothing is cheaper than an exact pass here."""
         raise NotImplementedError
 

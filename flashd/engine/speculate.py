@@ -1,8 +1,8 @@
 """What to draft for the next pass over the card, and how much.
 
-When reading is the cost, a pass that checks five tokens costs what one costs. What followed the same words
-earlier in the text is free to try; a draft from RAM is cheap. Both are often wrong, so their lengths follow what
-was measured: how often each was right, what it and a pass took.
+When reading is the cost, a pass that checks sixteen tokens costs what one costs. What followed the same words earlier
+in the text is free to try; guesses from RAM are cheap, for several tokens at once hardly more than for one. So drafts
+grow as a tree where it is likeliest to be right, as long as that makes more tokens a second.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST = 8
-"""Drafted tokens in a row at the most."""
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.rows import Floats
 
 NODES = 16
 """Tokens of a pass that checks drafts, the one before them included: each takes a row of logits."""
 
+BEAM = 3
+"""Tokens that guesses are made behind at once: their weights are widened for all of them together."""
+
+STEPS = 4
+"""Steps of drafting before any was measured."""
+
 MEMORY = 0.9
 """How much of a running mean stays when something new is measured."""
+
+STEP, LEAST_TRUST = 0.05, 0.1
+"""How far a promise that was kept or broken moves the trust in the next, and how far it falls."""
 
 PROBE = 16
 """Passes without a draft after which one is tried again: the text may have become easier."""
@@ -27,40 +38,104 @@ LONGEST, SHORTEST = 4, 2
 
 
 @dataclass(frozen=True)
+class Guesses:
+    """What may follow each of T tokens: m guesses [T, m], the likeliest first, and their odds [T, m]."""
+
+    tokens: npt.NDArray[np.int64]
+    odds: Floats
+
+    @classmethod
+    def of(cls, logits: Floats, most: int) -> Guesses:
+        """The likeliest by logits [T, V]."""
+        most = min(most, logits.shape[1])
+        best = np.argpartition(-logits, most - 1, axis=1)[:, :most]
+        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable"), 1)
+        top = np.take_along_axis(logits, best, 1)  # [T, m]
+        total = np.exp(logits - top[:, :1]).sum(1, keepdims=True)
+        return cls(best, np.exp(top - top[:, :1]) / total)
+
+
+@dataclass(frozen=True)
 class Tree:
-    """Tokens that a pass checks. Node 0 was said; a chain of guesses follows it, then others for a guess's place."""
+    """Tokens that a pass checks. Node 0 was said; the others are guesses at what follows their parents."""
 
     tokens: list[int]
     parents: list[int]  # of each node, an earlier one; node 0 is its own
-    links: int  # nodes 1 to `links` are the chain
-
-    @classmethod
-    def grown(cls, token: int, places: Sequence[Sequence[int]], most: int = NODES) -> Tree:
-        """The tree of each place's guesses, likeliest first: the first guesses are the chain.
-
-        The others are taken in turn from all places, up to `most` nodes in all.
-        """
-        tokens, parents = [token], [0]
-        for place, guesses in enumerate(places):
-            tokens.append(guesses[0])
-            parents.append(place)
-        rank = 1
-        while len(tokens) < most and any(rank < len(guesses) for guesses in places):
-            for place, guesses in enumerate(places):
-                if rank < len(guesses) and len(tokens) < most:
-                    tokens.append(guesses[rank])
-                    parents.append(place)
-            rank += 1
-        return cls(tokens, parents, len(places))
+    odds: list[float]  # of each node, that it and all before it are right
 
     def child(self, node: int, token: int) -> int | None:
         """The node that says `token` behind `node`."""
         found = (i for i in range(1, len(self.tokens)) if self.parents[i] == node and self.tokens[i] == token)
         return next(found, None)
 
-    def is_guessed(self, node: int) -> bool:
-        """Whether there are guesses at what follows `node`."""
-        return node < self.links
+    def promised(self, node: int) -> float:
+        """How likely what follows `node` is among the guesses at it, by their odds."""
+        return sum(self.odds[i] for i in range(1, len(self.tokens)) if self.parents[i] == node) / self.odds[node]
+
+
+class Draft:
+    """A tree of guesses that grows where it is likeliest to be right.
+
+    A node's odds are those of all on the way to it together, so that no node is likelier than its parent: the best of
+    them are a tree again. That a draft's own odds tell how often it is right was found for EAGLE-2 (arXiv 2406.16858,
+    section 4); here, where neurons are missing, it is too sure, and `trust` is what its odds are worth.
+    """
+
+    def __init__(self, token: int, trust: float) -> None:
+        self._trust = trust
+        self._tokens, self._parents, self._odds, self._depths = [token], [0], [1.0], [0]
+        self._drafted: list[int] = []  # nodes whose successors were guessed at, in order
+
+    def follow(self, found: Sequence[int], odds: float) -> None:
+        """Adds a chain behind node 0, each of its tokens right with these odds if the one before it is."""
+        node = 0
+        for token in found:
+            node = self._add(node, token, odds)
+
+    def likeliest(self, most: int, deepest: int) -> list[int]:
+        """Up to `most` nodes, at a depth less than `deepest`, behind which nothing was guessed yet."""
+        open_ = (i for i in range(len(self._tokens)) if i not in self._drafted and self._depths[i] < deepest)
+        return sorted(open_, key=lambda i: -self._odds[i])[:most]
+
+    def asked(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(their tokens, the parents of a tree of all that was drafted before and these) as a model drafts them."""
+        order = [*self._drafted, *nodes]
+        return [self._tokens[i] for i in nodes], [order.index(self._parents[i]) for i in order]
+
+    def grow(self, nodes: Sequence[int], guesses: Guesses) -> None:
+        """Adds the guesses behind `nodes`."""
+        for i, tokens, odds in zip(nodes, guesses.tokens.tolist(), guesses.odds.tolist(), strict=True):
+            for token, each in zip(tokens, odds, strict=True):
+                self._add(i, token, self._trust * each)
+        self._drafted += nodes
+
+    def tree(self, most: int) -> Tree:
+        """The likeliest nodes."""
+        best = self._best(most)
+        tokens, odds = [self._tokens[i] for i in best], [self._odds[i] for i in best]
+        return Tree(tokens, [best.index(self._parents[i]) for i in best], odds)
+
+    def expected(self, most: int) -> float:
+        """Tokens that a pass over the likeliest nodes gives, by their odds."""
+        return sum(self._odds[i] for i in self._best(most))
+
+    def odds(self, nodes: Sequence[int]) -> float:
+        return sum(self._odds[i] for i in nodes)
+
+    def _best(self, most: int) -> list[int]:
+        return sorted(range(len(self._tokens)), key=lambda i: (-self._odds[i], i))[:most]
+
+    def _add(self, parent: int, token: int, odds: float) -> int:
+        odds *= self._odds[parent]
+        for i in range(parent + 1, len(self._tokens)):
+            if self._parents[i] == parent and self._tokens[i] == token:
+                self._odds[i] = max(self._odds[i], odds)
+                return i
+        self._tokens.append(token)
+        self._parents.append(parent)
+        self._odds.append(odds)
+        self._depths.append(self._depths[parent] + 1)
+        return len(self._tokens) - 1
 
 
 def lookup(tokens: Sequence[int], most: int) -> list[int]:
@@ -76,45 +151,47 @@ def lookup(tokens: Sequence[int], most: int) -> list[int]:
     return []
 
 
-class DraftLength:
-    """For one kind of draft, running means of what drafting costs (seconds) and how often it is right."""
+class Pace:
+    """Running means of what a step of drafting and a pass cost (seconds), and of how often guesses are right."""
 
     def __init__(self) -> None:
-        # with a third of the neurons pinned, until this text has told
-        self._right = 0.6
-        self._beside = 0.2
+        # until this text has told
+        self.trust = 0.7
+        """What the odds of guesses from RAM are worth."""
+        self.looked_up = 0.5
+        """How often what was looked up is right."""
         self._draft: float | None = None
         self._pass: float | None = None
         self._idle = 0
 
-    def choose(self) -> int:
-        """The number of tokens that makes the most tokens a second."""
+    def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
+        """Whether guesses behind `nodes`, after so many steps, make more tokens a second."""
         if self._draft is None or self._pass is None:
-            return 4
-        best = max(range(MOST + 1), key=lambda k: self._rate(k, self._draft or 0.0, self._pass or 0.0))
-        if best == 0:
+            return steps < STEPS
+        expected = draft.expected(NODES)
+        # of the least likely nodes, as many as come give way to them
+        gain = self.trust * draft.odds(nodes) - (expected - draft.expected(NODES - len(nodes)))
+        pays = gain * (self._pass + steps * self._draft) > expected * self._draft
+        if not pays and steps == 0:
             self._idle += 1
-            best = int(self._idle % PROBE == 0)
-        return best
+            return self._idle % PROBE == 0
+        return pays
 
-    def measured_draft(self, tokens: int, seconds: float) -> None:
-        """Drafting `tokens` took `seconds`."""
-        self._draft = _mean(self._draft, seconds / tokens)
+    def measured_draft(self, seconds: float) -> None:
+        """A step of drafting took `seconds`."""
+        self._draft = _mean(self._draft, seconds)
 
     def measured_pass(self, seconds: float) -> None:
         """A pass over the card took `seconds`."""
         self._pass = _mean(self._pass, seconds)
 
-    def measured_token(self, right: bool, beside: bool = False) -> None:
-        """The first guess at a token was what the exact model says, or another one `beside` it, or none."""
-        self._right = MEMORY * self._right + (1 - MEMORY) * right
-        self._beside = MEMORY * self._beside + (1 - MEMORY) * beside
+    def measured_guesses(self, right: bool, promised: float) -> None:
+        """What was said was among the guesses, or not; their odds had `promised` it."""
+        self.trust = min(max(self.trust + STEP * (right - promised), LEAST_TRUST), 1.0)
 
-    def _rate(self, k: int, draft: float, full: float) -> float:
-        reached = [self._right**i for i in range(k + 1)]
-        # behind another guess nothing is drafted: it gives one token where the chain breaks
-        expected = sum(reached) + self._beside * sum(reached[:k])
-        return expected / (full + k * draft)
+    def measured_lookup(self, right: bool) -> None:
+        """What was said was looked up, or something else was."""
+        self.looked_up = _mean(self.looked_up, right)
 
 
 def _mean(old: float | None, new: float) -> float:

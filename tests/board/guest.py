@@ -243,7 +243,7 @@ class Guest:
         return Line(self._connect(name).detach(), encoding="utf-8", codec_errors="replace", logfile=log)
 
 
-class Line(fdpexpect.fdspawn):
+class Line(fdpexpect.fdspawn):  # type: ignore[misc]
     """A serial line that is always read, whoever waits for what it says.
 
     QEMU writes a character at a time, of which some 280 fill a socket, and then the whole machine stands still.

@@ -14,7 +14,7 @@ from flashd.engine.card import READ_BYTES
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import MOST, DraftLength, Tree, lookup
+from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, Tree, lookup
 from flashd.errors import UsageError
 from tests.engine.test_paths import opened, tokens_of
 from tests.reference import relative
@@ -36,7 +36,7 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     packed: dict[str, Path], sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # this file is read at memory's speed, at which a draft is worth nothing and none would be made
-    monkeypatch.setattr(DraftLength, "choose", lambda self: 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
     question = "<|im_start|>user\nName the days of the week.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokens_of(packed["int4"], question)
     with opened(packed["int4"], 0.5) as model:
@@ -48,9 +48,8 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     assert figures.passes + figures.accepted == 39
 
 
-def test_what_the_text_repeats_is_looked_up(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_text_repeats_is_looked_up(packed: dict[str, Path]) -> None:
     """With nothing in RAM to draft with, the text itself is left."""
-    monkeypatch.setattr(DraftLength, "choose", lambda self: 4)
     lines = "".join(f"item {i}: apples, pears, plums\n" for i in range(4))
     prompt = tokens_of(packed["int4"], lines + "item 4: app")
     with opened(packed["int4"], 0.0) as model:
@@ -77,8 +76,7 @@ def test_a_lookup_is_what_followed_the_longest_end(tokens: list[int], most: int)
 def test_a_tree_s_branches_are_worth_what_the_same_tokens_in_line_are(packed: dict[str, Path]) -> None:
     """Each node sees its ancestors alone, wherever the cache keeps it; one that is said moves into line."""
     prompt = list(range(100, 130))
-    tree = Tree.grown(7, [[8, 11, 12], [9, 13], [10]])
-    assert tree.tokens == [7, 8, 9, 10, 11, 13, 12] and tree.parents == [0, 0, 1, 2, 0, 1, 0] and tree.links == 3
+    tree = Tree([7, 8, 9, 10, 11, 13, 12], [0, 0, 1, 2, 0, 1, 0], [1.0] * 7)
     line = [[7], [7, 8], [7, 8, 9], [7, 8, 9, 10], [7, 11], [7, 8, 13], [7, 12]]
     with opened(packed["int4"], 0.5) as model:
         model.forward(np.array(prompt), np.array([0]))
@@ -98,15 +96,63 @@ def test_a_tree_s_branches_are_worth_what_the_same_tokens_in_line_are(packed: di
         assert relative(after, model.forward(np.array([20]), np.array([0]))[0]) < 1e-3
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True), max_size=5), st.integers(1, 20))
-def test_a_tree_is_a_chain_with_branches(places: list[list[int]], most: int) -> None:
-    tree = Tree.grown(99, places, most)
-    assert len(tree.tokens) == max(len(places) + 1, min(most, 1 + sum(map(len, places))))
-    assert tree.tokens[: tree.links + 1] == [99, *(guesses[0] for guesses in places)]
+GUESSES = st.lists(
+    st.tuples(st.integers(0, 9), st.floats(0.001, 1)), min_size=1, max_size=4, unique_by=lambda g: g[0]
+)
+
+
+@given(st.lists(st.lists(GUESSES, min_size=BEAM, max_size=BEAM), max_size=6), st.lists(st.integers(0, 9), max_size=5),
+       st.floats(0.1, 1), st.integers(1, NODES), st.integers(1, 5))  # fmt: skip
+def test_a_draft_s_likeliest_nodes_are_a_tree(
+    levels: list[list[list[tuple[int, float]]]], found: list[int], trust: float, most: int, deepest: int
+) -> None:
+    draft = Draft(99, trust)
+    draft.follow(found[:deepest], 0.5)
+    asked: list[int] = []
+    for level in levels:
+        nodes = draft.likeliest(BEAM, deepest)
+        if not nodes:
+            break
+        tokens, parents = draft.asked(nodes)
+        asked += tokens
+        assert len(parents) == len(asked) and all(p < i for i, p in enumerate(parents[1:], 1))
+        for guesses, node in zip(level, nodes, strict=False):
+            total = sum(odds for _, odds in guesses)
+            draft.grow([node], Guesses(np.array([[t for t, _ in guesses]]),
+                                       np.array([[odds / total for _, odds in guesses]], np.float32)))  # fmt: skip
+    tree = draft.tree(most)
+    assert tree.tokens[0] == 99 and len(tree.tokens) <= most
+    depths = [0]
     for node in range(1, len(tree.tokens)):
-        assert tree.parents[node] < node and tree.tokens[node] in places[tree.parents[node]]
-        assert tree.child(tree.parents[node], tree.tokens[node]) == node
-    assert tree.child(0, 100) is None and not tree.is_guessed(tree.links)
+        parent = tree.parents[node]
+        assert parent < node and tree.odds[node] <= tree.odds[node - 1] <= 1
+        assert tree.child(parent, tree.tokens[node]) == node
+        depths.append(depths[parent] + 1)
+    assert max(depths) <= deepest
+    assert sum(tree.odds) == pytest.approx(draft.expected(most))
+    assert tree.child(0, 100) is None
+
+
+def test_guesses_are_the_likeliest_with_their_odds() -> None:
+    logits = np.array([[0, 3, 1, 2], [5, 0, 0, 5]], np.float32)
+    guesses = Guesses.of(logits, 2)
+    odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert guesses.tokens[0].tolist() == [1, 3] and sorted(guesses.tokens[1].tolist()) == [0, 3]
+    assert np.allclose(guesses.odds, np.take_along_axis(odds, guesses.tokens, 1))
+    assert Guesses.of(logits, 9).tokens.shape == (2, 4)
+
+
+def test_guesses_behind_several_tokens_are_those_behind_each(packed: dict[str, Path]) -> None:
+    """A tree that is drafted step by step: what came before is in the cache, branches do not see each other."""
+    prompt, tokens, parents = list(range(100, 130)), [7, 8, 11, 9, 12], [0, 0, 0, 1, 2]
+    with opened(packed["int4"], 0.5) as model:
+        model.forward(np.array(prompt), np.array([0]))
+        by_steps = [model.draft(np.array(tokens[a:b]), parents[:b]) for a, b in ((0, 1), (1, 3), (3, 5))]
+        for line, guesses in (([7, 8, 9], 0), ([7, 11, 12], 1)):
+            model.cache.truncate(len(prompt))
+            alone = [model.draft(np.array([t]), [0, *range(i)]) for i, t in enumerate(line)]
+            assert np.array_equal(by_steps[2].tokens[guesses][:4], alone[-1].tokens[0][:4])
+            assert np.allclose(by_steps[2].odds[guesses], alone[-1].odds[0], rtol=1e-3, atol=1e-4)
 
 
 def test_everything_pinned_drafts_nothing(packed: dict[str, Path]) -> None:
@@ -164,23 +210,36 @@ def test_eos_ends_the_answer(tiny_bundle: Path) -> None:
     assert stopped == out[: out.index(out[3])] and figures.finish == "stop"
 
 
-@given(st.floats(0.001, 10), st.floats(0.001, 10), st.lists(st.booleans(), max_size=40))
-def test_draft_length_is_bounded_and_follows_acceptance(draft: float, full: float, right: list[bool]) -> None:
-    length = DraftLength()
-    length.measured_draft(1, draft)
-    length.measured_pass(full)
-    for r in right:
-        length.measured_token(r)
-        assert 0 <= length.choose() <= MOST
+def grown(odds: float, trust: float = 1.0) -> tuple[Draft, list[int]]:
+    """A draft after one step, and what would be drafted next."""
+    draft = Draft(1, trust)
+    draft.grow([0], Guesses(np.array([[2, 3, 4]]), np.array([[odds, (1 - odds) / 2, (1 - odds) / 2]], np.float32)))
+    return draft, draft.likeliest(BEAM, 9)
 
 
-def test_draft_length_grows_when_drafts_are_right_and_cheap() -> None:
-    length = DraftLength()
-    length.measured_draft(2, 0.02)
-    length.measured_pass(10.0)
-    for _ in range(30):
-        length.measured_token(True)
-    assert length.choose() == MOST
-    for _ in range(120):
-        length.measured_token(False)
-    assert np.mean([length.choose() for _ in range(32)]) < 1
+def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:
+    draft, nodes = grown(0.8)
+    pace = Pace()
+    assert [pace.goes_on(draft, steps, nodes) for steps in (0, STEPS - 1, STEPS)] == [True, True, False]
+    pace.measured_draft(0.2)
+    pace.measured_pass(10.0)
+    assert pace.goes_on(draft, 1, nodes)
+    for _ in range(60):
+        pace.measured_draft(20.0)
+    assert not pace.goes_on(draft, 1, nodes)
+    # once in a while it is tried whether it has become better
+    assert 0 < sum(pace.goes_on(draft, 0, nodes) for _ in range(64)) < 8
+    dear = Pace()
+    dear.measured_draft(2.0)
+    dear.measured_pass(10.0)
+    assert dear.goes_on(*(grown(0.9)[0], 1, [1])) and not dear.goes_on(*(grown(0.02, 0.1)[0], 1, [1]))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), max_size=80))
+def test_trust_follows_what_was_promised(told: list[tuple[bool, float]]) -> None:
+    pace = Pace()
+    for right, promised in told:
+        before = pace.trust
+        pace.measured_guesses(right, promised)
+        assert 0 < pace.trust <= 1
+        assert (pace.trust >= before) if right else (pace.trust <= before)

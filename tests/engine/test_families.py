@@ -72,7 +72,7 @@ def test_a_draft_guesses_among_part_of_a_vocabulary(tmp_path: Path, name: str) -
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     with with_head(tmp_path / "m.flash", 0.5, 96) as model:
         model.forward(TOKENS[:20], np.array([19]))
-        guesses = model.draft(int(TOKENS[20]), 5)
+        guesses = model.draft(TOKENS[20:21], [0]).tokens[0].tolist()
     assert guesses and len(set(guesses)) == len(guesses) and all(0 <= g < 96 for g in guesses)
 
 

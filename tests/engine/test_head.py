@@ -71,8 +71,8 @@ def test_what_is_not_in_ram_is_read_once_a_pass(bundle: Path) -> None:
 def test_a_draft_chooses_among_the_rows_in_ram(bundle: Path) -> None:
     with model(bundle, 0.5, KEPT) as running:
         two_passes(running)
-        guesses = running.draft(7, 64)
-        assert sorted(guesses) == list(range(KEPT))
+        guesses = running.draft(np.array([7]), [0])
+        assert set(guesses.tokens[0].tolist()) <= set(range(KEPT)) and guesses.odds.sum() <= 1 + 1e-5
         assert running.cache.length == 14
 
 

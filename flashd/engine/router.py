@@ -14,6 +14,9 @@ class Router:
     """The routers of all layers. Raises DamagedRun, CardError while loading."""
 
     def __init__(self, bundle: Bundle) -> None:
+        experts = bundle.header.model.experts
+        assert experts is not None
+        self.early = experts.early
         self._bundle = bundle
         self._product = graph.Linear(bundle.read("graph.linear.f16"))
         self._route = graph.Stage(bundle.read("graph.route"))

@@ -336,15 +336,17 @@ class _Packer:
     def _fit(self, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None) -> Layer:
         """Takes the texts through a layer and fits its predictors: `fitted` tokens train, `tokens` follow them."""
         ffns, parts = self.weights.ffns(i), dict[int, tuple[Part, Scored]]()
+        h = np.zeros((tokens, self.model.hidden), np.float32)  # once, however many experts a token uses
 
         def sees(number: int, uses: Numbers, seen: Seen) -> None:
             ffn, training = ffns[number], int(np.searchsorted(uses, fitted))
+            h[uses[training:] - fitted] = seen.h[training:]
             known = training >= LEAST_TOKENS
             order = card_order(seen.a[:training] != 0) if known else np.arange(len(seen.reach))
             lean = ffn.biases[:, 0] if ffn.biases.size else np.zeros(len(ffn.biases), np.float32)
             parts[number] = fit(
-                seen, training, self._filled(order), ffn.inputs[0].rows(slice(None)), lean - self.model.threshold,
-                rank_of(i, self.model, rank),
+                seen, training, uses[training:] - fitted, self._filled(order), ffn.inputs[0].rows(slice(None)),
+                lean - self.model.threshold, rank_of(i, self.model, rank),
             )  # fmt: skip
 
         hottest = calibration.mixture(i, sees=sees)
@@ -352,7 +354,7 @@ class _Packer:
         for number in set(range(len(ffns))) - set(parts):
             sees(number, np.zeros(0, np.int64), Seen.nothing(self.model.hidden, own))
         fired = sum(part.fired for part, _ in parts.values())
-        return joined(parts, hottest, tokens, fired / ((fitted + tokens) * own * len(ffns)))
+        return joined(parts, hottest, h, fired / ((fitted + tokens) * own * len(ffns)))
 
     def _pays(self, layers: list[Layer]) -> bool:
         """Whether a card gives the chosen neurons that much sooner than whole experts; says so."""

@@ -115,7 +115,7 @@ class Part:
     order: Numbers  # of its neurons on the card; those from `own` on only fill it up
     own: int
     predictor: Predictor
-    h: Floats  # [N, H], what it took in the texts that thresholds are chosen on
+    tokens: Numbers  # [N] that it took part in, of the texts that thresholds are chosen on
     fired: int  # activations of all texts that are not zero
 
 
@@ -133,7 +133,7 @@ class Layer:
 
     parts: list[Part]  # in the order of the card
     experts: Numbers  # their numbers in the source
-    tokens: int  # of the texts that thresholds are chosen on
+    h: Floats  # [N, H] of the texts that thresholds are chosen on
     fired: float  # share of its neurons in all texts
     scores: Floats  # of what fired where thresholds are chosen, ascending
     below: Floats  # of the same, what of all shares in the output stands below
@@ -150,8 +150,12 @@ class Layer:
         at = int(np.searchsorted(self.below, lost, side="right"))
         self.threshold = float(self.scores[min(at, len(self.scores) - 1)]) - 1e-4 if len(self.scores) else 0.0
         self.dense = False
-        chosen = sum(int(self.chosen(part, part.h).sum()) for part in self.parts)
-        self.dense = chosen > DENSE * sum(len(part.h) * len(part.order) for part in self.parts)
+        chosen = sum(int(self.chosen_of_texts(part).sum()) for part in self.parts)
+        self.dense = chosen > DENSE * sum(len(part.tokens) * len(part.order) for part in self.parts)
+
+    def chosen_of_texts(self, part: Part) -> Mask:
+        """[N, F]: which neurons take part in the part's tokens."""
+        return self.chosen(part, self.h[part.tokens])
 
     def chosen(self, part: Part, h: Floats) -> Mask:
         """[N, F]: which neurons take part, in the order of the card."""
@@ -166,11 +170,11 @@ class Layer:
 
     def rates(self) -> Floats:
         """[F]: how often each neuron of the layer takes part, in the order of the card."""
-        uses = np.concatenate([self.chosen(part, part.h).sum(0) for part in self.parts])
-        return (uses / self.tokens).astype(np.float32)
+        uses = np.concatenate([self.chosen_of_texts(part).sum(0) for part in self.parts])
+        return (uses / len(self.h)).astype(np.float32)
 
 
-def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, tokens: int, fired: float) -> Layer:
+def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, h: Floats, fired: float) -> Layer:
     """The layer of some parts, by their numbers in the source; `experts` is their order on the card."""
     scores, shares = (
         np.concatenate([getattr(scored, name) for _, scored in parts.values()]) for name in ("scores", "shares")
@@ -178,13 +182,16 @@ def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, tokens: i
     by_score = np.argsort(scores)
     total = np.cumsum(shares[by_score], dtype=np.float64)
     below = (total / total[-1:]).astype(np.float32)
-    return Layer([parts[n][0] for n in experts.tolist()], experts, tokens, fired, scores[by_score], below)
+    return Layer([parts[n][0] for n in experts.tolist()], experts, h, fired, scores[by_score], below)
 
 
-def fit(seen: Seen, fitted: int, order: Numbers, matrix: Floats, bias: Floats, rank: int) -> tuple[Part, Scored]:
+def fit(
+    seen: Seen, fitted: int, tokens: Numbers, order: Numbers, matrix: Floats, bias: Floats, rank: int
+) -> tuple[Part, Scored]:
     """A predictor, from what was seen in the texts: the first `fitted` tokens train it.
 
     Args:
+        tokens: the numbers of the others, among all that thresholds are chosen on.
         order: the neurons in the order of the card; those behind the FFN's own only fill it up.
         matrix: the input matrix that decides, [F, H].
         bias: [F].
@@ -201,11 +208,11 @@ def fit(seen: Seen, fitted: int, order: Numbers, matrix: Floats, bias: Floats, r
     predictor = Predictor(
         narrow, np.pad(wide, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-ALWAYS)
     )
-    h, rest = seen.h[fitted:].copy(), weights[fitted:]  # no view: it would hold all of them
+    h, rest = seen.h[fitted:], weights[fitted:]
     # nothing is missed of what always takes part
     fires = (rest > 0) & (lean < ALWAYS)
     scored = Scored(predictor.scores(h)[:, : len(own)][fires], rest[fires])
-    return Part(order, len(own), predictor, h, int(np.count_nonzero(seen.a))), scored
+    return Part(order, len(own), predictor, tokens, int(np.count_nonzero(seen.a))), scored
 
 
 def _nearest(h: Floats, matrix: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -268,11 +275,11 @@ def cost_of_neurons(layers: Sequence[Layer], nbytes: int) -> Cost:
     units, reads = 0.0, 0.0
     for layer in layers:
         for part in layer.parts:
-            tokens, at = np.nonzero(layer.chosen(part, part.h))
+            tokens, at = np.nonzero(layer.chosen_of_texts(part))
             gaps = np.diff(at) - 1
             bridged = (np.diff(tokens) == 0) & (gaps * nbytes <= GAP_BYTES)
-            units += (len(at) + int(gaps[bridged].sum())) / layer.tokens
-            reads += (len(at) - int(bridged.sum())) / layer.tokens
+            units += (len(at) + int(gaps[bridged].sum())) / len(layer.h)
+            reads += (len(at) - int(bridged.sum())) / len(layer.h)
     return _cost(units * nbytes, reads)
 
 

@@ -122,6 +122,11 @@ def all_that_fire(path: Path) -> Callable[..., Mask]:
     return fires
 
 
+def everything(self: Predictor, layer: int, h: Floats, expert: int = 0) -> Mask:
+    """A predictor of a layer in which all neurons of an expert take part."""
+    return np.ones((len(h), FILLED), np.bool_)
+
+
 @pytest.mark.parametrize("name", ["smallthinker", "qwen3moe"])  # routers before and behind the attention
 def test_with_all_that_fire_chosen_it_is_the_exact_model(
     tmp_path: Path, name: str, source: Path, selected: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +143,9 @@ def test_with_all_that_fire_chosen_it_is_the_exact_model(
         with model_of(selected, slots, on_chosen=trace.record) as model:
             for chunk in (20, 1):
                 assert np.abs(all_logits(model, TOKENS.tolist(), chunk) - expected).max() < 1e-3 * np.ptp(expected)
+    monkeypatch.setattr(Predictor, "__call__", everything)
+    with model_of(selected, 40) as model:
+        assert np.abs(all_logits(model, TOKENS.tolist(), 20) - expected).max() < 1e-3 * np.ptp(expected)
     share = np.mean([trace.of_layer(i).mean() for i in range(LAYERS)])
     assert 0.02 < share / (USED / EXPERTS) < 0.15
 
@@ -287,9 +295,9 @@ class _Firing(Layer):
 
 def firing(share: float, neurons: int, tokens: int = 20) -> list[Layer]:
     unseen: Any = None
-    part = Part(np.arange(neurons), neurons, unseen, np.zeros((tokens, 1), np.float32), 0)
+    part = Part(np.arange(neurons), neurons, unseen, np.arange(tokens), 0)
     nothing = np.zeros(0, np.float32)
-    return [_Firing([part], np.arange(1), tokens, share, nothing, nothing)]
+    return [_Firing([part], np.arange(1), np.zeros((tokens, 1), np.float32), share, nothing, nothing)]
 
 
 @pytest.mark.parametrize(("share", "pays"), [(0.4, False), (0.1, True)])
@@ -308,7 +316,7 @@ def test_a_predictor_s_reads_are_bridged_as_the_engine_s_are() -> None:
 
     for share in (0.02, 0.1, 0.5):
         (layer,) = firing(share, 768)
-        chosen = layer.chosen(layer.parts[0], layer.parts[0].h)
+        chosen = layer.chosen_of_texts(layer.parts[0])
         reads = [extents(0, np.flatnonzero(mask).tolist(), 2000) for mask in chosen]
         cost = predictor.cost_of_neurons([layer], 2000)
         assert cost.reads == pytest.approx(np.mean([len(r) for r in reads]))

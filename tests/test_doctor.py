@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flashd.bundle.layout import GAP_BYTES
 from flashd.cli import main
 from flashd.doctor import Finding, Roots, examine
 from flashd.engine import cardspeed
-from flashd.engine.card import GAP_BYTES, MOST_GAP_BYTES, extents, gap_bytes
+from flashd.engine.card import MOST_GAP_BYTES, extents, gap_bytes
 from flashd.engine.cardspeed import CardSpeed, device_key, measure, remember, remembered
 from flashd.errors import InputMissing
 from flashd.places import cache_folder

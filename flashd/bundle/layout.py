@@ -29,8 +29,11 @@ from flashd.errors import DataError
 MAGIC = b"\x93FLASHD\n"
 VERSION = 5
 PLAIN_VERSION = 4
-"""Of bundles in which nothing is narrowed: the flashd before this one reads them too."""
+"""Of bundles in which nothing is narrowed, nor selected within experts: the flashd before this one reads them too."""
 PAGE = 4096
+GAP_BYTES = 16 << 10
+"""Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for
+each random read, so a smaller gap costs nothing."""
 PLAIN_RUN = 1 << 20
 ROWS_OF_A_RUN = 16
 MAX_HEADER = 4 << 20
@@ -154,9 +157,19 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         return self.neurons // BLOCK
 
     @property
+    def ffns(self) -> int:
+        """FFNs of a layer: its experts, or one."""
+        return self.experts.count if self.experts else 1
+
+    @property
+    def expert_neurons(self) -> int:
+        """Neurons of one of them."""
+        return self.neurons // self.ffns
+
+    @property
     def expert_groups(self) -> int:
-        """Groups of one expert."""
-        return self.groups // self.experts.count if self.experts else self.groups
+        """Groups of one of them."""
+        return self.groups // self.ffns
 
     @property
     def inputs(self) -> int:
@@ -257,10 +270,11 @@ class Selection(Measured, frozen=True, kw_only=True):
     """Which neurons take part in a token, where that is not all of them, and what it was measured to cost.
 
     A neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is above the
-    layer's threshold (section 3.1 of "LLM in a flash").
+    layer's threshold (section 3.1 of "LLM in a flash"). In a mixture each expert has a `narrow` of its own, one
+    behind the other, and takes part in the tokens that are routed to it.
     """
 
-    ranks: list[Count]  # of each layer's predictor, a multiple of 32; 0: all of its neurons take part
+    ranks: list[Count]  # of each layer's predictors, a multiple of 32; 0: all neurons, of the experts used, take part
     thresholds: list[float]  # of each layer
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero
@@ -408,7 +422,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lengths = {"rates": 4 * m.layers * m.neurons}
         for i, rank in enumerate(self.selection.ranks):
             if rank:
-                lengths[f"layer.{i}.narrow"] = rank * self.row_format("narrow").nbytes
+                lengths[f"layer.{i}.narrow"] = m.ffns * rank * self.row_format("narrow").nbytes
                 lengths[f"layer.{i}.wide"] = m.neurons * self.row_format(f"layer.{i}.wide").nbytes
                 lengths[f"layer.{i}.lean"] = 4 * m.neurons
         return lengths
@@ -482,7 +496,8 @@ def encode(header: Header, file_length: int) -> bytes:
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
-    version = VERSION if header.narrowed else PLAIN_VERSION
+    within_experts = header.selection and header.model.experts
+    version = VERSION if header.narrowed or within_experts else PLAIN_VERSION
     return sealed(MAGIC, version, body, file_length)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.file import CardFile
-from flashd.bundle.layout import PAGE, DamagedRun
+from flashd.bundle.layout import GAP_BYTES, PAGE, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
 from flashd.engine.cardspeed import CardSpeed
@@ -31,10 +31,6 @@ Numbers = npt.NDArray[np.int32]
 
 READ_BYTES = 3 << 19
 """Bytes of one read, about 1.5 MiB: more gains nothing on any card of the table in DESIGN.md."""
-
-GAP_BYTES = 16 << 10
-"""Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for
-each random read, so a smaller gap costs nothing."""
 
 MOST_GAP_BYTES = 256 << 10
 """However slow a card is to start a read."""

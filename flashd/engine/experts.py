@@ -16,12 +16,13 @@ import numpy as np
 
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats, Groups, Rows
+from flashd.bundle.rows import Floats, Groups
 from flashd.engine import graph
 from flashd.engine.card import CardQueue, CardStats, Extent, units_of_a_read
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
+from flashd.engine.router import Router
 from flashd.engine.window import Window
 
 MEMORY = 0.9
@@ -33,9 +34,8 @@ TRUSTED = 0.5
 
 @dataclass
 class _Layer:
-    """What stays in RAM of one layer."""
+    """What stays in RAM of one layer, its router apart."""
 
-    router: Rows  # [E, H]
     window: Window  # of its experts
     recent: LeastRecentlyUsed
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
@@ -64,8 +64,7 @@ class ExpertFfn:
         self._form = bundle.header.group
         self._most = units_of_a_read(self._form.nbytes)
         self._product = graph.Ffn(bundle.read("graph.ffn"), self._model)
-        self._router = graph.Linear(bundle.read("graph.linear.f16"))
-        self._route = graph.Stage(bundle.read("graph.route"))
+        self._router = Router(bundle)
         self._layers: list[_Layer] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
         self._queue = CardQueue(bundle, plan.passing_groups, plan.buffers)
@@ -97,8 +96,8 @@ class ExpertFfn:
                 at = extent.first - first
                 part: Any = groups[at : at + extent.count]
                 window.fill(extent.first // self._size, extent.first % self._size, part)
-        recent = LeastRecentlyUsed(self._experts.count)
-        self._layers.append(_Layer(self._bundle.rows(f"layer.{layer}.router"), window, recent))
+        self._router.load(layer)
+        self._layers.append(_Layer(window, LeastRecentlyUsed(self._experts.count)))
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -153,7 +152,7 @@ class ExpertFfn:
     def _choose(self, index: int, routed: Floats) -> None:
         """Asks a layer's router, and the card for what is missing; then for what the next layer may need."""
         layer = self._layers[index]
-        used, weights = self._ask(layer, routed)
+        used, weights = self._router(index, routed)
         needed = np.unique(used).tolist()
         here = [e for e in needed if e in layer.window]
         missing = [e for e in needed if e not in layer.window]
@@ -169,7 +168,7 @@ class ExpertFfn:
 
     def _guess(self, index: int, routed: Floats) -> None:
         layer = self._layers[index]
-        uses = np.bincount(self._ask(layer, routed)[0].reshape(-1), minlength=self._experts.count)
+        uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)
         likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.window]
         ahead: list[Extent] = []
         guessed = []
@@ -181,11 +180,6 @@ class ExpertFfn:
         layer.guessed = frozenset(guessed)
         if layer.right >= TRUSTED:
             self._queue.guess(ahead[: self._plan.buffers])
-
-    def _ask(self, layer: _Layer, routed: Floats) -> tuple[Numbers, Floats]:
-        """(experts, their weights), [T, K] each."""
-        used, weights = self._route({}, scores=self._router(routed, layer.router))
-        return np.asarray(used, np.int64), weights
 
     def _make_room(self, index: int, routed: _Routed) -> set[int]:
         """Takes out what is worth least; returns those that are in the window when the pass has gone on."""

@@ -131,24 +131,24 @@ class Ffn:
 
 
 class Neurons:
-    """The share of some neurons in an FFN's output, each taking part in some of the tokens."""
+    """The share of some neurons in an FFN's output, each counting for something in some of the tokens."""
 
     def __init__(self, graph: bytes, model: Model) -> None:
         self._session = open_session(graph)
         self._rows = model.inputs + 1
 
-    def __call__(self, x: Floats, neurons: QuantNeurons | PlainNeurons, chosen: npt.NDArray[np.bool_]) -> Floats:
-        """x [T, H] float32, n neurons, which of them take part in each token [T, n] -> [T, H] float32."""
+    def __call__(self, x: Floats, neurons: QuantNeurons | PlainNeurons, counts: npt.NDArray[Any]) -> Floats:
+        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
         out = np.zeros(x.shape, np.float32)
         for start in range(0, len(neurons), part):
             stop = min(start + part, len(neurons))
-            out += self._part(x, neurons[start:stop], chosen[:, start:stop])
+            out += self._part(x, neurons[start:stop], counts[:, start:stop])
         return out
 
-    def _part(self, x: Floats, n: Any, chosen: npt.NDArray[np.bool_]) -> Floats:
+    def _part(self, x: Floats, n: Any, counts: npt.NDArray[Any]) -> Floats:
         rows = len(n) * self._rows
-        feed: dict[str, Any] = {"x": x, "chosen": chosen.astype(np.float32)}
+        feed: dict[str, Any] = {"x": x, "chosen": counts.astype(np.float32)}
         if n.bias.size:
             feed["bias"] = n.bias.reshape(-1)
         if isinstance(n, PlainNeurons):

@@ -35,9 +35,9 @@ class _Layer:
 
 def _feed_forward(bundle: Bundle, plan: Plan) -> FeedForward:
     header = bundle.header
-    if header.model.experts:
-        return ExpertFfn(bundle, plan)
-    return SelectedFfn(bundle, plan) if header.selection else StreamedFfn(bundle, plan)
+    if header.selection:
+        return SelectedFfn(bundle, plan)
+    return ExpertFfn(bundle, plan) if header.model.experts else StreamedFfn(bundle, plan)
 
 
 class PagedModel:

@@ -1,23 +1,26 @@
 """FFNs of which few neurons take part in a token: a predictor says which, a window keeps them, the card has the rest.
 
-Section 3 of "LLM in a flash". What takes part depends on the token alone and not on what the window holds, so that
-the same prompt gives the same text whatever was asked before.
+Section 3 of "LLM in a flash". In a mixture a router chooses experts first, and predictors among their neurons. What
+takes part depends on the token alone and not on what the window holds, so that the same prompt gives the same text
+whatever was asked before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats, Rows
+from flashd.bundle.rows import Floats
 from flashd.engine import graph
 from flashd.engine.card import CardPicks, CardStats, gap_bytes
 from flashd.engine.cardspeed import remembered
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
-from flashd.engine.policy import Frequency, Mask, Policy, kept
+from flashd.engine.policy import Frequency, Mask, Numbers, Policy, kept
+from flashd.engine.router import Router
 from flashd.engine.window import Ids, Window
 
 OnChosen = Callable[[int, Mask], None]
@@ -32,15 +35,15 @@ def ignore(layer: int, chosen: Mask) -> None:
 
 
 class Predictor:
-    """Tells which neurons of each layer take part, from what goes into its FFN."""
+    """Tells which neurons of each layer take part, from what goes into its FFN, or into one of its experts."""
 
     def __init__(self, bundle: Bundle) -> None:
         selection = bundle.header.selection
         assert selection is not None
         self._bundle, self._selection = bundle, selection
-        self._neurons = bundle.header.model.neurons
+        self._neurons = bundle.header.model.expert_neurons
         self._linear = graph.Linear(bundle.read("graph.linear.int8"))
-        self._parts: list[tuple[Rows, Rows, Floats] | None] = []
+        self._parts: list[tuple[Any, Any, Floats] | None] = []  # with two Rows
 
     def load(self, layer: int) -> None:
         """Reads a layer's, in order. Raises DamagedRun, CardError."""
@@ -51,13 +54,15 @@ class Predictor:
         rows = self._bundle.rows
         self._parts.append((rows(f"{at}narrow"), rows(f"{at}wide"), self._bundle.floats(f"{at}lean")))
 
-    def __call__(self, layer: int, h: Floats) -> Mask:
-        """[T, F]: which neurons take part, for h [T, H]."""
-        parts = self._parts[layer]
+    def __call__(self, layer: int, h: Floats, expert: int = 0) -> Mask:
+        """[T, F]: which neurons of an expert, or of the whole FFN, take part for h [T, H]."""
+        parts, neurons = self._parts[layer], self._neurons
         if parts is None:
-            return np.ones((len(h), self._neurons), np.bool_)
+            return np.ones((len(h), neurons), np.bool_)
         narrow, wide, lean = parts
-        scores = self._linear(self._linear(h, narrow), wide) + lean
+        rank, at = self._selection.ranks[layer], slice(expert * neurons, (expert + 1) * neurons)
+        inner = self._linear(h, narrow[expert * rank : (expert + 1) * rank])
+        scores = self._linear(inner, wide[at]) + lean[at]
         return np.asarray(scores > self._selection.thresholds[layer])
 
 
@@ -82,6 +87,8 @@ class SelectedFfn:
         self._model, self._form = bundle.header.model, bundle.header.neuron
         self._product = graph.Neurons(bundle.read("graph.ffn"), self._model)
         self._predict = Predictor(bundle)
+        self._router = Router(bundle) if self._model.experts else None
+        self._routed: tuple[Numbers, Floats] | None = None
         self._rates = bundle.floats("rates").reshape(self._model.layers, -1)
         self._policies = [policy(rates) for rates in self._rates]
         self._windows: list[Window] = []
@@ -107,10 +114,14 @@ class SelectedFfn:
         return False
 
     def enter(self, layer: int, x: Floats) -> None:
-        """The predictor is asked when the FFN's own input is there."""
+        """A router may be asked already, the predictor when the FFN's own input is there."""
+        if self._router and self._router.early:
+            self._routed = self._router(layer, x)
 
     def load(self, layer: int) -> None:
         self._predict.load(layer)
+        if self._router:
+            self._router.load(layer)
         window = Window(self._form, self._model.neurons, self._plan.slots[layer])
         self._windows.append(window)
         warm = kept(self._policies[layer], np.ones(self._model.neurons, np.bool_), window.capacity)
@@ -120,13 +131,14 @@ class SelectedFfn:
             self._picks.forget_counts()
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
-        chosen, window = self._predict(layer, h), self._windows[layer]
+        counts, window = self._counts(layer, h), self._windows[layer]
+        chosen = counts != 0
         self._on_chosen(layer, chosen)
         needed, here = chosen.any(0), window.here()
         found, missing = (np.flatnonzero(part).astype(np.int32) for part in (needed & here, needed & ~here))
         self._needed += len(found) + len(missing)
         self._found += len(found)
-        y = self._share(layer, h, chosen, found)
+        y = self._share(layer, h, counts, found)
         for mask in chosen:
             self._policies[layer].used(mask)
         keep = kept(self._policies[layer], needed | here, window.capacity)
@@ -134,22 +146,36 @@ class SelectedFfn:
             window.delete(unit)
         for units, raw in self._picks.take(layer, missing):
             rows = self._form.views(raw)
-            y += self._product(h, rows, chosen[:, units])
+            y += self._product(h, rows, counts[:, units])
             stay = np.flatnonzero(keep[units])
             window.put(units[stay], rows[stay])
             on_step(layer, self._model.layers, self.card.bytes_read)
         return y
 
-    def from_ram(self, layer: int, h: Floats) -> Floats:
-        chosen, window = self._predict(layer, h), self._windows[layer]
-        return self._share(layer, h, chosen, np.flatnonzero(chosen.any(0) & window.here()).astype(np.int32))
+    def _counts(self, layer: int, h: Floats) -> Mask | Floats:
+        """[T, F]: what each neuron's share counts for in a token, the weight of its expert; 0 without part in it."""
+        if self._router is None:
+            return self._predict(layer, h)
+        if not self._router.early:
+            self._routed = self._router(layer, h)
+        assert self._routed is not None
+        used, weights = self._routed
+        counts = np.zeros((len(h), self._model.ffns, self._model.expert_neurons), np.float32)
+        for expert in np.unique(used).tolist():
+            tokens, place = np.nonzero(used == expert)
+            counts[tokens, expert] = weights[tokens, place, None] * self._predict(layer, h[tokens], expert)
+        return counts.reshape(len(h), -1)
 
-    def _share(self, layer: int, h: Floats, chosen: Mask, found: Ids) -> Floats:
+    def from_ram(self, layer: int, h: Floats) -> Floats:
+        """Never asked for: a pass needs few neurons as it is."""
+        raise NotImplementedError
+
+    def _share(self, layer: int, h: Floats, counts: Mask | Floats, found: Ids) -> Floats:
         """The share of neurons that are in the window, some at a time."""
         y = np.zeros(h.shape, np.float32)
         for at in range(0, len(found), self._at_once):
             part = found[at : at + self._at_once]
-            y += self._product(h, self._windows[layer].rows_of(part), chosen[:, part])
+            y += self._product(h, self._windows[layer].rows_of(part), counts[:, part])
         return y
 
     def lend(self, nbytes: int) -> None:

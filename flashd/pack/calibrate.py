@@ -42,15 +42,27 @@ def text_tokens(tokenizer_json: bytes, text: str) -> Numbers:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's FFN did in the N tokens of all texts."""
+    """What a layer's FFN did in the N tokens of all texts, or an expert in those that were routed to it."""
 
     h: Floats  # [N, H], what went in
-    a: Floats  # [N, F] activations
+    a: Floats  # [N, F] activations, times the expert's weight
     reach: Floats  # [F], the length of each column of down_proj
+
+    @classmethod
+    def nothing(cls, hidden: int, neurons: int) -> Seen:
+        """Of an expert that no token was routed to."""
+        return cls(*(np.zeros(shape, np.float32) for shape in ((0, hidden), (0, neurons), (neurons,))))
 
     def sizes(self) -> Floats:
         """[F]: the mean size of each neuron's share in the output."""
         return np.asarray(np.abs(self.a).mean(0) * self.reach, np.float32)
+
+
+Chooses = Callable[[int, Floats], Mask]
+"""(expert, h [N, H]) -> which of its neurons [N, F] take part."""
+
+Sees = Callable[[int, Numbers, Seen], None]
+"""Called with (expert, the numbers [N] of the tokens that use it, ascending, what it did in them)."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +98,46 @@ class Calibration:
             places = np.concatenate([np.arange(len(text)) for text in texts])
             self._x = self._x + weights.positions().rows(places)
 
-    def layer(self, i: int, chooses: Callable[[Floats], Mask] | None = None) -> Seen:
-        """Takes the texts through layer i. Of h [N, H] `chooses` says which neurons [N, F] take part."""
+    def layer(self, i: int) -> Seen:
+        """Takes the texts through layer i, which is no mixture."""
         vectors, x, h = self._attend(i)
         a, down = self._neurons(self._weights.ffns(i)[0], h)  # [N, F], [H, F]
-        if chooses:
-            a *= chooses(h)
         y = a @ down.T
         if self._model.normed_neurons:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return Seen(h, a, np.linalg.norm(down, axis=0))
 
-    def mixture(self, i: int) -> Numbers:
-        """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first."""
-        experts = self._model.experts
-        assert experts is not None
+    def mixture(self, i: int, chooses: Chooses | None = None, sees: Sees | None = None) -> Numbers:
+        """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first.
+
+        A plain FFN, but for one whose activations are normed, is one expert that every token uses.
+        """
         vectors, x, h = self._attend(i)
-        scores = _product(self._x if experts.early else h, self._weights.router(i))
-        used, weights = self._run("graph.route", {}, scores=scores)  # [N, used] each
-        uses = np.bincount(used.astype(np.int64).reshape(-1), minlength=scores.shape[1])
+        used, weights = self._routed(i, h)
+        uses = np.bincount(used.reshape(-1), minlength=self._model.ffns)
         y, ffns = np.zeros_like(h), self._weights.ffns(i)
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)
-            a, down = self._neurons(ffns[expert], h[tokens])
-            y[tokens] += weights[tokens, place, None] * (a @ down.T)
+            taken = h[tokens]
+            a, down = self._neurons(ffns[expert], taken)
+            a *= weights[tokens, place, None]
+            if chooses:
+                a *= chooses(expert, taken)
+            if sees:
+                sees(expert, tokens, Seen(taken, a, np.linalg.norm(down, axis=0)))
+            y[tokens] += a @ down.T
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return np.argsort(-uses, kind="stable")
+
+    def _routed(self, i: int, h: Floats) -> tuple[Numbers, Floats]:
+        """(experts, their weights), [N, used] each, of a layer whose FFN takes h; x is not behind it yet."""
+        experts = self._model.experts
+        if experts is None:
+            return np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
+        scores = _product(self._x if experts.early else h, self._weights.router(i))
+        used, weights = self._run("graph.route", {}, scores=scores)
+        return used.astype(np.int64), weights
 
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
         """(the layer's vectors, x and h) behind its attention."""

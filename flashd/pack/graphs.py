@@ -250,7 +250,7 @@ def _share(g: _Graph, model: Model, a: str, y: str) -> str:
 
 
 def neurons(model: Model, kind: RowKind) -> bytes:
-    """y [T, H] = the share that n neurons have in an FFN's output, where `chosen` [T, n] is 1 and not 0.
+    """y [T, H] = the share that n neurons have in an FFN's output, each as much as `chosen` [T, n] says.
 
     Inputs are the arrays of QuantNeurons or PlainNeurons, all axes but the last joined.
     """

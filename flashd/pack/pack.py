@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -41,7 +42,22 @@ from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.gguf import GgufModel
 from flashd.pack.narrow import Judgement, Narrowing, Starts, Weigh
 from flashd.pack.order import card_order
-from flashd.pack.predictor import LOST, SPARSE, Layer, Selecting, Texts, fit_layer, rank_of, rates, thresholds
+from flashd.pack.predictor import (
+    LEAST_TOKENS,
+    LOST,
+    SPARSE,
+    WORTH,
+    Layer,
+    Part,
+    Scored,
+    Selecting,
+    Texts,
+    cost_of_experts,
+    cost_of_neurons,
+    fit,
+    joined,
+    rank_of,
+)
 from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows, is_ternary
 from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
@@ -59,8 +75,6 @@ BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 GRID_BITS = 5.0
 """Bits a weight, steps included, of the finest source whose levels int4 rows hold: Q4_1."""
 
-log = logging.getLogger(__name__)
-
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
 
@@ -74,8 +88,8 @@ def pack(
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
-    Where a loss is allowed: with Selecting a predictor says which neurons take part, with Narrowing what matters
-    least has fewer bits on the card, unless all of it matters too much.
+    Where a loss is allowed: with Selecting a predictor says which neurons take part, unless whole experts are read
+    about as soon, with Narrowing what matters least has fewer bits on the card, unless all of it matters too much.
 
     Raises:
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
@@ -106,6 +120,15 @@ class _Try:
         int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
         int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
         return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
+
+
+@dataclass
+class _Selected:
+    """What chooses among neurons, before it is written."""
+
+    layers: list[Layer]
+    rates: Floats  # [L, F]
+    selection: Selection
 
 
 class _Packer:
@@ -139,10 +162,11 @@ class _Packer:
         context, narrowing = self.model.context, self._narrowing
         # before anything long: the text may be too short
         texts = narrow.cut(vocabulary.tokenizer_json, narrowing, context) if narrowing else None
+        selected = self._selected(vocabulary.tokenizer_json, self._selecting) if self._selecting else None
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
-            for name, graph in graphs.build(self.model, self.formats, self._selecting is not None).items():
+            for name, graph in graphs.build(self.model, self.formats, selected is not None).items():
                 writer.add(name, [graph])
             writer.add("rope", [self.rope.tobytes()])
             writer.add("vectors", self._vectors(self.weights.model_vectors()))
@@ -151,9 +175,9 @@ class _Packer:
             self._add_table(writer, "head", self.weights.head(), self.formats.head, self.formats.centred_head)
             if self.model.positions:
                 self._add_table(writer, "positions", self.weights.positions(), "f16")
-            selection = narrowed = None
-            if self._selecting:
-                selection = self._add_selected(writer, vocabulary.tokenizer_json, self._selecting)
+            narrowed = None
+            if selected:
+                self._add_selected(writer, selected)
             elif narrowing and texts:
                 narrowed = self._add_narrowed(writer, *texts, narrowing.max_loss)
             else:
@@ -163,8 +187,8 @@ class _Packer:
                 chat_template=vocabulary.chat_template,
             )  # fmt: skip
             return writer.finish(
-                model=self.model, formats=self.formats, text=text, source=self.source.source(), selection=selection,
-                narrowed=narrowed,
+                model=self.model, formats=self.formats, text=text, source=self.source.source(),
+                selection=selected.selection if selected else None, narrowed=narrowed,
             )  # fmt: skip
 
     def _add_table(
@@ -277,23 +301,101 @@ class _Packer:
             chunks = self._groups(ffn, part.form, groups, weigh if part.form.kind in NARROW else None)
             writer.add(part.section, chunks, run=part.form.nbytes)
 
-    def _add_selected(self, writer: BundleWriter, tokenizer_json: bytes, selecting: Selecting) -> Selection:
-        """Writes the layers with a bundle a neuron, in an order of their own, and what chooses among them."""
+    def _selected(self, tokenizer_json: bytes, selecting: Selecting) -> _Selected | None:
+        """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.
+
+        Raises DataError where they all raise perplexity by more than is allowed.
+        """
         texts = Texts.cut(text_tokens(tokenizer_json, selecting.text), self.model.context)
-        fitted = sum(len(text) for text in texts.fit)
-        calibration, form = self._calibration([*texts.fit, *texts.choose]), neuron_format(self.model, self.formats)
-        layers, orders = [], []
-        for i in range(self.model.layers):
-            self._add_attention(writer, i)
-            seen = calibration.layer(i)
-            order = self._filled(card_order(seen.a[:fitted] > 0))
-            writer.add(f"layer.{i}.ffn", self._neurons(i, form, order), run=form.nbytes)
-            (ffn,) = self.weights.ffns(i)
+        calibration, fitted = self._calibration([*texts.fit, *texts.choose]), sum(len(text) for text in texts.fit)
+        tokens = sum(len(text) for text in texts.choose)
+        layers = [self._fit(i, calibration, fitted, tokens, selecting.rank) for i in range(self.model.layers)]
+        exact = self._judged(texts.judge, None)
+        for lost in LOST:
+            for layer in layers:
+                layer.choose(lost)
+            found = self._judged(texts.judge, layers)
+            if found <= exact * (1 + selecting.max_loss):
+                break
+        else:
+            raise DataError(
+                f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
+                f" which is more than {100 * selecting.max_loss:.2f} %; pack it with --select exact, or give"
+                " more text, or allow more"
+            )
+        if self.model.experts and not self._pays(layers):
+            return None
+        often = np.stack([layer.rates() for layer in layers])
+        selection = Selection(
+            ranks=[layer.rank for layer in layers], thresholds=[layer.threshold for layer in layers],
+            chosen=often.mean(1).tolist(), fired=[layer.fired for layer in layers],
+            tokens=sum(len(text) - 1 for text in texts.judge), perplexity_exact=exact, perplexity=found,
+        )  # fmt: skip
+        return _Selected(layers, often, selection)
+
+    def _fit(self, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None) -> Layer:
+        """Takes the texts through a layer and fits its predictors: `fitted` tokens train, `tokens` follow them."""
+        ffns, parts = self.weights.ffns(i), dict[int, tuple[Part, Scored]]()
+        h = np.zeros((tokens, self.model.hidden), np.float32)  # once, however many experts a token uses
+
+        def sees(number: int, uses: Numbers, seen: Seen) -> None:
+            ffn, training = ffns[number], int(np.searchsorted(uses, fitted))
+            h[uses[training:] - fitted] = seen.h[training:]
+            known = training >= LEAST_TOKENS
+            order = card_order(seen.a[:training] != 0) if known else np.arange(len(seen.reach))
             lean = ffn.biases[:, 0] if ffn.biases.size else np.zeros(len(ffn.biases), np.float32)
-            matrix, rank = ffn.inputs[0].rows(slice(None)), rank_of(i, self.model, selecting.rank)
-            layers.append(fit_layer(seen, fitted, order, matrix, lean - self.model.threshold, rank))
-            orders.append(order)
-        return self._add_predictors(writer, layers, orders, texts.judge, selecting.max_loss)
+            parts[number] = fit(
+                seen, training, uses[training:] - fitted, self._filled(order), ffn.inputs[0].rows(slice(None)),
+                lean - self.model.threshold, rank_of(i, self.model, rank),
+            )  # fmt: skip
+
+        hottest = calibration.mixture(i, sees=sees)
+        own = ffns[0].down.shape[-1]
+        for number in set(range(len(ffns))) - set(parts):
+            sees(number, np.zeros(0, np.int64), Seen.nothing(self.model.hidden, own))
+        fired = sum(part.fired for part, _ in parts.values())
+        return joined(parts, hottest, h, fired / ((fitted + tokens) * own * len(ffns)))
+
+    def _pays(self, layers: list[Layer]) -> bool:
+        """Whether a card gives the chosen neurons that much sooner than whole experts; says so."""
+        neurons = cost_of_neurons(layers, neuron_format(self.model, self.formats).nbytes)
+        experts = cost_of_experts(
+            self.model, self.model.expert_groups * group_format(self.model, self.formats).nbytes
+        )
+        takes = neurons.weight / experts.weight
+        pays = takes <= WORTH
+        log.warning(
+            "%s: packed %s: single neurons take a card %.0f %% of the time of whole experts (%.0f KiB in %.0f reads a"
+            " token, %.0f KiB in %.0f), and up to %.0f %% are worth a loss",
+            self.source.path, "with single neurons" if pays else "exact, with whole experts", 100 * takes,
+            neurons.nbytes / 1024, neurons.reads, experts.nbytes / 1024, experts.reads, 100 * WORTH,
+        )  # fmt: skip
+        return pays
+
+    def _add_selected(self, writer: BundleWriter, selected: _Selected) -> None:
+        """Writes the layers with a bundle a neuron, in an order of their own, and what chooses among them."""
+        form = neuron_format(self.model, self.formats)
+        for i, layer in enumerate(selected.layers):
+            self._add_attention(writer, i)
+            if self.model.experts:
+                self._add_router(writer, i, layer.experts)
+            ffns = [self.weights.ffns(i)[number] for number in layer.experts.tolist()]
+            neurons = [self._neurons(ffn, form, part.order) for ffn, part in zip(ffns, layer.parts, strict=True)]
+            writer.add(f"layer.{i}.ffn", chain.from_iterable(neurons), run=form.nbytes)
+        writer.add("rates", [selected.rates.tobytes()])
+        for i, layer in enumerate(selected.layers):
+            if layer.rank:
+                predictors = [part.predictor for part in layer.parts]
+                writer.add(f"layer.{i}.narrow", [p.narrow.tobytes() for p in predictors])
+                writer.add(f"layer.{i}.wide", [p.wide.tobytes() for p in predictors])
+                writer.add(f"layer.{i}.lean", [p.lean.tobytes() for p in predictors])
+
+    def _judged(self, texts: list[Numbers], layers: list[Layer] | None) -> float:
+        """Perplexity of texts, of all neurons or of those that the layers' predictors choose."""
+        judge = self._calibration(texts)
+        for i in range(self.model.layers):
+            judge.mixture(i, layers[i].chosen_of_source if layers else None)
+        return judge.perplexity()
 
     def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:
         """A layer's groups, the hottest first; of a mixture its experts, whose router is written here."""
@@ -301,65 +403,23 @@ class _Packer:
         if self.model.experts is None:
             return self._groups(ffns[0], form, hottest_groups(calibration.layer(i), self.model))
         order = calibration.mixture(i)
-        # the router's rows move with their experts, so that the hottest is number 0
-        writer.add(f"layer.{i}.router", self._rows(Matrix(self.weights.router(i).tensor, order), "f16"))
+        self._add_router(writer, i, order)
         every = np.arange(self.model.expert_groups)
         return (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
-
-    def _add_predictors(
-        self, writer: BundleWriter, layers: list[Layer], orders: list[Numbers], texts: list[Numbers], most: float
-    ) -> Selection:
-        """Writes the layers' predictors with the thresholds that choose fewest neurons.
-
-        Raises DataError where they all raise perplexity by more than `most`, in parts of it.
-        """
-        exact = self._judged(texts, None, orders)
-        for lost in LOST:
-            thresholds(layers, lost)
-            found = self._judged(texts, layers, orders)
-            if found <= exact * (1 + most):
-                break
-        else:
-            raise DataError(
-                f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
-                f" which is more than {100 * most:.2f} %; pack it with --select exact, or give"
-                " more text, or allow more"
-            )
-        often = rates(layers)
-        writer.add("rates", [often.tobytes()])
-        for i, layer in enumerate(layers):
-            if not layer.dense:
-                writer.add(f"layer.{i}.narrow", [layer.predictor.narrow.tobytes()])
-                writer.add(f"layer.{i}.wide", [layer.predictor.wide.tobytes()])
-                writer.add(f"layer.{i}.lean", [layer.predictor.lean.tobytes()])
-        return Selection(
-            ranks=[0 if layer.dense else layer.predictor.rank for layer in layers],
-            thresholds=[layer.threshold for layer in layers], chosen=often.mean(1).tolist(),
-            fired=[layer.fired for layer in layers], tokens=sum(len(text) - 1 for text in texts),
-            perplexity_exact=exact, perplexity=found,
-        )  # fmt: skip
-
-    def _judged(self, texts: list[Numbers], layers: list[Layer] | None, orders: list[Numbers]) -> float:
-        """Perplexity of texts, of all neurons or of those that the layers' predictors choose."""
-        judge = self._calibration(texts)
-        for i, order in enumerate(orders):
-            if layers is None:
-                judge.layer(i)
-                continue
-            placed, neurons = np.argsort(order), self.weights.ffns(i)[0].down.shape[-1]
-            judge.layer(i, lambda h, layer=layers[i], at=placed[:neurons]: layer.chosen(h)[:, at])  # type: ignore[misc]
-        return judge.perplexity()
 
     def _calibration(self, texts: list[Numbers]) -> Calibration:
         return Calibration(self.weights, self.model, self.rope, texts)
 
-    def _filled(self, order: Numbers) -> Numbers:
-        """The order of a layer's neurons with those behind them that only fill the last block."""
-        return np.concatenate([order, np.arange(len(order), self.model.neurons)])
+    def _add_router(self, writer: BundleWriter, i: int, order: Numbers) -> None:
+        """The router's rows move with their experts, so that the hottest is number 0."""
+        writer.add(f"layer.{i}.router", self._rows(Matrix(self.weights.router(i).tensor, order), "f16"))
 
-    def _neurons(self, i: int, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
-        """A layer's bundles of one neuron each, in the order of the card."""
-        (ffn,) = self.weights.ffns(i)
+    def _filled(self, order: Numbers) -> Numbers:
+        """The order of an FFN's neurons with those behind them that only fill the last block."""
+        return np.concatenate([order, np.arange(len(order), self.model.expert_neurons)])
+
+    def _neurons(self, ffn: Ffn, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
+        """An FFN's bundles of one neuron each, in the order of the card."""
         down, bias = self._filled_up(ffn)
         for at in range(0, len(order), ROWS_AT_ONCE):
             neurons = order[at : at + ROWS_AT_ONCE]
@@ -448,11 +508,8 @@ def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
 
 def _check_selectable(path: Path, model: Model, formats: Formats) -> None:
     """Raises DataError for a model whose neurons no predictor can choose."""
-    if model.experts or formats.ffn == "ternary" or model.normed_neurons:
-        raise DataError(
-            f"{path}: a predictor is for plain layers, not for mixtures of experts or BitNet; pack it with"
-            " --select exact"
-        )
+    if formats.ffn == "ternary" or model.normed_neurons:
+        raise DataError(f"{path}: a predictor is not for BitNet; pack it with --select exact")
     if model.activation not in SPARSE:
         raise DataError(
             f"{path}: its activation is {model.activation}, of which few neurons are zero; a predictor is for"

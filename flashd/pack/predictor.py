@@ -1,19 +1,19 @@
 """Low-rank predictors of which neurons fire, trained on sample text (section 3.1 of "LLM in a flash").
 
-A layer's predictor is two thin matrices. It starts as the best approximation of that rank to the layer's own input
-matrix on the text's hidden states, and goes on by logistic regression in which what fires weighs as much as what
-does not, each neuron by its share in the output: missing one costs quality, a needless one costs a read.
+The predictor of a layer, or of each expert of one, is two thin matrices. It starts as the best approximation of that
+rank to the FFN's own input matrix on the text's hidden states, and goes on by logistic regression in which what fires
+weighs as much as what does not, each neuron by its share in the output: missing one costs quality, a needless one
+costs a read. Of an expert only the tokens that are routed to it count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from flashd.bundle.layout import PREDICTOR_ROWS, Model
+from flashd.bundle.layout import GAP_BYTES, PAGE, PREDICTOR_ROWS, Model
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows import BLOCK, Bytes, Floats, RowFormat
 from flashd.errors import DataError
@@ -33,6 +33,15 @@ LOST = (0.3, 0.2, 0.15, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 
 DENSE = 0.6
 """Where more than this share of a layer's neurons would be chosen anyway, all of them are."""
+
+LEAST_TOKENS = 64
+"""Of an expert that fewer tokens of the text were routed to, all neurons take part."""
+
+ALWAYS = np.float32(1e9)
+"""More than any score."""
+
+WORTH = 0.8
+"""Of the card's time for whole experts, the most that single neurons may take: they cost quality and RAM too."""
 
 BATCH, PASSES, RATE = 256, 6, 3e-3
 MOST_BALANCE = 8.0
@@ -71,14 +80,17 @@ class Texts:
 
 
 def rank_of(layer: int, model: Model, asked: int | None) -> int:
-    """A layer's rank: a sixteenth of the hidden size, or what was asked; twice that in the last quarter of layers."""
-    base = asked or model.hidden // 16
+    """A layer's rank: a sixteenth of the hidden size, or what was asked; twice that in the last quarter of layers.
+
+    Experts that have fewer neurons than that have predictors in proportion.
+    """
+    base = asked or min(model.hidden, model.expert_neurons) // 16
     rank = base * (2 if layer >= model.layers - model.layers // 4 else 1)
     return -(-rank // BLOCK) * BLOCK
 
 
 class Predictor:
-    """One layer's, and what its threshold is chosen by. Neurons are in the order of the card."""
+    """One FFN's. Neurons are in the order of the card."""
 
     def __init__(self, narrow: Floats, wide: Floats, lean: Floats) -> None:
         self.rank = len(narrow)
@@ -96,52 +108,111 @@ class Predictor:
         return np.asarray(h @ narrow.T @ wide.T + self.lean, np.float32)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One FFN of a layer, its only one or an expert: its predictor, and what its threshold is chosen by."""
+
+    order: Numbers  # of its neurons on the card; those from `own` on only fill it up
+    own: int
+    predictor: Predictor
+    tokens: Numbers  # [N] that it took part in, of the texts that thresholds are chosen on
+    fired: int  # activations of all texts that are not zero
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of what fired in the texts that thresholds are chosen on, and its shares in the output."""
+
+    scores: Floats
+    shares: Floats
+
+
 @dataclass
 class Layer:
-    """A layer's predictor, and how the neurons of its texts scored."""
+    """A layer's predictors, and how the neurons of its texts scored."""
 
-    predictor: Predictor
+    parts: list[Part]  # in the order of the card
+    experts: Numbers  # their numbers in the source
     h: Floats  # [N, H] of the texts that thresholds are chosen on
-    scores: Floats  # of what fired in them, ascending
-    shares: Floats  # of the same, what of all shares in the output stands below
-    fired: float
+    fired: float  # share of its neurons in all texts
+    scores: Floats  # of what fired where thresholds are chosen, ascending
+    below: Floats  # of the same, what of all shares in the output stands below
     threshold: float = 0.0
     dense: bool = False
 
+    @property
+    def rank(self) -> int:
+        """0 where no predictor is asked."""
+        return 0 if self.dense else self.parts[0].predictor.rank
+
     def choose(self, lost: float) -> None:
         """Sets the threshold so that at most `lost` of the shares is missed."""
-        at = int(np.searchsorted(self.shares, lost, side="right"))
+        at = int(np.searchsorted(self.below, lost, side="right"))
         self.threshold = float(self.scores[min(at, len(self.scores) - 1)]) - 1e-4 if len(self.scores) else 0.0
-        self.dense = float(self.chosen(self.h).mean()) > DENSE
+        self.dense = False
+        chosen = sum(int(self.chosen_of_texts(part).sum()) for part in self.parts)
+        self.dense = chosen > DENSE * sum(len(part.tokens) * len(part.order) for part in self.parts)
 
-    def chosen(self, h: Floats) -> Mask:
+    def chosen_of_texts(self, part: Part) -> Mask:
+        """[N, F]: which neurons take part in the part's tokens."""
+        return self.chosen(part, self.h[part.tokens])
+
+    def chosen(self, part: Part, h: Floats) -> Mask:
         """[N, F]: which neurons take part, in the order of the card."""
-        scores = self.predictor.scores(h)
-        return np.ones(scores.shape, np.bool_) if self.dense else scores > self.threshold
+        if self.dense:
+            return np.ones((len(h), len(part.order)), np.bool_)
+        return part.predictor.scores(h) > self.threshold
+
+    def chosen_of_source(self, expert: int, h: Floats) -> Mask:
+        """[N, F] of an expert, number and neurons as the source has them."""
+        part = self.parts[self.experts.tolist().index(expert)]
+        return self.chosen(part, h)[:, np.argsort(part.order)[: part.own]]
+
+    def rates(self) -> Floats:
+        """[F]: how often each neuron of the layer takes part, in the order of the card."""
+        uses = np.concatenate([self.chosen_of_texts(part).sum(0) for part in self.parts])
+        return (uses / len(self.h)).astype(np.float32)
 
 
-def fit_layer(seen: Seen, fitted: int, order: Numbers, matrix: Floats, bias: Floats, rank: int) -> Layer:
-    """A layer's predictor, from what was seen in the texts: the first `fitted` tokens train it.
+def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, h: Floats, fired: float) -> Layer:
+    """The layer of some parts, by their numbers in the source; `experts` is their order on the card."""
+    scores, shares = (
+        np.concatenate([getattr(scored, name) for _, scored in parts.values()]) for name in ("scores", "shares")
+    )
+    by_score = np.argsort(scores)
+    total = np.cumsum(shares[by_score], dtype=np.float64)
+    below = (total / total[-1:]).astype(np.float32)
+    return Layer([parts[n][0] for n in experts.tolist()], experts, h, fired, scores[by_score], below)
+
+
+def fit(
+    seen: Seen, fitted: int, tokens: Numbers, order: Numbers, matrix: Floats, bias: Floats, rank: int
+) -> tuple[Part, Scored]:
+    """A predictor, from what was seen in the texts: the first `fitted` tokens train it.
 
     Args:
-        order: the neurons in the order of the card; those behind the layer's own only fill it up.
+        tokens: the numbers of the others, among all that thresholds are chosen on.
+        order: the neurons in the order of the card; those behind the FFN's own only fill it up.
         matrix: the input matrix that decides, [F, H].
         bias: [F].
     """
     own = order[order < len(matrix)]
-    narrow, wide = _nearest(seen.h[:fitted], matrix[own], rank)
     weights = np.abs(seen.a[:, own]) * seen.reach[own]
-    narrow, wide, lean = _trained(seen.h[:fitted], weights[:fitted], narrow, wide, bias[own])
+    if fitted < LEAST_TOKENS:
+        narrow, wide = np.zeros((rank, matrix.shape[1]), np.float32), np.zeros((len(own), rank), np.float32)
+        lean = np.full(len(own), ALWAYS)
+    else:
+        narrow, wide = _nearest(seen.h[:fitted], matrix[own], rank)
+        narrow, wide, lean = _trained(seen.h[:fitted], weights[:fitted], narrow, wide, bias[own])
     filling = len(order) - len(own)
     predictor = Predictor(
-        narrow, np.pad(wide, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-1e9)
+        narrow, np.pad(wide, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-ALWAYS)
     )
     h, rest = seen.h[fitted:], weights[fitted:]
-    scores = predictor.scores(h)[:, : len(own)][rest > 0]
-    by_score = np.argsort(scores)
-    below = np.cumsum(rest[rest > 0][by_score], dtype=np.float64)
-    shares = (below / below[-1]).astype(np.float32) if len(below) else np.zeros(0, np.float32)
-    return Layer(predictor, h, scores[by_score], shares, float((seen.a > 0).mean()))
+    # nothing is missed of what always takes part
+    fires = (rest > 0) & (lean < ALWAYS)
+    scored = Scored(predictor.scores(h)[:, : len(own)][fires], rest[fires])
+    return Part(order, len(own), predictor, tokens, int(np.count_nonzero(seen.a))), scored
 
 
 def _nearest(h: Floats, matrix: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -186,12 +257,38 @@ def _gradients(
     return [(wrong @ wide).T @ x, wrong.T @ inner, wrong.sum(0)]
 
 
-def thresholds(layers: Sequence[Layer], lost: float) -> None:
-    """Sets every layer's threshold."""
+@dataclass(frozen=True)
+class Cost:
+    """What a token asks of the card where nothing is in RAM."""
+
+    nbytes: float
+    reads: float
+
+    @property
+    def weight(self) -> float:
+        """Bytes that an SD card gives in that time."""
+        return self.nbytes + self.reads * GAP_BYTES
+
+
+def cost_of_neurons(layers: Sequence[Layer], nbytes: int) -> Cost:
+    """Of the neurons, of so many bytes each, that the layers' predictors choose; what lies close is one read."""
+    units, reads = 0.0, 0.0
     for layer in layers:
-        layer.choose(lost)
+        for part in layer.parts:
+            tokens, at = np.nonzero(layer.chosen_of_texts(part))
+            gaps = np.diff(at) - 1
+            bridged = (np.diff(tokens) == 0) & (gaps * nbytes <= GAP_BYTES)
+            units += (len(at) + int(gaps[bridged].sum())) / len(layer.h)
+            reads += (len(at) - int(bridged.sum())) / len(layer.h)
+    return _cost(units * nbytes, reads)
 
 
-def rates(layers: Sequence[Layer]) -> npt.NDArray[np.float32]:
-    """[L, F]: how often each neuron takes part, in the order of the card."""
-    return np.stack([layer.chosen(layer.h).mean(0) for layer in layers]).astype(np.float32)
+def cost_of_experts(model: Model, nbytes: int) -> Cost:
+    """Of the experts that a token uses, of so many bytes each."""
+    assert model.experts is not None
+    used = model.layers * model.experts.used
+    return _cost(used * nbytes, used)
+
+
+def _cost(nbytes: float, reads: float) -> Cost:
+    return Cost(nbytes + reads * PAGE, reads)  # a card gives whole pages

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle.layout import DamagedRun
+from flashd.bundle.layout import GAP_BYTES, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import GAP_BYTES, READ_BYTES, CardQueue, CardStream, Extent, extents
+from flashd.engine.card import READ_BYTES, CardQueue, CardStream, Extent, extents
 from flashd.errors import CardError
 
 

@@ -227,8 +227,9 @@ class Board:
         try:
             self._wait_ready()
             if g.arch == "aarch64":
+                before = self._jobs("serial:console")
                 g.uart.send("Is anybody there?\r")
-                self._wait_done("serial:console", self._jobs("serial:console") + 1)
+                self._wait_done("serial:console", before + 1)
                 said = "asked and not shown; " + self._ask_adapter(4, "What is the capital of Sweden?")
             else:
                 g.uart.send("\r")

@@ -86,6 +86,7 @@ class Appliance:
         if self._watch is not None:
             self._watch.close()
         self._drop()
+        self._drives.forget()
 
     def reload(self, settings: Settings) -> None:
         """Takes new triggers, templates, sensors and outputs; consoles that are open and jobs go on.

@@ -64,10 +64,25 @@ def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
     return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
 
 
+def _write_down(pins: list[Held], record: Path) -> None:
+    """Makes the record name these. Where it does, nothing is written: a full disk does not keep pins from anybody."""
+    if not pins:
+        record.unlink(missing_ok=True)
+        return
+    try:
+        if read_record(record) == pins:
+            return
+    except FlashdError:
+        log.warning("%s: cannot be read; written anew", record)
+    with NewFile(record) as file:
+        file.write(msgspec.json.encode(pins), 0)
+        file.publish()
+
+
 class Drives:
     """The output pins of triggers that have one. They are off unless a decision has just turned one on.
 
-    `record` is there as long as pins are held.
+    `record` names them as long as pins are held, see `forget`.
 
     Raises gpiozero.GPIOZeroError where a pin cannot be had, CannotWrite where the record cannot be made.
     """
@@ -75,13 +90,7 @@ class Drives:
     def __init__(self, triggers: list[AnyTrigger], record: Path) -> None:
         self._drives: dict[str, _Drive] = {}
         self._record = record
-        pins = held(triggers)
-        if pins:
-            with NewFile(record) as file:
-                file.write(msgspec.json.encode(pins), 0)
-                file.publish()
-        else:
-            record.unlink(missing_ok=True)
+        _write_down(held(triggers), record)
         try:
             for trigger in triggers:
                 if trigger.drive is not None:
@@ -95,6 +104,9 @@ class Drives:
         for drive in self._drives.values():
             drive.close()
         self._drives.clear()
+
+    def forget(self) -> None:
+        """Removes the record: the pins were let go and will not be taken again."""
         self._record.unlink(missing_ok=True)
 
     def decided(self, job: Job) -> None:

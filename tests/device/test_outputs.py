@@ -21,6 +21,7 @@ from flashd.config import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.errors import CannotWrite
+from flashd.newfile import NewFile
 from tests.daemon.clerk import Clerk, request
 from tests.waiting import wait
 
@@ -282,6 +283,21 @@ def test_no_pin_is_taken_that_cannot_be_written_down(
     with pytest.raises(CannotWrite, match=r"pins\.json"):
         appliance(DECIDES)
     assert levels(pin) == [True]
+
+
+def test_a_reload_on_a_full_disk_leaves_pins_as_they_were(
+    pins: MockFactory, appliance: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, data: bytes, offset: int) -> None:
+        raise CannotWrite("pins.json: No space left on device")
+
+    one, other = appliance(DECIDES), parse(DECIDES.replace("pin: 8", "pin: 9"))
+    monkeypatch.setattr(NewFile, "write", full)
+    one.reload(parse(DECIDES))
+    with pytest.raises(CannotWrite, match="No space"):
+        one.reload(other)
+    assert one.settings == parse(DECIDES) and pins.pin(8).function == "output"
+    assert json.loads((tmp_path / "pins.json").read_bytes()) == [{"pin": 8, "active_high": True}]
 
 
 def test_safe_turns_off_all_that_it_can(

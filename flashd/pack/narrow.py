@@ -19,6 +19,7 @@ from flashd.bundle.reader import dequantise
 from flashd.bundle.rows import BLOCK, Floats, QuantGroups, QuantRows, unit_steps, unpack
 from flashd.errors import DataError
 from flashd.pack.calibrate import Calibration, Dense, Numbers, Seen, text_tokens
+from flashd.pack.feedback import factor
 
 KEPT = 4
 """The hottest one in so many groups keeps its 4 bits: where there is any RAM at all, they are in it."""
@@ -39,7 +40,7 @@ BUDGETS = (
 narrow and cost 7.2, 5.5, 3.7 and 2.3 % of perplexity; with 2 bits in half of them it is 19 %."""
 
 LENGTH = 512
-FIT, JUDGED = 4, 3
+FIT, JUDGED = 11, 3
 """Tokens of a text, texts that errors are weighed on, and others that judge the result."""
 
 LEAST = np.float32(1e-3)
@@ -62,18 +63,22 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class Weigh:
-    """How much errors of a layer's weights count: the mean squares of what each is multiplied by.
+    """How much errors of a layer's weights count, by what each is multiplied by.
 
     None counts nothing: what a text did not use another may.
     """
 
-    inputs: Floats  # [H]
-    neurons: Floats  # [F]
+    inputs: Floats  # [H, H], the factor of `feedback`
+    neurons: Floats  # [F], the mean squares
 
     @classmethod
     def of(cls, seen: Seen) -> Weigh:
-        means = [np.square(values).mean(0) for values in (seen.h, seen.a)]
-        return cls(*(mean + LEAST * mean.mean() + np.float32(1e-30) for mean in means))
+        inputs, neurons = (np.square(values).mean(0) for values in (seen.h, seen.a))
+        return cls(factor(seen.h, _counting(inputs)), _counting(neurons))
+
+
+def _counting(means: Floats) -> Floats:
+    return np.asarray(means + LEAST * means.mean() + np.float32(1e-30), np.float32)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def cut(tokenizer_json: bytes, narrowing: Narrowing, context: int) -> tuple[list
             " longer one with --text"
         )
     spread = [texts[at * len(texts) // wanted] for at in range(wanted)]
-    judged = set(range(1, 2 * JUDGED, 2))
+    judged = set(range(2, 4 * JUDGED, 4))
     return [t for i, t in enumerate(spread) if i not in judged], [spread[i] for i in sorted(judged)]
 
 

@@ -36,12 +36,15 @@ class Budget:
 BUDGETS = (
     Budget(np.inf, 2e-5), Budget(np.inf, 0), Budget(1e-4, 0), Budget(2e-5, 0), Budget(8e-6, 0), Budget(2e-6, 0),
 )  # fmt: skip
-"""What is tried, the fewest bytes first. Of Qwen2.5-Coder-1.5B the first four have 75, 75, 64 and 48 % of groups
-narrow and cost 7.2, 5.5, 3.7 and 2.3 % of perplexity; with 2 bits in half of them it is 19 %."""
+"""What is tried, the fewest bytes first. Without `feedback` the first four had 75, 75, 64 and 48 % of groups narrow
+of Qwen2.5-Coder-1.5B and cost 7.2, 5.5, 3.7 and 2.3 % of perplexity, with 2 bits in half of them 19 %. What feedback
+gains was measured on SmolLM2-135M: with 3 bits in 75 % a KL of 0.123 and not 0.150, 13.9 % and not 15.9 %."""
 
 LENGTH = 512
 FIT, JUDGED = 11, 3
-"""Tokens of a text, texts that errors are weighed on, and others that judge the result."""
+"""Tokens of a text, texts errors are weighed on, and others that judge the result. With four times as many tokens
+as inputs `feedback` takes 22 to 32 % off the outputs' error on other text, with a third of that 11 to 20 %: layers 5,
+13 and 21 of Qwen2.5-Coder-1.5B."""
 
 LEAST = np.float32(1e-3)
 """How much an error counts at least, in parts of the mean."""
@@ -68,7 +71,7 @@ class Weigh:
     None counts nothing: what a text did not use another may.
     """
 
-    inputs: Floats  # [H, H], the factor of `feedback`
+    inputs: Floats  # [H, H], the factor of `feedback`: of all layers of Qwen2.5-Coder-1.5B 264 MB
     neurons: Floats  # [F], the mean squares
 
     @classmethod

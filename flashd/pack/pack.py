@@ -39,6 +39,7 @@ from flashd.errors import DataError
 from flashd.pack import graphs, narrow
 from flashd.pack.calibrate import Calibration, Dense, Seen, hottest_groups, sample_tokens, text_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
+from flashd.pack.feedback import encode_fed
 from flashd.pack.gguf import GgufModel
 from flashd.pack.narrow import Judgement, Narrowing, Starts, Weigh
 from flashd.pack.order import card_order
@@ -451,11 +452,13 @@ class _Packer:
         form: RowFormat,
         which: slice | Numbers,
         centred: bool = True,
-        weigh: Floats | None = None,
+        factor: Floats | None = None,
     ) -> Bytes:
         weights = matrix.rows(which)
         self._count(weights.size)
-        return encode_rows(weights, form, matrix.grid(which), centred, weigh)
+        if factor is not None:
+            return encode_fed(weights, form, factor)
+        return encode_rows(weights, form, matrix.grid(which), centred)
 
     def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
         """Some of an FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
@@ -464,18 +467,18 @@ class _Packer:
         for at in range(0, len(order), GROUPS_AT_ONCE):
             groups = order[at : at + GROUPS_AT_ONCE]
             neurons = _neurons_of(groups)
-            inputs = weigh.inputs if weigh else None
-            records = [self._padded_rows(matrix, form.row, neurons, inputs) for matrix in ffn.inputs]
+            factor = weigh.inputs if weigh else None
+            records = [self._padded_rows(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
             part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
             self._count(form.hidden * len(neurons))
             some = None if columns is None else columns[neurons]
             yield encode_groups(records, down[:, neurons], bias[neurons], form, part, some).tobytes()
 
-    def _padded_rows(self, matrix: Matrix, form: RowFormat, neurons: Numbers, weigh: Floats | None = None) -> Bytes:
+    def _padded_rows(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
         """Row records of some neurons; those that only fill the last group are zero."""
         real = neurons < len(matrix)
         out = np.zeros((len(neurons), form.nbytes), np.uint8)
-        out[real] = self._encode(matrix, form, neurons[real], weigh=weigh)
+        out[real] = self._encode(matrix, form, neurons[real], factor=factor)
         return out
 
     def _count(self, weights: int) -> None:

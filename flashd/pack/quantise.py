@@ -38,12 +38,10 @@ FITS: dict[RowKind, int] = {"int4": 1, "int8": 1, "int3": 3, "int2": 3}
 """Times that steps are fitted to the levels that they gave."""
 
 
-def encode_rows(
-    weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
-) -> Bytes:
+def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True) -> Bytes:
     """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero.
 
-    Narrow rows take `weigh` [K], how much a squared error of each weight counts. For ternary rows see `is_ternary`.
+    For narrow rows see `feedback`, for ternary ones `is_ternary`.
     """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
@@ -54,8 +52,7 @@ def encode_rows(
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
         return raw
-    counts = None if weigh is None else weigh.reshape(1, -1, BLOCK)
-    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, counts)
+    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred)
     parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
     parts.scale[:], parts.centre[:], parts.step[:] = scale, centre, step
     return raw
@@ -124,10 +121,10 @@ def quantise(
     The B blocks of an n share their steps. With `weigh`, as large as the blocks or repeated over them, the source's
     grid is not looked at.
     """
-    own = _coded(blocks, *_fitted(blocks, kind, centred, weigh), kind)
+    own = coded(blocks, *fitted(blocks, kind, centred, weigh), kind)
     if grid is None or weigh is not None or not (centred or not grid[1].any()):
         return own.q, own.scale, own.centre, own.step
-    theirs = _coded(blocks, *grid, kind)
+    theirs = coded(blocks, *grid, kind)
     # where the grid's own error is but its codes' rounding, another is no nearer to what was meant
     better = own.error < theirs.error / 4
     for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
@@ -135,21 +132,21 @@ def quantise(
     return theirs.q, theirs.scale, theirs.centre, theirs.step
 
 
-def _fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
+def fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
     """Scales and centres [n, B]: for each block the range of SHRINK whose levels, fitted to the block, err least."""
     low, high = blocks.min(2), blocks.max(2)
     if not centred:
         high = np.maximum(high, -low)
         low = -high
     middle, half = (low + high) / 2, (high - low) / 2
-    levels = (1 << BITS[kind]) - 1
+    most = (1 << BITS[kind]) - 1
     scale, centre, least = np.empty_like(low), np.empty_like(low), np.full_like(low, np.inf)
     for part in SHRINK[kind]:
-        step = 2 * half * np.float32(part / levels)
+        step = 2 * half * np.float32(part / most)
         tried = step, middle + step / 2
         for _ in range(FITS[kind]):
             tried = _refit(blocks, *tried, kind, centred, weigh)
-        off = _levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks
+        off = levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks
         error = (off * off if weigh is None else off * off * weigh).sum(2)
         better = error < least
         for to, values in zip((scale, centre, least), (*tried, error), strict=True):
@@ -159,7 +156,7 @@ def _fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) 
 
 def _refit(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
     """The scale and the centre of least squared error for the levels that a first pair gives."""
-    q = _levels(blocks, scale, centre, kind)
+    q = levels(blocks, scale, centre, kind)
     if not centred:
         return _divide((q * blocks).sum(2), (q * q).sum(2)), np.zeros_like(scale)
     mean, middle = _mean(q, weigh), _mean(blocks, weigh)
@@ -175,14 +172,14 @@ def _mean(blocks: Floats, weigh: Floats | None) -> Floats:
     return blocks.mean(2) if weigh is None else _divide((blocks * weigh).sum(2), weigh.sum(2))
 
 
-def _levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floats:
+def levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floats:
     """The nearest levels [n, B, 32] of weights, zero in the middle, as many as the bits give."""
     zero = 1 << (BITS[kind] - 1)
     return np.clip(np.rint(_divide(blocks - centre[:, :, None], scale[:, :, None])), -zero, zero - 1)
 
 
 @dataclass(frozen=True)
-class _Coded:
+class Coded:
     """Blocks as they are written, and the squared error [n] of each n's."""
 
     q: Bytes
@@ -195,15 +192,15 @@ class _Coded:
         return [self.q, self.scale, self.centre, self.step]
 
 
-def _coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> _Coded:
+def coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Coded:
     tops = _half(scale.max(1, keepdims=True)), _half(np.abs(centre).max(1, keepdims=True))
     scale_type, centre_type = CODE_TYPES[kind]
     scale_codes, s = _code(scale, tops[0], scale_type, 1)
     centre_codes, c = _code(centre, tops[1], centre_type, -np.iinfo(centre_type).max)
-    levels = _levels(blocks, s, c, kind)
-    error = ((levels * s[:, :, None] + c[:, :, None] - blocks) ** 2).sum((1, 2))
-    q = (levels + (1 << (BITS[kind] - 1))).astype(np.uint8)
-    return _Coded(q, scale_codes, centre_codes, np.concatenate(tops, 1).astype(np.float16), error)
+    whole = levels(blocks, s, c, kind)
+    error = ((whole * s[:, :, None] + c[:, :, None] - blocks) ** 2).sum((1, 2))
+    q = (whole + (1 << (BITS[kind] - 1))).astype(np.uint8)
+    return Coded(q, scale_codes, centre_codes, np.concatenate(tops, 1).astype(np.float16), error)
 
 
 def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int) -> tuple[Codes, Floats]:

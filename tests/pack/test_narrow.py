@@ -12,14 +12,26 @@ from hypothesis import strategies as st
 
 from flashd.bundle import layout
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import NARROW, GroupFormat, QuantGroups, QuantRows, RowFormat, RowKind, pack_bits, unpack
+from flashd.bundle.rows import (
+    NARROW,
+    Bytes,
+    Floats,
+    GroupFormat,
+    QuantGroups,
+    QuantRows,
+    RowFormat,
+    RowKind,
+    pack_bits,
+    unpack,
+)
 from flashd.engine.paged import PagedModel
 from flashd.errors import DataError
 from flashd.pack import narrow as narrowing
 from flashd.pack.calibrate import Seen
+from flashd.pack.feedback import DOUBT, encode_fed, factor
 from flashd.pack.narrow import Budget, Narrowing, Starts, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
-from flashd.pack.quantise import encode_rows
+from flashd.pack.quantise import quantise
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened, plan
 from tests.goldens.models import GOLDENS
@@ -70,10 +82,7 @@ def test_errors_that_count_more_are_smaller(kind: RowKind) -> None:
 
     def error(counts: np.ndarray) -> tuple[float, float]:
         """Of the weights that count more, and of the others."""
-        rows = form.views(encode_rows(weights, form, weigh=counts.astype(np.float32)))
-        assert isinstance(rows, QuantRows)
-        wide = QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step)
-        off = (dequantise(wide, "int4") - weights) ** 2
+        off = (decoded(encode_fed(weights, form, uncorrelated(counts)), form) - weights) ** 2
         assert off[0].max() == 0 and off[1].max() < 1e-4
         return float(off[:, weigh > 1].mean()), float(off[:, weigh == 1].mean())
 
@@ -90,18 +99,73 @@ def test_weights_that_count_nothing_or_everything_are_still_weights(kind: RowKin
     lopsided[0] = 1e8
 
     def error(counts: np.ndarray) -> float:
-        rows = form.views(encode_rows(weights, form, weigh=Weigh.of(seen(counts)).inputs))
-        assert isinstance(rows, QuantRows)
-        wide = QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step)
-        return float(((dequantise(wide, "int4") - weights) ** 2).mean())
+        back = decoded(encode_fed(weights, form, Weigh.of(seen(counts)).inputs), form)
+        return float(((back - weights) ** 2).mean())
 
     alike = error(np.ones(64))
     assert error(unused) < 1.5 * alike and error(lopsided) < 4 * alike
 
 
 def seen(counts: np.ndarray) -> Seen:
-    h = np.sqrt(counts).astype(np.float32)[None]
-    return Seen(h, np.ones((1, 32), np.float32), np.ones(32, np.float32))
+    h = np.random.default_rng(3).standard_normal((512, len(counts))) * np.sqrt(counts)
+    return Seen(h.astype(np.float32), np.ones((512, 32), np.float32), np.ones(32, np.float32))
+
+
+def uncorrelated(counts: np.ndarray) -> Floats:
+    """The factor of inputs with such mean squares."""
+    return np.diag(1 / np.sqrt(counts)).astype(np.float32)
+
+
+def decoded(raw: Bytes, form: RowFormat) -> Floats:
+    """Narrow rows as what they stand for."""
+    rows = form.views(raw)
+    assert isinstance(rows, QuantRows)
+    return dequantise(QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step), "int4")
+
+
+def mixed(tokens: int, width: int) -> Floats:
+    """Inputs [tokens, width] that are mixtures of few things, and a little of their own."""
+    random = np.random.default_rng(4)
+    mixing = random.standard_normal((width // 8, width))
+    drawn = np.random.default_rng(tokens)
+    own = 0.2 * drawn.standard_normal((tokens, width))
+    return (drawn.standard_normal((tokens, width // 8)) @ mixing + own).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_of_correlated_inputs_the_outputs_err_less(kind: RowKind) -> None:
+    weights = np.random.default_rng(5).standard_normal((64, 128)).astype(np.float32)
+    form, fit, others = RowFormat(kind, 128), mixed(1024, 128), mixed(500, 128)
+    counts = np.square(fit).mean(0)
+
+    def error(by: Floats) -> float:
+        """Of the outputs, on inputs that nothing was fitted to."""
+        return float(np.square(others @ (decoded(encode_fed(weights, form, by), form) - weights).T).mean())
+
+    assert error(factor(fit, counts)) < 0.5 * error(uncorrelated(counts))
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_of_uncorrelated_inputs_each_weight_is_rounded_by_itself(kind: RowKind) -> None:
+    weights = np.random.default_rng(6).standard_normal((64, 128)).astype(np.float32)
+    counts = np.random.default_rng(7).uniform(0.5, 2, 128).astype(np.float32)
+    form, by = RowFormat(kind, 128), uncorrelated(counts)
+    rows = form.views(encode_fed(weights, form, by))
+    assert isinstance(rows, QuantRows)
+    once = (1 / np.square(np.diag(by))).reshape(1, 4, 32).astype(np.float32)
+    q, scale, centre, step = quantise(weights.reshape(64, 4, 32), kind, weigh=once)
+    assert (rows.q == pack_bits(q.reshape(64, 128), form.bits)).all()
+    assert (rows.scale == scale).all() and (rows.centre == centre).all() and (rows.step == step).all()
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    x = mixed(256, 64)
+    counts = np.square(x).mean(0)
+    expected = (1 - DOUBT) * x.T @ x / 256
+    expected[np.diag_indices(64)] = counts
+    found = factor(x, counts)
+    assert (np.tril(found, -1) == 0).all()
+    assert np.allclose(found.T @ found @ expected, np.eye(64), atol=1e-3)
 
 
 def test_a_plain_ffn_with_biases_and_a_last_group_that_is_not_full(tmp_path: Path) -> None:
@@ -190,7 +254,7 @@ def test_rows_of_other_bits_and_short_texts_are_refused(tmp_path: Path) -> None:
 def test_the_default_text_is_long_enough(tiny_bundle: Path) -> None:
     with Bundle(tiny_bundle) as bundle:
         weighed, judged = cut(bundle.read("tokenizer"), Narrowing(0.1), 512)
-    assert len(weighed) == 4 and len(judged) == 3
+    assert len(weighed) == 11 and len(judged) == 3
     assert not {t.tobytes() for t in weighed} & {t.tobytes() for t in judged}
 
 

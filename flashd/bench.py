@@ -1,4 +1,4 @@
-"""flashd bench: flashd and llama.cpp side by side, each in a process of its own, turn and turn about."""
+"""flashd bench: flashd, its paper's baselines and llama.cpp, each in a process of its own, turn and turn about."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from typing import Any
 
 from flashd.bundle.reader import Bundle
 from flashd.child import in_child
+from flashd.engine.cardspeed import remembered
 from flashd.engine.engine import Prompts
+from flashd.engine.plan import MARGIN
 from flashd.engine.text import Message
-from flashd.errors import FlashdError
+from flashd.errors import FlashdError, InputMissing
+
+PEER = "llama.cpp mmap"
+NAIVE, HYBRID, DRAFTS = "naive: all of the FFN each token", "hybrid: what fits pinned, the rest each token", "flashd"
+"""The first two are the baselines of the paper's Table 2; the third adds several tokens a pass."""
 
 COLUMNS = {
     "load_seconds": "load s",
@@ -23,9 +29,36 @@ COLUMNS = {
     "to_first_token_seconds": "load + first s",
     "prefill_tokens_per_second": "prefill tok/s",
     "decode_tokens_per_second": "decode tok/s",
-    "card_bytes_per_token": "card B/token",
-    "peak_bytes": "peak B",
+    "tokens_per_pass": "tokens a pass",
+    "card_bytes_per_token": "card MiB/token",
+    "card_reads_per_token": "reads/token",
+    "card_wanted_share": "wanted of read",
+    "window_hit_rate": "found in RAM",
+    "card_bandwidth_share": "of card's bandwidth",
+    "peak_bytes": "peak MiB",
 }
+SHARES = ("card_wanted_share", "window_hit_rate", "card_bandwidth_share")
+
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured: a command that prints its figures as JSON."""
+
+    name: str
+    memory: str  # flashd's budget; empty where it has none
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's medians."""
+
+    name: str
+    memory: str
+    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -37,69 +70,138 @@ class Bench:
     prompt: str
     tokens: int
     repeat: int
-    memory: str | None
+    memory: tuple[str, ...]  # budgets; none: all that there is
     threads: int
     wrap: str
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        """Medians by contender: the peer if a model file is given, flashd without drafts and with them."""
-        runs: dict[str, list[dict[str, Any]]] = {}
+    def run(self) -> list[Row]:
+        """The peer if a model file is given, the baselines where flashd pages all it needs, and flashd itself.
+
+        Raises FlashdError naming the contender that fails.
+        """
+        contenders = self._contenders()
+        runs: dict[Contender, list[Figures]] = {contender: [] for contender in contenders}
         for _ in range(self.repeat):
             # turn and turn about, so that a slow minute of the machine is shared
-            for name, command in self._contenders().items():
-                runs.setdefault(name, []).append(self._one(name, command))
-        return {name: _medians(results) for name, results in runs.items()}
+            for contender in contenders:
+                runs[contender].append(self._one(contender))
+        return [Row(c.name, c.memory, _medians(results)) for c, results in runs.items()]
 
-    def _contenders(self) -> dict[str, list[str]]:
-        ask = [
-            sys.executable, "-m", "flashd", "ask", self.prompt, "--model", str(self.bundle), "--json", "--ignore-eos",
-            "--no-snapshots", "--max-tokens", str(self.tokens), "--threads", str(self.threads),
-        ]  # fmt: skip
-        if self.memory:
-            ask += ["--memory", self.memory]
-        out = {"flashd, no drafts": [*ask, "--no-drafts"], "flashd": ask}
+    def _contenders(self) -> list[Contender]:
+        prompt = in_child(self._prompt_tokens)
+        out = []
         if self.model:
             # the very tokens that flashd is given
-            ids = json.dumps(in_child(self._prompt_tokens))
-            peer = ["-m", "flashd.peer", str(self.model), ids, str(self.tokens), str(self.threads)]
-            return {"llama.cpp mmap": [sys.executable, *peer], **out}
+            peer = ("-m", "flashd.peer", str(self.model), json.dumps(prompt), str(self.tokens), str(self.threads))
+            out.append(Contender(PEER, "", (sys.executable, *peer)))
+        plans = {memory: self._plan(memory) for memory in self.memory or ("",)}
+        paged = {memory for memory, plan in plans.items() if not plan["resident"] and self._needs_all()}
+        if paged:
+            # a KV cache with no room to spare lends none to neurons
+            context = str(len(prompt) + self.tokens + 1)
+            least = f"{int(self._plan('', context)['smallest']) + MARGIN}"
+            out.append(self._ask(NAIVE, least, "--context", context, "--no-drafts"))
+        for memory in plans:
+            if memory in paged:
+                out.append(self._ask(HYBRID, memory, "--no-drafts"))
+            out.append(self._ask(DRAFTS, memory))
         return out
+
+    def _ask(self, name: str, memory: str, *more: str) -> Contender:
+        command = (
+            sys.executable, "-m", "flashd", "ask", self.prompt, "--model", str(self.bundle), "--json", "--ignore-eos",
+            "--no-snapshots", "--max-tokens", str(self.tokens), "--threads", str(self.threads), *more,
+        )  # fmt: skip
+        return Contender(name, memory, (*command, "--memory", memory) if memory else command)
+
+    def _needs_all(self) -> bool:
+        """Whether a token needs every neuron: what experts or a predictor leave out is no baseline."""
+        with Bundle(self.bundle) as bundle:
+            return bundle.header.model.experts is None and bundle.header.selection is None
+
+    def _plan(self, memory: str, context: str = "") -> dict[str, Any]:
+        """What `flashd plan` says of a budget, measured as an answer's is."""
+        command = [sys.executable, "-m", "flashd", "plan", str(self.bundle), "--json"]
+        command += ["--memory", memory] if memory else []
+        command += ["--context", context] if context else []
+        plan: dict[str, Any] = self._run("flashd plan", command)
+        return plan
 
     def _prompt_tokens(self) -> list[int]:
         with Bundle(self.bundle) as bundle:
             return Prompts(bundle).tokens([Message("user", self.prompt)])
 
-    def _one(self, name: str, command: list[str]) -> dict[str, Any]:
-        done = subprocess.run([*shlex.split(self.wrap), *command], capture_output=True, text=True, check=False)
+    def _one(self, contender: Contender) -> Figures:
+        figures = self._run(contender.name, [*shlex.split(self.wrap), *contender.command])
+        figures["to_first_token_seconds"] = figures["load_seconds"] + figures["first_token_seconds"]
+        speed = remembered(self.bundle)
+        if speed is not None and figures.get("decode_seconds"):
+            rate = figures["decode_card_bytes"] / figures["decode_seconds"]
+            figures["card_bandwidth_share"] = rate / speed.bandwidth
+        return figures
+
+    def _run(self, name: str, command: list[str]) -> dict[str, Any]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no word"])[-1]
             raise FlashdError(f"{name} ended with {done.returncode}: {last}")
-        figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        figures["to_first_token_seconds"] = figures["load_seconds"] + figures["first_token_seconds"]
-        return figures
+        said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return said
 
 
-def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _medians(runs: list[Figures]) -> Figures:
     return {key: median(run[key] for run in runs) for key in COLUMNS if all(key in run for run in runs)}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """The results as a Markdown table, each rate and time also as a ratio to the peer where there is one."""
-    peer = results.get("llama.cpp mmap")
-    lines = ["| |" + "|".join(COLUMNS.values()) + "|", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, figures in results.items():
-        lines.append(f"|{name}|" + "|".join(_cell(key, figures, peer) for key in COLUMNS) + "|")
+    peer = next((row.figures for row in rows if row.name == PEER), None)
+    lines = ["| | budget |" + "|".join(COLUMNS.values()) + "|", "|---" * (len(COLUMNS) + 2) + "|"]
+    for row in rows:
+        cells = "|".join(_cell(key, row.figures, peer) for key in COLUMNS)
+        lines.append(f"|{row.name}|{row.memory}|{cells}|")
     return "\n".join(lines)
 
 
-def _cell(key: str, figures: dict[str, Any], peer: dict[str, Any] | None) -> str:
+def _cell(key: str, figures: Figures, peer: Figures | None) -> str:
     if key not in figures:
         return ""
     value = figures[key]
-    if key.endswith("bytes") or key.startswith("card_bytes"):
-        return f"{value / (1 << 20):.0f} Mi"
+    if "bytes" in key:
+        return f"{value / (1 << 20):.0f}"
+    if key in SHARES:
+        return f"{100 * value:.0f} %"
     text = f"{value:.3g}"
-    if peer is None or peer is figures:
+    if peer is None or peer is figures or key not in peer:
         return text
     gain = value / peer[key] if key.endswith("per_second") else peer[key] / value
     return f"{text} ({gain:.2f}x)"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws tokens a second against RAM, and card bytes a token as one technique after the other is added.
+
+    Raises InputMissing without matplotlib, ValueError for a file name whose ending says no kind of picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputMissing("a plot needs matplotlib: pip install 'flashd[bench]'") from None
+    figure = Figure((10, 4), layout="constrained")
+    speed, cost = figure.subplots(1, 2)
+    for name in dict.fromkeys(row.name for row in rows):
+        of_it = sorted((row.figures["peak_bytes"] / (1 << 20), row.figures["decode_tokens_per_second"])
+                       for row in rows if row.name == name and "peak_bytes" in row.figures)  # fmt: skip
+        if of_it:
+            speed.plot(*zip(*of_it, strict=True), marker="o", label=name)
+    for row in rows:
+        if row.name == PEER:
+            speed.axhline(row.figures["decode_tokens_per_second"], linestyle="--", color="grey", label=PEER)
+    speed.set(xlabel="RAM at the most, MiB", ylabel="tokens a second", ylim=(0, None))
+    speed.legend(fontsize="small")
+    last = {row.name: row.figures["card_bytes_per_token"] / (1 << 20) for row in rows if row.name != PEER}
+    bars = cost.barh(list(last), list(last.values()))
+    cost.bar_label(bars, fmt="%.0f")
+    cost.invert_yaxis()
+    cost.set(xlabel="MiB read of the card for a token, with the largest budget")
+    figure.savefig(path)

@@ -324,7 +324,7 @@ def _figures(engine: Any, answer: Any) -> dict[str, Any]:
     """What `--json` says of an answer: seconds, bytes, counts and rates."""
     from flashd.engine.plan import peak
 
-    f, passes = answer.figures, max(1, answer.figures.tokens - 1)
+    f, passes, card = answer.figures, max(1, answer.figures.tokens - 1), engine.model.card
     return {
         **asdict(f),
         "prefill_tokens_per_second": f.prefill_rate,
@@ -332,6 +332,7 @@ def _figures(engine: Any, answer: Any) -> dict[str, Any]:
         "tokens_per_pass": (f.passes + f.accepted) / f.passes if f.passes else 1.0,
         "card_bytes_per_token": f.decode_card_bytes / passes,
         "card_reads_per_token": f.decode_card_reads / passes,
+        "card_wanted_share": card.bytes_wanted / card.bytes_read if card.bytes_read else 1.0,
         "window_hit_rate": engine.model.hit_rate,
         "compute_seconds": f.forward_seconds + f.draft_seconds - f.card_wait_seconds,
         "other_seconds": f.first_token_seconds + f.decode_seconds - f.forward_seconds - f.draft_seconds,
@@ -377,11 +378,15 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     """flashd bench"""
-    from flashd.bench import Bench, table
+    from flashd.bench import Bench, plot, table
 
-    bench = Bench(args.bundle, args.gguf, args.prompt, args.tokens, args.repeat, args.memory, args.threads, args.wrap)
-    results = bench.run()
-    print(json.dumps(results) if args.json else table(results))
+    bench = Bench(
+        args.bundle, args.gguf, args.prompt, args.tokens, args.repeat, tuple(args.memory), args.threads, args.wrap
+    )
+    rows = bench.run()
+    print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))
+    if args.plot:
+        plot(rows, args.plot)
 
 
 # --- what the commands share ------------------------------------------------------------------------------
@@ -488,10 +493,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", default="Explain what a hash table is and when to use one.")
     bench.add_argument("--tokens", type=int, default=16, help="tokens of each answer (default 16)")
     bench.add_argument("--repeat", type=int, default=3, help="runs of which the medians are shown (default 3)")
-    bench.add_argument("--memory", metavar="SIZE", help="flashd's budget")
+    bench.add_argument("--memory", metavar="SIZE", nargs="+", default=[], help="flashd's budgets, the largest last")
     bench.add_argument("--threads", type=int, default=2)
     bench.add_argument("--wrap", default="", metavar="COMMAND", help="run every contender under this command")
     bench.add_argument("--json", action="store_true")
+    bench.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it too: .svg, .png or .pdf")
     bench.set_defaults(run=run_bench)
 
     plan = commands.add_parser("plan", help="what a memory budget buys")

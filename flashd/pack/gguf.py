@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle import layout
@@ -81,8 +82,15 @@ def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
 
 
+MOST_ENTRIES = 1 << 21
+"""Of a list in a model's metadata. The longest there are, of merges, have some hundred thousand."""
+
+
 class _Reader(gguf.GGUFReader):
-    """Its arrays, two for each token and merge, are plain ones: as views of a numpy.memmap they take 400 MB more."""
+    """Its arrays, two for each token and merge, are plain ones: as views of a numpy.memmap they take 400 MB more.
+
+    Its base takes numbers behind the end of the file for nothing, as many as a list says. Raises ValueError there.
+    """
 
     @property
     def data(self) -> Any:
@@ -91,6 +99,18 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, value: np.memmap[Any, Any]) -> None:
         self._data = value.view(np.ndarray)
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"cut short at {len(self.data)} bytes")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            entries = int(self._get(orig_offs + 4, np.uint64)[0])
+            if entries > MOST_ENTRIES:
+                raise ValueError(f"a list of {entries} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 LONG_LISTS = tuple(f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type"))
@@ -110,7 +130,7 @@ class GgufModel(Source):
             raise InputMissing(f"{path}: no such file")
         try:
             self.reader = _Reader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
             if "GGMLQuantizationType" in str(error):
                 raise DataError(
                     f"{path}: a tensor is of a type that is not read ({error}); of bitnet.cpp's models take the"

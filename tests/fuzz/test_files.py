@@ -20,7 +20,7 @@ from flashd.bundle.reader import Bundle
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.sample import Sampling
 from flashd.engine.text import Message
-from flashd.errors import FlashdError
+from flashd.errors import DataError, FlashdError
 from flashd.pack.pack import pack
 from tests import tiny
 from tests.fuzz.conftest import tries
@@ -167,6 +167,16 @@ def test_a_model_file_with_anything_in_it(model_file: bytes, tmp_path: Path, dat
         bent[at : at + len(new)] = new
     (tmp_path / "m.gguf").write_bytes(bent[: data.draw(st.sampled_from([len(bent), len(bent) // 2, 9000]))])
     tried(tmp_path / "m.gguf", lambda path: pack(path, tmp_path / "out.flash", "int4"))
+
+
+@pytest.mark.parametrize("entries", [1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_list_longer_than_its_file(model_file: bytes, tmp_path: Path, entries: int) -> None:
+    """What is behind the end of a file is no numbers, however many there should be."""
+    name = b"tokenizer.ggml.token_type"
+    at = model_file.index(name) + len(name) + 8  # behind the types of the list and of what is in it
+    (tmp_path / "m.gguf").write_bytes(model_file[:at] + entries.to_bytes(8, "little") + model_file[at + 8 :])
+    with pytest.raises(DataError, match=r"cut short|a list of"):
+        pack(tmp_path / "m.gguf", tmp_path / "out.flash", "int4")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ PINS_IN_USE = "/var/lib/flashd/pins.json"
 
 PIN_BUTTON, PIN_YES, PIN_NO = 3, 5, 6
 
-MEMORY = 180
+MEMORY = 210
 """MiB of flashd's budget: less than six layers of the default model take, so that an answer reads the card."""
 
 CONFIG = """\

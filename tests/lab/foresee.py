@@ -224,6 +224,8 @@ def main() -> None:
     else:
         with Bundle(args.model) as bundle:
             header = bundle.header
+    if header.selection:
+        parser.error(f"{args.model} selects neurons: what it reads depends on the text; see tests.lab.replay")
     show(header, args)
 
 

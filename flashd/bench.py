@@ -39,7 +39,6 @@ COLUMNS = {
 }
 SHARES = ("card_wanted_share", "window_hit_rate", "card_bandwidth_share")
 
-
 Figures = dict[str, float]
 
 
@@ -95,7 +94,7 @@ class Bench:
             peer = ("-m", "flashd.peer", str(self.model), json.dumps(prompt), str(self.tokens), str(self.threads))
             out.append(Contender(PEER, "", (sys.executable, *peer)))
         plans = {memory: self._plan(memory) for memory in self.memory or ("",)}
-        paged = {memory for memory, plan in plans.items() if not plan["resident"] and self._needs_all()}
+        paged = {memory for memory, plan in plans.items() if not plan["resident"]} if self._needs_all() else set()
         if paged:
             # a KV cache with no room to spare lends none to neurons
             context = str(len(prompt) + self.tokens + 1)
@@ -155,12 +154,16 @@ def _medians(runs: list[Figures]) -> Figures:
 
 def table(rows: list[Row]) -> str:
     """The results as a Markdown table, each rate and time also as a ratio to the peer where there is one."""
-    peer = next((row.figures for row in rows if row.name == PEER), None)
+    peer = _peer(rows)
     lines = ["| | budget |" + "|".join(COLUMNS.values()) + "|", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in rows:
         cells = "|".join(_cell(key, row.figures, peer) for key in COLUMNS)
         lines.append(f"|{row.name}|{row.memory}|{cells}|")
     return "\n".join(lines)
+
+
+def _peer(rows: list[Row]) -> Figures | None:
+    return next((row.figures for row in rows if row.name == PEER), None)
 
 
 def _cell(key: str, figures: Figures, peer: Figures | None) -> str:
@@ -194,9 +197,8 @@ def plot(rows: list[Row], path: Path) -> None:
                        for row in rows if row.name == name and "peak_bytes" in row.figures)  # fmt: skip
         if of_it:
             speed.plot(*zip(*of_it, strict=True), marker="o", label=name)
-    for row in rows:
-        if row.name == PEER:
-            speed.axhline(row.figures["decode_tokens_per_second"], linestyle="--", color="grey", label=PEER)
+    if peer := _peer(rows):
+        speed.axhline(peer["decode_tokens_per_second"], linestyle="--", color="grey", label=PEER)
     speed.set(xlabel="RAM at the most, MiB", ylabel="tokens a second", ylim=(0, None))
     speed.legend(fontsize="small")
     last = {row.name: row.figures["card_bytes_per_token"] / (1 << 20) for row in rows if row.name != PEER}

@@ -199,9 +199,9 @@ class Conversation:
         if node is None:
             return False
         # node i of the tree lies i places behind node 0; no node lies before its place in line
-        start, place = self._start, len(self.tokens)
-        if start + node != place:
-            self.model.cache.move(start + node, place)
+        slot, place = self._start + node, len(self.tokens)
+        if slot != place:
+            self.model.cache.move(slot, place)
         figures.accepted += 1
         self.tokens.append(token)
         self._node = node

@@ -84,6 +84,7 @@ class Draft:
     def __init__(self, token: int, trust: float) -> None:
         self._trust = trust
         self._tokens, self._parents, self._odds, self._depths = [token], [0], [1.0], [0]
+        self._known: dict[tuple[int, int], int] = {}  # nodes by their parents and tokens
         self._drafted: list[int] = []  # nodes whose successors were guessed at, in order
 
     def follow(self, found: Sequence[int], odds: float) -> None:
@@ -127,15 +128,15 @@ class Draft:
 
     def _add(self, parent: int, token: int, odds: float) -> int:
         odds *= self._odds[parent]
-        for i in range(parent + 1, len(self._tokens)):
-            if self._parents[i] == parent and self._tokens[i] == token:
-                self._odds[i] = max(self._odds[i], odds)
-                return i
+        node = self._known.setdefault((parent, token), len(self._tokens))
+        if node < len(self._tokens):
+            self._odds[node] = max(self._odds[node], odds)
+            return node
         self._tokens.append(token)
         self._parents.append(parent)
         self._odds.append(odds)
         self._depths.append(self._depths[parent] + 1)
-        return len(self._tokens) - 1
+        return node
 
 
 def lookup(tokens: Sequence[int], most: int) -> list[int]:

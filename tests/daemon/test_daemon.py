@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gpiozero.pins.mock import MockFactory
 from flashd import embedded
 from flashd.cli import main
 from tests.daemon.running import PATIENCE, Running
+from tests.waiting import wait
 
 pytest.importorskip("systemd", reason="needs the systemd extra")
 
@@ -288,13 +289,6 @@ def test_a_stop_keeps_the_running_job(packed: dict[str, Path], tmp_path: Path) -
         assert job["state"] == "done" and job["attempts"] == 1 and len(job["result"]["text"]) > 100
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 DRIVES = """
 triggers:
   - {kind: manual, name: plants, prompt: "Water?", choose: [water, wait],
@@ -311,10 +305,10 @@ def test_a_stop_waits_for_a_hook_and_a_kill_leaves_it_the_whole_job(packed: dict
         for number in (signal.SIGTERM, signal.SIGKILL):
             daemon.start()
             assert http.post("/v1/chat/completions", json={"messages": too_long}).status_code == 500
-            wait_for(begun.exists)
+            wait(begun.exists, PATIENCE)
             daemon.stop(number)
             if number == signal.SIGKILL:
-                wait_for(told.exists)
+                wait(told.exists, PATIENCE)
             assert json.loads(told.read_text())["state"] == "failed"
             begun.unlink()
             told.unlink()

@@ -156,11 +156,15 @@ def test_the_same_text_with_drafts_and_without(selected: Path) -> None:
 
 
 def test_a_pass_that_breaks_off_leaves_the_next_one_right(selected: Path) -> None:
+    break_off_and_go_on(selected)
+
+
+def break_off_and_go_on(path: Path) -> None:
     def stop(done: int, layers: int, nbytes: int) -> None:
         if nbytes > 40_000:
             raise KeyboardInterrupt
 
-    with model_of(selected, 20) as model:
+    with model_of(path, 20) as model:
         expected = model.forward(TOKENS[:9], np.array([8]))
         model.cache.truncate(0)
         with pytest.raises(KeyboardInterrupt):

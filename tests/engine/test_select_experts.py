@@ -32,7 +32,7 @@ from flashd.pack import predictor
 from flashd.pack.pack import pack
 from flashd.pack.predictor import Layer, Part, Selecting
 from tests.engine.test_paths import all_logits, opened
-from tests.engine.test_select import TEXT, model_of
+from tests.engine.test_select import TEXT, break_off_and_go_on, model_of
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED, Golden, _mixture
 from tests.lab.replay import Trace, replay
 
@@ -196,16 +196,7 @@ def test_what_the_window_holds_changes_no_logit_and_it_holds_no_more_than_it_may
 
 
 def test_a_pass_that_breaks_off_leaves_the_next_one_right(selected: Path) -> None:
-    def stop(done: int, layers: int, nbytes: int) -> None:
-        if nbytes > 40_000:
-            raise KeyboardInterrupt
-
-    with model_of(selected, 20) as model:
-        expected = model.forward(TOKENS[:9], np.array([8]))
-        model.cache.truncate(0)
-        with pytest.raises(KeyboardInterrupt):
-            model.forward(TOKENS[:9], np.array([8]), stop)
-        assert np.allclose(model.forward(TOKENS[:9], np.array([8])), expected, atol=1e-4)
+    break_off_and_go_on(selected)
 
 
 def test_the_plan_counts_predictors_routers_and_windows(selected: Path) -> None:

@@ -1,31 +1,37 @@
-"""Prompt in, tokens out: prefill in chunks, then one token or, drafted from RAM, several for each pass.
+"""Prompts in, tokens out: prefill in chunks, then one token or, drafted from RAM, several for each pass.
 
-Every token is drawn from the exact model's logits at its place; a draft only decides which places a pass looks
-at. So with drafts or without, the same seed gives the same text.
+Several texts may grow together: what a pass reads of the card serves them all. Every token is drawn from the exact
+model's logits at its place; drafts only decide which places a pass looks at. So with drafts or without, alone or
+beside others, the same seed gives the same text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from flashd.bundle.rows import Floats
+from flashd.engine.branches import Branches, Slots, behind
 from flashd.engine.card import CardStats
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.prefixes import Prefixes
-from flashd.engine.sample import Sampler
+from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.snapshot import RUN, shared
-from flashd.engine.speculate import BEAM, NODES, Draft, Guesses, Pace, Tree, lookup
+from flashd.engine.speculate import BEAM, NODES, Draft, Guesses, Pace, Trees, lookup
 from flashd.errors import UsageError
 
-NOTHING: Floats = np.empty((0, 0), np.float32)
+NO_SLOTS: Slots = np.empty(0, np.int64)
+
+MOST_TEXTS = 8
+"""That grow together: half of the nodes of a pass are left for guesses."""
 
 
 class Model(Protocol):
@@ -45,10 +51,14 @@ class Model(Protocol):
     @property
     def drafts(self) -> bool: ...
 
-    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses: ...
+    @property
+    def branches(self) -> bool:
+        """Whether the tokens of a pass may stand behind several texts, and guesses in trees."""
+
+    def draft(self, tokens: Tokens, branches: Branches) -> Guesses: ...
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
     ) -> Floats: ...
 
     def close(self) -> None: ...
@@ -56,7 +66,7 @@ class Model(Protocol):
 
 @dataclass
 class Figures:
-    """What one answer cost. Seconds, bytes and counts."""
+    """What one answer cost. Seconds, bytes and counts; a pass that others share counts for each of them."""
 
     prompt_tokens: int = 0  # computed
     reused_tokens: int = 0  # found in RAM or in a snapshot
@@ -87,27 +97,92 @@ class Figures:
         return (self.tokens - 1) / self.decode_seconds if self.decode_seconds and self.tokens > 1 else 0.0
 
 
+class Line:
+    """A text that grows: its tokens, and where the cache has those that have been through the model."""
+
+    def __init__(
+        self, prompt: Sequence[int], sampler: Sampler, limit: int, eos: Sequence[int], drafts: bool,
+        figures: Figures, card: CardStats,
+    ) -> None:  # fmt: skip
+        self.tokens, self.figures, self.drafts = list(prompt), figures, drafts
+        self.slots: Slots = NO_SLOTS
+        self.behind: Floats | None = None  # [V] logits behind the prompt, until a token is drawn from them
+        self.looked_up: list[int] = []  # what should come next, as long as it was right
+        self.done = False
+        self._prompt, self._sampler, self._limit, self._eos = len(prompt), sampler, limit, eos
+        self._card, self._started = card, time.perf_counter()
+        self._before = card.bytes_read
+        self._at_first = (0, 0)
+
+    @property
+    def said(self) -> int:
+        return len(self.tokens) - self._prompt
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that have not been through the model."""
+        return self.tokens[len(self.slots) :]
+
+    @property
+    def to_come(self) -> int:
+        """Slots of the cache that it needs yet at the most: the last token said needs none."""
+        return self._prompt + self._limit - 1 - len(self.slots)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a draft may put behind the last one said."""
+        return self._limit - self.said - 1
+
+    def found(self, slots: Slots) -> None:
+        """The cache has the prompt's first tokens already."""
+        self.slots = slots
+        self.figures.reused_tokens, self.figures.prompt_tokens = len(slots), self._prompt - len(slots)
+
+    def append(self, *slots: int) -> None:
+        """The next tokens went through the model."""
+        self.slots = np.append(self.slots, slots)
+
+    def read(self, logits: Floats) -> None:
+        """The prompt is in the cache, and these are the logits [V] behind it."""
+        self.behind = logits
+        self.figures.prefill_seconds = time.perf_counter() - self._started
+        self.figures.prefill_card_bytes = self._card.bytes_read - self._before
+
+    def draw(self, logits: Floats) -> int | None:
+        """The next token, by logits [V]; None where the text has ended."""
+        token, f, card = self._sampler.pick(logits, self.tokens), self.figures, self._card
+        seconds = time.perf_counter() - self._started
+        if self.said == 0:
+            f.first_token_seconds, self._at_first = seconds, (card.bytes_read, card.reads)
+        f.decode_seconds = seconds - f.first_token_seconds
+        f.decode_card_bytes = card.bytes_read - self._at_first[0]
+        f.decode_card_reads = card.reads - self._at_first[1]
+        if token in self._eos:
+            f.finish, self.done = "stop", True
+            return None
+        self.tokens.append(token)
+        f.tokens = self.said
+        self.done = self.said == self._limit
+        return token
+
+
 @dataclass
 class Conversation:
-    """The tokens whose keys and values are in the cache, so that a chat pays only for what is new.
+    """The texts that grow, and the tokens whose keys and values the cache keeps between them, so that a chat pays
+    only for what is new.
 
     With `prefixes`, what prompts often begin with is in files too, and outlives the process.
     """
 
     model: Model
     prefixes: Prefixes | None = None
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # of the last text, when none grows
+    lines: list[Line] = field(default_factory=list)
     _asked: list[int] = field(default_factory=list)  # the last prompt, with which `tokens` begins
     _behind: Floats | None = None  # [V] logits behind it
     _goes_on: bool = False  # it begins with the one before it: a chat
     _learnt: bool = True
-    _tree: Tree | None = None  # what the last pass checked
-    _node: int = 0  # how far in it the answer has come
-    _start: int = 0  # where the cache has its node 0
-    _checked: Floats = field(default_factory=lambda: NOTHING)  # [N, V] logits behind each of its nodes
-    _drafting: bool = False
     _pace: Pace = field(default_factory=Pace)
-    _looked_up: list[int] = field(default_factory=list)  # what should come next, as long as it was right
 
     def generate(
         self,
@@ -127,113 +202,94 @@ class Conversation:
 
         Raises UsageError where the prompt is empty or leaves no room in the context; CardError, DamagedRun.
         """
-        self._check(prompt)
-        context = self.model.cache.context
-        started = time.perf_counter()
-        logits = self._prefill(prompt, figures, on_step)
-        figures.prefill_seconds = time.perf_counter() - started
-        self._drafting = drafts
-        card = self.model.card
-        at_first = (card.bytes_read, card.reads)
+        line = self.begin(prompt, sampler, limit=limit, eos=eos, figures=figures, drafts=drafts)
         try:
-            for count in range(1, min(limit, context - len(prompt)) + 1):
-                token = sampler.pick(logits, self.tokens)
-                figures.decode_card_bytes = card.bytes_read - at_first[0]
-                figures.decode_card_reads = card.reads - at_first[1]
-                if count == 1:
-                    figures.first_token_seconds = time.perf_counter() - started
-                figures.decode_seconds = time.perf_counter() - started - figures.first_token_seconds
-                if token in eos:
-                    figures.finish = "stop"
-                    return
-                figures.tokens = count
-                yield token
-                if count < limit and len(self.tokens) + 1 < context:
-                    logits = self._next(token, min(limit - count, context - len(self.tokens)) - 1, figures, on_step)
+            while not line.done:
+                with closing(self.go_on(on_step)) as said:
+                    for _, token in said:
+                        yield token
         finally:
-            self._forget_drafts()
+            self.end(line)
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        *,
+        limit: int,
+        eos: Sequence[int],
+        figures: Figures,
+        drafts: bool = True,
+    ) -> Line:
+        """A text that grows from now on, beside the others if there are any: ask `fits` first. End it.
+
+        Raises UsageError where the prompt is empty or leaves no room in the context.
+        """
+        self._check(prompt)
+        limit = min(limit, self.model.cache.context - len(prompt))
+        line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
+        if not self.lines:
+            logits = self._recall(prompt, figures)
+            line.found(np.arange(len(self.tokens)))
+            self.model.cache.hold(len(prompt))
+            if logits is not None:
+                self._is_read(line, logits)
+        self.lines.append(line)
+        return line
+
+    def fits(self, prompt: Sequence[int], limit: int) -> bool:
+        """Whether a text may grow beside those that do, and all have room for what they may say."""
+        if not self.lines:
+            return True
+        free = self.model.cache.context - self.model.cache.length - sum(line.to_come for line in self.lines)
+        return (
+            self.model.branches
+            and len(self.lines) < MOST_TEXTS
+            and len(prompt) - len(self._shared(prompt)) + limit <= free
+        )
+
+    def end(self, line: Line) -> None:
+        """A text grows no more; the cache lets go of what no other shares, unless it is the last."""
+        self.lines.remove(line)
+        if self.lines:
+            self._settle()
+            return
+        self.model.cache.keep(line.slots)
+        self.tokens = line.tokens[: len(line.slots)]
+        if self.tokens[: len(self._asked)] != self._asked:
+            self._asked, self._behind = [], None
+
+    def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Line, int]]:
+        """One pass for all texts, and the tokens that each has from it, as they are drawn. Close it.
+
+        Where the logits behind a prompt are known, its first token comes before the pass. Set `done` of a text that
+        should say no more. Raises CardError, DamagedRun; all texts are then as they were.
+        """
+        for line in self.lines:
+            if line.behind is not None and not line.done:
+                logits, line.behind = line.behind, None
+                if (token := line.draw(logits)) is not None:
+                    yield line, token
+        lines = [line for line in self.lines if not line.done]
+        if lines:
+            try:
+                yield from self._pass(lines, on_step)
+            finally:
+                self._settle()
 
     def logits(self, tokens: Sequence[int], figures: Figures, on_step: OnStep = silent) -> Floats:
         """Logits [V] behind `tokens`; what of them is in the cache already is not computed again.
 
         Raises UsageError where they do not fit in the context; CardError, DamagedRun.
         """
-        self._check(tokens)
-        return self._prefill(tokens, figures, on_step)
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise UsageError("the prompt is empty; say what to answer")
-        if len(prompt) >= self.model.cache.context:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context room for {self.model.cache.context - 1};"
-                " shorten it or raise the context"
-            )
-
-    def _next(self, token: int, room: int, figures: Figures, on_step: OnStep) -> Floats:
-        """Logits [V] behind `token`: from the last pass if that had drafted it, else from a new one."""
-        if self._tree is not None and self._walk(self._tree, token, figures):
-            return np.asarray(self._checked[self._node], np.float32)
-        self._forget_drafts()
-        started = time.perf_counter()
-        tree = self._drafted(token, room)
-        after = time.perf_counter()
-        self._checked = self._forward(tree.tokens, figures, on_step, tree.parents)
-        self._pace.measured_pass(time.perf_counter() - after)
-        figures.passes += 1
-        figures.drafted += len(tree.tokens) - 1
-        figures.draft_seconds += after - started
-        self.tokens.append(token)
-        self._tree, self._node = tree, 0
-        return np.asarray(self._checked[0], np.float32)
-
-    def _walk(self, tree: Tree, token: int, figures: Figures) -> bool:
-        """Goes on in the tree that was checked to the node that says `token`, if there is one."""
-        node = tree.child(self._node, token)
-        promised = tree.promised(self._node)
-        if promised:
-            self._pace.measured_guesses(node is not None, promised)
-        if self._looked_up:
-            self._pace.measured_lookup(self._looked_up[0] == token)
-            self._looked_up = self._looked_up[1:] if self._looked_up[0] == token else []
-        if node is None:
-            return False
-        # node i of the tree lies i places behind node 0; no node lies before its place in line
-        slot, place = self._start + node, len(self.tokens)
-        if slot != place:
-            self.model.cache.move(slot, place)
-        figures.accepted += 1
-        self.tokens.append(token)
-        self._node = node
-        return True
-
-    def _drafted(self, token: int, room: int) -> Tree:
-        """What the next pass checks: `token`, and guesses at up to `room` tokens behind it."""
-        self._start = len(self.tokens)
-        most = min(NODES, self.model.cache.context - self._start)
-        draft, self._looked_up = Draft(token, self._pace.trust), []
-        if self._drafting and self.model.pages:
-            self._looked_up = lookup([*self.tokens, token], min(room, most - 1))
-            draft.follow(self._looked_up, self._pace.looked_up)
-            if self.model.drafts:
-                self._draft_from_ram(draft, room, most)
-        return draft.tree(most)
-
-    def _draft_from_ram(self, draft: Draft, room: int, most: int) -> None:
-        """Lets a draft grow by what RAM alone says. The cache is left as it was."""
-        steps = 0
-        while (nodes := draft.likeliest(min(BEAM, most), room)) and self._pace.goes_on(draft, steps, nodes):
-            started = time.perf_counter()
-            tokens, parents = draft.asked(nodes)
-            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), parents))
-            self._pace.measured_draft(time.perf_counter() - started)
-            steps, most = steps + 1, most - len(nodes)
-        self.model.cache.truncate(len(self.tokens))
-
-    def _forget_drafts(self) -> None:
-        """Takes tokens that were drafted and not said out of the cache."""
-        self._tree, self._checked = None, NOTHING
-        self.model.cache.truncate(len(self.tokens))
+        line = self.begin(tokens, Sampler(Sampling()), limit=1, eos=(), figures=figures)
+        try:
+            while line.behind is None:
+                for _ in self.go_on(on_step):
+                    """A prompt says nothing."""
+            return line.behind
+        finally:
+            self.end(line)
 
     def remember(self, leaving: bool = False) -> None:
         """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
@@ -248,20 +304,14 @@ class Conversation:
         if leaving and self._goes_on:
             self.prefixes.keep(self.tokens, self.model.cache)
 
-    def _prefill(self, prompt: Sequence[int], figures: Figures, on_step: OnStep) -> Floats:
-        before = self.model.card.bytes_read
-        logits = self._recall(prompt, figures)
-        kept = len(self.tokens)
-        self.model.cache.hold(len(prompt))
-        figures.prompt_tokens, figures.reused_tokens = len(prompt) - kept, kept
-        for start in range(kept, len(prompt), PREFILL_TOKENS):
-            chunk = prompt[start : start + PREFILL_TOKENS]
-            logits = np.asarray(self._forward(chunk, figures, on_step)[0], np.float32)
-            self.tokens.extend(chunk)
-        figures.prefill_card_bytes = self.model.card.bytes_read - before
-        assert logits is not None
-        self._asked, self._behind, self._learnt = list(prompt), logits, False
-        return logits
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty; say what to answer")
+        if len(prompt) >= self.model.cache.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context room for {self.model.cache.context - 1};"
+                " shorten it or raise the context"
+            )
 
     def _recall(self, prompt: Sequence[int], figures: Figures) -> Floats | None:
         """Leaves in the cache what `prompt` begins with, from RAM or a snapshot.
@@ -283,15 +333,123 @@ class Conversation:
             self.tokens[:] = prompt[: cache.length]
         return logits
 
+    def _shared(self, prompt: Sequence[int]) -> Slots:
+        """Where the cache has what `prompt` begins with, as a text that grows does, but not its last token."""
+        most = NO_SLOTS
+        for line in self.lines:
+            same = shared(line.tokens[: len(line.slots)], prompt[:-1])
+            most = line.slots[:same] if same > len(most) else most
+        return most
+
+    def _is_read(self, line: Line, logits: Floats) -> None:
+        """The logits [V] behind a prompt are known."""
+        line.read(logits)
+        self._asked, self._behind, self._learnt = list(line.tokens), logits, False
+
+    def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
+        """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
+        speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
+        chunks = self._chunks(reading, PREFILL_TOKENS - (NODES if speaking else 0))
+        trees = self._drafted(speaking, NODES - len(chunks))
+        past = self.model.cache.length
+        logits = self._forward(speaking, trees, chunks, on_step)
+        end = past + len(trees.tokens)
+        for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
+            line.append(*range(end, end + len(chunk)))
+            end += len(chunk)
+            if not line.pending:
+                self._is_read(line, logits[i])
+        for text, line in enumerate(speaking):
+            line.append(past + trees.root(text))
+        for text, line in enumerate(speaking):
+            yield from self._walk(line, trees, trees.root(text), past, logits)
+
+    def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
+        """The next tokens of prompts, `most` in all."""
+        chunks = []
+        # GroupQueryAttention does without the positions of tokens that nothing is behind: takes their slots for them
+        for line in reading if self.model.cache.length else reading[:1]:
+            if not len(line.slots):
+                line.found(self._shared(line.tokens))
+            if chunk := line.pending[:most]:
+                chunks.append((line, chunk))
+                most -= len(chunk)
+        return chunks
+
+    def _walk(self, line: Line, trees: Trees, node: int, past: int, logits: Floats) -> Iterator[tuple[Line, int]]:
+        """What a text says from `node` of its tree on, the logits [T, V] behind each of whose nodes are known."""
+        while not line.done and (token := line.draw(logits[node])) is not None:
+            yield line, token
+            child = trees.child(node, token)
+            if promised := trees.promised(node):
+                self._pace.measured_guesses(child is not None, promised)
+            if line.looked_up:
+                self._pace.measured_lookup(line.looked_up[0] == token)
+                line.looked_up = line.looked_up[1:] if line.looked_up[0] == token else []
+            if child is None or line.done:
+                return
+            line.append(past + child)
+            line.figures.accepted += 1
+            node = child
+
+    def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
+        """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
+        started = time.perf_counter()
+        most = min(most, self.model.cache.context - self.model.cache.length)
+        rooms = [line.room if line.drafts and self.model.pages else 0 for line in speaking]
+        draft = Draft([line.tokens[-1] for line in speaking], rooms, self._pace.trust)
+        for text, (line, room) in enumerate(zip(speaking, rooms, strict=True)):
+            line.looked_up = lookup(line.tokens, min(room, most - len(speaking)))
+            draft.follow(text, line.looked_up, self._pace.looked_up)
+        # where there may be no trees, what was looked up is not mixed with other guesses
+        if self.model.drafts and (self.model.branches or not any(line.looked_up for line in speaking)):
+            self._draft_from_ram(draft, speaking, most)
+        trees = draft.trees(most)
+        for text, line in enumerate(speaking):
+            line.figures.drafted += trees.guesses(text)
+            line.figures.draft_seconds += time.perf_counter() - started
+        return trees
+
+    def _draft_from_ram(self, draft: Draft, speaking: Sequence[Line], most: int) -> None:
+        """Lets a draft grow by what RAM alone says. The cache is left as it was."""
+        steps, length, texts = 0, self.model.cache.length, [line.slots for line in speaking]
+        at_once = max(BEAM, len(speaking))
+        while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
+            started = time.perf_counter()
+            tokens, parents = draft.asked(nodes)
+            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), Branches(texts, parents)))
+            self._pace.measured_draft(time.perf_counter() - started)
+            steps, most = steps + 1, most - len(nodes)
+        self.model.cache.truncate(length)
+
     def _forward(
-        self, tokens: Sequence[int], figures: Figures, on_step: OnStep, parents: Sequence[int] | None = None
+        self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
     ) -> Floats:
-        """Logits [1, V] behind the last of `tokens`, or with `parents` [T, V] behind each node of a tree."""
+        """Logits [R, V] behind each node of the trees and each chunk, which stand behind their texts."""
+        lines = [*speaking, *(line for line, _ in chunks)]
+        tokens, parents, wanted = list(trees.tokens), list(trees.parents), list(range(len(trees.tokens)))
+        for text, (_, chunk) in enumerate(chunks, len(speaking)):
+            parents += [behind(text), *range(len(tokens), len(tokens) + len(chunk) - 1)]
+            tokens += chunk
+            wanted.append(len(tokens) - 1)
+        # one token behind the other, and behind all that is in the cache, is what every model takes
+        in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
+        branches = None if in_line else Branches([line.slots for line in lines], parents)
         started, waited = time.perf_counter(), self.model.card.waited
-        wanted = np.array([len(tokens) - 1]) if parents is None else np.arange(len(tokens))
-        # a tree of one node is a line, which every model takes
-        tree = parents if parents and len(parents) > 1 else None
-        logits = self.model.forward(np.array(tokens, np.int64), wanted, on_step, tree)
-        figures.forward_seconds += time.perf_counter() - started
-        figures.card_wait_seconds += self.model.card.waited - waited
-        return logits
+        logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches)
+        seconds = time.perf_counter() - started
+        for line in lines:
+            line.figures.forward_seconds += seconds
+            line.figures.card_wait_seconds += self.model.card.waited - waited
+        for line in speaking:
+            line.figures.passes += 1
+        if not chunks:
+            self._pace.measured_pass(seconds)
+        return np.asarray(logits, np.float32)
+
+    def _settle(self) -> None:
+        """Takes what no text has said out of the cache."""
+        kept = np.unique(np.concatenate([line.slots for line in self.lines]))
+        self.model.cache.keep(kept)
+        for line in self.lines:
+            line.slots = np.searchsorted(kept, line.slots)

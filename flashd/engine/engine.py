@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.decide import Choices, Decision, decide
-from flashd.engine.decode import Conversation, Figures, Model
+from flashd.engine.decode import Conversation, Figures, Line, Model
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import Plan, available_memory, make_plan, rates_of, resident_now
@@ -75,6 +76,42 @@ class Answer:
     figures: Figures = field(default_factory=Figures)
 
 
+class Speech:
+    """An answer that is given, beside others if there are any: complete characters only, up to a stop string."""
+
+    def __init__(self, line: Line, answer: Answer, token_bytes: TokenBytes, stop: Sequence[str]) -> None:
+        self.line = line
+        self._answer, self._words, self._stops = answer, Detokenizer(token_bytes), StopStrings(list(stop))
+        self._whole = False
+
+    @property
+    def done(self) -> bool:
+        return self.line.done
+
+    def stop(self) -> None:
+        """Nothing more is wanted of it."""
+        self.line.done = self._whole = True
+
+    def push(self, token: int) -> str:
+        """What is to be shown once `token` was said."""
+        shown, stopped = self._stops.push(self._words.push(token))
+        self._answer.text += shown
+        if stopped:
+            self._answer.figures.finish = "stop"
+            self.stop()
+        return shown
+
+    def rest(self) -> str:
+        """What is to be shown when it has ended, once."""
+        if self._whole:
+            return ""
+        self._whole = True
+        rest, _ = self._stops.push(self._words.finish())
+        rest += self._stops.finish()
+        self._answer.text += rest
+        return rest
+
+
 class Engine:
     """A loaded model. Use it in a with statement, or close it.
 
@@ -93,6 +130,7 @@ class Engine:
         kind = ResidentModel if self.plan.resident else PagedModel
         self.model: Model = kind(bundle, self.plan, on_step)
         self._conversation = Conversation(self.model, prefixes)
+        self._speeches: list[Speech] = []
 
     def __enter__(self) -> Engine:
         return self
@@ -127,22 +165,63 @@ class Engine:
 
         Raises UsageError for a prompt that is empty or too long; CardError, DataError.
         """
-        words, stops = Detokenizer(self.token_bytes), StopStrings(list(stop))
-        tokens = self._conversation.generate(
-            prompt, Sampler(sampling, constraint), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
-            figures=answer.figures, drafts=drafts, on_step=on_step,
+        speech = self.begin(
+            prompt, sampling, answer, limit=limit, stop=stop, ignore_eos=ignore_eos, drafts=drafts,
+            constraint=constraint,
         )  # fmt: skip
-        for token in tokens:
-            shown, stopped = stops.push(words.push(token))
-            answer.text += shown
-            yield shown
-            if stopped:
-                answer.figures.finish = "stop"
-                return
-        rest, _ = stops.push(words.finish())
-        rest += stops.finish()
-        answer.text += rest
-        yield rest
+        try:
+            while not speech.done:
+                with closing(self.go_on(on_step)) as pieces:
+                    for _, piece in pieces:
+                        yield piece
+        finally:
+            self.end(speech)
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        answer: Answer,
+        *,
+        limit: int,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        drafts: bool = True,
+        constraint: Constraint | None = None,
+    ) -> Speech:
+        """An answer that is given from now on, beside others if there are any: ask `fits` first. End it.
+
+        Raises UsageError for a prompt that is empty or too long.
+        """
+        line = self._conversation.begin(
+            prompt, Sampler(sampling, constraint), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
+            figures=answer.figures, drafts=drafts,
+        )  # fmt: skip
+        speech = Speech(line, answer, self.token_bytes, stop)
+        self._speeches.append(speech)
+        return speech
+
+    def fits(self, prompt: Sequence[int], limit: int) -> bool:
+        """Whether one more answer may be given beside those that are."""
+        return self._conversation.fits(prompt, limit)
+
+    def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Speech, str]]:
+        """One pass for all answers that are given, and the text that each has from it. Close it.
+
+        Raises CardError, DataError; they may go on after it.
+        """
+        by_line = {speech.line: speech for speech in self._speeches}
+        with closing(self._conversation.go_on(on_step)) as said:
+            for line, token in said:
+                yield by_line[line], by_line[line].push(token)
+        for speech in self._speeches:
+            if speech.done and (rest := speech.rest()):
+                yield speech, rest
+
+    def end(self, speech: Speech) -> None:
+        """Nothing more comes of an answer. Not within a pass."""
+        self._speeches.remove(speech)
+        self._conversation.end(speech.line)
 
     def choose(
         self, prompt: Sequence[int], choices: Choices, sampling: Sampling, answer: Answer, on_step: OnStep = silent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ from flashd.bundle.rows import (
     TernaryGroups,
     TernaryRows,
 )
+from flashd.engine.branches import Branches
 from flashd.engine.kv import KvCache
 from flashd.engine.pages import use_small_pages
 from flashd.session import open_session, start_pool
@@ -274,18 +275,11 @@ class Places:
         return cls(past, np.arange(past, past + tokens)[None], np.zeros((1, 1, tokens, past + tokens), np.float32))
 
     @classmethod
-    def in_tree(cls, past: int, parents: Sequence[int], known: int = 0) -> Places:
-        """Each token behind its parent, which came before it; the first has none. It looks at its ancestors alone.
-
-        Section 3 of SpecInfer (arXiv 2305.09781) calls this tree attention. The tree stands behind `past` tokens, and
-        the first `known` of its own are in the cache already.
-        """
-        sees = np.eye(len(parents), dtype=bool)
-        for node, parent in enumerate(parents[1:], 1):
-            sees[node] |= sees[parent]
-        places = cls.in_line(past + known, len(parents) - known)
-        places.bias[0, 0, :, past:] = np.where(sees[known:], np.float32(0), NEVER)
-        return cls(past + known, past + sees[known:].sum(1)[None] - 1, places.bias)
+    def in_branches(cls, past: int, branches: Branches, known: int = 0) -> Places:
+        """They begin behind `past` slots of the cache, which has the first `known` of them already."""
+        sees = branches.sees(past)[known:]
+        bias = np.where(sees, np.float32(0), NEVER)
+        return cls(past + known, sees.sum(1)[None] - 1, bias[None, None])
 
 
 class Attention:

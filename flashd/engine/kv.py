@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import Floats
+from flashd.engine.branches import Slots
 from flashd.engine.pages import PAGE, give_back
 
 Lend = Callable[[int], None]
@@ -80,10 +81,15 @@ class KvCache:
         """Counts `tokens` more as valid: every layer has written them."""
         self.length += tokens
 
-    def move(self, source: int, target: int) -> None:
-        """Puts the keys and values of the token at `source` in the place of those at `target`."""
-        for array in self._arrays:
-            array[0, :, target] = array[0, :, source]
+    def keep(self, slots: Slots) -> None:
+        """Forgets all tokens but those at `slots`, ascending, which then follow one another in the same order."""
+        count = len(slots)
+        # those before the first gap stay where they are
+        first = int(np.count_nonzero(slots == np.arange(count)))
+        if first < count:
+            for array in self._arrays:
+                array[0, :, first:count] = array[0][:, slots[first:]]
+        self.truncate(count)
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. Raises ValueError where there are fewer."""

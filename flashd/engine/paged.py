@@ -6,13 +6,13 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats, Rows
 from flashd.engine import graph
+from flashd.engine.branches import Branches
 from flashd.engine.card import CardStats
 from flashd.engine.experts import ExpertFfn
 from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
@@ -68,7 +68,7 @@ class PagedModel:
             self.close()
             raise
         # where attention slides, a branch's slot in the cache would be taken for its place in the text
-        self._branches = not any(kind.window for kind in self._model.attention)
+        self.branches = not any(kind.window for kind in self._model.attention)
 
     def close(self) -> None:
         self._ffn.close()
@@ -90,16 +90,16 @@ class PagedModel:
         return self._ffn.drafts
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
     ) -> Floats:
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Every neuron takes part. With `parents` the tokens are a tree, see graph.Places, which the cache keeps in the
-        order given. Raises CardError, DamagedRun; the cache is then as it was before.
+        Every neuron takes part. Without `branches` the tokens follow all that is in the cache.
+        Raises CardError, DamagedRun; the cache is then as it was before.
         """
         past = self.cache.length
         self.cache.reserve(past + len(tokens))
-        places = Places.in_tree(past, parents) if parents else Places.in_line(past, len(tokens))
+        places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)  # [T, H]
             logits = self._said(x[wanted], on_step)  # [R, V]
@@ -110,20 +110,20 @@ class PagedModel:
         self.cache.advance(len(tokens))
         return logits
 
-    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses:
+    def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
 
-        The tokens are the last of a tree, see graph.Places; what of it came before them was drafted before and is in
-        the KV cache, which counts these too: truncate it before the next exact pass.
+        The tokens are the last of the branches; what came before them was drafted before and is in the KV cache,
+        which counts these too: truncate it before the next exact pass.
         """
-        known = len(parents) - len(tokens)
-        places = Places.in_tree(self.cache.length - known, parents, known)
+        known = len(branches.parents) - len(tokens)
+        places = Places.in_branches(self.cache.length - known, branches, known)
         self.cache.reserve(self.cache.length + len(tokens))
         x = self._pass(tokens, places, silent, exact=False)
         self.cache.advance(len(tokens))
         # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
         (h,) = self._finish(self._vectors, x=x)
-        return Guesses.of(self._head.of_likely(h), NODES if self._branches else 1)
+        return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""

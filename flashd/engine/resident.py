@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from flashd.bundle.rows import (
     unpack,
 )
 from flashd.engine import graph
+from flashd.engine.branches import Branches
 from flashd.engine.card import CardStats
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
@@ -47,13 +47,13 @@ class ResidentModel:
         self.cache = KvCache(self._model, plan.context)
         self.card = CardStats()
         self.hit_rate = 1.0
-        self.pages = self.drafts = False
+        self.pages = self.drafts = self.branches = False
         self._session = open_session(bundle.read("graph.resident"), self._initialisers(on_step))
         self._embed = graph.Embedder(bundle)
         self._rotary = graph.Rotary(bundle, plan.context)
         self._binding = self._bound()
 
-    def draft(self, tokens: Tokens, parents: Sequence[int]) -> Guesses:
+    def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Never asked for: nothing is cheaper than an exact pass here."""
         raise NotImplementedError
 
@@ -61,13 +61,13 @@ class ResidentModel:
         """Nothing is open but memory."""
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, parents: Sequence[int] | None = None
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
     ) -> Floats:
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Raises NotImplementedError for a tree: there are no drafts here to make one of.
+        Raises NotImplementedError for `branches`.
         """
-        if parents:
+        if branches:
             raise NotImplementedError
         b = self._binding
         b.bind_cpu_input("x", self._embed(tokens, np.arange(self.cache.length, self.cache.length + len(tokens))))

@@ -2,21 +2,23 @@
 
 When reading is the cost, a pass that checks sixteen tokens costs what one costs. What followed the same words earlier
 in the text is free to try; guesses from RAM are cheap, for several tokens at once hardly more than for one. So drafts
-grow as a tree where it is likeliest to be right, as long as that makes more tokens a second.
+grow as trees where they are likeliest to be right, as long as that makes more tokens a second. Of several texts that
+share a pass each has its tree, and grows where all of them are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.rows import Floats
+from flashd.engine.branches import behind
 
 NODES = 16
-"""Tokens of a pass that checks drafts, the one before them included: each takes a row of logits."""
+"""Tokens of a pass that checks drafts, the ones before them included: each takes a row of logits."""
 
 BEAM = 3
 """Tokens that guesses are made behind at once: their weights are widened for all of them together."""
@@ -56,52 +58,70 @@ class Guesses:
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Tokens that a pass checks. Node 0 was said; the others are guesses at what follows their parents."""
+class Trees:
+    """Tokens that a pass checks: behind each text what was said last, a root, and guesses at what follows.
+
+    A text's root has the parent `behind(text)`, other nodes have earlier ones.
+    """
 
     tokens: list[int]
-    parents: list[int]  # of each node, an earlier one; node 0 is its own
+    parents: list[int]
     odds: list[float]  # of each node, that it and all before it are right
+
+    def root(self, text: int) -> int:
+        """The node that stands behind a text."""
+        return self.parents.index(behind(text))
+
+    def guesses(self, text: int) -> int:
+        """How many of the nodes are guesses at what follows a text."""
+        texts: list[int] = []
+        for parent in self.parents:
+            texts.append(texts[parent] if parent >= 0 else ~parent)
+        return texts.count(text) - 1
 
     def child(self, node: int, token: int) -> int | None:
         """The node that says `token` behind `node`."""
-        found = (i for i in range(1, len(self.tokens)) if self.parents[i] == node and self.tokens[i] == token)
-        return next(found, None)
+        return next((i for i in self._children(node) if self.tokens[i] == token), None)
 
     def promised(self, node: int) -> float:
         """How likely what follows `node` is among the guesses at it, by their odds."""
-        return sum(self.odds[i] for i in range(1, len(self.tokens)) if self.parents[i] == node) / self.odds[node]
+        return sum(self.odds[i] for i in self._children(node)) / self.odds[node]
+
+    def _children(self, node: int) -> Iterator[int]:
+        return (i for i, parent in enumerate(self.parents) if parent == node)
 
 
 class Draft:
-    """A tree of guesses that grows where it is likeliest to be right.
+    """Trees of guesses, one behind each text, that grow where they are likeliest to be right.
 
     A node's odds are those of all on the way to it together, so that no node is likelier than its parent: the best of
-    them are a tree again. That a draft's own odds tell how often it is right was found for EAGLE-2 (arXiv 2406.16858,
+    them are trees again. That a draft's own odds tell how often it is right was found for EAGLE-2 (arXiv 2406.16858,
     section 4); here, where neurons are missing, it is too sure, and `trust` is what its odds are worth.
     """
 
-    def __init__(self, token: int, trust: float) -> None:
+    def __init__(self, said: Sequence[int], rooms: Sequence[int], trust: float) -> None:
+        """`said`: the last token of each text; `rooms`: how many may follow it at most."""
         self._trust = trust
-        self._tokens, self._parents, self._odds, self._depths = [token], [0], [1.0], [0]
+        self._tokens, self._parents, self._odds = list(said), [behind(i) for i in range(len(said))], [1.0] * len(said)
+        self._rooms = list(rooms)  # behind each node
         self._known: dict[tuple[int, int], int] = {}  # nodes by their parents and tokens
         self._drafted: list[int] = []  # nodes whose successors were guessed at, in order
 
-    def follow(self, found: Sequence[int], odds: float) -> None:
-        """Adds a chain behind node 0, each of its tokens right with these odds if the one before it is."""
-        node = 0
+    def follow(self, text: int, found: Sequence[int], odds: float) -> None:
+        """Adds a chain behind a text, each of its tokens right with these odds if the one before it is."""
+        node = text
         for token in found:
             node = self._add(node, token, odds)
 
-    def likeliest(self, most: int, deepest: int) -> list[int]:
-        """Up to `most` nodes, at a depth less than `deepest`, behind which nothing was guessed yet."""
-        open_ = (i for i in range(len(self._tokens)) if i not in self._drafted and self._depths[i] < deepest)
+    def likeliest(self, most: int) -> list[int]:
+        """Up to `most` nodes behind which there is room and nothing was guessed yet."""
+        open_ = (i for i in range(len(self._tokens)) if i not in self._drafted and self._rooms[i] > 0)
         return sorted(open_, key=lambda i: -self._odds[i])[:most]
 
     def asked(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(their tokens, the parents of a tree of all that was drafted before and these) as a model drafts them."""
+        """(their tokens, the parents of all that was drafted before and of these) as a model drafts them."""
         order = [*self._drafted, *nodes]
-        return [self._tokens[i] for i in nodes], [order.index(self._parents[i]) for i in order]
+        return [self._tokens[i] for i in nodes], self._parents_in(order)
 
     def grow(self, nodes: Sequence[int], guesses: Guesses) -> None:
         """Adds the guesses behind `nodes`."""
@@ -110,11 +130,10 @@ class Draft:
                 self._add(i, token, self._trust * each)
         self._drafted += nodes
 
-    def tree(self, most: int) -> Tree:
+    def trees(self, most: int) -> Trees:
         """The likeliest nodes."""
         best = self._best(most)
-        tokens, odds = [self._tokens[i] for i in best], [self._odds[i] for i in best]
-        return Tree(tokens, [best.index(self._parents[i]) for i in best], odds)
+        return Trees([self._tokens[i] for i in best], self._parents_in(best), [self._odds[i] for i in best])
 
     def expected(self, most: int) -> float:
         """Tokens that a pass over the likeliest nodes gives, by their odds."""
@@ -122,6 +141,11 @@ class Draft:
 
     def odds(self, nodes: Sequence[int]) -> float:
         return sum(self._odds[i] for i in nodes)
+
+    def _parents_in(self, order: Sequence[int]) -> list[int]:
+        """The parents of nodes, which are in `order` too."""
+        place = {node: i for i, node in enumerate(order)}
+        return [place.get(self._parents[node], self._parents[node]) for node in order]
 
     def _best(self, most: int) -> list[int]:
         return sorted(range(len(self._tokens)), key=lambda i: (-self._odds[i], i))[:most]
@@ -135,7 +159,7 @@ class Draft:
         self._tokens.append(token)
         self._parents.append(parent)
         self._odds.append(odds)
-        self._depths.append(self._depths[parent] + 1)
+        self._rooms.append(self._rooms[parent] - 1)
         return node
 
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
+from flashd.engine.branches import Branches, behind
 from flashd.engine.card import READ_BYTES
-from flashd.engine.decode import Conversation, Figures, Model
+from flashd.engine.decode import MOST_TEXTS, Conversation, Figures, Line, Model
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, Tree, lookup
+from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, lookup
 from flashd.errors import UsageError
 from tests.engine.test_paths import opened, tokens_of
 from tests.reference import relative
@@ -48,6 +49,113 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     assert figures.passes + figures.accepted == 39
 
 
+PROMPTS = (
+    "<|im_start|>system\nYou are brief.<|im_end|>\n<|im_start|>user\nName the days of the week.<|im_end|>\n",
+    "<|im_start|>system\nYou are brief.<|im_end|>\n<|im_start|>user\nWhat is rain?<|im_end|>\n",
+    "Once upon a time there was",
+)
+DRAWN = (Sampling(), Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5), Sampling(0.5, seed=9))
+
+
+def begun(talk: Conversation, prompt: list[int], sampling: Sampling, limit: int, drafts: bool = True) -> Line:
+    return talk.begin(prompt, Sampler(sampling), limit=limit, eos=(), figures=Figures(), drafts=drafts)
+
+
+@pytest.mark.parametrize("joins", [(0, 1), (1, 3)])
+@pytest.mark.parametrize("drafts", [True, False])
+def test_texts_that_grow_together_say_what_each_says_alone(
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, drafts: bool, joins: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
+    with opened(packed["int4"], 0.5, 256) as model:
+        alone = [said(model, p, s, drafts, 24) for p, s in zip(prompts, DRAWN, strict=True)]
+        model.cache.truncate(0)
+        talk, out = Conversation(model), [[], [], []]  # type: tuple[Conversation, list[list[int]]]
+        lines = [begun(talk, prompts[0], DRAWN[0], 24, drafts)]
+        passes, before = 0, model.card.bytes_read
+        while talk.lines:
+            if passes in joins:
+                at = len(lines)
+                assert talk.fits(prompts[at], 24)
+                lines.append(begun(talk, prompts[at], DRAWN[at], 24, drafts))
+            for line, token in talk.go_on():
+                out[lines.index(line)].append(token)
+            passes += 1
+            for line in [line for line in talk.lines if line.done]:
+                talk.end(line)
+                last = lines.index(line)
+        nbytes = model.card.bytes_read - before
+        assert out == [text for text, _ in alone]
+        # what the first two prompts have in common is not computed twice
+        assert lines[1].figures.reused_tokens >= 10 and lines[2].figures.reused_tokens == 0
+        apart = [f.prefill_card_bytes + f.decode_card_bytes for _, f in alone]
+        assert nbytes < 0.6 * sum(apart)
+        if not drafts:
+            # the last of them begins behind so many passes, and ends them all
+            assert passes == joins[1] + 1 + 23
+        # the cache has the last text, as if it had been alone
+        assert talk.tokens == (prompts[last] + out[last])[:-1] and model.cache.length == len(talk.tokens)
+        again = Figures()
+        said_on = talk.generate([*talk.tokens, 5], Sampler(Sampling()), limit=1, eos=(), figures=again)
+        assert len(list(said_on)) == 1 and again.prompt_tokens == 1
+
+
+def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
+    packed: dict[str, Path],
+) -> None:
+    prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
+
+    class Stop(Exception):
+        pass
+
+    def break_off(done: int, layers: int, nbytes: int) -> None:
+        if done == 3:
+            raise Stop
+
+    with opened(packed["int4"], 0.5, 256) as model:
+        alone = [said(model, p, s, False, 12)[0] for p, s in zip(prompts, DRAWN, strict=True)]
+        model.cache.truncate(0)
+        talk = Conversation(model)
+        lines = [begun(talk, p, s, 12) for p, s in zip(prompts, DRAWN, strict=True)]
+        out: dict[Line, list[int]] = {line: [] for line in lines}
+        broken = 0
+        while talk.lines:
+            with pytest.raises(Stop):
+                for line, token in talk.go_on(break_off):
+                    out[line].append(token)
+            broken += 1
+            for line, token in talk.go_on():
+                out[line].append(token)
+                line.done = line.done or (line is lines[1] and len(out[line]) == 5)
+            for line in [line for line in talk.lines if line.done]:
+                talk.end(line)
+    assert broken > 2
+    assert [out[line] for line in lines] == [alone[0], alone[1][:5], alone[2]]
+
+
+def test_no_more_texts_than_there_is_room_for(packed: dict[str, Path]) -> None:
+    with opened(packed["int4"], 0.5, 64) as model:
+        talk = Conversation(model)
+        assert talk.fits([1] * 63, 1000)  # alone it may have all of it
+        line = begun(talk, list(range(20)), Sampling(), 24)
+        # 43 slots for the first, whose last token needs none
+        assert talk.fits([30] * 11, 10) and not talk.fits([30] * 11, 11)
+        # the first 19 are there when the first prompt has been read
+        for _ in talk.go_on():
+            pass
+        assert talk.fits([*range(19), 30, 31], 19) and not talk.fits([*range(19), 30, 31], 20)
+        talk.end(line)
+        for i in range(MOST_TEXTS):
+            assert talk.fits([i, i], 2)
+            begun(talk, [i, i], Sampling(), 2)
+        assert not talk.fits([1, 2], 2)
+    with opened(packed["int4"], None, 64) as model:
+        talk = Conversation(model)
+        begun(talk, [1, 2], Sampling(), 5)
+        assert not talk.fits([3], 5)  # a model that fits takes one line
+
+
 def test_what_the_text_repeats_is_looked_up(packed: dict[str, Path]) -> None:
     """With nothing in RAM to draft with, the text itself is left."""
     lines = "".join(f"item {i}: apples, pears, plums\n" for i in range(4))
@@ -76,20 +184,19 @@ def test_a_lookup_is_what_followed_the_longest_end(tokens: list[int], most: int)
 def test_a_tree_s_branches_are_worth_what_the_same_tokens_in_line_are(packed: dict[str, Path]) -> None:
     """Each node sees its ancestors alone, wherever the cache keeps it; one that is said moves into line."""
     prompt = list(range(100, 130))
-    tree = Tree([7, 8, 9, 10, 11, 13, 12], [0, 0, 1, 2, 0, 1, 0], [1.0] * 7)
+    tokens, branches = [7, 8, 9, 10, 11, 13, 12], Branches([np.arange(30)], [behind(0), 0, 1, 2, 0, 1, 0])
     line = [[7], [7, 8], [7, 8, 9], [7, 8, 9, 10], [7, 11], [7, 8, 13], [7, 12]]
     with opened(packed["int4"], 0.5) as model:
         model.forward(np.array(prompt), np.array([0]))
-        wanted = np.arange(len(tree.tokens))
-        checked = model.forward(np.array(tree.tokens), wanted, parents=tree.parents)
-        for node, tokens in enumerate(line):
+        wanted = np.arange(len(tokens))
+        checked = model.forward(np.array(tokens), wanted, branches=branches)
+        for node, text in enumerate(line):
             model.cache.truncate(len(prompt))
-            alone = model.forward(np.array(tokens), np.array([len(tokens) - 1]))[0]
+            alone = model.forward(np.array(text), np.array([len(text) - 1]))[0]
             assert relative(checked[node], alone) < 1e-3, node
         model.cache.truncate(len(prompt))
-        model.forward(np.array(tree.tokens), wanted, parents=tree.parents)
-        model.cache.move(len(prompt) + 5, len(prompt) + 2)  # 13 behind 8
-        model.cache.truncate(len(prompt) + 3)
+        model.forward(np.array(tokens), wanted, branches=branches)
+        model.cache.keep(np.array([*range(len(prompt) + 2), len(prompt) + 5]))  # 13 behind 8
         after = model.forward(np.array([20]), np.array([0]))[0]
         model.cache.truncate(len(prompt))
         model.forward(np.array([7, 8, 13]), np.array([0]))
@@ -102,35 +209,41 @@ GUESSES = st.lists(
 
 
 @given(st.lists(st.lists(GUESSES, min_size=BEAM, max_size=BEAM), max_size=6), st.lists(st.integers(0, 9), max_size=5),
-       st.floats(0.1, 1), st.integers(1, NODES), st.integers(1, 5))  # fmt: skip
-def test_a_draft_s_likeliest_nodes_are_a_tree(
-    levels: list[list[list[tuple[int, float]]]], found: list[int], trust: float, most: int, deepest: int
+       st.floats(0.1, 1), st.integers(3, NODES), st.lists(st.integers(0, 5), min_size=1, max_size=3))  # fmt: skip
+def test_a_draft_s_likeliest_nodes_are_trees(
+    levels: list[list[list[tuple[int, float]]]], found: list[int], trust: float, most: int, rooms: list[int]
 ) -> None:
-    draft = Draft(99, trust)
-    draft.follow(found[:deepest], 0.5)
+    draft = Draft([99 - i for i in range(len(rooms))], rooms, trust)
+    draft.follow(0, found[: rooms[0]], 0.5)
     asked: list[int] = []
     for level in levels:
-        nodes = draft.likeliest(BEAM, deepest)
+        nodes = draft.likeliest(BEAM)
         if not nodes:
             break
         tokens, parents = draft.asked(nodes)
         asked += tokens
-        assert len(parents) == len(asked) and all(p < i for i, p in enumerate(parents[1:], 1))
+        assert len(parents) == len(asked) and all(p < i for i, p in enumerate(parents))
         for guesses, node in zip(level, nodes, strict=False):
             total = sum(odds for _, odds in guesses)
             draft.grow([node], Guesses(np.array([[t for t, _ in guesses]]),
                                        np.array([[odds / total for _, odds in guesses]], np.float32)))  # fmt: skip
-    tree = draft.tree(most)
-    assert tree.tokens[0] == 99 and len(tree.tokens) <= most
-    depths = [0]
-    for node in range(1, len(tree.tokens)):
-        parent = tree.parents[node]
-        assert parent < node and tree.odds[node] <= tree.odds[node - 1] <= 1
-        assert tree.child(parent, tree.tokens[node]) == node
-        depths.append(depths[parent] + 1)
-    assert max(depths) <= deepest
-    assert sum(tree.odds) == pytest.approx(draft.expected(most))
-    assert tree.child(0, 100) is None
+    trees = draft.trees(most)
+    assert len(trees.tokens) <= most
+    places: list[tuple[int, int]] = []  # of each node, its text and how far behind it
+    for node, parent in enumerate(trees.parents):
+        assert parent < node
+        if parent < 0:
+            assert trees.tokens[node] == 99 - ~parent and trees.root(~parent) == node
+            places.append((~parent, 0))
+            continue
+        assert trees.odds[node] <= trees.odds[node - 1] <= 1
+        assert trees.child(parent, trees.tokens[node]) == node
+        places.append((places[parent][0], places[parent][1] + 1))
+    for text, room in enumerate(rooms):
+        assert max(depth for of, depth in places if of == text) <= room
+        assert trees.guesses(text) == sum(of == text for of, _ in places) - 1
+    assert sum(trees.odds) == pytest.approx(draft.expected(most))
+    assert trees.child(0, 100) is None
 
 
 def test_guesses_are_the_likeliest_with_their_odds() -> None:
@@ -144,13 +257,16 @@ def test_guesses_are_the_likeliest_with_their_odds() -> None:
 
 def test_guesses_behind_several_tokens_are_those_behind_each(packed: dict[str, Path]) -> None:
     """A tree that is drafted step by step: what came before is in the cache, branches do not see each other."""
-    prompt, tokens, parents = list(range(100, 130)), [7, 8, 11, 9, 12], [0, 0, 0, 1, 2]
+    prompt, tokens, parents = list(range(100, 130)), [7, 8, 11, 9, 12], [behind(0), 0, 0, 1, 2]
+    texts = [np.arange(len(prompt))]
     with opened(packed["int4"], 0.5) as model:
         model.forward(np.array(prompt), np.array([0]))
-        by_steps = [model.draft(np.array(tokens[a:b]), parents[:b]) for a, b in ((0, 1), (1, 3), (3, 5))]
+        by_steps = [
+            model.draft(np.array(tokens[a:b]), Branches(texts, parents[:b])) for a, b in ((0, 1), (1, 3), (3, 5))
+        ]
         for line, guesses in (([7, 8, 9], 0), ([7, 11, 12], 1)):
             model.cache.truncate(len(prompt))
-            alone = [model.draft(np.array([t]), [0, *range(i)]) for i, t in enumerate(line)]
+            alone = [model.draft(np.array([t]), Branches(texts, [behind(0), *range(i)])) for i, t in enumerate(line)]
             assert np.array_equal(by_steps[2].tokens[guesses][:4], alone[-1].tokens[0][:4])
             assert np.allclose(by_steps[2].odds[guesses], alone[-1].odds[0], rtol=1e-3, atol=1e-4)
 
@@ -212,9 +328,9 @@ def test_eos_ends_the_answer(tiny_bundle: Path) -> None:
 
 def grown(odds: float, trust: float = 1.0) -> tuple[Draft, list[int]]:
     """A draft after one step, and what would be drafted next."""
-    draft = Draft(1, trust)
+    draft = Draft([1], [9], trust)
     draft.grow([0], Guesses(np.array([[2, 3, 4]]), np.array([[odds, (1 - odds) / 2, (1 - odds) / 2]], np.float32)))
-    return draft, draft.likeliest(BEAM, 9)
+    return draft, draft.likeliest(BEAM)
 
 
 def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashd.engine.branches import Branches, behind
 from flashd.pack.families import FAMILIES
 from flashd.pack.pack import pack
 from tests.engine.test_head import model as with_head
@@ -72,7 +73,7 @@ def test_a_draft_guesses_among_part_of_a_vocabulary(tmp_path: Path, name: str) -
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     with with_head(tmp_path / "m.flash", 0.5, 96) as model:
         model.forward(TOKENS[:20], np.array([19]))
-        guesses = model.draft(TOKENS[20:21], [0]).tokens[0].tolist()
+        guesses = model.draft(TOKENS[20:21], Branches([np.arange(20)], [behind(0)])).tokens[0].tolist()
     assert guesses and len(set(guesses)) == len(guesses) and all(0 <= g < 96 for g in guesses)
 
 

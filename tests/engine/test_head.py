@@ -15,6 +15,7 @@ import pytest
 from flashd.bundle.layout import PREFIX, ROWS_OF_A_RUN, BadSection, decode_header, digest, encode
 from flashd.bundle.reader import Bundle
 from flashd.engine import plan as planning
+from flashd.engine.branches import Branches, behind
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import BUFFERS, Plan, make_plan, smallest
 from flashd.pack.pack import pack
@@ -71,7 +72,7 @@ def test_what_is_not_in_ram_is_read_once_a_pass(bundle: Path) -> None:
 def test_a_draft_chooses_among_the_rows_in_ram(bundle: Path) -> None:
     with model(bundle, 0.5, KEPT) as running:
         two_passes(running)
-        guesses = running.draft(np.array([7]), [0])
+        guesses = running.draft(np.array([7]), Branches([np.arange(running.cache.length)], [behind(0)]))
         assert set(guesses.tokens[0].tolist()) <= set(range(KEPT)) and guesses.odds.sum() <= 1 + 1e-5
         assert running.cache.length == 14
 

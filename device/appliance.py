@@ -116,10 +116,9 @@ class Appliance:
 
     def status(self) -> Status:
         state, facts = board.read(self._sysfs), self._facts()
-        running = self.jobs.running
         return Status(
             phase=str(self._panel.phase), muted=self._muted, waiting=self.jobs.waiting,
-            running=None if running is None else running.id,
+            running=[job.id for job in self.jobs.running],
             sensors={name: str(reading) for name, reading in self._sensors.read().items()},
             temperature=state.temperature, throttled=state.throttled,
             title=self._settings.kiosk.title, presets=self._settings.kiosk.presets,

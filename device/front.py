@@ -24,7 +24,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     muted: bool
     waiting: int  # jobs
-    running: int | None  # a job's number
+    running: list[int]  # numbers of jobs
     sensors: dict[str, str]  # readings in words
     temperature: float | None  # of the processor, °C
     throttled: bool

@@ -65,8 +65,8 @@ class Jobs:
         self._most = most_waiting
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[tuple[int, int, Job]] = []  # a heap: (-priority, id, job)
-        self._running: Job | None = None
-        self._interrupt = False
+        self._running: dict[int, Job] = {}
+        self._interrupted: set[int] = set()
         self._cancelled: set[int] = set()
         self._watches: list[Watch] = []
         self._recent: dict[str, deque[float]] = {}
@@ -99,9 +99,8 @@ class Jobs:
             self._monotonic[job.id] = time.monotonic()
             self._enqueue(job)
             self._tell(self._place(job, "queued"))
-            running = self._running
-            if request.barge_in and running is not None and running.request.priority < request.priority:
-                self._interrupt = True
+            if request.barge_in:
+                self._interrupted |= {j.id for j in self.running if j.request.priority < request.priority}
             self._changed.notify_all()
         log.info("%s accepted", job, extra=_fields(job))
         return job
@@ -135,7 +134,7 @@ class Jobs:
         with self._changed:
             if self._closed:
                 return False
-            if self._running is not None and self._running.id == number:
+            if number in self._running:
                 self._cancelled.add(number)
                 return True
             for entry in self._waiting:
@@ -158,15 +157,16 @@ class Jobs:
         with self._changed:
             order = sorted(entry[:2] for entry in self._waiting)
             before = next((i for i, entry in enumerate(order) if entry[1] == number), 0)
-            return before + (self._running is not None)
+            return before + len(self._running)
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
     @property
-    def running(self) -> Job | None:
-        return self._running
+    def running(self) -> tuple[Job, ...]:
+        with self._changed:
+            return tuple(self._running.values())
 
     # --- for the worker -----------------------------------------------------------------------------------
 
@@ -180,29 +180,38 @@ class Jobs:
                 self._changed.wait(timeout)
             with suppress(CannotWrite):
                 self._keep_ended()
+            job = self.next
+            if job is not None:
+                self._start(job)
+            return job
+
+    @property
+    def next(self) -> Job | None:
+        """The one that is to be taken next, of those that wait."""
+        with self._changed:
             while self._waiting:
                 job = self._waiting[0][2]
-                if self._too_late(job):
-                    heapq.heappop(self._waiting)
-                    self._end(job, State.EXPIRED, _lateness(job))
-                    continue
-                self._spool.begin(job)
+                if not self._too_late(job):
+                    return job
                 heapq.heappop(self._waiting)
-                job.state, job.attempts = State.RUNNING, job.attempts + 1
-                self._running, self._interrupt = job, False
-                self._tell(Event(kind="started", job=job.id))
-                for _, _, other in self._waiting:
-                    self._tell(self._place(other, "moved"))
-                return job
+                self._end(job, State.EXPIRED, _lateness(job))
         return None
 
+    def take_beside(self, job: Job) -> bool:
+        """Takes a job beside those that run, if it is still the next. Raises CannotWrite."""
+        with self._changed:
+            if self.next is not job:
+                return False
+            self._start(job)
+            return True
+
     def wanted(self, job: Job) -> bool:
-        """Whether the running job should go on: nobody cancelled it and nothing more urgent came."""
-        return not self._interrupt and not self._given_up(job)
+        """Whether a running job should go on: nobody cancelled it and nothing more urgent came."""
+        return job.id not in self._interrupted and not self._given_up(job)
 
     def preempted(self, job: Job) -> bool:
-        """Whether the running job only makes way: it was neither cancelled nor is it too late."""
-        return self._interrupt and not self._given_up(job)
+        """Whether a running job only makes way: it was neither cancelled nor is it too late."""
+        return job.id in self._interrupted and not self._given_up(job)
 
     def say(self, job: Job, text: str) -> None:
         """More of a running job's answer."""
@@ -214,17 +223,17 @@ class Jobs:
         self._tell(Event(kind="progress", job=job.id, done=done, total=total, card_bytes=card_bytes))
 
     def finish(self, job: Job, state: State, finish: str) -> None:
-        """The running job has ended."""
+        """A running job has ended."""
         with self._changed:
             if job.id in self._cancelled:
                 state, finish = State.CANCELLED, "cancelled"
             elif state is State.CANCELLED and self._too_late(job):
                 state, finish = State.EXPIRED, _lateness(job)
-            self._running = None
+            self._runs_no_more(job)
             self._end(job, state, finish)
 
     def put_back(self, job: Job) -> None:
-        """The running job was interrupted: it waits again and starts anew."""
+        """A running job was interrupted: it waits again and starts anew."""
         with self._changed:
             if job.id in self._cancelled:
                 self.finish(job, State.CANCELLED, "cancelled")
@@ -234,7 +243,7 @@ class Jobs:
             except CannotWrite as error:
                 log.error("%s; %s still counts as begun there", error, job)
             job.state, job.attempts, job.result.text = State.QUEUED, 0, ""
-            self._running, self._interrupt = None, False
+            self._runs_no_more(job)
             self._enqueue(job)
             self._tell(Event(kind="restarted", job=job.id))
 
@@ -262,6 +271,20 @@ class Jobs:
         self.last_text = last.result.text if last else ""
         if self._waiting:
             log.info("%d jobs were waiting in the spool", len(self._waiting))
+
+    def _start(self, job: Job) -> None:
+        """The first of those that wait runs. Raises CannotWrite; it then goes on waiting."""
+        self._spool.begin(job)
+        heapq.heappop(self._waiting)
+        job.state, job.attempts = State.RUNNING, job.attempts + 1
+        self._running[job.id] = job
+        self._tell(Event(kind="started", job=job.id))
+        for _, _, other in self._waiting:
+            self._tell(self._place(other, "moved"))
+
+    def _runs_no_more(self, job: Job) -> None:
+        del self._running[job.id]
+        self._interrupted.discard(job.id)
 
     def _place(self, job: Job, kind: Literal["queued", "moved"]) -> Event:
         return Event(kind=kind, job=job.id, position=self.position(job.id))
@@ -295,9 +318,7 @@ class Jobs:
         return job.id in self._cancelled or self._too_late(job)
 
     def _find(self, number: int) -> Job | None:
-        if self._running is not None and self._running.id == number:
-            return self._running
-        known = [*self._unkept, *(job for _, _, job in self._waiting)]
+        known = [*self.running, *self._unkept, *(job for _, _, job in self._waiting)]
         return next((job for job in known if job.id == number), None)
 
     def _end(self, job: Job, state: State, finish: str) -> None:

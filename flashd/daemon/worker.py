@@ -1,17 +1,19 @@
-"""The one thread that runs the engine: takes jobs, answers them, says how it went."""
+"""The one thread that runs the engine: takes jobs, answers them, some together, says how it went."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 
 from flashd.config import Answering
 from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
-from flashd.engine.engine import Answer, Engine, Prompts
+from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.engine.sample import Constraint, Sampling
 from flashd.engine.schema import Schemas
 from flashd.engine.text import Message
@@ -45,8 +47,20 @@ class Totals:
     seconds: float = 0.0
 
 
+@dataclass
+class _Running:
+    """A job that is answered."""
+
+    job: Job
+    before: int  # bytes of the card that were read until it began
+    answer: Answer = field(default_factory=Answer)
+    started: float = field(default_factory=time.monotonic)
+    speech: Speech | None = None  # None for a decision
+    over: bool = False  # it has ended, and only the pass that it was in goes on
+
+
 class Worker:
-    """Answers jobs one after the other until it is stopped."""
+    """Answers jobs until it is stopped: several share a pass where the model and the context allow."""
 
     def __init__(
         self, jobs: Jobs, engine: Engine, prompts: Prompts, schemas: Schemas | None, answering: Answering,
@@ -58,6 +72,8 @@ class Worker:
         self._jobs, self._engine, self._prompts, self._notify = jobs, engine, prompts, notify
         self._stopping = threading.Event()
         self._schemas = schemas
+        self._running: list[_Running] = []
+        self._counted = engine.model.card.bytes_read
         self._told = 0.0
         self._thread = threading.Thread(target=self._run, name="worker")
         engine.bundle.patience.while_waiting = self._while_waiting
@@ -92,67 +108,138 @@ class Worker:
             if job is None:
                 self._engine.remember()
                 continue
-            self._notify.status(f"answering {job}")
-            self._answer(job)
+            self._begin(job)
+            while self._running:
+                self._begin_others()
+                self._attempt(self._pass, self._running)
         self._engine.remember(leaving=True)
 
     def _while_waiting(self) -> None:
         """A read waits for a card that is gone: no hang, but no reason to keep anybody who has given up."""
         self._notify.alive()
         self._notify.status("waiting for the card")
-        job = self._jobs.running
-        if self._stopping.is_set() or (job is not None and not self._jobs.wanted(job)):
-            raise _Interrupted
+        self._let_go()
 
-    def _answer(self, job: Job) -> None:
-        answer, started = Answer(), time.monotonic()
-        before = self._engine.model.card.bytes_read
+    def _begin(self, job: Job) -> None:
+        """Begins an answer; a decision is made at once."""
+        running = _Running(job, self._engine.model.card.bytes_read)
+        self._running.append(running)
+        self._attempt(lambda: self._start(running), [running])
+
+    def _start(self, running: _Running) -> None:
+        self._let_go()
+        request = running.job.request
+        prompt, sampling = self._prompt(request), self._sampling(request)
+        if request.choose:
+            self._choose(running, prompt, sampling)
+            self._finish(running, State.DONE, running.answer.figures.finish)
+            return
+        running.speech = self._engine.begin(
+            prompt, sampling, running.answer, limit=self._limit(request), stop=request.stop,
+            constraint=self._constraint(request),
+        )  # fmt: skip
+
+    def _choose(self, running: _Running, prompt: list[int], sampling: Sampling) -> None:
+        job = running.job
+        choices = self._prompts.choices(job.request.choose)
+        decision = self._engine.choose(prompt, choices, sampling, running.answer, self._on_step)
+        job.result.probabilities = decision.probabilities
+        self._jobs.say(job, decision.text)
+
+    def _begin_others(self) -> None:
+        """Takes those next in the queue beside the jobs that run, as long as there is room."""
         try:
-            self._run_job(job, answer)
-            state, finish = State.DONE, answer.figures.finish
-        except _Interrupted:
-            state, finish = State.CANCELLED, "cancelled"
+            while (job := self._jobs.next) is not None and self._joins(job) and self._jobs.take_beside(job):
+                self._begin(job)
         except FlashdError as error:
-            log.error("%s failed: %s", job, error)
-            state, finish = State.FAILED, str(error)
+            log.error("%s", error)  # the spool's: what waits there goes on waiting
+
+    def _joins(self, job: Job) -> bool:
+        """Whether a job may be answered beside those that run; an urgent one that barged in is not held up."""
+        running = [r.job.request for r in self._running]
+        if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
+            return False
+        try:
+            return self._engine.fits(self._prompt(job.request), self._limit(job.request))
+        except FlashdError:
+            return True  # it fails in words of its own, and holds nobody up
+
+    def _pass(self) -> None:
+        """One pass for all that runs."""
+        with closing(self._engine.go_on(self._on_step)) as pieces:
+            for speech, piece in pieces:
+                self._say(speech, piece)
+        for running in self._running:
+            if running.speech is not None and running.speech.done:
+                self._finish(running, State.DONE, running.answer.figures.finish)
+        self._let_go()
+
+    def _attempt(self, work: Callable[[], None], whose: Sequence[_Running]) -> None:
+        """Works for some jobs, which end where that fails; an interruption ends those that are not wanted."""
+        names = ", ".join(str(r.job) for r in whose)
+        try:
+            work()
+        except _Interrupted:
+            for running in whose:
+                if self._stopping.is_set() or not self._jobs.wanted(running.job):
+                    self._finish(running, State.CANCELLED, "cancelled")
+        except FlashdError as error:
+            log.error("%s failed: %s", names, error)
+            self._fail(whose, str(error))
         except Exception as error:
-            log.exception("%s failed", job)
-            state, finish = State.FAILED, f"an error in flashd: {type(error).__name__}: {error}"
-        self._note(job, answer, started, before)
+            log.exception("%s failed", names)
+            self._fail(whose, f"an error in flashd: {type(error).__name__}: {error}")
+        self._forget_ended()
+
+    def _fail(self, whose: Sequence[_Running], why: str) -> None:
+        for running in whose:
+            self._finish(running, State.FAILED, why)
+
+    def _say(self, speech: Speech, piece: str) -> None:
+        running = next(r for r in self._running if r.speech is speech)
+        if piece and not running.over:
+            self._jobs.say(running.job, piece)
+
+    def _on_step(self, done: int, total: int, card_bytes: int) -> None:
+        self._notify.alive()
+        self._notify.status("answering " + ", ".join(str(r.job) for r in self._running))
+        self._let_go()
+        if time.monotonic() - self._told > PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            for running in self._running:
+                if not running.job.result.text:
+                    self._jobs.progress(running.job, done, total, card_bytes)
+
+    def _let_go(self) -> None:
+        """Ends jobs that nobody wants. Raises _Interrupted where the pass is for nobody else, or in the way."""
+        unwanted = [r for r in self._running if not r.over and not self._jobs.wanted(r.job)]
+        alone = len(unwanted) == sum(not r.over for r in self._running)
+        if self._stopping.is_set() or (unwanted and (alone or any(self._jobs.preempted(r.job) for r in unwanted))):
+            raise _Interrupted
+        for running in unwanted:
+            self._finish(running, State.CANCELLED, "cancelled")
+
+    def _finish(self, running: _Running, state: State, finish: str) -> None:
+        """Ends a job, once."""
+        if running.over:
+            return
+        running.over, job = True, running.job
+        if running.speech is not None:
+            running.speech.stop()
+        if state is State.DONE and job.request.json_schema is not None and finish == "length":
+            state, finish = State.FAILED, "the answer was cut before its JSON was whole; raise max_tokens"
+        self._note(running)
         if state is State.CANCELLED and (self._stopping.is_set() or self._jobs.preempted(job)):
             self._jobs.put_back(job)
         else:
             self._jobs.finish(job, state, finish)
 
-    def _run_job(self, job: Job, answer: Answer) -> None:
-        request = job.request
-        if not self._jobs.wanted(job):
-            raise _Interrupted
-        prompt, sampling = self._prompt(request), self._sampling(request)
-
-        def on_step(done: int, total: int, card_bytes: int) -> None:
-            self._notify.alive()
-            self._notify.status(f"answering {job}")
-            if self._stopping.is_set() or not self._jobs.wanted(job):
-                raise _Interrupted
-            if not job.result.text and time.monotonic() - self._told > PROGRESS_SECONDS:
-                self._told = time.monotonic()
-                self._jobs.progress(job, done, total, card_bytes)
-
-        if request.choose:
-            decision = self._engine.choose(prompt, self._prompts.choices(request.choose), sampling, answer, on_step)
-            job.result.probabilities = decision.probabilities
-            self._jobs.say(job, decision.text)
-            return
-        pieces = self._engine.answer(
-            prompt, sampling, answer, limit=self._limit(request), stop=request.stop,
-             constraint=self._constraint(request), on_step=on_step,
-        )  # fmt: skip
-        for piece in pieces:
-            if piece:
-                self._jobs.say(job, piece)
-        if request.json_schema is not None and answer.figures.finish == "length":
-            raise FlashdError("the answer was cut before its JSON was whole; raise max_tokens")
+    def _forget_ended(self) -> None:
+        """Lets the engine go on without those that have ended. Not within a pass."""
+        for running in [r for r in self._running if r.over]:
+            self._running.remove(running)
+            if running.speech is not None:
+                self._engine.end(running.speech)
 
     def _prompt(self, request: Request) -> list[int]:
         if request.plain:
@@ -189,19 +276,20 @@ class Worker:
             raise UsageError("answers by a schema are off; set schemas: true in flashd.yaml")
         return self._schemas.compile(request.json_schema)
 
-    def _note(self, job: Job, answer: Answer, started: float, before: int) -> None:
-        """Keeps what the answer cost."""
-        f, seconds = answer.figures, time.monotonic() - started
-        read = self._engine.model.card.bytes_read - before + f.snapshot_bytes
-        job.result.figures = self.last = {
+    def _note(self, running: _Running) -> None:
+        """Keeps what the answer cost; what jobs read of the card together counts for each, and once in all."""
+        f, seconds = running.answer.figures, time.monotonic() - running.started
+        card = self._engine.model.card.bytes_read
+        running.job.result.figures = self.last = {
             "prompt_tokens": f.prompt_tokens + f.reused_tokens, "reused_tokens": f.reused_tokens, "tokens": f.tokens,
             "seconds": seconds, "first_token_seconds": f.first_token_seconds,
-            "decode_tokens_per_second": f.decode_rate, "card_bytes": read,
+            "decode_tokens_per_second": f.decode_rate, "card_bytes": card - running.before + f.snapshot_bytes,
             "card_bytes_per_token": f.decode_card_bytes / max(1, f.tokens - 1),
             "window_hit_rate": self._engine.model.hit_rate,
         }  # fmt: skip
         t = self.totals
         self.totals = Totals(
-            t.jobs + 1, t.tokens + f.tokens, t.reused_tokens + f.reused_tokens, t.card_bytes + read,
-            t.seconds + seconds,
+            t.jobs + 1, t.tokens + f.tokens, t.reused_tokens + f.reused_tokens,
+            t.card_bytes + card - self._counted + f.snapshot_bytes, t.seconds + seconds,
         )  # fmt: skip
+        self._counted = card

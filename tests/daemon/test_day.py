@@ -65,7 +65,7 @@ class Script:
         self._line.write(b'{"id": "evening", "status": true}\n')
         assert self._served.wait(PATIENCE)
         until = time.monotonic() + 5 * PATIENCE  # the queue is full, and the machine may be slow
-        while (status := http.get("/api/status").json())["waiting"] or status["running"] is not None:
+        while (status := http.get("/api/status").json())["waiting"] or status["running"]:
             assert time.monotonic() < until, status
             time.sleep(0.1)
         self._stop.set()

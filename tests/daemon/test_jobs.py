@@ -104,9 +104,9 @@ def test_a_source_may_ask_so_often_a_minute(jobs: Jobs) -> None:
 def test_a_waiting_and_a_running_job_can_be_cancelled(jobs: Jobs) -> None:
     running, waiting = jobs.submit(request()), jobs.submit(request())
     clerk = Clerk(jobs, paced=True)
-    wait(lambda: jobs.running is not None)
+    wait(lambda: jobs.running)
     assert jobs.cancel(waiting.id) and jobs.cancel(running.id) and not jobs.cancel(999)
-    wait(lambda: jobs.running is None)
+    wait(lambda: not jobs.running)
     clerk.close()
     states = {j.id: j.state for j in jobs.recent(10)}
     assert states == {running.id: State.CANCELLED, waiting.id: State.CANCELLED}
@@ -120,7 +120,7 @@ def test_barge_in_makes_the_running_job_wait_and_start_anew(jobs: Jobs) -> None:
     clerk.permits.release()
     wait(lambda: slow.result.text == "one ")
     urgent = jobs.submit(request("now", priority=8, barge_in=True))
-    wait(lambda: jobs.running is not None and jobs.running.id == urgent.id)
+    wait(lambda: [j.id for j in jobs.running] == [urgent.id])
     clerk.permits.release(6)
     events = list(watch)
     clerk.close()
@@ -152,7 +152,7 @@ def test_what_was_accepted_outlives_the_process(jobs: Jobs, spool: Spool) -> Non
     again = Spool(spool.path, keep=50)
     after = Jobs(again, most_waiting=4)
     clerk = Clerk(after)
-    wait(lambda: after.waiting == 0 and after.running is None)
+    wait(lambda: after.waiting == 0 and not after.running)
     clerk.close()
     assert [j.id for j in clerk.answered] == numbers
     assert {j.state for j in after.recent(10)} == {State.DONE}

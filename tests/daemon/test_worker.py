@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.config import Answering
-from flashd.daemon.job import State
+from flashd.daemon.job import Job, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import MIB, resident_now, smallest
+from flashd.errors import CardError
 from tests.daemon.clerk import request
+from tests.waiting import wait
 
 
 class Steps(Notifier):
@@ -81,3 +85,139 @@ def test_a_job_is_let_go_within_one_layer(
     assert {"TOKENS", "CARD_BYTES"} <= set(fields[-1])
     jobs.close()
     spool.close()
+
+
+class Office:
+    """A queue, a spool and a worker with an engine that pages, whose passes are counted."""
+
+    def __init__(self, jobs: Jobs, worker: Worker, engine: Engine, steps: Steps) -> None:
+        self.jobs, self.worker, self.engine, self.steps = jobs, worker, engine, steps
+        self.rows: list[int] = []  # tokens of each pass
+        forward = engine.model.forward
+
+        def counted(tokens, *rest, **more):  # type: ignore[no-untyped-def]
+            self.rows.append(len(tokens))
+            return forward(tokens, *rest, **more)
+
+        engine.model.forward = counted  # type: ignore[method-assign]
+
+    def hold(self) -> None:
+        """The worker stands still in the middle of its next pass."""
+        self.steps.at = self.steps.count + 20
+        self.worker.start()
+        assert self.steps.reached.wait(60)
+
+    def end(self, *jobs: Job) -> list[State]:
+        wait(lambda: all(job.state.ended for job in jobs), 60)
+        return [job.state for job in jobs]
+
+
+@contextmanager
+def office(bundle_path: Path, tmp_path: Path, context: int = 256, tokens: int = 8) -> Iterator[Office]:
+    spool, steps = Spool(tmp_path / "spool.db", keep=20), Steps()
+    jobs = Jobs(spool, most_waiting=10)
+    with Bundle(bundle_path) as bundle:
+        prompts = Prompts(bundle)
+        least = smallest(bundle.header, context, resident_now()) + 8 * MIB
+        with Engine(bundle, Budget(least, context, 2)) as engine:
+            worker = Worker(jobs, engine, prompts, None, Answering(max_tokens=tokens, temperature=0), steps)
+            try:
+                yield Office(jobs, worker, engine, steps)
+            finally:
+                steps.go_on.set()
+                worker.stop()
+    jobs.close()
+    spool.close()
+
+
+QUESTIONS = ("Hello?", "What is rain?", "Name a colour.")
+
+
+def test_what_comes_meanwhile_is_answered_together(packed: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    with office(packed["int4"], tmp_path / "alone") as o:
+        o.steps.go_on.set()
+        o.worker.start()
+        alone = []
+        for question in QUESTIONS:
+            job = o.jobs.submit(request(question))
+            o.end(job)
+            alone.append(job)
+        card_alone, rows_alone = o.worker.totals.card_bytes, len(o.rows)
+    with office(packed["int4"], tmp_path) as o:
+        first = o.jobs.submit(request(QUESTIONS[0]))
+        o.hold()
+        jobs = [first, *(o.jobs.submit(request(q)) for q in QUESTIONS[1:])]
+        watch = o.jobs.watch()
+        o.steps.go_on.set()
+        assert o.end(*jobs) == [State.DONE] * 3
+        assert [j.result.text for j in jobs] == [j.result.text for j in alone]
+        # two passes more than the first one takes: the others' prompts, and what they say behind its end
+        assert len(o.rows) < rows_alone / 2 and o.worker.totals.card_bytes < card_alone / 2
+        assert o.worker.totals.jobs == 3
+        watch.close()
+        kinds = [(e.job, e.kind) for e in watch if e.kind in ("started", "ended")]
+    assert kinds[:2] == [(jobs[1].id, "started"), (jobs[2].id, "started")]
+
+
+def test_one_of_several_is_cancelled_and_the_others_go_on(packed: dict[str, Path], tmp_path: Path) -> None:
+    with office(packed["int4"], tmp_path) as o:
+        jobs = [o.jobs.submit(request(q)) for q in QUESTIONS]
+        o.hold()
+        assert {j.id for j in o.jobs.running} == {j.id for j in jobs}
+        assert o.jobs.cancel(jobs[1].id)
+        before = len(o.rows)
+        o.steps.go_on.set()
+        o.end(jobs[1])
+        # at once: not when the pass has ended
+        assert len(o.rows) == before
+        assert o.end(*jobs) == [State.DONE, State.CANCELLED, State.DONE]
+        assert jobs[1].result.text == ""
+
+
+def test_one_that_barges_in_has_the_engine_for_itself(packed: dict[str, Path], tmp_path: Path) -> None:
+    with office(packed["int4"], tmp_path) as o:
+        jobs = [o.jobs.submit(request(q)) for q in QUESTIONS[:2]]
+        o.hold()
+        urgent = o.jobs.submit(request("Now!", priority=9, barge_in=True))
+        watch = o.jobs.watch()
+        o.steps.go_on.set()
+        assert o.end(urgent, *jobs) == [State.DONE] * 3
+        watch.close()
+        order = [(e.job, e.kind) for e in watch if e.kind in ("started", "ended", "restarted")]
+    assert sorted(order[:2]) == [(j.id, "restarted") for j in jobs]
+    assert order[2:4] == [(urgent.id, "started"), (urgent.id, "ended")]
+    assert sorted(order[4:6]) == [(j.id, "started") for j in jobs]
+
+
+@pytest.mark.parametrize("how", ["stop", "card"])
+def test_what_ends_a_pass_ends_it_for_all(packed: dict[str, Path], tmp_path: Path, how: str) -> None:
+    with office(packed["int4"], tmp_path) as o:
+        jobs = [o.jobs.submit(request(q)) for q in QUESTIONS]
+        o.hold()
+        if how == "card":
+            o.engine.model.cache.advance = broken  # type: ignore[method-assign]
+            o.steps.go_on.set()
+            assert o.end(*jobs) == [State.FAILED] * 3
+            assert {j.result.finish for j in jobs} == {"the card is gone"}
+            return
+        stopper = threading.Thread(target=o.worker.stop)
+        stopper.start()
+        o.steps.go_on.set()
+        stopper.join()
+        assert [j.state for j in jobs] == [State.QUEUED] * 3 and not o.jobs.running
+
+
+def broken(tokens: int) -> None:
+    raise CardError("the card is gone")
+
+
+def test_one_for_which_there_is_no_room_waits(packed: dict[str, Path], tmp_path: Path) -> None:
+    with office(packed["int4"], tmp_path, context=64, tokens=20) as o:
+        jobs = [o.jobs.submit(request("Hello?")), o.jobs.submit(request("Go on. " * 5))]
+        decision = o.jobs.submit(request("Rain?", choose=("yes", "no")))
+        o.hold()
+        assert [j.id for j in o.jobs.running] == [jobs[0].id]
+        o.steps.go_on.set()
+        assert o.end(*jobs, decision) == [State.DONE] * 3
+    assert decision.result.text in ("yes", "no")

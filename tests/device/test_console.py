@@ -110,8 +110,7 @@ def test_while_nothing_has_come_a_row_says_why(appliance: Make, cable: Cable, te
     assert clerk.permits is not None
     terminal.type("hello\r")
     terminal.expect("thinking, 1 s")
-    running = jobs.running
-    assert running is not None
+    (running,) = jobs.running
     jobs.progress(running, 7, 28, 130 << 20)
     terminal.expect("thinking, layer 7 of 28, 130 MiB read, ")
     clerk.permits.release(3)
@@ -127,7 +126,7 @@ def test_what_is_typed_during_an_answer_is_asked_afterwards(
     clerk = Clerk(jobs, paced=True)
     assert clerk.permits is not None
     terminal.type("first\r")
-    wait(lambda: jobs.running is not None)
+    wait(lambda: jobs.running)
     terminal.type("second\r")
     time.sleep(0.2)
     clerk.permits.release(6)
@@ -179,7 +178,7 @@ def test_text_is_paced_to_the_line(appliance: Make, cable: Cable, terminal: Term
     clerk = Clerk(jobs, words=["0123456789" * 200])
     terminal.type("x\r")
     terminal.expect("0123456789")
-    wait(lambda: jobs.running is None)
+    wait(lambda: not jobs.running)
     terminal.type("\x03")
     time.sleep(0.5)
     terminal.expect("> ", 20)
@@ -197,7 +196,7 @@ def test_an_end_that_holds_the_line_up_is_waited_for(
     terminal.expect("000009")
     terminal.type(b"\x13")
     wait(lambda: "the other end takes nothing" in caplog.text, 30)
-    wait(lambda: jobs.running is None, 30)
+    wait(lambda: not jobs.running, 30)
     clerk.close()
     terminal.type(b"\x11/status\r")
     terminal.expect("idle, 0 waiting", 30)

@@ -210,9 +210,8 @@ def test_who_waits_is_told_why(browser: Any, page: Callable[[], Appliance], jobs
     clerk.permits.release(3)
     wait(lambda: text(browser, "answer") == "… waiting, 1 before this")
     clerk.permits.release(3)
-    wait(lambda: jobs.running is not None and jobs.running.request.source == "api")
-    running = jobs.running
-    assert running is not None
+    wait(lambda: [j.request.source for j in jobs.running] == ["api"])
+    (running,) = jobs.running
     jobs.progress(running, 7, 28, 130 << 20)
     wait(lambda: text(browser, "answer") == "… thinking, layer 7 of 28, 130 MiB read")
     clerk.close()
@@ -227,7 +226,7 @@ def test_an_answer_streams_and_is_stopped(browser: Any, page: Callable[[], Appli
     wait(lambda: text(browser, "answer") == "word word")
     browser.find_element("id", "stop").click()
     wait(lambda: "(stopped)" in text(browser, "answer"))
-    wait(lambda: jobs.running is None)
+    wait(lambda: not jobs.running)
     clerk.close()
     assert jobs.recent(1)[0].state == "cancelled"
 

@@ -169,7 +169,7 @@ def test_a_clock_that_jumps_changes_no_deadline_and_no_rate(
     clock.ahead = -jump
     time.sleep(0.01)
     clerk = Clerk(jobs)
-    wait(lambda: jobs.waiting == 0 and jobs.running is None)
+    wait(lambda: jobs.waiting == 0 and not jobs.running)
     clerk.close()
     states = {j.id: j.state for j in jobs.recent(10)}
     assert states[timely.id] is State.DONE and states[late.id] is State.EXPIRED
@@ -189,7 +189,7 @@ def test_a_clock_that_jumped_while_the_power_was_off(
     clock.ahead = jump
     after = Jobs(spool, most_waiting=8)
     clerk = Clerk(after)
-    wait(lambda: after.waiting == 0 and after.running is None)
+    wait(lambda: after.waiting == 0 and not after.running)
     clerk.close()
     states = {j.id: j.state for j in after.recent(10)}
     assert set(states) == numbers and states[1] is State.DONE

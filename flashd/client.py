@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flashd.errors import Busy, FlashdError, NotRunning, UsageError
+from flashd.errors import BAD_REQUEST, Busy, FlashdError, NotRunning, UsageError
 
 SOCKET = "/run/flashd/flashd.sock"
 
@@ -51,7 +51,8 @@ class Client:
                 continue
             event: dict[str, Any] = json.loads(line[6:])
             if "error" in event:
-                raise FlashdError(event["error"]["message"])
+                error = event["error"]
+                raise (UsageError if error["type"] == BAD_REQUEST else FlashdError)(error["message"])
             yield event
 
     def _request(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:

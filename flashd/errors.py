@@ -22,6 +22,10 @@ class UsageError(FlashdError):
     exit_code = os.EX_USAGE
 
 
+BAD_REQUEST = "invalid_request_error"
+"""What OpenAI's API calls a UsageError."""
+
+
 class DataError(FlashdError):
     """A file that was given is damaged, cut short or of a kind that flashd does not read."""
 

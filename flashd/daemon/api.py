@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 from flashd.config import Priority, Temperature, TopP
 from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
 from flashd.daemon.jobs import Jobs, Watch
-from flashd.errors import Busy, FlashdError, UsageError
+from flashd.errors import BAD_REQUEST, Busy, FlashdError, UsageError
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -153,7 +153,8 @@ class Api:
         if end is None:
             return _error(503, f"flashd is stopping; job {job.id} is kept and answered when it runs again")
         if end.state is not State.DONE:
-            return _error(503 if end.state is State.EXPIRED else 500, end.result.finish)
+            status = 400 if end.result.refused else 503 if end.state is State.EXPIRED else 500
+            return _error(status, end.result.finish)
         body = whole(end.result.text, _reason(end))
         return JSONResponse(
             {
@@ -208,7 +209,8 @@ class Api:
                 last = head | chunk("", _reason(end), False) | {"usage": _usage(end)}
                 yield _event(last | {OBJECT: {"probabilities": end.result.probabilities}})
             else:
-                yield _event({"error": {"message": end.result.finish, "type": str(end.state)}})
+                kind = BAD_REQUEST if end.result.refused else str(end.state)
+                yield _event({"error": {"message": end.result.finish, "type": kind}})
             yield "data: [DONE]\n\n"
         finally:
             watch.close()
@@ -304,7 +306,7 @@ async def _no_such(http: HttpRequest, error: Exception) -> Response:
 
 
 def _error(status: int, message: str) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = BAD_REQUEST if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
 

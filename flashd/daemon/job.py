@@ -74,6 +74,7 @@ class Result(msgspec.Struct, kw_only=True):
 
     text: str = ""
     finish: str = ""  # stop, length, cancelled, an error's text
+    refused: bool = False  # the error is the request's: it fails however often it is made
     probabilities: dict[str, float] = {}
     figures: dict[str, float] = {}
 

@@ -185,6 +185,8 @@ class Worker:
                     self._finish(running, State.CANCELLED, "cancelled")
         except FlashdError as error:
             log.error("%s failed: %s", names, error)
+            for running in whose:
+                running.job.result.refused = isinstance(error, UsageError)
             self._fail(whose, str(error))
         except Exception as error:
             log.exception("%s failed", names)

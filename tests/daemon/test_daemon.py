@@ -113,7 +113,9 @@ def test_bad_bodies_are_refused_in_openai_s_shape(http: httpx.Client, client: op
 
 def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
     reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 800}]})
-    assert reply.status_code == 500 and "the context room for 511" in reply.json()["error"]["message"]
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and "the context room for 511" in error["message"]
+    assert error["type"] == "invalid_request_error"
 
 
 def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, http: httpx.Client) -> None:
@@ -189,9 +191,12 @@ def test_the_command_asks_the_daemon(daemon: Running) -> None:
 
     asked = flashd("ask", "What is the capital of France?", "--max-tokens", "16")
     assert (asked.returncode, asked.stdout) == (0, "The capital of France is Paris.\n")
+    refused = flashd("ask", "word " * 800)
+    assert refused.returncode == os.EX_USAGE and "the context room for 511" in refused.stderr
     spool = ["--spool", str(daemon.folder / "spool.db")]
-    assert "The capital of France is Paris." in flashd("jobs", *spool).stdout.splitlines()[0]
-    number = flashd("jobs", *spool).stdout.split()[0]
+    line = flashd("jobs", *spool).stdout.splitlines()[1]
+    assert "The capital of France is Paris." in line
+    number = line.split()[0]
     shown = flashd("show", number, *spool).stdout
     assert "user: What is the capital of France?" in shown and "first token seconds" in shown
     assert flashd("show", "99999", *spool).returncode == os.EX_NOINPUT
@@ -304,7 +309,7 @@ def test_a_stop_waits_for_a_hook_and_a_kill_leaves_it_the_whole_job(packed: dict
     with Running(tmp_path, packed["int4"], settings) as daemon, daemon.http() as http:
         for number in (signal.SIGTERM, signal.SIGKILL):
             daemon.start()
-            assert http.post("/v1/chat/completions", json={"messages": too_long}).status_code == 500
+            assert http.post("/v1/chat/completions", json={"messages": too_long}).status_code == 400
             wait(begun.exists, PATIENCE)
             daemon.stop(number)
             if number == signal.SIGKILL:

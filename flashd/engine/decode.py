@@ -162,7 +162,7 @@ class Line:
             return None
         self.tokens.append(token)
         f.tokens = self.said
-        self.done = self.said == self._limit
+        self.done = self.said >= self._limit
         return token
 
 

@@ -146,7 +146,7 @@ def test_what_is_damaged_changes_nothing(board: Board) -> None:
     ("text", "error"),
     [
         ("needs: '99'\n", "for flashd 99 and later"), ("needs: 1\n", "Expected `str`"), ("- x", "Expected `object`"),
-        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "unacceptable"),
+        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "special characters"),
         ("needs: '0'\nrun: rm", "unknown field"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ from flashd.engine.text import Message
 from flashd.errors import DataError, FlashdError
 from flashd.pack.pack import pack
 from tests import tiny
-from tests.fuzz.conftest import tries
+from tests.fuzz.conftest import one_line, tries
 
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 7, 31, 32, 63, 64, 4096, 1 << 20, 1 << 31, 1 << 40, 1 << 62, 1 << 64])
 ODD: st.SearchStrategy[Any] = (
@@ -85,7 +85,7 @@ def tried(path: Path, action: Callable[[Path], object]) -> None:
     try:
         action(path)
     except FlashdError as error:
-        assert "\n" not in str(error).strip() and str(error), error
+        one_line(error)
 
 
 class Whole(bytes):

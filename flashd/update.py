@@ -24,7 +24,7 @@ import msgspec
 import flashd
 from flashd import config, yamlfile
 from flashd.bundle.reader import Bundle
-from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
+from flashd.errors import NOT_JSON, CannotWrite, ConfigError, DataError, FlashdError, InputMissing
 from flashd.newfile import NewFile, sync_folder
 
 MANIFEST = "flashd-update.yaml"
@@ -222,7 +222,7 @@ def _undo(unfinished: Path) -> list[Path]:
         begun = msgspec.json.decode(unfinished.read_bytes(), type=list[tuple[str, str]])
     except FileNotFoundError:
         return []
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise DataError(f"{unfinished}: damaged ({error}); remove it if flashd runs") from error
     back = [Path(to) for to, sha256 in reversed(begun) if _put_back(Path(to), sha256)]
     _strike_out(unfinished)

@@ -24,7 +24,7 @@ import msgspec
 import xxhash
 
 from flashd.bundle.rows import BLOCK, NARROW, GroupFormat, NeuronFormat, RowFormat, RowKind
-from flashd.errors import DataError
+from flashd.errors import NOT_JSON, DataError
 
 MAGIC = b"\x93FLASHD\n"
 VERSION = 5
@@ -533,7 +533,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
         raise DamagedHeader("the header is damaged; copy the bundle again or pack it again")
     try:
         header = msgspec.json.decode(body, type=Header)
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
     _check_model(header.model)
     _check_selection(header)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle import layout
-from flashd.bundle.layout import PREFIX, Header
+from flashd.bundle.layout import PREFIX, DamagedHeader, Header
 from flashd.bundle.reader import Bundle
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.sample import Sampling
@@ -44,7 +44,11 @@ def little_memory() -> Iterator[None]:
 
 def sign(data: bytearray, header: dict[str, Any]) -> bytes:
     """The file with another header, and every checksum right: who forges one can count too."""
-    body = msgspec.json.encode(header)
+    return signed(data, msgspec.json.encode(header))
+
+
+def signed(data: bytearray, body: bytes) -> bytes:
+    """The file with `body` for a header."""
     prefix = PREFIX.pack(layout.MAGIC, layout.VERSION, len(body), layout.digest(body), len(data))
     data[: len(prefix) + len(body)] = prefix + body
     return bytes(data)
@@ -110,6 +114,13 @@ def test_a_header_with_anything_in_it(whole: bytes, tmp_path: Path, data: st.Dat
             break
     (tmp_path / "m.flash").write_bytes(sign(bytearray(whole), header))
     tried(tmp_path / "m.flash", use)
+
+
+@pytest.mark.parametrize("body", [b'{"model":"\xff"}', b'{"\xffmodel":1}', b"[" * 100_000, b'{"a":' * 100_000])
+def test_a_header_that_is_no_json(whole: bytes, tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "m.flash").write_bytes(signed(bytearray(whole), body))
+    with pytest.raises(DamagedHeader, match="does not make sense"):
+        Bundle(tmp_path / "m.flash")
 
 
 @tries(150)

@@ -536,6 +536,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
     except NOT_JSON as error:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
     _check_model(header.model)
+    _check_text(header.text, header.model)
     _check_selection(header)
     _check_narrowed(header)
     _check_sections(header, file_length)
@@ -563,6 +564,11 @@ def _check_model(m: Model) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _check_text(text: Text, model: Model) -> None:
+    if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0)):
+        raise DamagedHeader("the header does not make sense: a text begins or ends with no token of its")
 
 
 def _check_selection(header: Header) -> None:

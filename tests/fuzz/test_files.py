@@ -197,7 +197,7 @@ def test_a_list_longer_than_its_file(model_file: bytes, tmp_path: Path, entries:
         "attention.head_count_kv",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("value", [0, 1, 5, 1 << 20, (1 << 32) - 1])
+@pytest.mark.parametrize("value", [0, 1, 5, 1 << 20, 1 << 30, (1 << 32) - 1])
 def test_a_model_file_that_claims_to_be_another_size(model_file: bytes, tmp_path: Path, key: str, value: int) -> None:
     name = f"llama.{key}".encode()
     at = model_file.index(len(name).to_bytes(8, "little") + name) + 8 + len(name) + 4

@@ -6,6 +6,8 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -83,22 +85,10 @@ class Lines:
         """Said in the journal."""
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    spool = Spool(tmp_path_factory.mktemp("fuzz") / "spool.db", keep=20)
-    jobs = Jobs(spool, most_waiting=8)
-    clerk = Clerk(jobs)
-    yield jobs
-    clerk.close()
-    jobs.close()
-    spool.close()
-
-
-@tries(200)
-@given(st.lists(BODIES, min_size=1, max_size=50))
-def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
+def serve(jobs: Jobs, data: bytes) -> None:
+    """A session in machine mode that is given `data`."""
     stopping = threading.Event()
-    port = Lines(b"\n".join(lines) + b"\n", stopping)
+    port = Lines(data, stopping)
     Machine(Front(jobs), Serial(name="board", port="none", mode="machine")).run(port, stopping)  # type: ignore[arg-type]
     assert port.written[0] == {"event": "ready"}
     known = {"ready", "accepted", "text", "end", "error", "status", "restarted"}
@@ -107,12 +97,8 @@ def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
     assert not jobs._watches
 
 
-@tries(200)
-@given(
-    st.sampled_from(PATHS),
-    st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES,
-)  # fmt: skip
-def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
+def call(jobs: Jobs, method: str, path: str, body: bytes) -> None:
+    """One request to the API."""
     application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"").application([])
 
     async def ask() -> httpx.Response:
@@ -125,3 +111,35 @@ def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
     if reply.status_code != 200:
         assert reply.json()["error"]["message"]
     assert not jobs._watches
+
+
+@contextmanager
+def answering(folder: Path) -> Iterator[Jobs]:
+    """A real queue and somebody who answers."""
+    spool = Spool(folder / "spool.db", keep=20)
+    jobs = Jobs(spool, most_waiting=8)
+    clerk = Clerk(jobs)
+    try:
+        yield jobs
+    finally:
+        clerk.close()
+        jobs.close()
+        spool.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    with answering(tmp_path_factory.mktemp("fuzz")) as jobs:
+        yield jobs
+
+
+@tries(200)
+@given(st.lists(BODIES, min_size=1, max_size=50))
+def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
+    serve(jobs, b"\n".join(lines) + b"\n")
+
+
+@tries(200)
+@given(st.sampled_from(PATHS), st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES)
+def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
+    call(jobs, method, path, body)

@@ -15,7 +15,7 @@ import msgspec
 
 from flashd.config import AnyTrigger, Drive
 from flashd.daemon.job import Job, State
-from flashd.errors import DataError, FlashdError, InputMissing
+from flashd.errors import NOT_JSON, DataError, FlashdError, InputMissing
 from flashd.newfile import NewFile
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def read_record(record: Path) -> list[Held] | None:
         return None
     except OSError as error:
         raise InputMissing(f"{record}: {error.strerror}") from error
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise DataError(f"{record}: damaged ({error}); remove it and run flashd safe again") from error
 
 

@@ -28,7 +28,7 @@ from flashd.daemon.job import (
     question,
 )
 from flashd.daemon.jobs import Watch
-from flashd.errors import FlashdError
+from flashd.errors import NOT_JSON, FlashdError
 
 MAX_LINE = 64 << 10
 """Bytes of a line."""
@@ -91,7 +91,7 @@ class Machine:
     def _serve(self, line: bytes) -> None:
         try:
             wish = msgspec.json.decode(line, type=_In)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except NOT_JSON as error:
             self._port.note("a line that is not understood; its sender was told why")
             self._refuse(None, str(error))
             return

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 
+from flashd import yamlfile
 from flashd.errors import ConfigError, Misfit
 
-NAME, SIZE, CLOCK = r"^[a-z][a-z0-9_-]{0,31}$", r"^[0-9]+(\.[0-9]+)?[KMGkmg]?$", r"^([01]\d|2[0-3]):[0-5]\d$"
-ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}$", r"^[a-z0-9_]{1,40}$"
+NAME, SIZE, CLOCK = r"^[a-z][a-z0-9_-]{0,31}\Z", r"^[0-9]+(\.[0-9]+)?[KMGkmg]?\Z", r"^([01]\d|2[0-3]):[0-5]\d\Z"
+ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}\Z", r"^[a-z0-9_]{1,40}\Z"
 SHAPES = {
     NAME: "a name: a small letter, then up to 31 small letters, digits, - and _",
     SIZE: "a size, such as 512M or 1.5G",
@@ -27,6 +27,9 @@ SHAPES = {
     CHANNEL: "a channel's name, such as temp or voltage0",
 }
 """What patterns allow, in words."""
+
+UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+"""How msgspec says it."""
 
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 Pin = Annotated[int, msgspec.Meta(ge=0, le=63)]
@@ -372,6 +375,9 @@ def _pins(entry: Any) -> list[int]:
     return pins + ([drive.pin] if drive else [])
 
 
+LONGEST = 1 << 20
+"""Bytes of a file: what YAML makes of one takes a hundred times as much RAM."""
+
 Check = Callable[[Settings], None]
 
 
@@ -387,58 +393,35 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         check: looks at what this module knows nothing of, such as templates. Raises Misfit.
     """
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ConfigError(f"{path}: more than {LONGEST} bytes")
+        return parse(text.decode(), str(path), check)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
-    return parse(text, str(path), check)
 
 
 def parse(text: str, name: str = "flashd.yaml", check: Check = _no_more) -> Settings:
     """The settings of a text called `name`. Raises ConfigError."""
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_tricks(tree)
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{name}, line {mark.line + 1 if mark else 1}: {what}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        document = yamlfile.parse(text)
+    except yamlfile.YamlError as error:
+        raise ConfigError(f"{name}, line {error.line}: {error}") from error
     try:
-        settings = msgspec.convert({} if value is None else value, Settings)
+        settings = msgspec.convert({} if document.value is None else document.value, Settings)
         _check_fit(settings)
         check(settings)
         return settings
     except Misfit as error:
-        raise ConfigError(f"{name}, line {_line(tree, error.path)}: {_dotted(error.path)}{error}") from error
+        raise ConfigError(f"{name}, line {document.line(error.path)}: {_dotted(error.path)}{error}") from error
     except msgspec.ValidationError as error:
         what, path = _message(str(error))
-        unknown = re.match(r"Object contains unknown field `(.+)`", what)
-        line = _line(tree, [*path, unknown.group(1)] if unknown else path)
-        raise ConfigError(f"{name}, line {line}: {_dotted(path)}{_explained(what, path, value)}") from error
-
-
-def _refuse_tricks(tree: Any) -> None:
-    """An alias can make a short file a large tree: there is no use for one here. A key given twice is a mistake."""
-    seen: set[int] = set()
-    todo = [tree] if tree is not None else []
-    while todo:
-        node = todo.pop()
-        if id(node) in seen:
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=node.start_mark)
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys: list[Any] = []
-            for key, child in node.value:
-                if key.value in keys:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-                keys.append(key.value)
-                todo.append(child)
-        elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
+        unknown = UNKNOWN.match(what)
+        line = document.line([*path, unknown.group(1)] if unknown else path)
+        raise ConfigError(f"{name}, line {line}: {_dotted(path)}{_explained(what, path, document.value)}") from error
 
 
 def _message(text: str) -> tuple[str, list[str | int]]:
@@ -450,20 +433,6 @@ def _message(text: str) -> tuple[str, list[str | int]]:
     return what, steps
 
 
-def _line(tree: Any, path: list[str | int]) -> int:
-    line = tree.start_mark.line + 1 if tree is not None else 1
-    for step in path:
-        if isinstance(tree, yaml.MappingNode):
-            found = next(((k, v) for k, v in tree.value if k.value == step), None)
-            if found is None:
-                break
-            line, tree = found[0].start_mark.line + 1, found[1]
-        elif isinstance(tree, yaml.SequenceNode) and isinstance(step, int):
-            tree = tree.value[step]
-            line = tree.start_mark.line + 1
-    return int(line)
-
-
 def _dotted(path: list[str | int]) -> str:
     text = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in path).lstrip(".")
     return f"{text}: " if text else ""
@@ -471,7 +440,7 @@ def _dotted(path: list[str | int]) -> str:
 
 def _explained(what: str, path: list[str | int], value: Any) -> str:
     """What msgspec says, in the file's own words, with what is allowed."""
-    unknown = re.match(r"Object contains unknown field `(.+)`", what)
+    unknown = UNKNOWN.match(what)
     if unknown:
         allowed = ", ".join(_keys(path, value))
         return f"{unknown.group(1)!r} is not known; allowed are {allowed}"

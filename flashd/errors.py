@@ -3,8 +3,13 @@
 import os
 from collections.abc import Sequence
 
+import msgspec
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the signal's number, as shells have it."""
+
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises of bytes that are not JSON of the wanted kind: other, no text, or too deep."""
 
 
 class FlashdError(Exception):

@@ -22,6 +22,9 @@ from flashd.errors import DataError
 LIMITS = Limits(seconds=10, memory=32 << 20)
 """Templates as models have them take milliseconds on a small board, and a few times their text."""
 
+LONGEST_REASON = 300
+"""Characters: some errors quote the template."""
+
 ERRORS = (
     jinja2.TemplateError, SyntaxError,
     TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
@@ -77,7 +80,7 @@ def _within_limits(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except ERRORS as error:
-            raise TemplateFails(str(error) or type(error).__name__) from error
+            raise TemplateFails(" ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__) from error
 
     try:
         return in_child(tried, LIMITS)

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import yaml
 
 import flashd
-from flashd import config
+from flashd import config, yamlfile
 from flashd.bundle.reader import Bundle
-from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
+from flashd.errors import NOT_JSON, CannotWrite, ConfigError, DataError, FlashdError, InputMissing
 from flashd.newfile import NewFile, sync_folder
 
 MANIFEST = "flashd-update.yaml"
@@ -36,14 +35,14 @@ CHUNK = 4 << 20
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file beside the manifest and its SHA-256."""
 
-    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an update brings. `needs`: the earliest flashd that it is for."""
 
-    needs: Annotated[str, msgspec.Meta(pattern=r"^\d+(\.\d+)*$")]
+    needs: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9}){0,9}\Z")]
     bundle: Part | None = None
     configuration: Part | None = None
 
@@ -102,9 +101,13 @@ def read_manifest(folder: Path) -> Manifest:
     if len(text) > MOST_MANIFEST:
         raise DataError(f"{path}: more than {MOST_MANIFEST} bytes")
     try:
-        manifest = msgspec.convert(yaml.safe_load(text), Manifest)
-    except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {str(error).splitlines()[0]}") from error
+        manifest = msgspec.convert(yamlfile.parse(text.decode()).value, Manifest)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
+    except yamlfile.YamlError as error:
+        raise DataError(f"{path}, line {error.line}: {error}") from error
+    except msgspec.ValidationError as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}") from error
     if _version(manifest.needs) > _version(flashd.__version__):
         raise DataError(f"{path}: for flashd {manifest.needs} and later; this is {flashd.__version__}")
     return manifest
@@ -219,7 +222,7 @@ def _undo(unfinished: Path) -> list[Path]:
         begun = msgspec.json.decode(unfinished.read_bytes(), type=list[tuple[str, str]])
     except FileNotFoundError:
         return []
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise DataError(f"{unfinished}: damaged ({error}); remove it if flashd runs") from error
     back = [Path(to) for to, sha256 in reversed(begun) if _put_back(Path(to), sha256)]
     _strike_out(unfinished)

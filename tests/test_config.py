@@ -67,12 +67,12 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
             "triggers[0].at: expected a time of day in quotes, such as '07:30'",
         ),
         ("sensors: [{kind: ds18b20, name: a, id: '10-1'}]", "sensors[0].id: expected 28- and twelve digits"),
-        ("a: &x [1]\nb: *x", "line 1: aliases are not allowed"),
+        ("a: &x [1]\nb: *x", "line 2: aliases are not allowed"),
         ("memory: 1G\nmemory: 2G", "line 2: memory is given twice"),
         ("a: [", "line 1: "),
         ("\tx: 1", "line 1: "),
         ("7", "line 1: expected `object`, got `int`"),
-        ("!!python/object/apply:os.system [ls]", "line 1: could not determine a constructor"),
+        ("!!python/object/apply:os.system [ls]", "line 1: tags are not allowed"),
     ],
 )
 def test_errors_name_line_key_and_what_is_allowed(text: str, words: str) -> None:

@@ -144,9 +144,10 @@ def test_a_card_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatch:
     assert remembered(big) == speed
 
 
-def test_what_is_no_speed_is_measured_again(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("rot", [b"{]", b'{"\xff":1}'])
+def test_what_is_no_speed_is_measured_again(tmp_path: Path, cache: Path, rot: bytes) -> None:
     cache.mkdir(parents=True)
-    (cache / "cards.json").write_text("{]")
+    (cache / "cards.json").write_bytes(rot)
     assert remembered(tmp_path) is None
     remember(tmp_path, SLOW)
     assert remembered(tmp_path) == SLOW

@@ -24,7 +24,7 @@ import msgspec
 import xxhash
 
 from flashd.bundle.rows import BLOCK, NARROW, GroupFormat, NeuronFormat, RowFormat, RowKind
-from flashd.errors import DataError
+from flashd.errors import NOT_JSON, DataError
 
 MAGIC = b"\x93FLASHD\n"
 VERSION = 5
@@ -533,9 +533,10 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
         raise DamagedHeader("the header is damaged; copy the bundle again or pack it again")
     try:
         header = msgspec.json.decode(body, type=Header)
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
     _check_model(header.model)
+    _check_text(header.text, header.model)
     _check_selection(header)
     _check_narrowed(header)
     _check_sections(header, file_length)
@@ -563,6 +564,11 @@ def _check_model(m: Model) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _check_text(text: Text, model: Model) -> None:
+    if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0)):
+        raise DamagedHeader("the header does not make sense: a text begins or ends with no token of its")
 
 
 def _check_selection(header: Header) -> None:

@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 from flashd.config import Priority, Temperature, TopP
 from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
 from flashd.daemon.jobs import Jobs, Watch
-from flashd.errors import BAD_REQUEST, Busy, FlashdError, UsageError
+from flashd.errors import BAD_REQUEST, NOT_JSON, Busy, FlashdError, UsageError
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -291,7 +291,7 @@ async def _decoded(http: HttpRequest, kind: type[Any]) -> Any:
             raise UsageError(f"a body of more than {MAX_BODY} bytes")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise UsageError(str(error)) from error
 
 

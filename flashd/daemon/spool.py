@@ -6,6 +6,7 @@ begun, ended) are all that is written; what an answer says while it grows stays 
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -16,7 +17,9 @@ from pathlib import Path
 import msgspec
 
 from flashd.daemon.job import Job, Request, Result, State
-from flashd.errors import CannotWrite, DataError, InputMissing
+from flashd.errors import NOT_JSON, CannotWrite, DataError, InputMissing
+
+log = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -171,11 +174,16 @@ def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
     if any(value >= 1 << 63 for value in values):
         return []  # SQLite has no such number, so no job has it
     rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
-    return [
-        Job(
-            id=number, state=State(state), created=created, attempts=attempts, ended=ended,
-            request=msgspec.json.decode(request, type=Request),
-            result=msgspec.json.decode(result, type=Result) if result else Result(),
-        )
-        for number, state, created, attempts, ended, request, result in rows
-    ]  # fmt: skip
+    jobs = []
+    for number, state, created, attempts, ended, request, result in rows:
+        try:
+            job = Job(
+                id=number, state=State(state), created=created, attempts=attempts, ended=ended,
+                request=msgspec.json.decode(request, type=Request),
+                result=msgspec.json.decode(result, type=Result) if result else Result(),
+            )  # fmt: skip
+        except (ValueError, *NOT_JSON) as error:
+            log.error("job %d is damaged and left out: %s", number, error)
+        else:
+            jobs.append(job)
+    return jobs

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from flashd.bundle.layout import PAGE
-from flashd.errors import CannotWrite, CardError, InputMissing
+from flashd.errors import NOT_JSON, CannotWrite, CardError, InputMissing
 from flashd.newfile import NewFile
 from flashd.places import cache_folder
 
@@ -121,6 +121,6 @@ def _all() -> dict[str, CardSpeed]:
         return msgspec.json.decode(_file().read_bytes(), type=dict[str, CardSpeed])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *NOT_JSON) as error:
         log.warning("%s: %s; measure again with: flashd doctor", _file(), error)
         return {}

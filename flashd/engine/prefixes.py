@@ -23,7 +23,7 @@ from flashd.bundle.rows import Floats
 from flashd.engine import snapshot
 from flashd.engine.kv import KvCache
 from flashd.engine.snapshot import RUN, BadSnapshot, Header, Source, shared
-from flashd.errors import CannotWrite
+from flashd.errors import NOT_JSON, CannotWrite
 from flashd.newfile import NewFile
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Prefixes:
         today = int(time.time() // 86400)
         try:
             notes = msgspec.json.decode(self._notes.read_bytes(), type=Notes)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *NOT_JSON):
             notes = Notes()
         return notes if notes.day == today else Notes(prompts=notes.prompts, day=today)
 

@@ -29,7 +29,7 @@ from flashd.bundle.layout import PREFIX, Prefix, digest, sealed
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
 from flashd.engine.kv import KvCache
-from flashd.errors import DataError
+from flashd.errors import NOT_JSON, DataError
 from flashd.newfile import NewFile
 
 MAGIC = b"\x93FLSNAP\n"
@@ -118,7 +118,7 @@ def read_header(file: BufferedReader, source: Source, cache: KvCache) -> Header:
         raise BadSnapshot("the header is damaged")
     try:
         header = msgspec.json.decode(body, type=Header)
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise BadSnapshot(f"the header does not make sense: {error}") from error
     if header.source != source.key:
         raise BadSnapshot("it is of another bundle")

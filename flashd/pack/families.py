@@ -294,9 +294,14 @@ def model_of(source: Source, family: Family) -> Model:
 _BIASES: tuple[Bias, ...] = ("qkv", "output", "inputs", "down", "head")
 
 
+MOST_HEAD_DIM = 4096
+
+
 def _head_dim(source: Source) -> int:
     fallback = source.number("embedding_length", int) // max(1, source.number("attention.head_count", int))
     head_dim = source.number("attention.key_length", int, fallback)
+    if not 1 <= head_dim <= MOST_HEAD_DIM:
+        raise DataError(f"{source.path}: heads of {head_dim} values; 1 to {MOST_HEAD_DIM} are possible")
     if source.number("attention.value_length", int, head_dim) != head_dim:
         raise DataError(f"{source.path}: keys and values of different lengths are not supported")
     return head_dim
@@ -413,7 +418,11 @@ def rope_tables(source: Source, family: Family) -> npt.NDArray[np.float32]:
 
 def rotary_width(source: Source) -> int:
     """How many of a head's dimensions are turned."""
-    return source.number("rope.dimension_count", int, _head_dim(source))
+    head_dim = _head_dim(source)
+    width = source.number("rope.dimension_count", int, head_dim)
+    if not 2 <= width <= head_dim:
+        raise DataError(f"{source.path}: {width} of a head's {head_dim} dimensions cannot be turned")
+    return width
 
 
 def _scale_rope(source: Source, table: npt.NDArray[np.float64], half: int, base: float) -> None:

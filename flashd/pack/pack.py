@@ -183,8 +183,10 @@ class _Packer:
                 narrowed = self._add_narrowed(writer, *texts, narrowing.max_loss)
             else:
                 self._add_exact(writer, vocabulary.tokenizer_json)
+            known = range(self.model.vocabulary)
             text = Text(
-                eos=vocabulary.eos, bos=vocabulary.bos, add_bos=vocabulary.add_bos,
+                eos=[t for t in vocabulary.eos if t in known],
+                bos=vocabulary.bos if vocabulary.bos in known else None, add_bos=vocabulary.add_bos,
                 chat_template=vocabulary.chat_template,
             )  # fmt: skip
             return writer.finish(

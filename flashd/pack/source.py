@@ -90,4 +90,7 @@ class Source(Protocol):
             return default
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise DataError(f"{self.path}: '{self.architecture}.{key}' is missing or no number")
-        return kind(value)
+        try:
+            return kind(value)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"{self.path}: '{self.architecture}.{key}' is {value}, which is no number") from error

@@ -17,7 +17,6 @@ PACKAGES = (
     "systemd-sysv", "udev", "dbus", "initramfs-tools", "zstd", "kmod", "procps", "iproute2", "python3",
     "python3-systemd", "python3-venv",
 )  # fmt: skip
-LGPIO = {"bookworm": (), "trixie": ("python3-lgpio",)}
 """What there is on Raspberry Pi OS Lite, as far as flashd is concerned; and nothing from a network after this."""
 
 SHELL_UNIT = """\
@@ -68,7 +67,7 @@ def debian(arch: str, suite: str, work: Path) -> Image:
     (hooks / "list").write_text("MODULES=list\n")
     (hooks / "board").write_text(INITRD)
     (hooks / "board-shell.service").write_text(SHELL_UNIT)
-    packages = ",".join((*PACKAGES, *LGPIO[suite], f"linux-image-{DEBIAN[arch]}"))
+    packages = ",".join((*PACKAGES, f"linux-image-{DEBIAN[arch]}"))
     early = f"upload {hooks / 'list'} /etc/initramfs-tools/conf.d/board"
     subprocess.run(
         [

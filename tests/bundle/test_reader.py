@@ -158,6 +158,8 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("sections", to=[]), BadSection),
         (_set("checksums", "length", to=8), BadSection),
         (_set("text", to=None), DamagedHeader),
+        (_set("text", "eos", to=[1 << 40]), DamagedHeader),
+        (_set("text", "bos", to=262), DamagedHeader),
     ],
 )
 def test_a_forged_header_is_refused_by_rule(

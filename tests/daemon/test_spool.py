@@ -50,6 +50,18 @@ def test_another_process_may_read(tmp_path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("rot", [b"{", b'{"turns":"\xff"}'])
+def test_a_job_that_rotted_is_left_out_and_the_others_are_there(
+    tmp_path: Path, rot: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path / "spool.db", keep=5)
+    jobs = [spool.add(request(text)) for text in "abc"]
+    spool._db.execute("UPDATE jobs SET request = ? WHERE id = ?", (rot, jobs[1].id))
+    assert [job.id for job in spool.waiting()] == [jobs[0].id, jobs[2].id]
+    assert f"job {jobs[1].id} is damaged" in caplog.text
+    spool.close()
+
+
 def test_each_write_is_synced(tmp_path: Path) -> None:
     """A power cut loses nothing that `add` has returned for: SQLite must sync its log at every commit."""
     writer = Spool(tmp_path / "spool.db", keep=5)

@@ -314,5 +314,6 @@ def test_safe_turns_off_all_that_it_can(
         assert "pin 8" in capsys.readouterr().err
     assert levels(pin) == [False, True] and record.exists()
     assert main(safe) == 0 and not record.exists()
-    record.write_text("[{")
-    assert main(safe) == os.EX_DATAERR
+    for rot in (b"[{", b'[{"pin\xff":8}]'):
+        record.write_bytes(rot)
+        assert main(safe) == os.EX_DATAERR

@@ -277,6 +277,15 @@ def test_what_is_wrong_is_removed_and_never_trusted(
             assert figures.reused_tokens == {"last run": 48, "logits": len(A) - 1}.get(name, 0), name
 
 
+@pytest.mark.parametrize("rot", [b"", b"[[", b'{"day":"\xff"}', b'{"prompts":' * 100_000])
+def test_notes_that_rotted_are_begun_again(tiny_bundle: Path, tmp_path: Path, rot: bytes) -> None:
+    teach(tiny_bundle, tmp_path, A)
+    (notes,) = tmp_path.glob("*.json")
+    notes.write_bytes(rot)
+    assert not teach(tiny_bundle, tmp_path, A)  # it came once, as far as is known
+    assert teach(tiny_bundle, tmp_path, A)
+
+
 def test_another_bundle_in_the_same_folder_is_left_alone(
     tiny_bundle: Path, other_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -114,8 +114,9 @@ def test_what_was_not_there_is_gone_after_an_undo(board: Board) -> None:
     assert not board.model.exists() and undo(board.unfinished) == []
 
 
-def test_a_damaged_record_is_named(board: Board) -> None:
-    board.unfinished.write_bytes(b"[[")
+@pytest.mark.parametrize("rot", [b"[[", b'[["/a\xff","b"]]'])
+def test_a_damaged_record_is_named(board: Board, rot: bytes) -> None:
+    board.unfinished.write_bytes(rot)
     with pytest.raises(DataError, match=r"update\.unfinished: damaged"):
         undo(board.unfinished)
 
@@ -146,7 +147,7 @@ def test_what_is_damaged_changes_nothing(board: Board) -> None:
     ("text", "error"),
     [
         ("needs: '99'\n", "for flashd 99 and later"), ("needs: 1\n", "Expected `str`"), ("- x", "Expected `object`"),
-        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "unacceptable"),
+        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "special characters"),
         ("needs: '0'\nrun: rm", "unknown field"),
     ],
 )  # fmt: skip

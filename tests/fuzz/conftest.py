@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from flashd.errors import FlashdError
+
 TRIES = int(os.environ.get("FLASHD_FUZZ", "0"))
 """Tries of each kind, for a night: FLASHD_FUZZ=10000. By default as many as cost a second or two."""
 
@@ -20,6 +22,10 @@ def tries(number: int) -> settings:
         max_examples=TRIES or number, deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
+
+
+def one_line(error: FlashdError) -> None:
+    assert str(error) and len(str(error).splitlines()) == 1, repr(str(error))
 
 
 def descriptors() -> int:

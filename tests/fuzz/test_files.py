@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle import layout
-from flashd.bundle.layout import PREFIX, Header
+from flashd.bundle.layout import PREFIX, DamagedHeader, Header
 from flashd.bundle.reader import Bundle
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.sample import Sampling
@@ -23,7 +23,7 @@ from flashd.engine.text import Message
 from flashd.errors import DataError, FlashdError
 from flashd.pack.pack import pack
 from tests import tiny
-from tests.fuzz.conftest import tries
+from tests.fuzz.conftest import one_line, tries
 
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 7, 31, 32, 63, 64, 4096, 1 << 20, 1 << 31, 1 << 40, 1 << 62, 1 << 64])
 ODD: st.SearchStrategy[Any] = (
@@ -44,7 +44,11 @@ def little_memory() -> Iterator[None]:
 
 def sign(data: bytearray, header: dict[str, Any]) -> bytes:
     """The file with another header, and every checksum right: who forges one can count too."""
-    body = msgspec.json.encode(header)
+    return signed(data, msgspec.json.encode(header))
+
+
+def signed(data: bytearray, body: bytes) -> bytes:
+    """The file with `body` for a header."""
     prefix = PREFIX.pack(layout.MAGIC, layout.VERSION, len(body), layout.digest(body), len(data))
     data[: len(prefix) + len(body)] = prefix + body
     return bytes(data)
@@ -85,7 +89,7 @@ def tried(path: Path, action: Callable[[Path], object]) -> None:
     try:
         action(path)
     except FlashdError as error:
-        assert "\n" not in str(error).strip() and str(error), error
+        one_line(error)
 
 
 class Whole(bytes):
@@ -110,6 +114,13 @@ def test_a_header_with_anything_in_it(whole: bytes, tmp_path: Path, data: st.Dat
             break
     (tmp_path / "m.flash").write_bytes(sign(bytearray(whole), header))
     tried(tmp_path / "m.flash", use)
+
+
+@pytest.mark.parametrize("body", [b'{"model":"\xff"}', b'{"\xffmodel":1}', b"[" * 100_000, b'{"a":' * 100_000])
+def test_a_header_that_is_no_json(whole: bytes, tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "m.flash").write_bytes(signed(bytearray(whole), body))
+    with pytest.raises(DamagedHeader, match="does not make sense"):
+        Bundle(tmp_path / "m.flash")
 
 
 @tries(150)
@@ -186,7 +197,7 @@ def test_a_list_longer_than_its_file(model_file: bytes, tmp_path: Path, entries:
         "attention.head_count_kv",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("value", [0, 1, 5, 1 << 20, (1 << 32) - 1])
+@pytest.mark.parametrize("value", [0, 1, 5, 1 << 20, 1 << 30, (1 << 32) - 1])
 def test_a_model_file_that_claims_to_be_another_size(model_file: bytes, tmp_path: Path, key: str, value: int) -> None:
     name = f"llama.{key}".encode()
     at = model_file.index(len(name).to_bytes(8, "little") + name) + 8 + len(name) + 4

@@ -1,4 +1,4 @@
-"""Serial lines, API bodies and configurations of any kind: refused in words, with nothing left behind."""
+"""Serial lines and API bodies of any kind: refused in words, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.appliance import check
 from device.front import Facts
 from device.machine import Machine
-from flashd.config import Serial, Settings, parse
+from flashd.config import Serial, Settings
 from flashd.daemon.api import Api
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
-from flashd.errors import ConfigError
 from tests.daemon.clerk import Clerk, request
 from tests.fuzz.conftest import tries
-
-EXAMPLE = Path(__file__).parent.parent.parent / "deploy" / "flashd.example.yaml"
 
 KEYS = st.sampled_from(
     [
@@ -88,22 +85,10 @@ class Lines:
         """Said in the journal."""
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    spool = Spool(tmp_path_factory.mktemp("fuzz") / "spool.db", keep=20)
-    jobs = Jobs(spool, most_waiting=8)
-    clerk = Clerk(jobs)
-    yield jobs
-    clerk.close()
-    jobs.close()
-    spool.close()
-
-
-@tries(200)
-@given(st.lists(BODIES, min_size=1, max_size=50))
-def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
+def serve(jobs: Jobs, data: bytes) -> None:
+    """A session in machine mode that is given `data`."""
     stopping = threading.Event()
-    port = Lines(b"\n".join(lines) + b"\n", stopping)
+    port = Lines(data, stopping)
     Machine(Front(jobs), Serial(name="board", port="none", mode="machine")).run(port, stopping)  # type: ignore[arg-type]
     assert port.written[0] == {"event": "ready"}
     known = {"ready", "accepted", "text", "end", "error", "status", "restarted"}
@@ -112,12 +97,8 @@ def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
     assert not jobs._watches
 
 
-@tries(200)
-@given(
-    st.sampled_from(PATHS),
-    st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES,
-)  # fmt: skip
-def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
+def call(jobs: Jobs, method: str, path: str, body: bytes) -> None:
+    """One request to the API."""
     application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"").application([])
 
     async def ask() -> httpx.Response:
@@ -132,17 +113,33 @@ def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
     assert not jobs._watches
 
 
-@tries(150)
-@given(st.data())
-def test_configurations(data: st.DataObject) -> None:
-    text = EXAMPLE.read_text("utf-8")
-    for _ in range(data.draw(st.integers(1, 3))):
-        at, gone = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 20))
-        new = data.draw(
-            st.text(max_size=8) | st.sampled_from(["{{", "}}", "&a ", "*a", "!!python/name:os.system ", "\n"])
-        )
-        text = text[:at] + new + text[at + gone :]
+@contextmanager
+def answering(folder: Path) -> Iterator[Jobs]:
+    """A real queue and somebody who answers."""
+    spool = Spool(folder / "spool.db", keep=20)
+    jobs = Jobs(spool, most_waiting=8)
+    clerk = Clerk(jobs)
     try:
-        check(parse(text))
-    except ConfigError as error:
-        assert str(error)
+        yield jobs
+    finally:
+        clerk.close()
+        jobs.close()
+        spool.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    with answering(tmp_path_factory.mktemp("fuzz")) as jobs:
+        yield jobs
+
+
+@tries(200)
+@given(st.lists(BODIES, min_size=1, max_size=50))
+def test_serial_lines(jobs: Jobs, lines: list[bytes]) -> None:
+    serve(jobs, b"\n".join(lines) + b"\n")
+
+
+@tries(200)
+@given(st.sampled_from(PATHS), st.sampled_from(["POST", "GET", "DELETE", "PUT"]), BODIES)
+def test_api_bodies(jobs: Jobs, path: str, method: str, body: bytes) -> None:
+    call(jobs, method, path, body)

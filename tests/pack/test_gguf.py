@@ -15,10 +15,12 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import RowKind
 from flashd.errors import DataError, InputMissing
+from flashd.pack.families import family_of, model_of
 from flashd.pack.gguf import GgufModel, GgufTensor
 from flashd.pack.pack import pack
 from tests import tiny
 from tests.goldens.models import GOLDENS
+from tests.pack.test_tokenizer import Changed
 
 
 def refused(tmp_path: Path, source: Path, match: str, error: type[Exception] = DataError) -> None:
@@ -163,3 +165,16 @@ def test_who_packs_five_bits_into_four_is_told_what_keeps_them(
     pack(tiny.write(tmp_path / "m.gguf", kind=kind), tmp_path / "m.flash", rows)
     said = f"{tmp_path}/m.gguf: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them"
     assert [r.getMessage() for r in caplog.records] == [said] * warned
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.key_length", 1 << 30), ("attention.key_length", 0), ("rope.dimension_count", 64),
+        ("rope.dimension_count", 0), ("block_count", float("nan")), ("embedding_length", float("inf")),
+    ],
+)  # fmt: skip
+def test_a_number_that_makes_no_model(tmp_path: Path, key: str, value: float) -> None:
+    source = Changed(tiny.write(tmp_path / "m.gguf"), {f"llama.{key}": value})
+    with pytest.raises(DataError):
+        model_of(source, family_of(source))

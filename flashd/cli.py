@@ -53,8 +53,9 @@ def run_pack(args: argparse.Namespace) -> None:
         header = pack(args.source, args.out, args.rows, bar.show, _allowed(args))
     print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
     if s := header.selection:
+        who = "a predictor" if s.kind == "predictor" else "the gate"
         print(
-            f"a predictor chooses {100 * sum(s.chosen) / len(s.chosen):.1f} % of neurons,"
+            f"{who} chooses {100 * sum(s.chosen) / len(s.chosen):.1f} % of neurons,"
             f" {100 * sum(s.fired) / len(s.fired):.1f} % are not zero; perplexity {s.perplexity:.2f},"
             f" {s.perplexity_exact:.2f} with all ({100 * s.loss:+.2f} %, {s.tokens} held-out tokens)"
         )
@@ -74,6 +75,7 @@ def _narrow_share(header: Any) -> float:
 
 def _allowed(args: argparse.Namespace) -> Any:
     """What loss of quality is allowed, and for what."""
+    from flashd.pack.gate import Gating
     from flashd.pack.narrow import Narrowing
     from flashd.pack.predictor import Selecting
 
@@ -92,6 +94,8 @@ def _allowed(args: argparse.Namespace) -> Any:
                 "a predictor is trained on text like that which the model will meet; name some with --text"
             )
         return Selecting(text, args.max_loss or 0.01)
+    if args.select == "gate":
+        return Gating(args.max_loss or 0.01, text)
     return Narrowing(args.max_loss or 0.01, text)
 
 
@@ -137,8 +141,9 @@ def _selection_facts(s: Selection | None) -> dict[str, Any]:
     """What `info` says of which neurons take part."""
     if s is None:
         return {"selection": "exact"}
+    chooser = {"ranks": s.ranks} if s.kind == "predictor" else {"thresholds": [round(t, 6) for t in s.thresholds]}
     return {
-        "selection": "predictor", "ranks": s.ranks, "chosen": [round(c, 4) for c in s.chosen],
+        "selection": s.kind, **chooser, "chosen": [round(c, 4) for c in s.chosen],
         "fired": [round(f, 4) for f in s.fired], **_measured_facts(s),
     }  # fmt: skip
 
@@ -371,7 +376,7 @@ def run_eval(args: argparse.Namespace) -> None:
         with Bar("reading", "tokens") as bar, Engine(bundle, _budget(args)) as engine:
             result = perplexity(engine.model, tokens, bar.show)
     header = bundle.header
-    mode = "predictor" if header.selection else "narrow" if header.narrowed else "exact"
+    mode = header.selection.kind if header.selection else "narrow" if header.narrowed else "exact"
     facts = {"mode": mode, **asdict(result)}
     _print_facts(facts, args.json)
 
@@ -470,8 +475,9 @@ def _parser() -> argparse.ArgumentParser:
         help="by how much perplexity may rise, 0.02 for 2 %%: what matters least has fewer bits (default: exact)",
     )  # fmt: skip
     pack.add_argument(
-        "--select", choices=("exact", "narrow", "predictor"),
-        help="how: exact (default), fewer bits (default with --max-loss), or for ReLU models a predictor of neurons",
+        "--select", choices=("exact", "narrow", "predictor", "gate"),
+        help="how: exact (default), fewer bits (default with --max-loss), or neurons chosen: for ReLU models by a"
+        " predictor, in gated ones by their gates, which stay in RAM",
     )  # fmt: skip
     pack.add_argument("--text", type=Path, metavar="T.txt", help="text like that to come, to measure the loss on")
     pack.set_defaults(run=run_pack)

@@ -23,13 +23,23 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 import xxhash
 
-from flashd.bundle.rows import BLOCK, NARROW, GroupFormat, NeuronFormat, RowFormat, RowKind
+from flashd.bundle.rows import (
+    BLOCK,
+    CODE_TYPES,
+    NARROW,
+    GroupFormat,
+    NeuronFormat,
+    PairFormat,
+    RowFormat,
+    RowKind,
+)
 from flashd.errors import NOT_JSON, DataError
 
 MAGIC = b"\x93FLASHD\n"
 VERSION = 5
 PLAIN_VERSION = 4
-"""Of bundles in which nothing is narrowed, nor selected within experts: the flashd before this one reads them too."""
+"""Of bundles in which nothing is narrowed, selected within experts or by a gate: the flashd before this one reads
+them too."""
 PAGE = 4096
 GAP_BYTES = 16 << 10
 """Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for
@@ -266,15 +276,24 @@ class Narrowed(Measured, frozen=True, kw_only=True):
     divergence: Annotated[float, msgspec.Meta(ge=0)]  # mean KL from the exact model, in nats
 
 
-class Selection(Measured, frozen=True, kw_only=True):
+Chooser = Literal["predictor", "gate"]
+
+
+class Selection(Measured, frozen=True, kw_only=True, omit_defaults=True):
     """Which neurons take part in a token, where that is not all of them, and what it was measured to cost.
 
-    A neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is above the
-    layer's threshold (section 3.1 of "LLM in a flash"). In a mixture each expert has a `narrow` of its own, one
-    behind the other, and takes part in the tokens that are routed to it.
+    By a predictor a neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is
+    above the layer's threshold (section 3.1 of "LLM in a flash"). In a mixture each expert has a `narrow` of its own,
+    one behind the other, and takes part in the tokens that are routed to it.
+
+    By its gate a neuron takes part where its activation, of its row of `gate` times h, is in size above its number in
+    `floors`, which is the layer's threshold over what the neuron weighs (CATS, arXiv 2404.08763).
     """
 
-    ranks: list[Count]  # of each layer's predictors, a multiple of 32; 0: all neurons, of the experts used, take part
+    kind: Chooser = "predictor"
+    ranks: list[
+        Count
+    ] = []  # of each layer's predictors, a multiple of 32; 0: all neurons, of the experts used; or none
     thresholds: list[float]  # of each layer
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero
@@ -340,8 +359,13 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return group_format(self.model, self.formats)
 
     @property
-    def neuron(self) -> NeuronFormat:
-        return neuron_format(self.model, self.formats)
+    def neuron(self) -> NeuronFormat | PairFormat:
+        return (pair_format if self.gate_decides else neuron_format)(self.model, self.formats)
+
+    @property
+    def gate_decides(self) -> bool:
+        """Whether gate rows are in sections of their own, and say which neurons take part."""
+        return self.selection is not None and self.selection.kind == "gate"
 
     @property
     def unit_bytes(self) -> int:
@@ -362,6 +386,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "positions": "f16",
             "router": "f16",
             "narrow": PREDICTOR_ROWS,
+            "gate": self.formats.ffn,
         }
         return RowFormat(kinds[part], self.model.hidden)
 
@@ -413,13 +438,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
         if not self.selection:
             lengths |= {part.section: part.count * part.form.nbytes for part in self.ffn_parts}
-        return lengths | self._predictor_lengths()
+        return lengths | self._chooser_lengths()
 
-    def _predictor_lengths(self) -> dict[str, int]:
+    def _chooser_lengths(self) -> dict[str, int]:
         m = self.model
         if self.selection is None:
             return {}
         lengths = {"rates": 4 * m.layers * m.neurons}
+        if self.gate_decides:
+            of_layer = {"gate": m.neurons * self.row_format("gate").nbytes, "floors": 4 * m.neurons}
+            if isinstance(self.neuron, PairFormat):
+                of_layer |= {"steps": m.groups * self.group.step_bytes, "groups": 4 * m.neurons}
+            lengths |= {f"layer.{i}.{part}": n for i in range(m.layers) for part, n in of_layer.items()}
         for i, rank in enumerate(self.selection.ranks):
             if rank:
                 lengths[f"layer.{i}.narrow"] = m.ffns * rank * self.row_format("narrow").nbytes
@@ -455,8 +485,14 @@ def group_format(model: Model, formats: Formats) -> GroupFormat:
 
 
 def neuron_format(model: Model, formats: Formats) -> NeuronFormat:
-    """How a bundle of `model` writes its FFN where neurons are selected."""
+    """How a bundle of `model` writes its FFN where predictors select neurons."""
     return NeuronFormat(formats.ffn, model.hidden, model.inputs, model.inputs if "inputs" in model.biases else 0)
+
+
+def pair_format(model: Model, formats: Formats) -> NeuronFormat | PairFormat:
+    """And where their gates do."""
+    form = PairFormat if formats.ffn in CODE_TYPES else NeuronFormat
+    return form(formats.ffn, model.hidden, 1)
 
 
 def align(offset: int) -> int:
@@ -497,7 +533,7 @@ def encode(header: Header, file_length: int) -> bytes:
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
     within_experts = header.selection and header.model.experts
-    version = VERSION if header.narrowed or within_experts else PLAIN_VERSION
+    version = VERSION if header.narrowed or within_experts or header.gate_decides else PLAIN_VERSION
     return sealed(MAGIC, version, body, file_length)
 
 
@@ -575,8 +611,14 @@ def _check_selection(header: Header) -> None:
     s = header.selection
     if s is None:
         return
-    if any(len(part) != header.model.layers for part in (s.ranks, s.thresholds, s.chosen, s.fired)):
-        raise DamagedHeader(f"the header does not make sense: {header.model.layers} layers and other predictors")
+    m, kind = header.model, header.formats.ffn
+    ranks = [0] * m.layers if header.gate_decides and not s.ranks else s.ranks
+    if any(len(part) != m.layers for part in (ranks, s.thresholds, s.chosen, s.fired)):
+        raise DamagedHeader(f"the header does not make sense: {m.layers} layers and other predictors")
+    if kind == "ternary" or m.normed_neurons:
+        raise DamagedHeader("the header does not make sense: neurons of BitNet are never selected")
+    if header.gate_decides and (s.ranks or not m.gated or m.experts or "inputs" in m.biases):
+        raise DamagedHeader("the header does not make sense: a gate decides in plain layers that have one, unbiased")
     if any(rank % BLOCK for rank in s.ranks):
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
 
@@ -620,6 +662,7 @@ def _check_sections(header: Header, file_length: int) -> None:
             raise BadSection(f"section {section.name!r} has runs of {section.run} bytes, not {run}")
     attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
     mixture = ["graph.route", "graph.linear.f16"] if header.model.experts else []
-    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *STAGES):
+    gate = ["graph.gate", f"graph.linear.{header.formats.ffn}"] if header.gate_decides else []
+    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *gate, *STAGES):
         if name not in present:
             raise BadSection(f"section {name!r} is missing")

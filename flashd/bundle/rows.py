@@ -158,6 +158,29 @@ class PlainNeurons(Slots):
     bias: Floats  # [n, M], or [n, 0] where the inputs have none
 
 
+@dataclass(frozen=True)
+class PairedNeurons(Slots):
+    """n neurons without their gate rows: the row of up_proj, and the column of down_proj without its steps."""
+
+    q: Bytes  # [n, H * bits / 8]
+    scale: Codes  # [n, H / 32]
+    centre: Codes  # [n, H / 32]
+    step: npt.NDArray[np.float16]  # [n, 2]
+    down: Bytes  # [n, H * bits / 8]
+
+
+@dataclass(frozen=True)
+class ColumnSteps(Slots):
+    """The steps of down_proj's columns: of n groups, which share them, or gathered for n neurons."""
+
+    scale: Codes  # [n, H]
+    centre: Codes  # [n, H]
+    step: npt.NDArray[np.float16]  # [n, 2, H / 32]
+
+
+NeuronSlots = QuantNeurons | PlainNeurons | PairedNeurons
+
+
 @cache
 def unit_steps(kind: RowKind) -> Floats:
     """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
@@ -330,9 +353,23 @@ class GroupFormat(_BundleFormat):
             assert isinstance(down, TernaryRows)
             return TernaryGroups(row.q, row.scale, down.q, down.scale, *_carve(tail, [bias]))
         assert isinstance(row, QuantRows)
-        codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
-        shared = _carve(tail, [*codes, (np.float16, (2, self.row.blocks)), bias])
+        shared = _carve(tail, [*self._shared, bias])
         return QuantGroups(row.q, row.scale, row.centre, row.step, column, *shared)
+
+    @property
+    def _shared(self) -> list[tuple[Any, tuple[int, ...]]]:
+        """What 32 columns share."""
+        codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
+        return [*codes, (np.float16, (2, self.row.blocks))]
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of what the columns of a quantised group share."""
+        return self.tail_bytes - 4 * BLOCK * self.biases
+
+    def steps(self, raw: Bytes) -> ColumnSteps:
+        """What the columns of groups share, in place. raw: [n, step_bytes] uint8."""
+        return ColumnSteps(*_carve(raw, self._shared))
 
     def groups(self, raw: Bytes) -> Groups:
         """Records as products take them: in place, or narrow ones with 4 bits a weight."""
@@ -381,6 +418,36 @@ class NeuronFormat(_BundleFormat):
             return PlainNeurons(w, bias)
         q, scale, centre, step = parts
         return QuantNeurons(q, scale, centre, step, bias)
+
+
+@dataclass(frozen=True)
+class PairFormat(_BundleFormat):
+    """Neurons whose gate rows stay in RAM, a record each: [up row | down column (q only)].
+
+    The steps of the columns stay in RAM too: 32 neurons share them, as in a group, so that nothing is rounded anew.
+    """
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of one neuron."""
+        return self.row.nbytes + self.hidden * self.row.bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one unit, which is a neuron."""
+        return self.bundle_bytes
+
+    def empty(self, neurons: int) -> PairedNeurons:
+        """Arrays for so many neurons, their memory not touched yet."""
+        down = np.empty((neurons, self.hidden * self.row.bits // 8), np.uint8)
+        parts: list[Any] = [*self.row.empty(neurons).arrays(), down]
+        return PairedNeurons(*parts)
+
+    def views(self, raw: Bytes) -> PairedNeurons:
+        """The parts of records in place. raw: [n, nbytes] uint8."""
+        row = self.row.views(raw[:, : self.row.nbytes])
+        parts: list[Any] = [*row.arrays(), raw[:, self.row.nbytes :]]
+        return PairedNeurons(*parts)
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:

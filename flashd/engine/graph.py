@@ -15,8 +15,11 @@ from flashd.bundle.layout import Model
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import (
     BLOCK,
+    ColumnSteps,
     Floats,
     Groups,
+    NeuronSlots,
+    PairedNeurons,
     PlainGroups,
     PlainNeurons,
     PlainRows,
@@ -132,24 +135,35 @@ class Ffn:
 
 
 class Neurons:
-    """The share of some neurons in an FFN's output, each counting for something in some of the tokens."""
+    """The share of some neurons in an FFN's output, each counting for something in some of the tokens.
 
-    def __init__(self, graph: bytes, model: Model) -> None:
+    `inputs`: rows of a neuron beside its column.
+    """
+
+    def __init__(self, graph: bytes, inputs: int) -> None:
         self._session = open_session(graph)
-        self._rows = model.inputs + 1
+        self._rows = inputs + 1
 
-    def __call__(self, x: Floats, neurons: QuantNeurons | PlainNeurons, counts: npt.NDArray[Any]) -> Floats:
-        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32."""
+    def __call__(
+        self, x: Floats, neurons: NeuronSlots, counts: npt.NDArray[Any], steps: ColumnSteps | None = None
+    ) -> Floats:
+        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32.
+
+        `steps`: of the columns of n PairedNeurons.
+        """
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
         out = np.zeros(x.shape, np.float32)
         for start in range(0, len(neurons), part):
-            stop = min(start + part, len(neurons))
-            out += self._part(x, neurons[start:stop], counts[:, start:stop])
+            some = slice(start, start + part)
+            out += self._part(x, neurons[some], counts[:, some], steps[some] if steps else None)
         return out
 
-    def _part(self, x: Floats, n: Any, counts: npt.NDArray[Any]) -> Floats:
+    def _part(self, x: Floats, n: Any, counts: npt.NDArray[Any], steps: Any) -> Floats:
         rows = len(n) * self._rows
         feed: dict[str, Any] = {"x": x, "chosen": counts.astype(np.float32)}
+        if isinstance(n, PairedNeurons):
+            (y,) = self._session.run(None, feed | _pair_feed(x, n, steps))
+            return np.asarray(y, np.float32)
         if n.bias.size:
             feed["bias"] = n.bias.reshape(-1)
         if isinstance(n, PlainNeurons):
@@ -160,19 +174,44 @@ class Neurons:
         return np.asarray(y, np.float32)
 
 
-def _row_feed(parts: QuantRows | QuantGroups | QuantNeurons, rows: int) -> dict[str, npt.NDArray[Any]]:
+def _pair_feed(x: Floats, n: PairedNeurons, steps: ColumnSteps) -> dict[str, npt.NDArray[Any]]:
+    """Neurons, and the steps of their columns, as the graph names them."""
+    blocks = x.shape[1] // BLOCK
+    return {
+        "sums": block_sums(x), **_row_feed(n, len(n)), "down": n.down, "ones": _ones(len(n), blocks),
+        "down_scale": steps.scale.reshape(-1, blocks, BLOCK), "down_centre": steps.centre.reshape(-1, blocks, BLOCK),
+        "down_step": steps.step,
+    }  # fmt: skip
+
+
+def _row_feed(
+    parts: QuantRows | QuantGroups | QuantNeurons | PairedNeurons, rows: int
+) -> dict[str, npt.NDArray[Any]]:
     """The quantised rows of `parts`, all axes but the last joined, as graphs name them."""
     arrays = {"q": parts.q, "scale": parts.scale, "centre": parts.centre, "step": parts.step}
     return {name: array.reshape(rows, -1) for name, array in arrays.items()} | {"index": _index(rows)}
 
 
-@cache
 def _index(n: int) -> npt.NDArray[np.int64]:
-    return np.arange(n)  # there are as many different n as parts may have rows
+    return _counting(_at_least(n))[:n]
+
+
+def _ones(neurons: int, blocks: int) -> Floats:
+    return _many_ones(_at_least(neurons), blocks)[:neurons]
+
+
+def _at_least(n: int) -> int:
+    """A power of two: where neurons are selected there are as many different n as parts may have rows."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @cache
-def _ones(neurons: int, blocks: int) -> Floats:
+def _counting(n: int) -> npt.NDArray[np.int64]:
+    return np.arange(n)
+
+
+@cache
+def _many_ones(neurons: int, blocks: int) -> Floats:
     return np.ones((neurons, blocks), np.float32)
 
 

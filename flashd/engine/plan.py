@@ -45,6 +45,9 @@ LIKELY = 32768
 KEPT = ("vectors", "qkv", "output", "router")
 """Sections of a layer that stay in RAM."""
 
+PREDICTOR, GATE = ("narrow", "wide", "lean"), ("gate", "floors", "steps", "groups")
+"""And those of what chooses neurons."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -204,20 +207,23 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
 
 
 def _reading_parts(header: Header) -> dict[str, int]:
-    """What reads go through; where neurons are selected, the predictors, their policies' scores and maps too."""
+    """What reads go through; where neurons are selected, what chooses them, the policies' scores and maps too."""
     m, size = header.model, header.unit_bytes
     if header.selection is None:
         passing = passing_groups(header) * size
         rows = READ_BYTES if _likely(header) < m.vocabulary else 0
         reads = [_of_a_read(header, part) * part.form.nbytes for part in header.ffn_parts]
         return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(rows, *reads))}
-    sections = ("narrow", "wide", "lean")
+    name, sections = ("gates", GATE) if header.gate_decides else ("predictors", PREDICTOR)
+    # bytes of a neuron in a token: its score or activation, and masks of it; and what is gathered of columns' steps
+    of_token, gathered = (24, 2 * TEMPORARY_BYTES) if header.gate_decides else (8, 0)
     return {
-        "predictors": sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
+        name: sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
         # a read's neurons are there twice: as they came, and those that were wanted
         "window and read-ahead": (BUFFERS + 1) * buffer_bytes(max(READ_BYTES, size))
         + 20 * m.layers * m.neurons
-        + 8 * PREFILL_TOKENS * m.neurons,
+        + of_token * PREFILL_TOKENS * m.neurons
+        + gathered,
     }
 
 

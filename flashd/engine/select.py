@@ -1,19 +1,21 @@
 """FFNs of which few neurons take part in a token: a predictor says which, a window keeps them, the card has the rest.
 
-Section 3 of "LLM in a flash". In a mixture a router chooses experts first, and predictors among their neurons. What
-takes part depends on the token alone and not on what the window holds, so that the same prompt gives the same text
-whatever was asked before.
+Section 3 of "LLM in a flash". In a mixture a router chooses experts first, and predictors among their neurons. Where
+gate rows stay in RAM they say which, exactly where the activation has zeros (CATS, arXiv 2404.08763). What takes part
+depends on the token alone and not on what the window holds, so that the same prompt gives the same text whatever was
+asked before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from flashd.bundle.layout import BadSection
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
+from flashd.bundle.rows import ColumnSteps, Floats, NeuronSlots, PairFormat
 from flashd.engine import graph
 from flashd.engine.card import CardPicks, CardStats, gap_bytes
 from flashd.engine.cardspeed import remembered
@@ -32,6 +34,60 @@ LEAST_GAP = 4096
 
 def ignore(layer: int, chosen: Mask) -> None:
     """An OnChosen that does nothing."""
+
+
+class Chooser(Protocol):
+    """What says which neurons of each layer take part in a token."""
+
+    def load(self, layer: int) -> None:
+        """Reads a layer's, in order. Raises DamagedRun, CardError."""
+
+    def __call__(self, layer: int, h: Floats, expert: int = 0) -> Mask | Floats:
+        """[T, F]: what the neurons of an expert, or of the whole FFN, count for with h [T, H]; 0 of no part in it."""
+
+
+class Gate:
+    """Gate rows that stay in RAM: a neuron counts for its gate's activation, if that in size is above its floor."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._neurons = bundle, bundle.header.model.expert_neurons
+        self._linear = graph.Linear(bundle.read(f"graph.linear.{bundle.header.formats.ffn}"))
+        self._activate = graph.Stage(bundle.read("graph.gate"))
+        self._parts: list[tuple[Any, Floats]] = []  # with Rows
+
+    def load(self, layer: int) -> None:
+        """Reads a layer's, in order. Raises DamagedRun, CardError."""
+        at = f"layer.{layer}."
+        self._parts.append((self._bundle.rows(f"{at}gate"), self._bundle.floats(f"{at}floors")))
+
+    def __call__(self, layer: int, h: Floats, expert: int = 0) -> Floats:
+        """[T, F]: the activations of those that take part, else 0."""
+        rows, floors = self._parts[layer]
+        part = slice(expert * self._neurons, (expert + 1) * self._neurons)
+        (a,) = self._activate({}, products=self._linear(h, rows[part]))
+        return np.where(np.abs(a) > floors[part], a, np.float32(0))
+
+
+class Columns:
+    """What columns of down_proj share with others of their group, which is not with them on the card."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._form = bundle, bundle.header.group
+        self._parts: list[tuple[ColumnSteps, Ids]] = []
+
+    def load(self, layer: int) -> None:
+        """Reads a layer's, in order. Raises DamagedRun, CardError; BadSection where a neuron is in no group."""
+        at = f"layer.{layer}."
+        raw = np.frombuffer(self._bundle.read(f"{at}steps"), np.uint8).reshape(-1, self._form.step_bytes)
+        groups = np.frombuffer(self._bundle.read(f"{at}groups"), np.int32)
+        if groups.min() < 0 or groups.max() >= len(raw):
+            raise BadSection(f"{self._bundle.path}: section '{at}groups' names others than the {len(raw)} groups")
+        self._parts.append((self._form.steps(raw), groups))
+
+    def steps(self, layer: int, units: Ids) -> Any:
+        """ColumnSteps of some neurons."""
+        steps, groups = self._parts[layer]
+        return steps[groups[units]]
 
 
 class Predictor:
@@ -85,8 +141,9 @@ class SelectedFfn:
     ) -> None:
         self._bundle, self._plan, self._on_chosen = bundle, plan, on_chosen
         self._model, self._form = bundle.header.model, bundle.header.neuron
-        self._product = graph.Neurons(bundle.read("graph.ffn"), self._model)
-        self._predict = Predictor(bundle)
+        self._product = graph.Neurons(bundle.read("graph.ffn"), self._form.inputs)
+        self._choose: Chooser = Gate(bundle) if bundle.header.gate_decides else Predictor(bundle)
+        self._columns = Columns(bundle) if isinstance(self._form, PairFormat) else None
         self._router = Router(bundle) if self._model.experts else None
         self._routed: tuple[Numbers, Floats] | None = None
         self._rates = bundle.floats("rates").reshape(self._model.layers, -1)
@@ -114,12 +171,14 @@ class SelectedFfn:
         return False
 
     def enter(self, layer: int, x: Floats) -> None:
-        """A router may be asked already, the predictor when the FFN's own input is there."""
+        """A router may be asked already, the chooser when the FFN's own input is there."""
         if self._router and self._router.early:
             self._routed = self._router(layer, x)
 
     def load(self, layer: int) -> None:
-        self._predict.load(layer)
+        self._choose.load(layer)
+        if self._columns:
+            self._columns.load(layer)
         if self._router:
             self._router.load(layer)
         window = Window(self._form, self._model.neurons, self._plan.slots[layer])
@@ -138,7 +197,7 @@ class SelectedFfn:
         found, missing = (np.flatnonzero(part).astype(np.int32) for part in (needed & here, needed & ~here))
         self._needed += len(found) + len(missing)
         self._found += len(found)
-        y = self._share(layer, h, counts, found)
+        y = self._from_window(layer, h, counts, found)
         for mask in chosen:
             self._policies[layer].used(mask)
         keep = kept(self._policies[layer], needed | here, window.capacity)
@@ -146,7 +205,7 @@ class SelectedFfn:
             window.delete(unit)
         for units, raw in self._picks.take(layer, missing):
             rows = self._form.views(raw)
-            y += self._product(h, rows, counts[:, units])
+            y += self._share(layer, h, counts, units, rows)
             stay = np.flatnonzero(keep[units])
             window.put(units[stay], rows[stay])
             on_step(layer, self._model.layers, self.card.bytes_read)
@@ -155,7 +214,7 @@ class SelectedFfn:
     def _counts(self, layer: int, h: Floats) -> Mask | Floats:
         """[T, F]: what each neuron's share counts for in a token, the weight of its expert; 0 without part in it."""
         if self._router is None:
-            return self._predict(layer, h)
+            return self._choose(layer, h)
         if not self._router.early:
             self._routed = self._router(layer, h)
         assert self._routed is not None
@@ -163,20 +222,25 @@ class SelectedFfn:
         counts = np.zeros((len(h), self._model.ffns, self._model.expert_neurons), np.float32)
         for expert in np.unique(used).tolist():
             tokens, place = np.nonzero(used == expert)
-            counts[tokens, expert] = weights[tokens, place, None] * self._predict(layer, h[tokens], expert)
+            counts[tokens, expert] = weights[tokens, place, None] * self._choose(layer, h[tokens], expert)
         return counts.reshape(len(h), -1)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
         """Never asked for: a pass needs few neurons as it is."""
         raise NotImplementedError
 
-    def _share(self, layer: int, h: Floats, counts: Mask | Floats, found: Ids) -> Floats:
+    def _from_window(self, layer: int, h: Floats, counts: Mask | Floats, found: Ids) -> Floats:
         """The share of neurons that are in the window, some at a time."""
         y = np.zeros(h.shape, np.float32)
         for at in range(0, len(found), self._at_once):
             part = found[at : at + self._at_once]
-            y += self._product(h, self._windows[layer].rows_of(part), counts[:, part])
+            y += self._share(layer, h, counts, part, self._windows[layer].rows_of(part))
         return y
+
+    def _share(self, layer: int, h: Floats, counts: Mask | Floats, units: Ids, rows: NeuronSlots) -> Floats:
+        """The share of some neurons."""
+        steps = self._columns.steps(layer, units) if self._columns else None
+        return self._product(h, rows, counts[:, units], steps)
 
     def lend(self, nbytes: int) -> None:
         """Its windows are as large as the plan says."""

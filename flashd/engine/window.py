@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import GroupFormat, Groups, NeuronFormat, Slots
+from flashd.bundle.rows import GroupFormat, Groups, NeuronFormat, PairFormat, Slots
 from flashd.engine import pages
 
 Ids = npt.NDArray[np.int32]
@@ -23,7 +23,9 @@ class Window:
     It holds no policy: who uses it decides what comes in and what goes.
     """
 
-    def __init__(self, form: GroupFormat | NeuronFormat, units: int, capacity: int, size: int = 1) -> None:
+    def __init__(
+        self, form: GroupFormat | NeuronFormat | PairFormat, units: int, capacity: int, size: int = 1
+    ) -> None:
         self.capacity = capacity
         self.size = size
         self.used = 0

@@ -90,6 +90,7 @@ class Calibration:
         start_pool(len(os.sched_getaffinity(0)))
         self._stages = {name: open_session(graph) for name, graph in graphs.stages(model).items()}
         self._activations = open_session(graphs.activations(model))
+        self._gates = open_session(graphs.gates(model)) if model.gated else None
         # every layer asks for it again, and texts of one cut are of one length
         self._attended = lru_cache(maxsize=1)(self._attention_feed)
         tokens = np.concatenate(texts)
@@ -107,6 +108,12 @@ class Calibration:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return Seen(h, a, np.linalg.norm(down, axis=0))
+
+    def gates(self, i: int, h: Floats) -> Floats:
+        """Activations [N, F] of the gates of layer i, which is no mixture, for h [N, H]."""
+        assert self._gates is not None
+        (a,) = self._gates.run(None, {"products": _product(h, self._weights.ffns(i)[0].inputs[0])})
+        return np.asarray(a, np.float32)
 
     def mixture(self, i: int, chooses: Chooses | None = None, sees: Sees | None = None) -> Numbers:
         """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first.

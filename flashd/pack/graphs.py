@@ -30,7 +30,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from flashd.bundle.layout import PREDICTOR_ROWS, AttentionKind, Bias, Experts, Formats, Model, Place
+from flashd.bundle.layout import PREDICTOR_ROWS, AttentionKind, Bias, Chooser, Experts, Formats, Model, Place
 from flashd.bundle.rows import BITS, BLOCK, RowKind, unit_steps
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -113,18 +113,21 @@ class _Graph:
         return bytes(helper.make_model(graph, opset_imports=OPSETS, ir_version=10).SerializeToString())
 
 
-def build(model: Model, formats: Formats, selecting: bool = False) -> dict[str, bytes]:
+def build(model: Model, formats: Formats, chooser: Chooser | None = None) -> dict[str, bytes]:
     """Every graph of a bundle, by the name of its section; of one whose neurons are selected, those that it needs."""
     rows: set[RowKind] = {formats.attention, formats.head}
     if model.experts:
         rows.add("f16")
-    if selecting:
-        rows.add(PREDICTOR_ROWS)
+    if chooser:
+        rows.add(formats.ffn if chooser == "gate" else PREDICTOR_ROWS)
     # sorted: a set's order changes from run to run, and the same model makes the same bundle
     graphs = {f"graph.linear.{kind}": linear(kind) for kind in sorted(rows)}
-    graphs["graph.ffn"] = neurons(model, formats.ffn) if selecting else ffn(model, formats.ffn)
+    shares = {None: ffn, "predictor": neurons, "gate": pairs}
+    graphs["graph.ffn"] = shares[chooser](model, formats.ffn)
+    if chooser == "gate":
+        graphs["graph.gate"] = gates(model)
     graphs |= stages(model)
-    if not selecting and not model.experts and "f16" not in (formats.ffn, formats.attention, formats.head):
+    if not chooser and not model.experts and "f16" not in (formats.ffn, formats.attention, formats.head):
         graphs["graph.resident"] = resident(model, formats)
     return graphs
 
@@ -225,6 +228,19 @@ def ffn(model: Model, kind: RowKind) -> bytes:
     ones = g.input("ones", T.FLOAT, ["neurons", blocks])
     down_index = g.input("down_index", T.INT64, ["neurons"])
     levels = _widen(g, kind, g.input("down", T.UINT8, ["neurons", width]), ones, down_index)  # [32 n, H]
+    scale, centre = _column_steps(g, kind, h)
+    grouped = g.node("Reshape", levels, g.shape(-1, BLOCK, h))  # [n, 32, H]
+    scales = g.node("Reshape", scale, g.shape(-1, 1, h))
+    weights = g.node("Reshape", g.node("Mul", grouped, scales), g.shape(-1, h))
+    centres = g.node("Reshape", centre, g.shape(-1, h))  # [n, H]
+    y = g.node("Gemm", a, weights, g.node("Gemm", sums, centres))
+    g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, y))
+    return g.serialise("ffn")
+
+
+def _column_steps(g: _Graph, kind: RowKind, h: int) -> tuple[str, str]:
+    """Scales and centres [n, H / 32, 32] of columns of down_proj, from the arrays of ColumnSteps."""
+    blocks = h // BLOCK
     scale = g.input("down_scale", CODES[kind][0], ["n", blocks, BLOCK])
     centre = g.input("down_centre", CODES[kind][1], ["n", blocks, BLOCK])
     step = g.input("down_step", T.FLOAT16, ["n", 2, blocks])
@@ -233,13 +249,7 @@ def ffn(model: Model, kind: RowKind) -> bytes:
         g.node("Reshape", part, g.shape(-1, blocks, 1))
         for part in g.nodes_out("Split", wide, outputs=2, axis=1, num_outputs=2)
     ]
-    grouped = g.node("Reshape", levels, g.shape(-1, BLOCK, h))  # [n, 32, H]
-    scales = g.node("Reshape", _scaled(g, scale, tops[0]), g.shape(-1, 1, h))
-    weights = g.node("Reshape", g.node("Mul", grouped, scales), g.shape(-1, h))
-    centres = g.node("Reshape", _scaled(g, centre, tops[1]), g.shape(-1, h))  # [n, H]
-    y = g.node("Gemm", a, weights, g.node("Gemm", sums, centres))
-    g.output("y", T.FLOAT, ["T", model.share_width], _share(g, model, a, y))
-    return g.serialise("ffn")
+    return _scaled(g, scale, tops[0]), _scaled(g, centre, tops[1])
 
 
 def _share(g: _Graph, model: Model, a: str, y: str) -> str:
@@ -281,6 +291,47 @@ def _widened_rows(g: _Graph, kind: RowKind, h: int) -> str:
     levels = g.node("Reshape", _widen(g, kind, q, _scaled(g, scale, top_scale), index), g.shape(-1, blocks, BLOCK))
     centres = g.node("Reshape", _scaled(g, centre, top_centre), g.shape(-1, blocks, 1))
     return g.node("Reshape", g.node("Add", levels, centres), g.shape(-1, h))
+
+
+def pairs(model: Model, kind: RowKind) -> bytes:
+    """y [T, H] = the share that n neurons have in an FFN's output; `chosen` [T, n] are their gates' activations.
+
+    Inputs are the arrays of PairedNeurons and, of the same neurons, of ColumnSteps as `down_scale`, `down_centre` and
+    `down_step`; or of PlainNeurons, all axes but the last joined.
+    """
+    g, h, blocks = _Graph(), model.hidden, model.hidden // BLOCK
+    x, chosen = g.input("x", T.FLOAT, ["T", h]), g.input("chosen", T.FLOAT, ["T", "n"])
+    if kind == "f16":
+        rows = g.node("Cast", g.input("w", T.FLOAT16, ["records", h]), to=T.FLOAT)
+        both = g.node("Reshape", rows, g.shape(-1, 2, h))
+        row, down = (
+            g.node("Reshape", part, g.shape(-1, h))
+            for part in g.nodes_out("Split", both, outputs=2, axis=1, num_outputs=2)
+        )
+        up = g.node("Gemm", x, row, transB=1)
+    else:
+        g.input("sums", T.FLOAT, ["T", blocks])
+        width = h * BITS[kind] // 8
+        parts, index = _rows_in(g, kind, "n", width, blocks), g.input("index", T.INT64, ["n"])
+        up = _rows_product(g, kind, parts, index)
+        levels = _widen(
+            g, kind, g.input("down", T.UINT8, ["n", width]), g.input("ones", T.FLOAT, ["n", blocks]), index
+        )
+        scales, centres = _column_steps(g, kind, h)
+        down = g.node("Add", g.node("Mul", levels, g.node("Reshape", scales, g.shape(-1, h))),
+                      g.node("Reshape", centres, g.shape(-1, h)))  # fmt: skip
+    if model.activation == "drelu":
+        up = g.node("Relu", up)
+    g.output("y", T.FLOAT, ["T", h], g.node("Gemm", g.node("Mul", up, chosen), down))
+    return g.serialise("pairs")
+
+
+def gates(model: Model) -> bytes:
+    """a [T, n], the activations of the products [T, n] of an FFN's input with n gate rows."""
+    g = _Graph()
+    products = g.input("products", T.FLOAT, ["T", "n"])
+    g.output("a", T.FLOAT, ["T", "n"], _activated(g, model, products))
+    return g.serialise("gates")
 
 
 def activations(model: Model) -> bytes:

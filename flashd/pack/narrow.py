@@ -105,9 +105,12 @@ class Judgement:
         return self.perplexity / self.perplexity_exact - 1
 
 
-def cut(tokenizer_json: bytes, narrowing: Narrowing, context: int) -> tuple[list[Numbers], list[Numbers]]:
-    """Texts to weigh on and texts to judge by, in turn from all over the sample. Raises DataError for a short one."""
-    tokens = text_tokens(tokenizer_json, "".join(_own_text()) if narrowing.text is None else narrowing.text)
+def cut(tokenizer_json: bytes, text: str | None, context: int) -> tuple[list[Numbers], list[Numbers]]:
+    """Texts to weigh on and texts to judge by, in turn from all over `text`, or, if None, what ships with flashd.
+
+    Raises DataError for a short one.
+    """
+    tokens = text_tokens(tokenizer_json, "".join(_own_text()) if text is None else text)
     length, wanted = min(context, LENGTH), FIT + JUDGED
     texts = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
     if len(texts) < wanted:

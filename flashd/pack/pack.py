@@ -22,6 +22,7 @@ from flashd.bundle.layout import (
     group_format,
     layer_parts,
     neuron_format,
+    pair_format,
 )
 from flashd.bundle.rows import (
     BLOCK,
@@ -36,10 +37,11 @@ from flashd.bundle.rows import (
 )
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError
-from flashd.pack import graphs, narrow
-from flashd.pack.calibrate import Calibration, Dense, Seen, hottest_groups, sample_tokens, text_tokens
+from flashd.pack import gate, graphs, narrow
+from flashd.pack.calibrate import Calibration, Dense, Mask, Seen, hottest_groups, sample_tokens, text_tokens
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.feedback import encode_fed
+from flashd.pack.gate import Gating
 from flashd.pack.gguf import GgufModel
 from flashd.pack.narrow import Judgement, Narrowing, Starts, Weigh
 from flashd.pack.order import card_order
@@ -85,12 +87,13 @@ def pack(
     out: Path,
     rows: RowKind,
     on_progress: Progress = lambda done, total: None,
-    allowed: Selecting | Narrowing | None = None,
+    allowed: Selecting | Gating | Narrowing | None = None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
     Where a loss is allowed: with Selecting a predictor says which neurons take part, unless whole experts are read
-    about as soon, with Narrowing what matters least has fewer bits on the card, unless all of it matters too much.
+    about as soon; with Gating their gates do, unless all are needed or read about as soon; with Narrowing what
+    matters least has fewer bits on the card, unless all of it matters too much.
 
     Raises:
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
@@ -132,12 +135,25 @@ class _Selected:
     selection: Selection
 
 
+@dataclass
+class _Gated:
+    """The same, where gates choose."""
+
+    layers: list[gate.Layer]
+    selection: Selection
+
+
 class _Packer:
     def __init__(
-        self, source: Source, rows: RowKind, on_progress: Progress, allowed: Selecting | Narrowing | None
+        self,
+        source: Source,
+        rows: RowKind,
+        on_progress: Progress,
+        allowed: Selecting | Gating | Narrowing | None,
     ) -> None:
         self.source = source
         self._selecting = selecting = allowed if isinstance(allowed, Selecting) else None
+        self._gating = allowed if isinstance(allowed, Gating) else None
         self._narrowing = allowed if isinstance(allowed, Narrowing) else None
         check_layers(source)
         family = family_of(source)
@@ -152,6 +168,8 @@ class _Packer:
             )
         if selecting:
             _check_selectable(source.path, self.model, self.formats)
+        if self._gating:
+            _check_gated(source.path, self.model, self.formats)
         if self._narrowing:
             _check_narrowable(source.path, self.model, self.formats)
         self._on_progress = on_progress
@@ -162,12 +180,16 @@ class _Packer:
         vocabulary = self.source.vocabulary()
         context, narrowing = self.model.context, self._narrowing
         # before anything long: the text may be too short
-        texts = narrow.cut(vocabulary.tokenizer_json, narrowing, context) if narrowing else None
+        texts = narrow.cut(vocabulary.tokenizer_json, narrowing.text, context) if narrowing else None
         selected = self._selected(vocabulary.tokenizer_json, self._selecting) if self._selecting else None
+        gated = self._gated(vocabulary.tokenizer_json, self._gating) if self._gating else None
+        chosen = selected or gated
+        selection = chosen.selection if chosen else None
+        chooser = selection.kind if selection else None
         with BundleWriter(out) as writer:
             writer.add("tokenizer", [vocabulary.tokenizer_json])
             writer.add("token_bytes", [vocabulary.token_bytes.to_bytes()])
-            for name, graph in graphs.build(self.model, self.formats, selected is not None).items():
+            for name, graph in graphs.build(self.model, self.formats, chooser).items():
                 writer.add(name, [graph])
             writer.add("rope", [self.rope.tobytes()])
             writer.add("vectors", self._vectors(self.weights.model_vectors()))
@@ -179,6 +201,8 @@ class _Packer:
             narrowed = None
             if selected:
                 self._add_selected(writer, selected)
+            elif gated:
+                self._add_gated(writer, gated)
             elif narrowing and texts:
                 narrowed = self._add_narrowed(writer, *texts, narrowing.max_loss)
             else:
@@ -191,7 +215,7 @@ class _Packer:
             )  # fmt: skip
             return writer.finish(
                 model=self.model, formats=self.formats, text=text, source=self.source.source(),
-                selection=selected.selection if selected else None, narrowed=narrowed,
+                selection=selection, narrowed=narrowed,
             )  # fmt: skip
 
     def _add_table(
@@ -393,6 +417,105 @@ class _Packer:
                 writer.add(f"layer.{i}.wide", [p.wide.tobytes() for p in predictors])
                 writer.add(f"layer.{i}.lean", [p.lean.tobytes() for p in predictors])
 
+    def _gated(self, tokenizer_json: bytes, gating: Gating) -> _Gated | None:
+        """The layers, their gates skipping as much as the allowed loss admits; None where that is not worth it."""
+        fitted, judged = narrow.cut(tokenizer_json, gating.text, self.model.context)
+        calibration, exact = self._calibration(fitted), self._calibration(judged)
+        layers = [self._gate(i, calibration) for i in range(self.model.layers)]
+        for i in range(self.model.layers):
+            exact.mixture(i)
+        levels = (0.0,) if self.model.activation in SPARSE else gate.LEVELS
+        first, last = 0, len(levels) - 1
+        admitted = None
+        while first <= last:
+            at = (first + last) // 2
+            found, asked = self._try_gates(judged, exact, layers, levels[at])
+            if found.loss <= gating.max_loss:
+                admitted, first = (levels[at], found, asked), at + 1
+            else:
+                last = at - 1
+        if admitted is None:
+            log.warning(
+                "%s: gates that skip %.0f %% of neurons raise perplexity by %.2f %%, which is more than %.2f %%:"
+                " packed exact", self.source.path, 100 * levels[0], 100 * found.loss, 100 * gating.max_loss,
+            )  # fmt: skip
+            return None
+        level, found, asked = admitted
+        gate.share_out(layers, level)
+        if not self._gates_pay(layers, found, asked):
+            return None
+        selection = Selection(
+            kind="gate", thresholds=[layer.threshold for layer in layers],
+            chosen=[float(layer.often.mean()) for layer in layers], fired=[layer.fired for layer in layers],
+            tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found.perplexity_exact,
+            perplexity=found.perplexity,
+        )  # fmt: skip
+        return _Gated(layers, selection)
+
+    def _gate(self, i: int, calibration: Calibration) -> gate.Layer:
+        """Takes the texts through a layer and finds the thresholds of its gates."""
+        seen = calibration.layer(i)
+        down = self.weights.ffns(i)[0].down.rows()
+        gates = calibration.gates(i, seen.h)
+        return gate.fit(gates, seen, down, calibration.states, self.model.activation in SPARSE)
+
+    def _try_gates(
+        self, judged: list[Numbers], exact: Calibration, layers: list[gate.Layer], level: float
+    ) -> tuple[Judgement, gate.Asked]:
+        """What skipping so much makes of the judging texts."""
+        gate.share_out(layers, level)
+        tried, asked = self._calibration(judged), gate.Asked(pair_format(self.model, self.formats).nbytes)
+        for i, layer in enumerate(layers):
+
+            def chooses(_expert: int, h: Floats, i: int = i, layer: gate.Layer = layer) -> Mask:
+                chosen = layer.chosen(tried.gates(i, h))
+                asked.count(layer.missed(chosen))
+                return chosen
+
+            tried.mixture(i, chooses)
+        (found,) = narrow.judge(exact, [tried])
+        log.info(
+            "gates that skip %.0f %%: perplexity %+.2f %%, KL %.4f", 100 * level, 100 * found.loss, found.divergence
+        )
+        return found, asked
+
+    def _gates_pay(self, layers: list[gate.Layer], found: Judgement, asked: gate.Asked) -> bool:
+        """Whether a card gives what the gates choose that much sooner than everything; says so."""
+        some, everything = asked.cost, asked.of_all(self.model.neurons)
+        takes = some.weight / everything.weight
+        pays = takes <= WORTH
+        log.warning(
+            "%s: packed %s: its gates skip %.1f %% of neurons, perplexity %+.2f %%; with RAM for half of them those"
+            " chosen take a card %.0f %% of the time of all (%.0f KiB in %.0f reads a token, %.0f KiB in %.0f), and"
+            " up to %.0f %% are worth it",
+            self.source.path, "with gates that choose" if pays else "exact",
+            100 * (1 - float(np.mean([layer.often.mean() for layer in layers]))), 100 * found.loss, 100 * takes,
+            some.nbytes / 1024, some.reads, everything.nbytes / 1024, everything.reads, 100 * WORTH,
+        )  # fmt: skip
+        return pays
+
+    def _add_gated(self, writer: BundleWriter, gated: _Gated) -> None:
+        """Writes the layers with their gate rows apart, and a bundle a neuron in an order of its own."""
+        form = group_format(self.model, self.formats)
+        every = np.arange(self.model.groups)
+        for i, layer in enumerate(gated.layers):
+            self._add_attention(writer, i)
+            (ffn,) = self.weights.ffns(i)
+            raw = np.frombuffer(b"".join(self._groups(ffn, form, every)), np.uint8).reshape(-1, form.nbytes)
+            gates, units, steps = gate.parted(raw, form)
+            order = self._filled(layer.order)
+            writer.add(f"layer.{i}.ffn", [units[order].tobytes()], run=units.shape[1])
+            writer.add(f"layer.{i}.gate", [gates[order].tobytes()])
+            writer.add(f"layer.{i}.floors", [self._ordered(layer.floors, layer.order)])
+            if steps.size:
+                writer.add(f"layer.{i}.steps", [steps.tobytes()])
+                writer.add(f"layer.{i}.groups", [(order // BLOCK).astype("<i4").tobytes()])
+        writer.add("rates", [self._ordered(layer.often, layer.order) for layer in gated.layers])
+
+    def _ordered(self, values: Floats, order: Numbers) -> bytes:
+        """A number a neuron [F], in the order of the card; 0 of those that only fill the last block."""
+        return np.pad(values[order], (0, self.model.neurons - len(order))).tobytes()
+
     def _judged(self, texts: list[Numbers], layers: list[Layer] | None) -> float:
         """Perplexity of texts, of all neurons or of those that the layers' predictors choose."""
         judge = self._calibration(texts)
@@ -519,6 +642,17 @@ def _check_selectable(path: Path, model: Model, formats: Formats) -> None:
         raise DataError(
             f"{path}: its activation is {model.activation}, of which few neurons are zero; a predictor is for"
             f" {', '.join(sorted(SPARSE))}; pack it with --select exact"
+        )
+
+
+def _check_gated(path: Path, model: Model, formats: Formats) -> None:
+    """Raises DataError for a model whose gates cannot choose neurons."""
+    if not model.gated or "inputs" in model.biases:
+        raise DataError(f"{path}: {model.family} has no gate rows that could choose; pack it without --select gate")
+    if model.experts or formats.ffn == "ternary" or model.normed_neurons:
+        raise DataError(
+            f"{path}: gates choose in plain layers, not in mixtures of experts or BitNet; pack it without"
+            " --select gate"
         )
 
 

@@ -275,20 +275,26 @@ def cost_of_neurons(layers: Sequence[Layer], nbytes: int) -> Cost:
     units, reads = 0.0, 0.0
     for layer in layers:
         for part in layer.parts:
-            tokens, at = np.nonzero(layer.chosen_of_texts(part))
-            gaps = np.diff(at) - 1
-            bridged = (np.diff(tokens) == 0) & (gaps * nbytes <= GAP_BYTES)
-            units += (len(at) + int(gaps[bridged].sum())) / len(layer.h)
-            reads += (len(at) - int(bridged.sum())) / len(layer.h)
-    return _cost(units * nbytes, reads)
+            of_part = spans(layer.chosen_of_texts(part), nbytes)
+            units, reads = units + of_part[0] / len(layer.h), reads + of_part[1] / len(layer.h)
+    return cost(units * nbytes, reads)
+
+
+def spans(chosen: Mask, nbytes: int) -> tuple[int, int]:
+    """(neurons that are read, reads) for those of so many bytes that tokens need, [N, F] in the order of the card."""
+    tokens, at = np.nonzero(chosen)
+    gaps = np.diff(at) - 1
+    bridged = (np.diff(tokens) == 0) & (gaps * nbytes <= GAP_BYTES)
+    return len(at) + int(gaps[bridged].sum()), len(at) - int(bridged.sum())
 
 
 def cost_of_experts(model: Model, nbytes: int) -> Cost:
     """Of the experts that a token uses, of so many bytes each."""
     assert model.experts is not None
     used = model.layers * model.experts.used
-    return _cost(used * nbytes, used)
+    return cost(used * nbytes, used)
 
 
-def _cost(nbytes: float, reads: float) -> Cost:
+def cost(nbytes: float, reads: float) -> Cost:
+    """Of so many bytes in so many reads."""
     return Cost(nbytes + reads * PAGE, reads)  # a card gives whole pages

@@ -85,7 +85,7 @@ def test_with_every_neuron_chosen_it_is_the_dense_model(opt: Path, kind: RowKind
     with model_of(tmp_path / "s.flash", 100) as model:
         ffn = model._ffn
         assert isinstance(ffn, SelectedFfn)
-        ffn._predict = lambda layer, h: np.ones((len(h), 224), np.bool_)  # type: ignore[assignment]
+        ffn._choose = lambda layer, h: np.ones((len(h), 224), np.bool_)  # type: ignore[assignment]
         logits = all_logits(model, TOKENS.tolist(), 20)
     difference = np.abs(logits - GOLDENS["opt"].logits("opt")).max() / np.ptp(logits)
     assert difference < {"int4": 0.15, "int8": 0.01, "f16": 2e-5}[kind]
@@ -103,7 +103,7 @@ def test_gated_neurons_too(tmp_path: Path) -> None:
     with model_of(tmp_path / "s.flash", 60) as model:
         ffn = model._ffn
         assert isinstance(ffn, SelectedFfn)
-        ffn._predict = lambda layer, h: np.ones((len(h), 224), np.bool_)  # type: ignore[assignment]
+        ffn._choose = lambda layer, h: np.ones((len(h), 224), np.bool_)  # type: ignore[assignment]
         assert np.abs(all_logits(model, TOKENS.tolist(), 48) - expected).max() < 2e-5 * np.ptp(expected)
 
 

@@ -63,10 +63,10 @@ class Biased(Golden):
                     values[0] = 0
                 case "ffn_gate_inp":
                     values[:, 0] = np.where(np.arange(EXPERTS) == NEVER, -9, 0)
-                case "ffn_gate_exps":
-                    values[:, :, 0] = -self.against[int(name.split(".")[1])]
-                case "ffn_down_exps":
-                    values[:, 0] = 0
+                case "ffn_gate_exps" | "ffn_gate":
+                    values[..., 0] = -self.against[int(name.split(".")[1])]
+                case "ffn_down_exps" | "ffn_down":
+                    values[..., 0, :] = 0
         return out
 
 

@@ -253,7 +253,7 @@ def test_rows_of_other_bits_and_short_texts_are_refused(tmp_path: Path) -> None:
 
 def test_the_default_text_is_long_enough(tiny_bundle: Path) -> None:
     with Bundle(tiny_bundle) as bundle:
-        weighed, judged = cut(bundle.read("tokenizer"), Narrowing(0.1), 512)
+        weighed, judged = cut(bundle.read("tokenizer"), None, 512)
     assert len(weighed) == 11 and len(judged) == 3
     assert not {t.tobytes() for t in weighed} & {t.tobytes() for t in judged}
 

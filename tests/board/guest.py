@@ -191,7 +191,7 @@ class Guest:
         machine = ["-M", "virt" if arm else "q35", "-accel", accel, "-cpu", cpu, "-smp", "2", "-m", self._memory]
         kernel = [
             "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
-            "-append", "root=/dev/vda rw console=hvc0 quiet loglevel=3 systemd.show_status=no panic=-1",
+            "-append", "root=/dev/vda rw console=hvc0 quiet loglevel=1 systemd.show_status=no panic=-1",
         ]  # fmt: skip
         disks = [
             "-drive", f"file={self._disk},format=qcow2,if=none,id=root", "-device", "virtio-blk-pci,drive=root",

@@ -363,6 +363,12 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return (pair_format if self.gate_decides else neuron_format)(self.model, self.formats)
 
     @property
+    def version(self) -> int:
+        """The earliest format that has all that this bundle is made of."""
+        within_experts = self.selection and self.model.experts
+        return VERSION if self.narrowed or within_experts or self.gate_decides else PLAIN_VERSION
+
+    @property
     def gate_decides(self) -> bool:
         """Whether gate rows are in sections of their own, and say which neurons take part."""
         return self.selection is not None and self.selection.kind == "gate"
@@ -532,9 +538,7 @@ def encode(header: Header, file_length: int) -> bytes:
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
-    within_experts = header.selection and header.model.experts
-    version = VERSION if header.narrowed or within_experts or header.gate_decides else PLAIN_VERSION
-    return sealed(MAGIC, version, body, file_length)
+    return sealed(MAGIC, header.version, body, file_length)
 
 
 def decode_prefix(data: bytes, file_length: int) -> Prefix:

@@ -180,6 +180,10 @@ class Bundle:
         try:
             prefix = layout.decode_prefix(self.file.read(0, min(at, size)), size)
             self.header = layout.decode_header(self.file.read(at, prefix.length), prefix.digest, size)
+            if prefix.version != self.header.version:
+                raise layout.DamagedHeader(
+                    f"it says format {prefix.version} and is of {self.header.version}; copy the bundle again"
+                )
             self.digest = prefix.digest
         except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error

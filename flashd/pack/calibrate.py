@@ -17,8 +17,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from flashd.bundle.layout import Model
-from flashd.bundle.rows import BLOCK, Floats
+from flashd.bundle.reader import dequantise
+from flashd.bundle.rows import BLOCK, Floats, RowFormat
 from flashd.pack import graphs
+from flashd.pack.quantise import encode_rows
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.session import open_session, start_pool
 
@@ -115,10 +117,13 @@ class Calibration:
         (a,) = self._gates.run(None, {"products": _product(h, self._weights.ffns(i)[0].inputs[0])})
         return np.asarray(a, np.float32)
 
-    def mixture(self, i: int, chooses: Chooses | None = None, sees: Sees | None = None) -> Numbers:
+    def mixture(
+        self, i: int, chooses: Chooses | None = None, sees: Sees | None = None, columns: RowFormat | None = None
+    ) -> Numbers:
         """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first.
 
-        A plain FFN, but for one whose activations are normed, is one expert that every token uses.
+        A plain FFN, but for one whose activations are normed, is one expert that every token uses. With `columns`
+        those of down_proj are rounded to rows of that format.
         """
         vectors, x, h = self._attend(i)
         used, weights = self._routed(i, h)
@@ -133,6 +138,9 @@ class Calibration:
                 a *= chooses(expert, taken)
             if sees:
                 sees(expert, tokens, Seen(taken, a, np.linalg.norm(down, axis=0)))
+            if columns:
+                written = columns.views(encode_rows(np.ascontiguousarray(down.T), columns))
+                down = dequantise(written, columns.kind).T
             y[tokens] += a @ down.T
         (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
         return np.argsort(-uses, kind="stable")

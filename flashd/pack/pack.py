@@ -347,8 +347,8 @@ class _Packer:
         else:
             raise DataError(
                 f"{self.source.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
-                f" which is more than {100 * selecting.max_loss:.2f} %; pack it with --select exact, or give"
-                " more text, or allow more"
+                f" which is more than {100 * selecting.max_loss:.2f} %; pack it with --select exact or wider --rows,"
+                " or give more text, or allow more"
             )
         if self.model.experts and not self._pays(layers):
             return None
@@ -517,10 +517,13 @@ class _Packer:
         return np.pad(values[order], (0, self.model.neurons - len(order))).tobytes()
 
     def _judged(self, texts: list[Numbers], layers: list[Layer] | None) -> float:
-        """Perplexity of texts, of all neurons or of those that the layers' predictors choose."""
-        judge = self._calibration(texts)
+        """Perplexity of texts, of all neurons or of those that the layers' predictors choose, as they are written."""
+        judge, form = self._calibration(texts), neuron_format(self.model, self.formats)
         for i in range(self.model.layers):
-            judge.mixture(i, layers[i].chosen_of_source if layers else None)
+            if layers:
+                judge.mixture(i, layers[i].chosen_of_source, columns=form.row)
+            else:
+                judge.mixture(i)
         return judge.perplexity()
 
     def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:

@@ -40,7 +40,7 @@ def rewrite(path: Path, change: Callable[[dict[str, object]], None]) -> None:
     header = msgspec.json.decode(data[PREFIX.size : PREFIX.size + length])
     change(header)
     body = msgspec.json.encode(header)
-    prefix = PREFIX.pack(layout.MAGIC, layout.VERSION, len(body), layout.digest(body), len(data))
+    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), layout.digest(body), len(data))
     path.write_bytes(prefix + body + data[PREFIX.size + len(body) :])
 
 

@@ -49,7 +49,7 @@ def sign(data: bytearray, header: dict[str, Any]) -> bytes:
 
 def signed(data: bytearray, body: bytes) -> bytes:
     """The file with `body` for a header."""
-    prefix = PREFIX.pack(layout.MAGIC, layout.VERSION, len(body), layout.digest(body), len(data))
+    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), layout.digest(body), len(data))
     data[: len(prefix) + len(body)] = prefix + body
     return bytes(data)
 

@@ -219,13 +219,15 @@ def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -
 
 
 def test_ctrl_c_keeps_what_was_said(packed: dict[str, Path]) -> None:
-    ask = [*FLASHD, "ask", "Tell me a long story.", "--model", str(packed["int4"]), "--memory", "230M", "--stats"]
+    # of its own accord it ends after some seconds
+    long = ["--ignore-eos", "--max-tokens", "500"]
+    ask = [*FLASHD, "ask", "Tell me a story.", "--model", str(packed["int4"]), "--memory", "230M", "--stats", *long]
     with subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         said = process.stdout.read(12)
         process.send_signal(signal.SIGINT)
         rest, word = process.stdout.read(), process.stderr.read().decode()
-    assert process.returncode == 130
+    assert process.returncode == 130, word
     assert len(said) == 12 and rest.endswith(b"\n")
     assert "ended by interrupted" in word and "Traceback" not in word
 

@@ -299,11 +299,11 @@ def _say(
     code = os.EX_OK
     bar: Bar | None = Bar("thinking", "layers")
     try:
-        pieces = engine.answer(
+        speech = engine.begin(
             tokens, sampling, answer, limit=args.max_tokens, stop=args.stop or [],
             ignore_eos=args.ignore_eos, drafts=not args.no_drafts,
-            on_step=lambda *step: bar.show_pass(*step) if bar else None,
         )  # fmt: skip
+        pieces = engine.pieces(speech, lambda *step: bar.show_pass(*step) if bar else None)
         for piece in pieces:
             if bar:
                 bar.close()

@@ -291,9 +291,7 @@ class Selection(Measured, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     kind: Chooser = "predictor"
-    ranks: list[
-        Count
-    ] = []  # of each layer's predictors, a multiple of 32; 0: all neurons, of the experts used; or none
+    ranks: list[Count] = []  # of each layer's predictors, a multiple of 32; 0: all neurons of the experts used
     thresholds: list[float]  # of each layer
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero

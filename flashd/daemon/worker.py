@@ -73,6 +73,7 @@ class Worker:
         self._stopping = threading.Event()
         self._schemas = schemas
         self._running: list[_Running] = []
+        self._asked: tuple[Job, list[int]] | None = None  # the job looked at last, and its prompt
         self._counted = engine.model.card.bytes_read
         self._told = 0.0
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -129,7 +130,7 @@ class Worker:
     def _start(self, running: _Running) -> None:
         self._let_go()
         request = running.job.request
-        prompt, sampling = self._prompt(request), self._sampling(request)
+        prompt, sampling = self._prompt_of(running.job), self._sampling(request)
         if request.choose:
             self._choose(running, prompt, sampling)
             self._finish(running, State.DONE, running.answer.figures.finish)
@@ -160,7 +161,7 @@ class Worker:
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
         try:
-            return self._engine.fits(self._prompt(job.request), self._limit(job.request))
+            return self._engine.fits(self._prompt_of(job), self._limit(job.request))
         except FlashdError:
             return True  # it fails in words of its own, and holds nobody up
 
@@ -242,6 +243,12 @@ class Worker:
             self._running.remove(running)
             if running.speech is not None:
                 self._engine.end(running.speech)
+
+    def _prompt_of(self, job: Job) -> list[int]:
+        """Its tokens, made once: one that waits for room is looked at before each pass."""
+        if self._asked is None or self._asked[0] is not job:
+            self._asked = job, self._prompt(job.request)
+        return self._asked[1]
 
     def _prompt(self, request: Request) -> list[int]:
         if request.plain:

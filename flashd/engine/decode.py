@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -184,33 +183,6 @@ class Conversation:
     _learnt: bool = True
     _pace: Pace = field(default_factory=Pace)
 
-    def generate(
-        self,
-        prompt: Sequence[int],
-        sampler: Sampler,
-        *,
-        limit: int,
-        eos: Sequence[int],
-        figures: Figures,
-        drafts: bool = True,
-        on_step: OnStep = silent,
-    ) -> Generator[int]:
-        """The tokens that follow `prompt`, as they come, up to an end token, `limit` or a full context.
-
-        What of the prompt is in the cache already is not computed again. Closing the iterator early leaves the
-        cache holding exactly what was said.
-
-        Raises UsageError where the prompt is empty or leaves no room in the context; CardError, DamagedRun.
-        """
-        line = self.begin(prompt, sampler, limit=limit, eos=eos, figures=figures, drafts=drafts)
-        try:
-            while not line.done:
-                with closing(self.go_on(on_step)) as said:
-                    for _, token in said:
-                        yield token
-        finally:
-            self.end(line)
-
     def begin(
         self,
         prompt: Sequence[int],
@@ -223,7 +195,8 @@ class Conversation:
     ) -> Line:
         """A text that grows from now on, beside the others if there are any: ask `fits` first. End it.
 
-        Raises UsageError where the prompt is empty or leaves no room in the context.
+        It grows up to an end token, `limit` or a full context. What of the prompt is in the cache already is not
+        computed again. Raises UsageError where the prompt is empty or leaves no room in the context.
         """
         self._check(prompt)
         limit = min(limit, self.model.cache.context - len(prompt))
@@ -249,7 +222,7 @@ class Conversation:
         )
 
     def end(self, line: Line) -> None:
-        """A text grows no more; the cache lets go of what no other shares, unless it is the last."""
+        """A text grows no more. The cache lets go of what no other shares; of the last it has just what was said."""
         self.lines.remove(line)
         if self.lines:
             self._settle()
@@ -359,10 +332,12 @@ class Conversation:
             end += len(chunk)
             if not line.pending:
                 self._is_read(line, logits[i])
-        for text, line in enumerate(speaking):
-            line.append(past + trees.root(text))
-        for text, line in enumerate(speaking):
-            yield from self._walk(line, trees, trees.root(text), past, logits)
+        roots = [trees.root(text) for text in range(len(speaking))]
+        # all of them before anything is said: who listens may go away
+        for line, root in zip(speaking, roots, strict=True):
+            line.append(past + root)
+        for line, root in zip(speaking, roots, strict=True):
+            yield from self._walk(line, trees, root, past, logits)
 
     def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
         """The next tokens of prompts, `most` in all."""

@@ -148,35 +148,6 @@ class Engine:
         """
         self._conversation.remember(leaving)
 
-    def answer(
-        self,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        answer: Answer,
-        *,
-        limit: int,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        drafts: bool = True,
-        constraint: Constraint | None = None,
-        on_step: OnStep = silent,
-    ) -> Iterator[str]:
-        """The answer's text as it comes, complete characters only; `answer` holds what was said so far.
-
-        Raises UsageError for a prompt that is empty or too long; CardError, DataError.
-        """
-        speech = self.begin(
-            prompt, sampling, answer, limit=limit, stop=stop, ignore_eos=ignore_eos, drafts=drafts,
-            constraint=constraint,
-        )  # fmt: skip
-        try:
-            while not speech.done:
-                with closing(self.go_on(on_step)) as pieces:
-                    for _, piece in pieces:
-                        yield piece
-        finally:
-            self.end(speech)
-
     def begin(
         self,
         prompt: Sequence[int],
@@ -191,6 +162,7 @@ class Engine:
     ) -> Speech:
         """An answer that is given from now on, beside others if there are any: ask `fits` first. End it.
 
+        `answer` holds what was said so far, complete characters only.
         Raises UsageError for a prompt that is empty or too long.
         """
         line = self._conversation.begin(
@@ -200,6 +172,19 @@ class Engine:
         speech = Speech(line, answer, self.token_bytes, stop)
         self._speeches.append(speech)
         return speech
+
+    def pieces(self, speech: Speech, on_step: OnStep = silent) -> Iterator[str]:
+        """The text of an answer that is given alone, as it comes; the answer has ended with it.
+
+        Raises CardError, DataError.
+        """
+        try:
+            while not speech.done:
+                with closing(self.go_on(on_step)) as pieces:
+                    for _, piece in pieces:
+                        yield piece
+        finally:
+            self.end(speech)
 
     def fits(self, prompt: Sequence[int], limit: int) -> bool:
         """Whether one more answer may be given beside those that are."""

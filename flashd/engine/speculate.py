@@ -168,6 +168,8 @@ def lookup(tokens: Sequence[int], most: int) -> list[int]:
 
     Texts repeat themselves: names, code, what a question said and its answer says again.
     """
+    if most < 1:
+        return []  # models that do not page ask so for every token
     for n in range(LONGEST, SHORTEST - 1, -1):
         end = list(tokens[-n:])
         for at in range(len(tokens) - n - 1, -1, -1):

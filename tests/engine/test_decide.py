@@ -115,7 +115,8 @@ def test_answers_follow_a_schema(engine: tuple[Engine, Prompts]) -> None:
     tokens = prompts.tokens([Message("user", "Set the pump.")])
     for seed in range(20):
         answer, sampling = Answer(), Sampling(temperature=3.0, seed=seed)
-        list(answerer.answer(tokens, sampling, answer, limit=60, constraint=schemas.compile(schema)))
+        speech = answerer.begin(tokens, sampling, answer, limit=60, constraint=schemas.compile(schema))
+        list(answerer.pieces(speech))
         found = json.loads(answer.text)
         assert set(found) == {"level", "pump"} and 0 <= found["level"] <= 9 and found["pump"] in ("on", "off")
     for bad in ({"type": "nonsense"}, {"$ref": "https://example.org/x"}, {"enum": ["x" * 20_000]}):

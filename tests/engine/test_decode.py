@@ -17,6 +17,7 @@ from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, lookup
 from flashd.errors import UsageError
+from tests.engine.alone import generate
 from tests.engine.test_paths import opened, tokens_of
 from tests.reference import relative
 
@@ -28,7 +29,7 @@ def said(
     figures = Figures()
     talk = Conversation(model)
     return list(
-        talk.generate(prompt, Sampler(sampling), limit=limit, eos=(), figures=figures, drafts=drafts)
+        generate(talk, prompt, Sampler(sampling), limit=limit, eos=(), figures=figures, drafts=drafts)
     ), figures
 
 
@@ -97,7 +98,7 @@ def test_texts_that_grow_together_say_what_each_says_alone(
         # the cache has the last text, as if it had been alone
         assert talk.tokens == (prompts[last] + out[last])[:-1] and model.cache.length == len(talk.tokens)
         again = Figures()
-        said_on = talk.generate([*talk.tokens, 5], Sampler(Sampling()), limit=1, eos=(), figures=again)
+        said_on = generate(talk, [*talk.tokens, 5], Sampler(Sampling()), limit=1, eos=(), figures=again)
         assert len(list(said_on)) == 1 and again.prompt_tokens == 1
 
 
@@ -283,14 +284,14 @@ def test_an_answer_broken_off_leaves_the_cache_with_what_was_said(tiny_bundle: P
     prompt = [10, 20, 30]
     with opened(tiny_bundle, 0.5, 64) as model:
         talk = Conversation(model)
-        tokens = talk.generate(prompt, Sampler(Sampling()), limit=30, eos=(), figures=Figures())
+        tokens = generate(talk, prompt, Sampler(Sampling()), limit=30, eos=(), figures=Figures())
         out = [next(tokens) for _ in range(taken)]
         tokens.close()
         # the last token said has not been through the model yet
         assert talk.tokens == (prompt + out)[:-1]
         assert model.cache.length == len(talk.tokens)
         figures = Figures()
-        again = list(talk.generate(prompt + out, Sampler(Sampling()), limit=4, eos=(), figures=figures))
+        again = list(generate(talk, prompt + out, Sampler(Sampling()), limit=4, eos=(), figures=figures))
         assert figures.reused_tokens == len(prompt) + taken - 1
         assert again == said(model, prompt, Sampling(), False, taken + 4)[0][taken:]
 
@@ -322,7 +323,7 @@ def test_eos_ends_the_answer(tiny_bundle: Path) -> None:
         out, _ = said(model, [10, 20], Sampling(), True, 10)
         talk, figures = Conversation(model), Figures()
         model.cache.truncate(0)
-        stopped = list(talk.generate([10, 20], Sampler(Sampling()), limit=10, eos=(out[3],), figures=figures))
+        stopped = list(generate(talk, [10, 20], Sampler(Sampling()), limit=10, eos=(out[3],), figures=figures))
     assert stopped == out[: out.index(out[3])] and figures.finish == "stop"
 
 

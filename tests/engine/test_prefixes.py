@@ -30,6 +30,7 @@ from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.snapshot import RUN
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.engine.alone import generate
 from tests.engine.test_paths import plan
 from tests.faults.test_newfile import killed_at
 from tests.reference import relative
@@ -48,7 +49,7 @@ class Process:
 
     def say(self, prompt: list[int], limit: int = 4) -> tuple[list[int], Figures]:
         figures = Figures()
-        said = list(self.talk.generate(prompt, Sampler(Sampling()), limit=limit, eos=(), figures=figures))
+        said = list(generate(self.talk, prompt, Sampler(Sampling()), limit=limit, eos=(), figures=figures))
         return said, figures
 
     def ask(self, prompt: list[int]) -> Figures:

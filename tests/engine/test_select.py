@@ -25,6 +25,7 @@ from flashd.pack.pack import pack
 from flashd.pack.predictor import Selecting
 from flashd.pack.quantise import encode_neurons, encode_rows
 from tests import tiny
+from tests.engine.alone import generate
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS
 from tests.lab.replay import LastTokens, Trace, replay
@@ -148,9 +149,10 @@ def test_the_same_text_with_drafts_and_without(selected: Path) -> None:
     said = []
     for drafts in (True, False):
         with model_of(selected, 50) as model:
-            tokens = Conversation(model).generate(
-                TOKENS[:10].tolist(), Sampler(Sampling()), limit=12, eos=(), figures=Figures(), drafts=drafts
-            )
+            tokens = generate(
+                Conversation(model), TOKENS[:10].tolist(), Sampler(Sampling()), limit=12, eos=(), figures=Figures(),
+                drafts=drafts,
+            )  # fmt: skip
             said.append(list(tokens))
     assert said[0] == said[1] and len(said[0]) == 12
 

@@ -82,7 +82,7 @@ def use(path: Path) -> None:
         with Engine(bundle, Budget(600 << 20, 64, 1)) as engine:
             from flashd.engine.engine import Answer
 
-            list(engine.answer(tokens[:40], Sampling(), Answer(), limit=3))
+            list(engine.pieces(engine.begin(tokens[:40], Sampling(), Answer(), limit=3)))
 
 
 def tried(path: Path, action: Callable[[Path], object]) -> None:

@@ -20,11 +20,12 @@ from flashd.engine.paged import PagedModel
 from flashd.engine.plan import MIB, make_plan, parse_size, smallest
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import NODES
+from flashd.engine.speculate import NODES, Pace
 from flashd.errors import DataError
 from flashd.pack.pack import pack
+from tests.engine.alone import generate
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
-from tests.lab.foresee import drawn, foresee, header_of
+from tests.lab.foresee import BASE, drawn, foresee, header_of
 
 SMOLLM: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -53,8 +54,10 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
 @pytest.mark.parametrize("memory", ["178M", "183M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
-    config: Path, packed: dict[str, Path], memory: str, drafts: bool
+    config: Path, packed: dict[str, Path], memory: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # as many passes on a fast machine as on a slow one, and enough of them
+    monkeypatch.setattr(Pace, "goes_on", lambda _pace, _draft, steps, _nodes: steps < 1)
     figures = Figures()
     with Bundle(packed["int4"]) as bundle:
         prompt = Prompts(bundle).plain("Name some seas.")
@@ -63,9 +66,10 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
         found = foresee(header_of(config), parse_size(memory), CONTEXT, text)
         model = PagedModel(bundle, found.plan)
         try:
-            said = Conversation(model).generate(
-                prompt, Sampler(Sampling()), limit=TOKENS_OUT, eos=(), figures=figures, drafts=drafts
-            )
+            said = generate(
+                Conversation(model), prompt, Sampler(Sampling()), limit=TOKENS_OUT, eos=(), figures=figures,
+                drafts=drafts,
+            )  # fmt: skip
             assert len(list(said)) == TOKENS_OUT
         finally:
             model.close()
@@ -82,9 +86,13 @@ def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dic
     ]  # fmt: skip
     done = subprocess.run(ask, capture_output=True, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     facts = json.loads(done.stdout)
-    found = foresee(header_of(config), parse_size("180M"), CONTEXT, facts["prompt_tokens"] + TOKENS_OUT // 2)
-    assert found.bytes_read == pytest.approx(facts["card_bytes_per_token"], rel=0.05)
-    assert found.reads == pytest.approx(facts["card_reads_per_token"], rel=0.05)
+    # libraries take up to 2 MiB more on one machine than on another: here that is a group or two of every layer
+    text = facts["prompt_tokens"] + TOKENS_OUT // 2
+    least, most = (
+        foresee(header_of(config), parse_size("180M"), CONTEXT, text, base) for base in (BASE, BASE + 2 * MIB)
+    )
+    assert 0.95 * least.bytes_read < facts["card_bytes_per_token"] < 1.05 * most.bytes_read
+    assert 0.95 * least.reads < facts["card_reads_per_token"] < 1.05 * most.reads
 
 
 def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

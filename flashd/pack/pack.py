@@ -38,7 +38,16 @@ from flashd.bundle.rows import (
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError
 from flashd.pack import gate, graphs, narrow
-from flashd.pack.calibrate import Calibration, Dense, Mask, Seen, hottest_groups, sample_tokens, text_tokens
+from flashd.pack.calibrate import (
+    Calibration,
+    Dense,
+    Mask,
+    Seen,
+    hottest,
+    neurons_of,
+    sample_tokens,
+    text_tokens,
+)
 from flashd.pack.families import family_of, model_of, rope_tables
 from flashd.pack.feedback import encode_fed
 from flashd.pack.gate import Gating
@@ -64,7 +73,7 @@ from flashd.pack.predictor import (
 from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows, is_ternary
 from flashd.pack.safetensors import HfFolder
 from flashd.pack.shapes import check_layers, check_shapes
-from flashd.pack.source import Source
+from flashd.pack.source import Grid, Source
 from flashd.pack.weights import Ffn, Matrix, Numbers, Weights
 
 log = logging.getLogger(__name__)
@@ -229,8 +238,10 @@ class _Packer:
         calibration = self._calibration([sample_tokens(tokenizer_json)[: self.model.context]])
         for i in range(self.model.layers):
             self._add_attention(writer, i)
-            form = group_format(self.model, self.formats)
-            writer.add(f"layer.{i}.ffn", self._ffn(writer, calibration, form, i), run=form.nbytes)
+            if self.model.experts:
+                self._add_experts(writer, calibration, i)
+            else:
+                self._add_whole(writer, i, calibration.layer(i).sizes())
 
     def _add_narrowed(
         self, writer: BundleWriter, fit: list[Numbers], judged: list[Numbers], max_loss: float
@@ -238,18 +249,21 @@ class _Packer:
         """The layers, their coldest groups with as few bits as the allowed loss admits; None where it admits none."""
         calibration, exact = self._calibration(fit), self._calibration(judged)
         tries = [_Try(self._calibration(judged)) for _ in narrow.BUDGETS]
-        orders, weighs = [], []
+        sizes, weighs = [], []
         for i in range(self.model.layers):
             seen = calibration.layer(i)
-            orders.append(hottest_groups(seen, self.model))
+            sizes.append(seen.sizes())
             weighs.append(Weigh.of(seen))
-            self._try_layer(i, calibration, seen, orders[i], weighs[i], exact, tries)
+            self._try_layer(i, calibration, seen, weighs[i], exact, tries)
         found = narrow.judge(exact, [t.calibration for t in tries])
         admitted = self._admitted(tries, found, max_loss)
         chosen = None if admitted is None else tries[admitted].starts
-        for i, (order, weigh) in enumerate(zip(orders, weighs, strict=True)):
+        for i, (size, weigh) in enumerate(zip(sizes, weighs, strict=True)):
             self._add_attention(writer, i)
-            self._add_parts(writer, i, order, weigh, chosen[i] if chosen else None)
+            if chosen:
+                self._add_parts(writer, i, hottest(size, self.model, whole=False), weigh, chosen[i])
+            else:
+                self._add_whole(writer, i, size)
         if admitted is None:
             return None
         return Narrowed(
@@ -275,30 +289,28 @@ class _Packer:
         return None
 
     def _try_layer(
-        self, i: int, calibration: Calibration, seen: Seen, order: Numbers, weigh: Weigh, exact: Calibration,
-        tries: list[_Try],
-    ) -> None:  # fmt: skip
+        self, i: int, calibration: Calibration, seen: Seen, weigh: Weigh, exact: Calibration, tries: list[_Try]
+    ) -> None:
         """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups."""
         (ffn,) = self.weights.ffns(i)
-        kept = len(order) // narrow.KEPT
-        whole = self._dense(ffn, order)
-        thin = {kind: self._narrow_dense(ffn, kind, order[kept:], weigh) for kind in NARROW}
-        cold = whole.part(kept * BLOCK, None)
+        order, kept = hottest(seen.sizes(), self.model, whole=False), self.model.groups // narrow.KEPT
+        own, wide = self._dense(ffn, order), self._rounded(ffn, "int4", order, weigh)
+        thin = {kind: self._rounded(ffn, kind, order[kept * BLOCK :], weigh) for kind in NARROW}
+        cold = own.part(kept * BLOCK, None)
         errors = {kind: narrow.group_errors(calibration, seen, cold, thin[kind]) for kind in NARROW}
-        exact.replaced(i, whole)
+        exact.replaced(i, own)
         for t, budget in zip(tries, narrow.BUDGETS, strict=True):
             at = narrow.starts(errors["int3"], errors["int2"], budget)
             t.starts.append(Starts(kept + at.int3, kept + at.int2))
             a, b = at.int3 * BLOCK, at.int2 * BLOCK
-            parts = [whole.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
+            parts = [wide.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
             t.calibration.replaced(i, narrow.joined(parts))
 
     def _dense(self, ffn: Ffn, order: Numbers) -> Dense:
-        """An FFN's weights as they are, its groups in their order."""
-        neurons, filling = _neurons_of(order), self._filling(ffn)
-        down, bias = self._filled_up(ffn)
-        inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[neurons] for matrix in ffn.inputs]
-        return Dense(inputs, bias[neurons], down[:, neurons])
+        """An FFN's weights as they are, its neurons in their order."""
+        (down, bias), filling = self._filled_up(ffn), self._filling(ffn)
+        inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[order] for matrix in ffn.inputs]
+        return Dense(inputs, bias[order], down[:, order])
 
     def _filled_up(self, ffn: Ffn) -> tuple[Floats, Floats]:
         """down_proj [H, F] and the biases [F, M] of an FFN; neurons that only fill its last block are zero."""
@@ -309,8 +321,8 @@ class _Packer:
         """Neurons that only fill an FFN's last block."""
         return self.model.expert_groups * BLOCK - ffn.down.shape[-1]
 
-    def _narrow_dense(self, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
-        """What becomes of some groups' weights in fewer bits."""
+    def _rounded(self, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
+        """What becomes of some neurons' weights in so many bits."""
         form = replace(group_format(self.model, self.formats), kind=kind)
         done = self._done
         raw = np.frombuffer(b"".join(self._groups(ffn, form, order, weigh)), np.uint8).reshape(-1, form.nbytes)
@@ -319,14 +331,20 @@ class _Packer:
         assert isinstance(groups, QuantGroups)
         return narrow.floats(groups)
 
-    def _add_parts(self, writer: BundleWriter, i: int, order: Numbers, weigh: Weigh, starts: Starts | None) -> None:
+    def _add_parts(self, writer: BundleWriter, i: int, order: Numbers, weigh: Weigh, starts: Starts) -> None:
         """A layer's groups, the hottest first, in sections of one width each."""
         (ffn,) = self.weights.ffns(i)
-        ends = [starts.int3, starts.int2, len(order)] if starts else [len(order)]
+        ends = [starts.int3, starts.int2, self.model.groups]
         for part in layer_parts(i, group_format(self.model, self.formats), ends):
-            groups = order[part.first : part.first + part.count]
-            chunks = self._groups(ffn, part.form, groups, weigh if part.form.kind in NARROW else None)
-            writer.add(part.section, chunks, run=part.form.nbytes)
+            neurons = order[part.first * BLOCK : (part.first + part.count) * BLOCK]
+            writer.add(part.section, self._groups(ffn, part.form, neurons, weigh), run=part.form.nbytes)
+
+    def _add_whole(self, writer: BundleWriter, i: int, sizes: Floats) -> None:
+        """A layer's groups, the hottest first, as exact as the format is."""
+        (ffn,) = self.weights.ffns(i)
+        form = group_format(self.model, self.formats)
+        order = hottest(sizes, self.model, whole=ffn.down.grid() is not None)
+        writer.add(f"layer.{i}.ffn", self._groups(ffn, form, order), run=form.nbytes)
 
     def _selected(self, tokenizer_json: bytes, selecting: Selecting) -> _Selected | None:
         """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.
@@ -497,7 +515,7 @@ class _Packer:
     def _add_gated(self, writer: BundleWriter, gated: _Gated) -> None:
         """Writes the layers with their gate rows apart, and a bundle a neuron in an order of its own."""
         form = group_format(self.model, self.formats)
-        every = np.arange(self.model.groups)
+        every = np.arange(self.model.neurons)
         for i, layer in enumerate(gated.layers):
             self._add_attention(writer, i)
             (ffn,) = self.weights.ffns(i)
@@ -526,15 +544,13 @@ class _Packer:
                 judge.mixture(i)
         return judge.perplexity()
 
-    def _ffn(self, writer: BundleWriter, calibration: Calibration, form: GroupFormat, i: int) -> Iterator[bytes]:
-        """A layer's groups, the hottest first; of a mixture its experts, whose router is written here."""
-        ffns = self.weights.ffns(i)
-        if self.model.experts is None:
-            return self._groups(ffns[0], form, hottest_groups(calibration.layer(i), self.model))
-        order = calibration.mixture(i)
+    def _add_experts(self, writer: BundleWriter, calibration: Calibration, i: int) -> None:
+        """A layer's router and its experts, those first that most tokens use."""
+        ffns, form, order = self.weights.ffns(i), group_format(self.model, self.formats), calibration.mixture(i)
         self._add_router(writer, i, order)
-        every = np.arange(self.model.expert_groups)
-        return (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
+        every = np.arange(self.model.expert_neurons)
+        chunks = (chunk for expert in order.tolist() for chunk in self._groups(ffns[expert], form, every))
+        writer.add(f"layer.{i}.ffn", chunks, run=form.nbytes)
 
     def _calibration(self, texts: list[Numbers]) -> Calibration:
         return Calibration(self.weights, self.model, self.rope, texts)
@@ -589,18 +605,18 @@ class _Packer:
         return encode_rows(weights, form, matrix.grid(which), centred)
 
     def _groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
-        """Some of an FFN's groups in their order. A group stays whole: its 32 columns share the source's grid."""
+        """Neurons in their order, 32 a group. Where they are a group of the source, its grid moves over."""
         (down, bias), grid = self._filled_up(ffn), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, self._filling(ffn))) if weigh else None
-        for at in range(0, len(order), GROUPS_AT_ONCE):
-            groups = order[at : at + GROUPS_AT_ONCE]
-            neurons = _neurons_of(groups)
-            factor = weigh.inputs if weigh else None
+        factor = weigh.inputs if weigh and form.kind in NARROW else None
+        for at in range(0, len(order), GROUPS_AT_ONCE * BLOCK):
+            neurons = order[at : at + GROUPS_AT_ONCE * BLOCK]
             records = [self._padded_rows(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
-            part = None if grid is None else (grid[0][:, groups], grid[1][:, groups])
             self._count(form.hidden * len(neurons))
             some = None if columns is None else columns[neurons]
-            yield encode_groups(records, down[:, neurons], bias[neurons], form, part, some).tobytes()
+            yield encode_groups(
+                records, down[:, neurons], bias[neurons], form, _grid_of(grid, neurons), some
+            ).tobytes()
 
     def _padded_rows(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
         """Row records of some neurons; those that only fill the last group are zero."""
@@ -614,9 +630,12 @@ class _Packer:
         self._on_progress(min(self._done, self._total), self._total)
 
 
-def _neurons_of(groups: Numbers) -> Numbers:
-    """The numbers of the neurons of some groups, in the groups' order."""
-    return (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+def _grid_of(grid: Grid | None, neurons: Numbers) -> Grid | None:
+    """Of the grid of a down_proj what some neurons have; None where they are not groups of the source."""
+    groups = neurons[::BLOCK] // BLOCK
+    if grid is None or (neurons != neurons_of(groups)).any():
+        return None
+    return grid[0][:, groups], grid[1][:, groups]
 
 
 def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:

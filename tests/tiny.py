@@ -51,7 +51,7 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
         matrix(f"{at}attn_output.weight", HIDDEN, HEADS * HEAD_DIM)
         matrix(f"{at}ffn_gate.weight", NEURONS, HIDDEN)
         matrix(f"{at}ffn_up.weight", NEURONS, HIDDEN)
-        if kind == Kind.F32:
+        if kind == Kind.F32 or NEURONS % 32 == 0:
             matrix(f"{at}ffn_down.weight", HIDDEN, NEURONS)
         else:  # a quantised row is whole blocks long and this one is not: real files fall back in the same way
             values = (random.standard_normal((HIDDEN, NEURONS)) / np.sqrt(NEURONS)).astype(np.float16)

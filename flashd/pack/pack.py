@@ -241,7 +241,7 @@ class _Packer:
             if self.model.experts:
                 self._add_experts(writer, calibration, i)
             else:
-                self._add_whole(writer, i, calibration.layer(i).sizes())
+                self._add_parts(writer, i, calibration.layer(i).sizes())
 
     def _add_narrowed(
         self, writer: BundleWriter, fit: list[Numbers], judged: list[Numbers], max_loss: float
@@ -260,10 +260,7 @@ class _Packer:
         chosen = None if admitted is None else tries[admitted].starts
         for i, (size, weigh) in enumerate(zip(sizes, weighs, strict=True)):
             self._add_attention(writer, i)
-            if chosen:
-                self._add_parts(writer, i, hottest(size, self.model, whole=False), weigh, chosen[i])
-            else:
-                self._add_whole(writer, i, size)
+            self._add_parts(writer, i, size, weigh, chosen[i] if chosen else None)
         if admitted is None:
             return None
         return Narrowed(
@@ -293,8 +290,8 @@ class _Packer:
     ) -> None:
         """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups."""
         (ffn,) = self.weights.ffns(i)
-        order, kept = hottest(seen.sizes(), self.model, whole=False), self.model.groups // narrow.KEPT
-        own, wide = self._dense(ffn, order), self._rounded(ffn, "int4", order, weigh)
+        order, kept = self._order(ffn, seen.sizes()), self.model.groups // narrow.KEPT
+        own = self._dense(ffn, order)
         thin = {kind: self._rounded(ffn, kind, order[kept * BLOCK :], weigh) for kind in NARROW}
         cold = own.part(kept * BLOCK, None)
         errors = {kind: narrow.group_errors(calibration, seen, cold, thin[kind]) for kind in NARROW}
@@ -303,7 +300,7 @@ class _Packer:
             at = narrow.starts(errors["int3"], errors["int2"], budget)
             t.starts.append(Starts(kept + at.int3, kept + at.int2))
             a, b = at.int3 * BLOCK, at.int2 * BLOCK
-            parts = [wide.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
+            parts = [own.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
             t.calibration.replaced(i, narrow.joined(parts))
 
     def _dense(self, ffn: Ffn, order: Numbers) -> Dense:
@@ -331,20 +328,21 @@ class _Packer:
         assert isinstance(groups, QuantGroups)
         return narrow.floats(groups)
 
-    def _add_parts(self, writer: BundleWriter, i: int, order: Numbers, weigh: Weigh, starts: Starts) -> None:
+    def _add_parts(
+        self, writer: BundleWriter, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None
+    ) -> None:
         """A layer's groups, the hottest first, in sections of one width each."""
         (ffn,) = self.weights.ffns(i)
-        ends = [starts.int3, starts.int2, self.model.groups]
+        order, every = self._order(ffn, sizes), self.model.groups
+        ends = [starts.int3, starts.int2, every] if starts else [every]
         for part in layer_parts(i, group_format(self.model, self.formats), ends):
             neurons = order[part.first * BLOCK : (part.first + part.count) * BLOCK]
-            writer.add(part.section, self._groups(ffn, part.form, neurons, weigh), run=part.form.nbytes)
+            chunks = self._groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
+            writer.add(part.section, chunks, run=part.form.nbytes)
 
-    def _add_whole(self, writer: BundleWriter, i: int, sizes: Floats) -> None:
-        """A layer's groups, the hottest first, as exact as the format is."""
-        (ffn,) = self.weights.ffns(i)
-        form = group_format(self.model, self.formats)
-        order = hottest(sizes, self.model, whole=ffn.down.grid() is not None)
-        writer.add(f"layer.{i}.ffn", self._groups(ffn, form, order), run=form.nbytes)
+    def _order(self, ffn: Ffn, sizes: Floats) -> Numbers:
+        """The card's order of an FFN's neurons."""
+        return hottest(sizes, self.model, whole=ffn.down.grid() is not None)
 
     def _selected(self, tokenizer_json: bytes, selecting: Selecting) -> _Selected | None:
         """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.
@@ -608,7 +606,7 @@ class _Packer:
         """Neurons in their order, 32 a group. Where they are a group of the source, its grid moves over."""
         (down, bias), grid = self._filled_up(ffn), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, self._filling(ffn))) if weigh else None
-        factor = weigh.inputs if weigh and form.kind in NARROW else None
+        factor = weigh.inputs if weigh else None
         for at in range(0, len(order), GROUPS_AT_ONCE * BLOCK):
             neurons = order[at : at + GROUPS_AT_ONCE * BLOCK]
             records = [self._padded_rows(matrix, form.row, neurons, factor) for matrix in ffn.inputs]

@@ -208,7 +208,8 @@ class Guest:
         lines = [
             *_chardev(w, "uart"), "-serial", "chardev:uart",
             *_chardev(w, "adapter"), "-device", "qemu-xhci", "-device", "usb-serial,id=adapter,chardev=adapter",
-            *_chardev(w, "second"), *_chardev(w, "shell"), "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=shell",
+            *_chardev(w, "second"),
+            *_chardev(w, "shell"), "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=shell",
             "-chardev", f"socket,id=qmp,path={w}/qmp,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         ]  # fmt: skip
         screen = (

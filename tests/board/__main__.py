@@ -90,8 +90,8 @@ class Board:
         return [
             self.boot, self.install, self.start, self.sandbox, self.uart, self.adapter, self.screen, self.kiosk,
             *pins, self.journal, self.reload, self.line_break, self.replug, self.one_more, self.flow, self.slow_card,
-            self.watchdog, self.kill, self.pull_card, self.put_card, self.activation, self.stick, self.bad_stick, self.read_only,
-            self.reboot, self.power_cut, self.upgrade, self.uninstall,
+            self.watchdog, self.kill, self.pull_card, self.put_card, self.activation, self.stick, self.bad_stick,
+            self.read_only, self.reboot, self.power_cut, self.upgrade, self.uninstall,
         ]  # fmt: skip
 
     # --- install ------------------------------------------------------------------------------------------

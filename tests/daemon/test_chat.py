@@ -72,11 +72,9 @@ def test_a_talk_is_the_daemons(daemon: Running, chat: pexpect.spawn) -> None:
     ]  # fmt: skip
     chat.sendline("/reset")
     chat.expect("> ")
-    chat.sendline("What is the capital of Spain?")
-    chat.expect("Madrid.*\r\n> ")
-    assert last_turns(daemon)[
-        -1
-    ] == "What is the capital of Spain?" and "What is the capital of Italy?" not in last_turns(daemon)
+    chat.sendline("What is the capital of France?")
+    chat.expect("The capital of France is Paris.\r\n> ")
+    assert "What is the capital of Italy?" not in last_turns(daemon)
     chat.sendline("/quit")
     chat.expect(pexpect.EOF)
     chat.close()

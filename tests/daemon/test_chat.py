@@ -27,9 +27,9 @@ STORY = "Write a long story about a lighthouse keeper and his daughter, with man
 
 @pytest.fixture
 def daemon(packed: dict[str, Path], tmp_path: Path) -> Iterator[Running]:
-    """One whose answers are as long as the context, which the tests here stop."""
+    """One whose answers are long enough to be stopped."""
     with Running(tmp_path, packed["int4"], most=1) as running:
-        running.config.write_text(running.config.read_text().replace("max_tokens: 8", "max_tokens: 300"))
+        running.config.write_text(running.config.read_text().replace("max_tokens: 8", "max_tokens: 120"))
         running.start()
         yield running
 
@@ -198,9 +198,10 @@ def test_a_console_on_a_line(daemon: Running, line: Line, start: Start) -> None:
     line.far.expect("\r\n> ")
     line.far.send(STORY[:10] + "é\x7f\x7f\x7f" + STORY[8:] + "\r")
     line.far.expect("waiting")
-    wait(lambda: STORY in [asked for _, asked in states(daemon)], PATIENCE)
+    line.far.expect("[A-Z][a-z]+ ")
     line.far.send("\x03")
     line.far.expect("\r\n> ")
+    wait(lambda: states(daemon)[-1] == ("cancelled", STORY), PATIENCE)
     daemon.stop()
     line.far.send("Are you there?\r")
     line.far.expect("flashd: .*no daemon answers.*\r\n> ")

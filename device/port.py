@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -29,12 +30,12 @@ MOST_BEHIND = 64 << 10
 
 
 class Port:
-    """An open port. Raises one of GONE when it goes away."""
+    """An open port, which no other program that asks for a lock has. Raises one of GONE when it goes away."""
 
     def __init__(self, settings: Serial) -> None:
         self._line = serial.serial_for_url(
             settings.port, baudrate=settings.baud, timeout=0, write_timeout=0,
-            rtscts=settings.flow == "rtscts", xonxoff=settings.flow == "xonxoff",
+            rtscts=settings.flow == "rtscts", xonxoff=settings.flow == "xonxoff", exclusive=True,
         )  # fmt: skip
         self._settings = settings
         self._said: set[str] = set()
@@ -147,4 +148,6 @@ def _close(port: Port) -> None:
 
 def _words(error: BaseException) -> str:
     number = getattr(error, "errno", None)
+    if number == errno.EAGAIN:
+        return "another program has it"
     return os.strerror(number) if number else str(error)

@@ -6,13 +6,17 @@ import argparse
 import os
 import subprocess
 import sys
+from contextlib import closing, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from flashd.client import Client, socket_path
-from flashd.errors import INTERRUPTED, ConfigError, InputMissing, UsageError
+from flashd.console import Waiting
+from flashd.errors import INTERRUPTED, ConfigError, FlashdError, InputMissing, UsageError
+from flashd.line import as_terminal
 from flashd.places import pins_record
+from flashd.talk import Turns, talk
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
 UNFINISHED = Path("/var/lib/flashd/update.unfinished")
@@ -62,32 +66,75 @@ def add_commands(commands: Any) -> None:
 
 def daemon_serves(args: argparse.Namespace) -> bool:
     """Whether a daemon is to answer: one is there, and no model or budget of one's own is asked for."""
-    own = (
-        args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts,
-        args.no_snapshots,
+    return not _own(args) and socket_path().exists()
+
+
+def _own(args: argparse.Namespace) -> bool:
+    """Whether a model or budget of one's own is asked for."""
+    return any(
+        (
+            args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts,
+            args.no_snapshots,
+        )
     )  # fmt: skip
-    return not any(own) and socket_path().exists()
 
 
 def ask_daemon(args: argparse.Namespace, text: str) -> int:
     """Streams a daemon's answer to standard output; Ctrl-C cancels the job."""
+    _, whole = _say_daemons(_body(args), [*([("system", args.system)] if args.system else []), ("user", text)])
+    return os.EX_OK if whole else INTERRUPTED
+
+
+def chat_with_daemon(args: argparse.Namespace) -> int:
+    """A talk with the daemon, here or on a serial line; it goes on whatever becomes of the daemon."""
+    body = _body(args) | {"forget": True}
+    if args.port is not None and _own(args):
+        raise UsageError("--port is a console of the daemon, whose model and budget are its own: leave those out")
+
+    def answer(turns: Turns) -> str | None:
+        try:
+            return _say_daemons(body, turns)[0]
+        except UsageError:
+            raise
+        except FlashdError as error:
+            print(f"flashd: {error}", file=sys.stderr, flush=True)
+            return None
+
+    with as_terminal(args.port, args.speed) if args.port is not None else nullcontext():
+        talk(args.system, answer)
+    return os.EX_OK
+
+
+def _body(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of a daemon beside the messages; what is None is as its configuration says."""
     if args.top_k or args.min_p or args.repeat_penalty != 1:
         raise UsageError("the daemon takes --temperature, --top-p and --seed; name a --model to draw otherwise")
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    body = {
-        "messages": [*messages, {"role": "user", "content": text}], "max_tokens": args.max_tokens,
-        "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "stop": args.stop,
+    return {
+        "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+        "stop": args.stop,
     }  # fmt: skip
-    client = Client(socket_path())
-    try:
-        for event in client.ask(body):
-            print(event["choices"][0]["delta"].get("content", ""), end="", flush=True)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        client.close()
-        print(flush=True)
-    return os.EX_OK
+
+
+def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
+    """Streams a daemon's answer to standard output: what was said, and whether Ctrl-C did not stop it."""
+    said, whole = "", True
+    messages = [{"role": role, "content": text} for role, text in turns]
+    with Waiting() as waiting:
+        try:
+            with closing(Client(socket_path())) as client:
+                for event in client.ask({**body, "messages": messages}, waiting.show):
+                    if piece := event["choices"][0]["delta"].get("content", ""):
+                        waiting.close()
+                        print(piece, end="", flush=True)
+                        said += piece
+        except KeyboardInterrupt:
+            whole = False
+        except FlashdError:
+            if said:
+                print(flush=True)
+            raise
+    print(flush=True)
+    return said, whole
 
 
 def _serve(args: argparse.Namespace) -> None:

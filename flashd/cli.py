@@ -20,8 +20,11 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
 from flashd.console import MIB, Bar
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
+from flashd.talk import Turns, checked, talk
 
 STARTED = time.perf_counter()
+MOST_TOKENS = 256
+"""Of an answer for which nothing else is asked."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,46 +250,26 @@ def run_ask(args: argparse.Namespace) -> int:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """flashd chat"""
+    """flashd chat: as `ask`, through the daemon or with a model of its own."""
+    if args.port is not None or appliance_cli.daemon_serves(args):
+        return appliance_cli.chat_with_daemon(args)
     from flashd.engine.engine import Answer, Engine, Prompts
     from flashd.engine.text import Message
 
     sampling = _sampling(args)
-    messages = [Message("system", args.system)] if args.system else []
     with Bundle(args.model or _default_bundle()) as bundle:
         prompts, prefixes = Prompts(bundle), _prefixes(args, bundle)
         with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass, prefixes) as engine:
             bar.close()
-            if sys.stdin.isatty():
-                print("Ctrl-C stops an answer, Ctrl-D or /quit ends, /reset forgets.", file=sys.stderr)
-            while (line := _next_line()) is not None:
-                if line == "/quit":
-                    break
-                if line == "/reset":
-                    messages = messages[:1] if args.system else []
-                    continue
-                if not line:
-                    continue
-                answer = Answer()
-                asked = [*messages, Message("user", line)]
-                try:
-                    _say(engine, prompts.tokens(asked), sampling, args, answer)
-                except UsageError as error:
-                    print(f"flashd: {error}; /reset starts anew", file=sys.stderr)
-                    continue
-                messages = [*asked, Message("assistant", answer.text)]
+
+            def answer(turns: Turns) -> str:
+                said = Answer()
+                _say(engine, prompts.tokens([Message(*turn) for turn in turns]), sampling, args, said)
+                return said.text
+
+            talk(args.system, answer)
             engine.remember()
     return os.EX_OK
-
-
-def _next_line() -> str | None:
-    try:
-        return _checked(input("> " if sys.stdin.isatty() else "")).strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
 
 
 def _say(
@@ -300,7 +283,7 @@ def _say(
     bar: Bar | None = Bar("thinking", "layers")
     try:
         speech = engine.begin(
-            tokens, sampling, answer, limit=args.max_tokens, stop=args.stop or [],
+            tokens, sampling, answer, limit=_limit(args), stop=args.stop or [],
             ignore_eos=args.ignore_eos, drafts=not args.no_drafts,
         )  # fmt: skip
         pieces = engine.pieces(speech, lambda *step: bar.show_pass(*step) if bar else None)
@@ -424,12 +407,17 @@ def _budget(args: argparse.Namespace) -> Any:
 def _sampling(args: argparse.Namespace) -> Any:
     from flashd.engine.sample import Sampling
 
-    if args.max_tokens < 1:
+    if _limit(args) < 1:
         raise UsageError(f"--max-tokens {args.max_tokens} is out of range; allowed is 1 or more")
     return Sampling(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
+        temperature=args.temperature or 0.0, top_p=1.0 if args.top_p is None else args.top_p,
+        top_k=args.top_k, min_p=args.min_p,
         repeat_penalty=args.repeat_penalty, seed=args.seed,
     )  # fmt: skip
+
+
+def _limit(args: argparse.Namespace) -> int:
+    return MOST_TOKENS if args.max_tokens is None else int(args.max_tokens)
 
 
 def _prompt_text(prompt: str) -> str:
@@ -438,17 +426,9 @@ def _prompt_text(prompt: str) -> str:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
-    if not _checked(prompt).strip():
+    if not checked(prompt).strip():
         raise UsageError('the prompt is empty; ask for example: flashd ask "Why is the sky blue?"')
     return prompt
-
-
-def _checked(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the prompt is not UTF-8 (character {error.start}); send UTF-8 text") from error
-    return text
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
@@ -519,6 +499,8 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk, a line at a time")
     _add_answering(chat)
+    chat.add_argument("--port", type=Path, metavar="DEVICE", help="a console of the daemon on this serial line")
+    chat.add_argument("--speed", type=int, default=115200, help="of --port, bits a second (default 115200)")
     chat.set_defaults(run=run_chat)
 
     appliance_cli.add_commands(commands)
@@ -541,9 +523,10 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 def _add_answering(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FILE.flash", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--system", help="the system prompt")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    where = "; of a daemon: as its configuration says"
+    parser.add_argument("--max-tokens", type=int, help=f"(default {MOST_TOKENS}{where})")
+    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token (default 0{where})")
+    parser.add_argument("--top-p", type=float, help=f"(default 1{where})")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repeat-penalty", type=float, default=1.0)

@@ -6,7 +6,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,30 @@ class Client:
     def close(self) -> None:
         self._connection.close()
 
-    def ask(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed chat completion. Raises Busy, UsageError, FlashdError."""
+    def ask(
+        self, body: dict[str, Any], waiting: Callable[[str], None] = lambda text: None
+    ) -> Iterator[dict[str, Any]]:
+        """The events of a streamed chat completion; `waiting` hears what is done before the first words.
+
+        Raises Busy, UsageError, FlashdError; NotRunning where the daemon goes away before the end.
+        """
         reply = self._request("POST", "/v1/chat/completions", {**body, "stream": True})
-        for line in reply:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                continue
-            event: dict[str, Any] = json.loads(line[6:])
-            if "error" in event:
-                error = event["error"]
-                raise (UsageError if error["type"] == BAD_REQUEST else FlashdError)(error["message"])
-            yield event
+        try:
+            for line in reply:
+                if line.startswith(b": "):
+                    waiting(line[2:].decode().strip())
+                if not line.startswith(b"data: "):
+                    continue
+                if line.strip() == b"data: [DONE]":
+                    return
+                event: dict[str, Any] = json.loads(line[6:])
+                if "error" in event:
+                    error = event["error"]
+                    raise (UsageError if error["type"] == BAD_REQUEST else FlashdError)(error["message"])
+                yield event
+        except (OSError, http.client.HTTPException) as error:
+            raise NotRunning(f"the daemon went away in the middle of the answer ({error})") from error
+        raise NotRunning("the daemon went away in the middle of the answer")
 
     def _request(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         try:

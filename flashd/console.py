@@ -1,13 +1,17 @@
-"""What a person at a terminal sees while flashd works: bars on standard error, gone when they are done."""
+"""What a person at a terminal sees while flashd works: a row on standard error, gone when that is done."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from types import TracebackType
 
 from tqdm import tqdm
 
 MIB = 1 << 20
+CLEAR = "\x1b[K"
+"""What takes away the rest of a terminal's row."""
 
 
 class Bar:
@@ -42,3 +46,36 @@ class Bar:
     def show_pass(self, done: int, layers: int, card_bytes: int) -> None:
         """An OnStep of the engine: layers of a pass done, and what the card has given so far."""
         self.show(done, layers, f"{card_bytes / MIB:.0f} MiB from the card" if card_bytes else "")
+
+
+class Waiting:
+    """A row that stands in for an answer until its first words come, shown only on a terminal."""
+
+    SECONDS = 1.0
+    """How often it changes."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+        self._closed = not sys.stderr.isatty()
+        self.show("waiting")
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if self._closed or now - self._shown < self.SECONDS:
+            return
+        self._shown = now
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}{CLEAR}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Takes the row away."""
+        if not self._closed:
+            self._closed = True
+            print(f"\r{CLEAR}", end="", file=sys.stderr, flush=True)

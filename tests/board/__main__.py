@@ -89,9 +89,9 @@ class Board:
         pins = [self.button, self.decision] if self._pins else []
         return [
             self.boot, self.install, self.start, self.sandbox, self.uart, self.adapter, self.screen, self.kiosk,
-            *pins, self.journal, self.reload, self.line_break, self.replug, self.flow, self.slow_card, self.watchdog,
-            self.kill, self.pull_card, self.put_card, self.activation, self.stick, self.bad_stick, self.read_only,
-            self.reboot, self.power_cut, self.upgrade, self.uninstall,
+            *pins, self.journal, self.reload, self.line_break, self.replug, self.one_more, self.flow, self.slow_card,
+            self.watchdog, self.kill, self.pull_card, self.put_card, self.activation, self.stick, self.bad_stick,
+            self.read_only, self.reboot, self.power_cut, self.upgrade, self.uninstall,
         ]  # fmt: skip
 
     # --- install ------------------------------------------------------------------------------------------
@@ -127,7 +127,10 @@ class Board:
         allowed = set(re.findall(r"DeviceAllow=(\S+) rw", self._show("DeviceAllow", value=False)))
         assert allowed == wanted, allowed
         assert self._show("MemoryMax") == str(MEMORY << 20), self._show("MemoryMax")
-        units = ("service", "socket", "undo.service", "update@sda.service", "kiosk.service", "loopback.socket")
+        units = (
+            "service", "socket", "undo.service", "update@sda.service", "kiosk.service", "loopback.socket",
+            "serial@ttyUSB1.service",
+        )  # fmt: skip
         names = [f"flashd{'.' if '.' not in unit else '-'}{unit}" for unit in units]
         verified = g.run(f"systemd-analyze verify {' '.join(names)}", check=False)
         assert "flashd" not in verified, verified
@@ -223,6 +226,37 @@ class Board:
         g.wait("journalctl -u flashd --no-pager | grep 'serial adapter: ' | tail -1", "open on", 60)
         return self._ask_adapter(3, "What is the capital of Norway?")
 
+    def one_more(self) -> str:
+        """flashd-serial@: a console comes with a second adapter and goes with it, and keeps off the daemon's own"""
+        g, unit = self.guest, "flashd-serial@ttyUSB1"
+        g.run(f"systemctl enable {unit}")
+        g.put_adapter("second")
+        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        said = g.run(f"systemctl is-active {unit}; systemd-analyze security --no-pager {unit} | tail -1")
+        exposure = float(re.findall(r"\d+\.\d", said)[-1])
+        assert said.startswith("active") and exposure <= 1.5, said
+        question = "What is the capital of Malta?"
+        g.second.send(question + "\r")
+        self._expect(g.second, re.escape(question) + r"\r\n")
+        shown = " ".join(re.sub(r"\r[^\r\n]*\x1b\[K", "", self._expect(g.second, r"\r\n> ")).split())
+        assert shown, "no answer"
+        g.second.send("/quit\r")
+        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        gone = "journalctl -u flashd -b --no-pager -o cat | grep -c 'serial adapter: gone'"
+        before = g.run(gone, check=False)
+        g.run("systemctl start flashd-serial@ttyUSB0")
+        g.wait("journalctl -u flashd-serial@ttyUSB0 --no-pager -o cat", "another program has it", 60)
+        g.run("systemctl stop flashd-serial@ttyUSB0")
+        other = self._ask_adapter(9, "What is the capital of Iceland?")
+        assert g.run(gone, check=False) == before, "the daemon's line was disturbed"
+        g.pull_adapter("second")
+        g.wait(f"systemctl is-active {unit}", "inactive|failed", 60)
+        g.put_adapter("second")
+        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        g.pull_adapter("second")
+        g.wait(f"systemctl is-active {unit}", "inactive|failed", 60)
+        return f"exposure {exposure}; {question} {shown}; {other}"
+
     def flow(self) -> str:
         """hardware flow control on the UART (the emulated PL011 never says clear to send, the 16550 always does)"""
         g = self.guest
@@ -253,9 +287,9 @@ class Board:
         before, restarts = self._jobs("serial:console"), self._show("NRestarts")
         g.slow_card(self._card_bytes() * 2 // (5 * WATCHDOG))
         g.uart.send("What is the capital of Poland?\r")
-        g.wait(STATUS, '"running":[0-9]', 30)
+        g.wait(STATUS, r'"running":\[[0-9]', 30)
         time.sleep(1.5 * WATCHDOG)
-        assert '"running":null' not in g.run(STATUS), "it was not slow at all"
+        assert '"running":[]' not in g.run(STATUS), "it was not slow at all"
         g.slow_card(CARD_SPEED)
         self._wait_done("serial:console", before + 1)
         assert self._show("NRestarts") == restarts
@@ -453,7 +487,7 @@ class Board:
         number = self._jobs("") + 1
         self.guest.slow_card(self._card_bytes() // 60)
         self.guest.adapter.send(json.dumps({"id": f"long{number}", "prompt": f"Count to {number}."}) + "\n")
-        self.guest.wait(STATUS, f'"running":{number}', 30)
+        self.guest.wait(STATUS, rf'"running":\[([0-9]+,)*{number}\b', 30)
         return number
 
     def _answered_once(self, number: int, attempts: int = 2) -> str:

@@ -54,13 +54,14 @@ class Guest:
 
     def boot(self, seconds: float) -> None:
         """Starts the machine and waits for its shell."""
-        for name in ("qmp", "shell", "uart", "adapter"):
+        for name in ("qmp", "shell", "uart", "adapter", "second"):
             (self._work / name).unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command(), stderr=(self._work / "qemu.log").open("ab"))
         self._qmp = Qmp(self._connect("qmp"))
         self._shell = self._terminal("shell")
         self.uart = self._terminal("uart")
         self.adapter = self._terminal("adapter")
+        self.second = self._terminal("second")
         self._wait_for_shell(seconds)
 
     def reboot(self, seconds: float) -> None:
@@ -136,12 +137,13 @@ class Guest:
         limits = {"bps-read": bytes_a_second}
         self._qmp.ask("qom-set", path="/objects/limits", property="limits", value=limits)
 
-    def pull_adapter(self) -> None:
-        self._qmp.ask("device_del", id="adapter")
-        self._qmp.wait_for("DEVICE_DELETED", lambda data: data.get("device") == "adapter")
+    def pull_adapter(self, name: str = "adapter") -> None:
+        self._qmp.ask("device_del", id=name)
+        self._qmp.wait_for("DEVICE_DELETED", lambda data: data.get("device") == name)
 
-    def put_adapter(self) -> None:
-        self._qmp.ask("device_add", driver="usb-serial", id="adapter", chardev="adapter")
+    def put_adapter(self, name: str = "adapter") -> None:
+        """The one that is there from the start, or a `second` one."""
+        self._qmp.ask("device_add", driver="usb-serial", id=name, chardev=name)
 
     def put_stick(self, path: Path) -> None:
         file = {"driver": "file", "filename": str(path), "read-only": True}
@@ -206,6 +208,7 @@ class Guest:
         lines = [
             *_chardev(w, "uart"), "-serial", "chardev:uart",
             *_chardev(w, "adapter"), "-device", "qemu-xhci", "-device", "usb-serial,id=adapter,chardev=adapter",
+            *_chardev(w, "second"),
             *_chardev(w, "shell"), "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=shell",
             "-chardev", f"socket,id=qmp,path={w}/qmp,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         ]  # fmt: skip

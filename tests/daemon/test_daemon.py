@@ -199,6 +199,8 @@ def test_the_command_asks_the_daemon(daemon: Running) -> None:
     number = line.split()[0]
     shown = flashd("show", number, *spool).stdout
     assert "user: What is the capital of France?" in shown and "first token seconds" in shown
+    flashd("ask", "Tell me a story.")  # what is not said is as the configuration has it
+    assert json.loads(flashd("jobs", *spool, "--json", "--most", "1").stdout)[0]["result"]["figures"]["tokens"] == 8
     assert flashd("show", "99999", *spool).returncode == os.EX_NOINPUT
     dead = subprocess.run(
         [sys.executable, "-m", "flashd", "ask", "x"], capture_output=True, text=True, check=False,

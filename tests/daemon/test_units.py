@@ -1,7 +1,8 @@
-"""What the units in deploy/ listen on, enabled with systemctl itself in a folder of the test's own."""
+"""What the units in deploy/ bring when they are enabled, with systemctl itself in a folder of the test's own."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -76,3 +77,24 @@ def test_the_kiosk_brings_the_socket_of_its_address() -> None:
     assert f"http://{LOOPBACK}/" in kiosk.read_text()
     for key in ("Wants", "After"):
         assert "flashd-loopback.socket" in _values(kiosk, "Unit", key)[0].split()
+
+
+def test_a_serial_console_comes_with_its_adapter(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.systemctl("enable", "flashd-serial@ttyUSB0.service")
+    link = tmp_path / UNITS / "dev-ttyUSB0.device.wants/flashd-serial@ttyUSB0.service"
+    assert link.is_symlink() and link.resolve().name == "flashd-serial@.service"
+    root.systemctl("disable", "flashd-serial@ttyUSB0.service")
+    assert not link.is_symlink()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("name", ["flashd.service", "flashd-serial@ttyUSB0.service"])
+def test_the_sandbox_is_rated_safe(name: str, tmp_path: Path) -> None:
+    unit = re.sub("@.*[.]", "@.", name)
+    shutil.copy(DEPLOY / unit, tmp_path / name)
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", tmp_path / name],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr

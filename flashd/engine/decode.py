@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from flashd.bundle.rows import Floats
+from flashd.engine.beside import Beside
 from flashd.engine.branches import Branches, Slots, behind
 from flashd.engine.card import CardStats
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
+from flashd.engine.head import Meanwhile
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.prefixes import Prefixes
@@ -57,8 +61,9 @@ class Model(Protocol):
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses: ...
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
-    ) -> Floats: ...
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
+        meanwhile: Meanwhile = nullcontext,
+    ) -> Floats: ...  # fmt: skip
 
     def close(self) -> None: ...
 
@@ -96,6 +101,24 @@ class Figures:
         return (self.tokens - 1) / self.decode_seconds if self.decode_seconds and self.tokens > 1 else 0.0
 
 
+@dataclass(frozen=True)
+class End:
+    """What a draft goes on from: a text as it stands, or as it is about to."""
+
+    tokens: list[int]
+    slots: Slots  # of those that have been through the model
+    room: int  # tokens that may follow
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """A draft behind each of some texts."""
+
+    texts: list[list[int]]
+    draft: Draft
+    looked_up: list[list[int]]  # of each text, what followed the same words before
+
+
 class Line:
     """A text that grows: its tokens, and where the cache has those that have been through the model."""
 
@@ -128,9 +151,34 @@ class Line:
         return self._prompt + self._limit - 1 - len(self.slots)
 
     @property
-    def room(self) -> int:
-        """Tokens that a draft may put behind the last one said."""
-        return self._limit - self.said - 1
+    def end(self) -> End:
+        """Behind which a draft may go on."""
+        return End(self.tokens, self.slots, self._limit - self.said - 1 if self.drafts else 0)
+
+    def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> End | None:
+        """The end that it will have if a token that is likely is drawn; None where it ends, or that cannot be told.
+
+        Args:
+            node: behind which it goes on.
+            past: the slot of the first node.
+            likely: logits [T, n] of the likely tokens behind each node.
+        """
+        sampler, tokens, slots = self._sampler.twin(), list(self.tokens), [past + node]
+        if sampler is None:
+            return None
+        # what a penalty looks at may be a token of those that are not known yet
+        logits = np.full(max(likely.shape[1], *tokens) + 1, -np.inf, np.float32)
+        child: int | None = node
+        while child is not None:
+            logits[: likely.shape[1]] = likely[child]
+            token = sampler.pick(logits, tokens)
+            tokens.append(token)
+            if token in self._eos or len(tokens) - self._prompt >= self._limit:
+                return None
+            child = trees.child(child, token)
+            slots += [] if child is None else [past + child]
+        room = self._limit - (len(tokens) - self._prompt) - 1
+        return End(tokens, np.append(self.slots, slots), room if self.drafts else 0)
 
     def found(self, slots: Slots) -> None:
         """The cache has the prompt's first tokens already."""
@@ -182,6 +230,7 @@ class Conversation:
     _goes_on: bool = False  # it begins with the one before it: a chat
     _learnt: bool = True
     _pace: Pace = field(default_factory=Pace)
+    _ahead: Guessed | None = None  # made for the next pass while the last one was still waited for
 
     def begin(
         self,
@@ -371,24 +420,47 @@ class Conversation:
         """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
         started = time.perf_counter()
         most = min(most, self.model.cache.context - self.model.cache.length)
-        rooms = [line.room if line.drafts and self.model.pages else 0 for line in speaking]
-        draft = Draft([line.tokens[-1] for line in speaking], rooms, self._pace.trust)
-        for text, (line, room) in enumerate(zip(speaking, rooms, strict=True)):
-            line.looked_up = lookup(line.tokens, min(room, most - len(speaking)))
-            draft.follow(text, line.looked_up, self._pace.looked_up)
-        # where there may be no trees, what was looked up is not mixed with other guesses
-        if self.model.drafts and (self.model.branches or not any(line.looked_up for line in speaking)):
-            self._draft_from_ram(draft, speaking, most)
-        trees = draft.trees(most)
+        guessed, self._ahead = self._ahead, None
+        if guessed is None or guessed.texts != [line.tokens for line in speaking]:
+            guessed = self._guesses([line.end for line in speaking], most)
+        trees = guessed.draft.trees(most)
         for text, line in enumerate(speaking):
+            line.looked_up = guessed.looked_up[text]
             line.figures.drafted += trees.guesses(text)
             line.figures.draft_seconds += time.perf_counter() - started
         return trees
 
-    def _draft_from_ram(self, draft: Draft, speaking: Sequence[Line], most: int) -> None:
-        """Lets a draft grow by what RAM alone says. The cache is left as it was."""
-        steps, length, texts = 0, self.model.cache.length, [line.slots for line in speaking]
-        at_once = max(BEAM, len(speaking))
+    def _guesses(self, ends: Sequence[End], most: int) -> Guessed:
+        """What may follow texts, `most` nodes in all."""
+        rooms = [end.room if self.model.pages else 0 for end in ends]
+        draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust)
+        looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
+        for text, found in enumerate(looked_up):
+            draft.follow(text, found, self._pace.looked_up)
+        # where there may be no trees, what was looked up is not mixed with other guesses
+        if self.model.drafts and (self.model.branches or not any(looked_up)):
+            self._draft_from_ram(draft, [end.slots for end in ends], most)
+        return Guessed([list(end.tokens) for end in ends], draft, looked_up)
+
+    @contextmanager
+    def _drafting_ahead(self, speaking: Sequence[Line], trees: Trees, past: int, likely: Floats) -> Iterator[None]:
+        """Drafts for the next pass, for texts as they will be if likely tokens [T, n] are drawn."""
+        ends = [
+            line.foreseen(trees, trees.root(text), past, likely[: len(trees.tokens)])
+            for text, line in enumerate(speaking)
+        ]
+        known = [end for end in ends if end]
+        most = min(NODES, self.model.cache.context - self.model.cache.length)
+        if len(known) < len(ends) or most <= len(ends):
+            yield
+            return
+        with Beside(lambda: self._guesses(known, most)) as drafting:
+            yield
+        self._ahead = drafting.result
+
+    def _draft_from_ram(self, draft: Draft, texts: Sequence[Slots], most: int) -> None:
+        """Lets a draft grow behind texts by what RAM alone says. The cache is left as it was."""
+        steps, length, at_once = 0, self.model.cache.length, max(BEAM, len(texts))
         while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
             started = time.perf_counter()
             tokens, parents = draft.asked(nodes)
@@ -411,7 +483,10 @@ class Conversation:
         in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
         branches = None if in_line else Branches([line.slots for line in lines], parents)
         started, waited = time.perf_counter(), self.model.card.waited
-        logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches)
+        meanwhile: Meanwhile = nullcontext
+        if speaking and not chunks and self.model.drafts and self.model.branches:
+            meanwhile = partial(self._drafting_ahead, speaking, trees, self.model.cache.length)
+        logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile)
         seconds = time.perf_counter() - started
         for line in lines:
             line.figures.forward_seconds += seconds

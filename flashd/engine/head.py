@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 
 from flashd.bundle.reader import Bundle
@@ -10,6 +13,9 @@ from flashd.engine import graph
 from flashd.engine.card import READ_BYTES, CardStream
 from flashd.engine.ffn import OnStep
 from flashd.engine.plan import Plan
+
+Meanwhile = Callable[[Floats], AbstractContextManager[object]]
+"""Called with the logits [R, n] of the likely tokens: what is done while those of the others stream past."""
 
 
 class Head:
@@ -29,7 +35,7 @@ class Head:
         streams = len(self._kept) < self._model.vocabulary
         self._passing = self._form.empty(READ_BYTES // self._form.nbytes if streams else 0)
 
-    def __call__(self, h: Floats, on_step: OnStep) -> Floats:
+    def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:
         """h [R, H] -> logits [R, V]. Raises CardError, DamagedRun."""
         kept, layers = len(self._kept), self._model.layers
         out = np.empty((len(h), self._model.vocabulary), np.float32)
@@ -37,10 +43,11 @@ class Head:
         if self._stream is None:
             return out
         at = kept
-        for _, raw in self._stream.section(self._section):
-            out[:, at : at + len(raw)] = self._product(h, self._copied(raw))
-            at += len(raw)
-            on_step(layers, layers, self._stream.stats.bytes_read)
+        with meanwhile(out[:, :kept]):
+            for _, raw in self._stream.section(self._section):
+                out[:, at : at + len(raw)] = self._product(h, self._copied(raw))
+                at += len(raw)
+                on_step(layers, layers, self._stream.stats.bytes_read)
         return out
 
     def of_likely(self, h: Floats) -> Floats:

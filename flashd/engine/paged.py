@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from flashd.bundle.layout import STAGES, Model
@@ -17,7 +18,7 @@ from flashd.engine.card import CardStats
 from flashd.engine.experts import ExpertFfn
 from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
 from flashd.engine.graph import Places, Tokens
-from flashd.engine.head import Head
+from flashd.engine.head import Head, Meanwhile
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
 from flashd.engine.select import SelectedFfn
@@ -90,11 +91,13 @@ class PagedModel:
         return self._ffn.drafts
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
-    ) -> Floats:
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
+        meanwhile: Meanwhile = nullcontext,
+    ) -> Floats:  # fmt: skip
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Every neuron takes part. Without `branches` the tokens follow all that is in the cache.
+        Every neuron takes part. Without `branches` the tokens follow all that is in the cache. `meanwhile` may draft:
+        all layers are done then, and the cache has the tokens.
         Raises CardError, DamagedRun; the cache is then as it was before.
         """
         past = self.cache.length
@@ -102,13 +105,13 @@ class PagedModel:
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)  # [T, H]
-            logits = self._said(x[wanted], on_step)  # [R, V]
+            self.cache.advance(len(tokens))
+            return self._said(x[wanted], on_step, meanwhile)  # [R, V]
         except BaseException:
             # the next pass starts at the first layer, wherever this one broke off
             self._ffn.restart()
+            self.cache.truncate(past)
             raise
-        self.cache.advance(len(tokens))
-        return logits
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
@@ -139,10 +142,10 @@ class PagedModel:
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
-    def _said(self, x: Floats, on_step: OnStep) -> Floats:
+    def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
         """Logits [R, V] of x [R, H] behind the last layer."""
         (h,) = self._finish(self._vectors, x=x)
-        logits = self._head(h, on_step)
+        logits = self._head(h, on_step, meanwhile)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _load_layer(self, i: int, on_step: OnStep) -> _Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from flashd.engine.branches import Branches
 from flashd.engine.card import CardStats
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
+from flashd.engine.head import Meanwhile
 from flashd.engine.kv import KvCache
 from flashd.engine.plan import Plan
 from flashd.engine.speculate import Guesses
@@ -61,11 +63,12 @@ class ResidentModel:
         """Nothing is open but memory."""
 
     def forward(
-        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None
-    ) -> Floats:
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
+        meanwhile: Meanwhile = nullcontext,  # noqa: ARG002
+    ) -> Floats:  # fmt: skip
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Raises NotImplementedError for `branches`.
+        Nothing is waited for, and so `meanwhile` not called. Raises NotImplementedError for `branches`.
         """
         if branches:
             raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +60,10 @@ class Sampler:
         self._s = sampling
         self._constraint = constraint
         self._random = np.random.default_rng(sampling.seed)
+
+    def twin(self) -> Sampler | None:
+        """One that draws the same from here on; None where a constraint follows what is drawn."""
+        return None if self._constraint else deepcopy(self)
 
     def pick(self, logits: Floats, recent: Sequence[int]) -> int:
         """The next token, given logits [V] and the tokens before it. The logits are left as they are."""

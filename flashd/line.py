@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
@@ -30,7 +31,8 @@ KEYS = {
 def as_terminal(port: Path, speed: int) -> Iterator[None]:
     """Standard input and output are the line, and so is what is said on standard error within.
 
-    Descriptor 2 stays what it was, for what ends the process. Ctrl-C on the line interrupts.
+    Descriptor 2 stays what it was, for what ends the process. Ctrl-C on the line interrupts. A line that goes away
+    ends the block.
 
     Args:
         port: the line's device.
@@ -62,12 +64,16 @@ def as_terminal(port: Path, speed: int) -> Iterator[None]:
         os.close(fd)
     # text streams anew: whatever the locale says, and none that thinks itself a file
     text: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "closefd": False}
-    with open(0, **text) as asked, open(1, "w", **text) as said, redirect_stdout(said), redirect_stderr(said):
-        before, sys.stdin = sys.stdin, asked
-        try:
-            yield
-        finally:
-            sys.stdin = before
+    try:
+        with open(0, **text) as asked, open(1, "w", **text) as said, redirect_stdout(said), redirect_stderr(said):
+            before, sys.stdin = sys.stdin, asked
+            try:
+                yield
+            finally:
+                sys.stdin = before
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def _take(fd: int, port: Path, speed: int) -> None:

@@ -211,11 +211,16 @@ def test_a_console_on_a_line(daemon: Running, line: Line, start: Start) -> None:
     assert process.stderr and process.stderr.read() == b""
 
 
-def test_a_line_that_goes_away_ends_it(line: Line, start: Start) -> None:
-    process = start("chat", "--port", line.port)
+@pytest.mark.parametrize("on_hangup", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_line_that_goes_away_ends_it(line: Line, start: Start, on_hangup: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGHUP, on_hangup)  # which is handed on
+    try:
+        process = start("chat", "--port", line.port)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     line.far.expect("> ")
     line.close()
-    assert process.wait(PATIENCE) in (0, -signal.SIGHUP)
+    assert process.wait(PATIENCE) == (-signal.SIGHUP if on_hangup == signal.SIG_DFL else 0)
 
 
 def test_a_line_has_one_user(line: Line, start: Start) -> None:

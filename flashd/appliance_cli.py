@@ -119,7 +119,7 @@ def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
     """Streams a daemon's answer to standard output: what was said, and whether Ctrl-C did not stop it."""
     said, whole = "", True
     messages = [{"role": role, "content": text} for role, text in turns]
-    with Waiting() as waiting:
+    with closing(Waiting()) as waiting:
         try:
             with closing(Client(socket_path())) as client:
                 for event in client.ask({**body, "messages": messages}, waiting.show):

@@ -59,14 +59,6 @@ class Waiting:
         self._closed = not sys.stderr.isatty()
         self.show("waiting")
 
-    def __enter__(self) -> Waiting:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def show(self, text: str) -> None:
         now = time.monotonic()
         if self._closed or now - self._shown < self.SECONDS:

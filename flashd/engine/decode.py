@@ -153,7 +153,7 @@ class Line:
     @property
     def end(self) -> End:
         """Behind which a draft may go on."""
-        return End(self.tokens, self.slots, self._limit - self.said - 1 if self.drafts else 0)
+        return self._end_at(self.tokens, self.slots)
 
     def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> End | None:
         """The end that it will have if a token that is likely is drawn; None where it ends, or that cannot be told.
@@ -177,8 +177,10 @@ class Line:
                 return None
             child = trees.child(child, token)
             slots += [] if child is None else [past + child]
-        room = self._limit - (len(tokens) - self._prompt) - 1
-        return End(tokens, np.append(self.slots, slots), room if self.drafts else 0)
+        return self._end_at(tokens, np.append(self.slots, slots))
+
+    def _end_at(self, tokens: list[int], slots: Slots) -> End:
+        return End(tokens, slots, self._prompt + self._limit - len(tokens) - 1 if self.drafts else 0)
 
     def found(self, slots: Slots) -> None:
         """The cache has the prompt's first tokens already."""
@@ -484,7 +486,7 @@ class Conversation:
         branches = None if in_line else Branches([line.slots for line in lines], parents)
         started, waited = time.perf_counter(), self.model.card.waited
         meanwhile: Meanwhile = nullcontext
-        if speaking and not chunks and self.model.drafts and self.model.branches:
+        if not chunks and any(x.drafts for x in speaking) and self.model.drafts and self.model.branches:
             meanwhile = partial(self._drafting_ahead, speaking, trees, self.model.cache.length)
         logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile)
         seconds = time.perf_counter() - started

@@ -342,7 +342,7 @@ class _Packer:
 
     def _order(self, ffn: Ffn, sizes: Floats) -> Numbers:
         """The card's order of an FFN's neurons."""
-        return hottest(sizes, self.model, whole=ffn.down.grid() is not None)
+        return hottest(sizes, self.model, whole=ffn.down.grid(slice(1)) is not None)
 
     def _selected(self, tokenizer_json: bytes, selecting: Selecting) -> _Selected | None:
         """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.

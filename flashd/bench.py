@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,7 @@ from flashd.engine.cardspeed import remembered
 from flashd.engine.engine import Prompts
 from flashd.engine.plan import MARGIN
 from flashd.engine.text import Message
-from flashd.errors import FlashdError, InputMissing
+from flashd.errors import FlashdError, InputMissing, UsageError
 
 PEER = "llama.cpp mmap"
 NAIVE, HYBRID, DRAFTS = "naive: all of the FFN each token", "hybrid: what fits pinned, the rest each token", "flashd"
@@ -37,6 +38,7 @@ COLUMNS = {
     "card_bandwidth_share": "of card's bandwidth",
     "peak_bytes": "peak MiB",
 }
+PICTURES = (".svg", ".png", ".pdf")
 SHARES = ("card_wanted_share", "window_hit_rate", "card_bandwidth_share")
 
 Figures = dict[str, float]
@@ -181,15 +183,18 @@ def _cell(key: str, figures: Figures, peer: Figures | None) -> str:
     return f"{text} ({gain:.2f}x)"
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draws tokens a second against RAM, and card bytes a token as one technique after the other is added.
+def check_plot(path: Path) -> None:
+    """Raises UsageError for a file that `plot` cannot draw, InputMissing without matplotlib."""
+    if path.suffix not in PICTURES:
+        raise UsageError(f"--plot {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if not find_spec("matplotlib"):
+        raise InputMissing("a plot needs matplotlib: pip install 'flashd[bench]'")
 
-    Raises InputMissing without matplotlib, ValueError for a file name whose ending says no kind of picture.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputMissing("a plot needs matplotlib: pip install 'flashd[bench]'") from None
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws tokens a second against RAM, and card bytes a token as one technique after the other is added."""
+    from matplotlib.figure import Figure
+
     figure = Figure((10, 4), layout="constrained")
     speed, cost = figure.subplots(1, 2)
     for name in dict.fromkeys(row.name for row in rows):

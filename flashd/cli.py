@@ -366,8 +366,10 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     """flashd bench"""
-    from flashd.bench import Bench, plot, table
+    from flashd.bench import Bench, check_plot, plot, table
 
+    if args.plot:
+        check_plot(args.plot)
     bench = Bench(
         args.bundle, args.gguf, args.prompt, args.tokens, args.repeat, tuple(args.memory), args.threads, args.wrap
     )

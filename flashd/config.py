@@ -17,7 +17,8 @@ import msgspec
 from flashd import yamlfile
 from flashd.errors import ConfigError, Misfit
 
-NAME, SIZE, CLOCK = r"^[a-z][a-z0-9_-]{0,31}\Z", r"^[0-9]+(\.[0-9]+)?[KMGkmg]?\Z", r"^([01]\d|2[0-3]):[0-5]\d\Z"
+NAME, CLOCK = r"^[a-z][a-z0-9_-]{0,31}\Z", r"^([01]\d|2[0-3]):[0-5]\d\Z"
+SIZE = r"^(?=.*[1-9])[0-9]+(\.[0-9]+)?[KMGkmg]?\Z"
 ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}\Z", r"^[a-z0-9_]{1,40}\Z"
 SHAPES = {
     NAME: "a name: a small letter, then up to 31 small letters, digits, - and _",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from os import EX_NOINPUT, EX_USAGE
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_the_baselines_read_what_the_paper_says(
 def test_a_contender_that_fails_is_named(paged: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(paged), "--repeat", "1", "--wrap", "false"]) != 0
     assert "naive" in capfd.readouterr().err
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
+    paged: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.Bench, "run", lambda self: pytest.fail("measured"))
+    assert main(["bench", str(paged), "--plot", "b.txt"]) == EX_USAGE
+    assert "--plot b.txt: a picture's name ends in .svg, .png, .pdf" in capfd.readouterr().err
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert main(["bench", str(paged), "--plot", "b.svg"]) == EX_NOINPUT
+    assert "pip install 'flashd[bench]'" in capfd.readouterr().err
 
 
 def test_the_table_has_ratios_to_the_peer() -> None:

@@ -61,6 +61,7 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
         ),
         ("serial: [{name: a, port: x},\n {name: a, port: y}]", "line 2: serial[1].name: two serial are called 'a'"),
         ("context: 512\nmemory: 512Q", "line 2: memory: expected a size, such as 512M or 1.5G"),
+        ("context: 512\nmemory: 0.0M", "line 2: memory: expected a size, such as 512M or 1.5G"),
         ("triggers:\n- {kind: manual, name: A, prompt: p}", "line 2: triggers[0].name: expected a name: a small"),
         (
             "triggers:\n- {kind: schedule, name: a, prompt: p, at: '7:30'}",

@@ -199,7 +199,7 @@ class Api:
                         yield _event(head | chunk(text[said:], None, False))
                         said = len(text)
                 elif event.kind in ("queued", "moved"):
-                    yield f": waiting, {event.position} before this\n\n"
+                    yield f": waiting, {event.position} before this\n\n" if event.position else ": next\n\n"
                 elif event.kind == "progress":
                     yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
                 end = event.end if event else None

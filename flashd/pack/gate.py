@@ -1,15 +1,17 @@
 """The gate as the decision: gate rows stay in RAM and say which neurons a token needs.
 
 Where the activation has zeros that is exact, and nothing is lost. Elsewhere a neuron is skipped whose gate's
-activation is small (CATS, arXiv 2404.08763), or small for what the neuron weighs. How many are skipped is shared out
-to the layers so that in all the outputs err least, and what that costs is measured on text that nothing was
-fitted to.
+activation is small (CATS, arXiv 2404.08763), or small for what the neuron weighs. Or those that RAM has anyway are
+preferred, and more of the others skipped (DIP's cache-aware masking, arXiv 2412.01380): RAM has the hottest here and not
+the latest, so that a text does not depend on what was asked before it. How many are skipped is shared out to the layers
+so that in all the outputs err least, and what that costs is measured on text that nothing was fitted to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,7 @@ class Layer:
     """A layer's thresholds, by how many tenths of its neurons they skip. Neurons are numbered as in the source."""
 
     weigh: Floats  # [F], what the size of each gate's activation is multiplied by
+    preferred: Mask  # [F], those that are never skipped unless their activation is zero
     thresholds: Floats  # [S], that it must exceed
     errors: Floats  # [S], mean square of what the output lacks, in parts of the hidden state's
     rates: Floats  # [S, F], how often each neuron takes part
@@ -61,7 +64,7 @@ class Layer:
     @property
     def floors(self) -> Floats:
         """[F]: what the size of each gate's activation must exceed."""
-        return np.asarray(self.threshold / self.weigh, np.float32)
+        return np.where(self.preferred, np.float32(0), self.threshold / self.weigh)
 
     @property
     def often(self) -> Floats:
@@ -85,34 +88,41 @@ class Layer:
         return out[:, self.order]
 
 
-def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> Layer:
-    """A layer's thresholds, from what it did in N tokens.
+def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> tuple[Layer, ...]:
+    """A layer's thresholds, from what it did in N tokens: where none are preferred, and where the hotter half is.
 
     Args:
         gates: the activations of its gates, [N, F].
         down: [H, F].
         states: the hidden states behind the layer, [N, H].
-        exact: zeros alone are skipped.
+        exact: zeros alone are skipped, and nothing need be preferred.
     """
     size = np.abs(gates)
-    plain = np.ones(size.shape[1], np.float32)
+    plain, none = np.ones(size.shape[1], np.float32), np.zeros(size.shape[1], np.bool_)
     if exact:
         fires = size > 0
         often = fires.mean(0, dtype=np.float32)
         nothing = np.zeros(1, np.float32)
-        return Layer(plain, nothing, nothing, often[None], card_order(fires), float(often.mean()))
+        return (Layer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
+    hotter = none.copy()
+    hotter[np.argsort(-seen.sizes(), kind="stable")[: len(none) // 2]] = True
+    return tuple(_fit(size, seen, down, states, preferred) for preferred in (none, hotter))
+
+
+def _fit(size: Floats, seen: Seen, down: Floats, states: Floats, preferred: Mask) -> Layer:
+    """A layer's thresholds for the sizes [N, F] of its activations where some neurons [F] are preferred."""
     some = np.linspace(0, len(size) - 1, min(TOKENS, len(size))).astype(np.int64)
     sizes = np.square(states[some]).sum(1)
     tried = []
-    for weigh in (plain, _weighs(size, seen)):
-        found = _thresholds(size, weigh)
-        middle = _error(size[some] * weigh > found[STEPS // 2], seen.a[some], down, sizes)
+    for weigh in (np.ones(size.shape[1], np.float32), _weighs(size, seen)):
+        found = _thresholds((size * weigh)[:, ~preferred])
+        middle = _error(_above(size[some] * weigh, preferred, found[STEPS // 2]), seen.a[some], down, sizes)
         tried.append((middle, weigh, found))
     _, weigh, found = min(tried, key=lambda each: each[0])
     scores = size * weigh
-    errors = [_error(scores[some] > t, seen.a[some], down, sizes) for t in found]
-    rates = np.stack([(scores > t).mean(0, dtype=np.float32) for t in found])
-    return Layer(weigh, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
+    errors = [_error(_above(scores[some], preferred, t), seen.a[some], down, sizes) for t in found]
+    rates = np.stack([_above(scores, preferred, t).mean(0, dtype=np.float32) for t in found])
+    return Layer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
 
 
 def _weighs(size: Floats, seen: Seen) -> Floats:
@@ -123,12 +133,17 @@ def _weighs(size: Floats, seen: Seen) -> Floats:
     return np.asarray(weigh, np.float32)
 
 
-def _thresholds(size: Floats, weigh: Floats) -> Floats:
-    """[S], of sizes [N, F]."""
-    scores = size[:: max(1, len(size) // SPREAD)] * weigh
+def _thresholds(scores: Floats) -> Floats:
+    """[S], of scores [N, n]."""
+    scores = scores[:: max(1, len(scores) // SPREAD)]
     found = np.quantile(scores[scores > 0], np.arange(STEPS) / STEPS)
     found[0] = 0
     return np.asarray(found, np.float32)
+
+
+def _above(scores: Floats, preferred: Mask, threshold: np.floating[Any]) -> Mask:
+    """Which neurons take part, by scores [N, F]."""
+    return np.asarray(scores > np.where(preferred, np.float32(0), threshold))
 
 
 def _error(chosen: Mask, a: Floats, down: Floats, sizes: Floats) -> float:
@@ -137,7 +152,7 @@ def _error(chosen: Mask, a: Floats, down: Floats, sizes: Floats) -> float:
 
 
 def share_out(layers: Sequence[Layer], level: float) -> None:
-    """Has the layers skip `level` of what fires in all of them, where a tenth of one costs the least error a byte."""
+    """Has the layers skip `level` of what fires in all of them and is not preferred, where a tenth of one costs the least error a byte."""
     if len(layers[0].errors) == 1:
         return
     fired = np.array([layer.fired for layer in layers])
@@ -148,6 +163,11 @@ def share_out(layers: Sequence[Layer], level: float) -> None:
     taken = cheapest[: int(np.searchsorted(skipped, level * fired.sum(), side="right"))]
     for layer, step in zip(layers, np.bincount(taken, minlength=len(layers)).tolist(), strict=True):
         layer.step = step
+
+
+def skippable(layers: Sequence[Layer]) -> str:
+    """What of the layers' neurons `share_out` has them skip a share of."""
+    return "the colder half" if layers[0].preferred.any() else "neurons"
 
 
 @dataclass

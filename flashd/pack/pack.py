@@ -152,6 +152,15 @@ class _Gated:
     selection: Selection
 
 
+@dataclass
+class _Skipping:
+    """What gates may skip."""
+
+    layers: list[gate.Layer]  # their steps set
+    found: Judgement
+    asked: gate.Asked
+
+
 class _Packer:
     def __init__(
         self,
@@ -437,29 +446,22 @@ class _Packer:
         """The layers, their gates skipping as much as the allowed loss admits; None where that is not worth it."""
         fitted, judged = narrow.cut(tokenizer_json, gating.text, self.model.context)
         calibration, exact = self._calibration(fitted), self._calibration(judged)
-        layers = [self._gate(i, calibration) for i in range(self.model.layers)]
+        tries = zip(*(self._gate(i, calibration) for i in range(self.model.layers)), strict=True)
         for i in range(self.model.layers):
             exact.mixture(i)
-        levels = (0.0,) if self.model.activation in SPARSE else gate.LEVELS
-        first, last = 0, len(levels) - 1
-        admitted = None
-        while first <= last:
-            at = (first + last) // 2
-            found, asked = self._try_gates(judged, exact, layers, levels[at])
-            if found.loss <= gating.max_loss:
-                admitted, first = (levels[at], found, asked), at + 1
-            else:
-                last = at - 1
-        if admitted is None:
+        tried = [self._most_skipped(judged, exact, list(layers), gating.max_loss) for layers in tries]
+        admitted = [each for each in tried if each.found.loss <= gating.max_loss]
+        if not admitted:
             log.warning(
                 "%s: gates that skip %.0f %% of neurons raise perplexity by %.2f %%, which is more than %.2f %%:"
-                " packed exact", self.source.path, 100 * levels[0], 100 * found.loss, 100 * gating.max_loss,
+                " packed exact", self.source.path, 100 * gate.LEVELS[0], 100 * min(t.found.loss for t in tried),
+                100 * gating.max_loss,
             )  # fmt: skip
             return None
-        level, found, asked = admitted
-        gate.share_out(layers, level)
-        if not self._gates_pay(layers, found, asked):
+        cheapest = min(admitted, key=lambda each: each.asked.cost.weight)
+        if not self._gates_pay(cheapest):
             return None
+        layers, found = cheapest.layers, cheapest.found
         selection = Selection(
             kind="gate", thresholds=[layer.threshold for layer in layers],
             chosen=[float(layer.often.mean()) for layer in layers], fired=[layer.fired for layer in layers],
@@ -468,8 +470,26 @@ class _Packer:
         )  # fmt: skip
         return _Gated(layers, selection)
 
-    def _gate(self, i: int, calibration: Calibration) -> gate.Layer:
-        """Takes the texts through a layer and finds the thresholds of its gates."""
+    def _most_skipped(
+        self, judged: list[Numbers], exact: Calibration, layers: list[gate.Layer], max_loss: float
+    ) -> _Skipping:
+        """The layers, skipping the most that keeps to the loss; the least that is tried where nothing does."""
+        levels = (0.0,) if self.model.activation in SPARSE else gate.LEVELS
+        first, last = 0, len(levels) - 1
+        admitted = None
+        while first <= last:
+            at = (first + last) // 2
+            found, asked = self._try_gates(judged, exact, layers, levels[at])
+            if found.loss <= max_loss:
+                admitted, first = (levels[at], found, asked), at + 1
+            else:
+                last = at - 1
+        level, found, asked = admitted or (levels[0], found, asked)
+        gate.share_out(layers, level)
+        return _Skipping(layers, found, asked)
+
+    def _gate(self, i: int, calibration: Calibration) -> tuple[gate.Layer, ...]:
+        """Takes the texts through a layer and finds the thresholds of its gates, by what is preferred."""
         seen = calibration.layer(i)
         down = self.weights.ffns(i)[0].down.rows()
         gates = calibration.gates(i, seen.h)
@@ -491,13 +511,15 @@ class _Packer:
             tried.mixture(i, chooses)
         (found,) = narrow.judge(exact, [tried])
         log.info(
-            "gates that skip %.0f %%: perplexity %+.2f %%, KL %.4f", 100 * level, 100 * found.loss, found.divergence
-        )
+            "gates that skip %.0f %% of %s: perplexity %+.2f %%, KL %.4f, %.0f KiB in %.0f reads a token",
+            100 * level, gate.skippable(layers), 100 * found.loss, found.divergence,
+            asked.cost.nbytes / 1024, asked.cost.reads,
+        )  # fmt: skip
         return found, asked
 
-    def _gates_pay(self, layers: list[gate.Layer], found: Judgement, asked: gate.Asked) -> bool:
+    def _gates_pay(self, skipping: _Skipping) -> bool:
         """Whether a card gives what the gates choose that much sooner than everything; says so."""
-        some, everything = asked.cost, asked.of_all(self.model.neurons)
+        some, everything = skipping.asked.cost, skipping.asked.of_all(self.model.neurons)
         takes = some.weight / everything.weight
         pays = takes <= WORTH
         log.warning(
@@ -505,8 +527,8 @@ class _Packer:
             " chosen take a card %.0f %% of the time of all (%.0f KiB in %.0f reads a token, %.0f KiB in %.0f), and"
             " up to %.0f %% are worth it",
             self.source.path, "with gates that choose" if pays else "exact",
-            100 * (1 - float(np.mean([layer.often.mean() for layer in layers]))), 100 * found.loss, 100 * takes,
-            some.nbytes / 1024, some.reads, everything.nbytes / 1024, everything.reads, 100 * WORTH,
+            100 * (1 - float(np.mean([layer.often.mean() for layer in skipping.layers]))), 100 * skipping.found.loss,
+            100 * takes, some.nbytes / 1024, some.reads, everything.nbytes / 1024, everything.reads, 100 * WORTH,
         )  # fmt: skip
         return pays
 

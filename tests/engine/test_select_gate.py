@@ -216,8 +216,8 @@ def test_the_header_says_what_was_measured(silu: Path) -> None:
 
 
 def of_layers(*errors: list[float], fired: float = 1.0) -> list[gate.Layer]:
-    nothing = np.zeros(0, np.float32)
-    return [gate.Layer(nothing, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
+    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.bool_)
+    return [gate.Layer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
 
 
 def test_layers_that_bear_it_skip_more() -> None:
@@ -250,7 +250,7 @@ def test_neurons_are_weighed_where_that_errs_less(unequal: bool) -> None:
     if unequal:
         down *= np.exp(random.standard_normal(96)).astype(np.float32)
     seen = Seen(np.zeros((600, 32), np.float32), gates * up, np.linalg.norm(down, axis=0))
-    layer = gate.fit(gates, seen, down, np.ones((600, 32), np.float32), False)
+    layer, prefers = gate.fit(gates, seen, down, np.ones((600, 32), np.float32), False)
     reach = np.corrcoef(layer.weigh, seen.reach)[0, 1] if layer.weigh.std() else 0
     assert (reach > 0.9) if unequal else layer.weigh.std() < 0.2
     assert list(layer.errors) == sorted(layer.errors) and layer.errors[0] == 0
@@ -260,6 +260,14 @@ def test_neurons_are_weighed_where_that_errs_less(unequal: bool) -> None:
     # in the order of the card, without the half that takes part most often
     missed = layer.missed(chosen)
     assert not missed[:, :48].any() and 0 < missed.sum() < 0.5 * chosen.sum()
+    # of the others more may be skipped where the half that says most is in RAM and never skipped
+    hotter = seen.sizes() > np.median(seen.sizes())
+    assert np.array_equal(prefers.preferred, hotter) and (prefers.errors <= layer.errors).all()
+    prefers.step = 8
+    chosen = prefers.chosen(gates)
+    assert chosen[:, hotter].all() and abs(chosen[:, ~hotter].mean() - 0.2) < 0.01
+    assert not prefers.missed(chosen)[:, :48].any()
+    assert prefers.missed(chosen).sum() == chosen[:, ~hotter].sum() < 0.6 * missed.sum()
 
 
 # --- what pack chooses ------------------------------------------------------------------------------------
@@ -298,7 +306,9 @@ def test_the_most_that_keeps_to_the_loss_is_taken(
 
     levels: list[float] = []
 
-    def tried(self: Any, judged: Any, exact: Any, layers: Any, level: float) -> tuple[Judgement, gate.Asked]:
+    def tried(
+        self: Any, judged: Any, exact: Any, layers: list[gate.Layer], level: float
+    ) -> tuple[Judgement, gate.Asked]:
         levels.append(level)
         return Judgement(10.0, 10.0 * (1 + level / 10), 0.0), gate.Asked(100, [1.0], [1.0])
 
@@ -306,7 +316,7 @@ def test_the_most_that_keeps_to_the_loss_is_taken(
     monkeypatch.setattr("flashd.pack.pack.WORTH", 9.0)
     monkeypatch.setattr("flashd.pack.pack._Packer._try_gates", tried)
     s = pack(sparse, tmp_path / "m.flash", "int4", allowed=Gating(allowed, LIKE_TO_COME)).selection
-    assert len(levels) <= 4
+    assert len(levels) <= 2 * 4
     assert (s is None) if level is None else (s is not None and s.loss == pytest.approx(level / 10))
 
 

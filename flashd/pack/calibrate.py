@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from flashd.bundle.layout import Model
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows import BLOCK, Floats, RowFormat
-from flashd.pack import graphs
+from flashd.pack.graph_ffn import activations, gates
+from flashd.pack.graph_stages import stages
 from flashd.pack.quantise import encode_rows
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.session import open_session, start_pool
@@ -90,9 +91,9 @@ class Calibration:
     def __init__(self, weights: Weights, model: Model, rope: Floats, texts: Sequence[Numbers]) -> None:
         self._weights, self._model, self._rope, self._texts = weights, model, rope, texts
         start_pool(len(os.sched_getaffinity(0)))
-        self._stages = {name: open_session(graph) for name, graph in graphs.stages(model).items()}
-        self._activations = open_session(graphs.activations(model))
-        self._gates = open_session(graphs.gates(model)) if model.gated else None
+        self._stages = {name: open_session(graph) for name, graph in stages(model).items()}
+        self._activations = open_session(activations(model))
+        self._gates = open_session(gates(model)) if model.gated else None
         # every layer asks for it again, and texts of one cut are of one length
         self._attended = lru_cache(maxsize=1)(self._attention_feed)
         tokens = np.concatenate(texts)

@@ -1,10 +1,11 @@
 """The gate as the decision: gate rows stay in RAM and say which neurons a token needs.
 
 Where the activation has zeros that is exact, and nothing is lost. Elsewhere a neuron is skipped whose gate's
-activation is small (CATS, arXiv 2404.08763), or small for what the neuron weighs. Or those that RAM has anyway are
-preferred, and more of the others skipped (DIP's cache-aware masking, arXiv 2412.01380): RAM has the hottest here and not
-the latest, so that a text does not depend on what was asked before it. How many are skipped is shared out to the layers
-so that in all the outputs err least, and what that costs is measured on text that nothing was fitted to.
+activation is small (CATS, arXiv 2404.08763), or small for what the neuron weighs. Or what RAM has anyway is
+preferred, and more of the rest is skipped (DIP's cache-aware masking, arXiv 2412.01380): here that is what is
+hottest and not what was used last, so that a text does not depend on what was asked before it. How many are skipped
+is shared out to the layers so that in all the outputs err least, and what that costs is measured on text that
+nothing was fitted to.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _error(chosen: Mask, a: Floats, down: Floats, sizes: Floats) -> float:
 
 
 def share_out(layers: Sequence[Layer], level: float) -> None:
-    """Has the layers skip `level` of what fires in all of them and is not preferred, where a tenth of one costs the least error a byte."""
+    """Has the layers skip `level` of what fires and is not preferred, where a tenth costs the least error a byte."""
     if len(layers[0].errors) == 1:
         return
     fired = np.array([layer.fired for layer in layers])
@@ -163,11 +164,6 @@ def share_out(layers: Sequence[Layer], level: float) -> None:
     taken = cheapest[: int(np.searchsorted(skipped, level * fired.sum(), side="right"))]
     for layer, step in zip(layers, np.bincount(taken, minlength=len(layers)).tolist(), strict=True):
         layer.step = step
-
-
-def skippable(layers: Sequence[Layer]) -> str:
-    """What of the layers' neurons `share_out` has them skip a share of."""
-    return "the colder half" if layers[0].preferred.any() else "neurons"
 
 
 @dataclass

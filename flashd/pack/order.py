@@ -26,6 +26,11 @@ def card_order(fired: Mask) -> Numbers:
     return np.concatenate([by_rate[:hot], coactivation_path(fired[-TOKENS:], by_rate[hot:])])
 
 
+def filled(order: Numbers, neurons: int) -> Numbers:
+    """The order of an FFN's neurons with those behind them, so many in all, that only fill its last block."""
+    return np.concatenate([order, np.arange(len(order), neurons)])
+
+
 def coactivation_path(fired: Mask, neurons: Numbers) -> Numbers:
     """`neurons` on a path that begins with the first and goes on to that which fired most often with the last.
 

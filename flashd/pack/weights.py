@@ -67,6 +67,16 @@ class Ffn:
     biases: Floats  # of the input rows, [F, M], or [F, 0] where there are none
     down: Tensor  # [H, F]
 
+    @property
+    def neurons(self) -> int:
+        """F"""
+        return self.down.shape[-1]
+
+    def filled(self, neurons: int) -> tuple[Floats, Floats]:
+        """down_proj [H, n] and the biases [n, M] with so many neurons: those that only fill a block are zero."""
+        filling = neurons - self.neurons
+        return np.pad(self.down.rows(), ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
+
 
 class Weights:
     """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""

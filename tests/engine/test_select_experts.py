@@ -263,7 +263,7 @@ def test_where_most_neurons_fire_experts_stay_whole(
     model = biased("smallthinker", (-1.0,) * LAYERS).write(tmp_path / "m.gguf")
     header = pack(model, tmp_path / "whole.flash", "int4", allowed=Selecting(TEXT, max_loss=0.05))
     assert header.selection is None
-    (line,) = [r.message for r in caplog.records if r.name == "flashd.pack.pack"]
+    (line,) = [r.message for r in caplog.records if r.name == "flashd.pack.selected"]
     assert "packed exact, with whole experts: single neurons take a card" in line and "80 %" in line
     pack(model, tmp_path / "exact.flash", "int4")
     assert (tmp_path / "whole.flash").read_bytes() == (tmp_path / "exact.flash").read_bytes()

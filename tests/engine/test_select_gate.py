@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from flashd.engine.plan import make_plan, rates_of
 from flashd.engine.select import Gate, SelectedFfn
 from flashd.errors import DataError, MemoryTooSmall
 from flashd.pack import gate
+from flashd.pack import gated as gated_layers
 from flashd.pack.calibrate import Seen, hottest
 from flashd.pack.gate import Gating
+from flashd.pack.narrow import Judgement
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
 from tests.engine.test_select import break_off_and_go_on, model_of
@@ -42,7 +44,7 @@ LIKE_TO_COME = "".join(
 @pytest.fixture
 def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a random model's neurons fire, and a card reads across what does not."""
-    monkeypatch.setattr("flashd.pack.pack.WORTH", 9.0)
+    monkeypatch.setattr("flashd.pack.gated.WORTH", 9.0)
 
 
 def source_of(folder: Path, activation: str) -> Path:
@@ -71,7 +73,7 @@ def silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose thresholds lose something, f16 rows. Do not write to it."""
     folder = tmp_path_factory.mktemp("silu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashd.pack.pack.WORTH", 9.0)
+        patch.setattr("flashd.pack.gated.WORTH", 9.0)
         patch.setattr(gate, "LEVELS", (0.4,))
         pack(GOLDENS["llama3"].write(folder / "m.gguf"), folder / "m.flash", "f16", allowed=Gating(0.9, LIKE_TO_COME))
     return folder / "m.flash"
@@ -93,7 +95,7 @@ def test_where_the_activation_has_zeros_it_is_the_exact_model_at_the_same_rows(
     tmp_path: Path, activation: str, kind: RowKind, always_worth: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the down columns of both are rounded in the source's groups
-    monkeypatch.setattr("flashd.pack.pack.hottest", lambda sizes, model, whole: hottest(sizes, model, True))
+    monkeypatch.setattr("flashd.pack.encode.hottest", lambda sizes, model, whole: hottest(sizes, model, True))
     source = source_of(tmp_path, activation)
     header = pack(source, tmp_path / "g.flash", kind, allowed=Gating(0.01, LIKE_TO_COME))
     pack(source, tmp_path / "e.flash", kind)
@@ -274,7 +276,7 @@ def test_neurons_are_weighed_where_that_errs_less(unequal: bool) -> None:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
-    return (r.message for r in caplog.records if r.name == "flashd.pack.pack" and r.levelno >= logging.WARNING)
+    return (r.message for r in caplog.records if r.name == "flashd.pack.gated" and r.levelno >= logging.WARNING)
 
 
 def test_where_no_threshold_costs_so_little_it_says_so_and_packs_exact(
@@ -301,23 +303,40 @@ def test_where_a_card_gains_nothing_by_it_it_says_so_and_packs_exact(
 def test_the_most_that_keeps_to_the_loss_is_taken(
     sparse: Path, tmp_path: Path, allowed: float, level: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a loss that is a tenth of what is skipped."""
-    from flashd.pack.narrow import Judgement
-
-    levels: list[float] = []
-
-    def tried(
-        self: Any, judged: Any, exact: Any, layers: list[gate.Layer], level: float
-    ) -> tuple[Judgement, gate.Asked]:
-        levels.append(level)
-        return Judgement(10.0, 10.0 * (1 + level / 10), 0.0), gate.Asked(100, [1.0], [1.0])
-
-    monkeypatch.setattr("flashd.pack.pack.SPARSE", frozenset())
-    monkeypatch.setattr("flashd.pack.pack.WORTH", 9.0)
-    monkeypatch.setattr("flashd.pack.pack._Packer._try_gates", tried)
+    levels = judged_by_level(monkeypatch, lambda preferring: 1.0)
     s = pack(sparse, tmp_path / "m.flash", "int4", allowed=Gating(allowed, LIKE_TO_COME)).selection
     assert len(levels) <= 2 * 4
     assert (s is None) if level is None else (s is not None and s.loss == pytest.approx(level / 10))
+
+
+@pytest.mark.parametrize("sooner", [False, True])
+def test_the_hotter_half_is_preferred_where_a_card_gives_the_others_sooner(
+    sparse: Path, tmp_path: Path, sooner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged_by_level(monkeypatch, lambda preferring: 1.0 if preferring == sooner else 2.0)
+    pack(sparse, tmp_path / "m.flash", "int4", allowed=Gating(9.0, LIKE_TO_COME))
+    with Bundle(tmp_path / "m.flash") as bundle:
+        floors = np.stack([bundle.floats(f"layer.{i}.floors")[:NEURONS] for i in range(LAYERS)])
+    assert (floors == 0).mean() == (0.5 if sooner else 0)
+
+
+def judged_by_level(monkeypatch: pytest.MonkeyPatch, units: Callable[[bool], float]) -> list[float]:
+    """Of a loss that is a tenth of what is skipped, and `units` asked of the card where the hotter half is preferred.
+
+    Returns the levels that will be tried.
+    """
+    levels: list[float] = []
+
+    def tried(*others: Any) -> gated_layers._Skipping:
+        layers, level = others[-2:]
+        levels.append(level)
+        asked = gate.Asked(100, [units(bool(layers[0].preferred.any()))], [1.0])
+        return gated_layers._Skipping(level, Judgement(10.0, 10.0 * (1 + level / 10), 0.0), asked)
+
+    monkeypatch.setattr("flashd.pack.gated.SPARSE", frozenset())
+    monkeypatch.setattr("flashd.pack.gated.WORTH", 9.0)
+    monkeypatch.setattr("flashd.pack.gated._try", tried)
+    return levels
 
 
 def test_what_has_no_such_gates_is_refused(tmp_path: Path) -> None:
@@ -338,7 +357,7 @@ def test_the_commands_know_it(sparse: Path, tmp_path: Path, capsys: pytest.Captu
     main(["info", str(out), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["selection"] == "gate" and facts["thresholds"] == [0.0] * LAYERS and "ranks" not in facts
-    assert len(facts["chosen"]) == LAYERS and facts["perplexity_loss"] == 0
+    assert len(facts["chosen"]) == LAYERS and abs(facts["perplexity_loss"]) < 1e-6
     main(["plan", str(out), "--memory", "600M"])
     assert "gates" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0

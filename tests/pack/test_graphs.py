@@ -13,7 +13,7 @@ import pytest
 from flashd.bundle.layout import Activation
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
-from flashd.pack import graphs
+from flashd.pack.graph_ffn import activations
 from flashd.session import open_session, start_pool
 
 FORMULAS: dict[Activation, Callable[[Floats], Floats]] = {
@@ -40,7 +40,7 @@ def test_activations(tiny_bundle: Path, name: Activation, gated: bool, biased: b
     bias = random.standard_normal(64 * model.inputs).astype(np.float32) if biased else np.zeros(1, np.float32)
     start_pool(2)
     feed = {"products": products, "bias": bias} if biased else {"products": products}
-    (a,) = open_session(graphs.activations(model)).run(None, feed)
+    (a,) = open_session(activations(model)).run(None, feed)
     pairs = (products + bias).reshape(3, 64, -1)
     up = pairs[..., -1]
     expected = FORMULAS[name](pairs[..., 0])

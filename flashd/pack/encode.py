@@ -1,0 +1,103 @@
+"""A model's matrices as the records of a bundle, some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from flashd.bundle.layout import Model
+from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, NeuronFormat, RowFormat, RowKind
+from flashd.pack.calibrate import hottest, neurons_of
+from flashd.pack.feedback import encode_fed
+from flashd.pack.narrow import Weigh
+from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows
+from flashd.pack.source import Grid
+from flashd.pack.weights import Ffn, Matrix, Numbers
+
+ROWS_AT_ONCE = 1024
+GROUPS_AT_ONCE = 16
+
+
+def nobody(weights: int) -> None:
+    """Is told of weights that are encoded, and does nothing."""
+
+
+class Encoder:
+    """Encodes what a model has.
+
+    Args:
+        count: told each time how many more weights are encoded.
+    """
+
+    def __init__(self, model: Model, count: Callable[[int], None] = nobody) -> None:
+        self._model, self._count = model, count
+
+    def vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
+        """Float32, one behind the other."""
+        for vector in vectors.values():
+            self._count(vector.size)
+            yield vector.tobytes()
+
+    def rows(self, matrix: Matrix, kind: RowKind, centred: bool = True) -> Iterator[bytes]:
+        """A matrix's row records, chunk by chunk."""
+        form = RowFormat(kind, matrix.width)
+        for at in range(0, len(matrix), ROWS_AT_ONCE):
+            yield self._records(matrix, form, slice(at, at + ROWS_AT_ONCE), centred).tobytes()
+
+    def neurons(self, ffn: Ffn, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
+        """An FFN's bundles of one neuron each, in the order of the card."""
+        down, bias = ffn.filled(self._model.expert_neurons)
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            neurons = order[at : at + ROWS_AT_ONCE]
+            records = [self._filled(matrix, form.row, neurons) for matrix in ffn.inputs]
+            self._count(form.hidden * len(neurons))
+            yield encode_neurons(records, down[:, neurons], bias[neurons], form).tobytes()
+
+    def groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
+        """Neurons in their order, 32 a group. Where they are a group of the source, its grid moves over."""
+        every = self._model.expert_neurons
+        (down, bias), grid = ffn.filled(every), ffn.down.grid()
+        columns = np.pad(weigh.neurons, (0, every - ffn.neurons)) if weigh else None
+        factor = weigh.inputs if weigh else None
+        for at in range(0, len(order), GROUPS_AT_ONCE * BLOCK):
+            neurons = order[at : at + GROUPS_AT_ONCE * BLOCK]
+            records = [self._filled(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
+            self._count(form.hidden * len(neurons))
+            some = None if columns is None else columns[neurons]
+            yield encode_groups(
+                records, down[:, neurons], bias[neurons], form, _grid_of(grid, neurons), some
+            ).tobytes()
+
+    def order(self, ffn: Ffn, sizes: Floats) -> Numbers:
+        """The card's order of an FFN's neurons, by their shares in the output [F]."""
+        return hottest(sizes, self._model, whole=ffn.down.grid(slice(1)) is not None)
+
+    def _filled(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
+        """Row records of some neurons; those that only fill the last group are zero."""
+        real = neurons < len(matrix)
+        out = np.zeros((len(neurons), form.nbytes), np.uint8)
+        out[real] = self._records(matrix, form, neurons[real], factor=factor)
+        return out
+
+    def _records(
+        self,
+        matrix: Matrix,
+        form: RowFormat,
+        which: slice | Numbers,
+        centred: bool = True,
+        factor: Floats | None = None,
+    ) -> Bytes:
+        weights = matrix.rows(which)
+        self._count(weights.size)
+        if factor is not None:
+            return encode_fed(weights, form, factor)
+        return encode_rows(weights, form, matrix.grid(which), centred)
+
+
+def _grid_of(grid: Grid | None, neurons: Numbers) -> Grid | None:
+    """Of the grid of a down_proj what some neurons have; None where they are not groups of the source."""
+    groups = neurons[::BLOCK] // BLOCK
+    if grid is None or (neurons != neurons_of(groups)).any():
+        return None
+    return grid[0][:, groups], grid[1][:, groups]

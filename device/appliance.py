@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import gpiozero
@@ -136,14 +136,10 @@ class Appliance:
         self._listening: Triggers | None = None
         with ExitStack() as undo:
             undo.callback(self._sensors.close)
-            try:
+            with _taking_pins():
                 self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
                 self._panel = Panel(settings.outputs, self.jobs)
-            except gpiozero.GPIOZeroError as error:
-                raise ConfigError(f"a pin cannot be used: {error}") from error
-            except ImportError as error:
-                raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
             undo.pop_all()
         self._panel.mute(self._muted)
         if self._is_open:
@@ -151,13 +147,11 @@ class Appliance:
 
     def _listen(self) -> None:
         self._panel.ready()
-        try:
+        with _taking_pins():
             self._listening = Triggers(self._settings.triggers, self._sensors, self._fire, self._panel.notice)
             if self._settings.mute_pin is not None:
                 self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)
-        except gpiozero.GPIOZeroError as error:
-            raise ConfigError(f"a pin cannot be used: {error}") from error
 
     def _drop(self) -> None:
         for each in (self._listening, self._mute_button, self._panel, self._drives, self._sensors):
@@ -183,6 +177,19 @@ class Appliance:
             if event.end is not None:
                 with self._lock:
                     self._drives.decided(event.end)
+
+
+@contextmanager
+def _taking_pins() -> Iterator[None]:
+    """What goes wrong while pins are taken is the configuration's: one that is not there, or that somebody holds."""
+    try:
+        yield
+    except FlashdError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
+    except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
+        raise ConfigError(f"a pin cannot be used: {error}") from error
 
 
 def _prompts(settings: Settings) -> dict[str, Prompt]:

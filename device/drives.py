@@ -15,7 +15,7 @@ import msgspec
 
 from flashd.config import AnyTrigger, Drive
 from flashd.daemon.job import Job, State
-from flashd.errors import NOT_JSON, DataError, FlashdError, InputMissing
+from flashd.errors import NOT_JSON, ConfigError, DataError, FlashdError, InputMissing
 from flashd.newfile import NewFile
 
 log = logging.getLogger(__name__)
@@ -54,14 +54,18 @@ def turn_off(pins: list[Held]) -> None:
     for each in pins:
         try:
             _open(each.pin, each.active_high).close()
-        except gpiozero.GPIOZeroError as error:
-            left.append(f"pin {each.pin}: {error}")
+        except ConfigError as error:
+            left.append(str(error))
     if left:
         raise FlashdError(f"not turned off, is flashd still running? {'; '.join(left)}")
 
 
 def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
-    return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
+    """Raises ConfigError where it cannot be had."""
+    try:
+        return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
+    except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
+        raise ConfigError(f"pin {pin}: {error}") from error
 
 
 def _write_down(pins: list[Held], record: Path) -> None:
@@ -84,7 +88,7 @@ class Drives:
 
     `record` names them as long as pins are held, see `forget`.
 
-    Raises gpiozero.GPIOZeroError where a pin cannot be had, CannotWrite where the record cannot be made.
+    Raises ConfigError where a pin cannot be had, CannotWrite where the record cannot be made.
     """
 
     def __init__(self, triggers: list[AnyTrigger], record: Path) -> None:

@@ -14,9 +14,11 @@ PLUGGED = re.compile(r"^tty(USB|ACM)\d+$")
 def nodes(settings: Settings) -> list[str]:
     """Paths below /dev, and char-KIND for every device of a kind."""
     wanted = {name for entry in settings.serial for name in _of_port(Path(entry.port))}
-    if pins(settings):
+    analog = any(isinstance(sensor, Analog) for sensor in settings.sensors)
+    # gpiozero opens its pins' chip before the converter's bus, even where that selects the chip itself
+    if pins(settings) or analog:
         wanted.add("char-gpiochip")
-    if any(isinstance(sensor, Analog) for sensor in settings.sensors):
+    if analog:
         wanted.add("char-spi")
     if any(isinstance(output, Display) for output in settings.outputs):
         wanted.add("char-i2c")

@@ -8,10 +8,11 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
@@ -21,6 +22,7 @@ import msgspec
 from flashd.config import AnyOutput, Buzzer, Display, Hook, Led, RgbLed, Speech
 from flashd.daemon.job import Event, State
 from flashd.daemon.jobs import Jobs, Watch
+from flashd.errors import InputMissing
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,34 @@ class Output:
         """Lets go of what it holds."""
 
 
+class InTurn:
+    """Of jobs that are answered together, what happens to one after the other: what is spoken or read is one text."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[Event]] = {}  # of jobs that have started; the first one's are passed on at once
+
+    def take(self, event: Event) -> Iterator[Event]:
+        """What is to be followed now. A job that did not come to its answer behind another's is left out."""
+        if event.kind == "started":
+            self._held.setdefault(event.job, [])
+        if event.job not in self._held:
+            return
+        if event.job != next(iter(self._held)):
+            self._held[event.job].append(event)
+            if event.kind == "restarted" or (event.end and event.end.state is not State.DONE):
+                del self._held[event.job]
+            return
+        yield event
+        while event.end or event.kind == "restarted":
+            del self._held[event.job]
+            if not self._held:
+                return
+            job = next(iter(self._held))
+            held, self._held[job] = self._held[job], []
+            yield from held
+            event = held[-1]
+
+
 class Panel:
     """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
 
@@ -76,6 +106,8 @@ class Panel:
         self._muted = False
         self.phase = Phase.LOADING
         self._outputs: list[Output] = []
+        self._failing: set[Output] = set()
+        self._running: set[int] = set()  # jobs, one after the other or together
         self._timer: threading.Timer | None = None
         self._watch: Watch = jobs.watch()
         try:
@@ -111,19 +143,25 @@ class Panel:
     def _follow(self) -> None:
         for event in self._watch:
             if event.kind == "started":
+                self._running.add(event.job)
                 self._enter(Phase.THINKING)
             elif event.kind == "text":
                 self._enter(Phase.ANSWERING)
-            elif event.end is not None:
-                self._enter(Phase.ERROR if event.end.state in (State.FAILED, State.EXPIRED) else Phase.IDLE)
+            elif event.end is not None or event.kind == "restarted":
+                self._running.discard(event.job)
+                failed = event.end is not None and event.end.state in (State.FAILED, State.EXPIRED)
+                self._enter(Phase.ERROR if failed else self._rest())
             self._each(partial(_pass_on, event))
 
     def _each(self, do: Callable[[Output], None]) -> None:
         for output in list(self._outputs):
             try:
                 do(output)
+                self._failing.discard(output)
             except Exception:  # an LED's driver must not stop the display's
-                log.exception("an output failed")
+                if output not in self._failing:
+                    log.exception("an output failed")
+                self._failing.add(output)
 
     def _enter(self, phase: Phase) -> None:
         with self._lock:
@@ -131,17 +169,20 @@ class Panel:
                 self._timer.cancel()
                 self._timer = None
             if phase is Phase.ERROR:
-                self._timer = threading.Timer(ERROR_SECONDS, self._enter, [Phase.IDLE])
+                self._timer = threading.Timer(ERROR_SECONDS, lambda: self._enter(self._rest()))
                 self._timer.daemon = True
                 self._timer.start()
             self._base = phase
             self._show()
 
+    def _rest(self) -> Phase:
+        """What it shows when nothing happens."""
+        return Phase.THINKING if self._running else Phase.IDLE
+
     def _show(self) -> None:
         phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._base
         self.phase = phase
-        for output in self._outputs:
-            output.show(phase)
+        self._each(lambda output: output.show(phase))
 
 
 def _pass_on(event: Event, output: Output) -> None:
@@ -158,7 +199,7 @@ def _output(settings: AnyOutput, jobs: Jobs, muted: Callable[[], bool]) -> Outpu
     if isinstance(settings, Speech):
         return _Speech(settings, muted)
     if isinstance(settings, Display):
-        return _Display(_open_display(settings))
+        return _display(settings)
     return _Hook(settings, jobs)
 
 
@@ -222,6 +263,7 @@ class _Speech(Output):
     def __init__(self, settings: Speech, muted: Callable[[], bool]) -> None:
         self._command, self._muted = settings.command, muted
         self._text = ""
+        self._turns = InTurn()
         self._sentences: Queue[str | None] = Queue(maxsize=256)
         self._speaking: subprocess.Popen[bytes] | None = None
         self._said_missing = False
@@ -229,6 +271,10 @@ class _Speech(Output):
         self._thread.start()
 
     def event(self, event: Event) -> None:
+        for each in self._turns.take(event):
+            self._follow(each)
+
+    def _follow(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
             self._text = ""
         elif event.kind == "text":
@@ -277,11 +323,18 @@ class _Speech(Output):
             self._command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         ) as speaking:
             self._speaking = speaking
+            _goes_first(speaking)
             try:
                 speaking.communicate(sentence.encode(), timeout=SPEECH_SECONDS)
             finally:
                 self._speaking = None
                 _kill(speaking)
+
+
+def _goes_first(program: subprocess.Popen[bytes]) -> None:
+    """Where memory is short the kernel ends this program, and not the daemon in whose group it is."""
+    with suppress(OSError):
+        Path(f"/proc/{program.pid}/oom_score_adj").write_text("1000")
 
 
 def _kill(program: subprocess.Popen[bytes]) -> None:
@@ -290,11 +343,24 @@ def _kill(program: subprocess.Popen[bytes]) -> None:
         os.killpg(program.pid, signal.SIGKILL)
 
 
+def _display(settings: Display) -> Output:
+    """The display, or nothing where none answers: it may hang on loose wires, and the rest goes on without it."""
+    try:
+        return _Display(_open_display(settings))
+    except InputMissing as error:
+        log.warning("%s; left out until a reload or restart", error)
+        return Output()
+
+
 def _open_display(settings: Display) -> Any:
+    """A luma device. Raises ImportError without luma, InputMissing where none answers."""
     from luma.core.interface.serial import i2c
     from luma.oled import device
 
-    return getattr(device, settings.driver)(i2c(port=settings.port, address=settings.address))
+    try:
+        return getattr(device, settings.driver)(i2c(port=settings.port, address=settings.address))
+    except Exception as error:  # luma's and smbus's own are no kin
+        raise InputMissing(f"display {settings.driver} on I2C bus {settings.port}: {error}") from error
 
 
 class _Display(Output):
@@ -306,6 +372,7 @@ class _Display(Output):
         self._device = device
         self._terminal = terminal(device, animate=False)
         self._lock = threading.Lock()
+        self._turns = InTurn()
         self._fresh = True  # what is shown is no part of the answer that begins
 
     def show(self, phase: Phase) -> None:
@@ -319,6 +386,10 @@ class _Display(Output):
             self._fresh = True
 
     def event(self, event: Event) -> None:
+        for each in self._turns.take(event):
+            self._follow(each)
+
+    def _follow(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
             self._fresh = True
         elif event.kind == "text":
@@ -367,6 +438,7 @@ class _Hook(Output):
                     start_new_session=True,
                 )  # fmt: skip
             with program:
+                _goes_first(program)
                 try:
                     program.wait(self._settings.timeout)
                 finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any, Protocol
 
 import gpiozero
@@ -213,6 +213,7 @@ class Clock(_Loop):
         super().__init__(f"trigger {trigger.name}")
         self._trigger, self._fire = trigger, fire
         self._next = None if trigger.at is None else next_time(datetime.now(), trigger.at)
+        self._last: date | None = None  # when it last fired: a clock that is put back does not fire twice on a day
         self._thread.start()
 
     def _pause(self) -> float:
@@ -225,8 +226,9 @@ class Clock(_Loop):
             now = datetime.now()
             assert self._next is not None
             due, self._next = now >= self._next, next_time(now, self._trigger.at)
-            if not due:
+            if not due or now.date() == self._last:
                 return
+            self._last = now.date()
         self._fire(self._trigger.name)
 
 

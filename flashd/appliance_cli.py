@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashd.client import Client, socket_path
-from flashd.console import Waiting
+from flashd.console import Waiting, for_terminal
 from flashd.errors import INTERRUPTED, ConfigError, FlashdError, InputMissing, UsageError
 from flashd.line import as_terminal
 from flashd.places import pins_record
@@ -125,7 +125,7 @@ def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
                 for event in client.ask({**body, "messages": messages}, waiting.show):
                     if piece := event["choices"][0]["delta"].get("content", ""):
                         waiting.close()
-                        print(piece, end="", flush=True)
+                        print(for_terminal(piece), end="", flush=True)
                         said += piece
         except KeyboardInterrupt:
             whole = False
@@ -173,7 +173,7 @@ def _jobs(args: argparse.Namespace) -> None:
         return
     for job in jobs:
         when = datetime.fromtimestamp(job.created).strftime("%Y-%m-%d %H:%M:%S")
-        text = " ".join(job.result.text.split())
+        text = " ".join(for_terminal(job.result.text).split())
         print(f"{job.id:6}  {when}  {job.state:9}  {job.request.source:20}  {text[:60]}")
 
 
@@ -191,8 +191,8 @@ def _show(args: argparse.Namespace) -> None:
         print(msgspec.json.encode(job).decode())
         return
     for turn in job.request.turns:
-        print(f"{turn.role}: {turn.content}")
-    print(f"{job.state} ({job.result.finish}): {job.result.text}")
+        print(for_terminal(f"{turn.role}: {turn.content}"))
+    print(for_terminal(f"{job.state} ({job.result.finish}): {job.result.text}"))
     for name, value in (job.result.probabilities | job.result.figures).items():
         print(f"{name.replace('_', ' '):28} {value:.4g}")
 

@@ -18,7 +18,7 @@ from flashd import appliance_cli, embedded
 from flashd.bundle.layout import Measured, Narrowed, Selection
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
-from flashd.console import MIB, Bar
+from flashd.console import MIB, Bar, for_terminal
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 from flashd.talk import Turns, checked, talk
 
@@ -292,7 +292,7 @@ def _say(
                 bar.close()
                 bar = None
             if not args.json:
-                print(piece, end="", flush=True)
+                print(for_terminal(piece), end="", flush=True)
     except KeyboardInterrupt:
         answer.figures.finish, code = "interrupted", INTERRUPTED
     finally:

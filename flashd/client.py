@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashd.errors import BAD_REQUEST, Busy, FlashdError, NotRunning, UsageError
+from flashd.errors import BAD_REQUEST, MAY_NOT, Busy, FlashdError, NotRunning, UsageError
 
 SOCKET = "/run/flashd/flashd.sock"
 
@@ -37,6 +37,8 @@ class Client:
         self._connection = _Connection(path)
         try:
             self._connection.connect()
+        except PermissionError as error:
+            raise NotRunning(f"{path}: {MAY_NOT}") from error
         except OSError as error:
             raise NotRunning(f"{path}: no daemon answers ({error.strerror}); start it with: flashd serve") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import unicodedata
 from types import TracebackType
 
 from tqdm import tqdm
@@ -12,6 +13,13 @@ from tqdm import tqdm
 MIB = 1 << 20
 CLEAR = "\x1b[K"
 """What takes away the rest of a terminal's row."""
+
+
+def for_terminal(text: str) -> str:
+    """A stranger's text without what a terminal would obey; as it is where standard output is none."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 class Bar:

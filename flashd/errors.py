@@ -12,6 +12,10 @@ NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises of bytes that are not JSON of the wanted kind: other, no text, or too deep."""
 
 
+MAY_NOT = "only for the group flashd; sudo usermod -aG flashd $USER, then log in again"
+"""What is said of the socket and the spool to who may not use them."""
+
+
 class FlashdError(Exception):
     """An error that is part of the interface: its text is the one line that the user reads.
 
@@ -47,6 +51,12 @@ class MemoryTooSmall(FlashdError):
     """The memory budget is below the smallest one that works."""
 
     exit_code = os.EX_CONFIG
+
+
+class MemoryTaken(FlashdError):
+    """The machine has less memory free at the moment than the smallest budget that works."""
+
+    exit_code = os.EX_TEMPFAIL
 
 
 class ConfigError(FlashdError):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from flashd.console import for_terminal
 from tests import tiny
 
 FLASHD = [sys.executable, "-m", "flashd"]
@@ -38,6 +39,13 @@ def refused(done: subprocess.CompletedProcess[bytes], code: int, *words: str) ->
     assert done.stdout == b""
     assert text.startswith("flashd: ") and text.count("\n") == 1 and "Traceback" not in text
     assert all(word in text for word in words), text
+
+
+def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b]52;c;eA==\x07\x9b2J\rb\n\tgrün 👩\u200d🌾"
+    assert for_terminal(text) == text  # piped
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert for_terminal(text) == "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾"
 
 
 def test_bad_model_files(tmp_path: Path, tiny_bundle: Path) -> None:

@@ -12,12 +12,16 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashd.config import Priority, Temperature, TopP
 from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
@@ -28,6 +32,7 @@ MAX_BODY = 1 << 20
 """Bytes of a request's body."""
 
 OBJECT = "flashd"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class _Part(msgspec.Struct):
@@ -93,6 +98,23 @@ class _Completion(_Body, kw_only=True):
     prompt: str
 
 
+class _FromHere:
+    """On loopback, refuses what a browser sends for a page of somebody else's, or by a name that leads here."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        server = scope.get("server")
+        if scope["type"] == "http" and server is not None and server[1] is not None:  # a Unix socket has no port
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if urlsplit(f"//{host}").hostname not in LOOPBACK or origin not in (None, f"http://{host}"):
+                await _error(403, "only for this machine's own pages and programs")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class Api:
     """Routes over a queue of jobs.
 
@@ -125,7 +147,10 @@ class Api:
             Route("/api/triggers/{name:str}", self._start, methods=["POST"]),
             *more,
         ]
-        return Starlette(routes=routes, exception_handlers={FlashdError: _refused, 404: _no_such, 405: _no_such})
+        return Starlette(
+            routes=routes, exception_handlers={FlashdError: _refused, 404: _no_such, 405: _no_such},
+            middleware=[Middleware(_FromHere)],
+        )  # fmt: skip
 
     async def _chat(self, http: HttpRequest) -> Response:
         body = await _decoded(http, _Chat)

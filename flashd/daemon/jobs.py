@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
 
-from flashd.daemon.job import Event, Job, Request, State
+from flashd.daemon.job import MAX_TEXT, Event, Job, Request, State
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite, UsageError
 
@@ -81,10 +81,12 @@ class Jobs:
     def submit(self, request: Request) -> Job:
         """Accepts a request: it is in the spool when this returns.
 
-        Raises Busy where too many wait or its source asks too often; UsageError where it is empty.
+        Raises Busy where too many wait or its source asks too often; UsageError where it is empty or too long.
         """
         if not any(turn.content.strip() for turn in request.turns if turn.role == "user"):
             raise UsageError("the prompt is empty; say what to answer")
+        if (longest := max(len(turn.content) for turn in request.turns)) > MAX_TEXT:
+            raise UsageError(f"a message of {longest} characters; allowed is {MAX_TEXT}")
         with self._changed:
             if self._closed:
                 raise Busy("flashd is stopping; try again when it runs")

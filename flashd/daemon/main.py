@@ -36,7 +36,7 @@ from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import MIB, parse_size, peak
 from flashd.engine.prefixes import Prefixes
 from flashd.engine.schema import Schemas
-from flashd.errors import FlashdError
+from flashd.errors import FlashdError, MemoryTaken, MemoryTooSmall
 from flashd.places import snapshot_folder
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,13 @@ class Daemon:
 
         self._notify.status("loading")
         budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
-        return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
+        try:
+            return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
+        except MemoryTooSmall as error:
+            if s.memory is not None:
+                raise
+            # what takes it may be gone at the next try
+            raise MemoryTaken(f"too little memory is free: {error}") from error
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))

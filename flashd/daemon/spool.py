@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from flashd.daemon.job import Job, Request, Result, State
-from flashd.errors import NOT_JSON, CannotWrite, DataError, InputMissing
+from flashd.errors import MAY_NOT, NOT_JSON, CannotWrite, DataError, InputMissing
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +161,17 @@ def read_one(path: Path, number: int) -> Job | None:
 
 
 def _read(path: Path, where: str, *values: int) -> list[Job]:
-    if not path.exists():
-        raise InputMissing(f"{path}: no spool; has flashd serve run here?")
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        with path.open("rb"):
+            """SQLite would not say why not."""
+        # where nobody writes, and the folder is not ours, SQLite must not want to share the file
+        alone = not path.with_name(f"{path.name}-wal").exists()
+        with closing(sqlite3.connect(f"file:{path}?mode=ro{'&immutable=1' * alone}", uri=True)) as db:
             return _jobs(db, where, *values)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{path}: no spool; has flashd serve run here?") from error
+    except PermissionError as error:
+        raise InputMissing(f"{path}: {MAY_NOT}") from error
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: {error}") from error
 

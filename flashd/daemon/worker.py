@@ -184,6 +184,9 @@ class Worker:
             for running in whose:
                 if self._stopping.is_set() or not self._jobs.wanted(running.job):
                     self._finish(running, State.CANCELLED, "cancelled")
+                elif running.speech is None:  # nothing would go on with a decision that broke off
+                    running.over = True
+                    self._jobs.put_back(running.job)
         except FlashdError as error:
             log.error("%s failed: %s", names, error)
             for running in whose:
@@ -254,6 +257,8 @@ class Worker:
         if request.plain:
             return self._prompts.plain("".join(turn.content for turn in request.turns))
         messages = [Message(turn.role, turn.content) for turn in request.turns]
+        if self.answering.system and all(message.role != "system" for message in messages):
+            messages.insert(0, Message("system", self.answering.system))
         return self._shortened(messages, request) if request.forget else self._prompts.tokens(messages)
 
     def _shortened(self, messages: list[Message], request: Request) -> list[int]:

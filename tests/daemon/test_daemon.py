@@ -24,7 +24,13 @@ import serial
 from gpiozero.pins.mock import MockFactory
 
 from flashd import embedded
+from flashd.bundle.reader import Bundle
 from flashd.cli import main
+from flashd.config import parse
+from flashd.console import MIB
+from flashd.daemon.job import MAX_TEXT
+from flashd.daemon.main import Daemon
+from flashd.errors import MemoryTaken, MemoryTooSmall
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
@@ -116,6 +122,15 @@ def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
     error = reply.json()["error"]
     assert reply.status_code == 400 and "the context room for 511" in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_message_that_the_spool_would_not_give_back_is_refused(http: httpx.Client) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * (MAX_TEXT + 1)}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * (MAX_TEXT + 1)}]}),
+    ):
+        reply = http.post(path, json=body)
+        assert reply.status_code == 400 and f"allowed is {MAX_TEXT}" in reply.json()["error"]["message"]
 
 
 def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, http: httpx.Client) -> None:
@@ -343,6 +358,20 @@ def test_safe_turns_off_what_a_killed_daemon_held(
         assert [bool(s.state) for s in pin.states][:2] == [False, True]
 
 
+def test_memory_that_somebody_else_has_is_waited_for(
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit tries again what ends with 75, and never what ends with 78."""
+    monkeypatch.setattr("flashd.engine.engine.available_memory", lambda: 40 * MIB)
+    with Bundle(packed["int4"]) as bundle:
+        for text, error in (("", MemoryTaken), ("memory: 40M", MemoryTooSmall)):
+            with pytest.raises(error, match="the smallest that works is"):
+                Daemon(parse(text), lambda: parse(""), [])._load(bundle)
+    unit = (Path(__file__).parents[2] / "deploy" / "flashd.service").read_text()
+    (never,) = (line.split("=")[1].split() for line in unit.splitlines() if line.startswith("RestartPrevent"))
+    assert str(MemoryTooSmall.exit_code) in never and str(MemoryTaken.exit_code) not in never
+
+
 def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: Path) -> None:
     for text, code, words in (
         ("memory: 40M", os.EX_CONFIG, "the smallest that works is"),
@@ -386,7 +415,12 @@ def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Pa
         with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
             assert http.get("/health").json() == {"status": "ok"}
         if loopback:
-            assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+            at = f"http://127.0.0.1:{port}/health"
+            assert httpx.get(at).json() == {"status": "ok"}
+            assert httpx.get(at, headers={"Host": f"localhost:{port}"}).status_code == 200
+            assert httpx.get(at, headers={"Origin": f"http://127.0.0.1:{port}"}).status_code == 200
+            for stranger in ({"Host": "flashd.example"}, {"Origin": "http://flashd.example"}, {"Origin": "null"}):
+                assert httpx.get(at, headers=stranger).status_code == 403
         else:
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"http://127.0.0.1:{port}/health")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,33 @@ def test_another_process_may_read(tmp_path: Path) -> None:
     found = reversed(spool.read_latest(tmp_path / "spool.db", 3))
     assert [j.request.turns[0].content for j in found] == ["a", "b"]
     writer.close()
+
+
+def test_who_may_not_read_is_told_why(tmp_path: Path) -> None:
+    """And who may, but not write, reads what a daemon that is stopped has left."""
+    path = tmp_path / "spool.db"
+    writer = Spool(path, keep=5)
+    writer.add(request("a"))
+    writer.close()
+    path.chmod(0o444)
+    tmp_path.chmod(0o555)
+    command = "import sys; from pathlib import Path; from flashd.daemon import spool;"
+    command += "print(len(spool.read_latest(Path(sys.argv[1]), 3)))"
+
+    def as_nobody() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", command, path], capture_output=True, text=True, check=False, user=user
+        )
+
+    user = 65534 if os.getuid() == 0 else os.getuid()
+    try:
+        for folder in tmp_path.parents[:2]:
+            folder.chmod(0o755)
+        assert as_nobody().stdout == "1\n"
+        path.chmod(0)
+        assert "only for the group flashd; sudo usermod -aG flashd $USER" in as_nobody().stderr
+    finally:
+        tmp_path.chmod(0o755)
 
 
 @pytest.mark.parametrize("rot", [b"{", b'{"turns":"\xff"}'])

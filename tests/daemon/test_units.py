@@ -79,6 +79,16 @@ def test_the_kiosk_brings_the_socket_of_its_address() -> None:
         assert "flashd-loopback.socket" in _values(kiosk, "Unit", key)[0].split()
 
 
+def test_the_kiosk_may_use_its_session_s_folder() -> None:
+    """The compositor's socket is in /run/user, which ProtectHome= hides with /home."""
+    assert _values(DEPLOY / "flashd-kiosk.service", "Service", "ProtectHome") == []
+
+
+def test_a_reload_allows_what_the_configuration_names_before_it_is_read() -> None:
+    allow, tell = _values(DEPLOY / "flashd.service", "Service", "ExecReload")
+    assert "flashd allow" in allow and allow.startswith("+-") and "-HUP" in tell
+
+
 def test_a_serial_console_comes_with_its_adapter(tmp_path: Path) -> None:
     root = Root(tmp_path)
     root.systemctl("enable", "flashd-serial@ttyUSB0.service")

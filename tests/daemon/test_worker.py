@@ -12,13 +12,14 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.config import Answering
-from flashd.daemon.job import Job, State
+from flashd.daemon.job import Job, Request, State, Turn
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.plan import MIB, resident_now, smallest
+from flashd.engine.text import Message
 from flashd.errors import CardError
 from tests.daemon.clerk import request
 from tests.waiting import wait
@@ -131,6 +132,22 @@ def office(bundle_path: Path, tmp_path: Path, context: int = 256, tokens: int = 
 
 
 QUESTIONS = ("Hello?", "What is rain?", "Name a colour.")
+
+
+def test_who_brings_no_system_message_has_the_configuration_s(packed: dict[str, Path], tmp_path: Path) -> None:
+    own = (Turn("system", "You are a pirate of the seven seas."), Turn("user", "Hello?"))
+    with office(packed["int4"], tmp_path) as o:
+        o.worker.answering = Answering(max_tokens=1, system="You are a poet.")
+        jobs = [o.jobs.submit(r) for r in (request("Hello?"), Request(turns=own, source="test"))]
+        o.steps.go_on.set()
+        o.worker.start()
+        o.end(*jobs)
+        used = [job.result.figures["prompt_tokens"] for job in jobs]
+    with Bundle(packed["int4"]) as bundle:
+        prompts = Prompts(bundle)
+        poet = prompts.tokens([Message("system", "You are a poet."), Message("user", "Hello?")])
+        pirate = prompts.tokens([Message(turn.role, turn.content) for turn in own])
+    assert used == [len(poet), len(pirate)] and len(poet) != len(pirate)
 
 
 def test_what_comes_meanwhile_is_answered_together(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -61,6 +61,19 @@ def test_a_clock_that_goes_back_fires_at_the_next_time_of_day(monkeypatch: pytes
     assert fired == ["water"]
 
 
+def test_a_clock_that_goes_back_behind_it_does_not_fire_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each autumn, where summer time ends."""
+    wall = Wall(datetime(2026, 10, 25, 2, 29))
+    clock, fired = scheduled(monkeypatch, wall, at="02:30")
+    for minutes in (1, -30, 30, 60):
+        wall.time += timedelta(minutes=minutes)
+        clock._turn()
+    assert fired == ["water"]
+    wall.time = datetime(2026, 10, 26, 2, 31)
+    clock._turn()
+    assert fired == ["water"] * 2
+
+
 def test_a_schedule_in_seconds_does_not_look_at_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     wall = Wall(datetime(2026, 1, 1))
     clock, fired = scheduled(monkeypatch, wall, every=3600.0)

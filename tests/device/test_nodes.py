@@ -24,6 +24,11 @@ outputs: [{kind: display}, {kind: speech}]
     ]  # fmt: skip
 
 
+def test_a_converter_needs_the_chip_of_its_select_pin_too() -> None:
+    settings = parse("sensors: [{kind: mcp3008, name: light, channel: 0}]")
+    assert nodes(settings) == ["char-gpiochip", "char-spi"]
+
+
 def test_nothing_configured_needs_nothing() -> None:
     assert nodes(parse("")) == []
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpiozero import LED
 from gpiozero.pins.mock import MockFactory
 
+from device import outputs
 from device.appliance import Appliance
-from device.outputs import Panel, Phase
+from device.outputs import InTurn, Output, Panel, Phase
 from flashd.cli import main
 from flashd.config import parse
-from flashd.daemon.job import State
+from flashd.daemon.job import Event, Job, State
 from flashd.daemon.jobs import Jobs
-from flashd.errors import CannotWrite
+from flashd.errors import CannotWrite, ConfigError
 from flashd.newfile import NewFile
 from tests.daemon.clerk import Clerk, request
 from tests.waiting import wait
@@ -84,6 +84,97 @@ def test_speech_says_sentence_by_sentence(tmp_path: Path, jobs: Jobs) -> None:
     wait(lambda: said.exists() and "degrees." in said.read_text())
     clerk.permits.release(1)
     wait(lambda: said.read_text().splitlines() == ["It is 21.5 degrees.", "Take a coat!", "Bye"])
+    clerk.close()
+    panel.close()
+
+
+def happens(kind: str, job: int, text: str = "") -> Event:
+    if kind in ("done", "cancelled", "failed"):
+        ended = Job(id=job, request=request(), created=0.0, state=State(kind))
+        return Event(kind="ended", job=job, end=ended)
+    return Event(kind=kind, job=job, text=text)  # type: ignore[arg-type]
+
+
+def followed(*events: Event) -> list[str]:
+    turns = InTurn()
+    return [f"{e.job} {e.end.state if e.end else e.text or e.kind}" for event in events for e in turns.take(event)]
+
+
+def test_answers_that_come_together_are_followed_one_by_one() -> None:
+    assert followed(
+        happens("started", 1), happens("started", 2), happens("text", 2, "b"), happens("text", 1, "a"),
+        happens("done", 2), happens("text", 1, "A"), happens("done", 1), happens("started", 3),
+        happens("text", 3, "c"),
+    ) == ["1 started", "1 a", "1 A", "1 done", "2 b", "2 done", "3 started", "3 c"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cancelled", "failed", "restarted"])
+def test_what_came_to_no_answer_behind_another_is_left_out(kind: str) -> None:
+    events = [happens("started", 1), happens("started", 2), happens("text", 2, "b"), happens(kind, 2)]
+    assert followed(*events, happens("text", 1, "a"), happens("done", 1)) == ["1 started", "1 a", "1 done"]
+    # one that only waited silences nobody
+    assert followed(happens("started", 1), happens("cancelled", 2)) == ["1 started"]
+    # and behind the first one that broke off the next goes on
+    assert (
+        followed(happens("started", 1), happens("started", 2), happens(kind, 1), happens("text", 2, "b"))[-1] == "2 b"
+    )
+
+
+def test_it_shows_that_it_thinks_as_long_as_one_of_several_does(pins: MockFactory, jobs: Jobs) -> None:
+    panel = Panel([], jobs)
+    panel.ready()
+    one, two = jobs.submit(request()), jobs.submit(request())
+    assert jobs.take(1) is not None and jobs.take_beside(two)
+    wait(lambda: panel.phase is Phase.THINKING)
+    jobs.finish(one, State.DONE, "stop")
+    jobs.say(two, "Yes")
+    wait(lambda: panel.phase is Phase.ANSWERING)
+    jobs.finish(two, State.DONE, "stop")
+    wait(lambda: panel.phase is Phase.IDLE)
+    panel.close()
+
+
+class _Loose(Output):
+    """Nothing answers on its wires, from the second phase on."""
+
+    shown = 0
+
+    def show(self, _phase: Phase) -> None:
+        self.shown += 1
+        if self.shown > 1:
+            raise OSError("Remote I/O error")
+
+
+def test_an_output_that_fails_leaves_the_others_going(
+    pins: MockFactory, jobs: Jobs, clerk: Clerk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outputs, "_display", lambda settings: _Loose())
+    panel = Panel(parse("outputs: [{kind: display}, {kind: led, pin: 2}]").outputs, jobs)
+    panel.ready()
+    for _ in range(2):
+        _, watch = jobs.ask(request())
+        list(watch)
+    wait(lambda: panel.phase is Phase.IDLE)
+    panel.close()
+    assert len([r for r in caplog.records if "an output failed" in r.message]) == 1
+
+
+def test_a_display_that_is_not_there_is_left_out(
+    appliance: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("luma.oled")
+    one = appliance("outputs: [{kind: display, port: 199}]\ntriggers: [{kind: manual, name: greet, prompt: p}]")
+    assert "display ssd1306 on I2C bus 199: " in caplog.text and "left out" in caplog.text
+    assert one.start("greet").id == 1
+
+
+def test_what_a_sentence_starts_goes_before_the_daemon_where_memory_is_short(tmp_path: Path, jobs: Jobs) -> None:
+    said = tmp_path / "said"
+    command = f"sleep 0.2; cat /proc/self/oom_score_adj > {said}"
+    panel = Panel(parse(f"outputs: [{{kind: speech, command: [sh, -c, '{command}']}}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["Good morning."])
+    jobs.submit(request())
+    wait(lambda: said.exists() and said.read_text() == "1000\n")
     clerk.close()
     panel.close()
 
@@ -254,6 +345,38 @@ def left_on(pins: MockFactory, number: int, level: bool = True) -> Any:
     return pin
 
 
+def somebody_has(pins: MockFactory, number: int, context: pytest.MonkeyPatch) -> None:
+    """A pin that another process holds: lgpio's error of it gpiozero does not make its own."""
+
+    class Busy(Exception): ...
+
+    real = pins.pin
+
+    def pin(name: int, *more: Any, **other: Any) -> Any:
+        if str(name).removeprefix("GPIO") == str(number):
+            raise Busy("GPIO busy")
+        return real(name, *more, **other)
+
+    context.setattr(pins, "pin", pin)
+
+
+@pytest.mark.parametrize("what", ["drive", "button", "led", "mute"])
+def test_a_reload_with_a_pin_that_somebody_has_leaves_all_as_it_was(
+    what: str, pins: MockFactory, appliance: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = appliance(DECIDES)
+    somebody_has(pins, 9, monkeypatch)
+    other = {
+        "drive": DECIDES.replace("pin: 8", "pin: 9"),
+        "button": "triggers: [{kind: button, name: front, pin: 9, prompt: p}]",
+        "led": "outputs: [{kind: led, pin: 9}]",
+        "mute": "mute_pin: 9",
+    }[what]
+    with pytest.raises(ConfigError, match="GPIO busy"):
+        one.reload(parse(other))
+    assert one.settings == parse(DECIDES) and one.start("plants").id == 1
+
+
 def levels(pin: Any) -> list[bool]:
     """What was on it, up to when it floats again."""
     return [bool(s.state) for s in pin.states][:2]
@@ -309,7 +432,8 @@ def test_safe_turns_off_all_that_it_can(
     record.write_text('[{"pin": 8, "active_high": true}, {"pin": 9, "active_high": false}]')
     pin = left_on(pins, 9, False)
     safe = ["safe", "--config", str(tmp_path / "none.yaml")]
-    with LED(8):  # somebody has it
+    with monkeypatch.context() as context:
+        somebody_has(pins, 8, context)
         assert main(safe) != 0
         assert "pin 8" in capsys.readouterr().err
     assert levels(pin) == [False, True] and record.exists()

@@ -157,7 +157,6 @@ class Panel:
         for output in list(self._outputs):
             try:
                 do(output)
-                self._failing.discard(output)
             except Exception:  # an LED's driver must not stop the display's
                 if output not in self._failing:
                     log.exception("an output failed")

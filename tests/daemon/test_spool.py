@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from flashd.child import in_child
 from flashd.daemon import spool
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
@@ -60,21 +59,19 @@ def test_who_may_not_read_is_told_why(tmp_path: Path) -> None:
     writer.close()
     path.chmod(0o444)
     tmp_path.chmod(0o555)
-    command = "import sys; from pathlib import Path; from flashd.daemon import spool;"
-    command += "print(len(spool.read_latest(Path(sys.argv[1]), 3)))"
 
-    def as_nobody() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", command, path], capture_output=True, text=True, check=False, user=user
-        )
+    def as_nobody() -> int:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        return len(spool.read_latest(path, 3))
 
-    user = 65534 if os.getuid() == 0 else os.getuid()
     try:
         for folder in tmp_path.parents[:2]:
             folder.chmod(0o755)
-        assert as_nobody().stdout == "1\n"
+        assert in_child(as_nobody) == 1
         path.chmod(0)
-        assert "only for the group flashd; sudo usermod -aG flashd $USER" in as_nobody().stderr
+        with pytest.raises(InputMissing, match=r"only for the group flashd; sudo usermod -aG flashd \$USER"):
+            in_child(as_nobody)
     finally:
         tmp_path.chmod(0o755)
 

@@ -61,6 +61,7 @@ def add_commands(commands: Any) -> None:
 
     allow = commands.add_parser("allow", help="tell systemd which devices and how much memory the service may have")
     allow.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
+    allow.add_argument("--devices", action="store_true", help="the devices alone: memory changes with a restart")
     allow.set_defaults(run=_allow)
 
 
@@ -272,15 +273,16 @@ def _safe(args: argparse.Namespace) -> None:
 
 
 def _allow(args: argparse.Namespace) -> None:
-    """flashd allow: the unit runs it before each start, so that its sandbox is what the configuration needs."""
+    """flashd allow: the unit runs it before each start and reload, so that its sandbox is what is configured."""
     _needs_appliance()
     from device.nodes import nodes
     from flashd import config
 
     settings = config.load(args.config)
-    devices = [f"DeviceAllow={node} rw" for node in nodes(settings)]
-    # the figure that the plan obeys binds the whole service; systemd writes sizes as we do
-    properties = ["DeviceAllow=", *devices, f"MemoryMax={settings.memory.upper() if settings.memory else 'infinity'}"]
+    properties = ["DeviceAllow=", *(f"DeviceAllow={node} rw" for node in nodes(settings))]
+    if not args.devices:
+        # the figure that the plan obeys binds the whole service; systemd writes sizes as we do
+        properties.append(f"MemoryMax={settings.memory.upper() if settings.memory else 'infinity'}")
     done = subprocess.run(["systemctl", "set-property", "--runtime", UNIT, *properties], check=False)
     if done.returncode:
         raise UsageError(f"systemctl did not allow {UNIT} what {args.config} names; it needs root")

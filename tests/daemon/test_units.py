@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from flashd.cli import main
 
 pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
 
@@ -86,7 +89,21 @@ def test_the_kiosk_may_use_its_session_s_folder() -> None:
 
 def test_a_reload_allows_what_the_configuration_names_before_it_is_read() -> None:
     allow, tell = _values(DEPLOY / "flashd.service", "Service", "ExecReload")
-    assert "flashd allow" in allow and allow.startswith("+-") and "-HUP" in tell
+    assert "flashd allow --devices " in allow and allow.startswith("+-") and "-HUP" in tell
+
+
+def test_a_reload_leaves_the_memory_that_the_daemon_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "systemctl").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    config = tmp_path / "flashd.yaml"
+    config.write_text("memory: 400m\ntriggers: [{kind: door, name: door, pin: 4, prompt: p}]")
+    devices = "set-property --runtime flashd.service DeviceAllow= DeviceAllow=char-gpiochip rw"
+    for more, memory in (["--devices"], ""), ([], " MemoryMax=400M"):
+        assert main(["allow", "--config", str(config), *more]) == 0
+        assert capfd.readouterr().out == f"{devices}{memory}\n"
 
 
 def test_a_serial_console_comes_with_its_adapter(tmp_path: Path) -> None:

@@ -374,8 +374,9 @@ class Conversation:
         """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
         chunks = self._chunks(reading, PREFILL_TOKENS - (NODES if speaking else 0))
-        trees = self._drafted(speaking, NODES - len(chunks))
         past = self.model.cache.length
+        room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
+        trees = self._drafted(speaking, min(NODES - len(chunks), room))
         logits = self._forward(speaking, trees, chunks, on_step)
         end = past + len(trees.tokens)
         for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
@@ -421,7 +422,6 @@ class Conversation:
     def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
         """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
         started = time.perf_counter()
-        most = min(most, self.model.cache.context - self.model.cache.length)
         guessed, self._ahead = self._ahead, None
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
             guessed = self._guesses([line.end for line in speaking], most)

@@ -252,7 +252,10 @@ class Conversation:
         self._check(prompt)
         limit = min(limit, self.model.cache.context - len(prompt))
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
-        if not self.lines:
+        if self.lines:
+            # held from now on: the text that it is shared with may end before the next pass
+            line.found(self._shared(prompt))
+        else:
             logits = self._recall(prompt, figures)
             line.found(np.arange(len(self.tokens)))
             self.model.cache.hold(len(prompt))

@@ -169,6 +169,26 @@ def test_a_prompt_that_is_read_beside_a_draft_leaves_it_less_room(
     assert out[0] == alone[0] and out[1] == alone[1][: limits[1]]
 
 
+def test_what_a_text_begins_with_stays_when_the_one_that_it_is_shared_with_ends(tiny_bundle: Path) -> None:
+    prompt, other = list(range(100, 130)), list(range(30, 40))
+    with opened(tiny_bundle, 0.5, 128) as model:
+        expected = said(model, [*prompt, 7, 8], Sampling(), False, 6)[0]
+        model.cache.truncate(0)
+        talk = Conversation(model)
+        first, second = begun(talk, prompt, Sampling(), 6), begun(talk, other, Sampling(), 20)
+        for _ in range(3):
+            for _ in talk.go_on():
+                pass
+        third = begun(talk, [*prompt, 7, 8], Sampling(), 6)
+        talk.end(first)
+        while not third.done:
+            for _ in talk.go_on():
+                pass
+        talk.end(third)
+        talk.end(second)
+    assert third.figures.reused_tokens == len(prompt) and third.tokens[-6:] == expected
+
+
 def test_no_more_texts_than_there_is_room_for(packed: dict[str, Path]) -> None:
     with opened(packed["int4"], 0.5, 64) as model:
         talk = Conversation(model)

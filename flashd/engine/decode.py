@@ -387,12 +387,10 @@ class Conversation:
             end += len(chunk)
             if not line.pending:
                 self._is_read(line, logits[i])
-        roots = [trees.root(text) for text in range(len(speaking))]
-        # all of them before anything is said: who listens may go away
-        for line, root in zip(speaking, roots, strict=True):
-            line.append(past + root)
-        for line, root in zip(speaking, roots, strict=True):
-            yield from self._walk(line, trees, root, past, logits)
+        for text, line in enumerate(speaking):
+            # not before its turn: who listens may go away, and a text of which nothing was drawn is then as it was
+            line.append(past + trees.root(text))
+            yield from self._walk(line, trees, trees.root(text), past, logits)
 
     def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
         """The next tokens of prompts, `most` in all."""

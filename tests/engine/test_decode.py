@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,24 @@ def test_what_a_text_begins_with_stays_when_the_one_that_it_is_shared_with_ends(
         talk.end(third)
         talk.end(second)
     assert third.figures.reused_tokens == len(prompt) and third.tokens[-6:] == expected
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_who_listens_may_go_away_between_two_texts(tiny_bundle: Path, taken: int) -> None:
+    prompts = [list(range(100, 110)), list(range(30, 45)), list(range(60, 72))]
+    with opened(tiny_bundle, 0.5, 128) as model:
+        alone = [said(model, p, Sampling(), False, 12)[0] for p in prompts]
+        model.cache.truncate(0)
+        talk = Conversation(model)
+        lines = [begun(talk, p, Sampling(), 12) for p in prompts]
+        while talk.lines:
+            with closing(talk.go_on()) as tokens:
+                # a pass gives each text at least one
+                for _ in itertools.islice(tokens, taken):
+                    pass
+            for line in [line for line in talk.lines if line.done]:
+                talk.end(line)
+    assert [line.tokens[-12:] for line in lines] == alone
 
 
 def test_no_more_texts_than_there_is_room_for(packed: dict[str, Path]) -> None:

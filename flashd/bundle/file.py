@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import stat
 import threading
@@ -26,6 +27,9 @@ Got = TypeVar("Got", int, bytes)
 
 RETRY_SECONDS = 0.25
 """How often a card that is gone is looked for."""
+
+KERNEL_PAGE = max(PAGE, mmap.PAGESIZE)
+"""What the page cache lets go of at the least: 16 KiB on a Raspberry Pi 5."""
 
 
 @dataclass
@@ -113,8 +117,7 @@ class CardFile:
 
     def forget(self, offset: int, length: int) -> None:
         """Takes bytes out of the page cache, so that they come from the card when they are read again."""
-        start = offset // PAGE * PAGE  # the kernel keeps a page of which only a part is named
-        os.posix_fadvise(self._fd, start, -(-(offset + length - start) // PAGE) * PAGE, os.POSIX_FADV_DONTNEED)
+        _forget(self._fd, offset, length)
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -208,3 +211,9 @@ class CardFile:
 
     def _ended(self, at: int) -> CardError:
         return CardError(f"{self.path}: the file ends at byte {at}; was it replaced?")
+
+
+def _forget(fd: int, offset: int, length: int) -> None:
+    start = offset // KERNEL_PAGE * KERNEL_PAGE  # the kernel keeps a page of which only a part is named
+    end = -(-(offset + length) // KERNEL_PAGE) * KERNEL_PAGE
+    os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -95,9 +95,6 @@ def test_patience_ends(card: Card) -> None:
 
 
 def test_who_waits_may_give_up(card: Card) -> None:
-    class Enough(Exception):
-        pass
-
     def while_waiting() -> None:
         raise Enough
 
@@ -122,14 +119,24 @@ def test_another_card_is_not_taken_for_it(card: Card, tiny_bundle: Path) -> None
             text(model)
 
 
-def test_what_failed_while_nobody_asked_is_read_again(card: Card) -> None:
-    """The reads ahead of the next pass fail after the last answer; the card is back before the next question."""
-    with Bundle(card.path) as bundle:
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [CardError, Enough])
+def test_what_failed_while_nobody_asked_is_read_again(card: Card, error: type[Exception]) -> None:
+    """The reads ahead of the next pass fail after the last answer, or who asked for it gave up; the card is back
+    before the next question."""
+
+    def give_up() -> None:
+        raise error
+
+    with Bundle(card.path, Patience(60, give_up)) as bundle:
         stream = CardStream(bundle, [Extent(0, 0, 2), Extent(1, 0, 2)], 2)
         card.pull(after=0)
         stream.read_ahead()
         for read in stream._reads:
-            assert isinstance(read.groups.exception(), CardError)
+            assert isinstance(read.groups.exception(), error)
         card.put_back()
         assert [data.shape[0] for i in range(2) for _, data in stream.section(i)] == [2, 2]
         stream.close()

@@ -1,7 +1,8 @@
 """A file on a card that may be pulled, rot or be written over: reads that notice, and go on when they can.
 
 A file system whose device went away never answers an open descriptor again, even when the card is put back. So
-a read that fails opens the path anew and goes on if the very same file is there.
+a read that fails opens the path anew and goes on if the very same file is there; what fails again then is a bad
+place of the card.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class CardFile:
     def _attempt(self, call: Callable[[int, Any, int], Got], what: Any, at: int) -> Got:
         """One read that gives at least a byte, tried again as far as patience goes."""
         until: float | None = None
-        buffered = False
+        buffered = opened_again = False
         while True:
             try:
                 got = call(self._fd, what, at)
@@ -138,10 +139,15 @@ class CardFile:
                     self._read_buffered()
                     buffered = True
                     continue
-                now, at_first = time.monotonic(), until is None
-                until = now + self._patience.seconds if until is None else until
-                if not (at_first and self._open_again()):
-                    self._wait(until, f"{self.path}: reading at byte {at}: {error.strerror}", error)
+                until = time.monotonic() + self._patience.seconds if until is None else until
+                failed = f"{self.path}: reading at byte {at}: {error.strerror}"
+                if not self._open_again():
+                    self._wait(until, failed, error)
+                elif opened_again:
+                    raise CardError(
+                        f"{failed}, though the card is there; write the file anew, to another if you can"
+                    ) from error
+                opened_again = True
 
     def _wait(self, until: float, what: str, error: OSError) -> None:
         """Returns when the same file can be opened again. Raises CardError when it is too late."""
@@ -166,6 +172,7 @@ class CardFile:
         except OSError:
             return False
         try:
+            _forget(fd, 0, PREFIX.size)  # of a card that is gone the kernel may still have it
             if os.fstat(fd).st_size != self.size or os.pread(fd, PREFIX.size, 0) != self._identity:
                 return False
             self._replace(fd, self._direct)

@@ -15,7 +15,7 @@ import pytest
 from flashd.bundle.file import Patience
 from flashd.bundle.layout import PREFIX, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import CardStream, Extent
+from flashd.engine.card import READ_BYTES, CardStream, Extent
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
 from flashd.errors import CardError
@@ -102,6 +102,22 @@ def test_who_waits_may_give_up(card: Card) -> None:
         card.pull(after=1)
         with pytest.raises(Enough):
             text(model)
+
+
+def test_a_bad_place_is_not_waited_for(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+    def while_waiting() -> None:
+        raise AssertionError("the card is there")
+
+    with model_on(card.path, Patience(60, while_waiting)) as model:
+        section = model._bundle.section("layer.1.ffn")
+        card.wear(section.offset + 9)
+        with pytest.raises(
+            CardError, match=r"model\.flash: reading at byte \d+: .*though the card is there"
+        ) as caught:
+            text(model)
+        at = int(str(caught.value).split("at byte ")[1].split(":")[0])
+        assert at <= section.offset + 9 < at + READ_BYTES
+    assert not [r.message for r in caplog.records if "waiting" in r.message]
 
 
 def test_another_card_is_not_taken_for_it(card: Card, tiny_bundle: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -293,18 +293,20 @@ def available_memory() -> int:
     return min([int(free * 0.9), *_group_limits()])
 
 
-def _group_limits() -> list[int]:
+def _group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Limits of the process's control groups and of all that they are in, less a margin; of both versions."""
     limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in proc.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        for file in (
-            Path(f"/sys/fs/cgroup{path}/memory.max"),
-            Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
-        ):
-            if controllers in ("", "memory") and file.is_file():
-                text = file.read_text().strip()
-                if text.isdigit():
-                    limits.append(int(int(text) * 0.95))
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        group = PurePosixPath(path)
+        for folder in (group, *group.parents):
+            file = root / folder.relative_to("/") / name
+            text = file.read_text().strip() if file.is_file() else ""
+            if text.isdigit():
+                limits.append(int(int(text) * 0.95))
     return limits
 
 

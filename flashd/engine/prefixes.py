@@ -177,6 +177,7 @@ class Prefixes:
 
     def _make_room(self, nbytes: int) -> None:
         """Removes the snapshots that were used longest ago, until so many bytes more are within the bounds."""
+        self._sweep()
         found = sorted((s.st_mtime_ns, s.st_size, p) for p in self._folder.glob("*.kv") if (s := _stat(p)))
         total, count = sum(size for _, size, _ in found), len(found)
         for _, size, path in found:
@@ -184,6 +185,14 @@ class Prefixes:
                 return
             path.unlink(missing_ok=True)
             total, count = total - size, count - 1
+
+    def _sweep(self) -> None:
+        """Removes what a process has left that was killed while it wrote: its snapshot may never be made again."""
+        for left in self._folder.glob(".*.kv.*.partial"):
+            owner = left.name.split(".")[-2]
+            # this one writes nothing now
+            if owner.isdigit() and (int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists()):
+                left.unlink(missing_ok=True)
 
     def _note_use(self, path: Path) -> None:
         if abs(time.time() - path.stat().st_mtime) > USED_SECONDS:

@@ -420,6 +420,17 @@ def test_a_kill_at_each_write_leaves_nothing_bad(
     assert whole and not caplog.records
 
 
+def test_what_was_cut_while_it_was_written_goes_with_the_next(tiny_bundle: Path, tmp_path: Path) -> None:
+    names = [f".0123-{pid}.kv.{pid}.partial" for pid in (1 << 30, os.getpid(), os.getppid())]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(100))
+    teach(tiny_bundle, tmp_path, A)
+    assert {path.name for path in tmp_path.glob(".*")} == set(names)
+    teach(tiny_bundle, tmp_path, A)
+    # who still runs may still be writing
+    assert [path.name for path in tmp_path.glob(".*")] == names[2:] and len(kept(tmp_path)) == 1
+
+
 def test_several_processes_at_once(tiny_bundle: Path, tmp_path: Path) -> None:
     """Each writes, uses and removes what the others do."""
     with process(tiny_bundle, tmp_path) as p:

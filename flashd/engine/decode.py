@@ -65,6 +65,8 @@ class Model(Protocol):
         meanwhile: Meanwhile = nullcontext,
     ) -> Floats: ...  # fmt: skip
 
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]: ...
+
     def close(self) -> None: ...
 
 

@@ -26,6 +26,9 @@ MIB = 1 << 20
 PREFILL_TOKENS = 128
 """Tokens of a prompt that share one pass over the card."""
 
+LOGIT_ROWS = NODES + 1
+"""Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
+
 BUFFERS = 6
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
@@ -232,7 +235,7 @@ def _workspace(header: Header, context: int) -> int:
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     scores = 4 * tokens * context * m.heads
-    logits = 4 * (NODES + 1) * m.vocabulary  # of a tree, and behind the prompt
+    logits = 4 * LOGIT_ROWS * m.vocabulary
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 

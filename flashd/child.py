@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
     receive, send = context.Pipe(duplex=False)
 
     def run() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
         gc.disable()  # what the parent holds, such as pins, is not for the child to close
         try:
             if limits:

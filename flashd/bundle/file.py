@@ -1,13 +1,15 @@
 """A file on a card that may be pulled, rot or be written over: reads that notice, and go on when they can.
 
 A file system whose device went away never answers an open descriptor again, even when the card is put back. So
-a read that fails opens the path anew and goes on if the very same file is there.
+a read that fails opens the path anew and goes on if the very same file is there; what fails again then is a bad
+place of the card.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import stat
 import threading
@@ -26,6 +28,9 @@ Got = TypeVar("Got", int, bytes)
 
 RETRY_SECONDS = 0.25
 """How often a card that is gone is looked for."""
+
+KERNEL_PAGE = max(PAGE, mmap.PAGESIZE)
+"""What the page cache lets go of at the least: 16 KiB on a Raspberry Pi 5."""
 
 
 @dataclass
@@ -113,15 +118,14 @@ class CardFile:
 
     def forget(self, offset: int, length: int) -> None:
         """Takes bytes out of the page cache, so that they come from the card when they are read again."""
-        start = offset // PAGE * PAGE  # the kernel keeps a page of which only a part is named
-        os.posix_fadvise(self._fd, start, -(-(offset + length - start) // PAGE) * PAGE, os.POSIX_FADV_DONTNEED)
+        _forget(self._fd, offset, length)
 
     # --- inside -------------------------------------------------------------------------------------------
 
     def _attempt(self, call: Callable[[int, Any, int], Got], what: Any, at: int) -> Got:
         """One read that gives at least a byte, tried again as far as patience goes."""
         until: float | None = None
-        buffered = False
+        buffered = opened_again = False
         while True:
             try:
                 got = call(self._fd, what, at)
@@ -135,10 +139,15 @@ class CardFile:
                     self._read_buffered()
                     buffered = True
                     continue
-                now, at_first = time.monotonic(), until is None
-                until = now + self._patience.seconds if until is None else until
-                if not (at_first and self._open_again()):
-                    self._wait(until, f"{self.path}: reading at byte {at}: {error.strerror}", error)
+                until = time.monotonic() + self._patience.seconds if until is None else until
+                failed = f"{self.path}: reading at byte {at}: {error.strerror}"
+                if not self._open_again():
+                    self._wait(until, failed, error)
+                elif opened_again:
+                    raise CardError(
+                        f"{failed}, though the card is there; write the file anew, to another if you can"
+                    ) from error
+                opened_again = True
 
     def _wait(self, until: float, what: str, error: OSError) -> None:
         """Returns when the same file can be opened again. Raises CardError when it is too late."""
@@ -163,6 +172,7 @@ class CardFile:
         except OSError:
             return False
         try:
+            _forget(fd, 0, PREFIX.size)  # of a card that is gone the kernel may still have it
             if os.fstat(fd).st_size != self.size or os.pread(fd, PREFIX.size, 0) != self._identity:
                 return False
             self._replace(fd, self._direct)
@@ -208,3 +218,9 @@ class CardFile:
 
     def _ended(self, at: int) -> CardError:
         return CardError(f"{self.path}: the file ends at byte {at}; was it replaced?")
+
+
+def _forget(fd: int, offset: int, length: int) -> None:
+    start = offset // KERNEL_PAGE * KERNEL_PAGE  # the kernel keeps a page of which only a part is named
+    end = -(-(offset + length) // KERNEL_PAGE) * KERNEL_PAGE
+    os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ class Slots:
     def __len__(self) -> int:
         return len(self.arrays()[0])
 
-    def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Slots:
+    def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Self:
         return type(self)(*(a[part] for a in self.arrays()))
 
     def take(self, source: Slots) -> None:

@@ -23,7 +23,6 @@ from flashd.bundle.layout import GAP_BYTES, PAGE, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
 from flashd.engine.cardspeed import CardSpeed
-from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +136,10 @@ class _Card:
         try:
             try:
                 groups = read.groups.result()
-            except CardError:
+            except Exception:
                 if not ahead:
                     raise
-                # it failed some time ago, and the card may be back
+                # it failed some time ago: the card may be back, and who gave up waiting for it was another
                 groups = self._read(read.extent, read.buffer, read.wanted)
             self.stats.waited += time.perf_counter() - started
             yield read.extent, groups

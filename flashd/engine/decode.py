@@ -65,6 +65,8 @@ class Model(Protocol):
         meanwhile: Meanwhile = nullcontext,
     ) -> Floats: ...  # fmt: skip
 
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]: ...
+
     def close(self) -> None: ...
 
 
@@ -252,7 +254,10 @@ class Conversation:
         self._check(prompt)
         limit = min(limit, self.model.cache.context - len(prompt))
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
-        if not self.lines:
+        if self.lines:
+            # held from now on: the text that it is shared with may end before the next pass
+            line.found(self._shared(prompt))
+        else:
             logits = self._recall(prompt, figures)
             line.found(np.arange(len(self.tokens)))
             self.model.cache.hold(len(prompt))
@@ -374,8 +379,9 @@ class Conversation:
         """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
         chunks = self._chunks(reading, PREFILL_TOKENS - (NODES if speaking else 0))
-        trees = self._drafted(speaking, NODES - len(chunks))
         past = self.model.cache.length
+        room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
+        trees = self._drafted(speaking, min(NODES - len(chunks), room))
         logits = self._forward(speaking, trees, chunks, on_step)
         end = past + len(trees.tokens)
         for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
@@ -383,12 +389,10 @@ class Conversation:
             end += len(chunk)
             if not line.pending:
                 self._is_read(line, logits[i])
-        roots = [trees.root(text) for text in range(len(speaking))]
-        # all of them before anything is said: who listens may go away
-        for line, root in zip(speaking, roots, strict=True):
-            line.append(past + root)
-        for line, root in zip(speaking, roots, strict=True):
-            yield from self._walk(line, trees, root, past, logits)
+        for text, line in enumerate(speaking):
+            # not before its turn: who listens may go away, and a text of which nothing was drawn is then as it was
+            line.append(past + trees.root(text))
+            yield from self._walk(line, trees, trees.root(text), past, logits)
 
     def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
         """The next tokens of prompts, `most` in all."""
@@ -421,7 +425,6 @@ class Conversation:
     def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
         """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
         started = time.perf_counter()
-        most = min(most, self.model.cache.context - self.model.cache.length)
         guessed, self._ahead = self._ahead, None
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
             guessed = self._guesses([line.end for line in speaking], most)

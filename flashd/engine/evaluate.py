@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from flashd.bundle.rows import Floats
 from flashd.engine.decode import Model
 from flashd.engine.plan import PREFILL_TOKENS
 from flashd.errors import UsageError
@@ -39,11 +41,37 @@ def perplexity(
         for at in range(0, len(window), PREFILL_TOKENS):
             chunk = window[at : at + PREFILL_TOKENS]
             following = window[at + 1 : at + 1 + len(chunk)]
-            logits = model.forward(chunk, np.arange(len(chunk)))[: len(following)]  # [T, V]
-            top = logits.max(1)
-            log_sum = top + np.log(np.exp(logits - top[:, None]).sum(1))
-            lost += float((log_sum - logits[np.arange(len(following)), following]).sum())
+            foreseen = _Foreseen(following)
+            for first, logits in model.in_parts(chunk):
+                foreseen.see(first, logits[: len(following)])
+            lost += foreseen.lost
             counted += len(following)
             on_progress(start + at + len(chunk), len(tokens))
     mean = lost / counted
     return Evaluation(counted, float(np.exp(mean)), mean / float(np.log(2)))
+
+
+class _Foreseen:
+    """How well tokens [R] were foreseen, by logits of some tokens of the vocabulary at a time."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        self._tokens = tokens
+        self._own = np.zeros(len(tokens))  # logits
+        self._top = np.full(len(tokens), -np.inf)  # the largest logits so far
+        self._sum = np.zeros(len(tokens))  # of all so far, exponentiated, in parts of the largest
+
+    def see(self, first: int, logits: Floats) -> None:
+        """Takes account of logits [R, n] of the tokens from `first` on, and writes over them."""
+        place = self._tokens - first
+        (here,) = np.nonzero((place >= 0) & (place < logits.shape[1]))
+        self._own[here] = logits[here, place[here]]
+        top = np.maximum(self._top, logits.max(1))
+        logits -= top[:, None].astype(np.float32)
+        np.exp(logits, out=logits)
+        self._sum = self._sum * np.exp(self._top - top) + logits.sum(1)
+        self._top = top
+
+    @property
+    def lost(self) -> float:
+        """In nats, of all of them."""
+        return float((self._top + np.log(self._sum) - self._own).sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -12,7 +12,7 @@ from flashd.bundle.rows import Bytes, Floats, PlainRows, QuantRows
 from flashd.engine import graph
 from flashd.engine.card import READ_BYTES, CardStream
 from flashd.engine.ffn import OnStep
-from flashd.engine.plan import Plan
+from flashd.engine.plan import LOGIT_ROWS, Plan
 
 Meanwhile = Callable[[Floats], AbstractContextManager[object]]
 """Called with the logits [R, n] of the likely tokens: what is done while those of the others stream past."""
@@ -37,26 +37,41 @@ class Head:
 
     def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:
         """h [R, H] -> logits [R, V]. Raises CardError, DamagedRun."""
-        kept, layers = len(self._kept), self._model.layers
+        kept = len(self._kept)
         out = np.empty((len(h), self._model.vocabulary), np.float32)
         out[:, :kept] = self.of_likely(h)
         if self._stream is None:
             return out
-        at = kept
         with meanwhile(out[:, :kept]):
-            for _, raw in self._stream.section(self._section):
-                out[:, at : at + len(raw)] = self._product(h, self._copied(raw))
-                at += len(raw)
-                on_step(layers, layers, self._stream.stats.bytes_read)
+            for first, logits in self._of_others(h, self._stream, on_step):
+                out[:, first : first + logits.shape[1]] = logits
         return out
+
+    def in_parts(self, h: Floats, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
+        """The same for some tokens of the vocabulary at a time: (the first one, logits [R, n]).
+
+        However many rows there are, no more is held at once than LOGIT_ROWS of the whole vocabulary take.
+        """
+        kept, most = len(self._kept), max(1, LOGIT_ROWS * self._model.vocabulary // len(h))
+        for first in range(0, kept, most):
+            yield first, self._product(h, self._kept[first : first + most])
+        if self._stream is not None:
+            yield from self._of_others(h, self._stream, on_step)
 
     def of_likely(self, h: Floats) -> Floats:
         """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""
         return self._product(h, self._kept)
 
+    def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
+        """The logits of the tokens whose rows stream past, in parts."""
+        first, layers = len(self._kept), self._model.layers
+        for _, raw in stream.section(self._section):
+            yield first, self._product(h, self._copied(raw))
+            first += len(raw)
+            on_step(layers, layers, stream.stats.bytes_read)
+
     def _copied(self, raw: Bytes) -> QuantRows | PlainRows:
         """Rows as a product wants them, each part by itself."""
         rows = self._passing[: len(raw)]
         rows.take(self._form.views(raw))
-        assert isinstance(rows, QuantRows | PlainRows)
         return rows

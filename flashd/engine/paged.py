@@ -6,8 +6,11 @@ at once.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+
+import numpy as np
 
 from flashd.bundle.layout import STAGES, Model
 from flashd.bundle.reader import Bundle
@@ -100,18 +103,25 @@ class PagedModel:
         all layers are done then, and the cache has the tokens.
         Raises CardError, DamagedRun; the cache is then as it was before.
         """
-        past = self.cache.length
-        self.cache.reserve(past + len(tokens))
-        places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
-        try:
-            x = self._pass(tokens, places, on_step)  # [T, H]
-            self.cache.advance(len(tokens))
-            return self._said(x[wanted], on_step, meanwhile)  # [R, V]
-        except BaseException:
-            # the next pass starts at the first layer, wherever this one broke off
-            self._ffn.restart()
-            self.cache.truncate(past)
-            raise
+        with self._passed(tokens, branches, on_step) as x:
+            return self._said(x[wanted], on_step, meanwhile)
+
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
+        """As forward gives them behind each of `tokens` [T], the logits of some tokens of the vocabulary at a time.
+
+        Each part is (the first one, [T, n]), and takes no more memory than what forward gives a text that grows.
+        """
+        bias = self._vectors.get("head.bias")
+        with self._passed(tokens, None, on_step) as x:
+            (h,) = self._finish(self._vectors, x=x)
+            for first, logits in self._head.in_parts(h, on_step):
+                # what graph.logits does, which takes the whole vocabulary
+                if bias is not None:
+                    logits += bias[first : first + logits.shape[1]]
+                if cap := self._model.logit_cap:
+                    np.tanh(np.divide(logits, np.float32(cap), out=logits), out=logits)
+                    logits *= np.float32(cap)
+                yield first, logits
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
@@ -127,6 +137,22 @@ class PagedModel:
         # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
         (h,) = self._finish(self._vectors, x=x)
         return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
+
+    @contextmanager
+    def _passed(self, tokens: Tokens, branches: Branches | None, on_step: OnStep) -> Iterator[Floats]:
+        """A pass, up to what it is for: [T, H] behind the last layer. If that breaks off, all is as it was before."""
+        past = self.cache.length
+        self.cache.reserve(past + len(tokens))
+        places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
+        try:
+            x = self._pass(tokens, places, on_step)
+            self.cache.advance(len(tokens))
+            yield x
+        except BaseException:
+            # the next pass starts at the first layer, wherever this one broke off
+            self._ffn.restart()
+            self.cache.truncate(past)
+            raise
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from flashd.errors import MemoryTooSmall, UsageError
 MIB = 1 << 20
 PREFILL_TOKENS = 128
 """Tokens of a prompt that share one pass over the card."""
+
+LOGIT_ROWS = NODES + 1
+"""Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
 
 BUFFERS = 6
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
@@ -232,7 +235,7 @@ def _workspace(header: Header, context: int) -> int:
     m, tokens = header.model, min(PREFILL_TOKENS, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     scores = 4 * tokens * context * m.heads
-    logits = 4 * (NODES + 1) * m.vocabulary  # of a tree, and behind the prompt
+    logits = 4 * LOGIT_ROWS * m.vocabulary
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
@@ -293,18 +296,20 @@ def available_memory() -> int:
     return min([int(free * 0.9), *_group_limits()])
 
 
-def _group_limits() -> list[int]:
+def _group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Limits of the process's control groups and of all that they are in, less a margin; of both versions."""
     limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in proc.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        for file in (
-            Path(f"/sys/fs/cgroup{path}/memory.max"),
-            Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
-        ):
-            if controllers in ("", "memory") and file.is_file():
-                text = file.read_text().strip()
-                if text.isdigit():
-                    limits.append(int(int(text) * 0.95))
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        group = PurePosixPath(path)
+        for folder in (group, *group.parents):
+            file = root / folder.relative_to("/") / name
+            text = file.read_text().strip() if file.is_file() else ""
+            if text.isdigit():
+                limits.append(int(int(text) * 0.95))
     return limits
 
 

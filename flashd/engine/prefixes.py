@@ -44,6 +44,9 @@ FREE_BYTES = 128 << 20
 MOST_NOTED, MOST_NOTED_TOKENS = 16, 4096
 """Prompts that are remembered to find what comes twice, and how long they may be."""
 
+MOST_BYTES_OF_NOTES = 1 << 19
+"""Of what is remembered of prompts, as it is written: 7 bytes a token."""
+
 USED_SECONDS = 3600
 """How exactly it is written down when a snapshot was used."""
 
@@ -119,13 +122,13 @@ class Prefixes:
         kept = self._keep(prompt[:common], cache, logits if common == len(prompt) else None, notes)
         if this not in others or kept:
             prompts = others if this in others else [*others[1 - MOST_NOTED :], this]
-            self._write_notes(Notes(prompts=prompts, day=notes.day, written=notes.written + kept))
+            self._write_notes(prompts, notes, kept)
 
     def keep(self, tokens: Sequence[int], cache: KvCache) -> None:
         """Keeps `tokens`, with which the cache begins, as far as the bounds allow."""
         notes = self._read_notes()
         if kept := self._keep(tokens, cache, None, notes):
-            self._write_notes(Notes(prompts=notes.prompts, day=notes.day, written=notes.written + kept))
+            self._write_notes(notes.prompts, notes, kept)
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -138,8 +141,8 @@ class Prefixes:
         if (len(tokens) < RUN and logits is None) or self._has(tokens, cache, logits is not None):
             return 0
         nbytes = snapshot.nbytes(len(tokens), cache, self._source)
-        if notes.written + nbytes > MOST_BYTES_A_DAY:
-            self._say(f"{self._folder}: {MOST_BYTES_A_DAY >> 20} MiB were written today; no more until tomorrow")
+        # what says that it was written is written too
+        if not self._may_write(nbytes + MOST_BYTES_OF_NOTES, notes):
             return 0
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -174,6 +177,7 @@ class Prefixes:
 
     def _make_room(self, nbytes: int) -> None:
         """Removes the snapshots that were used longest ago, until so many bytes more are within the bounds."""
+        self._sweep()
         found = sorted((s.st_mtime_ns, s.st_size, p) for p in self._folder.glob("*.kv") if (s := _stat(p)))
         total, count = sum(size for _, size, _ in found), len(found)
         for _, size, path in found:
@@ -181,6 +185,14 @@ class Prefixes:
                 return
             path.unlink(missing_ok=True)
             total, count = total - size, count - 1
+
+    def _sweep(self) -> None:
+        """Removes what a process has left that was killed while it wrote: its snapshot may never be made again."""
+        for left in self._folder.glob(".*.kv.*.partial"):
+            owner = left.name.split(".")[-2]
+            # this one writes nothing now
+            if owner.isdigit() and (int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists()):
+                left.unlink(missing_ok=True)
 
     def _note_use(self, path: Path) -> None:
         if abs(time.time() - path.stat().st_mtime) > USED_SECONDS:
@@ -208,7 +220,13 @@ class Prefixes:
             notes = Notes()
         return notes if notes.day == today else Notes(prompts=notes.prompts, day=today)
 
-    def _write_notes(self, notes: Notes) -> None:
+    def _write_notes(self, prompts: list[Noted], before: Notes, kept: int) -> None:
+        """Writes which prompts were asked, and that a snapshot of so many bytes was written since."""
+        notes = Notes(prompts=prompts, day=before.day, written=before.written + kept)
+        nbytes = len(msgspec.json.encode(notes))
+        if not kept and not self._may_write(nbytes, before):
+            return
+        notes = msgspec.structs.replace(notes, written=notes.written + nbytes)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with NewFile(self._notes, 0o600) as new:
@@ -216,6 +234,13 @@ class Prefixes:
                 new.publish()
         except (CannotWrite, OSError) as error:
             self._say(f"no snapshot is kept: {error}")
+
+    def _may_write(self, nbytes: int, notes: Notes) -> bool:
+        """Whether so many bytes more are within the day's bound."""
+        if notes.written + nbytes <= MOST_BYTES_A_DAY:
+            return True
+        self._say(f"{self._folder}: {MOST_BYTES_A_DAY >> 20} MiB were written today; no more until tomorrow")
+        return False
 
 
 def _goes_on(earlier: Noted, later: Noted) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,6 +83,10 @@ class ResidentModel:
         self.cache.advance(len(tokens))
         on_step(self._model.layers, self._model.layers, 0)
         return logits
+
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
+        """(0, logits [T, V] behind each of `tokens` [T]): while the model was loaded, more was held."""
+        yield 0, self.forward(tokens, np.arange(len(tokens)), on_step)
 
     def _bound(self) -> Any:
         binding = self._session.io_binding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashd.bundle import layout
+from flashd.bundle import file, layout
+from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.layout import (
     PREFIX,
     BadSection,
@@ -208,3 +210,26 @@ def test_a_damaged_embedding_row_is_found_before_it_is_used(copy: Path) -> None:
         assert bundle.table_rows("head", np.array([31, 48])).shape == (2, 64)
         with pytest.raises(DamagedRun, match=r"'head' is damaged.*run 2"):
             bundle.table_rows("head", np.array([37]))
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [(4096, (20480, 24576)), (16384, (16384, 32768))])
+def test_what_is_forgotten_is_whole_pages_of_the_kernel(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, kernel: int, expected: tuple[int, int]
+) -> None:
+    forgotten = list[tuple[int, int]]()
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            forgotten.append((offset, offset + length))
+
+    monkeypatch.setattr(file, "KERNEL_PAGE", kernel)
+    opened = CardFile(tiny_bundle, Patience())
+    try:
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        opened.forget(20480, 4096)
+        opened.forget(20490, 1)
+        opened.forget(expected[0], expected[1] - expected[0])
+    finally:
+        opened.close()
+    # the kernel keeps a page of which only a part is named
+    assert forgotten == [expected] * 3

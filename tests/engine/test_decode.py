@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import Floats
 from flashd.engine.branches import Branches, behind
 from flashd.engine.card import READ_BYTES
 from flashd.engine.decode import MOST_TEXTS, Conversation, Figures, Line, Model
+from flashd.engine.graph import Tokens
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, lookup
@@ -133,6 +138,75 @@ def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
                 talk.end(line)
     assert broken > 2
     assert [out[line] for line in lines] == [alone[0], alone[1][:5], alone[2]]
+
+
+def test_a_prompt_that_is_read_beside_a_draft_leaves_it_less_room(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 4)
+    prompts, limits = [list(range(100, 120)), list(range(50, 67))], [24, 8]
+    with opened(tiny_bundle, 0.5, 64) as model:
+        alone = [said(model, p, Sampling(), False, n)[0] for p, n in zip(prompts, limits, strict=True)]
+        model.cache.truncate(0)
+        forward, ends = model.forward, list[int]()
+
+        def counted(tokens: Tokens, *rest: Any, **more: Any) -> Floats:
+            ends.append(model.cache.length + len(tokens))
+            return forward(tokens, *rest, **more)
+
+        monkeypatch.setattr(model, "forward", counted)
+        talk, out = Conversation(model), [list[int](), list[int]()]
+        lines = [begun(talk, prompts[0], Sampling(), limits[0])]
+        while talk.lines:
+            if len(lines) == 1 and lines[0].said >= 19:
+                # what both may say fills the context
+                limits[1] = 64 - model.cache.length - lines[0].to_come - len(prompts[1])
+                assert 1 <= limits[1] <= 8 and talk.fits(prompts[1], limits[1])
+                lines.append(begun(talk, prompts[1], Sampling(), limits[1]))
+            for line, token in talk.go_on():
+                out[lines.index(line)].append(token)
+            for line in [line for line in talk.lines if line.done]:
+                talk.end(line)
+    assert len(lines) == 2 and max(ends) == 64
+    assert out[0] == alone[0] and out[1] == alone[1][: limits[1]]
+
+
+def test_what_a_text_begins_with_stays_when_the_one_that_it_is_shared_with_ends(tiny_bundle: Path) -> None:
+    prompt, other = list(range(100, 130)), list(range(30, 40))
+    with opened(tiny_bundle, 0.5, 128) as model:
+        expected = said(model, [*prompt, 7, 8], Sampling(), False, 6)[0]
+        model.cache.truncate(0)
+        talk = Conversation(model)
+        first, second = begun(talk, prompt, Sampling(), 6), begun(talk, other, Sampling(), 20)
+        for _ in range(3):
+            for _ in talk.go_on():
+                pass
+        third = begun(talk, [*prompt, 7, 8], Sampling(), 6)
+        talk.end(first)
+        while not third.done:
+            for _ in talk.go_on():
+                pass
+        talk.end(third)
+        talk.end(second)
+    assert third.figures.reused_tokens == len(prompt) and third.tokens[-6:] == expected
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_who_listens_may_go_away_between_two_texts(tiny_bundle: Path, taken: int) -> None:
+    prompts = [list(range(100, 110)), list(range(30, 45)), list(range(60, 72))]
+    with opened(tiny_bundle, 0.5, 128) as model:
+        alone = [said(model, p, Sampling(), False, 12)[0] for p in prompts]
+        model.cache.truncate(0)
+        talk = Conversation(model)
+        lines = [begun(talk, p, Sampling(), 12) for p in prompts]
+        while talk.lines:
+            with closing(talk.go_on()) as tokens:
+                # a pass gives each text at least one
+                for _ in itertools.islice(tokens, taken):
+                    pass
+            for line in [line for line in talk.lines if line.done]:
+                talk.end(line)
+    assert [line.tokens[-12:] for line in lines] == alone
 
 
 def test_no_more_texts_than_there_is_room_for(packed: dict[str, Path]) -> None:

@@ -7,12 +7,14 @@ import logging
 import multiprocessing
 import os
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -24,7 +26,14 @@ from flashd.engine.card import READ_BYTES
 from flashd.engine.decode import Conversation, Figures, Model
 from flashd.engine.paged import PagedModel
 from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
-from flashd.engine.prefixes import Prefixes
+from flashd.engine.prefixes import (
+    MOST_BYTES_OF_NOTES,
+    MOST_NOTED,
+    MOST_NOTED_TOKENS,
+    Noted,
+    Notes,
+    Prefixes,
+)
 from flashd.engine.resident import ResidentModel
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.snapshot import RUN
@@ -328,6 +337,34 @@ def test_the_bounds(
     assert kept(tmp_path) == before and caplog.text.count("written today") == 1
 
 
+def test_what_prompts_were_asked_counts_as_written_too(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bounds, "MOST_BYTES_A_DAY", 20_000)
+    real, written = os.pwrite, list[int]()
+
+    def counted(fd: int, data: memoryview, offset: int) -> int:
+        written.append(len(data))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    prompts = [[n, *range(100, 200)] for n in range(60)]
+    teach(tiny_bundle, tmp_path, *prompts)
+    assert 15_000 < sum(written) <= 20_000 and kept(tmp_path) == []
+    assert caplog.text.count("written today") == 1
+    tomorrow = time.time() + 86400
+    monkeypatch.setattr(time, "time", lambda: tomorrow)
+    written.clear()
+    teach(tiny_bundle, tmp_path, [70, 71])
+    assert len(written) == 1
+
+
+def test_the_notes_are_within_what_is_left_for_them() -> None:
+    prompt = Noted("f" * 16, [999_999] * MOST_NOTED_TOKENS)
+    notes = Notes(prompts=[prompt] * MOST_NOTED, day=1 << 20, written=1 << 40)
+    assert len(msgspec.json.encode(notes)) <= MOST_BYTES_OF_NOTES
+
+
 @pytest.mark.parametrize("how", ["full", "nearly full", "read-only"])
 def test_where_nothing_can_be_written_that_is_said_once(
     how: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -381,6 +418,17 @@ def test_a_kill_at_each_write_leaves_nothing_bad(
                 p.talk = Conversation(p.model, p.talk.prefixes)
                 p.logits(A)
     assert whole and not caplog.records
+
+
+def test_what_was_cut_while_it_was_written_goes_with_the_next(tiny_bundle: Path, tmp_path: Path) -> None:
+    names = [f".0123-{pid}.kv.{pid}.partial" for pid in (1 << 30, os.getpid(), os.getppid())]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(100))
+    teach(tiny_bundle, tmp_path, A)
+    assert {path.name for path in tmp_path.glob(".*")} == set(names)
+    teach(tiny_bundle, tmp_path, A)
+    # who still runs may still be writing
+    assert [path.name for path in tmp_path.glob(".*")] == names[2:] and len(kept(tmp_path)) == 1
 
 
 def test_several_processes_at_once(tiny_bundle: Path, tmp_path: Path) -> None:

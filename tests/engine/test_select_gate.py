@@ -428,4 +428,4 @@ def test_one_format_for_the_file_and_the_window(gated: Path) -> None:
     assert isinstance(form, PairFormat) and len(raw) == FILLED
     slots = form.empty(3)
     slots.take(form.views(raw)[:3])
-    assert slots.nbytes == 3 * form.nbytes and np.array_equal(slots.down, form.views(raw)[:3].down)  # type: ignore[attr-defined]
+    assert slots.nbytes == 3 * form.nbytes and np.array_equal(slots.down, form.views(raw)[:3].down)

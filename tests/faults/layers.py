@@ -50,6 +50,10 @@ class Card:
     def flip(self, offset: int, times: int = 1 << 30) -> None:
         self._layer.set(Faults(card=self._number, flips=[Flip(offset, times)]))
 
+    def wear(self, offset: int) -> None:
+        """No read of that byte succeeds again."""
+        self._layer.set(Faults(card=self._number, bad=offset))
+
     def hand_out(self, most: int) -> None:
         """Gives at most so many bytes a read."""
         self._layer.set(Faults(card=self._number, most=most))

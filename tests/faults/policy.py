@@ -24,6 +24,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True):
     most: int | None = None  # bytes that a read gives at most
     delay: float = 0.0  # seconds more that a read takes
     flips: list[Flip] = []
+    bad: int | None = None  # a byte that no read gives
 
 
 class Policy:
@@ -47,6 +48,8 @@ class Policy:
         time.sleep(self.faults.delay)
         self._check(card)
         self._reads += 1
+        if self.faults.bad is not None and offset <= self.faults.bad < offset + len(data):
+            raise OSError(errno.EIO, "a bad sector")
         out = bytearray(data)
         for i, flip in enumerate(self.faults.flips):
             if offset <= flip.offset < offset + len(out) and self._flipped[i] < flip.times:

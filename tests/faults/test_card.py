@@ -15,7 +15,7 @@ import pytest
 from flashd.bundle.file import Patience
 from flashd.bundle.layout import PREFIX, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import CardStream, Extent
+from flashd.engine.card import READ_BYTES, CardStream, Extent
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
 from flashd.errors import CardError
@@ -95,9 +95,6 @@ def test_patience_ends(card: Card) -> None:
 
 
 def test_who_waits_may_give_up(card: Card) -> None:
-    class Enough(Exception):
-        pass
-
     def while_waiting() -> None:
         raise Enough
 
@@ -105,6 +102,22 @@ def test_who_waits_may_give_up(card: Card) -> None:
         card.pull(after=1)
         with pytest.raises(Enough):
             text(model)
+
+
+def test_a_bad_place_is_not_waited_for(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+    def while_waiting() -> None:
+        raise AssertionError("the card is there")
+
+    with model_on(card.path, Patience(60, while_waiting)) as model:
+        section = model._bundle.section("layer.1.ffn")
+        card.wear(section.offset + 9)
+        with pytest.raises(
+            CardError, match=r"model\.flash: reading at byte \d+: .*though the card is there"
+        ) as caught:
+            text(model)
+        at = int(str(caught.value).split("at byte ")[1].split(":")[0])
+        assert at <= section.offset + 9 < at + READ_BYTES
+    assert not [r.message for r in caplog.records if "waiting" in r.message]
 
 
 def test_another_card_is_not_taken_for_it(card: Card, tiny_bundle: Path) -> None:
@@ -122,14 +135,24 @@ def test_another_card_is_not_taken_for_it(card: Card, tiny_bundle: Path) -> None
             text(model)
 
 
-def test_what_failed_while_nobody_asked_is_read_again(card: Card) -> None:
-    """The reads ahead of the next pass fail after the last answer; the card is back before the next question."""
-    with Bundle(card.path) as bundle:
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [CardError, Enough])
+def test_what_failed_while_nobody_asked_is_read_again(card: Card, error: type[Exception]) -> None:
+    """The reads ahead of the next pass fail after the last answer, or who asked for it gave up; the card is back
+    before the next question."""
+
+    def give_up() -> None:
+        raise error
+
+    with Bundle(card.path, Patience(60, give_up)) as bundle:
         stream = CardStream(bundle, [Extent(0, 0, 2), Extent(1, 0, 2)], 2)
         card.pull(after=0)
         stream.read_ahead()
         for read in stream._reads:
-            assert isinstance(read.groups.exception(), CardError)
+            assert isinstance(read.groups.exception(), error)
         card.put_back()
         assert [data.shape[0] for i in range(2) for _, data in stream.section(i)] == [2, 2]
         stream.close()

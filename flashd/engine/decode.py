@@ -24,7 +24,6 @@ from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
 from flashd.engine.head import Meanwhile
 from flashd.engine.kv import KvCache
-from flashd.engine.plan import PREFILL_TOKENS
 from flashd.engine.prefixes import Prefixes
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.snapshot import RUN, shared
@@ -41,6 +40,8 @@ class Model(Protocol):
     """A forward pass over a KV cache: PagedModel or ResidentModel."""
 
     cache: KvCache
+    pass_tokens: int
+    """Of prompts, that a pass takes."""
 
     @property
     def card(self) -> CardStats: ...
@@ -378,7 +379,7 @@ class Conversation:
     def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
         """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
-        chunks = self._chunks(reading, PREFILL_TOKENS - (NODES if speaking else 0))
+        chunks = self._chunks(reading, self.model.pass_tokens - (NODES if speaking else 0))
         past = self.model.cache.length
         room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
         trees = self._drafted(speaking, min(NODES - len(chunks), room))

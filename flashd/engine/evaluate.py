@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from flashd.bundle.rows import Floats
 from flashd.engine.decode import Model
-from flashd.engine.plan import PREFILL_TOKENS
 from flashd.errors import UsageError
 
 
@@ -38,8 +37,8 @@ def perplexity(
         window = np.array(tokens[start : start + model.cache.context], np.int64)
         model.cache.truncate(0)
         model.cache.hold(0)
-        for at in range(0, len(window), PREFILL_TOKENS):
-            chunk = window[at : at + PREFILL_TOKENS]
+        for at in range(0, len(window), model.pass_tokens):
+            chunk = window[at : at + model.pass_tokens]
             following = window[at + 1 : at + 1 + len(chunk)]
             foreseen = _Foreseen(following)
             for first, logits in model.in_parts(chunk):

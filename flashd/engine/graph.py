@@ -42,6 +42,9 @@ Vectors = dict[str, Floats]
 TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 a part at a time; a part this large stays in a processor's cache."""
 
+TOKENS_AT_ONCE = 128
+"""Tokens that go through a product together. A pass may have more, for which its temporaries need not be larger."""
+
 
 @cache
 def use_threads(threads: int) -> None:
@@ -94,10 +97,13 @@ class Ffn:
         hidden = x.shape[1]
         # the input rows of 32 neurons, widened
         part = max(1, TEMPORARY_BYTES // (4 * hidden * self._inputs * BLOCK))
-        feed = {"x": x} if isinstance(groups, PlainGroups | TernaryGroups) else {"x": x, "sums": block_sums(x)}
         out = np.zeros((len(x), self._width), np.float32)
-        for start in range(0, len(groups), part):
-            out += self._part(feed, groups[start : start + part], hidden)
+        for at in range(0, len(x), TOKENS_AT_ONCE):
+            some, y = x[at : at + TOKENS_AT_ONCE], out[at : at + TOKENS_AT_ONCE]
+            plain = isinstance(groups, PlainGroups | TernaryGroups)
+            feed = {"x": some} if plain else {"x": some, "sums": block_sums(some)}
+            for start in range(0, len(groups), part):
+                y += self._part(feed, groups[start : start + part], hidden)
         return out
 
     def _part(self, feed: dict[str, Floats], g: Any, hidden: int) -> Floats:
@@ -307,6 +313,16 @@ class Places:
     past: int
     positions: npt.NDArray[np.int64]  # [1, T]
     bias: Floats  # [1, 1, T, past + T], added to attention's scores
+
+    def parts(self, most: int) -> list[tuple[slice, Places]]:
+        """Up to `most` of the tokens at a time: which, and where they stand behind those before them."""
+        tokens = self.positions.shape[1]
+        parts = [slice(at, min(at + most, tokens)) for at in range(0, tokens, most)]
+        return [(part, self._part(part)) for part in parts]
+
+    def _part(self, part: slice) -> Places:
+        bias = np.ascontiguousarray(self.bias[:, :, part, : self.past + part.stop])
+        return Places(self.past + part.start, self.positions[:, part], bias)
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:

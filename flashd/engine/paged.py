@@ -6,7 +6,7 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from flashd.engine.ffn import FeedForward, OnStep, StreamedFfn, silent
 from flashd.engine.graph import Places, Tokens
 from flashd.engine.head import Head, Meanwhile
 from flashd.engine.kv import KvCache
-from flashd.engine.plan import Plan
+from flashd.engine.plan import Plan, pass_tokens
 from flashd.engine.select import SelectedFfn
 from flashd.engine.speculate import NODES, Guesses
 
@@ -42,6 +42,11 @@ def _feed_forward(bundle: Bundle, plan: Plan) -> FeedForward:
     if header.selection:
         return SelectedFfn(bundle, plan)
     return ExpertFfn(bundle, plan) if header.model.experts else StreamedFfn(bundle, plan)
+
+
+def _joined(parts: list[Floats]) -> Floats:
+    """[T, H] of parts of the tokens."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class PagedModel:
@@ -71,6 +76,7 @@ class PagedModel:
         except BaseException:
             self.close()
             raise
+        self.pass_tokens = pass_tokens(bundle.header)
         # where attention slides, a branch's slot in the cache would be taken for its place in the text
         self.branches = not any(kind.window for kind in self._model.attention)
 
@@ -156,17 +162,25 @@ class PagedModel:
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
-        x = self._embed(tokens, places.positions[0])
+        x, parts = self._embed(tokens, places.positions[0]), places.parts(graph.TOKENS_AT_ONCE)
         for i, layer in enumerate(self._layers):
             if exact:
                 self._ffn.enter(i, x)
-            (h,) = self._enter(layer.vectors, x=x)
-            heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
-            x, h = self._middle(layer.vectors, x=x, h=h, branch=self._attention_linear(heads, layer.output))
+            x, h = self._attended(i, x, parts)
             y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
-            (x,) = self._leave(layer.vectors, x=x, branch=y)
+            x = _joined([self._leave(layer.vectors, x=x[part], branch=y[part])[0] for part, _ in parts])
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
+
+    def _attended(self, i: int, x: Floats, parts: Sequence[tuple[slice, Places]]) -> tuple[Floats, Floats]:
+        """x and h [T, H] behind a layer's attention, which some tokens go through at a time."""
+        layer, done = self._layers[i], []
+        for part, places in parts:
+            (h,) = self._enter(layer.vectors, x=x[part])
+            heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
+            branch = self._attention_linear(heads, layer.output)
+            done.append(self._middle(layer.vectors, x=x[part], h=h, branch=branch))
+        return _joined([x for x, _ in done]), _joined([h for _, h in done])
 
     def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
         """Logits [R, V] of x [R, H] behind the last layer."""

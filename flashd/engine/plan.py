@@ -16,15 +16,15 @@ from flashd.bundle.layout import ROWS_OF_A_RUN, Header, Model, Part
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import BLOCK, Floats, RowFormat
 from flashd.engine.card import READ_BYTES, buffer_bytes, units_of_a_read
-from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES
+from flashd.engine.graph import KEPT_ROWS, TEMPORARY_BYTES, TOKENS_AT_ONCE
 from flashd.engine.kv import cache_bytes, lendable_bytes
 from flashd.engine.policy import shares
 from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
 
 MIB = 1 << 20
-PREFILL_TOKENS = 128
-"""Tokens of a prompt that share one pass over the card."""
+PREFILL_TOKENS = 256
+"""Tokens of a prompt that share one pass over the card, where all of them need all groups."""
 
 LOGIT_ROWS = NODES + 1
 """Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
@@ -225,15 +225,22 @@ def _reading_parts(header: Header) -> dict[str, int]:
         # a read's neurons are there twice: as they came, and those that were wanted
         "window and read-ahead": (BUFFERS + 1) * buffer_bytes(max(READ_BYTES, size))
         + 20 * m.layers * m.neurons
-        + of_token * PREFILL_TOKENS * m.neurons
+        + of_token * TOKENS_AT_ONCE * m.neurons
         + gathered,
     }
 
 
+def pass_tokens(header: Header) -> int:
+    """Tokens of prompts that a pass of a model that does not fit takes: the more, the fewer passes they need."""
+    return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
+
+
 def _workspace(header: Header, context: int) -> int:
     """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
-    m, tokens = header.model, min(PREFILL_TOKENS, context)
+    m, tokens, more = header.model, min(TOKENS_AT_ONCE, context), pass_tokens(header) - TOKENS_AT_ONCE
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
+    # what a pass has of the tokens that are not in a product at the moment, and what they may look at
+    activations += 4 * more * (5 * m.hidden + 2 * context)
     scores = 4 * tokens * context * m.heads
     logits = 4 * LOGIT_ROWS * m.vocabulary
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
@@ -266,7 +273,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
 
 
 def _resident_workspace(header: Header) -> int:
-    m, tokens = header.model, PREFILL_TOKENS
+    m, tokens = header.model, TOKENS_AT_ONCE
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
     return activations + 12 * m.vocabulary
 

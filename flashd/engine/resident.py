@@ -51,6 +51,7 @@ class ResidentModel:
         self.card = CardStats()
         self.hit_rate = 1.0
         self.pages = self.drafts = self.branches = False
+        self.pass_tokens = graph.TOKENS_AT_ONCE
         self._session = open_session(bundle.read("graph.resident"), self._initialisers(on_step))
         self._embed = graph.Embedder(bundle)
         self._rotary = graph.Rotary(bundle, plan.context)

@@ -67,7 +67,7 @@ sys.exit(code)
 
 
 def test_the_peak_stays_under_the_budget(packed: dict[str, Path]) -> None:
-    text = ["eval", str(packed["int4"]), "--text", str(DATA / "chat.txt"), "--json"]
+    text = ["eval", str(packed["int4"]), "--text", str(DATA / "prose.txt"), "--json"]
     done = subprocess.run(
         [sys.executable, "-c", EVAL, *text, "--memory", "200M", "--context", "512"], capture_output=True, check=False
     )

@@ -14,6 +14,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import RowKind
+from flashd.engine import graph
+from flashd.engine.branches import Branches, behind
 from flashd.engine.decode import Model
 from flashd.engine.engine import Prompts
 from flashd.engine.paged import PagedModel
@@ -21,6 +23,7 @@ from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups
 from flashd.engine.resident import ResidentModel
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.goldens.models import GOLDENS, TOKENS
 from tests.reference import Floats, Reference, kl, relative
 
 
@@ -191,3 +194,22 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_right(tiny_bundle: Path) -> 
             model.forward(tokens, np.array([9]), stop_in_layer_one)
         assert model.cache.length == 0
         assert np.array_equal(model.forward(tokens, np.array([9])), expected)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "opt", "phi2", "bitnet"])
+def test_a_pass_may_have_more_tokens_than_go_through_a_product_together(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
+    tokens, parents = TOKENS.tolist(), [behind(0), 0, 0, 1, 1, 3, 2, 6]
+    found = []
+    for at_once in (128, 5):
+        monkeypatch.setattr(graph, "TOKENS_AT_ONCE", at_once)
+        with opened(tmp_path / "m.flash", 0.5, 64) as model:
+            logits = all_logits(model, tokens, 48)
+            if model.branches:
+                some = np.array(tokens[: len(parents)])
+                branches = Branches([np.arange(40)], parents)
+                logits = np.concatenate([logits, model.forward(some, np.arange(len(some)), branches=branches)])
+            found.append(logits)
+    assert relative(found[0], found[1]) < 1e-5

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Bytes, Floats, PlainRows, QuantRows
+from flashd.bundle.rows import Bytes, Floats, Rows
 from flashd.engine import graph
 from flashd.engine.card import READ_BYTES, CardStream
 from flashd.engine.ffn import OnStep
@@ -70,7 +70,7 @@ class Head:
             first += len(raw)
             on_step(layers, layers, stream.stats.bytes_read)
 
-    def _copied(self, raw: Bytes) -> QuantRows | PlainRows:
+    def _copied(self, raw: Bytes) -> Rows:
         """Rows as a product wants them, each part by itself."""
         rows = self._passing[: len(raw)]
         rows.take(self._form.views(raw))

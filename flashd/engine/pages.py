@@ -44,6 +44,16 @@ def use_small_pages() -> None:
             getattr(_libc(), name)(*arguments)
 
 
+def give_back_freed_memory() -> None:
+    """Returns the C library's free pages to the kernel.
+
+    Loading a vocabulary of 151,000 tokens leaves 98 MiB resident, of which 51 are free; SmolLM2's constant graphs,
+    while they were made, some 80 MiB.
+    """
+    if hasattr(_libc(), "malloc_trim"):  # not in another C library
+        _libc().malloc_trim(0)
+
+
 @cache
 def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)

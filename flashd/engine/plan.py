@@ -23,6 +23,10 @@ from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
 
 MIB = 1 << 20
+LOADING = 1.5
+"""What is held of constant weights beside them while they are repacked, in parts of them: with onnxruntime 1.32 1.4
+for Qwen2.5-Coder-1.5B and 1.3 for SmolLM2."""
+
 PREFILL_TOKENS = 256
 """Tokens of a prompt that share one pass over the card, where all of them need all groups."""
 
@@ -267,7 +271,7 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
         packed, steps = rows * form.width * max(form.bits, 4) // 8, 4 * rows * form.blocks
         weights += packed + 2 * steps
     return {
-        "graphs": SESSIONS, "constant weights": weights, "weights while loading": weights,
+        "graphs": SESSIONS, "constant weights": weights, "weights while loading": int(LOADING * weights),
         "workspace": _resident_workspace(header) + SLACK,
     }  # fmt: skip
 

@@ -33,6 +33,7 @@ from flashd.engine.ffn import OnStep, silent
 from flashd.engine.graph import Tokens
 from flashd.engine.head import Meanwhile
 from flashd.engine.kv import KvCache
+from flashd.engine.pages import give_back_freed_memory
 from flashd.engine.plan import Plan
 from flashd.engine.speculate import Guesses
 from flashd.session import open_session
@@ -53,6 +54,7 @@ class ResidentModel:
         self.pages = self.drafts = self.branches = False
         self.pass_tokens = graph.TOKENS_AT_ONCE
         self._session = open_session(bundle.read("graph.resident"), self._initialisers(on_step))
+        give_back_freed_memory()
         self._embed = graph.Embedder(bundle)
         self._rotary = graph.Rotary(bundle, plan.context)
         self._binding = self._bound()

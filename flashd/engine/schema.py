@@ -13,7 +13,7 @@ import numpy as np
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Floats
-from flashd.engine.text import give_back_freed_memory
+from flashd.engine.pages import give_back_freed_memory
 from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 
 MAX_SCHEMA = 16 << 10

@@ -186,6 +186,11 @@ def _taking_pins() -> Iterator[None]:
         yield
     except FlashdError:
         raise
+    except gpiozero.BadPinFactory as error:  # an ImportError
+        raise ConfigError(
+            "no pins can be used here: is this a board with /dev/gpiochip0, is lgpio installed, are you in the group"
+            " gpio? flashd serve --demo needs none"
+        ) from error
     except ImportError as error:
         raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
     except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError

@@ -64,6 +64,8 @@ def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
     """Raises ConfigError where it cannot be had."""
     try:
         return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
+    except gpiozero.BadPinFactory:
+        raise
     except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
         raise ConfigError(f"pin {pin}: {error}") from error
 

@@ -212,6 +212,8 @@ def run_plan(args: argparse.Namespace) -> None:
         print(f"{name:34}{size / MIB:9.1f} MiB")
     print(f"{'in all':34}{plan.total / MIB:9.1f} MiB of {plan.memory / MIB:.0f}")
     print(f"{'smallest that works':34}{plan.smallest / MIB:9.1f} MiB with a context of {plan.context}")
+    if plan.whole is not None:
+        print(f"{'the whole model stays from':34}{plan.whole / MIB:9.1f} MiB on, and answers many times as fast")
     if plan.resident:
         print("the whole model fits: constant graphs, nothing is read from the card while it answers")
         return

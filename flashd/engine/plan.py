@@ -23,9 +23,9 @@ from flashd.engine.speculate import NODES
 from flashd.errors import MemoryTooSmall, UsageError
 
 MIB = 1 << 20
-LOADING = 1.5
-"""What is held of constant weights beside them while they are repacked, in parts of them: with onnxruntime 1.32 1.4
-for Qwen2.5-Coder-1.5B and 1.3 for SmolLM2."""
+LOADING, HEAP = 1.5, 40 * MIB
+"""What is held of constant weights beside them while onnxruntime 1.32 repacks them, in parts of them and beside: 1.64
+GiB for Qwen2.5-Coder-1.5B's 1.10, 195 MiB for SmolLM2's 106. The KV cache and the workspace come later."""
 
 PREFILL_TOKENS = 256
 """Tokens of a prompt that share one pass over the card, where all of them need all groups."""
@@ -72,6 +72,7 @@ class Plan:
     buffers: int
     parts: dict[str, int]
     smallest: int
+    whole: int | None  # from which on the whole model stays, in constant graphs; None: it has none
     card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
     slots: tuple[int, ...] = ()  # of each layer's window, where neurons are selected
 
@@ -108,13 +109,14 @@ def make_plan(
     """
     m, form = header.model, header.group
     cache = cache_bytes(m, context)
-    resident = _resident_parts(header)
-    if resident is not None and base + cache + sum(resident.values()) <= memory:
+    resident = _resident_parts(header, cache)
+    whole = None if resident is None else base + cache + sum(resident.values())
+    if resident is not None and whole is not None and whole <= memory:
         parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
         return Plan(
             memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
             groups=m.groups, lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=0, parts=parts,
-            smallest=smallest(header, context, base), card_bytes=0,
+            smallest=smallest(header, context, base), whole=whole, card_bytes=0,
         )  # fmt: skip
     least = smallest(header, context, base)
     if memory < least:
@@ -124,7 +126,7 @@ def make_plan(
         )
     parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
     if rates is not None:
-        return _selecting(header, rates, memory, context, threads, parts, least)
+        return _selecting(header, rates, memory, context, threads, parts, least, whole)
     a_group_a_layer = m.layers * form.nbytes
     pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
     if m.experts:  # whole ones
@@ -143,13 +145,15 @@ def make_plan(
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=pinned, groups=m.groups,
         lent_groups=lent, head_rows=head, passing_groups=passing, buffers=BUFFERS, parts=parts, smallest=least,
+        whole=whole,
         card_bytes=_needed(m) * _passing_bytes(header, pinned) // m.groups + (m.vocabulary - head) * row,
     )  # fmt: skip
 
 
 def _selecting(
-    header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int
-) -> Plan:
+    header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int,
+    whole: int | None,
+) -> Plan:  # fmt: skip
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
     slots = min(m.layers * m.neurons, (memory - sum(parts.values())) // size)
@@ -158,6 +162,7 @@ def _selecting(
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=0, groups=m.groups,
         lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=BUFFERS, parts=parts, smallest=least,
+        whole=whole,
         card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)),
     )  # fmt: skip
 
@@ -251,7 +256,7 @@ def _workspace(header: Header, context: int) -> int:
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
 
-def _resident_parts(header: Header) -> dict[str, int] | None:
+def _resident_parts(header: Header, cache: int) -> dict[str, int] | None:
     """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
     f = header.formats
     if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
@@ -270,9 +275,10 @@ def _resident_parts(header: Header) -> dict[str, int] | None:
         # ternary rows are nibbles here
         packed, steps = rows * form.width * max(form.bits, 4) // 8, 4 * rows * form.blocks
         weights += packed + 2 * steps
+    workspace = _resident_workspace(header) + SLACK
     return {
-        "graphs": SESSIONS, "constant weights": weights, "weights while loading": int(LOADING * weights),
-        "workspace": _resident_workspace(header) + SLACK,
+        "graphs": SESSIONS, "constant weights": weights, "workspace": workspace,
+        "weights while loading": max(0, int(LOADING * weights) + HEAP - cache - workspace),
     }  # fmt: skip
 
 

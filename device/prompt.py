@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -12,6 +13,7 @@ from device.sensors import Reading
 from flashd.errors import ConfigError, UsageError
 from flashd.template import Template, TemplateFails
 
+NO_SENSOR = re.compile(r"has no attribute '(\w+)'")
 VALUES = ("sensors", "now", "last", "choice", "distance")
 """What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres."""
 
@@ -39,6 +41,12 @@ class Prompt:
         try:
             self.render({name: Reading(None) for name in sensors}, "", {})
         except UsageError as error:
+            missing = NO_SENSOR.search(str(error))
+            if missing:
+                there = f"there are {', '.join(sensors)}" if sensors else "there are none"
+                raise ConfigError(
+                    f"trigger {trigger!r}: no sensor is called {missing.group(1)!r}; {there}"
+                ) from error
             raise ConfigError(str(error)) from error
 
     def render(self, sensors: Mapping[str, Reading], last: str, values: Mapping[str, Any]) -> str:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashd.client import Client, socket_path
-from flashd.console import Waiting, for_terminal
+from flashd.console import Waiting, for_terminal, say_cut
 from flashd.errors import INTERRUPTED, ConfigError, FlashdError, InputMissing, UsageError
 from flashd.line import as_terminal
-from flashd.places import pins_record
+from flashd.places import SERVICE, pins_record
 from flashd.talk import Turns, talk
+
+if TYPE_CHECKING:
+    from flashd.config import Settings
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
 UNFINISHED = Path("/var/lib/flashd/update.unfinished")
@@ -67,17 +72,18 @@ def add_commands(commands: Any) -> None:
 
 def daemon_serves(args: argparse.Namespace) -> bool:
     """Whether a daemon is to answer: one is there, and no model or budget of one's own is asked for."""
-    return not _own(args) and socket_path().exists()
+    if not socket_path().exists():
+        return False
+    own = _own(args)
+    if own and not args.model:
+        print(f"flashd: the daemon is not asked, because of {own[0]}; a model is loaded beside it", file=sys.stderr)
+    return not own
 
 
-def _own(args: argparse.Namespace) -> bool:
-    """Whether a model or budget of one's own is asked for."""
-    return any(
-        (
-            args.model, args.memory, args.threads, args.json, args.stats, args.ignore_eos, args.no_drafts,
-            args.no_snapshots,
-        )
-    )  # fmt: skip
+def _own(args: argparse.Namespace) -> list[str]:
+    """The options that ask for a model or budget of one's own."""
+    names = ("model", "memory", "threads", "json", "stats", "ignore_eos", "no_drafts", "no_snapshots")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def ask_daemon(args: argparse.Namespace, text: str) -> int:
@@ -118,12 +124,14 @@ def _body(args: argparse.Namespace) -> dict[str, Any]:
 
 def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
     """Streams a daemon's answer to standard output: what was said, and whether Ctrl-C did not stop it."""
-    said, whole = "", True
+    said, whole, cut = "", True, False
     messages = [{"role": role, "content": text} for role, text in turns]
     with closing(Waiting()) as waiting:
         try:
             with closing(Client(socket_path())) as client:
                 for event in client.ask({**body, "messages": messages}, waiting.show):
+                    if event["choices"][0]["finish_reason"] == "length":
+                        cut = True
                     if piece := event["choices"][0]["delta"].get("content", ""):
                         waiting.close()
                         print(for_terminal(piece), end="", flush=True)
@@ -135,6 +143,8 @@ def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
                 print(flush=True)
             raise
     print(flush=True)
+    if cut:
+        say_cut()
     return said, whole
 
 
@@ -156,10 +166,30 @@ def _check(args: argparse.Namespace) -> None:
     from flashd import config
 
     settings = config.load(args.config, check)
+    for doubt in _doubts(settings):
+        print(f"warning: {doubt}", file=sys.stderr)
     print(
         f"{args.config}: right; {len(settings.serial)} serial, {len(settings.sensors)} sensors,"
         f" {len(settings.triggers)} triggers, {len(settings.outputs)} outputs"
     )
+
+
+def _doubts(settings: Settings) -> Iterator[str]:
+    """What is right, and would not work here and now: a card may not be in yet, a program not installed."""
+    from flashd.config import Hook, Speech
+    from flashd.engine.plan import parse_size
+
+    model = Path(settings.model) if settings.model else None
+    if model is not None and not model.exists():
+        yield f"model: {model} is not there"
+    elif model is not None and model.suffix == ".gguf":
+        yield f"model: {model} is no bundle; flashd pack makes one of it"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if settings.memory and parse_size(settings.memory) > total:
+        yield f"memory: {settings.memory} is more than the {total >> 20}M that this machine has"
+    for output in settings.outputs:
+        if isinstance(output, Speech | Hook) and not shutil.which(output.command[0]):
+            yield f"outputs: {output.command[0]} is not installed"
 
 
 def _jobs(args: argparse.Namespace) -> None:
@@ -224,10 +254,15 @@ def _configured_bundle() -> Path:
         _needs_appliance()
         from flashd import config
 
-        model = config.load(CONFIG).model
+        try:
+            model = config.load(CONFIG).model
+        except ConfigError as error:
+            print(f"flashd: {error}", file=sys.stderr)
+            model = None
         if model:
             return Path(model)
-    return embedded.bundle_path() if embedded.bundle_path().exists() else Path.cwd()
+    own = embedded.bundle_path()
+    return next((path for path in (SERVICE / "flashd" / own.name, own) if path.exists()), Path.cwd())
 
 
 def _update(args: argparse.Namespace) -> None:

@@ -18,11 +18,12 @@ from flashd import appliance_cli, embedded
 from flashd.bundle.layout import Measured, Narrowed, Selection
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
-from flashd.console import MIB, Bar, for_terminal
+from flashd.console import MIB, Bar, for_terminal, say_cut
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 from flashd.talk import Turns, checked, talk
 
 STARTED = time.perf_counter()
+MOST_THREADS = 256
 MOST_TOKENS = 256
 """Of an answer for which nothing else is asked."""
 
@@ -305,6 +306,8 @@ def _say(
         print(json.dumps(facts, ensure_ascii=False), flush=True)
     else:
         print(flush=True)
+        if answer.figures.finish == "length" and not args.ignore_eos:
+            say_cut()
     if args.stats:
         _print_stats(_figures(engine, answer))
     return code
@@ -405,6 +408,8 @@ def _budget(args: argparse.Namespace) -> Any:
 
     if args.context < 2:
         raise UsageError(f"--context {args.context} is out of range; allowed is 2 or more")
+    if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
+        raise UsageError(f"--threads {args.threads} is out of range; allowed is 1 to {MOST_THREADS}")
     return Budget(parse_size(args.memory) if args.memory else None, args.context, args.threads)
 
 

@@ -18,7 +18,7 @@ from flashd import yamlfile
 from flashd.errors import ConfigError, Misfit
 
 NAME, CLOCK = r"^[a-z][a-z0-9_-]{0,31}\Z", r"^([01]\d|2[0-3]):[0-5]\d\Z"
-SIZE = r"^(?=.*[1-9])[0-9]+(\.[0-9]+)?[KMGkmg]?\Z"
+SIZE = r"^(?=.*[1-9])([0-9]+(\.[0-9]+)?[KMGkmg]|[0-9]{7,})\Z"
 ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}\Z", r"^[a-z0-9_]{1,40}\Z"
 SHAPES = {
     NAME: "a name: a small letter, then up to 31 small letters, digits, - and _",
@@ -28,6 +28,11 @@ SHAPES = {
     CHANNEL: "a channel's name, such as temp or voltage0",
 }
 """What patterns allow, in words."""
+KINDS = {
+    "array": "a list: lines that begin with -", "object": "keys with their values", "int": "a whole number",
+    "float": "a number", "str": "a text: put it in quotes", "bool": "true or false",
+}  # fmt: skip
+"""What msgspec calls them, and what they are in the file."""
 
 UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 """How msgspec says it."""
@@ -399,6 +404,11 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         if len(text) > LONGEST:
             raise ConfigError(f"{path}: more than {LONGEST} bytes")
         return parse(text.decode(), str(path), check)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: not there; make it after deploy/flashd.example.yaml, name another with --config, or try"
+            " flashd serve --demo"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -461,7 +471,20 @@ def _explained(what: str, path: list[str | int], value: Any) -> str:
         return f"{choice.group(1)!r} is not allowed" + (f"; allowed are {', '.join(options)}" if options else "")
     if what == "Expected `str`, got `bool`":
         return "expected a text; quote it: YAML takes yes, no, on and off for true and false"
+    mistaken = re.match(r"Expected `(\w+)[^`]*`, got `(\w+)`$", what)
+    if mistaken:
+        wanted = _shape(path, value) or KINDS.get(mistaken.group(1), mistaken.group(1))
+        return f"expected {wanted}" + ("; or leave the key out" if mistaken.group(2) == "null" else "")
     return what[:1].lower() + what[1:]
+
+
+def _shape(path: list[str | int], value: Any) -> str | None:
+    """The pattern of the text at `path` in words, where it has one."""
+    if not path or isinstance(path[-1], int):
+        return None
+    hint = typing.get_type_hints(_struct(path[:-1], value), include_extras=True)[path[-1]]
+    metas = [meta for part in (hint, *typing.get_args(hint)) for meta in getattr(part, "__metadata__", ())]
+    return next((SHAPES[meta.pattern] for meta in metas if getattr(meta, "pattern", None)), None)
 
 
 def _element(key: str) -> Any:

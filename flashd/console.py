@@ -22,6 +22,12 @@ def for_terminal(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+def say_cut() -> None:
+    """Says to a person that an answer did not come to its own end."""
+    if sys.stderr.isatty():
+        print("(cut: --max-tokens allows more)", file=sys.stderr, flush=True)
+
+
 class Bar:
     """A progress bar, shown only on a terminal."""
 

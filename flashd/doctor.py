@@ -54,7 +54,7 @@ def examine(path: Path, roots: Roots | None = None) -> Iterator[Finding]:
     """Looks at the board, and at the card that `path` lies on. `path`: a bundle, another large file, or a folder."""
     roots = roots or Roots()
     yield from (_board(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots), _pins(roots), _serial(roots))
-    yield from (_supply(roots), _temperature(roots))
+    yield from (_supply(roots), _temperature(roots), _clock(roots))
     yield from _card(path, roots)
     yield from (_space(path), _written(path, roots), _systemd(roots), _onnxruntime())
 
@@ -139,6 +139,17 @@ def _temperature(roots: Roots) -> Finding:
                 "temperature", level, f"{celsius:.0f} °C", "give it a fan or heat sink" if celsius >= HOT else ""
             )
     return Finding("temperature", "ok", "this board does not say")
+
+
+def _clock(roots: Roots) -> Finding:
+    if (roots.dev / "rtc0").exists():
+        return Finding("clock", "ok", "goes on without power")
+    if (roots.run / "systemd/timesync/synchronized").exists():
+        return Finding("clock", "ok", "set by the network; without it and without power it stands still")
+    return Finding(
+        "clock", "warn", "none that goes on without power: `at:` and `now` may be wrong",
+        "fit one (dtoverlay=i2c-rtc,ds3231), or use `every:`",
+    )  # fmt: skip
 
 
 def _card(path: Path, roots: Roots) -> Iterator[Finding]:

@@ -28,6 +28,8 @@ def talk(system: str | None, answer: Callable[[Turns], str | None]) -> None:
     while (line := _next_line()) is not None and line != "/quit":
         if line == "/reset":
             turns = []
+        elif line.startswith("/") and len(line.split()) == 1:
+            print(f"{line} is not known; there are /reset and /quit", file=sys.stderr, flush=True)
         elif line:
             asked = [*turns, ("user", line)]
             try:

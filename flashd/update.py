@@ -96,6 +96,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             text = file.read(MOST_MANIFEST + 1)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{path}: not there; README says under Updates what is in it") from error
     except OSError as error:
         raise InputMissing(f"{path}: {error.strerror}") from error
     if len(text) > MOST_MANIFEST:
@@ -107,10 +109,21 @@ def read_manifest(folder: Path) -> Manifest:
     except yamlfile.YamlError as error:
         raise DataError(f"{path}, line {error.line}: {error}") from error
     except msgspec.ValidationError as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: {_explained(' '.join(str(error).split()))}") from error
     if _version(manifest.needs) > _version(flashd.__version__):
         raise DataError(f"{path}: for flashd {manifest.needs} and later; this is {flashd.__version__}")
     return manifest
+
+
+def _explained(text: str) -> str:
+    """What msgspec says of a manifest, with what is to be done."""
+    what, _, where = text.partition(" - at `$.")
+    key = where.rstrip("`")
+    if key.endswith("sha256"):
+        what = "64 digits are expected, as sha256sum FILE prints them"
+    elif "got `float`" in what:
+        what = "a text is expected: put it in quotes"
+    return f"{key}: {what}" if key else what
 
 
 def restart_service() -> None:

@@ -52,6 +52,8 @@ def parse(text: str) -> Document:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        if what == "mapping values are not allowed here":
+            what = "a text with a colon: put it in quotes"
         raise YamlError(mark.line + 1 if mark else 1, what) from error
     except RecursionError as error:
         raise YamlError(1, "lists and mappings are too deep in one another") from error
@@ -87,7 +89,7 @@ def _check_keys(mapping: yaml.MappingNode) -> None:
     known: set[str] = set()
     for key, _ in mapping.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise _refused(key, "a key is a word")
+            raise _refused(key, "a key is a word; put a text that begins with a brace in quotes")
         if key.value in known:
             raise _refused(key, f"{key.value} is given twice")
         known.add(key.value)

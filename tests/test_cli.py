@@ -14,6 +14,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from flashd.appliance_cli import daemon_serves
+from flashd.cli import _parser
 from flashd.console import for_terminal
 from tests import tiny
 
@@ -39,6 +41,48 @@ def refused(done: subprocess.CompletedProcess[bytes], code: int, *words: str) ->
     assert done.stdout == b""
     assert text.startswith("flashd: ") and text.count("\n") == 1 and "Traceback" not in text
     assert all(word in text for word in words), text
+
+
+def test_what_is_right_and_would_not_work_is_said(tmp_path: Path) -> None:
+    config = tmp_path / "flashd.yaml"
+    for text, doubt in (
+        ("model: /none.flash", "model: /none.flash is not there"),
+        (f"model: {tiny.write(tmp_path / 'm.gguf')}", "is no bundle; flashd pack makes one of it"),
+        ("memory: 900G", "memory: 900G is more than the "),
+        ("outputs: [{kind: speech, command: [no-such-voice]}]", "outputs: no-such-voice is not installed"),
+    ):
+        config.write_text(text)
+        done = run("check-config", config)
+        assert done.returncode == 0 and b": right; " in done.stdout
+        (line,) = done.stderr.decode().splitlines()
+        assert line.startswith("warning: ") and doubt in line
+
+
+def test_a_daemon_that_is_not_asked_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "socket").touch()
+    monkeypatch.setenv("FLASHD_SOCKET", str(tmp_path / "socket"))
+    for options, asked, said in (
+        ([], True, ""),
+        (["--stats", "--json"], False, "flashd: the daemon is not asked, because of --json;"),
+        (["--stats", "--model", "m.flash"], False, ""),
+    ):
+        assert daemon_serves(_parser().parse_args(["ask", "the", *options])) is asked
+        err = capsys.readouterr().err
+        assert err.startswith(said) and bool(err) is bool(said)
+
+
+def test_sizes_and_threads_that_nobody_means_are_refused(tiny_bundle: Path) -> None:
+    ask: list[str | Path] = ["ask", "the", "--model", tiny_bundle]
+    refused(run(*ask, "--memory", "512"), os.EX_USAGE, "'512' is no amount of memory to work with; write for example")
+    for threads in ("0", "257"):
+        refused(run(*ask, "--threads", threads), os.EX_USAGE, f"--threads {threads} is out of range")
+
+
+def test_a_talk_says_what_it_does_not_know(tiny_bundle: Path) -> None:
+    done = run("chat", "--model", tiny_bundle, "--max-tokens", "2", stdin=b"/help\n/quit\n")
+    assert done.returncode == 0 and b"/help is not known; there are /reset and /quit" in done.stderr
 
 
 def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:

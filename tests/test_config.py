@@ -23,7 +23,7 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
     ("text", "words"),
     [
         ("context: 1024\nmodle: x", "line 2: 'modle' is not known; allowed are model, memory,"),
-        ("answer:\n  max_tokens: many", "line 2: answer.max_tokens: expected `int`"),
+        ("answer:\n  max_tokens: many", "line 2: answer.max_tokens: expected a whole number"),
         ("context: 3", "line 1: context: expected `int` >= 16"),
         (
             "triggers:\n- kind: buton\n  name: a",
@@ -72,7 +72,22 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
         ("memory: 1G\nmemory: 2G", "line 2: memory is given twice"),
         ("a: [", "line 1: "),
         ("\tx: 1", "line 1: "),
-        ("7", "line 1: expected `object`, got `int`"),
+        ("7", "line 1: expected keys with their values"),
+        ("memory: 512", "line 1: memory: expected a size, such as 512M"),
+        ('memory: "512"', "line 1: memory: expected a size, such as 512M"),
+        (
+            "triggers:\n- {kind: schedule, name: a, prompt: p, at: 17:30}",
+            "line 2: triggers[0].at: expected a time of day in quotes, such as '07:30'",
+        ),
+        ("triggers:\n- {kind: schedule, name: a, prompt: p, every: 1h}", "triggers[0].every: expected a number"),
+        ("serial: /dev/ttyUSB0", "line 1: serial: expected a list: lines that begin with -"),
+        ("serial:\nmemory: 1G", "line 1: serial: expected a list: lines that begin with -; or leave the key out"),
+        ("outputs: [{kind: led, pin: GPIO17}]", "outputs[0].pin: expected a whole number"),
+        ("triggers: [{kind: manual, name: a, prompt: {{ now }} it is}]", "line 1: a key is a word; put a text that"),
+        (
+            "triggers:\n- kind: manual\n  name: a\n  prompt: Note: hot?",
+            "line 4: a text with a colon: put it in quotes",
+        ),
         ("!!python/object/apply:os.system [ls]", "line 1: tags are not allowed"),
     ],
 )
@@ -88,7 +103,7 @@ def test_errors_name_line_key_and_what_is_allowed(text: str, words: str) -> None
     [
         ("{{ sensors.soil }", "is no template"),
         ("{{ weather }}", "names 'weather'; there are sensors, now,"),
-        ("{{ sensors.moon }}", "has no attribute 'moon'"),
+        ("{{ sensors.moon }}", "no sensor is called 'moon'; there are none"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
@@ -130,7 +145,7 @@ def test_the_example_is_right_and_names_every_key_and_kind() -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: not there; make it after"):
         load(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9")
     with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 \(byte 7\)"):

@@ -338,6 +338,6 @@ def parse_size(text: str) -> int:
         number = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
         number = -1
-    if not 0 < number < 1 << 50:
-        raise UsageError(f"{text!r} is no amount of memory; write for example 512M or 1.5G")
+    if not MIB <= number < 1 << 50:
+        raise UsageError(f"{text!r} is no amount of memory to work with; write for example 512M or 1.5G")
     return int(number)

@@ -158,7 +158,7 @@ def test_manifests_that_are_refused(board: Board, text: str, error: str) -> None
 
 
 def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputMissing, match="No such file"):
+    with pytest.raises(InputMissing, match="not there; README says"):
         update(tmp_path, board.config, board.unfinished, board.restart)
     assert main(["update", str(tmp_path), "--config", str(board.config)]) == os.EX_NOINPUT
     assert "flashd-update.yaml" in capsys.readouterr().err

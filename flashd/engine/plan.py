@@ -251,7 +251,8 @@ def _workspace(header: Header, context: int) -> int:
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
     scores = 4 * tokens * context * m.heads
-    logits = 4 * LOGIT_ROWS * m.vocabulary
+    # twice where a graph follows that caps them or adds a bias
+    logits = 4 * LOGIT_ROWS * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 

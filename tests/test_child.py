@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from flashd.child import in_child
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
 
 def work():
     print("working", flush=True)

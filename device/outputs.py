@@ -325,6 +325,8 @@ class _Speech(Output):
             _goes_first(speaking)
             try:
                 speaking.communicate(sentence.encode(), timeout=SPEECH_SECONDS)
+                if speaking.returncode > 0:  # below, it was silenced
+                    raise OSError(f"{self._command[0]} ended with {speaking.returncode}")
             finally:
                 self._speaking = None
                 _kill(speaking)

@@ -246,6 +246,16 @@ def test_what_is_not_installed_is_said_once(jobs: Jobs, caplog: pytest.LogCaptur
     assert caplog.text.count("none-such") == 1
 
 
+def test_a_voice_that_fails_is_said_once(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    panel = Panel(parse("outputs: [{kind: speech, command: [sh, -c, 'cat; exit 3']}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["One. ", "Two. ", "Three."])
+    jobs.submit(request())
+    wait(lambda: "speech: sh ended with 3" in caplog.text)
+    clerk.close()
+    panel.close()
+    assert caplog.text.count("ended with 3") == 1
+
+
 def test_a_hook_that_takes_too_long_ends_with_all_it_started(
     tmp_path: Path, jobs: Jobs, clerk: Clerk, caplog: pytest.LogCaptureFixture
 ) -> None:

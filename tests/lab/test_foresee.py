@@ -17,7 +17,7 @@ from flashd.engine import experts
 from flashd.engine.decode import Conversation, Figures
 from flashd.engine.engine import Prompts
 from flashd.engine.paged import PagedModel
-from flashd.engine.plan import MIB, make_plan, parse_size, smallest
+from flashd.engine.plan import BUFFERS, MIB, make_plan, parse_size, smallest
 from flashd.engine.policy import LeastRecentlyUsed, Numbers
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.speculate import NODES, Pace
@@ -76,7 +76,9 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
     # with drafts what one token costs is told how many a pass gives; up to six reads ahead are early or late
     assert (figures.passes < TOKENS_OUT - 1) == drafts
     assert found.bytes_read * figures.passes == pytest.approx(figures.decode_card_bytes, rel=0.05)
-    assert found.reads * figures.passes == pytest.approx(figures.decode_card_reads, rel=0.05)
+    # and where a growing text or a draft takes room back, what is read ahead is read anew
+    leeway = 0.05 * figures.decode_card_reads + 2 * BUFFERS
+    assert found.reads * figures.passes == pytest.approx(figures.decode_card_reads, abs=leeway)
 
 
 def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dict[str, Path], tmp_path: Path) -> None:

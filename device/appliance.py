@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import gpiozero
 
 from device import board
 from device.console import Console
-from device.drives import Drives
+from device.drives import Drives, taking_pins
 from device.front import Facts, Status
 from device.machine import Machine
 from device.outputs import Panel
@@ -136,7 +136,7 @@ class Appliance:
         self._listening: Triggers | None = None
         with ExitStack() as undo:
             undo.callback(self._sensors.close)
-            with _taking_pins():
+            with taking_pins("a pin cannot be used"):
                 self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
                 self._panel = Panel(settings.outputs, self.jobs)
@@ -147,7 +147,7 @@ class Appliance:
 
     def _listen(self) -> None:
         self._panel.ready()
-        with _taking_pins():
+        with taking_pins("a pin cannot be used"):
             self._listening = Triggers(self._settings.triggers, self._sensors, self._fire, self._panel.notice)
             if self._settings.mute_pin is not None:
                 self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
@@ -177,24 +177,6 @@ class Appliance:
             if event.end is not None:
                 with self._lock:
                     self._drives.decided(event.end)
-
-
-@contextmanager
-def _taking_pins() -> Iterator[None]:
-    """What goes wrong while pins are taken is the configuration's: one that is not there, or that somebody holds."""
-    try:
-        yield
-    except FlashdError:
-        raise
-    except gpiozero.BadPinFactory as error:  # an ImportError
-        raise ConfigError(
-            "no pins can be used here: is this a board with /dev/gpiochip0, is lgpio installed, are you in the group"
-            " gpio? flashd serve --demo needs none"
-        ) from error
-    except ImportError as error:
-        raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
-    except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
-        raise ConfigError(f"a pin cannot be used: {error}") from error
 
 
 def _prompts(settings: Settings) -> dict[str, Prompt]:

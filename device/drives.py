@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gpiozero
@@ -60,14 +62,28 @@ def turn_off(pins: list[Held]) -> None:
         raise FlashdError(f"not turned off, is flashd still running? {'; '.join(left)}")
 
 
+@contextmanager
+def taking_pins(what: str) -> Iterator[None]:
+    """What goes wrong while pins are taken is the configuration's: one that is not there, or that somebody holds."""
+    try:
+        yield
+    except FlashdError:
+        raise
+    except gpiozero.BadPinFactory as error:  # an ImportError
+        raise ConfigError(
+            "no pins can be used here: is this a board with /dev/gpiochip0, is lgpio installed, are you in the group"
+            " gpio? flashd serve --demo needs none"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
+    except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
+        raise ConfigError(f"{what}: {error}") from error
+
+
 def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
     """Raises ConfigError where it cannot be had."""
-    try:
+    with taking_pins(f"pin {pin}"):
         return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
-    except gpiozero.BadPinFactory:
-        raise
-    except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
-        raise ConfigError(f"pin {pin}: {error}") from error
 
 
 def _write_down(pins: list[Held], record: Path) -> None:

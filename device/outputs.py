@@ -97,6 +97,21 @@ class InTurn:
             event = held[-1]
 
 
+class _OneText(Output):
+    """Follows what happens to one answer after the other."""
+
+    def __init__(self) -> None:
+        self._turns = InTurn()
+
+    def event(self, event: Event) -> None:
+        for each in self._turns.take(event):
+            self._follow(each)
+
+    def _follow(self, event: Event) -> None:
+        """Something happened to the answer whose turn it is."""
+        raise NotImplementedError
+
+
 class Panel:
     """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError where a pin cannot be had."""
 
@@ -256,22 +271,18 @@ SPEECH_SECONDS = 120.0
 SENTENCE = re.compile(r"(.*?[.!?:;\n])(?=\s|$)", re.DOTALL)
 
 
-class _Speech(Output):
+class _Speech(_OneText):
     """Says an answer sentence by sentence while the rest is still being made; a cancelled one falls silent."""
 
     def __init__(self, settings: Speech, muted: Callable[[], bool]) -> None:
+        super().__init__()
         self._command, self._muted = settings.command, muted
         self._text = ""
-        self._turns = InTurn()
         self._sentences: Queue[str | None] = Queue(maxsize=256)
         self._speaking: subprocess.Popen[bytes] | None = None
         self._said_missing = False
         self._thread = threading.Thread(target=self._run, name="speech", daemon=True)
         self._thread.start()
-
-    def event(self, event: Event) -> None:
-        for each in self._turns.take(event):
-            self._follow(each)
 
     def _follow(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):
@@ -364,16 +375,16 @@ def _open_display(settings: Display) -> Any:
         raise InputMissing(f"display {settings.driver} on I2C bus {settings.port}: {error}") from error
 
 
-class _Display(Output):
+class _Display(_OneText):
     """A luma device as a small text terminal: the phase, what a menu stands at, the answer as it comes."""
 
     def __init__(self, device: Any) -> None:
         from luma.core.virtual import terminal
 
+        super().__init__()
         self._device = device
         self._terminal = terminal(device, animate=False)
         self._lock = threading.Lock()
-        self._turns = InTurn()
         self._fresh = True  # what is shown is no part of the answer that begins
 
     def show(self, phase: Phase) -> None:
@@ -385,10 +396,6 @@ class _Display(Output):
             self._terminal.clear()
             self._terminal.println(text)
             self._fresh = True
-
-    def event(self, event: Event) -> None:
-        for each in self._turns.take(event):
-            self._follow(each)
 
     def _follow(self, event: Event) -> None:
         if event.kind in ("started", "restarted"):

@@ -8,12 +8,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpiozero import BadPinFactory
 from gpiozero.pins.mock import MockFactory
 
-from device import outputs
+from device import drives, outputs
 from device.appliance import Appliance
 from device.outputs import InTurn, Output, Panel, Phase
 from flashd.cli import main
@@ -353,6 +355,21 @@ def left_on(pins: MockFactory, number: int, level: bool = True) -> Any:
     pin.function, pin.state = "output", level
     pin.clear_states()
     return pin
+
+
+def test_safe_says_that_there_are_no_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_factory(*_: Any, **__: Any) -> Any:
+        raise BadPinFactory("Unable to load any default pin factory!")
+
+    monkeypatch.setattr(
+        drives, "gpiozero", SimpleNamespace(BadPinFactory=BadPinFactory, DigitalOutputDevice=no_factory)
+    )
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    (tmp_path / "pins.json").write_text('[{"pin": 8, "active_high": true}]')
+    assert main(["safe", "--config", str(tmp_path / "none.yaml")]) != 0
+    assert "no pins can be used here" in capsys.readouterr().err and (tmp_path / "pins.json").exists()
 
 
 def somebody_has(pins: MockFactory, number: int, context: pytest.MonkeyPatch) -> None:

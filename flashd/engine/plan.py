@@ -111,7 +111,7 @@ def make_plan(
     cache = cache_bytes(m, context)
     resident = _resident_parts(header, cache)
     whole = None if resident is None else base + cache + sum(resident.values())
-    if resident is not None and whole is not None and whole <= memory:
+    if resident and whole and whole <= memory:
         parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
         return Plan(
             memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
@@ -126,7 +126,7 @@ def make_plan(
         )
     parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
     if rates is not None:
-        return _selecting(header, rates, memory, context, threads, parts, least, whole)
+        return _selecting(header, rates, memory, context, threads, parts, least)
     a_group_a_layer = m.layers * form.nbytes
     pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
     if m.experts:  # whole ones
@@ -151,9 +151,8 @@ def make_plan(
 
 
 def _selecting(
-    header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int,
-    whole: int | None,
-) -> Plan:  # fmt: skip
+    header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int
+) -> Plan:
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
     slots = min(m.layers * m.neurons, (memory - sum(parts.values())) // size)
@@ -162,7 +161,7 @@ def _selecting(
     return Plan(
         memory=memory, context=context, threads=threads, resident=False, pinned_groups=0, groups=m.groups,
         lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=BUFFERS, parts=parts, smallest=least,
-        whole=whole,
+        whole=None,
         card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)),
     )  # fmt: skip
 

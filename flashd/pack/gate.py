@@ -107,21 +107,25 @@ def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) ->
         return (Layer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
     hotter = none.copy()
     hotter[np.argsort(-seen.sizes(), kind="stable")[: len(none) // 2]] = True
-    return tuple(_fit(size, seen, down, states, preferred) for preferred in (none, hotter))
+    weighs = plain, _weighs(size, seen)
+    return tuple(_fit(size, weighs, seen.a, down, states, preferred) for preferred in (none, hotter))
 
 
-def _fit(size: Floats, seen: Seen, down: Floats, states: Floats, preferred: Mask) -> Layer:
-    """A layer's thresholds for the sizes [N, F] of its activations where some neurons [F] are preferred."""
+def _fit(size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states: Floats, preferred: Mask) -> Layer:
+    """A layer's thresholds for the sizes [N, F] of its gates' activations where some neurons [F] are preferred.
+
+    `weighs` [F] are tried, what the sizes may be multiplied by; `a` [N, F]: what the neurons give.
+    """
     some = np.linspace(0, len(size) - 1, min(TOKENS, len(size))).astype(np.int64)
     sizes = np.square(states[some]).sum(1)
     tried = []
-    for weigh in (np.ones(size.shape[1], np.float32), _weighs(size, seen)):
-        found = _thresholds((size * weigh)[:, ~preferred])
-        middle = _error(_above(size[some] * weigh, preferred, found[STEPS // 2]), seen.a[some], down, sizes)
+    for weigh in weighs:
+        found = _thresholds(size, weigh, preferred)
+        middle = _error(_above(size[some] * weigh, preferred, found[STEPS // 2]), a[some], down, sizes)
         tried.append((middle, weigh, found))
     _, weigh, found = min(tried, key=lambda each: each[0])
     scores = size * weigh
-    errors = [_error(_above(scores[some], preferred, t), seen.a[some], down, sizes) for t in found]
+    errors = [_error(_above(scores[some], preferred, t), a[some], down, sizes) for t in found]
     rates = np.stack([_above(scores, preferred, t).mean(0, dtype=np.float32) for t in found])
     return Layer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
 
@@ -134,9 +138,9 @@ def _weighs(size: Floats, seen: Seen) -> Floats:
     return np.asarray(weigh, np.float32)
 
 
-def _thresholds(scores: Floats) -> Floats:
-    """[S], of scores [N, n]."""
-    scores = scores[:: max(1, len(scores) // SPREAD)]
+def _thresholds(size: Floats, weigh: Floats, preferred: Mask) -> Floats:
+    """[S], of sizes [N, F] of those that are not preferred."""
+    scores = size[:: max(1, len(size) // SPREAD), ~preferred] * weigh[~preferred]
     found = np.quantile(scores[scores > 0], np.arange(STEPS) / STEPS)
     found[0] = 0
     return np.asarray(found, np.float32)

@@ -18,6 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
@@ -148,7 +149,8 @@ class Api:
             *more,
         ]
         return Starlette(
-            routes=routes, exception_handlers={FlashdError: _refused, 404: _no_such, 405: _no_such},
+            routes=routes,
+            exception_handlers={FlashdError: _refused, ClientDisconnect: _gone, 404: _no_such, 405: _no_such},
             middleware=[Middleware(_FromHere)],
         )  # fmt: skip
 
@@ -323,6 +325,11 @@ async def _decoded(http: HttpRequest, kind: type[Any]) -> Any:
 async def _refused(_: HttpRequest, error: Exception) -> Response:
     status = 429 if isinstance(error, Busy) else 400 if isinstance(error, UsageError) else 500
     return _error(status, str(error))
+
+
+async def _gone(_: HttpRequest, __: Exception) -> Response:
+    """For whoever went away before the whole request had come: nobody reads it."""
+    return Response(status_code=400)
 
 
 async def _no_such(http: HttpRequest, error: Exception) -> Response:

@@ -95,7 +95,7 @@ class Jobs:
                 return same
             self._check_rate(request)
             if len(self._waiting) >= self._most:
-                raise Busy(f"{len(self._waiting)} jobs are waiting already; try again later")
+                raise Busy(f"no room for another job: {len(self._waiting)} waiting; try again later")
             job = self._spool.add(request)
             self._note_rate(request)
             self._monotonic[job.id] = time.monotonic()

@@ -117,6 +117,18 @@ def test_bad_bodies_are_refused_in_openai_s_shape(http: httpx.Client, client: op
         client.chat.completions.create(model="any", messages=ASK, max_tokens=-1)
 
 
+def test_who_goes_away_in_the_middle_of_a_request_is_no_fault(daemon: Running, http: httpx.Client) -> None:
+    before = len(http.get("/api/jobs").json())
+    for part in (b"", b'{"messages": ['):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(daemon.socket))
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + part)
+            time.sleep(0.1)  # so that the daemon reads on
+    assert http.get("/health").json() == {"status": "ok"}
+    assert len(http.get("/api/jobs").json()) == before
+    assert "Traceback" not in daemon.log.read_text()
+
+
 def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
     reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 800}]})
     error = reply.json()["error"]

@@ -77,7 +77,7 @@ def test_who_waits_is_told_his_place_as_it_changes(jobs: Jobs) -> None:
 def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:
     for _ in range(4):
         jobs.submit(request())
-    with pytest.raises(Busy, match="4 jobs are waiting already"):
+    with pytest.raises(Busy, match="no room for another job: 4 waiting"):
         jobs.submit(request())
     with pytest.raises(UsageError, match="empty"):
         jobs.submit(request("  \n"))

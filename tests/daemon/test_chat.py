@@ -196,6 +196,9 @@ def test_a_console_on_a_line(daemon: Running, line: Line, start: Start) -> None:
     line.far.expect("[A-Z][a-z]+")
     line.far.send("\x03")
     line.far.expect("\r\n> ")
+    wait(lambda: states(daemon)[-1][0] == "cancelled", PATIENCE)  # with one that waits there is no room for two
+    line.far.send("/reset\r")  # how much was said before is chance, and what is said to that too
+    line.far.expect("/reset\r\n> ")
     line.far.send(STORY[:10] + "é\x7f\x7f\x7f" + STORY[8:] + "\r")
     line.far.expect("waiting")
     line.far.expect("[A-Z][a-z]+ ")

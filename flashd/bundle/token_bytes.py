@@ -30,7 +30,7 @@ class TokenBytes:
         count = int.from_bytes(data[:4], "little")
         if len(data) < 4 or count < 1 or len(data) < 4 + 4 * count:
             raise DataError("the table of token texts is cut short; pack the bundle again")
-        offsets = np.frombuffer(data, "<u4", count, 4)
+        offsets = np.frombuffer(data, "<u4", count, 4).astype(np.uint32)  # a copy: `data` is not held
         blob = data[4 + 4 * count :]
         if offsets[0] != 0 or offsets[-1] != len(blob) or (offsets[1:] < offsets[:-1]).any():
             raise DataError("the table of token texts does not add up; pack the bundle again")

@@ -123,10 +123,10 @@ class Engine:
         self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, prefixes: Prefixes | None = None
     ) -> None:
         self.bundle = bundle
+        self.plan = plan_for(bundle, budget)
         self.token_bytes = TokenBytes.from_bytes(bundle.read("token_bytes"))
         if len(self.token_bytes) < bundle.header.model.vocabulary:
             raise DataError(f"{bundle.path}: fewer token texts than tokens; pack it again")
-        self.plan = plan_for(bundle, budget)
         kind = ResidentModel if self.plan.resident else PagedModel
         self.model: Model = kind(bundle, self.plan, on_step)
         self._conversation = Conversation(self.model, prefixes)

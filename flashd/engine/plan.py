@@ -49,6 +49,9 @@ SLACK = 8 * MIB
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
 
+TEXTS = "token_bytes"
+"""The section of what each token stands for."""
+
 KEPT = ("vectors", "qkv", "output", "router")
 """Sections of a layer that stay in RAM."""
 
@@ -210,6 +213,7 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
     attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in KEPT)
     return {
         "graphs": SESSIONS,
+        "texts of tokens": _section(header, TEXTS),
         "attention": attention,
         "head": head * header.row_format("head").nbytes,
         "workspace": _workspace(header, context) + SLACK,
@@ -277,7 +281,8 @@ def _resident_parts(header: Header, cache: int) -> dict[str, int] | None:
         weights += packed + 2 * steps
     workspace = _resident_workspace(header) + SLACK
     return {
-        "graphs": SESSIONS, "constant weights": weights, "workspace": workspace,
+        "graphs": SESSIONS, "texts of tokens": _section(header, TEXTS), "constant weights": weights,
+        "workspace": workspace,
         "weights while loading": max(0, int(LOADING * weights) + HEAP - cache - workspace),
     }  # fmt: skip
 

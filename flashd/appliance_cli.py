@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from flashd.console import Waiting, for_terminal, say_cut
 from flashd.errors import INTERRUPTED, ConfigError, FlashdError, InputMissing, UsageError
 from flashd.line import as_terminal
 from flashd.places import SERVICE, pins_record
+from flashd.stats import as_json, in_words
 from flashd.talk import Turns, talk
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 CONFIG = Path("/etc/flashd/flashd.yaml")
 UNFINISHED = Path("/var/lib/flashd/update.unfinished")
 UNIT = "flashd.service"
+STOPPED = "interrupted"
+"""How an answer ended that Ctrl-C cut short."""
 
 
 def add_commands(commands: Any) -> None:
@@ -70,6 +74,24 @@ def add_commands(commands: Any) -> None:
     allow.set_defaults(run=_allow)
 
 
+@dataclass
+class Said:
+    """A daemon's answer as its events come."""
+
+    text: str = ""
+    finish: str = ""  # stop, length, or STOPPED
+    figures: dict[str, float] = field(default_factory=dict)  # with the last event
+
+    def take(self, event: dict[str, Any]) -> str:
+        """What an event adds to the text."""
+        choice = event["choices"][0]
+        piece: str = choice["delta"].get("content", "")
+        self.text += piece
+        self.finish = choice["finish_reason"] or self.finish
+        self.figures = event.get("flashd", {}).get("figures", self.figures)
+        return piece
+
+
 def daemon_serves(args: argparse.Namespace) -> bool:
     """Whether a daemon is to answer: one is there, and no model or budget of one's own is asked for."""
     if not socket_path().exists():
@@ -82,14 +104,14 @@ def daemon_serves(args: argparse.Namespace) -> bool:
 
 def _own(args: argparse.Namespace) -> list[str]:
     """The options that ask for a model or budget of one's own."""
-    names = ("model", "memory", "threads", "json", "stats", "ignore_eos", "no_drafts", "no_snapshots")
+    names = ("model", "memory", "threads", "ignore_eos", "no_drafts", "no_snapshots")
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def ask_daemon(args: argparse.Namespace, text: str) -> int:
     """Streams a daemon's answer to standard output; Ctrl-C cancels the job."""
-    _, whole = _say_daemons(_body(args), [*([("system", args.system)] if args.system else []), ("user", text)])
-    return os.EX_OK if whole else INTERRUPTED
+    turns = [*([("system", args.system)] if args.system else []), ("user", text)]
+    return INTERRUPTED if _say_daemons(args, _body(args), turns).finish == STOPPED else os.EX_OK
 
 
 def chat_with_daemon(args: argparse.Namespace) -> int:
@@ -100,7 +122,7 @@ def chat_with_daemon(args: argparse.Namespace) -> int:
 
     def answer(turns: Turns) -> str | None:
         try:
-            return _say_daemons(body, turns)[0]
+            return _say_daemons(args, body, turns).text
         except UsageError:
             raise
         except FlashdError as error:
@@ -122,30 +144,33 @@ def _body(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _say_daemons(body: dict[str, Any], turns: Turns) -> tuple[str, bool]:
-    """Streams a daemon's answer to standard output: what was said, and whether Ctrl-C did not stop it."""
-    said, whole, cut = "", True, False
+def _say_daemons(args: argparse.Namespace, body: dict[str, Any], turns: Turns) -> Said:
+    """Streams a daemon's answer to standard output, or prints it whole with --json."""
+    said = Said()
     messages = [{"role": role, "content": text} for role, text in turns]
     with closing(Waiting()) as waiting:
         try:
             with closing(Client(socket_path())) as client:
                 for event in client.ask({**body, "messages": messages}, waiting.show):
-                    if event["choices"][0]["finish_reason"] == "length":
-                        cut = True
-                    if piece := event["choices"][0]["delta"].get("content", ""):
+                    piece = said.take(event)
+                    if piece and not args.json:
                         waiting.close()
                         print(for_terminal(piece), end="", flush=True)
-                        said += piece
         except KeyboardInterrupt:
-            whole = False
+            said.finish = STOPPED
         except FlashdError:
-            if said:
+            if said.text and not args.json:
                 print(flush=True)
             raise
-    print(flush=True)
-    if cut:
-        say_cut()
-    return said, whole
+    if args.json:
+        print(as_json(said.text, said.finish, said.figures), flush=True)
+    else:
+        print(flush=True)
+        if said.finish == "length":
+            say_cut()
+    if args.stats and said.figures:
+        print(in_words(said.finish, said.figures), file=sys.stderr)
+    return said
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -224,8 +249,10 @@ def _show(args: argparse.Namespace) -> None:
     for turn in job.request.turns:
         print(for_terminal(f"{turn.role}: {turn.content}"))
     print(for_terminal(f"{job.state} ({job.result.finish}): {job.result.text}"))
-    for name, value in (job.result.probabilities | job.result.figures).items():
-        print(f"{name.replace('_', ' '):28} {value:.4g}")
+    for choice, probability in job.result.probabilities.items():
+        print(for_terminal(f"{probability:9.4f} {choice}"))
+    if job.result.figures:
+        print(in_words(job.result.finish, job.result.figures))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import ROW_KINDS
 from flashd.console import MIB, Bar, for_terminal, say_cut
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
+from flashd.stats import as_json, in_words
 from flashd.talk import Turns, checked, talk
 
 STARTED = time.perf_counter()
@@ -279,6 +280,7 @@ def _say(
     engine: Any, tokens: list[int], sampling: Any, args: argparse.Namespace, answer: Any = None, loaded: float = 0.0
 ) -> int:
     """Streams one answer to standard output; Ctrl-C keeps what was said."""
+    from flashd.engine.cost import cost
     from flashd.engine.engine import Answer
 
     answer = answer or Answer()
@@ -301,55 +303,17 @@ def _say(
     finally:
         if bar:
             bar.close()
+    figures, finish = cost(engine, answer), answer.figures.finish
     if args.json:
-        facts = {"text": answer.text, "load_seconds": loaded, **_figures(engine, answer)}
-        print(json.dumps(facts, ensure_ascii=False), flush=True)
+        more = {"load_seconds": loaded, "resident": engine.plan.resident}
+        print(as_json(answer.text, finish, figures | more), flush=True)
     else:
         print(flush=True)
-        if answer.figures.finish == "length" and not args.ignore_eos:
+        if finish == "length" and not args.ignore_eos:
             say_cut()
     if args.stats:
-        _print_stats(_figures(engine, answer))
+        print(in_words(finish, figures), file=sys.stderr)
     return code
-
-
-def _figures(engine: Any, answer: Any) -> dict[str, Any]:
-    """What `--json` says of an answer: seconds, bytes, counts and rates."""
-    from flashd.engine.plan import peak
-
-    f, passes, card = answer.figures, max(1, answer.figures.tokens - 1), engine.model.card
-    return {
-        **asdict(f),
-        "prefill_tokens_per_second": f.prefill_rate,
-        "decode_tokens_per_second": f.decode_rate,
-        "tokens_per_pass": (f.passes + f.accepted) / f.passes if f.passes else 1.0,
-        "card_bytes_per_token": f.decode_card_bytes / passes,
-        "card_reads_per_token": f.decode_card_reads / passes,
-        "card_wanted_share": card.bytes_wanted / card.bytes_read if card.bytes_read else 1.0,
-        "window_hit_rate": engine.model.hit_rate,
-        "compute_seconds": f.forward_seconds + f.draft_seconds - f.card_wait_seconds,
-        "other_seconds": f.first_token_seconds + f.decode_seconds - f.forward_seconds - f.draft_seconds,
-        "peak_bytes": peak(),
-        "memory_bytes": engine.plan.memory,
-        "resident": engine.plan.resident,
-    }
-
-
-def _print_stats(f: dict[str, Any]) -> None:
-    kept = f" {f['reused_tokens']} more were kept," if f["reused_tokens"] else ""
-    lines = [
-        f"prefill   {f['prompt_tokens']} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,{kept}"
-        f" first token after {f['first_token_seconds']:.2f} s",
-        f"decode    {f['tokens']} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {f['finish']}",
-        f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
-        f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
-        f"drafts    {f['drafted']} drafted from RAM, {f['accepted']} right, {f['tokens_per_pass']:.2f} tokens a pass,"
-        f" {f['draft_seconds']:.2f} s",
-        f"time      {f['card_wait_seconds']:.2f} s waiting for the card, {f['compute_seconds']:.2f} s computing,"
-        f" {f['other_seconds']:.2f} s other",
-        f"memory    {f['peak_bytes'] / MIB:.0f} MiB at the most, {f['memory_bytes'] / MIB:.0f} allowed",
-    ]
-    print("\n".join(lines), file=sys.stderr)
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -65,7 +65,8 @@ def test_a_daemon_that_is_not_asked_is_told_of(
     monkeypatch.setenv("FLASHD_SOCKET", str(tmp_path / "socket"))
     for options, asked, said in (
         ([], True, ""),
-        (["--stats", "--json"], False, "flashd: the daemon is not asked, because of --json;"),
+        (["--stats", "--json"], True, ""),
+        (["--stats", "--no-drafts"], False, "flashd: the daemon is not asked, because of --no-drafts;"),
         (["--stats", "--model", "m.flash"], False, ""),
     ):
         assert daemon_serves(_parser().parse_args(["ask", "the", *options])) is asked

@@ -186,7 +186,7 @@ class Api:
         return JSONResponse(
             {
                 **head, **body, "usage": _usage(end),
-                OBJECT: {"probabilities": end.result.probabilities, "figures": end.result.figures},
+                OBJECT: _more(end),
             },
             headers={"X-Job": str(job.id)},
         )  # fmt: skip
@@ -234,7 +234,7 @@ class Api:
                 yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})
             elif end.state is State.DONE:
                 last = head | chunk("", _reason(end), False) | {"usage": _usage(end)}
-                yield _event(last | {OBJECT: {"probabilities": end.result.probabilities}})
+                yield _event(last | {OBJECT: _more(end)})
             else:
                 kind = BAD_REQUEST if end.result.refused else str(end.state)
                 yield _event({"error": {"message": end.result.finish, "type": kind}})
@@ -354,13 +354,18 @@ def _reason(job: Job) -> str:
     return "length" if job.result.finish == "length" else "stop"
 
 
+def _more(job: Job) -> dict[str, Any]:
+    """What OpenAI's answers have no place for."""
+    return {"probabilities": job.result.probabilities, "figures": job.result.figures}
+
+
 def _usage(job: Job) -> dict[str, Any]:
     f = job.result.figures
-    prompt, said = int(f.get("prompt_tokens", 0)), int(f.get("tokens", 0))
-    reused = {"cached_tokens": int(f.get("reused_tokens", 0))}
+    reused, said = int(f.get("reused_tokens", 0)), int(f.get("tokens", 0))
+    prompt = int(f.get("prompt_tokens", 0)) + reused
     return {
         "prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said,
-        "prompt_tokens_details": reused,
+        "prompt_tokens_details": {"cached_tokens": reused},
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from flashd.config import Answering
 from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
+from flashd.engine.cost import cost
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.engine.sample import Constraint, Sampling
 from flashd.engine.schema import Schemas
@@ -295,11 +296,8 @@ class Worker:
         f, seconds = running.answer.figures, time.monotonic() - running.started
         card = self._engine.model.card.bytes_read
         running.job.result.figures = self.last = {
-            "prompt_tokens": f.prompt_tokens + f.reused_tokens, "reused_tokens": f.reused_tokens, "tokens": f.tokens,
-            "seconds": seconds, "first_token_seconds": f.first_token_seconds,
-            "decode_tokens_per_second": f.decode_rate, "card_bytes": card - running.before + f.snapshot_bytes,
-            "card_bytes_per_token": f.decode_card_bytes / max(1, f.tokens - 1),
-            "window_hit_rate": self._engine.model.hit_rate,
+            **cost(self._engine, running.answer), "seconds": seconds,
+            "card_bytes": card - running.before + f.snapshot_bytes,
         }  # fmt: skip
         t = self.totals
         self.totals = Totals(

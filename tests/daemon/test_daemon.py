@@ -208,32 +208,46 @@ def test_metrics_status_and_health(http: httpx.Client) -> None:
     assert status["model"]["neurons in RAM"] == "100 %" and status["triggers"] == ["front", "plants"]
 
 
+def flashd(daemon: Running, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flashd", *args], capture_output=True, text=True, check=False,
+        env=os.environ | {"FLASHD_SOCKET": str(daemon.socket)},
+    )  # fmt: skip
+
+
 def test_the_command_asks_the_daemon(daemon: Running) -> None:
-    env = os.environ | {"FLASHD_SOCKET": str(daemon.socket)}
-
-    def flashd(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flashd", *args], capture_output=True, text=True, check=False, env=env
-        )
-
-    asked = flashd("ask", "What is the capital of France?", "--max-tokens", "16")
+    asked = flashd(daemon, "ask", "What is the capital of France?", "--max-tokens", "16")
     assert (asked.returncode, asked.stdout) == (0, "The capital of France is Paris.\n")
-    refused = flashd("ask", "word " * 800)
+    refused = flashd(daemon, "ask", "word " * 800)
     assert refused.returncode == os.EX_USAGE and "the context room for 511" in refused.stderr
     spool = ["--spool", str(daemon.folder / "spool.db")]
-    line = flashd("jobs", *spool).stdout.splitlines()[1]
+    line = flashd(daemon, "jobs", *spool).stdout.splitlines()[1]
     assert "The capital of France is Paris." in line
     number = line.split()[0]
-    shown = flashd("show", number, *spool).stdout
-    assert "user: What is the capital of France?" in shown and "first token seconds" in shown
-    flashd("ask", "Tell me a story.")  # what is not said is as the configuration has it
-    assert json.loads(flashd("jobs", *spool, "--json", "--most", "1").stdout)[0]["result"]["figures"]["tokens"] == 8
-    assert flashd("show", "99999", *spool).returncode == os.EX_NOINPUT
+    shown = flashd(daemon, "show", number, *spool).stdout
+    assert "user: What is the capital of France?" in shown and "first token after" in shown
+    flashd(daemon, "ask", "Tell me a story.")  # what is not said is as the configuration has it
+    assert (
+        json.loads(flashd(daemon, "jobs", *spool, "--json", "--most", "1").stdout)[0]["result"]["figures"]["tokens"]
+        == 8
+    )
+    assert flashd(daemon, "show", "99999", *spool).returncode == os.EX_NOINPUT
     dead = subprocess.run(
         [sys.executable, "-m", "flashd", "ask", "x"], capture_output=True, text=True, check=False,
-        env=env | {"FLASHD_SOCKET": str(_dead_socket(daemon.folder))},
+        env=os.environ | {"FLASHD_SOCKET": str(_dead_socket(daemon.folder))},
     )  # fmt: skip
     assert dead.returncode == os.EX_UNAVAILABLE and "start it with: flashd serve" in dead.stderr
+
+
+def test_what_an_answer_cost_is_the_daemon_s_to_say(daemon: Running) -> None:
+    ask = ("ask", "What is the capital of France?")
+    facts = json.loads(flashd(daemon, *ask, "--max-tokens", "16", "--json").stdout)
+    assert (facts["text"], facts["finish"], facts["tokens"]) == ("The capital of France is Paris.", "stop", 7)
+    assert facts["memory_bytes"] == 600 << 20
+    cost = flashd(daemon, *ask, "--max-tokens", "2", "--stats")
+    assert cost.stdout == "The capital\n" and "decode    2 tokens" in cost.stderr
+    assert f"{facts['prompt_tokens'] + facts['reused_tokens']:.0f} more were kept" in cost.stderr
+    assert "ended by length" in cost.stderr and "600 allowed" in cost.stderr
 
 
 def _dead_socket(folder: Path) -> Path:

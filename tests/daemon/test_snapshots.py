@@ -50,7 +50,7 @@ def test_a_restart_pays_for_new_tokens_alone(tiny_bundle: Path, tmp_path: Path) 
             again, reused = ask(http, "How are the plants?")
             whole = figures(running, http, 4)
             assert again == first and reused == whole["reused_tokens"]
-            assert whole["reused_tokens"] == whole["prompt_tokens"] > 30
+            assert whole["reused_tokens"] > 30 and whole["prompt_tokens"] == 0
             assert f"flashd_reused_tokens_total {whole['reused_tokens']:.1f}" in http.get("/metrics").text
             second, _ = ask(
                 http, "How are the plants?", first, "Tell me more about the thesis, and of all the others."
@@ -62,7 +62,8 @@ def test_a_restart_pays_for_new_tokens_alone(tiny_bundle: Path, tmp_path: Path) 
             ask(http, *chat, "Thanks.")
             last, before = figures(running, http, 6), figures(running, http, 5)
             # what was said last is put into tokens again, and may be cut otherwise
-            assert before["prompt_tokens"] - 16 <= last["reused_tokens"] < last["prompt_tokens"]
+            assert before["prompt_tokens"] + before["reused_tokens"] - 16 <= last["reused_tokens"]
+            assert last["prompt_tokens"] > 0
     text = running.log.read_text()
     assert "Traceback" not in text and "made again" not in text
 

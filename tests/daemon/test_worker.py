@@ -142,7 +142,7 @@ def test_who_brings_no_system_message_has_the_configuration_s(packed: dict[str, 
         o.steps.go_on.set()
         o.worker.start()
         o.end(*jobs)
-        used = [job.result.figures["prompt_tokens"] for job in jobs]
+        used = [job.result.figures["prompt_tokens"] + job.result.figures["reused_tokens"] for job in jobs]
     with Bundle(packed["int4"]) as bundle:
         prompts = Prompts(bundle)
         poet = prompts.tokens([Message("system", "You are a poet."), Message("user", "Hello?")])

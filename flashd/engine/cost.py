@@ -1,0 +1,29 @@
+"""What an answer cost: the figures that --json, --stats, the API and the spool give, by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from flashd.engine.engine import Answer, Engine
+from flashd.engine.plan import peak
+
+
+def cost(engine: Engine, answer: Answer) -> dict[str, float]:
+    """Seconds, bytes, counts and rates of an answer; shares and the peak are of all that the engine did so far."""
+    f, card = answer.figures, engine.model.card
+    counts = {name: value for name, value in asdict(f).items() if name != "finish"}
+    after_first = max(1, f.tokens - 1)
+    return {
+        **counts,
+        "prefill_tokens_per_second": f.prefill_rate,
+        "decode_tokens_per_second": f.decode_rate,
+        "tokens_per_pass": (f.passes + f.accepted) / f.passes if f.passes else 1.0,
+        "card_bytes_per_token": f.decode_card_bytes / after_first,
+        "card_reads_per_token": f.decode_card_reads / after_first,
+        "card_wanted_share": card.bytes_wanted / card.bytes_read if card.bytes_read else 1.0,
+        "window_hit_rate": engine.model.hit_rate,
+        "compute_seconds": f.forward_seconds + f.draft_seconds - f.card_wait_seconds,
+        "other_seconds": f.first_token_seconds + f.decode_seconds - f.forward_seconds - f.draft_seconds,
+        "peak_bytes": peak(),
+        "memory_bytes": engine.plan.memory,
+    }

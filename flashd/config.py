@@ -6,38 +6,31 @@ __post_init__. deploy/flashd.example.yaml documents each key.
 
 from __future__ import annotations
 
-import re
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from flashd import yamlfile
+from flashd import typedyaml
 from flashd.errors import ConfigError, Misfit
+from flashd.typedyaml import Wrong, dotted
 
-NAME, CLOCK = r"^[a-z][a-z0-9_-]{0,31}\Z", r"^([01]\d|2[0-3]):[0-5]\d\Z"
-SIZE = r"^(?=.*[1-9])([0-9]+(\.[0-9]+)?[KMGkmg]|[0-9]{7,})\Z"
-ONE_WIRE, CHANNEL = r"^28-[0-9a-f]{12}\Z", r"^[a-z0-9_]{1,40}\Z"
-SHAPES = {
-    NAME: "a name: a small letter, then up to 31 small letters, digits, - and _",
-    SIZE: "a size, such as 512M or 1.5G",
-    CLOCK: "a time of day in quotes, such as '07:30'",
-    ONE_WIRE: "28- and twelve digits 0 to f, as /sys/bus/w1/devices names it",
-    CHANNEL: "a channel's name, such as temp or voltage0",
-}
-"""What patterns allow, in words."""
-KINDS = {
-    "array": "a list: lines that begin with -", "object": "keys with their values", "int": "a whole number",
-    "float": "a number", "str": "a text: put it in quotes", "bool": "true or false",
-}  # fmt: skip
-"""What msgspec calls them, and what they are in the file."""
 
-UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-"""How msgspec says it."""
+def _text(pattern: str, words: str) -> msgspec.Meta:
+    """A text that matches a pattern, and in words what that allows."""
+    return msgspec.Meta(pattern=pattern, description=words)
 
-Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+
+Name = Annotated[
+    str, _text(r"^[a-z][a-z0-9_-]{0,31}\Z", "a name: a small letter, then up to 31 small letters, digits, - and _")
+]
+Size = Annotated[str, _text(r"^(?=.*[1-9])([0-9]+(\.[0-9]+)?[KMGkmg]|[0-9]{7,})\Z", "a size, such as 512M or 1.5G")]
+TimeOfDay = Annotated[str, _text(r"^([01]\d|2[0-3]):[0-5]\d\Z", "a time of day in quotes, such as '07:30'")]
+OneWireId = Annotated[
+    str, _text(r"^28-[0-9a-f]{12}\Z", "28- and twelve digits 0 to f, as /sys/bus/w1/devices names it")
+]
+Channel = Annotated[str, _text(r"^[a-z0-9_]{1,40}\Z", "a channel's name, such as temp or voltage0")]
 Pin = Annotated[int, msgspec.Meta(ge=0, le=63)]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -126,7 +119,7 @@ class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
     """A DS18B20 thermometer on the 1-Wire bus. Degrees Celsius. Without an id the first that is found."""
 
-    id: Annotated[str, msgspec.Meta(pattern=ONE_WIRE)] | None = None
+    id: OneWireId | None = None
     unit: str = "°C"
 
 
@@ -134,7 +127,7 @@ class Iio(Sensor, tag="iio", frozen=True, kw_only=True):
     """A channel of a Linux IIO device, such as temp, pressure or humidityrelative of a bme280."""
 
     device: str
-    channel: Annotated[str, msgspec.Meta(pattern=CHANNEL)]
+    channel: Channel
 
 
 AnySensor = Distance | Light | Analog | OneWire | Iio
@@ -224,7 +217,7 @@ class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
     """Every so many seconds, or at a time of day."""
 
     every: Positive | None = None
-    at: Annotated[str, msgspec.Meta(pattern=CLOCK)] | None = None
+    at: TimeOfDay | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -298,7 +291,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     model: str | None = None
-    memory: Annotated[str, msgspec.Meta(pattern=SIZE)] | None = None
+    memory: Size | None = None
     context: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 1024
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     card: Card = Card()
@@ -382,7 +375,7 @@ def _pins(entry: Any) -> list[int]:
 
 
 LONGEST = 1 << 20
-"""Bytes of a file: what YAML makes of one takes a hundred times as much RAM."""
+"""Bytes of a file."""
 
 Check = Callable[[Settings], None]
 
@@ -399,11 +392,7 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         check: looks at what this module knows nothing of, such as templates. Raises Misfit.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise ConfigError(f"{path}: more than {LONGEST} bytes")
-        return parse(text.decode(), str(path), check)
+        return parse(typedyaml.read(path, LONGEST), str(path), check)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: not there; make it after deploy/flashd.example.yaml, name another with --config, or try"
@@ -411,106 +400,19 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         ) from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
+    except Wrong as error:
+        raise ConfigError(f"{path}{error}") from error
 
 
 def parse(text: str, name: str = "flashd.yaml", check: Check = _no_more) -> Settings:
     """The settings of a text called `name`. Raises ConfigError."""
     try:
-        document = yamlfile.parse(text)
-    except yamlfile.YamlError as error:
-        raise ConfigError(f"{name}, line {error.line}: {error}") from error
+        settings, document = typedyaml.parse(text, Settings)
+    except Wrong as error:
+        raise ConfigError(f"{name}{error}") from error
     try:
-        settings = msgspec.convert({} if document.value is None else document.value, Settings)
         _check_fit(settings)
         check(settings)
-        return settings
     except Misfit as error:
-        raise ConfigError(f"{name}, line {document.line(error.path)}: {_dotted(error.path)}{error}") from error
-    except msgspec.ValidationError as error:
-        what, path = _message(str(error))
-        unknown = UNKNOWN.match(what)
-        line = document.line([*path, unknown.group(1)] if unknown else path)
-        raise ConfigError(f"{name}, line {line}: {_dotted(path)}{_explained(what, path, document.value)}") from error
-
-
-def _message(text: str) -> tuple[str, list[str | int]]:
-    """msgspec's 'what - at `$.a[0].b`' -> (what, ['a', 0, 'b'])."""
-    what, _, where = text.partition(" - at `$")
-    steps: list[str | int] = []
-    for word, number in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", where):
-        steps.append(int(number) if number else word)
-    return what, steps
-
-
-def _dotted(path: list[str | int]) -> str:
-    text = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in path).lstrip(".")
-    return f"{text}: " if text else ""
-
-
-def _explained(what: str, path: list[str | int], value: Any) -> str:
-    """What msgspec says, in the file's own words, with what is allowed."""
-    unknown = UNKNOWN.match(what)
-    if unknown:
-        allowed = ", ".join(_keys(path, value))
-        return f"{unknown.group(1)!r} is not known; allowed are {allowed}"
-    missing = re.match(r"Object missing required field `(.+)`", what)
-    if missing:
-        return f"{missing.group(1)!r} is missing"
-    tag = re.match(r"Invalid value '?(.*?)'?$", what)
-    if tag and path and path[-1] == "kind" and isinstance(path[0], str):
-        kinds = [t.__struct_config__.tag for t in typing.get_args(_element(path[0]))]
-        return f"{tag.group(1)!r} is not known; allowed are {', '.join(map(str, kinds))}"
-    shape = re.match(r"Expected `str` matching regex '(.*)'$", what)
-    if shape:
-        return f"expected {SHAPES[shape.group(1).encode().decode('unicode_escape')]}"
-    choice = re.match(r"Invalid enum value '?(.*?)'?$", what)
-    if choice:
-        options = _options(path, value)
-        return f"{choice.group(1)!r} is not allowed" + (f"; allowed are {', '.join(options)}" if options else "")
-    if what == "Expected `str`, got `bool`":
-        return "expected a text; quote it: YAML takes yes, no, on and off for true and false"
-    mistaken = re.match(r"Expected `(\w+)[^`]*`, got `(\w+)`$", what)
-    if mistaken:
-        wanted = _shape(path, value) or KINDS.get(mistaken.group(1), mistaken.group(1))
-        return f"expected {wanted}" + ("; or leave the key out" if mistaken.group(2) == "null" else "")
-    return what[:1].lower() + what[1:]
-
-
-def _shape(path: list[str | int], value: Any) -> str | None:
-    """The pattern of the text at `path` in words, where it has one."""
-    if not path or isinstance(path[-1], int):
-        return None
-    hint = typing.get_type_hints(_struct(path[:-1], value), include_extras=True)[path[-1]]
-    metas = [meta for part in (hint, *typing.get_args(hint)) for meta in getattr(part, "__metadata__", ())]
-    return next((SHAPES[meta.pattern] for meta in metas if getattr(meta, "pattern", None)), None)
-
-
-def _element(key: str) -> Any:
-    return typing.get_args(typing.get_type_hints(Settings)[key])[0]
-
-
-def _struct(path: list[str | int], value: Any) -> Any:
-    """The struct that describes the mapping at `path`."""
-    kind: Any = Settings
-    for step in path:
-        value = value[step]
-        if isinstance(step, str):
-            kind = typing.get_type_hints(kind)[step]
-            kind = next((a for a in typing.get_args(kind) if a is not type(None)), kind)
-        options = typing.get_args(kind) or (kind,)
-        if isinstance(value, dict):
-            kind = next((o for o in options if o.__struct_config__.tag == value.get("kind")), options[0])
-    return kind
-
-
-def _keys(path: list[str | int], value: Any) -> list[str]:
-    kind = _struct(path, value)
-    tag = ["kind"] if kind.__struct_config__.tag_field else []
-    return tag + [f.name for f in msgspec.structs.fields(kind)]
-
-
-def _options(path: list[str | int], value: Any) -> list[str]:
-    parent = _struct(path[:-1], value)
-    return [str(o) for o in typing.get_args(typing.get_type_hints(parent).get(str(path[-1])))]
+        raise ConfigError(f"{name}, line {document.line(error.path)}: {dotted(error.path)}{error}") from error
+    return settings

@@ -22,27 +22,40 @@ from typing import Annotated
 import msgspec
 
 import flashd
-from flashd import config, yamlfile
+from flashd import config, typedyaml
 from flashd.bundle.reader import Bundle
 from flashd.errors import NOT_JSON, CannotWrite, ConfigError, DataError, FlashdError, InputMissing
 from flashd.newfile import NewFile, sync_folder
+from flashd.typedyaml import Wrong
 
 MANIFEST = "flashd-update.yaml"
 MOST_MANIFEST = 64 << 10
 CHUNK = 4 << 20
 
 
+FileName = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z", description="the name of a file beside this one"),
+]
+Sum = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 digits in quotes, as sha256sum FILE prints them")
+]
+Version = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9}){0,9}\Z", description="a version in quotes, such as '1.0'")
+]
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file beside the manifest and its SHA-256."""
 
-    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
-    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    file: FileName
+    sha256: Sum
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an update brings. `needs`: the earliest flashd that it is for."""
 
-    needs: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9}){0,9}\Z")]
+    needs: Version
     bundle: Part | None = None
     configuration: Part | None = None
 
@@ -94,36 +107,16 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises InputMissing, DataError."""
     path = folder / MANIFEST
     try:
-        with path.open("rb") as file:
-            text = file.read(MOST_MANIFEST + 1)
+        manifest, _ = typedyaml.parse(typedyaml.read(path, MOST_MANIFEST), Manifest)
     except FileNotFoundError as error:
         raise InputMissing(f"{path}: not there; README says under Updates what is in it") from error
     except OSError as error:
         raise InputMissing(f"{path}: {error.strerror}") from error
-    if len(text) > MOST_MANIFEST:
-        raise DataError(f"{path}: more than {MOST_MANIFEST} bytes")
-    try:
-        manifest = msgspec.convert(yamlfile.parse(text.decode()).value, Manifest)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
-    except yamlfile.YamlError as error:
-        raise DataError(f"{path}, line {error.line}: {error}") from error
-    except msgspec.ValidationError as error:
-        raise DataError(f"{path}: {_explained(' '.join(str(error).split()))}") from error
+    except Wrong as error:
+        raise DataError(f"{path}{error}") from error
     if _version(manifest.needs) > _version(flashd.__version__):
         raise DataError(f"{path}: for flashd {manifest.needs} and later; this is {flashd.__version__}")
     return manifest
-
-
-def _explained(text: str) -> str:
-    """What msgspec says of a manifest, with what is to be done."""
-    what, _, where = text.partition(" - at `$.")
-    key = where.rstrip("`")
-    if key.endswith("sha256"):
-        what = "64 digits are expected, as sha256sum FILE prints them"
-    elif "got `float`" in what:
-        what = "a text is expected: put it in quotes"
-    return f"{key}: {what}" if key else what
 
 
 def restart_service() -> None:

@@ -36,7 +36,7 @@ EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
         ("triggers:\n- {kind: button, name: a, prompt: p}", "line 2: triggers[0]: 'pin' is missing"),
         (
             "serial:\n- name: c\n  port: x\n  mode: robot",
-            "line 4: serial[0].mode: 'robot' is not allowed; allowed are",
+            "line 4: serial[0].mode: 'robot' is not known; allowed are human, machine",
         ),
         ("triggers:\n- {kind: manual, name: a, prompt: p, choose: [x]}", "line 2: triggers[0]: choose needs two"),
         (

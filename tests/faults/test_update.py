@@ -146,9 +146,14 @@ def test_what_is_damaged_changes_nothing(board: Board) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("needs: '99'\n", "for flashd 99 and later"), ("needs: 1\n", "Expected `str`"), ("- x", "Expected `object`"),
-        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "matching regex"), ("\x00", "special characters"),
-        ("needs: '0'\nrun: rm", "unknown field"),
+        ("needs: '99'\n", "for flashd 99 and later"),
+        ("needs: 1\n", "yaml, line 1: needs: expected a version in quotes, such as '1.0'"),
+        ("", "line 1: 'needs' is missing"), ("- x", "line 1: expected keys with their values"),
+        ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "line 2: bundle.file: expected the name of a file"),
+        ("needs: '0'\nbundle:\n  file: a\n  sha256: 12", "line 4: bundle.sha256: expected 64 digits in quotes"),
+        ("needs: '0'\nbundle: a", "line 2: bundle: expected keys with their values"),
+        ("\x00", "special characters"),
+        ("needs: '0'\nrun: rm", "line 2: 'run' is not known; allowed are needs, bundle, configuration"),
     ],
 )  # fmt: skip
 def test_manifests_that_are_refused(board: Board, text: str, error: str) -> None:

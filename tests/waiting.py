@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Waits until something holds."""
     until = time.monotonic() + seconds
     while not condition():

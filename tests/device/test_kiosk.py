@@ -236,7 +236,7 @@ def test_a_failure_is_shown_in_words(browser: Any, page: Callable[[], Appliance]
     for _ in range(8):
         jobs.submit(request())
     browser.find_element("id", "text").send_keys("one too many\n")
-    wait(lambda: "jobs are waiting already" in text(browser, "answer"))
+    wait(lambda: "no room for another job: 8 waiting" in text(browser, "answer"))
 
 
 def test_the_drawer_shows_the_figures(browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:

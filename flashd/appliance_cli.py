@@ -212,6 +212,9 @@ def _doubts(settings: Settings) -> Iterator[str]:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if settings.memory and parse_size(settings.memory) > total:
         yield f"memory: {settings.memory} is more than the {total >> 20}M that this machine has"
+    for port in (Path(line.port) for line in settings.serial if line.port.startswith("/")):
+        if not port.is_char_device():
+            yield f"serial: {port} is {'no line' if port.exists() else 'not there'}"
     for output in settings.outputs:
         if isinstance(output, Speech | Hook) and not shutil.which(output.command[0]):
             yield f"outputs: {output.command[0]} is not installed"

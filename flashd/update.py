@@ -74,7 +74,7 @@ def update(folder: Path, config_path: Path, unfinished: Path, restart: Callable[
     `restart` starts the daemon with what there is then and raises FlashdError where it does not come up.
 
     Raises:
-        InputMissing: no manifest, or a file that it names is not there.
+        InputMissing: no manifest, a file that it names is not there, or flashd is not installed here.
         DataError, ConfigError: something is damaged, not for this flashd or wrong; nothing was changed.
         CannotWrite: the disk is full or may not be written; nothing was changed.
         FlashdError: the daemon did not start with it; the old one is in place again.
@@ -97,7 +97,7 @@ def update(folder: Path, config_path: Path, unfinished: Path, restart: Callable[
 def undo(unfinished: Path) -> list[Path]:
     """Puts the old files back where an update did not come to its end; those files, none where there is no such.
 
-    Raises DataError where `unfinished` is not what `update` has written, CannotWrite.
+    Raises DataError where `unfinished` is not what `update` has written; InputMissing, CannotWrite.
     """
     with _alone(unfinished.parent):
         return _undo(unfinished)
@@ -205,9 +205,13 @@ def _keep(path: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other update goes on."""
+    """Waits until no other update goes on. Raises InputMissing, CannotWrite."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{folder}: not there; updates are for a board that deploy/install was run on") from error
+    except PermissionError as error:
+        raise CannotWrite(f"{folder}: {error.strerror}; use sudo") from error
     except OSError as error:
         raise CannotWrite(f"{folder}: {error.strerror}") from error
     try:

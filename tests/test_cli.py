@@ -49,6 +49,11 @@ def test_what_is_right_and_would_not_work_is_said(tmp_path: Path) -> None:
         ("model: /none.flash", "model: /none.flash is not there"),
         (f"model: {tiny.write(tmp_path / 'm.gguf')}", "is no bundle; flashd pack makes one of it"),
         ("memory: 900G", "memory: 900G is more than the "),
+        (
+            "serial: [{name: a, port: /dev/ttyUSB99}, {name: b, port: /dev/null}]",
+            "serial: /dev/ttyUSB99 is not there",
+        ),
+        (f"serial: [{{name: a, port: {tmp_path}}}]", "is no line"),
         ("outputs: [{kind: speech, command: [no-such-voice]}]", "outputs: no-such-voice is not installed"),
     ):
         config.write_text(text)

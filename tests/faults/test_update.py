@@ -169,6 +169,15 @@ def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.
     assert "flashd-update.yaml" in capsys.readouterr().err
 
 
+def test_where_nothing_is_installed_nothing_is_undone(board: Board, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere" / "update.unfinished"
+    with pytest.raises(InputMissing, match="nowhere: not there; updates are for a board"):
+        undo(nowhere)
+    with pytest.raises(InputMissing, match="nowhere: not there; updates are for a board"):
+        update(board.stick, board.config, nowhere, board.restart)
+    assert board.state() == OLD
+
+
 def test_a_full_disk_changes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")

@@ -112,7 +112,7 @@ def make_plan(
     """
     m, form = header.model, header.group
     cache = cache_bytes(m, context)
-    resident = _resident_parts(header, cache)
+    resident = _resident_parts(header, context)
     whole = None if resident is None else base + cache + sum(resident.values())
     if resident and whole and whole <= memory:
         parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
@@ -214,7 +214,7 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
     return {
         "graphs": SESSIONS,
         "texts of tokens": _section(header, TEXTS),
-        "attention": attention,
+        "attention": attention + _rotary(m, context),
         "head": head * header.row_format("head").nbytes,
         "workspace": _workspace(header, context) + SLACK,
         **_reading_parts(header),
@@ -253,14 +253,24 @@ def _workspace(header: Header, context: int) -> int:
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
-    scores = 4 * tokens * context * m.heads
+    scores = _scores(m, tokens, context)
     # twice where a graph follows that caps them or adds a bias
     logits = 4 * LOGIT_ROWS * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
 
-def _resident_parts(header: Header, cache: int) -> dict[str, int] | None:
+def _scores(m: Model, tokens: int, context: int) -> int:
+    """Attention's, of one layer."""
+    return 4 * tokens * context * m.heads
+
+
+def _rotary(m: Model, context: int) -> int:
+    """Its tables, see graph.Rotary."""
+    return 4 * m.ropes * m.head_dim * context
+
+
+def _resident_parts(header: Header, context: int) -> dict[str, int] | None:
     """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
     f = header.formats
     if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
@@ -279,7 +289,7 @@ def _resident_parts(header: Header, cache: int) -> dict[str, int] | None:
         # ternary rows are nibbles here
         packed, steps = rows * form.width * max(form.bits, 4) // 8, 4 * rows * form.blocks
         weights += packed + 2 * steps
-    workspace = _resident_workspace(header) + SLACK
+    cache, workspace = cache_bytes(m, context), _resident_workspace(m, context) + SLACK
     return {
         "graphs": SESSIONS, "texts of tokens": _section(header, TEXTS), "constant weights": weights,
         "workspace": workspace,
@@ -287,10 +297,10 @@ def _resident_parts(header: Header, cache: int) -> dict[str, int] | None:
     }  # fmt: skip
 
 
-def _resident_workspace(header: Header) -> int:
-    m, tokens = header.model, TOKENS_AT_ONCE
+def _resident_workspace(m: Model, context: int) -> int:
+    tokens = min(TOKENS_AT_ONCE, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
-    return activations + 12 * m.vocabulary
+    return activations + _scores(m, tokens, context) + _rotary(m, context) + 12 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:

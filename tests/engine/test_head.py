@@ -81,7 +81,7 @@ def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "LIKELY", KEPT)
-    monkeypatch.setattr(planning, "_resident_parts", lambda header, cache: None)
+    monkeypatch.setattr(planning, "_resident_parts", lambda header, context: None)
     with Bundle(bundle) as opened:
         header = opened.header
     least, a_group = smallest(header, 64, 0), header.model.layers * header.group.nbytes

@@ -23,6 +23,7 @@ from flashd.bundle.layout import GAP_BYTES, PAGE, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import Bytes
 from flashd.engine.cardspeed import CardSpeed
+from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class _Card:
         self._records = [*(section.run for section in self._sections[:-1]), header.row_format("head").nbytes]
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
+        self._gave_up: CardError | None = None  # why, once a read has waited for the card in vain
         self._counting = threading.Lock()
         self._idle = [mmap.mmap(-1, buffer_bytes(most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
@@ -132,14 +134,15 @@ class _Card:
     def _taken(self) -> Iterator[tuple[Extent, Bytes]]:
         """The first extent under way, when it is there; its buffer is idle when the next is taken."""
         read = self._reads.popleft()
-        started, ahead = time.perf_counter(), read.groups.done()
+        started, ahead, known = time.perf_counter(), read.groups.done(), self._gave_up
         try:
             try:
                 groups = read.groups.result()
-            except Exception:
-                if not ahead:
+            except Exception as error:
+                if not ahead and error is not known:
                     raise
                 # it failed some time ago: the card may be back, and who gave up waiting for it was another
+                self._gave_up = None
                 groups = self._read(read.extent, read.buffer, read.wanted)
             self.stats.waited += time.perf_counter() - started
             yield read.extent, groups
@@ -155,8 +158,18 @@ class _Card:
                 read.groups.exception()
             self._idle.append(read.buffer)
         self._reads.clear()
+        self._gave_up = None
 
     def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
+        if self._gave_up is not None:
+            raise self._gave_up  # the reads behind it would wait as long again
+        try:
+            return self._read_checked(extent, buffer, wanted)
+        except CardError as error:
+            self._gave_up = error
+            raise
+
+    def _read_checked(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
         section = self._sections[extent.section]
         offset = section.offset + extent.first * section.run
         length = min(extent.count * section.run, section.end - offset)

@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from flashd.bundle.file import Patience
 from flashd.bundle.layout import PREFIX, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import READ_BYTES, CardStream, Extent
+from flashd.engine.card import IN_FLIGHT, READ_BYTES, CardStream, Extent
 from flashd.engine.ffn import OnStep, silent
 from flashd.engine.paged import PagedModel
 from flashd.errors import CardError
@@ -92,6 +92,20 @@ def test_patience_ends(card: Card) -> None:
         card.pull(after=1)
         with pytest.raises(CardError, match=r"did not come back within 0\.4 s"):
             text(model)
+
+
+def test_patience_is_that_of_all_reads_together(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+    """What is queued behind reads that gave up does not wait as long again."""
+    with Bundle(card.path, Patience(0.4)) as bundle:
+        stream = CardStream(bundle, [Extent(0, group, 1) for group in range(bundle.header.model.groups)], 6)
+        with closing(stream):
+            card.pull(after=1)
+            with pytest.raises(CardError, match=r"did not come back within 0\.4 s"):
+                list(stream.section(0))
+            stream.restart()
+            assert sum("waiting 0.4 s" in r.message for r in caplog.records) == IN_FLIGHT
+            card.put_back()
+            assert len([extent for extent, _ in stream.section(0)]) == bundle.header.model.groups
 
 
 def test_who_waits_may_give_up(card: Card) -> None:

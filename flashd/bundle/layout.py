@@ -652,6 +652,8 @@ def _check_sections(header: Header, file_length: int) -> None:
     if header.checksums.length != 8 * (first - header.checksums.runs):
         raise BadSection(f"{header.checksums.length} bytes of checksums for {first} runs")
     present = {s.name: s for s in header.sections}
+    if len(present) != len(header.sections):
+        raise BadSection("two sections have one name")
     for name, length in header.expected_lengths().items():
         if name not in present:
             raise BadSection(f"section {name!r} is missing")

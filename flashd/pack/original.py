@@ -42,7 +42,7 @@ class Original:
     def open(cls, path: Path, rows: RowKind) -> Original:
         """The model at `path`, a GGUF file or a Hugging Face folder. Raises InputMissing, DataError."""
         source: Source = HfFolder(path) if path.is_dir() else GgufModel(path)
-        check_layers(source)
+        check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
         model = model_of(source, family)
         weights = Weights(source, family, model)

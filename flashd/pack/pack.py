@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.layout import (
+    MAGIC,
     ROWS_OF_A_RUN,
     Chooser,
     Header,
@@ -20,7 +21,7 @@ from flashd.bundle.layout import (
 )
 from flashd.bundle.rows import BLOCK, NARROW, Floats, RowFormat, RowKind
 from flashd.bundle.writer import BundleWriter
-from flashd.errors import DataError
+from flashd.errors import DataError, UsageError
 from flashd.pack import gate, gated, graphs, narrowed, selected
 from flashd.pack.calibrate import sample_tokens
 from flashd.pack.encode import Encoder
@@ -59,10 +60,12 @@ def pack(
     matters least has fewer bits on the card, unless all of it matters too much.
 
     Raises:
+        UsageError: `out` is something else than a bundle.
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
             neurons costs as little as was asked.
         CannotWrite: the disk is full or the folder cannot be written.
     """
+    _check_out(out)
     try:
         original = Original.open(source_path, rows)
         _check(original, allowed)
@@ -70,6 +73,17 @@ def pack(
     except BENT as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source_path}: its parts do not fit together ({what}); download it again") from error
+
+
+def _check_out(out: Path) -> None:
+    """Raises UsageError for what must not be replaced, such as the model file itself."""
+    if out.is_dir():
+        raise UsageError(f"--out {out}: is a folder; name a file in it")
+    if out.exists():
+        with out.open("rb") as file:
+            start = file.read(len(MAGIC))
+        if start and start != MAGIC:
+            raise UsageError(f"--out {out}: is there and is no bundle; name another file, or remove it")
 
 
 def _check(original: Original, allowed: Allowed | None) -> None:
@@ -97,9 +111,9 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
     vocabulary = original.source.vocabulary()
-    choice = _choose(original, vocabulary.tokenizer_json, allowed)
-    selection = choice.selection if isinstance(choice, Selected | Gated) else None
-    with BundleWriter(out) as bundle:
+    with BundleWriter(out) as bundle:  # before what takes long: whether it can be written is known then
+        choice = _choose(original, vocabulary.tokenizer_json, allowed)
+        selection = choice.selection if isinstance(choice, Selected | Gated) else None
         writer = _Writer(original, bundle, on_progress)
         writer.tables(vocabulary, selection.kind if selection else None)
         match choice:

@@ -19,6 +19,7 @@ from flashd.errors import DataError, InputMissing
 from flashd.pack import four_bits, hugging_face
 from flashd.pack.four_bits import FourBits, Part
 from flashd.pack.hugging_face import Numbers
+from flashd.pack.shapes import check_layers
 from flashd.pack.source import ALL, Source, Tensor, Which
 from flashd.pack.tokenizer_json import read_object, read_tokenizer_json
 from flashd.pack.vocabulary import Vocabulary
@@ -167,6 +168,7 @@ class HfFolder(Source):
         self.architecture = self._conversion.architecture
         try:
             self._config = hugging_face.completed(stated, self._conversion)
+            check_layers(int(self._config.get("num_hidden_layers", 1)), path / "config.json")
             keys = hugging_face.hyper_parameters(self._config, path)
             divisors = hugging_face.rope_divisors(self._config)
             self._files = _weight_files(path)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flashd.bundle.layout import Model
 from flashd.bundle.rows import BLOCK
 from flashd.errors import DataError
-from flashd.pack.source import Source
 from flashd.pack.weights import Ffn, Weights
 
 MOST_LAYERS = 1024
 
 
-def check_layers(source: Source) -> None:
+def check_layers(layers: int, path: Path) -> None:
     """Raises DataError where a file claims more layers than a bundle may have, or none."""
-    layers = source.number("block_count", int)
     if not 1 <= layers <= MOST_LAYERS:
-        raise DataError(f"{source.path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
+        raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
 def check_shapes(weights: Weights, model: Model) -> None:

@@ -7,6 +7,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -44,6 +45,12 @@ def rewrite(path: Path, change: Callable[[dict[str, object]], None]) -> None:
     body = msgspec.json.encode(header)
     prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), layout.digest(body), len(data))
     path.write_bytes(prefix + body + data[PREFIX.size + len(body) :])
+
+
+def _twice(header: Any) -> None:
+    """An empty section in front of one that is called like it."""
+    first = header["sections"][0]
+    header["sections"].insert(0, {**first, "length": 0})
 
 
 def poke(path: Path, offset: int, data: bytes) -> None:
@@ -158,6 +165,7 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("sections", 0, "run", to=0), DamagedHeader),
         (_set("sections", 1, "offset", to=0), BadSection),
         (_set("sections", to=[]), BadSection),
+        (_twice, BadSection),
         (_set("checksums", "length", to=8), BadSection),
         (_set("text", to=None), DamagedHeader),
         (_set("text", "eos", to=[1 << 40]), DamagedHeader),

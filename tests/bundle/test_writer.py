@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from flashd.bundle.layout import MAGIC
 from flashd.bundle.reader import Bundle
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import CannotWrite
@@ -40,7 +41,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(full_disk: Path, smollm: Path) 
 
 def test_a_limit_on_file_size_is_said_and_the_old_file_stays(tmp_path: Path) -> None:
     source, out = tiny.write(tmp_path / "m.gguf"), tmp_path / "m.flash"
-    out.write_text("old")
+    out.write_bytes(MAGIC + b"old")
     # the kernel's signal would end the process before the error comes
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -51,7 +52,7 @@ def test_a_limit_on_file_size_is_said_and_the_old_file_stays(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert out.read_text() == "old"
+    assert out.read_bytes() == MAGIC + b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.flash", "m.gguf"]
 
 

@@ -231,6 +231,13 @@ def test_a_config_that_makes_no_sense(folder: Path, text: bytes) -> None:
     refused(folder, "not JSON|no JSON object|makes no sense")
 
 
+@pytest.mark.parametrize("layers", [0, -1, 200_000_000])
+def test_layers_that_no_bundle_has(folder: Path, layers: int) -> None:
+    """Named before anything is made for each of them."""
+    change(folder, num_hidden_layers=layers)
+    refused(folder, rf"config\.json: {layers} layers; 1 to 1024 are possible")
+
+
 def test_no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     refused(folder, r"tokenizer.json: no such file; make it with transformers", InputMissing)

@@ -24,7 +24,11 @@ class Beside(Generic[T]):
 
     def __enter__(self) -> Beside[T]:
         self._pool = ThreadPoolExecutor(1, "beside")
-        self._future: Future[T] = self._pool.submit(self._function)
+        try:
+            self._future: Future[T] = self._pool.submit(self._function)
+        except BaseException:  # Ctrl-C, when the work may have begun
+            self._pool.shutdown()
+            raise
         return self
 
     def __exit__(

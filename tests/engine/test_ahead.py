@@ -154,14 +154,17 @@ def test_a_constraint_is_not_asked_what_might_come(packed: dict[str, Path], thre
 
 def test_a_block_ends_when_the_work_beside_it_has() -> None:
     ended: list[str] = []
+    begun = threading.Event()
 
     def work() -> int:
+        assert begun.wait(60)
         time.sleep(0.05)
         ended.append("work")
         return 7
 
     with Beside(work) as beside:
         ended.append("block")
+        begun.set()
     assert ended == ["block", "work"] and beside.result == 7
     with pytest.raises(Stop), Beside(work):
         raise Stop
@@ -178,13 +181,15 @@ def test_a_block_ends_when_the_work_beside_it_has() -> None:
 
 def test_ctrl_c_waits_for_the_work_beside() -> None:
     ended: list[str] = []
+    begun = threading.Event()
 
     def work() -> None:
+        assert begun.wait(60)
         time.sleep(0.05)
         _thread.interrupt_main()
         time.sleep(0.2)
         ended.append("work")
 
     with pytest.raises(KeyboardInterrupt), Beside(work):
-        pass
+        begun.set()
     assert ended == ["work"]

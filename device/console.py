@@ -156,8 +156,9 @@ class Console:
             self._send("(stopped)\r\n")
         elif end.state is not State.DONE:
             self._say(f"({end.state}: {end.result.finish})")
-        elif end.result.finish == "length":
-            self._say("(cut: the answer is as long as it may be)")
+        elif end.result.cut:
+            full = end.result.finish == "context"
+            self._say(f"(cut: {'the context is full' if full else 'the answer is as long as it may be'})")
         if end.result.probabilities:
             self._say(", ".join(f"{name} {100 * p:.0f} %" for name, p in end.result.probabilities.items()))
 

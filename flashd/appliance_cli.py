@@ -79,7 +79,7 @@ class Said:
     """A daemon's answer as its events come."""
 
     text: str = ""
-    finish: str = ""  # stop, length, or STOPPED
+    finish: str = ""  # stop, length, context, or STOPPED
     figures: dict[str, float] = field(default_factory=dict)  # with the last event
 
     def take(self, event: dict[str, Any]) -> str:
@@ -87,8 +87,8 @@ class Said:
         choice = event["choices"][0]
         piece: str = choice["delta"].get("content", "")
         self.text += piece
-        self.finish = choice["finish_reason"] or self.finish
-        self.figures = event.get("flashd", {}).get("figures", self.figures)
+        if more := event.get("flashd"):
+            self.finish, self.figures = more["finish"], more["figures"]
         return piece
 
 
@@ -104,7 +104,7 @@ def daemon_serves(args: argparse.Namespace) -> bool:
 
 def _own(args: argparse.Namespace) -> list[str]:
     """The options that ask for a model or budget of one's own."""
-    names = ("model", "memory", "threads", "ignore_eos", "no_drafts", "no_snapshots")
+    names = ("model", "memory", "context", "threads", "ignore_eos", "no_drafts", "no_snapshots")
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
@@ -166,8 +166,7 @@ def _say_daemons(args: argparse.Namespace, body: dict[str, Any], turns: Turns) -
         print(as_json(said.text, said.finish, said.figures), flush=True)
     else:
         print(flush=True)
-        if said.finish == "length":
-            say_cut()
+        say_cut(said.finish)
     if args.stats and said.figures:
         print(in_words(said.finish, said.figures), file=sys.stderr)
     return said

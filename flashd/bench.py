@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -78,14 +79,17 @@ class Bench:
     def run(self) -> list[Row]:
         """The peer if a model file is given, the baselines where flashd pages all it needs, and flashd itself.
 
-        Raises FlashdError naming the contender that fails.
+        Raises UsageError; FlashdError naming the contender that fails.
         """
+        if self.repeat < 1 or self.tokens < 2:
+            raise UsageError("--repeat 1 and --tokens 2 are the least that can be measured")
+        wrap = _command(self.wrap)
         contenders = self._contenders()
         runs: dict[Contender, list[Figures]] = {contender: [] for contender in contenders}
         for _ in range(self.repeat):
             # turn and turn about, so that a slow minute of the machine is shared
             for contender in contenders:
-                runs[contender].append(self._one(contender))
+                runs[contender].append(self._one(contender, wrap))
         return [Row(c.name, c.memory, _medians(results)) for c, results in runs.items()]
 
     def _contenders(self) -> list[Contender]:
@@ -132,8 +136,8 @@ class Bench:
         with Bundle(self.bundle) as bundle:
             return Prompts(bundle).tokens([Message("user", self.prompt)])
 
-    def _one(self, contender: Contender) -> Figures:
-        figures = self._run(contender.name, [*shlex.split(self.wrap), *contender.command])
+    def _one(self, contender: Contender, wrap: list[str]) -> Figures:
+        figures = self._run(contender.name, [*wrap, *contender.command])
         figures["to_first_token_seconds"] = figures["load_seconds"] + figures["first_token_seconds"]
         speed = remembered(self.bundle)
         if speed is not None and figures.get("decode_seconds"):
@@ -148,6 +152,17 @@ class Bench:
             raise FlashdError(f"{name} ended with {done.returncode}: {last}")
         said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return said
+
+
+def _command(wrap: str) -> list[str]:
+    """The words of `--wrap`. Raises UsageError."""
+    try:
+        words = shlex.split(wrap)
+    except ValueError as error:
+        raise UsageError(f"--wrap {wrap}: {error}") from error
+    if words and not shutil.which(words[0]):
+        raise UsageError(f"--wrap {wrap}: {words[0]} is no command here")
+    return words
 
 
 def _medians(runs: list[Figures]) -> Figures:
@@ -187,6 +202,8 @@ def check_plot(path: Path) -> None:
     """Raises UsageError for a file that `plot` cannot draw, InputMissing without matplotlib."""
     if path.suffix not in PICTURES:
         raise UsageError(f"--plot {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {path}: there is no such folder")
     if not find_spec("matplotlib"):
         raise InputMissing("a plot needs matplotlib: pip install 'flashd[bench]'")
 

@@ -36,7 +36,7 @@ class Limits:
 
 
 class ChildDied(FlashdError):
-    """The child ended without a result; memory or time that it did not have is the likely cause."""
+    """The child ended without a result: killed, most likely for memory or time that it did not have."""
 
 
 def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Result:
@@ -68,7 +68,8 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
         result, error = receive.recv()
     except EOFError:
         child.join()
-        raise ChildDied(f"a child process died (exit {child.exitcode}); is there enough memory?") from None
+        killed = "; is there enough memory?" if limits or (child.exitcode or 0) < 0 else ""
+        raise ChildDied(f"a child process died (exit {child.exitcode}){killed}") from None
     finally:
         receive.close()
     child.join()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flashd
 from flashd import appliance_cli, embedded
@@ -32,8 +32,8 @@ MOST_TOKENS = 256
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, from sysexits.h."""
     logging.basicConfig(format="flashd: %(message)s", level=logging.WARNING)
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return int(args.run(args) or 0)
     except FlashdError as error:
         print(f"flashd: {error}", file=sys.stderr)
@@ -309,8 +309,8 @@ def _say(
         print(as_json(answer.text, finish, figures | more), flush=True)
     else:
         print(flush=True)
-        if finish == "length" and not args.ignore_eos:
-            say_cut()
+        if not args.ignore_eos:
+            say_cut(finish)
     if args.stats:
         print(in_words(finish, figures), file=sys.stderr)
     return code
@@ -367,14 +367,15 @@ def _prefixes(args: argparse.Namespace, bundle: Bundle) -> Any:
 
 
 def _budget(args: argparse.Namespace) -> Any:
-    from flashd.engine.engine import Budget
+    from flashd.engine.engine import DEFAULT_CONTEXT, Budget
     from flashd.engine.plan import parse_size
 
-    if args.context < 2:
-        raise UsageError(f"--context {args.context} is out of range; allowed is 2 or more")
+    context = DEFAULT_CONTEXT if args.context is None else args.context
+    if context < 2:
+        raise UsageError(f"--context {context} is out of range; allowed is 2 or more")
     if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
         raise UsageError(f"--threads {args.threads} is out of range; allowed is 1 to {MOST_THREADS}")
-    return Budget(parse_size(args.memory) if args.memory else None, args.context, args.threads)
+    return Budget(parse_size(args.memory) if args.memory else None, context, args.threads)
 
 
 def _sampling(args: argparse.Namespace) -> Any:
@@ -412,8 +413,15 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(f"{name.replace('_', ' '):18} {value}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="flashd", description="Answers prompts with a language model larger than RAM, paged from flash."
     )
     parser.add_argument("--version", action="version", version=f"flashd {flashd.__version__}")
@@ -489,7 +497,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="RAM for everything, such as 512M (default: what is free)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of prompt and answer (default 1024)")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer (default 1024)")
     parser.add_argument("--threads", type=int, help="processors to use (default: all)")
 
 

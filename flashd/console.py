@@ -11,6 +11,9 @@ from types import TracebackType
 from tqdm import tqdm
 
 MIB = 1 << 20
+CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
+"""What is said of answers that ended so."""
+
 CLEAR = "\x1b[K"
 """What takes away the rest of a terminal's row."""
 
@@ -22,10 +25,10 @@ def for_terminal(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-def say_cut() -> None:
-    """Says to a person that an answer did not come to its own end."""
-    if sys.stderr.isatty():
-        print("(cut: --max-tokens allows more)", file=sys.stderr, flush=True)
+def say_cut(finish: str) -> None:
+    """Says to a person where an answer did not come to its own end, and why."""
+    if finish in CUT and sys.stderr.isatty():
+        print(f"(cut: {CUT[finish]})", file=sys.stderr, flush=True)
 
 
 class Bar:

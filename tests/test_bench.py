@@ -58,6 +58,8 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
     paged: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.Bench, "run", lambda self: pytest.fail("measured"))
+    assert main(["bench", str(paged), "--plot", "no/b.svg"]) == EX_USAGE
+    assert "--plot no/b.svg: there is no such folder" in capfd.readouterr().err
     assert main(["bench", str(paged), "--plot", "b.txt"]) == EX_USAGE
     assert "--plot b.txt: a picture's name ends in .svg, .png, .pdf" in capfd.readouterr().err
     monkeypatch.setattr(bench, "find_spec", lambda name: None)

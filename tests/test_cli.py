@@ -71,6 +71,7 @@ def test_a_daemon_that_is_not_asked_is_told_of(
     for options, asked, said in (
         ([], True, ""),
         (["--stats", "--json"], True, ""),
+        (["--context", "64"], False, "flashd: the daemon is not asked, because of --context;"),
         (["--stats", "--no-drafts"], False, "flashd: the daemon is not asked, because of --no-drafts;"),
         (["--stats", "--model", "m.flash"], False, ""),
     ):
@@ -84,6 +85,42 @@ def test_sizes_and_threads_that_nobody_means_are_refused(tiny_bundle: Path) -> N
     refused(run(*ask, "--memory", "512"), os.EX_USAGE, "'512' is no amount of memory to work with; write for example")
     for threads in ("0", "257"):
         refused(run(*ask, "--threads", threads), os.EX_USAGE, f"--threads {threads} is out of range")
+
+
+def test_a_mistyped_command_is_a_line(tmp_path: Path) -> None:
+    for command, words in (
+        (["ask", "hi", "--context", "x"], "argument --context: invalid int value: 'x'; see flashd ask --help"),
+        (["pack", "m.gguf"], "the following arguments are required: --out"), (["sing"], "invalid choice: 'sing'"),
+        ([], "COMMAND"), (["bench", tmp_path, "--repeat", "0"], "--repeat 1 and --tokens 2 are the least"),
+        (["bench", tmp_path, "--wrap", "'a"], "--wrap 'a: No closing quotation"),
+        (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is no command here"),
+    ):  # fmt: skip
+        refused(run(*command), os.EX_USAGE, words)
+
+
+def test_pack_takes_the_place_of_bundles_alone(tmp_path: Path, tiny_bundle: Path) -> None:
+    model = tmp_path / "model.gguf"
+    shutil.copy(tiny_bundle.with_name("tiny.gguf"), model)
+    before = model.read_bytes()
+    refused(run("pack", model, "--out", model), os.EX_USAGE, f"--out {model}: is there and is no bundle")
+    refused(run("pack", model, "--out", tmp_path), os.EX_USAGE, f"--out {tmp_path}: is a folder")
+    assert model.read_bytes() == before
+    refused(run("pack", model, "--out", tmp_path / "no" / "m.flash"), os.EX_CANTCREAT, "No such file or directory")
+    out = tmp_path / "m.flash"
+    for _ in range(2):
+        assert run("pack", model, "--out", out).returncode == 0
+
+
+def test_where_the_default_model_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    refused(run("ask", "hi"), os.EX_CANTCREAT, "Not a directory")
+
+
+def test_what_cut_an_answer_is_told(tiny_bundle: Path) -> None:
+    ask: list[str | Path] = ["ask", "the", "--model", tiny_bundle, "--ignore-eos", "--json", "--context", "40"]
+    for most, finish in (("400", "context"), ("3", "length")):
+        assert json.loads(run(*ask, "--max-tokens", most).stdout)["finish"] == finish
 
 
 def test_a_talk_says_what_it_does_not_know(tiny_bundle: Path) -> None:
@@ -158,6 +195,25 @@ def test_the_peak_stays_under_the_budget(packed: dict[str, Path], memory: str) -
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["prompt_tokens"] > 500
+    assert facts["peak_bytes"] <= facts["memory_bytes"]
+
+
+def test_the_peak_of_a_long_context_stays_under_the_budget(packed: dict[str, Path]) -> None:
+    """Where the KV cache is larger than what loading takes, attention's scores come on top of all that there was."""
+    context = ["--context", "6144", "--memory"]
+    plan = json.loads(run("plan", packed["int4"], *context, "2G", "--json").stdout)
+    assert plan["parts"]["weights while loading"] == 0
+    ask: list[str | Path] = [
+        "ask",
+        "The sea is wide. " * 1190,
+        "--model",
+        packed["int4"],
+        "--max-tokens",
+        "2",
+        "--json",
+    ]
+    facts = json.loads(run(*ask, *context, str(plan["whole"] + (3 << 20))).stdout)
+    assert facts["resident"] and facts["prompt_tokens"] > 5900
     assert facts["peak_bytes"] <= facts["memory_bytes"]
 
 

@@ -351,12 +351,13 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _reason(job: Job) -> str:
-    return "length" if job.result.finish == "length" else "stop"
+    return "length" if job.result.cut else "stop"
 
 
 def _more(job: Job) -> dict[str, Any]:
     """What OpenAI's answers have no place for."""
-    return {"probabilities": job.result.probabilities, "figures": job.result.figures}
+    result = job.result
+    return {"finish": result.finish, "probabilities": result.probabilities, "figures": result.figures}
 
 
 def _usage(job: Job) -> dict[str, Any]:

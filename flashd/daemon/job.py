@@ -73,10 +73,15 @@ class Result(msgspec.Struct, kw_only=True):
     """What came of a job."""
 
     text: str = ""
-    finish: str = ""  # stop, length, cancelled, an error's text
+    finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
     probabilities: dict[str, float] = {}
     figures: dict[str, float] = {}
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer would have gone on."""
+        return self.finish in ("length", "context")
 
 
 class Job(msgspec.Struct, kw_only=True):

@@ -233,8 +233,9 @@ class Worker:
         running.over, job = True, running.job
         if running.speech is not None:
             running.speech.stop()
-        if state is State.DONE and job.request.json_schema is not None and finish == "length":
-            state, finish = State.FAILED, "the answer was cut before its JSON was whole; raise max_tokens"
+        if state is State.DONE and job.request.json_schema is not None and finish != "stop":
+            larger = "max_tokens" if finish == "length" else "the context"
+            state, finish = State.FAILED, f"the answer was cut before its JSON was whole; raise {larger}"
         self._note(running)
         if state is State.CANCELLED and (self._stopping.is_set() or self._jobs.preempted(job)):
             self._jobs.put_back(job)

@@ -91,7 +91,7 @@ class Figures:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
-    finish: str = "length"
+    finish: str = "length"  # or context, where that is full before; stop, where it came to its own end
 
     @property
     def prefill_rate(self) -> float:
@@ -253,7 +253,9 @@ class Conversation:
         computed again. Raises UsageError where the prompt is empty or leaves no room in the context.
         """
         self._check(prompt)
-        limit = min(limit, self.model.cache.context - len(prompt))
+        room = self.model.cache.context - len(prompt)
+        if room < limit:
+            limit, figures.finish = room, "context"
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
         if self.lines:
             # held from now on: the text that it is shared with may end before the next pass

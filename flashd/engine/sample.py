@@ -71,8 +71,12 @@ class Sampler:
             token = int(self._allowed(logits, recent).argmax())
         else:
             ids, probabilities = self.distribution(logits, recent)
-            at = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
-            token = int(ids[min(at, len(ids) - 1)])
+            # in the order of their numbers: that of their odds changes with the last bits of the logits, which
+            # are not the same where other neurons are in RAM, and with it what the same seed draws
+            odds = np.zeros(len(logits))
+            odds[ids] = probabilities
+            at = int(np.searchsorted(np.cumsum(odds), self._random.random(), side="right"))
+            token = min(at, int(ids.max()))
         if self._constraint is not None:
             self._constraint.advance(token)
         return token

@@ -218,7 +218,8 @@ def test_the_plan_counts_predictors_routers_and_windows(selected: Path) -> None:
             for part in ("narrow", "wide", "lean", "router", "qkv", "output", "vectors")
         }
         assert plan.parts["predictors"] == held["narrow"] + held["wide"] + held["lean"] > 0
-        assert plan.parts["attention"] == held["router"] + held["qkv"] + held["output"] + held["vectors"]
+        rotary = 64 * sections["rope"]  # for each token of the context
+        assert plan.parts["attention"] == held["router"] + held["qkv"] + held["output"] + held["vectors"] + rotary
         hottest = np.sort(rates.reshape(-1))[:-100]
         assert plan.card_bytes == pytest.approx(float(hottest.sum()) * bundle.header.unit_bytes, abs=1)
         for memory in (least, plan.memory):

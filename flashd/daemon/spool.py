@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -45,71 +45,81 @@ DELETE FROM jobs WHERE ended IS NOT NULL AND (id <= ? OR id IN (
     ) WHERE bytes > ?
 ))
 """
+BEGIN = """
+INSERT INTO jobs (id, state, source, created, attempts, request) VALUES (?, ?, ?, ?, 1, ?)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, attempts = attempts + 1
+"""
+END = """
+INSERT INTO jobs (id, state, source, created, attempts, ended, request, result) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET state = excluded.state, ended = excluded.ended, result = excluded.result
+"""
+"""Both of a job that may have been accepted before a spool had to be put aside: the new one knows nothing of it."""
+
 ONE, LATEST = "WHERE id = ?", "ORDER BY id DESC LIMIT ?"
 
 
 class Spool:
     """Jobs on the card. Safe to use from several threads.
 
-    Raises CannotWrite where the file cannot be made or written, DataError where it is no spool.
+    A file that has rotted is put aside, and a new one begun: an appliance that nobody looks after goes on.
+
+    Raises CannotWrite where the file cannot be made or written, DataError where a newer flashd wrote it.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self._keep = keep
         self._lock = threading.Lock()
-        with self._guard():
+        self._last = 0  # the highest number of a job
+        self._db: sqlite3.Connection | None = None
+        with suppress(_PutAside), self._guard():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        try:
-            with self._guard():
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
-                self._db.executescript(SCHEMA)
-                self._check_version()
-        except BaseException:
-            self._db.close()
-            raise
+            self._db = self._opened()
 
     def close(self) -> None:
-        self._db.close()
+        if self._db is not None:
+            self._db.close()
 
     def add(self, request: Request) -> Job:
         """Keeps a new job; it is on the card when this returns."""
         now = time.time()
         with self._lock, self._guard():
-            row = self._db.execute(
+            row = self._connection.execute(
                 "INSERT INTO jobs (state, source, created, request) VALUES (?, ?, ?, ?)",
                 (State.QUEUED, request.source, now, msgspec.json.encode(request)),
             )
-        return Job(id=int(row.lastrowid or 0), request=request, created=now)
+        self._last = int(row.lastrowid or 0)
+        return Job(id=self._last, request=request, created=now)
 
     def begin(self, job: Job) -> None:
         """Notes that a job is being answered, so that one that kills the daemon is not tried for ever."""
         with self._lock, self._guard():
-            self._db.execute(
-                "UPDATE jobs SET state = ?, attempts = attempts + 1 WHERE id = ?", (State.RUNNING, job.id)
+            self._connection.execute(
+                BEGIN, (job.id, State.RUNNING, job.request.source, job.created, msgspec.json.encode(job.request))
             )
 
     def put_back(self, job: Job) -> None:
         """The job was interrupted through no fault of its own and waits again."""
         with self._lock, self._guard():
-            self._db.execute("UPDATE jobs SET state = ?, attempts = 0 WHERE id = ?", (State.QUEUED, job.id))
+            self._connection.execute("UPDATE jobs SET state = ?, attempts = 0 WHERE id = ?", (State.QUEUED, job.id))
 
     def end(self, job: Job) -> None:
         """Keeps a job's result, and forgets the oldest beyond `keep` and MOST_BYTES."""
         with self._lock, self._guard():
-            self._db.execute("BEGIN")
+            self._connection.execute("BEGIN")
             try:
-                self._db.execute(
-                    "UPDATE jobs SET state = ?, ended = ?, result = ? WHERE id = ?",
-                    (job.state, job.ended, msgspec.json.encode(job.result), job.id),
-                )
-                self._db.execute(FORGET, (job.id - self._keep, MOST_BYTES))
-                self._db.execute("COMMIT")
+                self._connection.execute(
+                    END,
+                    (
+                        job.id, job.state, job.request.source, job.created, job.attempts, job.ended,
+                        msgspec.json.encode(job.request), msgspec.json.encode(job.result),
+                    ),
+                )  # fmt: skip
+                self._connection.execute(FORGET, (job.id - self._keep, MOST_BYTES))
+                self._connection.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk has ended it already
-                    self._db.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk has ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
 
     def waiting(self) -> list[Job]:
@@ -129,14 +139,33 @@ class Spool:
 
     def _select(self, where: str, *values: int) -> list[Job]:
         with self._lock, self._guard():
-            return _jobs(self._db, where, *values)
+            return _jobs(self._connection, where, *values)
 
-    def _check_version(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):
-            raise DataError(f"{self.path}: a spool of version {version}, this flashd writes {VERSION}; update flashd")
-        if version == 0:
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        assert self._db is not None
+        return self._db
+
+    def _opened(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.executescript(SCHEMA)
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                raise DataError(
+                    f"{self.path}: a spool of version {version}, this flashd writes {VERSION}; update flashd"
+                )
+            if version == 0:
+                db.execute(f"PRAGMA user_version = {VERSION}")
+                # no two jobs have one number, those included that wait in RAM
+                db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('jobs', ?)", (self._last,))
+            (self._last,) = db.execute("SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence").fetchone()
+        except BaseException:
+            db.close()
+            raise
+        return db
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -144,10 +173,36 @@ class Spool:
             yield
         except sqlite3.DatabaseError as error:
             if type(error) is sqlite3.DatabaseError:
-                raise DataError(f"{self.path}: {error}; move it away and start again") from error
+                self._begin_anew(error)
             raise CannotWrite(f"{self.path}: {error}") from error
         except OSError as error:
             raise CannotWrite(f"{self.path}: {error.strerror}") from error
+
+    def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
+        """Opens the file once more, for a read may have gone wrong, or a new one. Raises _PutAside for that."""
+        self.close()
+        if _sound(self.path):
+            self._db = self._opened()
+            return
+        aside = f"{self.path.name}.damaged"
+        for file in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + file).replace(self.path.with_name(aside + file))
+        self._db = self._opened()
+        log.error("%s: %s; it is kept as %s, and a new one is begun", self.path, error, aside)
+        raise _PutAside(f"{self.path}: {error}; a new one is begun, try again") from error
+
+
+class _PutAside(CannotWrite):
+    """What was there had rotted."""
+
+
+def _sound(path: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            return bool(db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+    except sqlite3.DatabaseError:
+        return False
 
 
 def read_latest(path: Path, most: int) -> list[Job]:

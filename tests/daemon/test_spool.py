@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from flashd.child import in_child
 from flashd.daemon import spool
+from flashd.daemon.job import State
+from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
 from tests.daemon.clerk import request
 
 
-def test_what_is_no_spool_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "spool.db").write_bytes(b"not a database, but long enough to look like one" * 100)
-    with pytest.raises(DataError, match=r"spool\.db: .*move it away"):
-        Spool(tmp_path / "spool.db", keep=5)
+def test_what_is_no_spool_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = b"not a database, but long enough to look like one" * 100
+    (tmp_path / "spool.db").write_bytes(text)
+    with closing(Spool(tmp_path / "spool.db", keep=5)) as begun:
+        assert begun.add(request("hello")).id == 1
+    assert (tmp_path / "spool.db.damaged").read_bytes() == text
+    assert "it is kept as spool.db.damaged, and a new one is begun" in caplog.text
+
+
+def test_a_spool_that_rots_is_put_aside_and_all_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    with closing(Spool(path, keep=50)) as writer:
+        jobs = Jobs(writer, 50)
+        waiting = [jobs.submit(request(f"{i}: " + "long " * 400)) for i in range(20)]
+        writer._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * (path.stat().st_size - 4096))
+        writer._connection.execute("PRAGMA shrink_memory")
+        with pytest.raises(CannotWrite, match=r"spool\.db: .*a new one is begun, try again"):
+            jobs.submit(request("one more"))
+        assert jobs.submit(request("one more")).id == len(waiting) + 1
+        # who asked before gets an answer, and it is kept
+        for job in waiting:
+            assert jobs.take(0) is job and spool.read_one(path, job.id) is not None
+            jobs.say(job, "yes")
+            with closing(jobs.watch(job.id)) as watch:
+                jobs.finish(job, State.DONE, "stop")
+                assert [event.kind for event in watch] == ["text", "ended"]
+        jobs.close()
+    assert [job.id for job in spool.read_latest(path, 50)] == list(range(21, 0, -1))
+    assert (found := spool.read_one(path, 7)) is not None
+    assert found.result.text == "yes" and found.request == waiting[6].request
+    assert path.with_name("spool.db.damaged").exists()
 
 
 def test_a_newer_spool_is_refused(tmp_path: Path) -> None:
@@ -82,7 +115,7 @@ def test_a_job_that_rotted_is_left_out_and_the_others_are_there(
 ) -> None:
     spool = Spool(tmp_path / "spool.db", keep=5)
     jobs = [spool.add(request(text)) for text in "abc"]
-    spool._db.execute("UPDATE jobs SET request = ? WHERE id = ?", (rot, jobs[1].id))
+    spool._connection.execute("UPDATE jobs SET request = ? WHERE id = ?", (rot, jobs[1].id))
     assert [job.id for job in spool.waiting()] == [jobs[0].id, jobs[2].id]
     assert f"job {jobs[1].id} is damaged" in caplog.text
     spool.close()
@@ -91,6 +124,6 @@ def test_a_job_that_rotted_is_left_out_and_the_others_are_there(
 def test_each_write_is_synced(tmp_path: Path) -> None:
     """A power cut loses nothing that `add` has returned for: SQLite must sync its log at every commit."""
     writer = Spool(tmp_path / "spool.db", keep=5)
-    assert writer._db.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert writer._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert writer._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert writer._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     writer.close()

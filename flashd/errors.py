@@ -31,6 +31,16 @@ class UsageError(FlashdError):
     exit_code = os.EX_USAGE
 
 
+class PromptTooLong(UsageError):
+    """A prompt has more tokens than the context has room for."""
+
+    def __init__(self, tokens: int | None, room: int) -> None:
+        many = f"more than {room}" if tokens is None else tokens
+        super().__init__(
+            f"the prompt has {many} tokens and the context room for {room}; shorten it or raise the context"
+        )
+
+
 BAD_REQUEST = "invalid_request_error"
 """What OpenAI's API calls a UsageError."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.engine.sample import Constraint, Sampling
 from flashd.engine.schema import Schemas
 from flashd.engine.text import Message
-from flashd.errors import FlashdError, UsageError
+from flashd.errors import FlashdError, PromptTooLong, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Worker:
     def _start(self, running: _Running) -> None:
         self._let_go()
         request = running.job.request
-        prompt, sampling = self._prompt_of(running.job), self._sampling(request)
+        prompt, sampling = self._prompt_of(running.job), self._sampling(running.job)
         if request.choose:
             self._choose(running, prompt, sampling)
             self._finish(running, State.DONE, running.answer.figures.finish)
@@ -158,6 +159,8 @@ class Worker:
 
     def _joins(self, job: Job) -> bool:
         """Whether a job may be answered beside those that run; an urgent one that barged in is not held up."""
+        if self._stopping.is_set() or any(self._jobs.preempted(r.job) for r in self._running):
+            return False  # those that run make way at the next step, and this one would with them
         running = [r.job.request for r in self._running]
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
@@ -257,32 +260,50 @@ class Worker:
 
     def _prompt(self, request: Request) -> list[int]:
         if request.plain:
-            return self._prompts.plain("".join(turn.content for turn in request.turns))
+            return self._prompts.plain("".join(turn.content for turn in request.turns), self._room)
         messages = [Message(turn.role, turn.content) for turn in request.turns]
         if self.answering.system and all(message.role != "system" for message in messages):
             messages.insert(0, Message("system", self.answering.system))
-        return self._shortened(messages, request) if request.forget else self._prompts.tokens(messages)
+        return self._shortened(messages, request) if request.forget else self._tokens(messages)
 
     def _shortened(self, messages: list[Message], request: Request) -> list[int]:
         """The tokens of a talk without its oldest messages where they leave no room for an answer."""
-        context = self._engine.plan.context
-        room = context - min(self._limit(request), context // 2)
-        first = 1 if messages[0].role == "system" else 0
-        tokens = self._prompts.tokens(messages)
-        while len(tokens) > room and len(messages) - first > 1:
-            del messages[first : min(first + FORGET, len(messages) - 1)]
-            tokens = self._prompts.tokens(messages)
-        return tokens
+        first, room = (1 if messages[0].role == "system" else 0), self._room + 1
+        room -= min(self._limit(request), room // 2)
+
+        def without(times: int) -> list[Message]:
+            """FORGET messages less, so many times; the last one always stays."""
+            return messages[:first] + messages[min(first + times * FORGET, len(messages) - 1) :]
+
+        def fits(times: int) -> bool:
+            self._notify.alive()
+            try:
+                return len(self._prompts.tokens(without(times), room)) <= room
+            except PromptTooLong:
+                return False
+
+        most = -(-(len(messages) - 1 - first) // FORGET)
+        return self._tokens(without(bisect_left(range(most), True, key=fits)))
+
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        return self._prompts.tokens(messages, self._room)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self._engine.plan.context - 1
 
     def _limit(self, request: Request) -> int:
         return request.max_tokens or self.answering.max_tokens
 
-    def _sampling(self, request: Request) -> Sampling:
-        a, d = self.answering, request.draw
+    def _sampling(self, job: Job) -> Sampling:
+        a, d = self.answering, job.request.draw
+        # one that is interrupted says the same when it begins anew, and who was told a part of it gets the rest
+        seed = int(job.created * 1e6) + job.id if d.seed is None else d.seed
         return Sampling(
             temperature=a.temperature if d.temperature is None else d.temperature,
             top_p=a.top_p if d.top_p is None else d.top_p,
-            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty, seed=d.seed,
+            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty, seed=seed,
         )  # fmt: skip
 
     def _constraint(self, request: Request) -> Constraint | None:

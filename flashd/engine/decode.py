@@ -28,7 +28,7 @@ from flashd.engine.prefixes import Prefixes
 from flashd.engine.sample import Sampler, Sampling
 from flashd.engine.snapshot import RUN, shared
 from flashd.engine.speculate import BEAM, NODES, Draft, Guesses, Pace, Trees, lookup
-from flashd.errors import UsageError
+from flashd.errors import PromptTooLong, UsageError
 
 NO_SLOTS: Slots = np.empty(0, np.int64)
 
@@ -340,10 +340,7 @@ class Conversation:
         if not prompt:
             raise UsageError("the prompt is empty; say what to answer")
         if len(prompt) >= self.model.cache.context:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context room for {self.model.cache.context - 1};"
-                " shorten it or raise the context"
-            )
+            raise PromptTooLong(len(prompt), self.model.cache.context - 1)
 
     def _recall(self, prompt: Sequence[int], figures: Figures) -> Floats | None:
         """Leaves in the cache what `prompt` begins with, from RAM or a snapshot.

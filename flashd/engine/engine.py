@@ -41,8 +41,13 @@ class Prompts:
         self._encoder = Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos)
         self._template = ChatTemplate(text.chat_template) if text.chat_template else None
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that asks for the next answer. Raises DataError where the chat template fails."""
+    def tokens(self, messages: Sequence[Message], room: int | None = None) -> list[int]:
+        """The prompt that asks for the next answer. Raises DataError where the chat template fails.
+
+        With `room`, the most tokens that are of use, PromptTooLong before a text of many more takes memory.
+        """
+        if room is not None:
+            self._encoder.check_length([m.content for m in messages], room)
         if self._template is None:
             return self._encoder.encode_plain("\n".join(m.content for m in messages))
         return self._template.encode(messages, self._encoder)
@@ -51,8 +56,10 @@ class Prompts:
         """The tokens of each text as an answer may begin with them."""
         return {text: self._encoder.encode_answer(text) for text in texts}
 
-    def plain(self, text: str) -> list[int]:
-        """The tokens of a text as it stands."""
+    def plain(self, text: str, room: int | None = None) -> list[int]:
+        """The tokens of a text as it stands; `room` as of `tokens`."""
+        if room is not None:
+            self._encoder.check_length([text], room)
         return self._encoder.encode(text)
 
 

@@ -11,10 +11,13 @@ from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.pages import give_back_freed_memory
-from flashd.errors import DataError, UsageError
+from flashd.errors import DataError, PromptTooLong, UsageError
 
 BREAK = "\ue000\ue001\ue000"
 """Private-use characters that part text where a control token must not form."""
+
+PART, LOST_AT_A_CUT = 8192, 16
+"""Characters of a long text whose tokens are counted at once, and the tokens that two parts might have in common."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -78,6 +81,20 @@ class Encoder:
         ids = [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
         # many a template begins with the token itself
         return ids if self._first and ids[:1] == self._first else self._first + ids
+
+    def check_length(self, texts: Sequence[str], room: int) -> None:
+        """Raises PromptTooLong where long texts have more than `room` tokens, however they are put together.
+
+        They are counted in parts: the tokenizer holds some 500 bytes for each token of what it is given at once.
+        """
+        parts = [text[i : i + PART] for text in texts for i in range(0, len(text), PART)]
+        if sum(map(len, parts)) <= PART:
+            return
+        tokens = 0
+        for part in parts:
+            tokens += max(0, len(self._tokenizer.encode(part, add_special_tokens=False).ids) - LOST_AT_A_CUT)
+            if tokens > room:
+                raise PromptTooLong(None, room)
 
     def _spelt(self, token: int | None) -> str:
         return (self._tokenizer.id_to_token(token) or "") if token is not None else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -177,6 +177,48 @@ def test_what_comes_meanwhile_is_answered_together(packed: dict[str, Path], tmp_
         watch.close()
         kinds = [(e.job, e.kind) for e in watch if e.kind in ("started", "ended")]
     assert kinds[:2] == [(jobs[1].id, "started"), (jobs[2].id, "started")]
+
+
+def test_a_talk_of_any_length_is_shortened_in_few_tries(
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try renders and cuts up all of it; meanwhile nobody else is answered."""
+    tries: list[int] = []
+    tokens = Prompts.tokens
+
+    def counted(self: Prompts, messages: Sequence[Message], room: int | None = None) -> list[int]:
+        tries.append(len(messages))
+        return tokens(self, messages, room)
+
+    monkeypatch.setattr(Prompts, "tokens", counted)
+    talk = [Turn("system", "Be brief."), *(Turn(("user", "assistant")[i % 2], f"{i} " * 200) for i in range(900))]
+    with office(packed["int4"], tmp_path) as o:
+        o.steps.go_on.set()
+        o.worker.start()
+        ask = Request(turns=(*talk, Turn("user", "Hello?")), source="test", forget=True)
+        assert o.end(o.jobs.submit(ask)) == [State.DONE]
+        assert len(tries) < 12 and tries[-1] < 10
+        long = o.jobs.submit(Request(turns=(Turn("user", "word " * 40_000),), source="test"))
+        assert o.end(long) == [State.FAILED] and long.result.refused
+        assert "more than 255 tokens and the context room for 255" in long.result.finish
+
+
+def test_what_is_drawn_is_drawn_again_after_an_interruption(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Who was told a part of it is told the rest of the same."""
+    with office(packed["int4"], tmp_path, tokens=16) as o:
+        o.worker.answering = Answering(max_tokens=16, temperature=1.5)
+        job, watch = o.jobs.ask(request("Tell me something."))
+        o.worker.start()
+        text = ""
+        for event in watch:
+            text += event.text if event.kind == "text" else ""
+            if event.kind == "text" and len(text) > 12:
+                break
+        urgent = o.jobs.submit(request("Now.", barge_in=True, priority=9))
+        assert o.end(job, urgent) == [State.DONE] * 2
+        assert job.result.text.startswith(text)
+        other = o.jobs.submit(request("Tell me something."))
+        assert o.end(other) == [State.DONE] and other.result.text != job.result.text
 
 
 def test_one_of_several_is_cancelled_and_the_others_go_on(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.plan import MIB, peak
-from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
-from flashd.errors import DataError, UsageError
+from flashd.engine.text import PART, ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.template import LIMITS
 
 
@@ -22,6 +22,21 @@ def encoder_and_template(packed):  # type: ignore[no-untyped-def]
         text = bundle.header.text
         assert text.chat_template
         return Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos), ChatTemplate(text.chat_template)
+
+
+UNEVEN = ("the thesis, and ", "a", " ", "0123456789", "é漢字", "\n\t", "🌾", "<|im_end|>")
+
+
+@given(st.lists(st.tuples(st.sampled_from(UNEVEN), st.integers(1, 9000)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_what_fits_is_never_refused_for_its_length(encoder_and_template, pieces) -> None:  # type: ignore[no-untyped-def]
+    encoder, _ = encoder_and_template
+    texts = [piece * times for piece, times in pieces]
+    tokens = sum(len(encoder.encode_plain(text)) for text in texts)
+    encoder.check_length(texts, tokens)
+    if sum(map(len, texts)) > 2 * PART:
+        with pytest.raises(PromptTooLong, match="has more than 20 tokens and the context room for 20; shorten"):
+            encoder.check_length(texts, 20)
 
 
 @given(st.text(max_size=40))

@@ -88,7 +88,7 @@ class Console:
 
     def _line(self, line: str) -> None:
         presets = self._front.settings.kiosk.presets
-        if line.isdigit() and 1 <= int(line) <= len(presets):
+        if line.isascii() and line.isdigit() and 1 <= int(line) <= len(presets):
             self._ask(presets[int(line) - 1])
         elif not line.startswith("/"):
             self._ask(line)

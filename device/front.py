@@ -27,7 +27,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     running: list[int]  # numbers of jobs
     sensors: dict[str, str]  # readings in words
     temperature: float | None  # of the processor, °C
-    throttled: bool
+    throttled: bool | None  # None: the board does not say
     title: str
     presets: list[str]
     triggers: list[str]

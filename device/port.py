@@ -131,6 +131,10 @@ class SerialLine:
                 self._session(port, self._stopping)
             except GONE as error:
                 gone = error
+            except Exception as error:
+                # whatever was typed: a console that nobody can use any more would look healthy from outside
+                log.exception("serial %s: an error in flashd", self._settings.name)
+                gone = error
             finally:
                 # at once: as long as it is open, an adapter that is put back gets another name
                 _close(port)

@@ -86,7 +86,8 @@ class _Sensor:
         self._unit = settings.unit
         self._wishes: SimpleQueue[bool] = SimpleQueue()
         self._read = threading.Condition()
-        self._busy = False
+        self._busy = self._hangs = False
+        self._asked = 0.0
         self._value: float | None = None
         self._said_missing = False
         threading.Thread(target=self._run, name=f"sensor {settings.name}", daemon=True).start()
@@ -97,18 +98,20 @@ class _Sensor:
             self._device.close()
 
     def ask(self) -> None:
+        now = time.monotonic()
         with self._read:
+            self._hangs = self._busy and now - self._asked > self._settings.timeout
             if not self._busy:
-                self._busy = True
+                self._busy, self._asked = True, now
                 self._wishes.put(True)
 
     def answer(self) -> Reading:
-        """What came of `ask`, waiting no longer than the sensor's time-out."""
+        """What came of `ask`, waiting no longer than the sensor's time-out, and for one that hangs not again."""
         until = time.monotonic() + self._settings.timeout
         with self._read:
             while self._busy:
                 left = until - time.monotonic()
-                if left <= 0:
+                if self._hangs or left <= 0:
                     self._say_missing("no answer in time")
                     return Reading(None, self._unit)
                 self._read.wait(left)

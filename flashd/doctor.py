@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flashd import board
+from flashd.board import SINCE_START, SLOWED, UNDER_VOLTAGE
 from flashd.bundle.reader import Bundle
 from flashd.console import MIB
 from flashd.engine.cardspeed import CardSpeed, measure, remember, remembered
 from flashd.errors import FlashdError
-
-THROTTLED = "devices/platform/soc/soc:firmware/get_throttled"
-"""The Raspberry Pi's flags: bits 0 to 3 hold now, 16 to 19 since it was started."""
-
-UNDER_VOLTAGE, UNDER_VOLTAGE_WAS = 1 << 0, 1 << 16
-SLOWED, SLOWED_WAS = 0b1110, 0b1110 << 16
 
 HOT = 80.0  # degrees Celsius: 5 below where a Raspberry Pi slows down
 LITTLE_SPACE = 256 * MIB
@@ -112,33 +108,29 @@ def _serial(roots: Roots) -> Finding:
 
 
 def _supply(roots: Roots) -> Finding:
-    text = _text(roots.sys / THROTTLED)
-    try:
-        flags = int(text, 16)
-    except ValueError:
+    flags = board.read(roots.sys).flags
+    if flags is None:
         return Finding("supply", "ok", "this board does not say")
+    was, text = flags >> SINCE_START, f"{flags:#x}"
     if flags & (UNDER_VOLTAGE | SLOWED):
         what = "too weak now" if flags & UNDER_VOLTAGE else "the processor is held back now"
         advice = (
             "use the board's own supply and a short cable" if flags & UNDER_VOLTAGE else "give it a fan or heat sink"
         )
         return Finding("supply", "fail" if flags & UNDER_VOLTAGE else "warn", f"{what} ({text})", advice)
-    if flags & (UNDER_VOLTAGE_WAS | SLOWED_WAS):
-        what = "was too weak" if flags & UNDER_VOLTAGE_WAS else "the processor was held back"
+    if was & (UNDER_VOLTAGE | SLOWED):
+        what = "was too weak" if was & UNDER_VOLTAGE else "the processor was held back"
         return Finding("supply", "warn", f"{what} since the start ({text})", "look at supply, cable and cooling")
     return Finding("supply", "ok", "strong enough, nothing is held back")
 
 
 def _temperature(roots: Roots) -> Finding:
-    for zone in sorted((roots.sys / "class/thermal").glob("thermal_zone*/temp")):
-        text = _text(zone)
-        if text.lstrip("-").isdigit():
-            celsius = int(text) / 1000
-            level: Literal["ok", "warn"] = "warn" if celsius >= HOT else "ok"
-            return Finding(
-                "temperature", level, f"{celsius:.0f} °C", "give it a fan or heat sink" if celsius >= HOT else ""
-            )
-    return Finding("temperature", "ok", "this board does not say")
+    celsius = board.read(roots.sys).temperature
+    if celsius is None:
+        return Finding("temperature", "ok", "this board does not say")
+    if celsius >= HOT:
+        return Finding("temperature", "warn", f"{celsius:.0f} °C", "give it a fan or heat sink")
+    return Finding("temperature", "ok", f"{celsius:.0f} °C")
 
 
 def _clock(roots: Roots) -> Finding:

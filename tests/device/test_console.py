@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from device import board
 from device.appliance import Appliance
+from device.console import Console
 from device.demo import Cable
 from device.port import MOST_BEHIND
+from flashd import board
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from tests.daemon.clerk import Clerk, request
@@ -56,6 +57,23 @@ def test_a_question_is_answered_and_the_talk_remembered(
     assert [t.content for t in clerk.answered[-1].request.turns] == ["Is it warm?"]
 
 
+def test_whatever_is_typed_leaves_a_console(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appliance(settings(cable))
+    terminal.expect("2  Will it rain?\r\n")
+    for typed in ("²", "٣", "0", "99999999999999999999999999"):  # no preset's number
+        terminal.type(typed + "\r")
+        terminal.expect("today.")
+        assert clerk.answered[-1].request.turns[-1].content == typed
+    monkeypatch.setattr(Console, "_ask", lambda self, text: 1 // 0)
+    terminal.type("hello\r")
+    terminal.expect("Weather box")
+    monkeypatch.undo()
+    terminal.type("hello\r")
+    terminal.expect("today.")
+
+
 def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
     appliance(settings(cable))
     terminal.expect("2  Will it rain?\r\n")  # what is typed before the port is open is lost
@@ -80,7 +98,7 @@ def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Cler
 def test_status_says_what_holds_the_board_back(
     appliance: Make, cable: Cable, terminal: Terminal, tmp_path: Path
 ) -> None:
-    zone, throttled = tmp_path / "class/thermal/thermal_zone0", tmp_path / board.THROTTLED
+    zone, throttled = tmp_path / "class/thermal/thermal_zone0", tmp_path / board.THROTTLED.replace("*", "")
     for folder in (zone, throttled.parent):
         folder.mkdir(parents=True)
     (zone / "temp").write_text("81000\n")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from gpiozero.pins.mock import MockFactory, MockPin, MockSPIDevice
 
-from device import board
 from device.prompt import Prompt
 from device.sensors import Reading, Sensors
+from flashd import board
 from flashd.config import AnySensor, parse
 from flashd.errors import ConfigError, UsageError
 from tests.device.conftest import Echo
@@ -94,6 +94,33 @@ def test_a_sensor_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     assert sum(t.name == "sensor hung" for t in threading.enumerate()) == 1
     opened.close()
     pipe.write_text(W1.format(crc="YES", milli=1))
+
+
+def test_sensors_that_hang_are_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later readings, which a page asks for every other second, do not wait for them."""
+    for n in range(4):
+        (folder := tmp_path / f"bus/w1/devices/28-{n:012x}").mkdir(parents=True)
+        os.mkfifo(folder / "w1_slave")  # a read hangs until somebody writes
+    entries = ", ".join(f"{{kind: ds18b20, name: s{n}, id: 28-{n:012x}, timeout: 0.1}}" for n in range(4))
+    opened = Sensors(sensors(entries), tmp_path)
+    waits: list[float | None] = []
+    wait_for = threading.Condition.wait
+
+    def counted(self: threading.Condition, timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return wait_for(self, timeout)
+
+    try:
+        assert not any(reading.known for reading in opened.read().values())
+        time.sleep(0.2)
+        monkeypatch.setattr(threading.Condition, "wait", counted)
+        assert not any(reading.known for reading in opened.read().values())
+        assert waits == []
+    finally:
+        monkeypatch.undo()
+        opened.close()
+        for n in range(4):
+            (tmp_path / f"bus/w1/devices/28-{n:012x}/w1_slave").write_text(W1.format(crc="YES", milli=1))
 
 
 def test_pins(pins: MockFactory) -> None:
@@ -178,14 +205,15 @@ def test_prompts_name_what_is_unknown() -> None:
         Prompt(endless, "endless", [])
 
 
-def test_the_board(tmp_path: Path) -> None:
-    assert board.read(tmp_path) == board.Board(None, False)
+@pytest.mark.parametrize("node", ["soc/soc:firmware", "soc@107c000000/soc@107c000000:firmware"])
+def test_the_board(tmp_path: Path, node: str) -> None:
+    assert board.read(tmp_path) == board.Board(None, None) and board.read(tmp_path).throttled is None
     zone = tmp_path / "class/thermal/thermal_zone0"
     zone.mkdir(parents=True)
     (zone / "temp").write_text("48312\n")
-    flags = tmp_path / board.THROTTLED
+    flags = tmp_path / "devices/platform" / node / "get_throttled"
     flags.parent.mkdir(parents=True)
     flags.write_text("50000\n")  # it was slowed once, and is not now
-    assert board.read(tmp_path) == board.Board(48.312, False)
+    assert board.read(tmp_path) == board.Board(48.312, 0x50000) and board.read(tmp_path).throttled is False
     flags.write_text("50005\n")
     assert board.read(tmp_path).throttled

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from queue import Full, Queue
 
 import gpiozero
 
-from device import board
 from device.console import Console
 from device.drives import Drives, taking_pins
 from device.front import Facts, Status
@@ -21,6 +21,7 @@ from device.port import Port, SerialLine
 from device.prompt import Prompt
 from device.sensors import Sensors
 from device.triggers import Triggers
+from flashd import board
 from flashd.config import AnyTrigger, Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
@@ -28,6 +29,12 @@ from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
 from flashd.places import pins_record
 
 log = logging.getLogger(__name__)
+
+MOST_FIRED = 64
+"""Triggers that have gone off and are not started yet."""
+
+CLOSE_SECONDS = 5.0
+"""How long a close waits for one that is being started."""
 
 
 class Appliance:
@@ -54,6 +61,8 @@ class Appliance:
         self._mute_button: gpiozero.Button | None = None
         self._serial: list[SerialLine] = []
         self._watch: Watch | None = None
+        self._fired: Queue[tuple[str, dict[str, str | float]] | None] = Queue(MOST_FIRED)
+        self._starting = threading.Thread(target=self._start_fired, name="triggers", daemon=True)
         self._record = pins_record(Path(settings.spool.path))
         self._build(settings, _prompts(settings))
 
@@ -73,6 +82,7 @@ class Appliance:
     def open(self) -> None:
         """A prompt can be answered now: consoles greet and triggers listen."""
         self._is_open = True
+        self._starting.start()
         self._listen()
         self._serial = [SerialLine(s, self._session(s)) for s in self._settings.serial]
         for line in self._serial:
@@ -87,6 +97,9 @@ class Appliance:
             self._watch.close()
         self._drop()
         self._drives.forget()
+        if self._starting.is_alive():
+            self._fired.put(None)
+            self._starting.join(CLOSE_SECONDS)
 
     def reload(self, settings: Settings) -> None:
         """Takes new triggers, templates, sensors and outputs; consoles that are open and jobs go on.
@@ -105,13 +118,13 @@ class Appliance:
                 raise
 
     def start(self, name: str, **values: str | float) -> Job:
-        trigger = self._triggers[name]
         with self._lock:
+            trigger, prompt, sensors = self._triggers[name], self._prompts[name], self._sensors
             now = time.monotonic()
             if self._muted or now < self._ready_at.get(name, 0.0):
                 raise NotStarted(f"trigger {name!r} was not started: muted, or started a moment ago")
             self._ready_at[name] = now + trigger.cooldown
-        text = self._prompts[name].render(self._sensors.read(), self.jobs.last_text, values)
+        text = prompt.render(sensors.read(), self.jobs.last_text, values)
         return self.jobs.submit(_request(trigger, text))
 
     def status(self) -> Status:
@@ -160,13 +173,26 @@ class Appliance:
         self._listening = self._mute_button = None
 
     def _fire(self, name: str, **values: str | float) -> None:
-        """A trigger went off. It comes from a driver's thread, where nobody could take an error."""
+        """A trigger went off. It comes from a driver's thread, which all pins have in common and no error may end."""
         try:
-            self.start(name, **values)
-        except NotStarted as error:
-            log.info("%s", error)
-        except FlashdError as error:
-            log.warning("trigger %s: %s", name, error)
+            self._fired.put_nowait((name, values))
+        except Full:
+            log.warning("trigger %s: too many have gone off", name)
+
+    def _start_fired(self) -> None:
+        """Starts what went off, one after the other: sensors are read for it and a template rendered."""
+        while (fired := self._fired.get()) is not None:
+            name, values = fired
+            try:
+                self.start(name, **values)
+            except NotStarted as error:
+                log.info("%s", error)
+            except FlashdError as error:
+                log.warning("trigger %s: %s", name, error)
+            except KeyError:
+                log.info("trigger %s went off as it was taken away", name)
+            except Exception:
+                log.exception("trigger %s", name)
 
     def _session(self, settings: Serial) -> Callable[[Port, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console

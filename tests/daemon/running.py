@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx2 as httpx
 
+from flashd.daemon.job import State
+
 BASE = """
 model: {model}
 memory: 600M
@@ -136,11 +138,11 @@ class Running:
         return found
 
     def ended(self, client: httpx.Client, number: int, seconds: float = PATIENCE) -> dict[str, Any]:
-        """A job once it has ended."""
+        """A job once it has ended; a trigger that went off may not have started it yet."""
         until = time.monotonic() + seconds
         while True:
             job = self.job(client, number)
-            if job["state"] not in ("queued", "running"):
+            if job.get("state", State.QUEUED) not in (State.QUEUED, State.RUNNING):
                 return job
             assert time.monotonic() < until, f"job {number} did not end: {job}"
             time.sleep(0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -16,6 +18,7 @@ from device.appliance import Appliance
 from device.sensors import Sensors
 from device.triggers import Triggers, next_time
 from flashd.config import parse
+from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError
 from tests.daemon.clerk import Clerk
@@ -24,6 +27,7 @@ from tests.waiting import wait
 
 Fired = list[tuple[str, dict[str, Any]]]
 Listen = Callable[[str], Fired]
+Make = Callable[..., Appliance]
 
 
 @pytest.fixture
@@ -139,6 +143,30 @@ def test_what_a_menu_stands_at_is_on_the_display(
         turn(pins.pin(5), pins.pin(6))
         shown.add(screen.image.tobytes())
     assert len(shown) == 4  # loading, and each of three choices
+
+
+def test_a_trigger_that_is_gone_or_fails_ends_nothing(
+    pins: MockFactory, appliance: Make, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drivers call back from one thread for all pins: what they set off is started in another."""
+    caplog.set_level(logging.INFO)
+    one = appliance("triggers: [{kind: button, name: ask, pin: 4, bounce: 0, prompt: Hello}]")
+    threads: list[str] = []
+    start: Callable[..., Job] = one.start
+
+    def noted(name: str, **values: str | float) -> Job:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 1:
+            raise RuntimeError("nobody thought of this")
+        return start(name, **values)
+
+    monkeypatch.setattr(one, "start", noted)
+    press(pins.pin(4))
+    wait(lambda: "nobody thought of this" in caplog.text)
+    one._fire("nobody")
+    press(pins.pin(4))
+    wait(lambda: jobs.waiting == 1)
+    assert threads == ["triggers"] * 3 and "trigger nobody went off as it was taken away" in caplog.text
 
 
 def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, listen: Listen) -> None:

@@ -174,9 +174,9 @@ def _take(changes: list[_Change], unfinished: Path, restart: Callable[[], None],
 def _replace(change: _Change) -> None:
     """The new file in place of the old, which stays as NAME.old."""
     sha = hashlib.sha256()
-    with NewFile(change.to) as new, change.source.open("rb") as source:
+    with NewFile(change.to) as new:
         at = 0
-        while part := source.read(CHUNK):
+        for part in _read(change.source):
             sha.update(part)
             new.write(part, at)
             at += len(part)
@@ -185,6 +185,16 @@ def _replace(change: _Change) -> None:
         if change.to.exists():
             _keep(change.to)
         new.publish()
+
+
+def _read(source: Path) -> Iterator[bytes]:
+    """A file in parts. Raises InputMissing where the stick is pulled meanwhile."""
+    try:
+        with source.open("rb") as file:
+            while part := file.read(CHUNK):
+                yield part
+    except OSError as error:
+        raise InputMissing(f"{source}: {error.strerror}; is the stick still in?") from error
 
 
 def _keep(path: Path) -> None:

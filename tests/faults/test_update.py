@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashd import config
+from flashd import update as updates
 from flashd.bundle.reader import Bundle
 from flashd.cli import main
 from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
@@ -167,6 +168,19 @@ def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.
         update(tmp_path, board.config, board.unfinished, board.restart)
     assert main(["update", str(tmp_path), "--config", str(board.config)]) == os.EX_NOINPUT
     assert "flashd-update.yaml" in capsys.readouterr().err
+
+
+def test_a_stick_pulled_while_it_is_copied_changes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = updates._keep
+
+    def pulled(path: Path) -> None:
+        keep(path)
+        (board.stick / "flashd.yaml").unlink(missing_ok=True)  # when the model has been copied
+
+    monkeypatch.setattr(updates, "_keep", pulled)
+    with pytest.raises(FlashdError, match=r"old one is in place again: .*flashd\.yaml: .*is the stick still in\?"):
+        board.update()
+    assert board.state() == OLD and board.starts == [OLD] and not board.unfinished.exists()
 
 
 def test_where_nothing_is_installed_nothing_is_undone(board: Board, tmp_path: Path) -> None:

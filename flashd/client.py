@@ -77,6 +77,14 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise NotRunning(f"the daemon went away: {error}") from error
         if reply.status != 200:
-            message = json.loads(reply.read())["error"]["message"]
-            raise {400: UsageError, 429: Busy}.get(reply.status, FlashdError)(message)
+            raise {400: UsageError, 429: Busy, 503: Busy}.get(reply.status, FlashdError)(_why(reply))
         return reply
+
+
+def _why(reply: http.client.HTTPResponse) -> str:
+    """What an answer says that is none."""
+    try:
+        message: str = json.loads(reply.read())["error"]["message"]
+    except (ValueError, KeyError, TypeError):  # the server's own, where too many are connected
+        return f"the daemon refuses: {reply.reason}; try again later"
+    return message

@@ -38,7 +38,10 @@ def talk(system: str | None, answer: Callable[[Turns], str | None]) -> None:
                 print(f"flashd: {error}; /reset starts anew", file=sys.stderr, flush=True)
                 continue
             if said is not None:
-                turns = [*asked, ("assistant", said)][-MOST_TURNS:]
+                turns = [*asked, ("assistant", said)]
+                if len(turns) > MOST_TURNS:
+                    # many at once: until the next time all questions begin alike, and their KV cache is kept
+                    del turns[: MOST_TURNS // 2]
 
 
 def checked(text: str) -> str:

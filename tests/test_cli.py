@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pexpect
@@ -17,6 +18,7 @@ import pytest
 from flashd.appliance_cli import daemon_serves
 from flashd.cli import _parser
 from flashd.console import for_terminal
+from flashd.talk import MOST_TURNS, Turns, talk
 from tests import tiny
 
 FLASHD = [sys.executable, "-m", "flashd"]
@@ -121,6 +123,20 @@ def test_what_cut_an_answer_is_told(tiny_bundle: Path) -> None:
     ask: list[str | Path] = ["ask", "the", "--model", tiny_bundle, "--ignore-eos", "--json", "--context", "40"]
     for most, finish in (("400", "context"), ("3", "length")):
         assert json.loads(run(*ask, "--max-tokens", most).stdout)["finish"] == finish
+
+
+def test_of_a_long_talk_much_is_forgotten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that questions begin alike for some time, and their KV cache is kept."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * 80))
+    asked: list[int] = []
+
+    def answer(turns: Turns) -> str:
+        asked.append(len(turns))
+        return "yes"
+
+    talk("Be brief.", answer)
+    assert max(asked) == MOST_TURNS + 2  # with the system's words and the question
+    assert sum(later < earlier for earlier, later in pairwise(asked)) <= 3
 
 
 def test_a_talk_says_what_it_does_not_know(tiny_bundle: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -193,13 +194,16 @@ class Api:
 
     async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: _Events) -> Job | None:
         """The job when it has ended, None if the daemon stops before; it is cancelled if the client goes away."""
+        looked = time.monotonic()
         try:
             while not events.over:
                 event = await events.next(1.0)
                 if event is not None and event.end is not None:
                     return event.end
-                if event is None and await http.is_disconnected():
-                    await asyncio.to_thread(self._jobs.cancel, job.id)
+                if time.monotonic() - looked >= 1.0:
+                    looked = time.monotonic()
+                    if await http.is_disconnected():
+                        await asyncio.to_thread(self._jobs.cancel, job.id)
             return None
         finally:
             watch.close()

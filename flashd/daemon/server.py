@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -94,7 +95,8 @@ def _unix_socket(path: Path) -> socket.socket:
         bound.listen()
     except OSError as error:
         bound.close()
-        raise CannotWrite(f"{path}: {error.strerror}; is another flashd running?") from error
+        other = "; is another flashd running?" if error.errno == errno.EADDRINUSE else ""
+        raise CannotWrite(f"{path}: {error.strerror or error}{other}") from error
     return bound
 
 

@@ -82,6 +82,21 @@ def test_the_kiosk_brings_the_socket_of_its_address() -> None:
         assert "flashd-loopback.socket" in _values(kiosk, "Unit", key)[0].split()
 
 
+def test_each_start_of_the_service_brings_loopback_back(tmp_path: Path) -> None:
+    """Of one that systemd gave up, because a start was triggered too often, nobody else would think."""
+    root = Root(tmp_path)
+    link = tmp_path / UNITS / "flashd.service.wants" / "flashd-loopback.socket"
+    root.systemctl("enable", "flashd.service", "flashd.socket")
+    assert not link.is_symlink()
+    root.systemctl("enable", "flashd-loopback.socket")
+    assert link.is_symlink()
+
+
+def test_a_stop_waits_for_hooks_and_voices() -> None:
+    """And does not end them together with the daemon, which is told to stop alone."""
+    assert _values(DEPLOY / "flashd.service", "Service", "KillMode") == ["mixed"]
+
+
 def test_the_kiosk_may_use_its_session_s_folder() -> None:
     """The compositor's socket is in /run/user, which ProtectHome= hides with /home."""
     assert _values(DEPLOY / "flashd-kiosk.service", "Service", "ProtectHome") == []

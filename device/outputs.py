@@ -136,11 +136,12 @@ class Panel:
 
     def close(self) -> None:
         self._watch.close()
-        if self._timer is not None:
-            self._timer.cancel()
-        for output in self._outputs:
-            output.close()
-        self._outputs = []
+        with self._lock:  # an event that is shown meanwhile would have an LED blink that is closed
+            if self._timer is not None:
+                self._timer.cancel()
+            for output in self._outputs:
+                output.close()
+            self._outputs = []
 
     def ready(self) -> None:
         """The model is loaded."""

@@ -13,7 +13,7 @@ from queue import Full, Queue
 import gpiozero
 
 from device.console import Console
-from device.drives import Drives, taking_pins
+from device.drives import Drives, letting_go, taking_pins
 from device.front import Facts, Status
 from device.machine import Machine
 from device.outputs import Panel
@@ -169,7 +169,8 @@ class Appliance:
     def _drop(self) -> None:
         for each in (self._listening, self._mute_button, self._panel, self._drives, self._sensors):
             if each is not None:
-                each.close()
+                with letting_go():
+                    each.close()
         self._listening = self._mute_button = None
 
     def _fire(self, name: str, **values: str | float) -> None:

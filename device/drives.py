@@ -15,6 +15,7 @@ from pathlib import Path
 import gpiozero
 import msgspec
 
+from flashd.child import FORKING
 from flashd.config import AnyTrigger, Drive
 from flashd.daemon.job import Job, State
 from flashd.errors import NOT_JSON, ConfigError, DataError, FlashdError, InputMissing
@@ -66,7 +67,8 @@ def turn_off(pins: list[Held]) -> None:
 def taking_pins(what: str) -> Iterator[None]:
     """What goes wrong while pins are taken is the configuration's: one that is not there, or that somebody holds."""
     try:
-        yield
+        with FORKING:
+            yield
     except FlashdError:
         raise
     except gpiozero.BadPinFactory as error:  # an ImportError
@@ -78,6 +80,16 @@ def taking_pins(what: str) -> Iterator[None]:
         raise ConfigError(f"an output needs a package that is missing: {error.name}") from error
     except Exception as error:  # lgpio's own, of a pin that somebody holds, is no GPIOZeroError
         raise ConfigError(f"{what}: {error}") from error
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """What goes wrong while a pin is let go is logged: the others are to be let go all the same."""
+    try:
+        with FORKING:
+            yield
+    except Exception:
+        log.exception("a pin was not let go")
 
 
 def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
@@ -124,7 +136,8 @@ class Drives:
     def close(self) -> None:
         """Turns all off and lets the pins go."""
         for drive in self._drives.values():
-            drive.close()
+            with letting_go():
+                drive.close()
         self._drives.clear()
 
     def forget(self) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from typing import TypeVar
 from flashd.errors import FlashdError
 
 Result = TypeVar("Result")
+
+FORKING = threading.RLock()
+"""Held while a child is made that still shares this process's pins. The kernel gives a pin to nobody else until all
+who have it let go: who takes one, or lets one go to take it in another way, holds this."""
+
+PINS = ("anon_inode:gpio", "/dev/gpiochip")
+"""What descriptors of pins lead to."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
 
     def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
-        gc.disable()  # what the parent holds, such as pins, is not for the child to close
+        gc.disable()  # what the parent has made is not for the child to undo
+        _let_go_of_pins()
+        send.send(None)
         try:
             if limits:
                 limits.obey()
@@ -62,9 +72,11 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
             send.send((None, error))
 
     child = context.Process(target=run)
-    child.start()
-    send.close()
     try:
+        with FORKING:
+            child.start()
+            send.close()
+            receive.recv()
         result, error = receive.recv()
     except EOFError:
         child.join()
@@ -76,3 +88,11 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def _let_go_of_pins() -> None:
+    """Closes the descriptors alone: nothing is said to a driver, and the parent's pins stay as they are."""
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:  # noqa: PTH208
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(PINS):  # noqa: PTH115
+                os.close(fd)

@@ -6,6 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
+
+import pytest
+
+from flashd import child
 
 PARENT = """
 import signal, sys, time
@@ -32,3 +38,36 @@ def test_ctrl_c_while_a_child_works_is_the_parent_s_to_answer() -> None:
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
     _, said = parent.communicate(timeout=30)
     assert (parent.returncode, said) == (130, b"")
+
+
+def links() -> list[str]:
+    """What this process's descriptors lead to."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))  # noqa: PTH115
+    return found
+
+
+def test_a_child_keeps_no_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent could not take one in another way for as long as a child has it too: the kernel says busy."""
+    monkeypatch.setattr(child, "PINS", ("/memfd:gpio",))
+    pin, bundle = os.memfd_create("gpio-line"), os.memfd_create("bundle")
+    try:
+        assert {"/memfd:gpio-line (deleted)", "/memfd:bundle (deleted)"} <= set(links())
+        there = set(child.in_child(links))
+        assert "/memfd:gpio-line (deleted)" not in there and "/memfd:bundle (deleted)" in there
+        os.fstat(pin)
+    finally:
+        os.close(pin)
+        os.close(bundle)
+
+
+def test_no_child_is_made_while_a_pin_is_taken() -> None:
+    made = threading.Event()
+    other = threading.Thread(target=lambda: made.set() if child.in_child(os.getpid) else None)
+    with child.FORKING:
+        other.start()
+        assert not made.wait(0.3)
+    assert made.wait(60)
+    other.join()

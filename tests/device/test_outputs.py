@@ -324,6 +324,25 @@ def test_a_decision_drives_its_pin_for_a_bounded_time(pins: MockFactory, applian
     clerk.close()
 
 
+def test_a_pin_that_cannot_be_let_go_leaves_no_other_on(
+    pins: MockFactory, appliance: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = "  - {kind: manual, name: fan, prompt: p, choose: [on, off], drive: {pin: 9, answer: 'on', most: 60}}\n"
+    one: Any = appliance(DECIDES + second.replace("[on, off]", "['on', 'off']"))
+    drives = one._drives._drives
+    for drive in drives.values():
+        drive.set(True)
+    assert pins.pin(8).state and pins.pin(9).state
+
+    def busy() -> None:
+        raise RuntimeError("GPIO busy")  # lgpio's own errors are of no better kind
+
+    monkeypatch.setattr(drives["trigger:plants"]._pin, "close", busy)
+    one._drives.close()
+    assert not pins.pin(8).state and not pins.pin(9).state
+    assert "a pin was not let go" in caplog.text and "GPIO busy" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["cancelled", "another answer", "closed", "reloaded"])
 def test_a_pin_is_off_after_anything_else(how: str, pins: MockFactory, appliance: Make, jobs: Jobs) -> None:
     one: Any = appliance(DECIDES.replace("0.3", "60"))

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 
 from flashd.config import Answering
 from flashd.daemon.job import Job, Request, State
@@ -271,19 +272,23 @@ class Worker:
         first, room = (1 if messages[0].role == "system" else 0), self._room + 1
         room -= min(self._limit(request), room // 2)
 
-        def without(times: int) -> list[Message]:
-            """FORGET messages less, so many times; the last one always stays."""
-            return messages[:first] + messages[min(first + times * FORGET, len(messages) - 1) :]
-
-        def fits(times: int) -> bool:
+        @cache
+        def tokens(times: int) -> list[int] | None:
+            """Those of FORGET messages less, so many times; the last one always stays. None where they do not fit."""
             self._notify.alive()
+            kept = messages[:first] + messages[min(first + times * FORGET, len(messages) - 1) :]
             try:
-                return len(self._prompts.tokens(without(times), room)) <= room
+                found = self._prompts.tokens(kept, room)
             except PromptTooLong:
-                return False
+                return None
+            return found if len(found) <= room else None
 
+        if (whole := tokens(0)) is not None:
+            return whole
         most = -(-(len(messages) - 1 - first) // FORGET)
-        return self._tokens(without(bisect_left(range(most), True, key=fits)))
+        times = bisect_left(range(most), True, lo=1, key=lambda times: tokens(times) is not None)
+        # the last message alone may leave less room than was asked for
+        return tokens(times) or self._tokens([*messages[:first], messages[-1]])
 
     def _tokens(self, messages: list[Message]) -> list[int]:
         return self._prompts.tokens(messages, self._room)

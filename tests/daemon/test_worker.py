@@ -198,6 +198,10 @@ def test_a_talk_of_any_length_is_shortened_in_few_tries(
         ask = Request(turns=(*talk, Turn("user", "Hello?")), source="test", forget=True)
         assert o.end(o.jobs.submit(ask)) == [State.DONE]
         assert len(tries) < 12 and tries[-1] < 10
+        tries.clear()
+        said = (Turn("user", "Hello?"), Turn("assistant", "Hi."), Turn("user", "Who are you?"))
+        short = Request(turns=(talk[0], *said), source="test", forget=True)
+        assert o.end(o.jobs.submit(short)) == [State.DONE] and tries == [4]  # one that fits is cut up once
         long = o.jobs.submit(Request(turns=(Turn("user", "word " * 40_000),), source="test"))
         assert o.end(long) == [State.FAILED] and long.result.refused
         assert "more than 255 tokens and the context room for 255" in long.result.finish

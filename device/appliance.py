@@ -21,12 +21,13 @@ from device.port import Port, SerialLine
 from device.prompt import Prompt
 from device.sensors import Sensors
 from device.triggers import Triggers
-from flashd import board
-from flashd.config import AnyTrigger, Serial, Settings
+from flashd.config.devices import AnyTrigger
+from flashd.config.settings import Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs, Watch
 from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
-from flashd.places import pins_record
+from flashd.system import board
+from flashd.system.paths import pins_record
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from device.front import Front
 from device.line_editor import MAX_LINE, Key, LineEditor
 from device.port import Port
 from device.terminal_text import Wrap, to_ascii
-from flashd.config import Serial
+from flashd.config.settings import Serial
 from flashd.daemon.job import Event, Job, Request, State, Turn
 from flashd.daemon.jobs import Watch
 from flashd.errors import FlashdError

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from flashd.config import Settings, parse
+from flashd.config.settings import Settings, parse
 
 PRESS_SECONDS = 0.2
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import gpiozero
 import msgspec
 
-from flashd.child import FORKING
-from flashd.config import AnyTrigger, Drive
+from flashd.config.devices import AnyTrigger, Drive
 from flashd.daemon.job import Job, State
 from flashd.errors import NOT_JSON, ConfigError, DataError, FlashdError, InputMissing
-from flashd.newfile import NewFile
+from flashd.system.child import FORKING
+from flashd.system.new_file import NewFile
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from flashd.config import Settings
+from flashd.config.settings import Settings
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 

@@ -14,7 +14,8 @@ import msgspec
 
 from device.front import Front
 from device.port import Port
-from flashd.config import Priority, Serial, Temperature
+from flashd.config.fields import Priority, Temperature
+from flashd.config.settings import Serial
 from flashd.daemon.job import (
     MAX_TEXT,
     Choices,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flashd.config import Analog, Display, Settings, Speech, pins
+from flashd.config.devices import Analog, Display, Speech
+from flashd.config.settings import Settings, pins
 
 PLUGGED = re.compile(r"^tty(USB|ACM)\d+$")
 """Adapters, which come back under another number when they are plugged in again: their whole kind is needed."""

@@ -19,7 +19,7 @@ from typing import Any
 import gpiozero
 import msgspec
 
-from flashd.config import AnyOutput, Buzzer, Display, Hook, Led, RgbLed, Speech
+from flashd.config.devices import AnyOutput, Buzzer, Display, Hook, Led, RgbLed, Speech
 from flashd.daemon.job import Event, State
 from flashd.daemon.jobs import Jobs, Watch
 from flashd.errors import InputMissing

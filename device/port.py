@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import serial
 
-from flashd.config import Serial
+from flashd.config.settings import Serial
 
 log = logging.getLogger(__name__)
 

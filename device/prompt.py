@@ -11,7 +11,7 @@ import jinja2
 
 from device.sensors import Reading
 from flashd.errors import ConfigError, UsageError
-from flashd.template import Template, TemplateFails
+from flashd.system.template import Template, TemplateFails
 
 NO_SENSOR = re.compile(r"has no attribute '(\w+)'")
 VALUES = ("sensors", "now", "last", "choice", "distance")

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 import gpiozero
 
-from flashd.config import Analog, AnySensor, Distance, Iio, Light, OneWire
+from flashd.config.devices import Analog, AnySensor, Distance, Iio, Light, OneWire
 
 log = logging.getLogger(__name__)
 

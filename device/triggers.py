@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import gpiozero
 
 from device.sensors import Sensors
-from flashd.config import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule
+from flashd.config.devices import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule
 
 log = logging.getLogger(__name__)
 

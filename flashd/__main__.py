@@ -2,6 +2,6 @@
 
 import sys
 
-from flashd.cli import main
+from flashd.cli.main import main
 
 sys.exit(main())

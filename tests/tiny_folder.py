@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from flashd.pack.gguf import GgufModel
+from flashd.pack.sources.gguf import GgufModel
 from tests import tiny
 
 NAMES = {

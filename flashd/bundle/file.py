@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flashd.bundle.layout import PAGE, PREFIX
+from flashd.bundle.prefix import PAGE, PREFIX
 from flashd.errors import CardError, InputMissing
 
 log = logging.getLogger(__name__)

@@ -10,20 +10,14 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle import layout
+from flashd.bundle import codec, errors
+from flashd.bundle.bits import unpack
+from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
-from flashd.bundle.layout import BadSection, DamagedRun, Section
-from flashd.bundle.rows import (
-    BLOCK,
-    Groups,
-    PlainRows,
-    QuantRows,
-    RowKind,
-    Rows,
-    TernaryRows,
-    unit_steps,
-    unpack,
-)
+from flashd.bundle.header import Section
+from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
+from flashd.bundle.row_kinds import BLOCK, RowKind, unit_steps
+from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -89,7 +83,7 @@ class Bundle:
         view = memoryview(data)
         for i, start in enumerate(range(0, len(view), section.run)):
             run = first_run + i
-            if layout.digest(view[start : start + section.run]) != self.checksums[section.first + run]:
+            if digest(view[start : start + section.run]) != self.checksums[section.first + run]:
                 raise DamagedRun(
                     f"{self.path}: section {section.name!r} is damaged at byte {section.offset + run * section.run}"
                     f" (run {run} of {section.runs}); copy the bundle again or pack it again"
@@ -141,7 +135,7 @@ class Bundle:
         for i, number in enumerate(which.tolist()):
             if not 0 <= number < section.length // form.nbytes:
                 raise DataError(f"{self.path}: row {number} of {section.length // form.nbytes} in {name!r}")
-            run, row = divmod(number, layout.ROWS_OF_A_RUN)
+            run, row = divmod(number, ROWS_OF_A_RUN)
             data = self._checked(section, run, min(section.run, section.length - run * section.run))
             raw[i] = np.frombuffer(data, np.uint8, form.nbytes, row * form.nbytes)
         return dequantise(form.views(raw), form.kind)
@@ -176,12 +170,12 @@ class Bundle:
         return data
 
     def _read_header(self) -> None:
-        size, at = self.file.size, layout.PREFIX.size
+        size, at = self.file.size, PREFIX.size
         try:
-            prefix = layout.decode_prefix(self.file.read(0, min(at, size)), size)
-            self.header = layout.decode_header(self.file.read(at, prefix.length), prefix.digest, size)
+            prefix = codec.decode_prefix(self.file.read(0, min(at, size)), size)
+            self.header = codec.decode_header(self.file.read(at, prefix.length), prefix.digest, size)
             if prefix.version != self.header.version:
-                raise layout.DamagedHeader(
+                raise errors.DamagedHeader(
                     f"it says format {prefix.version} and is of {self.header.version}; copy the bundle again"
                 )
             self.digest = prefix.digest
@@ -190,7 +184,7 @@ class Bundle:
         self._at = {s.name: s for s in self.header.sections}
         section = self.header.checksums
         table = self.file.read(section.offset, section.length)
-        if f"{layout.digest(table):016x}" != self.header.checksums_digest:
+        if f"{digest(table):016x}" != self.header.checksums_digest:
             raise DamagedRun(f"{self.path}: the table of checksums is damaged; copy the bundle again")
         self.checksums: npt.NDArray[np.uint64] = np.frombuffer(table, "<u8")
 

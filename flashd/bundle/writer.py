@@ -8,10 +8,12 @@ from pathlib import Path
 from types import TracebackType
 
 import flashd
-from flashd.bundle import layout
-from flashd.bundle.layout import PAGE, PLAIN_RUN, Formats, Header, Model, Narrowed, Section, Selection, Source, Text
+from flashd.bundle import codec, prefix
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.header import Formats, Header, Narrowed, Section, Selection, Source, Text
+from flashd.bundle.prefix import PAGE, PLAIN_RUN
 from flashd.errors import CannotWrite
-from flashd.newfile import NewFile
+from flashd.system.new_file import NewFile
 
 HEADER_RESERVE = 512 << 10
 
@@ -52,10 +54,10 @@ class BundleWriter:
         if pending:
             self._write_runs(memoryview(pending), run)
         self._sections.append(Section(name=name, offset=start, length=self._at - start, run=run, first=first))
-        self._at = layout.align(self._at)
+        self._at = prefix.align(self._at)
 
     def finish(
-        self, *, model: Model, formats: Formats, text: Text, source: Source,
+        self, *, model: Architecture, formats: Formats, text: Text, source: Source,
         selection: Selection | None = None, narrowed: Narrowed | None = None,
     ) -> Header:  # fmt: skip
         """Writes checksums and header, flushes all to the device and gives the file its name."""
@@ -65,21 +67,21 @@ class BundleWriter:
         )
         header = Header(
             flashd=flashd.__version__, model=model, formats=formats, text=text, source=source,
-            sections=self._sections, checksums=checksums, checksums_digest=f"{layout.digest(table):016x}",
+            sections=self._sections, checksums=checksums, checksums_digest=f"{prefix.digest(table):016x}",
             selection=selection, narrowed=narrowed,
         )  # fmt: skip
         self._write(table)
-        head = layout.encode(header, self._at)
+        head = codec.encode(header, self._at)
         if len(head) > HEADER_RESERVE:
             raise CannotWrite(f"{self.path}: a header of {len(head)} bytes; {HEADER_RESERVE} at most")
         self._file.write(head, 0)
         # What was written must read back as what was meant, before it replaces anything.
-        layout.decode_header(head[layout.PREFIX.size :], layout.digest(head[layout.PREFIX.size :]), self._at)
+        codec.decode_header(head[prefix.PREFIX.size :], prefix.digest(head[prefix.PREFIX.size :]), self._at)
         self._file.publish()
         return header
 
     def _write_runs(self, data: memoryview, run: int) -> None:
-        self._checksums.extend(layout.digest(data[i : i + run]) for i in range(0, len(data), run))
+        self._checksums.extend(prefix.digest(data[i : i + run]) for i in range(0, len(data), run))
         self._write(data)
 
     def _write(self, data: bytes | memoryview) -> None:

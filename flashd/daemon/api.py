@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashd.config import Priority, Temperature, TopP
+from flashd.config.fields import Priority, Temperature, TopP
 from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
 from flashd.daemon.jobs import Jobs, Watch
 from flashd.errors import BAD_REQUEST, NOT_JSON, Busy, FlashdError, UsageError

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.worker import Worker
-from flashd.engine.plan import peak, resident_now
+from flashd.system.memory import peak, resident_now
 
 
 class _Figures(Collector):

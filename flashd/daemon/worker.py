@@ -11,15 +11,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 
-from flashd.config import Answering
+from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.engine.cost import cost
+from flashd.engine.decoding.sampling import Constraint, Sampling
+from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
-from flashd.engine.sample import Constraint, Sampling
-from flashd.engine.schema import Schemas
-from flashd.engine.text import Message
 from flashd.errors import FlashdError, PromptTooLong, UsageError
 
 log = logging.getLogger(__name__)

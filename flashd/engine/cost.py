@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from flashd.engine.engine import Answer, Engine
-from flashd.engine.plan import peak
+from flashd.system.memory import peak
 
 
 def cost(engine: Engine, answer: Answer) -> dict[str, float]:

@@ -8,18 +8,20 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
+from flashd.bundle.row_kinds import Floats
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.engine.decide import Choices, Decision, decide
-from flashd.engine.decode import Conversation, Figures, Line, Model
-from flashd.engine.ffn import OnStep, silent
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import Plan, available_memory, make_plan, rates_of, resident_now
-from flashd.engine.prefixes import Prefixes
-from flashd.engine.resident import ResidentModel
-from flashd.engine.sample import Constraint, Sampler, Sampling
-from flashd.engine.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.engine.cache.prefixes import Prefixes
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.decisions import Choices, Decision, decide
+from flashd.engine.decoding.line import Figures, Line
+from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling
+from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.resident import ResidentModel
+from flashd.engine.model.contract import Model, OnStep, silent
+from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.errors import DataError, UsageError
+from flashd.system.memory import available_memory, resident_now
 
 DEFAULT_CONTEXT = 1024
 

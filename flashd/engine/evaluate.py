@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows import Floats
-from flashd.engine.decode import Model
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.model.contract import Model
 from flashd.errors import UsageError
 
 

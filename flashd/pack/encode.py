@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flashd.bundle.layout import Model
-from flashd.bundle.rows import BLOCK, Bytes, Floats, GroupFormat, NeuronFormat, RowFormat, RowKind
-from flashd.pack.calibrate import hottest, neurons_of
-from flashd.pack.feedback import encode_fed
-from flashd.pack.narrow import Weigh
-from flashd.pack.quantise import encode_groups, encode_neurons, encode_rows
-from flashd.pack.source import Grid
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
+from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
+from flashd.pack.lossy.calibration import hottest, neurons_of
+from flashd.pack.lossy.narrow_groups import Weigh
+from flashd.pack.rounding.gptq import encode_fed
+from flashd.pack.rounding.rows import encode_groups, encode_neurons, encode_rows
+from flashd.pack.sources.source import Grid
 from flashd.pack.weights import Ffn, Matrix, Numbers
 
 ROWS_AT_ONCE = 1024
@@ -30,7 +31,7 @@ class Encoder:
         count: told each time how many more weights are encoded.
     """
 
-    def __init__(self, model: Model, count: Callable[[int], None] = nobody) -> None:
+    def __init__(self, model: Architecture, count: Callable[[int], None] = nobody) -> None:
         self._model, self._count = model, count
 
     def vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from flashd.bundle.layout import Formats, Model
-from flashd.bundle.rows import BLOCK, Floats, RowKind
-from flashd.pack.calibrate import Calibration
-from flashd.pack.families import family_of, model_of, rope_tables
-from flashd.pack.gguf import GgufModel
-from flashd.pack.quantise import is_ternary
-from flashd.pack.safetensors import HfFolder
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.header import Formats
+from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.pack.lossy.calibration import Calibration
+from flashd.pack.rounding.rows import is_ternary
 from flashd.pack.shapes import check_layers, check_shapes
-from flashd.pack.source import Source
+from flashd.pack.sources.families import family_of, model_of, rope_tables
+from flashd.pack.sources.gguf import GgufModel
+from flashd.pack.sources.safetensors import HfFolder
+from flashd.pack.sources.source import Source
 from flashd.pack.weights import Matrix, Numbers, Weights
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Original:
 
     path: Path
     source: Source
-    model: Model
+    model: Architecture
     rope: Floats  # see families.rope_tables
     weights: Weights
     formats: Formats  # of its bundle
@@ -57,7 +58,7 @@ class Original:
         return Calibration(self.weights, self.model, self.rope, texts)
 
 
-def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
+def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
     """`rows` for the FFN and attention; 8 bits for a head or embedding whose source has as many.
 
     Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056, Qwen2.5-Coder-1.5B (source Q6_K)
@@ -75,7 +76,7 @@ def _formats(weights: Weights, model: Model, rows: RowKind) -> Formats:
     )  # fmt: skip
 
 
-def _finer(weights: Weights, model: Model) -> float:
+def _finer(weights: Weights, model: Architecture) -> float:
     """The share of the layers' weights that the source has rounded, but to more levels than int4 rows have.
 
     Measured: SmolLM2 with noise of a 4-bit step, as Q5_0, has a mean KL of 0.25 with int4 rows, 0.001 with int8.

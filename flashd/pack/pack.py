@@ -9,31 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from flashd.bundle.layout import (
-    MAGIC,
-    ROWS_OF_A_RUN,
-    Chooser,
-    Header,
-    Text,
-    group_format,
-    layer_parts,
-    neuron_format,
-)
-from flashd.bundle.rows import BLOCK, NARROW, Floats, RowFormat, RowKind
+from flashd.bundle.formats import RowFormat
+from flashd.bundle.header import Chooser, Header, Text, group_format, layer_parts, neuron_format
+from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
+from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError, UsageError
-from flashd.pack import gate, gated, graphs, narrowed, selected
-from flashd.pack.calibrate import sample_tokens
 from flashd.pack.encode import Encoder
-from flashd.pack.gate import Gating
-from flashd.pack.gated import Gated
-from flashd.pack.narrow import Narrowing, Starts, Weigh
-from flashd.pack.narrowed import FewBits
-from flashd.pack.order import filled
+from flashd.pack.graphs import graphs
+from flashd.pack.lossy import gate_search, narrow_search, predictor_search
+from flashd.pack.lossy.calibration import sample_tokens
+from flashd.pack.lossy.card_order import filled
+from flashd.pack.lossy.gate_search import Gated
+from flashd.pack.lossy.gates import Gating, parted
+from flashd.pack.lossy.narrow_groups import Narrowing, Starts, Weigh
+from flashd.pack.lossy.narrow_search import FewBits
+from flashd.pack.lossy.predictor_search import Selected
+from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original
-from flashd.pack.predictor import Selecting
-from flashd.pack.selected import Selected
-from flashd.pack.vocabulary import Vocabulary
+from flashd.pack.sources.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -90,22 +84,22 @@ def _check(original: Original, allowed: Allowed | None) -> None:
     """Raises DataError for a model in which nothing can be lost that way."""
     match allowed:
         case Selecting():
-            selected.check(original)
+            predictor_search.check(original)
         case Gating():
-            gated.check(original)
+            gate_search.check(original)
         case Narrowing():
-            narrowed.check(original)
+            narrow_search.check(original)
 
 
 def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) -> Choice:
     """What may be lost by; None where all neurons take part as they are. This takes longest."""
     match allowed:
         case Selecting():
-            return selected.choose(original, tokenizer_json, allowed)
+            return predictor_search.choose(original, tokenizer_json, allowed)
         case Gating():
-            return gated.choose(original, tokenizer_json, allowed)
+            return gate_search.choose(original, tokenizer_json, allowed)
         case Narrowing():
-            return narrowed.choose(original, tokenizer_json, allowed)
+            return narrow_search.choose(original, tokenizer_json, allowed)
     return None
 
 
@@ -209,7 +203,7 @@ class _Writer:
             self._attention(i)
             (ffn,) = self._weights.ffns(i)
             raw = np.frombuffer(b"".join(self._encode.groups(ffn, form, every)), np.uint8).reshape(-1, form.nbytes)
-            gates, units, steps = gate.parted(raw, form)
+            gates, units, steps = parted(raw, form)
             order = filled(layer.order, len(every))
             add(f"layer.{i}.ffn", [units[order].tobytes()], run=units.shape[1])
             add(f"layer.{i}.gate", [gates[order].tobytes()])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashd.bundle.layout import Model
-from flashd.bundle.rows import BLOCK
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
 
@@ -18,7 +18,7 @@ def check_layers(layers: int, path: Path) -> None:
         raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
-def check_shapes(weights: Weights, model: Model) -> None:
+def check_shapes(weights: Weights, model: Architecture) -> None:
     """Raises DataError where a matrix is missing or has another shape than the model needs."""
     m = model
     if m.heads % max(1, m.kv_heads) or m.kv_heads < 1:
@@ -37,7 +37,7 @@ def check_shapes(weights: Weights, model: Model) -> None:
             _check_ffn(ffn, m)
 
 
-def _check_ffn(ffn: Ffn, m: Model) -> None:
+def _check_ffn(ffn: Ffn, m: Architecture) -> None:
     neurons, name = ffn.down.shape[-1], ffn.down.name
     _check(name, ffn.down.shape, (m.hidden, neurons))
     if -(-neurons // BLOCK) != m.expert_groups:

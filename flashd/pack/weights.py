@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.layout import Model
-from flashd.bundle.rows import Floats
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
-from flashd.pack.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.source import ALL, Grid, Source, Tensor, Which
+from flashd.pack.sources.families import Family, rotary_order, rotary_width, tensor_name
+from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -81,7 +81,7 @@ class Ffn:
 class Weights:
     """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
 
-    def __init__(self, source: Source, family: Family, model: Model) -> None:
+    def __init__(self, source: Source, family: Family, model: Architecture) -> None:
         self._source, self._family, self._model = source, family, model
         self._rotary = rotary_width(source) if family.rotary else 0
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashd.engine.card import READ_BYTES
-from flashd.engine.plan import BUFFERS
+from flashd.engine.paging.card import READ_BYTES
+from flashd.engine.planning.plan import BUFFERS
 from tests.board import image
 from tests.board.guest import CARD_SPEED, UART, Guest
 from tests.board.shorten import shorten
@@ -568,9 +568,9 @@ def main() -> int:
 def _packed(work: Path, layers: int | None) -> Path:
     path = work / f"smollm2-{layers or 'whole'}.flash"
     if not path.exists():
-        from flashd import embedded
+        from flashd.pack import default_model
 
-        source = embedded.model_file()
+        source = default_model.model_file()
         # f16 rows are always paged, however few there are
         rows = ["--rows", "f16"] if layers else []
         if layers:

@@ -15,10 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashd.bundle import file, layout
-from flashd.bundle.file import CardFile, Patience
-from flashd.bundle.layout import (
-    PREFIX,
+from flashd.bundle import codec, file
+from flashd.bundle.errors import (
     BadSection,
     DamagedHeader,
     DamagedRun,
@@ -27,6 +25,8 @@ from flashd.bundle.layout import (
     OlderVersion,
     TruncatedBundle,
 )
+from flashd.bundle.file import CardFile, Patience
+from flashd.bundle.prefix import PREFIX, VERSION, align, digest
 from flashd.bundle.reader import Bundle
 from flashd.errors import CardError, DataError, InputMissing
 
@@ -43,7 +43,7 @@ def rewrite(path: Path, change: Callable[[dict[str, object]], None]) -> None:
     header = msgspec.json.decode(data[PREFIX.size : PREFIX.size + length])
     change(header)
     body = msgspec.json.encode(header)
-    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), layout.digest(body), len(data))
+    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), digest(body), len(data))
     path.write_bytes(prefix + body + data[PREFIX.size + len(body) :])
 
 
@@ -72,7 +72,7 @@ def test_another_kind_of_file_is_no_bundle(tmp_path: Path, content: bytes) -> No
 
 
 def test_versions(copy: Path) -> None:
-    poke(copy, 8, struct.pack("<I", layout.VERSION + 1))
+    poke(copy, 8, struct.pack("<I", VERSION + 1))
     with pytest.raises(NewerVersion, match="update flashd"):
         Bundle(copy)
     poke(copy, 8, struct.pack("<I", 0))
@@ -191,12 +191,12 @@ def test_runs_are_as_long_as_the_format_says(copy: Path, name: str) -> None:
         run = 1 if section.name == name else section.run
         sections.append(msgspec.structs.replace(section, run=run, first=len(table) // 8))
         starts = range(section.offset, section.end, run)
-        table += b"".join(layout.digest(data[i : min(i + run, section.end)]).to_bytes(8, "little") for i in starts)
-    end = layout.align(len(data))
+        table += b"".join(digest(data[i : min(i + run, section.end)]).to_bytes(8, "little") for i in starts)
+    end = align(len(data))
     checksums = msgspec.structs.replace(header.checksums, offset=end, length=len(table), first=len(table) // 8)
-    digest = f"{layout.digest(table):016x}"
-    forged = msgspec.structs.replace(header, sections=sections, checksums=checksums, checksums_digest=digest)
-    prefix = layout.encode(forged, end + len(table))
+    sealed = f"{digest(table):016x}"
+    forged = msgspec.structs.replace(header, sections=sections, checksums=checksums, checksums_digest=sealed)
+    prefix = codec.encode(forged, end + len(table))
     copy.write_bytes(prefix + data[len(prefix) :] + bytes(end - len(data)) + table)
     with pytest.raises(BadSection, match=f"'{name}' has runs of 1 bytes, not 1048576"):
         Bundle(copy)

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashd.bundle.bits import pack_bits, unpack
+from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import dequantise
-from flashd.bundle.rows import BLOCK, GroupFormat, RowFormat, RowKind, pack_bits, unpack
-from flashd.pack.quantise import encode_groups, encode_rows, is_ternary
+from flashd.bundle.row_kinds import BLOCK, RowKind
+from flashd.pack.rounding.rows import encode_groups, encode_rows, is_ternary
 
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.bundle.layout import MAGIC
+from flashd.bundle.prefix import MAGIC
 from flashd.bundle.reader import Bundle
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import CannotWrite

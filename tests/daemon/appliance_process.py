@@ -13,17 +13,17 @@ from gpiozero.pins.mock import MockFactory
 
 from device import demo
 from device.appliance import check
-from flashd import config
-from flashd.daemon.main import Daemon
+from flashd.config import settings
 from flashd.daemon.notify import log_to_journal
 from flashd.errors import FlashdError
+from flashd.serve import Daemon
 
 
 def main(path: Path) -> int:
     gpiozero.Device.pin_factory = MockFactory()
     log_to_journal()
     try:
-        Daemon(config.load(path, check), lambda: config.load(path, check), [*demo.routes()]).run(lambda: None)
+        Daemon(settings.load(path, check), lambda: settings.load(path, check), [*demo.routes()]).run(lambda: None)
     except FlashdError as error:
         print(f"flashd: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,7 +16,7 @@ import pytest
 from pexpect import fdpexpect
 
 from device.port import Port
-from flashd.config import Serial
+from flashd.config.settings import Serial
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 

@@ -23,14 +23,14 @@ import pytest
 import serial
 from gpiozero.pins.mock import MockFactory
 
-from flashd import embedded
 from flashd.bundle.reader import Bundle
-from flashd.cli import main
-from flashd.config import parse
-from flashd.console import MIB
+from flashd.cli.main import main
+from flashd.cli.progress import MIB
+from flashd.config.settings import parse
 from flashd.daemon.job import MAX_TEXT
-from flashd.daemon.main import Daemon
 from flashd.errors import MemoryTaken, MemoryTooSmall
+from flashd.pack import default_model
+from flashd.serve import Daemon
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
@@ -465,7 +465,7 @@ def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
     """As a person tries it with no board: the cable, the button, Ctrl-C."""
     cache = tmp_path / "flashd"
     cache.mkdir()
-    embedded_name = embedded.bundle_path().name
+    embedded_name = default_model.bundle_path().name
     (cache / embedded_name).symlink_to(packed["int4"])
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
     demo = pexpect.spawn(sys.executable, ["-m", "flashd", "serve", "--demo"], env=env, timeout=60, encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flashd.client import Client
+from flashd.cli.client import Client
 from flashd.daemon.api import Api
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.server import Server

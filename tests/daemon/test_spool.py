@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from flashd.child import in_child
 from flashd.daemon import spool
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
+from flashd.system.child import in_child
 from tests.daemon.clerk import request
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.cli import main
+from flashd.cli.main import main
 
 pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
 

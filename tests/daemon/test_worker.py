@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.config import Answering
+from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, State, Turn
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
+from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.engine.plan import MIB, resident_now, smallest
-from flashd.engine.text import Message
+from flashd.engine.planning.plan import smallest
 from flashd.errors import CardError
+from flashd.system.memory import MIB, resident_now
 from tests.daemon.clerk import request
 from tests.waiting import wait
 

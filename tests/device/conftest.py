@@ -15,7 +15,7 @@ from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockTriggerPin
 from device.appliance import Appliance
 from device.demo import Cable
 from device.front import Facts
-from flashd.config import parse
+from flashd.config.settings import parse
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from tests.daemon.clerk import Clerk

@@ -11,7 +11,7 @@ import pytest
 from device import triggers
 from device.appliance import Appliance
 from device.triggers import Clock
-from flashd.config import Schedule
+from flashd.config.devices import Schedule
 from flashd.errors import NotStarted
 
 Make = Callable[..., Appliance]

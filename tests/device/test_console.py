@@ -16,9 +16,9 @@ from device.appliance import Appliance
 from device.console import Console
 from device.demo import Cable
 from device.port import MOST_BEHIND
-from flashd import board
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
+from flashd.system import board
 from tests.daemon.clerk import Clerk, request
 from tests.device.conftest import Terminal
 from tests.waiting import wait

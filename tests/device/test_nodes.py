@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from device.nodes import nodes
-from flashd.config import parse
+from flashd.config.settings import parse
 
 
 def test_each_device_is_named_once_and_no_other() -> None:

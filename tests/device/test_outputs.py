@@ -18,12 +18,12 @@ from gpiozero.pins.mock import MockFactory
 from device import drives, outputs
 from device.appliance import Appliance
 from device.outputs import InTurn, Output, Panel, Phase
-from flashd.cli import main
-from flashd.config import parse
+from flashd.cli.main import main
+from flashd.config.settings import parse
 from flashd.daemon.job import Event, Job, State
 from flashd.daemon.jobs import Jobs
 from flashd.errors import CannotWrite, ConfigError
-from flashd.newfile import NewFile
+from flashd.system.new_file import NewFile
 from tests.daemon.clerk import Clerk, request
 from tests.waiting import wait
 

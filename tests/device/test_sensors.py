@@ -12,9 +12,10 @@ from gpiozero.pins.mock import MockFactory, MockPin, MockSPIDevice
 
 from device.prompt import Prompt
 from device.sensors import Reading, Sensors
-from flashd import board
-from flashd.config import AnySensor, parse
+from flashd.config.devices import AnySensor
+from flashd.config.settings import parse
 from flashd.errors import ConfigError, UsageError
+from flashd.system import board
 from tests.device.conftest import Echo
 from tests.waiting import wait
 

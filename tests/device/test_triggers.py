@@ -17,7 +17,7 @@ from device import outputs
 from device.appliance import Appliance
 from device.sensors import Sensors
 from device.triggers import Triggers, next_time
-from flashd.config import parse
+from flashd.config.settings import parse
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError

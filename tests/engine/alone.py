@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
-from flashd.engine.decode import Conversation, Figures
-from flashd.engine.sample import Sampler
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler
 
 
 def generate(

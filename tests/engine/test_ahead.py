@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from flashd.bundle.layout import ROWS_OF_A_RUN
+from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine.beside import Beside
-from flashd.engine.decode import Conversation, Figures
-from flashd.engine.paged import PagedModel
-from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import Pace
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.decoding.beside import Beside
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.paged import PagedModel
 from tests.engine.alone import generate
 from tests.engine.test_decode import PROMPTS, begun, said
 from tests.engine.test_paths import plan, tokens_of

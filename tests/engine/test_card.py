@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle.layout import GAP_BYTES, DamagedRun
+from flashd.bundle.errors import DamagedRun
+from flashd.bundle.prefix import GAP_BYTES
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import READ_BYTES, CardQueue, CardStream, Extent, extents
+from flashd.engine.paging.card import READ_BYTES, CardQueue, CardStream, Extent, extents
 from flashd.errors import CardError
 
 

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine.decide import decide
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.decoding.decisions import decide
+from flashd.engine.decoding.sampling import Sampling
+from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Budget, Engine, Prompts
-from flashd.engine.sample import Sampling
-from flashd.engine.schema import Schemas
-from flashd.engine.text import Message
 from flashd.errors import UsageError
 
 END = 0

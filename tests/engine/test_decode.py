@@ -13,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine.branches import Branches, behind
-from flashd.engine.card import READ_BYTES
-from flashd.engine.decode import MOST_TEXTS, Conversation, Figures, Line, Model
-from flashd.engine.graph import Tokens
-from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
-from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import BEAM, NODES, STEPS, Draft, Guesses, Pace, lookup
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.drafts import BEAM, STEPS, Draft, Pace, lookup
+from flashd.engine.decoding.line import MOST_TEXTS, Figures, Line
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.model.branches import Branches, behind
+from flashd.engine.model.contract import Guesses, Model, Tokens
+from flashd.engine.model.sizes import NODES
+from flashd.engine.paging.card import READ_BYTES
+from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
 from flashd.errors import UsageError
 from tests.engine.alone import generate
 from tests.engine.test_paths import opened, tokens_of

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from flashd.engine.evaluate import perplexity
-from flashd.engine.plan import MIB, PREFILL_TOKENS
+from flashd.engine.planning.plan import PREFILL_TOKENS
 from flashd.pack.pack import pack
+from flashd.system.memory import MIB
 from tests.conftest import DATA
 from tests.engine.test_head import model as with_head
 from tests.engine.test_paths import all_logits, opened

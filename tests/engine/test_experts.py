@@ -14,13 +14,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import layout
-from flashd.bundle.layout import BadSection, DamagedHeader, DamagedRun
+from flashd.bundle import codec, prefix
+from flashd.bundle.errors import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
-from flashd.engine import card, experts, plan
-from flashd.engine.card import CardQueue, Extent
-from flashd.engine.plan import make_plan
-from flashd.engine.policy import LeastRecentlyUsed, Numbers
+from flashd.engine.forward import expert_ffn
+from flashd.engine.paging import card
+from flashd.engine.paging.card import CardQueue, Extent
+from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
+from flashd.engine.planning import plan
+from flashd.engine.planning.plan import make_plan
 from flashd.errors import MemoryTooSmall
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
@@ -37,7 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "TRUSTED", 2.0)
+    monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
         expected = {chunk: all_logits(model, tokens, chunk) for chunk in (1, 7)}
         assert model.card.bytes_read == 0 and model.hit_rate == 1
     for trusted in (0.0, 2.0):
-        monkeypatch.setattr(experts, "TRUSTED", trusted)
+        monkeypatch.setattr(expert_ffn, "TRUSTED", trusted)
         for capacity in (0, 3):
             with opened(tmp_path / "m.flash", capacity / EXPERTS + 1e-6, 64) as model:
                 for chunk, logits in expected.items():
@@ -134,7 +136,7 @@ def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], mon
         real(self, extents)
 
     monkeypatch.setattr(CardQueue, "guess", guess)
-    monkeypatch.setattr(experts, "TRUSTED", 0.0)
+    monkeypatch.setattr(expert_ffn, "TRUSTED", 0.0)
     with opened(bundle, 0.0, 64) as model:
         for token in tokens:
             model.forward(token, np.array([0]))
@@ -282,7 +284,7 @@ def test_a_header_with_other_experts_than_the_file_is_refused(
 ) -> None:
     body = forged(bundle, **changes)
     with pytest.raises(error, match=match):
-        layout.decode_header(body, layout.digest(body), bundle.stat().st_size)
+        codec.decode_header(body, prefix.digest(body), bundle.stat().st_size)
 
 
 def test_a_mixture_without_its_router_s_graph_is_refused(bundle: Path) -> None:
@@ -292,4 +294,4 @@ def test_a_mixture_without_its_router_s_graph_is_refused(bundle: Path) -> None:
         sections = [msgspec.structs.replace(s, name="graph.other") if s.name == name else s for s in header.sections]
         body = msgspec.json.encode(msgspec.structs.replace(header, sections=sections))
         with pytest.raises(BadSection, match=f"{name}.* is missing"):
-            layout.decode_header(body, layout.digest(body), bundle.stat().st_size)
+            codec.decode_header(body, prefix.digest(body), bundle.stat().st_size)

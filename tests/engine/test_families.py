@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashd.engine.branches import Branches, behind
-from flashd.pack.families import FAMILIES
+from flashd.engine.model.branches import Branches, behind
 from flashd.pack.pack import pack
+from flashd.pack.sources.families import FAMILIES
 from tests.engine.test_head import model as with_head
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS, Floats

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flashd.bundle.layout import PREFIX, ROWS_OF_A_RUN, BadSection, decode_header, digest, encode
+from flashd.bundle.codec import decode_header, encode
+from flashd.bundle.errors import BadSection
+from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.reader import Bundle
-from flashd.engine import plan as planning
-from flashd.engine.branches import Branches, behind
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import BUFFERS, Plan, make_plan, smallest
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.model.branches import Branches, behind
+from flashd.engine.planning.plan import BUFFERS, Plan, make_plan, smallest
 from flashd.pack.pack import pack
+from flashd.system import memory as planning
 from tests import tiny
 from tests.engine.test_paths import plan
 

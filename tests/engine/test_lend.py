@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.engine import pages
-from flashd.engine.ffn import StreamedFfn
-from flashd.engine.kv import KvCache
-from flashd.engine.paged import PagedModel
-from flashd.engine.pages import PAGE, give_back, use_small_pages
-from flashd.engine.plan import resident_now
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.streamed_ffn import StreamedFfn
+from flashd.engine.model.kv_cache import KvCache
+from flashd.system import freed_memory
+from flashd.system.freed_memory import PAGE, give_back, use_small_pages
+from flashd.system.memory import resident_now
 from tests.engine.test_paths import plan
 from tests.reference import relative
 
@@ -170,7 +170,7 @@ def test_whole_pages_go_back_and_nothing_beside_them() -> None:
 
 def test_nothing_goes_back_that_is_no_page_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     large = 16 << 10  # as on a Raspberry Pi 5
-    monkeypatch.setattr(pages, "PAGE", large)
+    monkeypatch.setattr(freed_memory, "PAGE", large)
     memory = np.ones(5 * large, np.uint8)
     memory = memory[-memory.ctypes.data % large :][: 3 * large]
     give_back(memory[4096 : 3 * large - 4096])

@@ -13,14 +13,14 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import RowKind
-from flashd.engine import graph
-from flashd.engine.branches import Branches, behind
-from flashd.engine.decode import Model
+from flashd.bundle.row_kinds import RowKind
 from flashd.engine.engine import Prompts
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups
-from flashd.engine.resident import ResidentModel
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.resident import ResidentModel
+from flashd.engine.model import contract
+from flashd.engine.model.branches import Branches, behind
+from flashd.engine.model.contract import Model
+from flashd.engine.planning.plan import BUFFERS, Plan, make_plan, passing_groups
 from flashd.pack.pack import pack
 from tests import tiny
 from tests.goldens.models import GOLDENS, TOKENS
@@ -204,7 +204,7 @@ def test_a_pass_may_have_more_tokens_than_go_through_a_product_together(
     tokens, parents = TOKENS.tolist(), [behind(0), 0, 0, 1, 1, 3, 2, 6]
     found = []
     for at_once in (128, 5):
-        monkeypatch.setattr(graph, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(contract, "TOKENS_AT_ONCE", at_once)
         with opened(tmp_path / "m.flash", 0.5, 64) as model:
             logits = all_logits(model, tokens, 48)
             if model.branches:

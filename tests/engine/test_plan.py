@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.engine.plan import MIB, _group_limits
+from flashd.system.memory import MIB, _group_limits
 
 LIMITS = {"": 900, "machine.slice": 400, "machine.slice/flashd.service": None, "machine.slice/other": 1, "other": 2}
 """Of a tree of control groups, in MiB; None: no limit of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashd.engine.policy import LeastRecentlyUsed
+from flashd.engine.paging.eviction import LeastRecentlyUsed
 
 
 def test_before_any_use_the_first_are_worth_most() -> None:

@@ -18,25 +18,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle.layout import PREFIX
+from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine import prefixes as bounds
-from flashd.engine.card import READ_BYTES
-from flashd.engine.decode import Conversation, Figures, Model
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import BUFFERS, PREFILL_TOKENS
-from flashd.engine.prefixes import (
-    MOST_BYTES_OF_NOTES,
-    MOST_NOTED,
-    MOST_NOTED_TOKENS,
-    Noted,
-    Notes,
-    Prefixes,
-)
-from flashd.engine.resident import ResidentModel
-from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.snapshot import RUN
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.cache import prefixes as bounds
+from flashd.engine.cache.prefixes import MOST_BYTES_OF_NOTES, MOST_NOTED, MOST_NOTED_TOKENS, Noted, Notes, Prefixes
+from flashd.engine.cache.snapshot import RUN
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.resident import ResidentModel
+from flashd.engine.model.contract import Model
+from flashd.engine.paging.card import READ_BYTES
+from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
 from flashd.pack.pack import pack
 from tests import tiny
 from tests.engine.alone import generate
@@ -439,7 +434,7 @@ def test_several_processes_at_once(tiny_bundle: Path, tmp_path: Path) -> None:
         shelf, cache = p.talk.prefixes, p.model.cache
 
         def run() -> None:
-            logging.getLogger("flashd.engine.prefixes").addHandler(Failing())
+            logging.getLogger("flashd.engine.cache.prefixes").addHandler(Failing())
             for n in range(40):
                 shelf.learn(A, cache, logits)
                 known, _ = shelf.restore(A, cache)

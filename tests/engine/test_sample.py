@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.engine.sample import Sampler, Sampling
+from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.errors import UsageError
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=2, max_size=50).map(lambda v: np.array(v, np.float32))

@@ -11,19 +11,22 @@ import msgspec
 import numpy as np
 import pytest
 
+from flashd.bundle.formats import NeuronFormat
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import Floats, NeuronFormat, PlainRows, QuantRows, RowKind
-from flashd.engine import policy
-from flashd.engine.decode import Conversation, Figures
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import Plan, make_plan, rates_of
-from flashd.engine.policy import Frequency, shares
-from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.select import SelectedFfn
+from flashd.bundle.row_kinds import Floats, RowKind
+from flashd.bundle.slots import PlainRows, QuantRows
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.selected_ffn import SelectedFfn
+from flashd.engine.paging import eviction
+from flashd.engine.paging.eviction import Frequency, shares
+from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.errors import DataError, MemoryTooSmall
+from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.pack import pack
-from flashd.pack.predictor import Selecting
-from flashd.pack.quantise import encode_neurons, encode_rows
+from flashd.pack.rounding.rows import encode_neurons, encode_rows
 from tests import tiny
 from tests.engine.alone import generate
 from tests.engine.test_paths import all_logits, opened
@@ -223,11 +226,11 @@ def test_policies_keep_what_they_should() -> None:
     rates: Floats = np.array([0.5, 0.1, 0.1, 0.1, 0.0], np.float32)
     last, often = LastTokens(rates), Frequency(rates)
     everyone = np.ones(5, np.bool_)
-    assert np.flatnonzero(policy.kept(last, everyone, 2)).tolist() == [0, 1]
+    assert np.flatnonzero(eviction.kept(last, everyone, 2)).tolist() == [0, 1]
     for used in (3, 4):
         mask = np.zeros(5, np.bool_)
         mask[used] = True
         last.used(mask)
         often.used(mask)
-    assert np.flatnonzero(policy.kept(last, everyone, 2)).tolist() == [3, 4]
-    assert np.flatnonzero(policy.kept(often, everyone, 1)).tolist() == [0]
+    assert np.flatnonzero(eviction.kept(last, everyone, 2)).tolist() == [3, 4]
+    assert np.flatnonzero(eviction.kept(often, everyone, 1)).tolist() == [0]

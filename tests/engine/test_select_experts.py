@@ -17,20 +17,23 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import layout
-from flashd.bundle.layout import PLAIN_VERSION, VERSION, BadSection, DamagedHeader
+from flashd.bundle import codec, prefix
+from flashd.bundle.errors import BadSection, DamagedHeader
+from flashd.bundle.formats import GroupFormat, NeuronFormat
+from flashd.bundle.prefix import PLAIN_VERSION, VERSION
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import BLOCK, Floats, GroupFormat, NeuronFormat, PlainNeurons
-from flashd.cli import main
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import make_plan, rates_of
-from flashd.engine.policy import Mask, Numbers
-from flashd.engine.router import Router
-from flashd.engine.select import Predictor, SelectedFfn
+from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.slots import PlainNeurons
+from flashd.cli.main import main
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.router import Router
+from flashd.engine.forward.selected_ffn import Predictor, SelectedFfn
+from flashd.engine.paging.eviction import Mask, Numbers
+from flashd.engine.planning.plan import make_plan, rates_of
 from flashd.errors import DataError, MemoryTooSmall
-from flashd.pack import predictor
+from flashd.pack.lossy import predictors
+from flashd.pack.lossy.predictors import Layer, Part, Selecting
 from flashd.pack.pack import pack
-from flashd.pack.predictor import Layer, Part, Selecting
 from tests.engine.test_paths import all_logits, opened
 from tests.engine.test_select import TEXT, break_off_and_go_on, model_of
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED, Golden, _mixture
@@ -242,8 +245,8 @@ def test_what_was_fitted_is_of_those_tokens_that_use_an_expert(selected: Path) -
     assert of_experts.max() <= 1 and (of_experts[:, -1] == 0).all() and (of_experts[:, :-1].max(2) > 0).all()
     # an expert of which nothing is known has all its neurons, and none of those that only fill it up
     for lean in leans:
-        assert (lean[-1, :NEURONS] == predictor.ALWAYS).all() and (np.abs(lean[0, :NEURONS]) < 1e6).all()
-        assert (lean[:, NEURONS:] == -predictor.ALWAYS).all()
+        assert (lean[-1, :NEURONS] == predictors.ALWAYS).all() and (np.abs(lean[0, :NEURONS]) < 1e6).all()
+        assert (lean[:, NEURONS:] == -predictors.ALWAYS).all()
 
 
 def test_the_commands_know_it(selected: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +267,7 @@ def test_where_most_neurons_fire_experts_stay_whole(
     model = biased("smallthinker", (-1.0,) * LAYERS).write(tmp_path / "m.gguf")
     header = pack(model, tmp_path / "whole.flash", "int4", allowed=Selecting(TEXT, max_loss=0.05))
     assert header.selection is None
-    (line,) = [r.message for r in caplog.records if r.name == "flashd.pack.selected"]
+    (line,) = [r.message for r in caplog.records if r.name == "flashd.pack.lossy.predictor_search"]
     assert "packed exact, with whole experts: single neurons take a card" in line and "80 %" in line
     pack(model, tmp_path / "exact.flash", "int4")
     assert (tmp_path / "whole.flash").read_bytes() == (tmp_path / "exact.flash").read_bytes()
@@ -296,24 +299,24 @@ def firing(share: float, neurons: int, tokens: int = 20) -> list[Layer]:
 def test_at_smallthinkers_sizes_one_neuron_in_ten_pays_and_four_do_not(share: float, pays: bool) -> None:
     """Of the 4B: hidden size 1536, experts of 768 neurons, int4 rows."""
     form = NeuronFormat("int4", 1536, 2)
-    neurons = predictor.cost_of_neurons(firing(share, 768), form.nbytes)
+    neurons = predictors.cost_of_neurons(firing(share, 768), form.nbytes)
     group = GroupFormat("int4", 1536, 2)
-    whole = predictor.Cost(768 // BLOCK * group.nbytes + layout.PAGE, 1)
-    assert (neurons.weight <= predictor.WORTH * whole.weight) == pays
+    whole = predictors.Cost(768 // BLOCK * group.nbytes + prefix.PAGE, 1)
+    assert (neurons.weight <= predictors.WORTH * whole.weight) == pays
     assert abs(neurons.nbytes / whole.nbytes - (0.3 if pays else 0.92)) < 0.1
 
 
 def test_a_predictor_s_reads_are_bridged_as_the_engine_s_are() -> None:
-    from flashd.engine.card import extents
+    from flashd.engine.paging.card import extents
 
     for share in (0.02, 0.1, 0.5):
         (layer,) = firing(share, 768)
         chosen = layer.chosen_of_texts(layer.parts[0])
         reads = [extents(0, np.flatnonzero(mask).tolist(), 2000) for mask in chosen]
-        cost = predictor.cost_of_neurons([layer], 2000)
+        cost = predictors.cost_of_neurons([layer], 2000)
         assert cost.reads == pytest.approx(np.mean([len(r) for r in reads]))
         units = np.mean([sum(e.count for e in r) for r in reads])
-        assert cost.nbytes == pytest.approx(2000 * units + layout.PAGE * cost.reads)
+        assert cost.nbytes == pytest.approx(2000 * units + prefix.PAGE * cost.reads)
 
 
 def test_experts_whose_neurons_are_not_zero_are_refused(tmp_path: Path) -> None:
@@ -349,4 +352,4 @@ def test_a_header_with_other_experts_than_the_file_is_refused(
     model = msgspec.structs.replace(parts[1], **({} if "experts" in changes else {"experts": parts[0]}))
     body = msgspec.json.encode(msgspec.structs.replace(header, model=model, selection=parts[2]))
     with pytest.raises(error, match=match):
-        layout.decode_header(body, layout.digest(body), selected.stat().st_size)
+        codec.decode_header(body, prefix.digest(body), selected.stat().st_size)

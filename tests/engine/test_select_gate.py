@@ -13,20 +13,23 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import layout
-from flashd.bundle.layout import VERSION, BadSection, DamagedHeader
+from flashd.bundle import codec, header, prefix
+from flashd.bundle.errors import BadSection, DamagedHeader
+from flashd.bundle.formats import PairFormat
+from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import BLOCK, Floats, PairFormat, PlainNeurons, RowKind
-from flashd.cli import main
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import make_plan, rates_of
-from flashd.engine.select import Gate, SelectedFfn
+from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.bundle.slots import PlainNeurons
+from flashd.cli.main import main
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.selected_ffn import Gate, SelectedFfn
+from flashd.engine.planning.plan import make_plan, rates_of
 from flashd.errors import DataError, MemoryTooSmall
-from flashd.pack import gate
-from flashd.pack import gated as gated_layers
-from flashd.pack.calibrate import Seen, hottest
-from flashd.pack.gate import Gating
-from flashd.pack.narrow import Judgement
+from flashd.pack.lossy import gate_search as gated_layers
+from flashd.pack.lossy import gates
+from flashd.pack.lossy.calibration import Seen, hottest
+from flashd.pack.lossy.gates import Gating, fit
+from flashd.pack.lossy.narrow_groups import Judgement
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
 from tests.engine.test_select import break_off_and_go_on, model_of
@@ -44,7 +47,7 @@ LIKE_TO_COME = "".join(
 @pytest.fixture
 def always_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a random model's neurons fire, and a card reads across what does not."""
-    monkeypatch.setattr("flashd.pack.gated.WORTH", 9.0)
+    monkeypatch.setattr("flashd.pack.lossy.gate_search.WORTH", 9.0)
 
 
 def source_of(folder: Path, activation: str) -> Path:
@@ -73,8 +76,8 @@ def silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose thresholds lose something, f16 rows. Do not write to it."""
     folder = tmp_path_factory.mktemp("silu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashd.pack.gated.WORTH", 9.0)
-        patch.setattr(gate, "LEVELS", (0.4,))
+        patch.setattr("flashd.pack.lossy.gate_search.WORTH", 9.0)
+        patch.setattr(gates, "LEVELS", (0.4,))
         pack(GOLDENS["llama3"].write(folder / "m.gguf"), folder / "m.flash", "f16", allowed=Gating(0.9, LIKE_TO_COME))
     return folder / "m.flash"
 
@@ -121,7 +124,7 @@ def test_a_token_reads_the_rows_of_those_that_fire_and_no_gates(
     trace, read = Trace(), set[str]()
     real = Bundle._checked
 
-    def checked(self: Bundle, section: layout.Section, *args: Any) -> bytes:
+    def checked(self: Bundle, section: header.Section, *args: Any) -> bytes:
         read.add(section.name)
         return real(self, section, *args)
 
@@ -213,33 +216,33 @@ def test_the_header_says_what_was_measured(silu: Path) -> None:
     assert len(set(s.chosen)) > 1 and min(s.thresholds) > 0 and min(s.fired) > 0.99
     assert np.allclose(rates[:, :NEURONS].mean(1), s.chosen) and (rates[:, NEURONS:] == 0).all()
     for floor, threshold in zip(floors, s.thresholds, strict=True):
-        assert (floor[:NEURONS] > 0).all() and (floor[:NEURONS] <= threshold / gate.LEAST * 1.001).all()
+        assert (floor[:NEURONS] > 0).all() and (floor[:NEURONS] <= threshold / gates.LEAST * 1.001).all()
     assert silu.read_bytes()[8] == VERSION
 
 
-def of_layers(*errors: list[float], fired: float = 1.0) -> list[gate.Layer]:
+def of_layers(*errors: list[float], fired: float = 1.0) -> list[gates.Layer]:
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.bool_)
-    return [gate.Layer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
+    return [gates.Layer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
 
 
 def test_layers_that_bear_it_skip_more() -> None:
-    steps = np.arange(gate.STEPS) / gate.STEPS
+    steps = np.arange(gates.STEPS) / gates.STEPS
     layers = of_layers(*(list(size * steps**2) for size in (1.0, 4.0, 100.0)))
-    for level in gate.LEVELS:
-        gate.share_out(layers, level)
-        skipped = [layer.step / gate.STEPS for layer in layers]
+    for level in gates.LEVELS:
+        gates.share_out(layers, level)
+        skipped = [layer.step / gates.STEPS for layer in layers]
         assert skipped == sorted(skipped, reverse=True) and level - 0.1 < np.mean(skipped) <= level + 1e-6
-    gate.share_out(layers, 0.3)
+    gates.share_out(layers, 0.3)
     uniform = sum(layer.errors[3] for layer in layers)
     assert sum(layer.errors[layer.step] for layer in layers) < 0.5 * uniform
-    gate.share_out(layers, 0.0)
+    gates.share_out(layers, 0.0)
     assert [layer.step for layer in layers] == [0, 0, 0]
 
 
 def test_a_step_of_a_layer_that_fires_little_saves_little() -> None:
     layers = of_layers([0.0, 1.0] + [9.0] * 8, [0.0, 1.0] + [9.0] * 8)
     layers[1].fired = 0.1
-    gate.share_out(layers, 0.1)
+    gates.share_out(layers, 0.1)
     assert [layer.step for layer in layers] == [1, 0]
 
 
@@ -252,7 +255,7 @@ def test_neurons_are_weighed_where_that_errs_less(unequal: bool) -> None:
     if unequal:
         down *= np.exp(random.standard_normal(96)).astype(np.float32)
     seen = Seen(np.zeros((600, 32), np.float32), gates * up, np.linalg.norm(down, axis=0))
-    layer, prefers = gate.fit(gates, seen, down, np.ones((600, 32), np.float32), False)
+    layer, prefers = fit(gates, seen, down, np.ones((600, 32), np.float32), False)
     reach = np.corrcoef(layer.weigh, seen.reach)[0, 1] if layer.weigh.std() else 0
     assert (reach > 0.9) if unequal else layer.weigh.std() < 0.2
     assert list(layer.errors) == sorted(layer.errors) and layer.errors[0] == 0
@@ -276,7 +279,11 @@ def test_neurons_are_weighed_where_that_errs_less(unequal: bool) -> None:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
-    return (r.message for r in caplog.records if r.name == "flashd.pack.gated" and r.levelno >= logging.WARNING)
+    return (
+        r.message
+        for r in caplog.records
+        if r.name == "flashd.pack.lossy.gate_search" and r.levelno >= logging.WARNING
+    )
 
 
 def test_where_no_threshold_costs_so_little_it_says_so_and_packs_exact(
@@ -330,12 +337,12 @@ def judged_by_level(monkeypatch: pytest.MonkeyPatch, units: Callable[[bool], flo
     def tried(*others: Any) -> gated_layers._Skipping:
         layers, level = others[-2:]
         levels.append(level)
-        asked = gate.Asked(100, [units(bool(layers[0].preferred.any()))], [1.0])
+        asked = gates.Asked(100, [units(bool(layers[0].preferred.any()))], [1.0])
         return gated_layers._Skipping(level, Judgement(10.0, 10.0 * (1 + level / 10), 0.0), asked)
 
-    monkeypatch.setattr("flashd.pack.gated.SPARSE", frozenset())
-    monkeypatch.setattr("flashd.pack.gated.WORTH", 9.0)
-    monkeypatch.setattr("flashd.pack.gated._try", tried)
+    monkeypatch.setattr("flashd.pack.lossy.gate_search.SPARSE", frozenset())
+    monkeypatch.setattr("flashd.pack.lossy.gate_search.WORTH", 9.0)
+    monkeypatch.setattr("flashd.pack.lossy.gate_search._try", tried)
     return levels
 
 
@@ -393,7 +400,7 @@ def test_a_header_with_other_gates_than_the_file_is_refused(
     }
     body = msgspec.json.encode(msgspec.structs.replace(header, **changed))
     with pytest.raises(error, match=match):
-        layout.decode_header(body, layout.digest(body), gated.stat().st_size)
+        codec.decode_header(body, prefix.digest(body), gated.stat().st_size)
 
 
 @pytest.mark.parametrize("number", [-1, FILLED // BLOCK, 1 << 30])

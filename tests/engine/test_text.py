@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.engine.plan import MIB, peak
-from flashd.engine.text import PART, ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.engine.decoding.text import PART, ChatTemplate, Detokenizer, Encoder, Message, StopStrings
 from flashd.errors import DataError, PromptTooLong, UsageError
-from flashd.template import LIMITS
+from flashd.system.memory import MIB, peak
+from flashd.system.template import LIMITS
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashd.bundle.errors import DamagedHeader, DamagedRun
 from flashd.bundle.file import Patience
-from flashd.bundle.layout import PREFIX, DamagedHeader, DamagedRun
+from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import IN_FLIGHT, READ_BYTES, CardStream, Extent
-from flashd.engine.ffn import OnStep, silent
-from flashd.engine.paged import PagedModel
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.model.contract import OnStep, silent
+from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, CardStream, Extent
 from flashd.errors import CardError
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card, Seam

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.newfile import NewFile
 from flashd.pack.pack import pack
+from flashd.system.new_file import NewFile
 from tests import tiny
 from tests.faults.layers import fuse
 from tests.faults.power import cuts, read_log

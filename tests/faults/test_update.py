@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flashd import config
-from flashd import update as updates
 from flashd.bundle.reader import Bundle
-from flashd.cli import main
+from flashd.cli.main import main
+from flashd.config import settings
 from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
 from flashd.pack.pack import pack
-from flashd.update import MANIFEST, read_manifest, undo, update
+from flashd.update import stick as updates
+from flashd.update.stick import MANIFEST, read_manifest, undo, update
 from tests import tiny
 from tests.faults.test_newfile import killed_at
 
@@ -52,7 +52,7 @@ class Board:
         """The model's name and the configured context, both whole."""
         with Bundle(self.model) as bundle:
             bundle.verify()
-            return bundle.header.model.family, config.load(self.config).context
+            return bundle.header.model.family, settings.load(self.config).context
 
     def restart(self) -> None:
         self.starts.append(self.state())

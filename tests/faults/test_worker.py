@@ -11,7 +11,7 @@ import pytest
 
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
-from flashd.config import Answering, parse
+from flashd.config.settings import Answering, parse
 from flashd.daemon.job import Job, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
@@ -19,7 +19,7 @@ from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine import engine as engines
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.engine.plan import Plan
+from flashd.engine.planning.plan import Plan
 from tests.daemon.clerk import request
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card

@@ -21,7 +21,7 @@ except ImportError:
     sys.exit("tests.fuzz.guided needs atheris: pip install atheris")
 
 with atheris.instrument_imports(include=["flashd", "device"]):
-    from flashd.bundle.layout import PREFIX
+    from flashd.bundle.prefix import PREFIX
     from flashd.pack.pack import pack
     from tests import tiny
     from tests.fuzz import test_configurations as configurations

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from device.appliance import _request, check
 from device.nodes import nodes
-from flashd.config import LONGEST, Settings, load, parse, pins
+from flashd.config.settings import LONGEST, Settings, load, parse, pins
 from flashd.errors import ConfigError, DataError, FlashdError
-from flashd.update import MANIFEST, read_manifest
+from flashd.update.stick import MANIFEST, read_manifest
 from tests.fuzz.conftest import one_line, tries
 
 EXAMPLE = (Path(__file__).parents[2] / "deploy" / "flashd.example.yaml").read_text("utf-8")

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle import layout
-from flashd.bundle.layout import PREFIX, DamagedHeader, Header
+from flashd.bundle.errors import DamagedHeader
+from flashd.bundle.header import Header
+from flashd.bundle.prefix import PREFIX, digest
 from flashd.bundle.reader import Bundle
+from flashd.engine.decoding.sampling import Sampling
+from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.engine.sample import Sampling
-from flashd.engine.text import Message
 from flashd.errors import DataError, FlashdError
 from flashd.pack.pack import pack
 from tests import tiny
@@ -49,7 +50,7 @@ def sign(data: bytearray, header: dict[str, Any]) -> bytes:
 
 def signed(data: bytearray, body: bytes) -> bytes:
     """The file with `body` for a header."""
-    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), layout.digest(body), len(data))
+    prefix = PREFIX.pack(*PREFIX.unpack(data[: PREFIX.size])[:2], len(body), digest(body), len(data))
     data[: len(prefix) + len(body)] = prefix + body
     return bytes(data)
 
@@ -150,13 +151,13 @@ def test_sections_with_anything_in_them(whole: bytes, tmp_path: Path, data: st.D
 def signed_again(bent: bytearray, header: Header) -> bytes:
     """With the checksums that the bytes have now."""
     runs = [
-        layout.digest(bytes(bent[at : min(at + s.run, s.end)]))
+        digest(bytes(bent[at : min(at + s.run, s.end)]))
         for s in header.sections
         for at in range(s.offset, s.end, s.run)
     ]
     table = np.array(runs, "<u8").tobytes()
     bent[header.checksums.offset : header.checksums.end] = table
-    fresh = msgspec.structs.replace(header, checksums_digest=f"{layout.digest(table):016x}")
+    fresh = msgspec.structs.replace(header, checksums_digest=f"{digest(table):016x}")
     return sign(bent, msgspec.to_builtins(fresh))
 
 

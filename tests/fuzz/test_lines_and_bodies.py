@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from device.front import Facts
 from device.machine import Machine
-from flashd.config import Serial, Settings
+from flashd.config.settings import Serial, Settings
 from flashd.daemon.api import Api
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from flashd.pack.gguf import GgufModel
+from flashd.pack.sources.gguf import GgufModel
 from tests.goldens.models import GOLDENS, HEAD_DIM, HEADS, HERE, HIDDEN, KV_HEADS, LAYERS, Floats, Golden
 
 Tensors = dict[str, Floats]

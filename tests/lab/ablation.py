@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine.card import CardStats
+from flashd.bundle.row_kinds import Floats
 from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
-from flashd.engine.ffn import FeedForward, StreamedFfn
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import BUFFERS, Plan, make_plan, passing_groups, rates_of
-from flashd.engine.policy import Frequency, Mask, shares
-from flashd.engine.select import SelectedFfn, ignore
+from flashd.engine.forward.feed_forward import FeedForward
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.selected_ffn import SelectedFfn, ignore
+from flashd.engine.forward.streamed_ffn import StreamedFfn
+from flashd.engine.model.contract import CardStats
+from flashd.engine.paging.eviction import Frequency, Mask, shares
+from flashd.engine.planning.plan import BUFFERS, Plan, make_plan, passing_groups, rates_of
+from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.pack import pack
-from flashd.pack.predictor import Selecting
 from tests.lab import corpus
 from tests.lab.replay import LastTokens, MakePolicy, Trace, replay
 

@@ -21,21 +21,23 @@ import numpy as np
 import numpy.typing as npt
 
 import flashd
-from flashd.bundle import layout
-from flashd.bundle.layout import PLAIN_RUN, Formats, Header, Section, Text
+from flashd.bundle import header, prefix
+from flashd.bundle.header import Formats, Header, Section, Text
+from flashd.bundle.prefix import PLAIN_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import ROW_KINDS, RowKind
-from flashd.engine.card import Extent, pages_of, units_of_a_read
-from flashd.engine.ffn import stream_past
-from flashd.engine.kv import lendable_bytes
-from flashd.engine.plan import MIB, Plan, make_plan, parse_size
-from flashd.engine.policy import LeastRecentlyUsed, Numbers
+from flashd.bundle.row_kinds import ROW_KINDS, RowKind
+from flashd.engine.forward.streamed_ffn import stream_past
+from flashd.engine.model.kv_cache import lendable_bytes
+from flashd.engine.paging.card import Extent, pages_of, units_of_a_read
+from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
+from flashd.engine.planning.plan import Plan, make_plan
 from flashd.errors import MemoryTooSmall
-from flashd.pack import hugging_face
-from flashd.pack.families import family_of, model_of
-from flashd.pack.source import Source, Tensor
-from flashd.pack.tokenizer_json import read_object
-from flashd.pack.vocabulary import Vocabulary
+from flashd.pack.sources import hugging_face
+from flashd.pack.sources.families import family_of, model_of
+from flashd.pack.sources.folder_tokenizer import read_object
+from flashd.pack.sources.source import Source, Tensor
+from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.system.memory import MIB, parse_size
 
 BASE = 58 * MIB
 """What a process holds before it makes its plan, measured on x86-64 with `flashd ask`."""
@@ -75,8 +77,8 @@ class ConfigSource(Source):
     def vocabulary(self) -> Vocabulary:
         raise NotImplementedError
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> layout.Source:  # noqa: ARG002
-        return layout.Source(name=self.path.parent.name, nbytes=0, sha256="")
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:  # noqa: ARG002
+        return header.Source(name=self.path.parent.name, nbytes=0, sha256="")
 
 
 def header_of(config: Path, rows: RowKind = "int4") -> Header:
@@ -99,7 +101,7 @@ def header_of(config: Path, rows: RowKind = "int4") -> Header:
     for name, length in header.expected_lengths().items():
         run = own_runs.get(name, PLAIN_RUN)
         sections.append(Section(name=name, offset=at, length=length, run=run, first=0))
-        at = layout.align(at + length)
+        at = prefix.align(at + length)
     header.sections[:] = sections
     return header
 

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from flashd.pack.gguf import GgufModel
+from flashd.pack.sources.gguf import GgufModel
 from tests import tiny
 
 HIDDEN, NEURONS, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 32

@@ -18,9 +18,9 @@ from statistics import median
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.card import IN_FLIGHT, READ_BYTES, CardPicks, CardStream, pages_of
-from flashd.engine.ffn import stream_past
-from flashd.engine.plan import BUFFERS
+from flashd.engine.forward.streamed_ffn import stream_past
+from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, CardPicks, CardStream, pages_of
+from flashd.engine.planning.plan import BUFFERS
 
 SECONDS = 8
 """Of each measurement."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.layout import Header
+from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.engine.card import extents, pages_of
-from flashd.engine.plan import rates_of
-from flashd.engine.policy import Frequency, Mask, Policy, kept, shares
-from flashd.pack.order import card_order
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.paging.card import extents, pages_of
+from flashd.engine.paging.eviction import Frequency, Mask, Policy, kept, shares
+from flashd.engine.planning.plan import rates_of
+from flashd.pack.lossy.card_order import card_order
 
 MakePolicy = Callable[[Floats], Policy]
 

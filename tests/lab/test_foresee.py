@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.engine import experts
-from flashd.engine.decode import Conversation, Figures
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Prompts
-from flashd.engine.paged import PagedModel
-from flashd.engine.plan import BUFFERS, MIB, make_plan, parse_size, smallest
-from flashd.engine.policy import LeastRecentlyUsed, Numbers
-from flashd.engine.sample import Sampler, Sampling
-from flashd.engine.speculate import NODES, Pace
+from flashd.engine.forward import expert_ffn
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.model.sizes import NODES
+from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
+from flashd.engine.planning.plan import BUFFERS, make_plan, smallest
 from flashd.errors import DataError
 from flashd.pack.pack import pack
+from flashd.system.memory import MIB, parse_size
 from tests.engine.alone import generate
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
 from tests.lab.foresee import BASE, drawn, foresee, header_of
@@ -106,7 +109,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
         asked.append(units)
         real(self, units)
 
-    monkeypatch.setattr(experts, "TRUSTED", 2.0)  # a guess that is wrong would be read too
+    monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)  # a guess that is wrong would be read too
     with Bundle(tmp_path / "m.flash") as bundle:
         header = bundle.header
         of_all = LAYERS * header.model.expert_groups * header.group.nbytes

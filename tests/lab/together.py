@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashd.bundle.reader import Bundle
-from flashd.child import in_child
+from flashd.engine.decoding.sampling import Sampling
+from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Budget, Engine, Prompts, Speech
-from flashd.engine.plan import parse_size
-from flashd.engine.sample import Sampling
-from flashd.engine.text import Message
+from flashd.system.child import in_child
+from flashd.system.memory import parse_size
 
 QUESTIONS = (
     "Write a fibonacci function in Python and explain it.",

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import Floats
-from flashd.pack.gguf import GgufModel
+from flashd.bundle.row_kinds import Floats
 from flashd.pack.pack import pack
+from flashd.pack.sources.gguf import GgufModel
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, HEADS, HIDDEN, KV_HEADS, LAYERS, NEURONS, TOKENS
 from tests.tiny_folder import NAMES

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.pack.families import FAMILIES
-from flashd.pack.hugging_face import CONVERSIONS
+from flashd.bundle.row_kinds import Floats
 from flashd.pack.pack import pack
+from flashd.pack.sources.families import FAMILIES
+from flashd.pack.sources.hugging_face import CONVERSIONS
 from tests.goldens import folders
 from tests.goldens.models import GOLDENS, HERE
 

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import Bytes, Floats
+from flashd.bundle.row_kinds import Bytes, Floats
 from flashd.errors import DataError
 from flashd.pack.pack import pack
-from flashd.pack.safetensors import HfFolder
+from flashd.pack.sources.safetensors import HfFolder
 from tests import tiny, tiny_folder
 
 GROUP = 32

@@ -13,11 +13,11 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import RowKind
+from flashd.bundle.row_kinds import RowKind
 from flashd.errors import DataError, InputMissing
-from flashd.pack.families import family_of, model_of
-from flashd.pack.gguf import GgufModel, GgufTensor
 from flashd.pack.pack import pack
+from flashd.pack.sources.families import family_of, model_of
+from flashd.pack.sources.gguf import GgufModel, GgufTensor
 from tests import tiny
 from tests.goldens.models import GOLDENS
 from tests.pack.test_tokenizer import Changed

@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle.layout import Activation
+from flashd.bundle.architecture import Activation
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import Floats
-from flashd.pack.graph_ffn import activations
-from flashd.session import open_session, start_pool
+from flashd.bundle.row_kinds import Floats
+from flashd.pack.graphs.products import activations
+from flashd.system.onnx_session import open_session, start_pool
 
 FORMULAS: dict[Activation, Callable[[Floats], Floats]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),

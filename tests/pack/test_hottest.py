@@ -10,25 +10,26 @@ from gguf.constants import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle.layout import Model
+from flashd.bundle.architecture import Architecture
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows import BLOCK, Floats, PlainGroups
-from flashd.pack.calibrate import Calibration, Numbers, hottest, sample_tokens
-from flashd.pack.families import family_of, model_of, rope_tables
-from flashd.pack.gguf import GgufModel
+from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.slots import PlainGroups
+from flashd.pack.lossy.calibration import Calibration, Numbers, hottest, sample_tokens
 from flashd.pack.pack import pack
+from flashd.pack.sources.families import family_of, model_of, rope_tables
+from flashd.pack.sources.gguf import GgufModel
 from flashd.pack.weights import Weights
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def model(tiny_bundle: Path) -> Model:
+def model(tiny_bundle: Path) -> Architecture:
     with Bundle(tiny_bundle) as bundle:
         return bundle.header.model
 
 
 @given(st.data())
-def test_every_neuron_has_its_place_and_hotter_ones_come_first(model: Model, data: st.DataObject) -> None:
+def test_every_neuron_has_its_place_and_hotter_ones_come_first(model: Architecture, data: st.DataObject) -> None:
     sizes = np.array(data.draw(st.lists(st.integers(1, 9), min_size=200, max_size=200)), np.float32)
     filled = np.pad(sizes, (0, model.neurons - 200))
     alone = hottest(sizes, model, whole=False)

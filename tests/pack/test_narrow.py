@@ -10,28 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle import layout
+from flashd.bundle import prefix
+from flashd.bundle.bits import pack_bits, unpack
+from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.rows import (
-    NARROW,
-    Bytes,
-    Floats,
-    GroupFormat,
-    QuantGroups,
-    QuantRows,
-    RowFormat,
-    RowKind,
-    pack_bits,
-    unpack,
-)
-from flashd.engine.paged import PagedModel
+from flashd.bundle.row_kinds import NARROW, Bytes, Floats, RowKind
+from flashd.bundle.slots import QuantGroups, QuantRows
+from flashd.engine.forward.paged import PagedModel
 from flashd.errors import DataError
-from flashd.pack import narrow as narrowing
-from flashd.pack.calibrate import Seen
-from flashd.pack.feedback import DOUBT, encode_fed, factor
-from flashd.pack.narrow import Budget, Narrowing, Starts, Weigh, cut, floats, starts
+from flashd.pack.lossy import narrow_groups as narrowing
+from flashd.pack.lossy.calibration import Seen
+from flashd.pack.lossy.narrow_groups import Budget, Narrowing, Starts, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
-from flashd.pack.quantise import quantise
+from flashd.pack.rounding.gptq import DOUBT, encode_fed, factor
+from flashd.pack.rounding.rows import quantise
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened, plan
 from tests.goldens.models import GOLDENS
@@ -230,8 +222,8 @@ def test_what_was_measured_is_in_the_bundle(narrow: Path) -> None:
         bundle.verify()
         n = bundle.header.narrowed
         assert n and abs(n.loss) <= 0.9 and 0.001 < n.divergence < 0.5 and n.tokens > 1000
-    version = layout.PREFIX.unpack(narrow.read_bytes()[: layout.PREFIX.size])[1]
-    assert version == layout.VERSION > layout.PLAIN_VERSION
+    version = prefix.PREFIX.unpack(narrow.read_bytes()[: prefix.PREFIX.size])[1]
+    assert version == prefix.VERSION > prefix.PLAIN_VERSION
 
 
 def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,7 +231,7 @@ def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         header = pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(-0.99, TEXT))
     assert header.narrowed is None and "packed exact" in caplog.text
-    assert layout.PREFIX.unpack((tmp_path / "m.flash").read_bytes()[: layout.PREFIX.size])[1] == layout.PLAIN_VERSION
+    assert prefix.PREFIX.unpack((tmp_path / "m.flash").read_bytes()[: prefix.PREFIX.size])[1] == prefix.PLAIN_VERSION
 
 
 def test_rows_of_other_bits_and_short_texts_are_refused(tmp_path: Path) -> None:

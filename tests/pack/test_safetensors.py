@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.reader import Bundle
 from flashd.errors import DataError, InputMissing
-from flashd.pack import hugging_face
 from flashd.pack.pack import pack
-from flashd.pack.safetensors import HfFolder
+from flashd.pack.sources import hugging_face
+from flashd.pack.sources.safetensors import HfFolder
 from tests import tiny, tiny_folder
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, USED, WINDOW
 

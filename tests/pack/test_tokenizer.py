@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from flashd.engine.text import Encoder
+from flashd.engine.decoding.text import Encoder
 from flashd.errors import DataError
-from flashd.pack import tokenizer
-from flashd.pack.gguf import GgufModel
+from flashd.pack.sources import gguf_tokenizer
+from flashd.pack.sources.gguf import GgufModel
 from tests import tiny
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text("utf-8"))
@@ -26,7 +26,7 @@ PIECES = json.loads((Path(__file__).parent / "data" / "sentence_piece.json").rea
 
 
 def check(path: Path, ids: list[int]) -> None:
-    vocabulary = tokenizer.read_vocabulary(GgufModel(path))
+    vocabulary = gguf_tokenizer.read_vocabulary(GgufModel(path))
     encoder = Encoder(vocabulary.tokenizer_json, vocabulary.bos, vocabulary.add_bos)
     assert encoder.encode(GOLDEN["text"]) == ids
     spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()
@@ -45,13 +45,13 @@ def test_qwen2() -> None:
 
 
 def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(tokenizer.SPLITS, "gpt-2")
+    monkeypatch.delitem(gguf_tokenizer.SPLITS, "gpt-2")
     with pytest.raises(DataError, match=r"'gpt-2' is not supported; known are .*llama-bpe.*qwen2.*smollm"):
-        tokenizer.read_vocabulary(GgufModel(tiny.write(tmp_path / "m.gguf")))
+        gguf_tokenizer.read_vocabulary(GgufModel(tiny.write(tmp_path / "m.gguf")))
 
 
 def test_end_tokens_are_found_by_number_and_by_name(smollm: Path) -> None:
-    assert tokenizer.read_vocabulary(GgufModel(smollm)).eos == [2, 0]
+    assert gguf_tokenizer.read_vocabulary(GgufModel(smollm)).eos == [2, 0]
 
 
 class Changed(GgufModel):
@@ -67,14 +67,14 @@ class Changed(GgufModel):
 
 @pytest.mark.parametrize("pre", GOLDEN["words"]["ids"])
 def test_words_are_cut_as_llama_cpp_cuts_them(smollm: Path, pre: str) -> None:
-    vocabulary = tokenizer.read_vocabulary(Changed(smollm, {"tokenizer.ggml.pre": pre}))
+    vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, {"tokenizer.ggml.pre": pre}))
     encoder = Encoder(vocabulary.tokenizer_json, None, False)
     assert encoder.encode(GOLDEN["words"]["text"]) == GOLDEN["words"]["ids"][pre]
 
 
 @pytest.mark.parametrize("golden", PIECES["vocabularies"], ids=["llama", "gemma"])
 def test_pieces_are_those_of_sentencepiece(smollm: Path, golden: dict[str, Any]) -> None:
-    vocabulary = tokenizer.read_vocabulary(Changed(smollm, golden))
+    vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, golden))
     encoder = Encoder(vocabulary.tokenizer_json, None, False)
     for text, ids in zip(PIECES["texts"], golden["ids"], strict=True):
         assert encoder.encode(text) == ids

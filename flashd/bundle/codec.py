@@ -1,0 +1,164 @@
+"""Header and prefix -> bytes, and back. Everything is checked before it is believed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from flashd.bundle.architecture import STAGES, Architecture
+from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
+from flashd.bundle.header import Header, Text
+from flashd.bundle.prefix import (
+    MAGIC,
+    MAX_HEADER,
+    PAGE,
+    PLAIN_RUN,
+    PLAIN_VERSION,
+    PREFIX,
+    VERSION,
+    Prefix,
+    digest,
+    sealed,
+)
+from flashd.bundle.row_kinds import BLOCK, NARROW
+from flashd.errors import NOT_JSON
+
+
+def encode(header: Header, file_length: int) -> bytes:
+    """Prefix and header, ready to be written at offset 0."""
+    body = msgspec.json.encode(header)
+    if len(body) > MAX_HEADER:
+        raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
+    return sealed(MAGIC, header.version, body, file_length)
+
+
+def decode_prefix(data: bytes, file_length: int) -> Prefix:
+    """What a file of `file_length` bytes says in its first 32.
+
+    Raises NotABundle, NewerVersion, OlderVersion, TruncatedBundle, DamagedHeader.
+    """
+    prefix = Prefix.read(data, MAGIC)
+    if prefix is None:
+        raise NotABundle("not a flashd bundle; make one with: flashd pack MODEL.gguf --out FILE.flash")
+    if prefix.version > VERSION:
+        raise NewerVersion(
+            f"a bundle of format {prefix.version}, this flashd reads {VERSION}; update flashd or pack it again"
+        )
+    if prefix.version < PLAIN_VERSION:
+        raise OlderVersion(f"a bundle of format {prefix.version}, this flashd reads {VERSION}; pack it again")
+    if prefix.file_length != file_length:
+        raise TruncatedBundle(
+            f"the file has {file_length} bytes and should have {prefix.file_length}; copy the bundle again"
+        )
+    if not 0 < prefix.length <= min(MAX_HEADER, file_length - PREFIX.size):
+        raise DamagedHeader(f"a header of {prefix.length} bytes; copy the bundle again or pack it again")
+    return prefix
+
+
+def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
+    """The header of a file of `file_length` bytes, every offset and size in it checked.
+
+    Raises DamagedHeader, BadSection.
+    """
+    if digest(body) != checksum:
+        raise DamagedHeader("the header is damaged; copy the bundle again or pack it again")
+    try:
+        header = msgspec.json.decode(body, type=Header)
+    except NOT_JSON as error:
+        raise DamagedHeader(f"the header does not make sense: {error}") from error
+    _check_model(header.model)
+    _check_text(header.text, header.model)
+    _check_selection(header)
+    _check_narrowed(header)
+    _check_sections(header, file_length)
+    return header
+
+
+def _check_model(m: Architecture) -> None:
+    rules = [
+        (m.hidden % BLOCK == 0, f"hidden size {m.hidden} is not a multiple of {BLOCK}"),
+        (m.query_width % BLOCK == 0, f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}"),
+        (m.neurons % BLOCK == 0, f"{m.neurons} neurons are not a multiple of {BLOCK}"),
+        (
+            not m.experts or m.neurons % (m.experts.count * BLOCK) == 0,
+            f"{m.neurons} neurons cannot be shared out to {m.experts and m.experts.count} experts by {BLOCK}",
+        ),
+        (
+            not m.experts or m.experts.used <= m.experts.count,
+            f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
+        ),
+        (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
+        (len(m.layer_kinds) == m.layers, f"{m.layers} layers and kinds of attention for {len(m.layer_kinds)}"),
+        (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention is not among them"),
+        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table is not among them"),
+    ]
+    for holds, what in rules:
+        if not holds:
+            raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _check_text(text: Text, model: Architecture) -> None:
+    if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0)):
+        raise DamagedHeader("the header does not make sense: a text begins or ends with no token of its")
+
+
+def _check_selection(header: Header) -> None:
+    s = header.selection
+    if s is None:
+        return
+    m, kind = header.model, header.formats.ffn
+    ranks = [0] * m.layers if header.gate_decides and not s.ranks else s.ranks
+    if any(len(part) != m.layers for part in (ranks, s.thresholds, s.chosen, s.fired)):
+        raise DamagedHeader(f"the header does not make sense: {m.layers} layers and other predictors")
+    if kind == "ternary" or m.normed_neurons:
+        raise DamagedHeader("the header does not make sense: neurons of BitNet are never selected")
+    if header.gate_decides and (s.ranks or not m.gated or m.experts or "inputs" in m.biases):
+        raise DamagedHeader("the header does not make sense: a gate decides in plain layers that have one, unbiased")
+    if any(rank % BLOCK for rank in s.ranks):
+        raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
+
+
+def _check_narrowed(header: Header) -> None:
+    n, m, f = header.narrowed, header.model, header.formats
+    if {f.ffn, f.attention, f.head, f.embedding} & set(NARROW):
+        raise DamagedHeader(f"the header does not make sense: only cold groups are {' or '.join(NARROW)}")
+    if n is None:
+        return
+    if header.selection or m.experts or header.formats.ffn != "int4":
+        raise DamagedHeader("the header does not make sense: only plain layers of int4 rows are narrowed")
+    if not len(n.int3) == len(n.int2) == m.layers:
+        raise DamagedHeader(f"the header does not make sense: {m.layers} layers, others are narrowed")
+    if not all(int3 <= int2 <= m.groups for int3, int2 in zip(n.int3, n.int2, strict=True)):
+        raise DamagedHeader(f"the header does not make sense: layers of {m.groups} groups are narrowed behind those")
+
+
+def _check_sections(header: Header, file_length: int) -> None:
+    first = end = 0
+    for section in [*header.sections, header.checksums]:
+        if section.offset % PAGE or section.end > file_length:
+            raise BadSection(f"section {section.name!r} lies outside the file or off a page boundary")
+        if section.offset < end:
+            raise BadSection(f"section {section.name!r} begins before the one in front of it ends")
+        if section is not header.checksums and section.first != first:
+            raise BadSection(f"section {section.name!r} counts its checksums from {section.first}, not {first}")
+        first, end = first + section.runs, section.end
+    if header.checksums.length != 8 * (first - header.checksums.runs):
+        raise BadSection(f"{header.checksums.length} bytes of checksums for {first} runs")
+    present = {s.name: s for s in header.sections}
+    if len(present) != len(header.sections):
+        raise BadSection("two sections have one name")
+    for name, length in header.expected_lengths().items():
+        if name not in present:
+            raise BadSection(f"section {name!r} is missing")
+        if present[name].length != length:
+            raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
+    own_runs = header.own_runs()
+    for section in header.sections:
+        run = own_runs.get(section.name, PLAIN_RUN)
+        if section.run != run:
+            raise BadSection(f"section {section.name!r} has runs of {section.run} bytes, not {run}")
+    attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
+    mixture = ["graph.route", "graph.linear.f16"] if header.model.experts else []
+    gate = ["graph.gate", f"graph.linear.{header.formats.ffn}"] if header.gate_decides else []
+    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *gate, *STAGES):
+        if name not in present:
+            raise BadSection(f"section {name!r} is missing")

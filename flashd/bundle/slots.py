@@ -1,0 +1,140 @@
+"""Arrays of rows, groups and neurons as they lie in RAM: views of the bundle's own bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.row_kinds import Bytes, Codes, Floats
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Arrays that share their leading axis: one entry an item (a row, or a group of bundles)."""
+
+    def arrays(self) -> list[npt.NDArray[np.generic]]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def __len__(self) -> int:
+        return len(self.arrays()[0])
+
+    def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Self:
+        return type(self)(*(a[part] for a in self.arrays()))
+
+    def take(self, source: Slots) -> None:
+        """Copies the items of `source`, which has as many, in place of what is here."""
+        for to, values in zip(self.arrays(), source.arrays(), strict=True):
+            np.copyto(to, values)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays())
+
+
+@dataclass(frozen=True)
+class QuantRows(Slots):
+    """n quantised rows of K weights, B = K / 32 blocks each."""
+
+    q: Bytes  # [n, K * bits / 8] uint8, low bits first
+    scale: Codes  # [n, B]
+    centre: Codes  # [n, B]
+    step: npt.NDArray[np.float16]  # [n, 2]: the largest scale and the largest centre of the row
+
+
+@dataclass(frozen=True)
+class PlainRows(Slots):
+    """n rows of K float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, K]
+
+
+@dataclass(frozen=True)
+class TernaryRows(Slots):
+    """n rows of K weights scale * (q - 2), with q 1, 2 or 3."""
+
+    q: Bytes  # [n, K / 4], low bits first
+    scale: Floats  # [n, 1]
+
+
+@dataclass(frozen=True)
+class QuantGroups(Slots):
+    """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
+
+    q: Bytes  # [n, 32, M, H * bits / 8]
+    scale: Codes  # [n, 32, M, H / 32]
+    centre: Codes  # [n, 32, M, H / 32]
+    step: npt.NDArray[np.float16]  # [n, 32, M, 2]
+    down: Bytes  # [n, 32, H * bits / 8]: neuron i's column of down_proj
+    down_scale: Codes  # [n, H]: blocks of down_proj run along the neurons, one a group and output
+    down_centre: Codes  # [n, H]
+    down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+
+
+@dataclass(frozen=True)
+class PlainGroups(Slots):
+    """n groups of 32 bundles of float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, 32, M, H]
+    down: npt.NDArray[np.float16]  # [n, 32, H]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+
+
+@dataclass(frozen=True)
+class TernaryGroups(Slots):
+    """n groups of 32 bundles of ternary weights; each row and each column of down_proj has its own scale."""
+
+    q: Bytes  # [n, 32, M, H / 4]
+    scale: Floats  # [n, 32, M, 1]
+    down: Bytes  # [n, 32, H / 4]
+    down_scale: Floats  # [n, 32, 1]
+    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+
+
+Rows = QuantRows | PlainRows | TernaryRows
+Groups = QuantGroups | PlainGroups | TernaryGroups
+
+
+@dataclass(frozen=True)
+class QuantNeurons(Slots):
+    """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
+
+    q: Bytes  # [n, M + 1, H * bits / 8]
+    scale: Codes  # [n, M + 1, H / 32]
+    centre: Codes  # [n, M + 1, H / 32]
+    step: npt.NDArray[np.float16]  # [n, M + 1, 2]
+    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+
+
+@dataclass(frozen=True)
+class PlainNeurons(Slots):
+    """n bundles of one neuron each, of float16 weights."""
+
+    w: npt.NDArray[np.float16]  # [n, M + 1, H]
+    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+
+
+@dataclass(frozen=True)
+class PairedNeurons(Slots):
+    """n neurons without their gate rows: the row of up_proj, and the column of down_proj without its steps."""
+
+    q: Bytes  # [n, H * bits / 8]
+    scale: Codes  # [n, H / 32]
+    centre: Codes  # [n, H / 32]
+    step: npt.NDArray[np.float16]  # [n, 2]
+    down: Bytes  # [n, H * bits / 8]
+
+
+@dataclass(frozen=True)
+class ColumnSteps(Slots):
+    """The steps of down_proj's columns: of n groups, which share them, or gathered for n neurons."""
+
+    scale: Codes  # [n, H]
+    centre: Codes  # [n, H]
+    step: npt.NDArray[np.float16]  # [n, 2, H / 32]
+
+
+NeuronSlots = QuantNeurons | PlainNeurons | PairedNeurons

@@ -1,0 +1,225 @@
+"""flashd doctor: what the board is, what stands in flashd's way, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flashd.bundle.reader import Bundle
+from flashd.cli.progress import MIB
+from flashd.engine.paging.card_speed import CardSpeed, measure, remember, remembered
+from flashd.errors import FlashdError
+from flashd.system import board
+from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
+
+HOT = 80.0  # degrees Celsius: 5 below where a Raspberry Pi slows down
+LITTLE_SPACE = 256 * MIB
+MUCH_WRITTEN = 2048 * MIB  # bytes a day; an SD card of 32 GB bears some 10 TB
+SLOW_CARD = 20 * MIB
+SECTOR = 512
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the kernel shows itself; tests have trees of their own."""
+
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
+    run: Path = Path("/run")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it stands, and what to do where it does not stand well."""
+
+    name: str
+    level: Literal["ok", "warn", "fail"]
+    text: str
+    advice: str = ""
+
+
+def examine(path: Path, roots: Roots | None = None) -> Iterator[Finding]:
+    """Looks at the board, and at the card that `path` lies on. `path`: a bundle, another large file, or a folder."""
+    roots = roots or Roots()
+    yield from (_board(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots), _pins(roots), _serial(roots))
+    yield from (_supply(roots), _temperature(roots), _clock(roots))
+    yield from _card(path, roots)
+    yield from (_space(path), _written(path, roots), _systemd(roots), _onnxruntime())
+
+
+def _board(roots: Roots) -> Finding:
+    model = _text(roots.proc / "device-tree/model").rstrip("\0") or platform.machine()
+    return Finding("board", "ok", f"{model}, {os.cpu_count()} processors")
+
+
+def _memory(roots: Roots) -> Finding:
+    kib = {k: int(v.split()[0]) for k, _, v in (x.partition(":") for x in _text(roots.proc / "meminfo").splitlines())}
+    if "MemTotal" not in kib:
+        return Finding("RAM", "warn", "not known", "is /proc mounted?")
+    free = kib.get("MemAvailable", 0) // 1024
+    text = f"{kib['MemTotal'] // 1024} MiB, {free} available"
+    return Finding("RAM", "warn" if free < 200 else "ok", text, "end other programs, or buy a board with more")
+
+
+def _kernel(roots: Roots) -> Finding:
+    release = _text(roots.proc / "sys/kernel/osrelease") or platform.release()
+    return Finding("kernel", "ok", f"{release}, {platform.machine()}")
+
+
+def _memory_cgroup(roots: Roots) -> Finding:
+    if "memory" in _text(roots.sys / "fs/cgroup/cgroup.controllers").split():
+        return Finding("memory cgroup", "ok", "on")
+    return Finding(
+        "memory cgroup", "warn", "off: systemd's MemoryMax does not bind; flashd keeps its budget itself",
+        "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt and reboot",
+    )  # fmt: skip
+
+
+def _pins(roots: Roots) -> Finding:
+    chips = sorted(p.name for p in roots.dev.glob("gpiochip*"))
+    if not chips:
+        return Finding("pins", "ok", "none on this board")
+    for library in ("lgpio", "RPi.GPIO", "pigpio"):
+        if importlib.util.find_spec(library.partition(".")[0]):
+            return Finding("pins", "ok", f"{', '.join(chips)}, through {library}")
+    return Finding("pins", "fail", "there are pins and no library for them", "pip install 'flashd[appliance]'")
+
+
+def _serial(roots: Roots) -> Finding:
+    kinds = ("serial0", "ttyAMA*", "ttyUSB*", "ttyACM*", "ttyGS*")
+    ports = sorted(p for kind in kinds for p in roots.dev.glob(kind))
+    if not ports:
+        return Finding("serial ports", "ok", "none")
+    closed = [p.name for p in ports if not os.access(p, os.R_OK | os.W_OK)]
+    text = ", ".join(p.name for p in ports)
+    if closed:
+        return Finding(
+            "serial ports", "warn", f"{text}; closed to you: {', '.join(closed)}", "join the group dialout"
+        )
+    return Finding("serial ports", "ok", text)
+
+
+def _supply(roots: Roots) -> Finding:
+    flags = board.read(roots.sys).flags
+    if flags is None:
+        return Finding("supply", "ok", "this board does not say")
+    was, text = flags >> SINCE_START, f"{flags:#x}"
+    if flags & (UNDER_VOLTAGE | SLOWED):
+        what = "too weak now" if flags & UNDER_VOLTAGE else "the processor is held back now"
+        advice = (
+            "use the board's own supply and a short cable" if flags & UNDER_VOLTAGE else "give it a fan or heat sink"
+        )
+        return Finding("supply", "fail" if flags & UNDER_VOLTAGE else "warn", f"{what} ({text})", advice)
+    if was & (UNDER_VOLTAGE | SLOWED):
+        what = "was too weak" if was & UNDER_VOLTAGE else "the processor was held back"
+        return Finding("supply", "warn", f"{what} since the start ({text})", "look at supply, cable and cooling")
+    return Finding("supply", "ok", "strong enough, nothing is held back")
+
+
+def _temperature(roots: Roots) -> Finding:
+    celsius = board.read(roots.sys).temperature
+    if celsius is None:
+        return Finding("temperature", "ok", "this board does not say")
+    if celsius >= HOT:
+        return Finding("temperature", "warn", f"{celsius:.0f} °C", "give it a fan or heat sink")
+    return Finding("temperature", "ok", f"{celsius:.0f} °C")
+
+
+def _clock(roots: Roots) -> Finding:
+    if (roots.dev / "rtc0").exists():
+        return Finding("clock", "ok", "goes on without power")
+    if (roots.run / "systemd/timesync/synchronized").exists():
+        return Finding("clock", "ok", "set by the network; without it and without power it stands still")
+    return Finding(
+        "clock", "warn", "none that goes on without power: `at:` and `now` may be wrong",
+        "fit one (dtoverlay=i2c-rtc,ds3231), or use `every:`",
+    )  # fmt: skip
+
+
+def _card(path: Path, roots: Roots) -> Iterator[Finding]:
+    """The bundle's header, and the speed of the card, which is measured once."""
+    file = path
+    if path.is_dir():
+        file = max((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_size, default=path)
+    if file.suffix == ".flash":
+        yield _bundle(file)
+    try:
+        speed = remembered(file, roots.sys)
+        if speed is None:
+            speed = measure(file)
+            remember(file, speed, roots.sys)
+    except FlashdError as error:
+        yield Finding("card speed", "warn", str(error), "name a bundle on the card with --card")
+        return
+    yield _speed(speed)
+
+
+def _bundle(path: Path) -> Finding:
+    try:
+        with Bundle(path) as bundle:
+            name = bundle.header.model.name
+    except FlashdError as error:
+        return Finding("bundle", "fail", str(error), "copy the bundle again or pack it again")
+    return Finding("bundle", "ok", f"{path}: {name}, header whole (flashd verify reads all of it)")
+
+
+def _speed(speed: CardSpeed) -> Finding:
+    reads = ", ".join(f"{rate:.0f} of {n >> 10} KiB" for n, rate in sorted(speed.random_reads.items()))
+    text = f"{speed.bandwidth / 1e6:.0f} MB/s in order; anywhere, a second: {reads}"
+    if speed.bandwidth < SLOW_CARD:
+        return Finding("card speed", "warn", text, "use a faster card, or a USB 3 or NVMe drive")
+    return Finding("card speed", "ok", text)
+
+
+def _space(path: Path) -> Finding:
+    try:
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+    except OSError as error:
+        return Finding("free space", "warn", f"{path}: {error.strerror}", "is the card in place?")
+    low = free < LITTLE_SPACE
+    return Finding("free space", "warn" if low else "ok", f"{free / MIB:.0f} MiB", "free some space" if low else "")
+
+
+def _written(path: Path, roots: Roots) -> Finding:
+    """Bytes that the path's disk was given since the start, a day. Field 7 of stat: sectors written."""
+    try:
+        number = path.stat().st_dev
+        disk = (roots.sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}").resolve()
+        fields = _text(disk / "stat").split() if (disk / "stat").exists() else []
+        sectors, days = int(fields[6]), float(_text(roots.proc / "uptime").split()[0]) / 86400
+    except (OSError, ValueError, IndexError):
+        return Finding("written", "ok", "this file system does not say")
+    daily = sectors * SECTOR / max(days, 1 / 24)
+    much = daily > MUCH_WRITTEN
+    text = f"{daily / MIB:.0f} MiB a day, by all programs since the start"
+    return Finding("written", "warn" if much else "ok", text, "find who writes: iotop -oPa" if much else "")
+
+
+def _systemd(roots: Roots) -> Finding:
+    if not (roots.run / "systemd/system").is_dir():
+        return Finding("systemd", "warn", "does not run here", "start flashd serve by hand")
+    if importlib.util.find_spec("systemd") is None:
+        return Finding("systemd", "warn", "runs; its Python package is missing", "pip install 'flashd[systemd]'")
+    return Finding("systemd", "ok", "runs")
+
+
+def _onnxruntime() -> Finding:
+    try:
+        return Finding("onnxruntime", "ok", importlib.metadata.version("onnxruntime"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("onnxruntime", "fail", "missing", "install flashd again with pip")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,33 @@
+"""An answer and what it cost, as `--json` and `--stats` give it, whoever answered."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+
+from flashd.cli.progress import MIB
+
+
+def as_json(text: str, finish: str, figures: Mapping[str, float]) -> str:
+    """A line of JSON."""
+    return json.dumps({"text": text, "finish": finish, **figures}, ensure_ascii=False)
+
+
+def in_words(finish: str, figures: Mapping[str, float]) -> str:
+    """What an answer cost; a figure that an older version did not keep counts as 0."""
+    f = defaultdict(float, figures)
+    kept = f" {f['reused_tokens']:.0f} more were kept," if f["reused_tokens"] else ""
+    lines = [
+        f"prefill   {f['prompt_tokens']:.0f} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,{kept}"
+        f" first token after {f['first_token_seconds']:.2f} s",
+        f"decode    {f['tokens']:.0f} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {finish}",
+        f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
+        f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
+        f"drafts    {f['drafted']:.0f} drafted from RAM, {f['accepted']:.0f} right,"
+        f" {f['tokens_per_pass']:.2f} tokens a pass, {f['draft_seconds']:.2f} s",
+        f"time      {f['card_wait_seconds']:.2f} s waiting for the card, {f['compute_seconds']:.2f} s computing,"
+        f" {f['other_seconds']:.2f} s other",
+        f"memory    {f['peak_bytes'] / MIB:.0f} MiB at the most, {f['memory_bytes'] / MIB:.0f} allowed",
+    ]
+    return "\n".join(lines)

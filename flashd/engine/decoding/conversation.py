@@ -1,0 +1,315 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.cache.prefixes import Prefixes
+from flashd.engine.cache.snapshot import RUN, shared
+from flashd.engine.decoding.beside import Beside
+from flashd.engine.decoding.drafts import BEAM, Draft, Pace, Trees, lookup
+from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Guessed, Line
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.model.branches import Branches, Slots, behind
+from flashd.engine.model.contract import Meanwhile, Model, OnStep, silent
+from flashd.engine.model.sizes import NODES
+from flashd.errors import PromptTooLong, UsageError
+
+
+@dataclass
+class Conversation:
+    """The texts that grow, and the tokens whose keys and values the cache keeps between them, so that a chat pays
+    only for what is new.
+
+    With `prefixes`, what prompts often begin with is in files too, and outlives the process.
+    """
+
+    model: Model
+    prefixes: Prefixes | None = None
+    tokens: list[int] = field(default_factory=list)  # of the last text, when none grows
+    lines: list[Line] = field(default_factory=list)
+    _asked: list[int] = field(default_factory=list)  # the last prompt, with which `tokens` begins
+    _behind: Floats | None = None  # [V] logits behind it
+    _goes_on: bool = False  # it begins with the one before it: a chat
+    _learnt: bool = True
+    _pace: Pace = field(default_factory=Pace)
+    _ahead: Guessed | None = None  # made for the next pass while the last one was still waited for
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        *,
+        limit: int,
+        eos: Sequence[int],
+        figures: Figures,
+        drafts: bool = True,
+    ) -> Line:
+        """A text that grows from now on, beside the others if there are any: ask `fits` first. End it.
+
+        It grows up to an end token, `limit` or a full context. What of the prompt is in the cache already is not
+        computed again. Raises UsageError where the prompt is empty or leaves no room in the context.
+        """
+        self._check(prompt)
+        room = self.model.cache.context - len(prompt)
+        if room < limit:
+            limit, figures.finish = room, "context"
+        line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
+        if self.lines:
+            # held from now on: the text that it is shared with may end before the next pass
+            line.found(self._shared(prompt))
+        else:
+            logits = self._recall(prompt, figures)
+            line.found(np.arange(len(self.tokens)))
+            self.model.cache.hold(len(prompt))
+            if logits is not None:
+                self._is_read(line, logits)
+        self.lines.append(line)
+        return line
+
+    def fits(self, prompt: Sequence[int], limit: int) -> bool:
+        """Whether a text may grow beside those that do, and all have room for what they may say."""
+        if not self.lines:
+            return True
+        free = self.model.cache.context - self.model.cache.length - sum(line.to_come for line in self.lines)
+        return (
+            self.model.branches
+            and len(self.lines) < MOST_TEXTS
+            and len(prompt) - len(self._shared(prompt)) + limit <= free
+        )
+
+    def end(self, line: Line) -> None:
+        """A text grows no more. The cache lets go of what no other shares; of the last it has just what was said."""
+        self.lines.remove(line)
+        if self.lines:
+            self._settle()
+            return
+        self.model.cache.keep(line.slots)
+        self.tokens = line.tokens[: len(line.slots)]
+        if self.tokens[: len(self._asked)] != self._asked:
+            self._asked, self._behind = [], None
+
+    def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Line, int]]:
+        """One pass for all texts, and the tokens that each has from it, as they are drawn. Close it.
+
+        Where the logits behind a prompt are known, its first token comes before the pass. Set `done` of a text that
+        should say no more. Raises CardError, DamagedRun; all texts are then as they were.
+        """
+        for line in self.lines:
+            if line.behind is not None and not line.done:
+                logits, line.behind = line.behind, None
+                if (token := line.draw(logits)) is not None:
+                    yield line, token
+        lines = [line for line in self.lines if not line.done]
+        if lines:
+            try:
+                yield from self._pass(lines, on_step)
+            finally:
+                self._settle()
+
+    def logits(self, tokens: Sequence[int], figures: Figures, on_step: OnStep = silent) -> Floats:
+        """Logits [V] behind `tokens`; what of them is in the cache already is not computed again.
+
+        Raises UsageError where they do not fit in the context; CardError, DamagedRun.
+        """
+        line = self.begin(tokens, Sampler(Sampling()), limit=1, eos=(), figures=figures)
+        try:
+            while line.behind is None:
+                for _ in self.go_on(on_step):
+                    """A prompt says nothing."""
+            return line.behind
+        finally:
+            self.end(line)
+
+    def remember(self, leaving: bool = False) -> None:
+        """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
+
+        Call it when nobody waits for an answer.
+        """
+        if self.prefixes is None or self._behind is None:
+            return
+        if not self._learnt:
+            self._learnt = True
+            self.prefixes.learn(self._asked, self.model.cache, self._behind)
+        if leaving and self._goes_on:
+            self.prefixes.keep(self.tokens, self.model.cache)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty; say what to answer")
+        if len(prompt) >= self.model.cache.context:
+            raise PromptTooLong(len(prompt), self.model.cache.context - 1)
+
+    def _recall(self, prompt: Sequence[int], figures: Figures) -> Floats | None:
+        """Leaves in the cache what `prompt` begins with, from RAM or a snapshot.
+
+        Returns the logits [V] behind the prompt where they are known; else its last token is left to compute.
+        """
+        prompt, cache, asked = list(prompt), self.model.cache, self._asked
+        logits = self._behind if asked == prompt else None
+        self._goes_on = bool(asked) and len(asked) + RUN <= len(prompt) and prompt[: len(asked)] == asked
+        self._asked, self._behind = [], None
+        cache.truncate(shared(self.tokens, prompt))
+        try:
+            if logits is None and self.prefixes is not None:
+                logits, read = self.prefixes.restore(prompt, cache)
+                figures.snapshot_bytes += read
+            if logits is None:
+                cache.truncate(min(cache.length, len(prompt) - 1))
+        finally:
+            self.tokens[:] = prompt[: cache.length]
+        return logits
+
+    def _shared(self, prompt: Sequence[int]) -> Slots:
+        """Where the cache has what `prompt` begins with, as a text that grows does, but not its last token."""
+        most = NO_SLOTS
+        for line in self.lines:
+            same = shared(line.tokens[: len(line.slots)], prompt[:-1])
+            most = line.slots[:same] if same > len(most) else most
+        return most
+
+    def _is_read(self, line: Line, logits: Floats) -> None:
+        """The logits [V] behind a prompt are known."""
+        line.read(logits)
+        self._asked, self._behind, self._learnt = list(line.tokens), logits, False
+
+    def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
+        """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
+        speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
+        chunks = self._chunks(reading, self.model.pass_tokens - (NODES if speaking else 0))
+        past = self.model.cache.length
+        room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
+        trees = self._drafted(speaking, min(NODES - len(chunks), room))
+        logits = self._forward(speaking, trees, chunks, on_step)
+        end = past + len(trees.tokens)
+        for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
+            line.append(*range(end, end + len(chunk)))
+            end += len(chunk)
+            if not line.pending:
+                self._is_read(line, logits[i])
+        for text, line in enumerate(speaking):
+            # not before its turn: who listens may go away, and a text of which nothing was drawn is then as it was
+            line.append(past + trees.root(text))
+            yield from self._walk(line, trees, trees.root(text), past, logits)
+
+    def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
+        """The next tokens of prompts, `most` in all."""
+        chunks = []
+        # GroupQueryAttention does without the positions of tokens that nothing is behind: takes their slots for them
+        for line in reading if self.model.cache.length else reading[:1]:
+            if not len(line.slots):
+                line.found(self._shared(line.tokens))
+            if chunk := line.pending[:most]:
+                chunks.append((line, chunk))
+                most -= len(chunk)
+        return chunks
+
+    def _walk(self, line: Line, trees: Trees, node: int, past: int, logits: Floats) -> Iterator[tuple[Line, int]]:
+        """What a text says from `node` of its tree on, the logits [T, V] behind each of whose nodes are known."""
+        while not line.done and (token := line.draw(logits[node])) is not None:
+            yield line, token
+            child = trees.child(node, token)
+            if promised := trees.promised(node):
+                self._pace.measured_guesses(child is not None, promised)
+            if line.looked_up:
+                self._pace.measured_lookup(line.looked_up[0] == token)
+                line.looked_up = line.looked_up[1:] if line.looked_up[0] == token else []
+            if child is None or line.done:
+                return
+            line.append(past + child)
+            line.figures.accepted += 1
+            node = child
+
+    def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
+        """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
+        started = time.perf_counter()
+        guessed, self._ahead = self._ahead, None
+        if guessed is None or guessed.texts != [line.tokens for line in speaking]:
+            guessed = self._guesses([line.end for line in speaking], most)
+        trees = guessed.draft.trees(most)
+        for text, line in enumerate(speaking):
+            line.looked_up = guessed.looked_up[text]
+            line.figures.drafted += trees.guesses(text)
+            line.figures.draft_seconds += time.perf_counter() - started
+        return trees
+
+    def _guesses(self, ends: Sequence[End], most: int) -> Guessed:
+        """What may follow texts, `most` nodes in all."""
+        rooms = [end.room if self.model.pages else 0 for end in ends]
+        draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust)
+        looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
+        for text, found in enumerate(looked_up):
+            draft.follow(text, found, self._pace.looked_up)
+        # where there may be no trees, what was looked up is not mixed with other guesses
+        if self.model.drafts and (self.model.branches or not any(looked_up)):
+            self._draft_from_ram(draft, [end.slots for end in ends], most)
+        return Guessed([list(end.tokens) for end in ends], draft, looked_up)
+
+    @contextmanager
+    def _drafting_ahead(self, speaking: Sequence[Line], trees: Trees, past: int, likely: Floats) -> Iterator[None]:
+        """Drafts for the next pass, for texts as they will be if likely tokens [T, n] are drawn."""
+        ends = [
+            line.foreseen(trees, trees.root(text), past, likely[: len(trees.tokens)])
+            for text, line in enumerate(speaking)
+        ]
+        known = [end for end in ends if end]
+        most = min(NODES, self.model.cache.context - self.model.cache.length)
+        if len(known) < len(ends) or most <= len(ends):
+            yield
+            return
+        with Beside(lambda: self._guesses(known, most)) as drafting:
+            yield
+        self._ahead = drafting.result
+
+    def _draft_from_ram(self, draft: Draft, texts: Sequence[Slots], most: int) -> None:
+        """Lets a draft grow behind texts by what RAM alone says. The cache is left as it was."""
+        steps, length, at_once = 0, self.model.cache.length, max(BEAM, len(texts))
+        while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
+            started = time.perf_counter()
+            tokens, parents = draft.asked(nodes)
+            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), Branches(texts, parents)))
+            self._pace.measured_draft(time.perf_counter() - started)
+            steps, most = steps + 1, most - len(nodes)
+        self.model.cache.truncate(length)
+
+    def _forward(
+        self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
+    ) -> Floats:
+        """Logits [R, V] behind each node of the trees and each chunk, which stand behind their texts."""
+        lines = [*speaking, *(line for line, _ in chunks)]
+        tokens, parents, wanted = list(trees.tokens), list(trees.parents), list(range(len(trees.tokens)))
+        for text, (_, chunk) in enumerate(chunks, len(speaking)):
+            parents += [behind(text), *range(len(tokens), len(tokens) + len(chunk) - 1)]
+            tokens += chunk
+            wanted.append(len(tokens) - 1)
+        # one token behind the other, and behind all that is in the cache, is what every model takes
+        in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
+        branches = None if in_line else Branches([line.slots for line in lines], parents)
+        started, waited = time.perf_counter(), self.model.card.waited
+        meanwhile: Meanwhile = nullcontext
+        if not chunks and any(x.drafts for x in speaking) and self.model.drafts and self.model.branches:
+            meanwhile = partial(self._drafting_ahead, speaking, trees, self.model.cache.length)
+        logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile)
+        seconds = time.perf_counter() - started
+        for line in lines:
+            line.figures.forward_seconds += seconds
+            line.figures.card_wait_seconds += self.model.card.waited - waited
+        for line in speaking:
+            line.figures.passes += 1
+        if not chunks:
+            self._pace.measured_pass(seconds)
+        return np.asarray(logits, np.float32)
+
+    def _settle(self) -> None:
+        """Takes what no text has said out of the cache."""
+        kept = np.unique(np.concatenate([line.slots for line in self.lines]))
+        self.model.cache.keep(kept)
+        for line in self.lines:
+            line.slots = np.searchsorted(kept, line.slots)

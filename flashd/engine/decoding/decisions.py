@@ -1,0 +1,82 @@
+"""Decisions: which of a few texts the model would answer, and how likely each is.
+
+The choices' tokens make a tree. Only where it forks does the model have a say, so that is all it is asked: two
+choices that differ in their first token cost no pass beyond the prompt's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashd.bundle.row_kinds import Floats
+from flashd.errors import UsageError
+
+MOST_CHOICES = 64
+
+Choices = Mapping[str, Sequence[int]]
+"""Each choice and its tokens."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The choice that was drawn, and the probability of each, which sum to 1."""
+
+    text: str
+    probabilities: dict[str, float]
+
+
+def decide(
+    logits: Callable[[Sequence[int]], Floats], choices: Choices, end: int, temperature: float, seed: int | None
+) -> Decision:
+    """Draws one of `choices`; temperature 0 takes the likeliest.
+
+    A choice's probability is the product, over the forks on its way, of the softmax over the fork's own tokens.
+
+    Args:
+        logits: what gives the logits [V] behind the prompt and these tokens.
+        end: the token that ends an answer, so that "no" is not taken for the beginning of "not now".
+
+    Raises UsageError for fewer than two choices, more than MOST_CHOICES, or two of the same tokens.
+    """
+    if not 2 <= len(choices) <= MOST_CHOICES:
+        raise UsageError(f"{len(choices)} choices; allowed is 2 to {MOST_CHOICES}")
+    ends = {name: (*tokens, end) for name, tokens in choices.items()}
+    if len(set(ends.values())) < len(ends):
+        raise UsageError("two choices are the same")
+    p = _spread(logits, ends, 0)
+    names, values = list(p), np.array(list(p.values()))
+    if temperature == 0:
+        return Decision(names[int(values.argmax())], p)
+    with np.errstate(divide="ignore"):
+        sharpened = _softmax(np.log(values) / temperature)
+    return Decision(names[int(np.random.default_rng(seed).choice(len(names), p=sharpened))], p)
+
+
+def _spread(
+    logits: Callable[[Sequence[int]], Floats], choices: Mapping[str, tuple[int, ...]], depth: int
+) -> dict[str, float]:
+    """The probability of each choice, given that their first `depth` tokens, which they share, were said."""
+    if len(choices) == 1:
+        return dict.fromkeys(choices, 1.0)
+    branches: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, tokens in choices.items():
+        branches.setdefault(tokens[depth], {})[name] = tokens
+    if len(branches) == 1:
+        return _spread(logits, choices, depth + 1)
+    said = next(iter(choices.values()))[:depth]
+    p = _softmax(logits(said)[list(branches)].astype(np.float64))
+    return {
+        name: float(share) * inner
+        for share, branch in zip(p, branches.values(), strict=True)
+        for name, inner in _spread(logits, branch, depth + 1).items()
+    }
+
+
+def _softmax(
+    values: Floats | np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    e = np.exp(values - values.max())
+    return np.asarray(e / e.sum())

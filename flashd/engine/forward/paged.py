@@ -1,0 +1,203 @@
+"""The forward pass of a model that does not fit: weights multiplied in place, in the bundle's own 4.5 bits a weight.
+
+What every token needs (attention, head) stays in RAM. The FFNs, which engine.ffn pages, see a whole chunk of tokens
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashd.bundle.architecture import STAGES, Architecture
+from flashd.bundle.reader import Bundle
+from flashd.bundle.row_kinds import Floats
+from flashd.bundle.slots import Rows
+from flashd.engine.forward import attention, products, stages
+from flashd.engine.forward.attention import Places
+from flashd.engine.forward.expert_ffn import ExpertFfn
+from flashd.engine.forward.feed_forward import FeedForward
+from flashd.engine.forward.head import Head
+from flashd.engine.forward.selected_ffn import SelectedFfn
+from flashd.engine.forward.streamed_ffn import StreamedFfn
+from flashd.engine.model import sizes
+from flashd.engine.model.branches import Branches
+from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
+from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.sizes import NODES
+from flashd.engine.planning.plan import Plan, pass_tokens
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What stays in RAM of one layer, its FFN apart."""
+
+    vectors: products.Vectors
+    qkv: Rows  # [q + k + v widths, H]
+    output: Rows  # [H, query width]
+
+
+def _feed_forward(bundle: Bundle, plan: Plan) -> FeedForward:
+    header = bundle.header
+    if header.selection:
+        return SelectedFfn(bundle, plan)
+    return ExpertFfn(bundle, plan) if header.model.experts else StreamedFfn(bundle, plan)
+
+
+def _joined(parts: list[Floats]) -> Floats:
+    """[T, H] of parts of the tokens."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class PagedModel:
+    """A bundle under a memory budget. Close it when done.
+
+    Raises DamagedRun, CardError while loading and while it runs.
+    """
+
+    def __init__(
+        self, bundle: Bundle, plan: Plan, on_step: OnStep = silent, feed_forward: FeedForward | None = None
+    ) -> None:
+        self._bundle = bundle
+        self._model: Architecture = bundle.header.model
+        formats = bundle.header.formats
+        products.use_threads(plan.threads)
+        self._attention_linear = products.Linear(bundle.read(f"graph.linear.{formats.attention}"))
+        self._embed = stages.Embedder(bundle)
+        self._enter, self._middle, self._leave, self._finish = (stages.Stage(bundle.read(name)) for name in STAGES)
+        self._logits = stages.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
+        self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
+        self._ffn = feed_forward or _feed_forward(bundle, plan)
+        try:
+            self.cache = KvCache(self._model, plan.context, self._ffn.lend)
+            self._attend = attention.Attention(bundle, self.cache)
+            self._head = Head(bundle, plan, self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None)
+            self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
+        except BaseException:
+            self.close()
+            raise
+        self.pass_tokens = pass_tokens(bundle.header)
+        # where attention slides, a branch's slot in the cache would be taken for its place in the text
+        self.branches = not any(kind.window for kind in self._model.attention)
+
+    def close(self) -> None:
+        self._ffn.close()
+
+    @property
+    def card(self) -> CardStats:
+        return self._ffn.card
+
+    @property
+    def hit_rate(self) -> float:
+        return self._ffn.hit_rate
+
+    @property
+    def pages(self) -> bool:
+        return self._ffn.pages
+
+    @property
+    def drafts(self) -> bool:
+        return self._ffn.drafts
+
+    def forward(
+        self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
+        meanwhile: Meanwhile = nullcontext,
+    ) -> Floats:  # fmt: skip
+        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
+
+        Every neuron takes part. Without `branches` the tokens follow all that is in the cache. `meanwhile` may draft:
+        all layers are done then, and the cache has the tokens.
+        Raises CardError, DamagedRun; the cache is then as it was before.
+        """
+        with self._passed(tokens, branches, on_step) as x:
+            return self._said(x[wanted], on_step, meanwhile)
+
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
+        """As forward gives them behind each of `tokens` [T], the logits of some tokens of the vocabulary at a time.
+
+        Each part is (the first one, [T, n]), and takes no more memory than what forward gives a text that grows.
+        """
+        bias = self._vectors.get("head.bias")
+        with self._passed(tokens, None, on_step) as x:
+            (h,) = self._finish(self._vectors, x=x)
+            for first, logits in self._head.in_parts(h, on_step):
+                # what graph.logits does, which takes the whole vocabulary
+                if bias is not None:
+                    logits += bias[first : first + logits.shape[1]]
+                if cap := self._model.logit_cap:
+                    np.tanh(np.divide(logits, np.float32(cap), out=logits), out=logits)
+                    logits *= np.float32(cap)
+                yield first, logits
+
+    def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
+        """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
+
+        The tokens are the last of the branches; what came before them was drafted before and is in the KV cache,
+        which counts these too: truncate it before the next exact pass.
+        """
+        known = len(branches.parents) - len(tokens)
+        places = Places.in_branches(self.cache.length - known, branches, known)
+        self.cache.reserve(self.cache.length + len(tokens))
+        x = self._pass(tokens, places, silent, exact=False)
+        self.cache.advance(len(tokens))
+        # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
+        (h,) = self._finish(self._vectors, x=x)
+        return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
+
+    @contextmanager
+    def _passed(self, tokens: Tokens, branches: Branches | None, on_step: OnStep) -> Iterator[Floats]:
+        """A pass, up to what it is for: [T, H] behind the last layer. If that breaks off, all is as it was before."""
+        past = self.cache.length
+        self.cache.reserve(past + len(tokens))
+        places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
+        try:
+            x = self._pass(tokens, places, on_step)
+            self.cache.advance(len(tokens))
+            yield x
+        except BaseException:
+            # the next pass starts at the first layer, wherever this one broke off
+            self._ffn.restart()
+            self.cache.truncate(past)
+            raise
+
+    def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
+        """[T, H] behind the last layer."""
+        x, parts = self._embed(tokens, places.positions[0]), places.parts(sizes.TOKENS_AT_ONCE)
+        for i, layer in enumerate(self._layers):
+            if exact:
+                self._ffn.enter(i, x)
+            x, h = self._attended(i, x, parts)
+            y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
+            x = _joined([self._leave(layer.vectors, x=x[part], branch=y[part])[0] for part, _ in parts])
+            on_step(i + 1, self._model.layers, self.card.bytes_read)
+        return x
+
+    def _attended(self, i: int, x: Floats, parts: Sequence[tuple[slice, Places]]) -> tuple[Floats, Floats]:
+        """x and h [T, H] behind a layer's attention, which some tokens go through at a time."""
+        layer, done = self._layers[i], []
+        for part, places in parts:
+            (h,) = self._enter(layer.vectors, x=x[part])
+            heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
+            branch = self._attention_linear(heads, layer.output)
+            done.append(self._middle(layer.vectors, x=x[part], h=h, branch=branch))
+        return _joined([x for x, _ in done]), _joined([h for _, h in done])
+
+    def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
+        """Logits [R, V] of x [R, H] behind the last layer."""
+        (h,) = self._finish(self._vectors, x=x)
+        logits = self._head(h, on_step, meanwhile)
+        return self._logits(self._vectors, x=logits)[0] if self._logits else logits
+
+    def _load_layer(self, i: int, on_step: OnStep) -> _Layer:
+        m, at = self._model, f"layer.{i}."
+        layer = _Layer(
+            vectors=stages.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors()),
+            qkv=self._bundle.rows(f"{at}qkv"),
+            output=self._bundle.rows(f"{at}output"),
+        )
+        self._ffn.load(i)
+        on_step(i + 1, m.layers, 0)
+        return layer

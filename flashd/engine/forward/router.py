@@ -1,0 +1,33 @@
+"""Which experts of a mixture the tokens of a pass use: every layer's router stays in RAM."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashd.bundle.reader import Bundle
+from flashd.bundle.row_kinds import Floats
+from flashd.bundle.slots import Rows
+from flashd.engine.forward import products, stages
+from flashd.engine.paging.eviction import Numbers
+
+
+class Router:
+    """The routers of all layers. Raises DamagedRun, CardError while loading."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        experts = bundle.header.model.experts
+        assert experts is not None
+        self.early = experts.early
+        self._bundle = bundle
+        self._product = products.Linear(bundle.read("graph.linear.f16"))
+        self._route = stages.Stage(bundle.read("graph.route"))
+        self._rows: list[Rows] = []  # [E, H] each
+
+    def load(self, layer: int) -> None:
+        """Reads a layer's, in order."""
+        self._rows.append(self._bundle.rows(f"layer.{layer}.router"))
+
+    def __call__(self, layer: int, x: Floats) -> tuple[Numbers, Floats]:
+        """(experts, their weights), [T, K] each, of tokens x [T, H]."""
+        used, weights = self._route({}, scores=self._product(x, self._rows[layer]))
+        return np.asarray(used, np.int64), weights

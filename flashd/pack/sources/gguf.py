@@ -1,0 +1,185 @@
+"""Reads a GGUF model through the gguf package, a few rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType as Kind
+
+from flashd.bundle import header
+from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
+from flashd.errors import DataError, InputMissing
+from flashd.pack.sources.gguf_tokenizer import read_vocabulary
+from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
+from flashd.pack.sources.vocabulary import Vocabulary
+
+
+class GgufTensor(Tensor):
+    """One matrix or vector of a model file, rows K wide, dequantised when asked for."""
+
+    def __init__(self, tensor: gguf.ReaderTensor, number: int | None = None) -> None:
+        """`number`: of the one matrix of a stack that this is."""
+        self._tensor = tensor
+        self.name = tensor.name
+        self.kind: Kind = tensor.tensor_type
+        self._data = tensor.data
+        self.shape = tuple(int(n) for n in reversed(tensor.shape))
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
+        self.bits = 8 * nbytes / block
+        if number is not None:
+            self._data, self.shape = self._data[number], self.shape[1:]
+
+    def matrix(self, number: int) -> GgufTensor:
+        """One matrix [R, K] of a stack [n, R, K]."""
+        return GgufTensor(self._tensor, number)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32 of a matrix, or matrices [n, R, K] of a stack; of a vector, all of it, [K].
+
+        Raises DataError where the gguf package cannot dequantise this type.
+        """
+        part = self._data if len(self.shape) == 1 else self._data[which]
+        try:
+            values = gguf.dequantize(part, self.kind)
+        except NotImplementedError as error:
+            raise DataError(f"tensor {self.name!r} is of type {self.kind.name}, which is not read") from error
+        return np.ascontiguousarray(values, np.float32)
+
+    def grid(self, which: Which = ALL) -> Grid | None:
+        """The grid of some rows, or None for a source that has none of blocks of 32.
+
+        Field order and meaning: ggml's block_q4_0, block_q4_1, block_q4_K and block_q8_0.
+        """
+        if len(self.shape) != 2 or self.shape[1] % BLOCK:
+            return None
+        raw = self._data[which]
+        if self.kind in (Kind.Q4_0, Kind.Q8_0):
+            block_bytes = gguf.GGML_QUANT_SIZES[self.kind][1]
+            scale = _halves(raw.reshape(len(raw), -1, block_bytes)[:, :, :2])[..., 0]
+            # Q4_0's scale may be negative, which turns the grid over: 8 steps up then and 7 down
+            return np.abs(scale), np.maximum(-scale, 0)
+        if self.kind == Kind.Q4_1:
+            head = _halves(raw.reshape(len(raw), -1, 20)[:, :, :4])
+            return head[..., 0], head[..., 1] + 8 * head[..., 0]
+        if self.kind == Kind.Q4_K:
+            blocks = raw.reshape(-1, 144)
+            steps = _halves(blocks[:, :4])
+            scale, least = gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16])
+            scale = scale.reshape(-1, 8) * steps[:, :1]
+            least = least.reshape(-1, 8) * -steps[:, 1:]
+            return scale.reshape(len(raw), -1), (least + 8 * scale).reshape(len(raw), -1)
+        return None
+
+
+def _halves(raw: Bytes) -> Floats:
+    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+MOST_ENTRIES = 1 << 21
+"""Of a list in a model's metadata. The longest there are, of merges, have some hundred thousand."""
+
+
+class _Reader(gguf.GGUFReader):
+    """Its arrays, two for each token and merge, are plain ones: as views of a numpy.memmap they take 400 MB more.
+
+    Its base takes numbers behind the end of the file for nothing, as many as a list says. Raises ValueError there.
+    """
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, value: np.memmap[Any, Any]) -> None:
+        self._data = value.view(np.ndarray)
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"cut short at {len(self.data)} bytes")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            entries = int(self._get(orig_offs + 4, np.uint64)[0])
+            if entries > MOST_ENTRIES:
+                raise ValueError(f"a list of {entries} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+LONG_LISTS = tuple(f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type"))
+
+
+class GgufModel(Source):
+    """An open GGUF file.
+
+    Raises:
+        InputMissing: no such file.
+        DataError: not a GGUF file, cut short, or with tensors outside the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputMissing(f"{path}: no such file")
+        try:
+            self.reader = _Reader(path)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
+            if "GGMLQuantizationType" in str(error):
+                raise DataError(
+                    f"{path}: a tensor is of a type that is not read ({error}); of bitnet.cpp's models take the"
+                    " safetensors folder, or a GGUF of TQ1_0 or TQ2_0"
+                ) from error
+            raise DataError(f"{path}: not a whole GGUF file ({error}); download it again") from error
+        except OSError as error:
+            raise InputMissing(f"{path}: {error.strerror}") from error
+        size = path.stat().st_size
+        for tensor in self.reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise DataError(f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again")
+        self._tensors = {t.name: t for t in self.reader.tensors}
+        self.architecture = self.text("general.architecture")
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def tensor(self, name: str) -> GgufTensor:
+        """The tensor called `name`. Raises DataError."""
+        try:
+            return GgufTensor(self._tensors[name])
+        except KeyError:
+            raise DataError(f"{self.path}: tensor {name!r} is missing") from None
+
+    def metadata(self, key: str) -> Any:
+        """A value of the metadata, None where there is none. Raises DataError where it is damaged."""
+        field = self.reader.get_field(key)
+        if field is None:
+            return None
+        try:
+            return field.contents()
+        except (ValueError, IndexError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.path}: {key!r} is damaged: {error}") from error
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer, which can be had once. Raises DataError where it is of an unknown kind or incomplete."""
+        vocabulary = read_vocabulary(self)
+        for key in LONG_LISTS:
+            # an array of its own for each entry: with 151,000 tokens half a gigabyte
+            self.reader.fields.pop(key, None)
+        return vocabulary
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
+        """Name, size and SHA-256 of the file."""
+        sha = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while part := file.read(4 << 20):
+                sha.update(part)
+                on_progress(len(part))
+        return header.Source(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())

@@ -1,0 +1,266 @@
+"""Reads a Hugging Face folder through the safetensors package, a few rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (by which numpy gets to know bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flashd.bundle import header
+from flashd.bundle.row_kinds import Floats
+from flashd.errors import DataError, InputMissing
+from flashd.pack.shapes import check_layers
+from flashd.pack.sources import four_bits, hugging_face
+from flashd.pack.sources.folder_tokenizer import read_object, read_tokenizer_json
+from flashd.pack.sources.four_bits import FourBits, Part
+from flashd.pack.sources.hugging_face import Numbers
+from flashd.pack.sources.source import ALL, Source, Tensor, Which
+from flashd.pack.sources.vocabulary import Vocabulary
+
+BITS = {"BF16": 16, "F16": 16, "F32": 32}
+"""Bits a weight of the types that are read."""
+
+ROWS_AT_ONCE = 1024
+
+
+class _Stored(Tensor):
+    """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
+
+    def __init__(
+        self, name: str, data: Part | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0
+    ) -> None:
+        self.name, self.bits = name, bits
+        self.shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
+        self._data, self._order, self._shift = data, order, np.float32(shift)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32 of a matrix; of a vector, all of it, [K]."""
+        if len(self.shape) == 1:
+            which = ALL
+        numbers = np.arange(self.shape[0])[which] if self._order is None else self._order[which]
+        out = np.empty((len(numbers), *self.shape[1:]), np.float32)
+        for start, stop in _runs(numbers):
+            first = int(numbers[start])
+            out[start:stop] = self._data[first : first + stop - start]
+        if self._shift:
+            out += self._shift
+        return out
+
+
+def _runs(numbers: Numbers) -> list[tuple[int, int]]:
+    """Where numbers that follow one another start and stop, ROWS_AT_ONCE at the most."""
+    if not len(numbers):
+        return []
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    edges = np.unique(np.concatenate([breaks, np.arange(0, len(numbers), ROWS_AT_ONCE), [len(numbers)]]))
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+class _Packed(Tensor):
+    """Ternary weights as transformers packs them (integrations/bitnet.py): four matrices of a quarter of the rows in
+    one of bytes, the first in the lowest two bits, -1 as 0."""
+
+    bits = 2.0
+
+    def __init__(self, name: str, data: Part, scale: float) -> None:
+        self.name, self._data, self._scale = name, data, np.float32(scale)
+        self._quarter, width = data.get_shape()
+        self.shape = (4 * self._quarter, width)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        numbers = np.arange(self.shape[0])[which]
+        out = np.empty((len(numbers), self.shape[1]), np.float32)
+        for part in range(4):
+            mine = np.flatnonzero(numbers // self._quarter == part)
+            packed = _Stored(self.name, self._data, 8).rows(numbers[mine] % self._quarter).astype(np.uint8)
+            out[mine] = ((packed >> 2 * part) & 3).astype(np.float32) - 1
+        return out * self._scale
+
+
+class _Master(Tensor):
+    """Weights of a BitNet that is still trained: what they count for is rounded to -mean, 0 and mean."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self.name, self.shape, self.bits, self._stored = stored.name, stored.shape, 2.0, stored
+        self._mean: np.float32 | None = None
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        if self._mean is None:
+            parts = [slice(at, at + ROWS_AT_ONCE) for at in range(0, self.shape[0], ROWS_AT_ONCE)]
+            total = sum(float(np.abs(self._stored.rows(part)).sum(dtype=np.float64)) for part in parts)
+            self._mean = np.float32(max(total / math.prod(self.shape), 1e-5))
+        levels = np.clip(np.rint(self._stored.rows(which) / self._mean), -1, 1)
+        return np.asarray(levels * self._mean, np.float32)
+
+
+class _Stack(Tensor):
+    """The same matrix of every expert, [E, R, K]."""
+
+    def __init__(self, name: str, experts: list[Tensor]) -> None:
+        self.name, self.bits, self._experts = name, experts[0].bits, experts
+        self.shape = (len(experts), *experts[0].shape)
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """The matrices [n, R, K] float32 of some experts."""
+        return np.stack([self._experts[i].rows() for i in np.arange(len(self._experts))[which].tolist()])
+
+    def matrix(self, number: int) -> Tensor:
+        return self._experts[number]
+
+
+@dataclass
+class _Parts:
+    """What the files of weights have of each tensor, by its GGUF name."""
+
+    parts: dict[str, dict[int, Part]] = field(default_factory=dict)  # one, or one an expert
+    four_bits: dict[str, dict[str, Part]] = field(default_factory=dict)  # GPTQ's or AWQ's, by the ends of their names
+    scales: dict[str, float] = field(default_factory=dict)  # BitNet's
+
+    def add(self, stored: str, part: Part, names: hugging_face.Names) -> None:
+        """Takes the tensor that its file calls `stored`, unless it is no weight."""
+        if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
+            self.scales[found[0]] = float(np.asarray(part[...], np.float32).reshape(-1)[0])
+            return
+        end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
+        if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
+            self.four_bits.setdefault(found[0], {})[end] = part
+        elif found := names.find(stored):
+            self.parts.setdefault(found[0], {})[found[1] or 0] = part
+
+
+def _find_parts(files: list[Path], names: hugging_face.Names) -> _Parts:
+    """What the files hold, none of it read yet. Raises DataError."""
+    out = _Parts()
+    for file in files:
+        try:
+            shard = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+        for stored in shard.keys():  # noqa: SIM118
+            out.add(stored, shard.get_slice(stored), names)
+    return out
+
+
+class HfFolder(Source):
+    """An open Hugging Face folder.
+
+    Raises:
+        InputMissing: a file that it needs is not there.
+        DataError: a file is damaged, cut short or of a kind that is not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
+        stated = hugging_face.flattened(read_object(path / "config.json"))
+        self._rounded = _rounded(path, stated)
+        self._conversion = hugging_face.conversion_of(stated)
+        self.architecture = self._conversion.architecture
+        try:
+            self._config = hugging_face.completed(stated, self._conversion)
+            check_layers(int(self._config.get("num_hidden_layers", 1)), path / "config.json")
+            keys = hugging_face.hyper_parameters(self._config, path)
+            divisors = hugging_face.rope_divisors(self._config)
+            self._files = _weight_files(path)
+            self._stored = _find_parts(self._files, hugging_face.Names(self._conversion, self._config))
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
+        self._made = {} if divisors is None else {"rope_freqs.weight": divisors}
+        self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
+        self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
+
+    @property
+    def names(self) -> set[str]:
+        return {*self._stored.parts, *self._stored.four_bits, *self._made}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`. Raises DataError."""
+        if name in self._made:
+            return _Stored(name, self._made[name], bits=32)
+        if name in self._stored.four_bits:
+            order = hugging_face.row_order(self._conversion, self._config, name)
+            return FourBits(name, self._stored.four_bits[name], self._rounded, order)
+        if name not in self._stored.parts:
+            raise DataError(f"{self.path}: tensor {name!r} is missing")
+        parts = [self._matrix(name, part) for _, part in sorted(self._stored.parts[name].items())]
+        if not name.endswith("_exps.weight"):
+            return parts[0]
+        if len(parts) != self.number("expert_count", int) or len({part.shape for part in parts}) != 1:
+            raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
+        return _Stack(name, parts)
+
+    def _matrix(self, name: str, part: Part) -> Tensor:
+        """A tensor, or one expert's."""
+        kind, rows = part.get_dtype(), part.get_shape()[0]
+        if kind == "U8" and name in self._stored.scales:
+            scale, divides = self._stored.scales[name], self._rounded.get("linear_class", "bitlinear") == "bitlinear"
+            return _Packed(name, part, 1 / scale if divides else scale)
+        if kind not in BITS:
+            known = ", ".join(BITS)
+            raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
+        order = hugging_face.row_order(self._conversion, self._config, name)
+        if order is not None and len(order) != rows:
+            raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
+        shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
+        tensor = _Stored(name, part, BITS[kind], order, shift)
+        online = self._rounded.get("quantization_mode") == "online"
+        return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
+
+    def metadata(self, key: str) -> Any:
+        """A value of the metadata, None where there is none."""
+        return self._metadata.get(key)
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer. Raises InputMissing, DataError."""
+        return read_tokenizer_json(self.path, self.tensor("token_embd.weight").shape[0])
+
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
+        """The folder's name, and the size and SHA-256 of its files of weights, one after the other."""
+        sha = hashlib.sha256()
+        for path in self._files:
+            with path.open("rb") as file:
+                while data := file.read(4 << 20):
+                    sha.update(data)
+                    on_progress(len(data))
+        size = sum(file.stat().st_size for file in self._files)
+        return header.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
+
+
+def _rounded(path: Path, config: hugging_face.Config) -> hugging_face.Config:
+    """How the weights were rounded; empty where they were not. Raises DataError for a way that is not read."""
+    stated = config.get("quantization_config")
+    if not stated:
+        return {}
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if isinstance(stated, dict) and method in ("gptq", "awq"):
+        four_bits.check_method(path, stated)
+        return stated
+    if isinstance(stated, dict) and method == "bitnet":
+        return stated
+    raise DataError(
+        f"{path}: weights quantised by {method!r} are not read (bitnet, gptq and awq are); take the model's folder"
+        " from before, or a GGUF"
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files of weights, in the order of their names."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({path / str(name) for name in read_object(index)["weight_map"].values()})
+    else:
+        files = [path / "model.safetensors"]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputMissing(f"{missing[0]}: no such file; weights are read from model.safetensors, or from its shards")
+    return files

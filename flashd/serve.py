@@ -1,0 +1,195 @@
+"""flashd serve: start-up order, signals, reload and a clean stop."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import queue
+import signal
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import FrameType
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from device import demo as demonstration
+from device import kiosk
+from device.appliance import Appliance, check
+from device.front import Facts
+from flashd.bundle.file import Patience
+from flashd.bundle.reader import Bundle
+from flashd.config.settings import Settings, load
+from flashd.daemon.api import Api
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.metrics import metrics_text
+from flashd.daemon.notify import Notifier, log_to_journal
+from flashd.daemon.server import Server
+from flashd.daemon.spool import Spool
+from flashd.daemon.worker import Worker
+from flashd.engine.cache.prefixes import Prefixes
+from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.engine import Budget, Engine, Prompts
+from flashd.errors import FlashdError, MemoryTaken, MemoryTooSmall
+from flashd.pack import default_model
+from flashd.system.child import in_child
+from flashd.system.memory import MIB, parse_size, peak
+from flashd.system.paths import snapshot_folder
+
+log = logging.getLogger(__name__)
+
+NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "snapshots", "api", "spool", "serial")
+"""What a reload does not change."""
+
+
+class _Stopped(Exception):
+    """A signal to stop came before the model was loaded."""
+
+
+class Daemon:
+    """One run of the daemon, from its settings to its last signal.
+
+    Args:
+        settings: the configuration.
+        reread: gives the configuration anew, for SIGHUP.
+        more: routes beside the API's and the kiosk's.
+    """
+
+    def __init__(self, settings: Settings, reread: Callable[[], Settings], more: list[BaseRoute]) -> None:
+        self._settings, self._reread, self._more = settings, reread, more
+        self._notify = Notifier()
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._stopping = False
+        self._worker: Worker | None = None
+
+    def run(self, when_ready: Callable[[], None]) -> None:
+        """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
+        with suppress(_Stopped):
+            self._run(when_ready)
+
+    def _run(self, when_ready: Callable[[], None]) -> None:
+        s = self._settings
+        if not s.model and not default_model.bundle_path().exists():
+            log.info("packing the default model, once; this takes a minute or two")
+        bundle_path = Path(s.model) if s.model else in_child(lambda: default_model.ensure(lambda done, total: None))
+        with ExitStack() as stack:
+            self._take_signals(stack)
+            server = Server(Path(s.api.socket), s.api.loopback)
+            stack.callback(server.close)
+            spool = Spool(Path(s.spool.path), s.spool.keep)
+            stack.callback(spool.close)
+            jobs = Jobs(spool, s.spool.most_waiting)
+            appliance = Appliance(s, jobs, self._facts)
+            stack.callback(appliance.close)
+            bundle = stack.enter_context(Bundle(bundle_path, Patience(s.card.wait)))
+            self._name = bundle.header.model.name
+            prompts = Prompts(bundle)
+            # before the engine, whose plan counts what is held already
+            schemas = Schemas(bundle) if s.schemas else None
+            engine = stack.enter_context(self._load(bundle))
+            self._worker = Worker(jobs, engine, prompts, schemas, s.answer, self._notify)
+            self._worker.start()
+            stack.callback(self._worker.stop)
+            server.start(self._application(jobs, appliance, self._worker))
+            stack.callback(server.stop)
+            stack.callback(appliance.close)
+            appliance.open()
+            stack.callback(jobs.close)
+            self._notify.ready()
+            log.info("ready: %s in %.0f of %.0f MiB", self._name, peak() / MIB, engine.plan.memory / MIB)
+            when_ready()
+            self._wait(appliance)
+            self._notify.stopping()
+
+    def _load(self, bundle: Bundle) -> Engine:
+        s = self._settings
+
+        def on_step(done: int, total: int, _: int) -> None:
+            if self._stopping:
+                raise _Stopped
+            self._notify.alive()
+            self._notify.status(f"loading {100 * done // total} %")
+
+        self._notify.status("loading")
+        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
+        try:
+            return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
+        except MemoryTooSmall as error:
+            if s.memory is not None:
+                raise
+            # what takes it may be gone at the next try
+            raise MemoryTaken(f"too little memory is free: {error}") from error
+
+    def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
+        api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
+        return api.application([*kiosk.routes(appliance), *self._more])
+
+    def _facts(self) -> Facts:
+        """What the appliance's status says of the model and its last answer."""
+        if self._worker is None:
+            return Facts()
+        plan = self._worker.engine.plan
+        share = 100 if plan.resident else int(100 * plan.pinned_share)
+        model = {
+            "name": self._name, "context": f"{plan.context} tokens",
+            "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",
+        }  # fmt: skip
+        return Facts(model=model, last=self._worker.last)
+
+    def _take_signals(self, stack: ExitStack) -> None:
+        """A handler only notes the signal: the main thread acts on it when it is in a state to."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before = signal.signal(number, self._note_signal)
+            stack.callback(signal.signal, number, before)
+
+    def _note_signal(self, number: int, _: FrameType | None) -> None:
+        self._stopping = self._stopping or number != signal.SIGHUP
+        self._signals.put(number)
+
+    def _wait(self, appliance: Appliance) -> None:
+        while self._next_signal() == signal.SIGHUP:
+            self._notify.reloading()
+            self._reload(appliance)
+            self._notify.ready()
+
+    def _next_signal(self) -> int:
+        # in slices: a Python that waits without end in a lock does not run signal handlers
+        while True:
+            try:
+                return self._signals.get(timeout=0.5)
+            except queue.Empty:
+                continue
+
+    def _reload(self, appliance: Appliance) -> None:
+        try:
+            settings = self._reread()
+            appliance.reload(settings)
+        except FlashdError as error:
+            log.error("not reloaded, all is as it was: %s", error)
+            return
+        if self._worker is not None:
+            self._worker.answering = settings.answer
+        kept = [key for key in NEEDS_RESTART if getattr(settings, key) != getattr(self._settings, key)]
+        log.info("reloaded" + (f"; {', '.join(kept)} will change with a restart" if kept else ""))
+
+
+def serve(path: Path) -> None:
+    """Runs the daemon that a file describes. Raises FlashdError where it cannot start."""
+    log_to_journal()
+    faulthandler.enable()  # a lost watchdog's SIGABRT writes down where each thread hangs
+    settings = load(path, check)
+    Daemon(settings, lambda: load(path, check), []).run(lambda: None)
+
+
+def serve_demo(show: Callable[[str], None]) -> None:
+    """Runs the daemon with no board, in a folder that is gone afterwards."""
+    log_to_journal()
+    with tempfile.TemporaryDirectory(prefix="flashd-demo-", dir=os.environ.get("XDG_RUNTIME_DIR")) as folder:
+        demo = demonstration.Demo(Path(folder))
+        try:
+            Daemon(demo.settings, lambda: demo.settings, [*demonstration.routes()]).run(lambda: show(demo.manual))
+        finally:
+            demo.close()

@@ -1,0 +1,88 @@
+"""Templates that others wrote: a bundle's for chats, the configuration's for triggers.
+
+Jinja's sandbox keeps a template from what is not its own, but not from running on or growing without end: two
+nested loops over a range, a text times a number, a field of a billion characters. What does so is in C, where nothing
+counts it, and some of it Jinja works out while it compiles. So a template is compiled and rendered in a child process
+to which the kernel gives only so much; that takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from flashd.errors import DataError
+from flashd.system.child import ChildDied, Limits, Result, in_child
+
+LIMITS = Limits(seconds=10, memory=32 << 20)
+"""Templates as models have them take milliseconds on a small board, and a few times their text."""
+
+LONGEST_REASON = 300
+"""Characters: some errors quote the template."""
+
+ERRORS = (
+    jinja2.TemplateError, SyntaxError,
+    TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError,
+)  # fmt: skip
+"""What a sandboxed template can raise."""
+
+
+class TemplateFails(DataError):
+    """A template is none or cannot be rendered; the text says why, not which."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template's text, which nothing is made of in this process."""
+
+    source: str
+    longest: int  # characters that it may make
+    options: Mapping[str, Any] = field(default_factory=dict)  # of Jinja's environment
+    filters: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def names(self) -> set[str]:
+        """What it asks for that is neither its own nor Jinja's. Raises TemplateFails where it is no template."""
+
+        def names() -> set[str]:
+            environment = self._environment()
+            tree = environment.parse(self.source)
+            environment.from_string(tree)
+            return {*jinja2.meta.find_undeclared_variables(tree)}
+
+        return _within_limits(names)
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Its text. Raises TemplateFails."""
+
+        def text() -> str:
+            made = self._environment().from_string(self.source).render(values)
+            if len(made) > self.longest:
+                raise TemplateFails(f"it makes {len(made)} characters; {self.longest} at the most")
+            return made
+
+        return _within_limits(text)
+
+    def _environment(self) -> ImmutableSandboxedEnvironment:
+        environment = ImmutableSandboxedEnvironment(**self.options)
+        environment.filters |= self.filters
+        environment.globals |= self.functions
+        return environment
+
+
+def _within_limits(action: Callable[[], Result]) -> Result:
+    def tried() -> Result:
+        try:
+            return action()
+        except ERRORS as error:
+            raise TemplateFails(" ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__) from error
+
+    try:
+        return in_child(tried, LIMITS)
+    except ChildDied:
+        raise TemplateFails(f"it takes more than {LIMITS.seconds} s or {LIMITS.memory >> 20} MiB") from None

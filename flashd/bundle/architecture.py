@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from flashd.bundle.row_kinds import BLOCK
-
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -57,6 +55,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # D
     neurons: Size  # of one layer's FFN, all its experts together, a multiple of 32 (of each)
+    group_neurons: Size  # N, of a group: what is read, pinned and multiplied as one
     experts: Experts | None = None
     vocabulary: Size  # V
     context: Positive  # tokens that the model was trained for
@@ -94,8 +93,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def groups(self) -> int:
-        """Groups of 32 bundles in one layer."""
-        return self.neurons // BLOCK
+        """Groups in one layer."""
+        return self.neurons // self.group_neurons
 
     @property
     def ffns(self) -> int:
@@ -148,9 +147,6 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         head = {"head.bias": self.vocabulary} if "head" in self.biases else {}
         return self.norm_vectors("final") | head
 
-
-STAGES = ("graph.enter", "graph.middle", "graph.leave", "graph.finish")
-"""Graphs of what stands between the products with large matrices: norms, biases and sums."""
 
 LAYER_NORMS: tuple[Place, ...] = (
     "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch",

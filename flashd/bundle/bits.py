@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.row_kinds import Bytes
+from flashd.bundle.row_kinds import Bytes, Codes
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:
@@ -38,7 +38,7 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     return out
 
 
-def _widened(q: Bytes, bits: int) -> Bytes:
+def widened(q: Bytes, bits: int) -> Bytes:
     """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
     lower = q.shape[-1] * 2 // bits
     out = _nibbles(2, bits)[q[..., :lower]]  # [..., K / 4] uint16
@@ -46,6 +46,19 @@ def _widened(q: Bytes, bits: int) -> Bytes:
         upper = out.view("<u4")
         upper += _nibbles(1, bits)[q[..., lower:]]  # no nibble carries: the largest is 11
     return out.view(np.uint8)
+
+
+def centre_digits(codes: Codes, width: int, bits: int) -> Bytes:
+    """Codes of centres [n, B] in two digits of `bits` bits each, [n, 2 * width] uint8: all high ones, then the low.
+
+    Digits lie around zero, which is the middle of their range; the width is filled up with zeros.
+    """
+    half = 1 << (bits - 1)
+    low = (codes.astype(np.int32) + half) % (2 * half) - half
+    high = (codes - low) >> bits
+    digits = np.zeros((len(codes), 2, width), np.int32)
+    digits[:, 0, : codes.shape[1]], digits[:, 1, : codes.shape[1]] = high, low
+    return (digits + half).astype(np.uint8).reshape(len(codes), -1)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.architecture import STAGES, Architecture
+from flashd.bundle.architecture import Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
 from flashd.bundle.prefix import (
@@ -12,7 +12,6 @@ from flashd.bundle.prefix import (
     MAX_HEADER,
     PAGE,
     PLAIN_RUN,
-    PLAIN_VERSION,
     PREFIX,
     VERSION,
     Prefix,
@@ -28,7 +27,7 @@ def encode(header: Header, file_length: int) -> bytes:
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
-    return sealed(MAGIC, header.version, body, file_length)
+    return sealed(MAGIC, VERSION, body, file_length)
 
 
 def decode_prefix(data: bytes, file_length: int) -> Prefix:
@@ -43,7 +42,7 @@ def decode_prefix(data: bytes, file_length: int) -> Prefix:
         raise NewerVersion(
             f"a bundle of format {prefix.version}, this flashd reads {VERSION}; update flashd or pack it again"
         )
-    if prefix.version < PLAIN_VERSION:
+    if prefix.version < VERSION:
         raise OlderVersion(f"a bundle of format {prefix.version}, this flashd reads {VERSION}; pack it again")
     if prefix.file_length != file_length:
         raise TruncatedBundle(
@@ -77,10 +76,11 @@ def _check_model(m: Architecture) -> None:
     rules = [
         (m.hidden % BLOCK == 0, f"hidden size {m.hidden} is not a multiple of {BLOCK}"),
         (m.query_width % BLOCK == 0, f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}"),
-        (m.neurons % BLOCK == 0, f"{m.neurons} neurons are not a multiple of {BLOCK}"),
+        (m.group_neurons % BLOCK == 0, f"groups of {m.group_neurons} neurons are not a multiple of {BLOCK}"),
+        (m.neurons % m.group_neurons == 0, f"{m.neurons} neurons do not make whole groups of {m.group_neurons}"),
         (
-            not m.experts or m.neurons % (m.experts.count * BLOCK) == 0,
-            f"{m.neurons} neurons cannot be shared out to {m.experts and m.experts.count} experts by {BLOCK}",
+            not m.experts or m.neurons % (m.experts.count * m.group_neurons) == 0,
+            f"{m.neurons} neurons do not share out to {m.experts and m.experts.count} experts in groups",
         ),
         (
             not m.experts or m.experts.used <= m.experts.count,
@@ -156,9 +156,8 @@ def _check_sections(header: Header, file_length: int) -> None:
         run = own_runs.get(section.name, PLAIN_RUN)
         if section.run != run:
             raise BadSection(f"section {section.name!r} has runs of {section.run} bytes, not {run}")
-    attention = [f"graph.attention.{i}" for i in range(len(header.model.attention))]
-    mixture = ["graph.route", "graph.linear.f16"] if header.model.experts else []
-    gate = ["graph.gate", f"graph.linear.{header.formats.ffn}"] if header.gate_decides else []
-    for name in ("tokenizer", "token_bytes", "graph.ffn", *attention, *mixture, *gate, *STAGES):
-        if name not in present:
-            raise BadSection(f"section {name!r} is missing")
+    texts = {"tokenizer", "token_bytes"}
+    if missing := sorted(texts - present.keys()):
+        raise BadSection(f"section {missing[0]!r} is missing")
+    if unknown := sorted(present.keys() - texts - header.expected_lengths().keys()):
+        raise BadSection(f"section {unknown[0]!r} is not known")

@@ -1,36 +1,34 @@
-"""TODO"""
+"""How rows, groups of neurons and single neurons are written: the byte layout that packer and engine share.
+
+A *row* is what multiplies one input vector. Quantised rows are cut into blocks of 32 weights; a weight is
+`scale * q + centre`, with q an integer around zero, and both steps codes in parts of the row's largest. The centres
+are written behind the weights as if they were weights too, in two digits each, all high ones, then all low ones. A
+product takes them like the rest if its input is followed by the sums of its blocks, twice.
+
+flashd/bundle/FORMAT.md has the whole file.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from flashd.bundle.bits import _widened
-from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, NARROW, Bytes, Floats, RowKind
-from flashd.bundle.slots import (
-    ColumnSteps,
-    Groups,
-    PairedNeurons,
-    PlainGroups,
-    PlainNeurons,
-    PlainRows,
-    QuantGroups,
-    QuantNeurons,
-    QuantRows,
-    Rows,
-    TernaryGroups,
-    TernaryRows,
-)
+from flashd.bundle.bits import widened
+from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, NARROW, Bytes, RowKind
+from flashd.bundle.slots import Groups, PlainNeurons, PlainRows, QuantNeurons, QuantRows, Rows, TernaryRows
+
+Plane = tuple[Any, tuple[int, ...]]
+"""The dtype and the shape of one array of a record."""
 
 
-def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
-    """Views of the consecutive parts of records. raw: [..., record bytes]."""
+def _carve(raw: Bytes, planes: list[Plane]) -> list[Any]:
+    """Views of the consecutive arrays of records. raw: [..., record bytes]."""
     parts, at = [], 0
-    for dtype, shape in widths:
+    for dtype, shape in planes:
         size = prod(shape) * np.dtype(dtype).itemsize
         part = raw[..., at : at + size].view(dtype)
         parts.append(part.reshape(*raw.shape[:-1], *shape))
@@ -38,9 +36,13 @@ def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
     return parts
 
 
+def _nbytes(planes: list[Plane]) -> int:
+    return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape in planes)
+
+
 @dataclass(frozen=True)
 class RowFormat:
-    """Rows of `width` weights, a record each: [q | scale codes | centre codes | two float16 steps].
+    """Rows of `width` weights: [q, the digits of the centres behind it | scale codes | two float16 steps].
 
     Of f16 rows it is the weights alone, of ternary rows [q | a float32 scale].
     """
@@ -62,56 +64,115 @@ class RowFormat:
     def blocks(self) -> int:
         return self.width // BLOCK
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of one record."""
-        weights = self.width * self.bits // 8
-        match self.kind:
-            case "f16":
-                return weights
-            case "ternary":
-                return weights + 4
-        return weights + 2 * self.blocks * self.code_bytes + 4
+    @property
+    def digits(self) -> int:
+        """Values behind the weights: the centres' high digits, filled up to whole blocks, then the low ones."""
+        return 2 * -(-self.blocks // BLOCK) * BLOCK if self.kind in CODE_TYPES else 0
 
     @property
-    def code_bytes(self) -> int:
-        return np.dtype(CODE_TYPES[self.kind][0]).itemsize
+    def weight_bytes(self) -> int:
+        """Bytes of a row's weights, without what stands behind them."""
+        return self.width * self.bits // 8
+
+    @property
+    def q_bytes(self) -> int:
+        return self.weight_bytes + (self.digits * CENTRE_BITS[self.kind] // 8 if self.digits else 0)
+
+    def planes(self, *axes: int) -> list[Plane]:
+        """The arrays of rows, with `axes` in front of each."""
+        if self.kind == "f16":
+            return [(np.float16, (*axes, self.width))]
+        if self.kind == "ternary":
+            return [(np.uint8, (*axes, self.width // 4)), (np.float32, (*axes, 1))]
+        return [
+            (np.uint8, (*axes, self.q_bytes)),
+            (CODE_TYPES[self.kind], (*axes, self.blocks)),
+            (np.float16, (*axes, 2)),
+        ]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return _nbytes(self.planes())
+
+    def rows(self, arrays: list[Any]) -> Rows:
+        """The arrays of `planes` by their names."""
+        if self.kind == "f16":
+            return PlainRows(*arrays)
+        return TernaryRows(*arrays) if self.kind == "ternary" else QuantRows(*arrays)
 
     def empty(self, rows: int) -> Rows:
         """Arrays for `rows` rows, their memory not touched yet."""
-        if self.kind == "f16":
-            return PlainRows(np.empty((rows, self.width), np.float16))
-        if self.kind == "ternary":
-            return TernaryRows(np.empty((rows, self.width // 4), np.uint8), np.empty((rows, 1), np.float32))
-        scale, centre = CODE_TYPES[self.kind]
-        return QuantRows(
-            np.empty((rows, self.width * self.bits // 8), np.uint8),
-            np.empty((rows, self.blocks), scale),
-            np.empty((rows, self.blocks), centre),
-            np.empty((rows, 2), np.float16),
-        )
+        return self.rows([np.empty(shape, dtype) for dtype, shape in self.planes(rows)])
 
     def views(self, raw: Bytes) -> Rows:
-        """The parts of records in place. raw: [n, nbytes] uint8, unaligned parts included."""
-        if self.kind == "f16":
-            return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))
-        if self.kind == "ternary":
-            return TernaryRows(*_carve(raw, [(np.uint8, (self.width // 4,)), (np.float32, (1,))]))
-        return QuantRows(
-            *_carve(
-                raw,
-                [
-                    (np.uint8, (self.width * self.bits // 8,)),
-                    *((code, (self.blocks,)) for code in CODE_TYPES[self.kind]),
-                    (np.float16, (2,)),
-                ],
-            )
-        )
+        """The parts of records in place. raw: [..., nbytes] uint8, unaligned parts included."""
+        return self.rows(_carve(raw, self.planes()))
+
+    def wide(self, rows: Rows) -> Rows:
+        """Rows as products take them: narrow ones with 4 bits a weight, others as they are."""
+        if self.kind not in NARROW:
+            return rows
+        assert isinstance(rows, QuantRows)
+        weights, digits = rows.q[..., : self.weight_bytes], rows.q[..., self.weight_bytes :]
+        return QuantRows(np.concatenate([widened(weights, self.bits), digits], axis=-1), rows.scale, rows.step)
 
 
 @dataclass(frozen=True)
-class _BundleFormat:
-    """What the two ways to write bundles have in common."""
+class GroupFormat:
+    """Groups of `neurons` neurons, a record each: what is read, checked and multiplied as one.
+
+    [rows of gate | rows of up | rows of down_proj | biases of gate and up], each kind of array in one piece: q of all
+    input rows, their scale codes, their steps, and then the same of down_proj's rows [H, neurons]. So a group is one
+    contiguous read (section 3.2 of "LLM in a flash"), and its arrays go into a product as they lie in the record.
+    """
+
+    kind: RowKind
+    hidden: int
+    inputs: int = 2  # M
+    biases: int = 0  # M or none
+    neurons: int = BLOCK  # N
+
+    @property
+    def row(self) -> RowFormat:
+        """A row of gate or up."""
+        return RowFormat(self.kind, self.hidden)
+
+    @property
+    def column(self) -> RowFormat:
+        """A row of down_proj: what one output takes of the group's neurons."""
+        return RowFormat(self.kind, self.neurons)
+
+    @property
+    def planes(self) -> list[Plane]:
+        rows = self.row.planes(self.inputs * self.neurons) + self.column.planes(self.hidden)
+        return [*rows, (np.float32, (self.biases * self.neurons,))]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of one group."""
+        return -(-_nbytes(self.planes) // 64) * 64  # so that all arrays of the next are aligned
+
+    def views(self, raw: Bytes) -> Groups:
+        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
+        arrays = _carve(raw, self.planes)
+        of_rows = (len(arrays) - 1) // 2
+        return Groups(self.row.rows(arrays[:of_rows]), self.column.rows(arrays[of_rows:-1]), arrays[-1])
+
+    def groups(self, raw: Bytes) -> Groups:
+        """Records as products take them: in place, or narrow ones with 4 bits a weight."""
+        groups = self.views(raw)
+        return Groups(self.row.wide(groups.inputs), self.column.wide(groups.down), groups.bias)
+
+
+@dataclass(frozen=True)
+class NeuronFormat:
+    """Bundles of one neuron, a record each, for models of which few neurons take part in a token.
+
+    [row of every input matrix | column of down_proj], each a RowFormat record with blocks of its own, so that no
+    neuron needs its neighbours; then the biases of its input rows, if there are any, as float32 [M]. If gates choose
+    the neurons, gate rows are elsewhere, and the one input row is that of up.
+    """
 
     kind: RowKind
     hidden: int
@@ -122,122 +183,10 @@ class _BundleFormat:
     def row(self) -> RowFormat:
         return RowFormat(self.kind, self.hidden)
 
-
-@dataclass(frozen=True)
-class GroupFormat(_BundleFormat):
-    """Bundles of 32 neurons, a record each.
-
-    Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
-    (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
-    one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
-    there are any, end the record as float32 [32, M]. Columns of f16 and ternary bundles are RowFormat records too,
-    and share nothing.
-    """
-
-    @property
-    def column_bytes(self) -> int:
-        return self.row.nbytes if self.kind == "ternary" else self.hidden * self.row.bits // 8
-
-    @property
-    def bundle_bytes(self) -> int:
-        """Bytes of one neuron."""
-        return self.inputs * self.row.nbytes + self.column_bytes
-
-    @property
-    def tail_bytes(self) -> int:
-        shared = 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks if self.kind in CODE_TYPES else 0
-        return shared + 4 * BLOCK * self.biases
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one group."""
-        return BLOCK * self.bundle_bytes + self.tail_bytes
-
-    def empty(self, groups: int) -> Groups:
-        """Arrays for `groups` groups, their memory not touched yet."""
-        h, m, b, width = self.hidden, self.inputs, self.row.blocks, self.column_bytes
-        bias = np.empty((groups, BLOCK, self.biases), np.float32)
-        if self.kind == "f16":
-            plain = np.empty((groups, BLOCK, m, h), np.float16), np.empty((groups, BLOCK, h), np.float16)
-            return PlainGroups(*plain, bias)
-        if self.kind == "ternary":
-            return TernaryGroups(
-                np.empty((groups, BLOCK, m, h // 4), np.uint8), np.empty((groups, BLOCK, m, 1), np.float32),
-                np.empty((groups, BLOCK, h // 4), np.uint8), np.empty((groups, BLOCK, 1), np.float32), bias,
-            )  # fmt: skip
-        scale, centre = CODE_TYPES[self.kind]
-        return QuantGroups(
-            np.empty((groups, BLOCK, m, width), np.uint8),
-            np.empty((groups, BLOCK, m, b), scale),
-            np.empty((groups, BLOCK, m, b), centre),
-            np.empty((groups, BLOCK, m, 2), np.float16),
-            np.empty((groups, BLOCK, width), np.uint8),
-            np.empty((groups, h), scale),
-            np.empty((groups, h), centre),
-            np.empty((groups, 2, b), np.float16),
-            bias,
-        )
-
-    def views(self, raw: Bytes) -> Groups:
-        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
-        n, m = len(raw), self.inputs
-        body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)
-        rows = body[:, :, : m * self.row.nbytes].reshape(n, BLOCK, m, self.row.nbytes)
-        column, tail = body[:, :, m * self.row.nbytes :], raw[:, BLOCK * self.bundle_bytes :]
-        bias: tuple[Any, tuple[int, ...]] = (np.float32, (BLOCK, self.biases))
-        if self.kind == "f16":
-            return PlainGroups(rows.view(np.float16), column.view(np.float16), *_carve(tail, [bias]))
-        row = self.row.views(rows)
-        if isinstance(row, TernaryRows):
-            down = self.row.views(column)
-            assert isinstance(down, TernaryRows)
-            return TernaryGroups(row.q, row.scale, down.q, down.scale, *_carve(tail, [bias]))
-        assert isinstance(row, QuantRows)
-        shared = _carve(tail, [*self._shared, bias])
-        return QuantGroups(row.q, row.scale, row.centre, row.step, column, *shared)
-
-    @property
-    def _shared(self) -> list[tuple[Any, tuple[int, ...]]]:
-        """What 32 columns share."""
-        codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
-        return [*codes, (np.float16, (2, self.row.blocks))]
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of what the columns of a quantised group share."""
-        return self.tail_bytes - 4 * BLOCK * self.biases
-
-    def steps(self, raw: Bytes) -> ColumnSteps:
-        """What the columns of groups share, in place. raw: [n, step_bytes] uint8."""
-        return ColumnSteps(*_carve(raw, self._shared))
-
-    def groups(self, raw: Bytes) -> Groups:
-        """Records as products take them: in place, or narrow ones with 4 bits a weight."""
-        groups = self.views(raw)
-        if self.kind not in NARROW:
-            return groups
-        assert isinstance(groups, QuantGroups)
-        bits = self.row.bits
-        return replace(groups, q=_widened(groups.q, bits), down=_widened(groups.down, bits))
-
-
-@dataclass(frozen=True)
-class NeuronFormat(_BundleFormat):
-    """Bundles of one neuron, a record each, for models of which few neurons take part in a token.
-
-    [row of every input matrix | column of down_proj], each a RowFormat record with blocks of its own, so that no
-    neuron needs its neighbours; then the biases of its input rows, where there are any, as float32 [M].
-    """
-
     @cached_property
-    def bundle_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of one neuron."""
         return (self.inputs + 1) * self.row.nbytes + 4 * self.biases
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one unit, which is a neuron."""
-        return self.bundle_bytes
 
     def empty(self, neurons: int) -> QuantNeurons | PlainNeurons:
         """Arrays for so many neurons, their memory not touched yet."""
@@ -252,39 +201,9 @@ class NeuronFormat(_BundleFormat):
         (bias,) = _carve(raw[:, width:], [(np.float32, (self.biases,))])
         return self._neurons(rows.arrays(), bias)
 
-    def _neurons(self, parts: list[Any], bias: Floats) -> QuantNeurons | PlainNeurons:
+    def _neurons(self, parts: list[Any], bias: Any) -> QuantNeurons | PlainNeurons:
         if self.kind == "f16":
             (w,) = parts
             return PlainNeurons(w, bias)
-        q, scale, centre, step = parts
-        return QuantNeurons(q, scale, centre, step, bias)
-
-
-@dataclass(frozen=True)
-class PairFormat(_BundleFormat):
-    """Neurons whose gate rows stay in RAM, a record each: [up row | down column (q only)].
-
-    The steps of the columns stay in RAM too: 32 neurons share them, as in a group, so that nothing is rounded anew.
-    """
-
-    @property
-    def bundle_bytes(self) -> int:
-        """Bytes of one neuron."""
-        return self.row.nbytes + self.hidden * self.row.bits // 8
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one unit, which is a neuron."""
-        return self.bundle_bytes
-
-    def empty(self, neurons: int) -> PairedNeurons:
-        """Arrays for so many neurons, their memory not touched yet."""
-        down = np.empty((neurons, self.hidden * self.row.bits // 8), np.uint8)
-        parts: list[Any] = [*self.row.empty(neurons).arrays(), down]
-        return PairedNeurons(*parts)
-
-    def views(self, raw: Bytes) -> PairedNeurons:
-        """The parts of records in place. raw: [n, nbytes] uint8."""
-        row = self.row.views(raw[:, : self.row.nbytes])
-        parts: list[Any] = [*row.arrays(), raw[:, self.row.nbytes :]]
-        return PairedNeurons(*parts)
+        q, scale, step = parts
+        return QuantNeurons(q, scale, step, bias)

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from flashd.bundle.architecture import Architecture, Count, Positive
-from flashd.bundle.formats import GroupFormat, NeuronFormat, PairFormat, RowFormat
-from flashd.bundle.prefix import PLAIN_VERSION, ROWS_OF_A_RUN, VERSION
-from flashd.bundle.row_kinds import CODE_TYPES, NARROW, RowKind
+from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
+from flashd.bundle.prefix import ROWS_OF_A_RUN
+from flashd.bundle.row_kinds import NARROW, RowKind
 
 
 class Formats(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,14 +145,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return group_format(self.model, self.formats)
 
     @property
-    def neuron(self) -> NeuronFormat | PairFormat:
+    def neuron(self) -> NeuronFormat:
         return (pair_format if self.gate_decides else neuron_format)(self.model, self.formats)
-
-    @property
-    def version(self) -> int:
-        """The earliest format that has all that this bundle is made of."""
-        within_experts = self.selection and self.model.experts
-        return VERSION if self.narrowed or within_experts or self.gate_decides else PLAIN_VERSION
 
     @property
     def gate_decides(self) -> bool:
@@ -239,8 +233,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lengths = {"rates": 4 * m.layers * m.neurons}
         if self.gate_decides:
             of_layer = {"gate": m.neurons * self.row_format("gate").nbytes, "floors": 4 * m.neurons}
-            if isinstance(self.neuron, PairFormat):
-                of_layer |= {"steps": m.groups * self.group.step_bytes, "groups": 4 * m.neurons}
             lengths |= {f"layer.{i}.{part}": n for i in range(m.layers) for part, n in of_layer.items()}
         for i, rank in enumerate(self.selection.ranks):
             if rank:
@@ -273,15 +265,14 @@ def layer_parts(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[Part
 def group_format(model: Architecture, formats: Formats) -> GroupFormat:
     """How a bundle of `model` writes its FFN."""
     biases = model.inputs if "inputs" in model.biases else 0
-    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases)
+    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases, model.group_neurons)
 
 
 def neuron_format(model: Architecture, formats: Formats) -> NeuronFormat:
-    """How a bundle of `model` writes its FFN where predictors select neurons."""
+    """How a bundle of `model` writes its FFN if predictors select neurons."""
     return NeuronFormat(formats.ffn, model.hidden, model.inputs, model.inputs if "inputs" in model.biases else 0)
 
 
-def pair_format(model: Architecture, formats: Formats) -> NeuronFormat | PairFormat:
-    """And where their gates do."""
-    form = PairFormat if formats.ffn in CODE_TYPES else NeuronFormat
-    return form(formats.ffn, model.hidden, 1)
+def pair_format(model: Architecture, formats: Formats) -> NeuronFormat:
+    """And if their gates do, whose rows are elsewhere."""
+    return NeuronFormat(formats.ffn, model.hidden, 1)

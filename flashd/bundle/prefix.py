@@ -11,10 +11,7 @@ from typing import NamedTuple
 import xxhash
 
 MAGIC = b"\x93FLASHD\n"
-VERSION = 5
-PLAIN_VERSION = 4
-"""Of bundles in which nothing is narrowed, selected within experts or by a gate: the flashd before this one reads
-them too."""
+VERSION = 6
 PAGE = 4096
 GAP_BYTES = 16 << 10
 """Unwanted bytes that are read rather than skipped. An SD card gives the bandwidth of one 16 KiB read for

@@ -10,13 +10,14 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle import codec, errors
+from flashd.bundle import codec
 from flashd.bundle.bits import unpack
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
+from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Section
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
-from flashd.bundle.row_kinds import BLOCK, RowKind, unit_steps
+from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, RowKind, unit_steps
 from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.errors import DataError
 
@@ -125,6 +126,14 @@ class Bundle:
                 data = self._checked(section, first, n * section.run, following * section.run)
                 yield part.first + first, part.form.groups(np.frombuffer(data, np.uint8).reshape(n, section.run))
 
+    def all_groups(self, layer: int) -> Groups:
+        """Every group of a layer, as products take them. Raises DamagedRun, CardError."""
+        parts = [groups for _, groups in self.groups(layer, self.header.model.groups, self.header.model.groups)]
+        if len(parts) == 1:
+            return parts[0]
+        joined = [np.concatenate([part.arrays()[i] for part in parts]) for i in range(len(parts[0].arrays()))]
+        return parts[0].of(joined)
+
     def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Rows [n, H] float32 of a table that stays on the card, such as the embeddings: a run is read for a row.
 
@@ -174,10 +183,6 @@ class Bundle:
         try:
             prefix = codec.decode_prefix(self.file.read(0, min(at, size)), size)
             self.header = codec.decode_header(self.file.read(at, prefix.length), prefix.digest, size)
-            if prefix.version != self.header.version:
-                raise errors.DamagedHeader(
-                    f"it says format {prefix.version} and is of {self.header.version}; copy the bundle again"
-                )
             self.digest = prefix.digest
         except DataError as error:
             raise type(error)(f"{self.path}: {error}") from error
@@ -196,15 +201,18 @@ def dequantise(rows: Rows, kind: RowKind) -> npt.NDArray[np.float32]:
     if isinstance(rows, TernaryRows):
         return np.asarray((unpack(rows.q, 2).astype(np.float32) - 2) * rows.scale, np.float32)
     n, blocks = rows.scale.shape
-    bits = rows.q.shape[1] * 8 // (blocks * BLOCK)
-    q = unpack(rows.q, bits).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << (bits - 1))
+    weights = RowFormat(kind, blocks * BLOCK).weight_bytes
+    q = unpack(rows.q[:, :weights], BITS[kind]).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << BITS[kind] - 1)
     scale, centre = steps(rows, kind)
     return np.asarray((q * scale[:, :, None] + centre[:, :, None]).reshape(n, -1), np.float32)
 
 
 def steps(rows: QuantRows, kind: RowKind) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Scales and centres [n, B] float32 of quantised rows."""
-    top = rows.step.astype(np.float32) * unit_steps(kind)
+    blocks, bits = rows.scale.shape[1], CENTRE_BITS[kind]
+    top = rows.step.astype(np.float32) * unit_steps(kind)  # [n, 2]
     scale: npt.NDArray[np.float32] = rows.scale * top[:, :1]
-    centre: npt.NDArray[np.float32] = rows.centre * top[:, 1:]
+    packed = rows.q[:, RowFormat(kind, blocks * BLOCK).weight_bytes :]
+    digits = unpack(packed, bits).reshape(len(rows), 2, -1)[:, :, :blocks].astype(np.float32) - (1 << bits - 1)
+    centre: npt.NDArray[np.float32] = ((1 << bits) * digits[:, 0] + digits[:, 1]) * top[:, 1:]
     return scale, centre

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32
-"""Weights that share a scale and a centre; also the neurons of one bundle group."""
-
+"""Weights that share a scale and a centre."""
 
 RowKind = Literal["int4", "int8", "f16", "ternary", "int3", "int2"]
 ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
@@ -21,20 +20,26 @@ NARROW: tuple[RowKind, ...] = ("int3", "int2")
 
 BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2, "int3": 3, "int2": 2}
 
-CODE_TYPES: dict[RowKind, tuple[type[np.unsignedinteger[Any]], type[np.signedinteger[Any]]]] = {
-    "int4": (np.uint8, np.int8),
-    "int8": (np.uint16, np.int16),
-    "int3": (np.uint8, np.int8),
-    "int2": (np.uint8, np.int8),
-}
-"""The types of scale codes and centre codes; the largest of each type stands for the largest of a run."""
+CODE_TYPES: dict[RowKind, type[np.unsignedinteger[Any]]] = {
+    "int4": np.uint8, "int8": np.uint16, "int3": np.uint8, "int2": np.uint8,
+}  # fmt: skip
+"""The types of scale codes; the largest of each type stands for the largest scale of a row."""
+
+CENTRE_BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "int3": 4, "int2": 4}
+"""Bits of each of the two digits that a centre has."""
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
 
 
+def largest_centre(kind: RowKind) -> int:
+    """The largest code of a centre: one whose digits, in -8 .. 7 or -128 .. 127, are both the largest."""
+    radix = 1 << CENTRE_BITS[kind]
+    return (radix // 2 - 1) * (radix + 1)
+
+
 @cache
 def unit_steps(kind: RowKind) -> Floats:
     """[2] float32: what one code of scale and of centre is worth, in parts of the largest."""
-    return np.array([1 / np.iinfo(code).max for code in CODE_TYPES[kind]], np.float32)
+    return np.array([1 / np.iinfo(CODE_TYPES[kind]).max, 1 / largest_centre(kind)], np.float32)

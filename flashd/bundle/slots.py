@@ -13,7 +13,7 @@ from flashd.bundle.row_kinds import Bytes, Codes, Floats
 
 @dataclass(frozen=True)
 class Slots:
-    """Arrays that share their leading axis: one entry an item (a row, or a group of bundles)."""
+    """Arrays that share their leading axis: one entry an item (a row, or a neuron)."""
 
     def arrays(self) -> list[npt.NDArray[np.generic]]:
         return [getattr(self, f.name) for f in fields(self)]
@@ -29,6 +29,10 @@ class Slots:
         for to, values in zip(self.arrays(), source.arrays(), strict=True):
             np.copyto(to, values)
 
+    def joined(self) -> Self:
+        """The two leading axes as one."""
+        return type(self)(*(a.reshape(-1, a.shape[-1]) for a in self.arrays()))
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays())
@@ -36,11 +40,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class QuantRows(Slots):
-    """n quantised rows of K weights, B = K / 32 blocks each."""
+    """n quantised rows of K weights, B = K / 32 blocks each, and of C digits of the blocks' centres.
 
-    q: Bytes  # [n, K * bits / 8] uint8, low bits first
+    The input of a product with them is followed by the sums of its blocks, twice: see engine.forward.products.
+    """
+
+    q: Bytes  # [n, (K + C) * bits / 8] uint8, low bits first
     scale: Codes  # [n, B]
-    centre: Codes  # [n, B]
     step: npt.NDArray[np.float16]  # [n, 2]: the largest scale and the largest centre of the row
 
 
@@ -59,54 +65,40 @@ class TernaryRows(Slots):
     scale: Floats  # [n, 1]
 
 
-@dataclass(frozen=True)
-class QuantGroups(Slots):
-    """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
-
-    q: Bytes  # [n, 32, M, H * bits / 8]
-    scale: Codes  # [n, 32, M, H / 32]
-    centre: Codes  # [n, 32, M, H / 32]
-    step: npt.NDArray[np.float16]  # [n, 32, M, 2]
-    down: Bytes  # [n, 32, H * bits / 8]: neuron i's column of down_proj
-    down_scale: Codes  # [n, H]: blocks of down_proj run along the neurons, one a group and output
-    down_centre: Codes  # [n, H]
-    down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
-
-
-@dataclass(frozen=True)
-class PlainGroups(Slots):
-    """n groups of 32 bundles of float16 weights."""
-
-    w: npt.NDArray[np.float16]  # [n, 32, M, H]
-    down: npt.NDArray[np.float16]  # [n, 32, H]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
-
-
-@dataclass(frozen=True)
-class TernaryGroups(Slots):
-    """n groups of 32 bundles of ternary weights; each row and each column of down_proj has its own scale."""
-
-    q: Bytes  # [n, 32, M, H / 4]
-    scale: Floats  # [n, 32, M, 1]
-    down: Bytes  # [n, 32, H / 4]
-    down_scale: Floats  # [n, 32, 1]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
-
-
 Rows = QuantRows | PlainRows | TernaryRows
-Groups = QuantGroups | PlainGroups | TernaryGroups
+
+
+@dataclass(frozen=True)
+class Groups:
+    """n groups of N neurons each. M input matrices (gate and up: 2), hidden size H."""
+
+    inputs: Rows  # the arrays of rows of H weights, [n, M N, ...]: all of the first matrix, then of the next
+    down: Rows  # of rows of N weights, [n, H, ...]
+    bias: Floats  # [n, M N], or [n, 0] if the inputs have none
+
+    def __len__(self) -> int:
+        return len(self.bias)
+
+    def __getitem__(self, part: slice) -> Groups:
+        return Groups(self.inputs[part], self.down[part], self.bias[part])
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        return [*self.inputs.arrays(), *self.down.arrays(), self.bias]
+
+    def of(self, arrays: list[Any]) -> Groups:
+        """Groups of the same kinds of rows, of arrays in the order of `arrays`."""
+        rows = len(self.inputs.arrays())
+        return Groups(type(self.inputs)(*arrays[:rows]), type(self.down)(*arrays[rows:-1]), arrays[-1])
 
 
 @dataclass(frozen=True)
 class QuantNeurons(Slots):
     """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
 
-    q: Bytes  # [n, M + 1, H * bits / 8]
+    q: Bytes  # [n, M + 1, (H + C) * bits / 8]
     scale: Codes  # [n, M + 1, H / 32]
-    centre: Codes  # [n, M + 1, H / 32]
     step: npt.NDArray[np.float16]  # [n, M + 1, 2]
-    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+    bias: Floats  # [n, M], or [n, 0] if the inputs have none
 
 
 @dataclass(frozen=True)
@@ -114,27 +106,7 @@ class PlainNeurons(Slots):
     """n bundles of one neuron each, of float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, M + 1, H]
-    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+    bias: Floats  # [n, M], or [n, 0] if the inputs have none
 
 
-@dataclass(frozen=True)
-class PairedNeurons(Slots):
-    """n neurons without their gate rows: the row of up_proj, and the column of down_proj without its steps."""
-
-    q: Bytes  # [n, H * bits / 8]
-    scale: Codes  # [n, H / 32]
-    centre: Codes  # [n, H / 32]
-    step: npt.NDArray[np.float16]  # [n, 2]
-    down: Bytes  # [n, H * bits / 8]
-
-
-@dataclass(frozen=True)
-class ColumnSteps(Slots):
-    """The steps of down_proj's columns: of n groups, which share them, or gathered for n neurons."""
-
-    scale: Codes  # [n, H]
-    centre: Codes  # [n, H]
-    step: npt.NDArray[np.float16]  # [n, 2, H / 32]
-
-
-NeuronSlots = QuantNeurons | PlainNeurons | PairedNeurons
+NeuronSlots = QuantNeurons | PlainNeurons

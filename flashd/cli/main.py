@@ -130,7 +130,7 @@ def run_info(args: argparse.Namespace) -> None:
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
         "rows": f.ffn, "attention": f.attention, "head": f.head, "embedding": f.embedding,
-        "bundle_bytes": (header.neuron if header.selection else header.group).bundle_bytes,
+        "neuron_bytes": header.unit_bytes // (1 if header.selection else m.group_neurons),
         "group_bytes": header.unit_bytes,
         "ffn_bytes": ffn, "file_bytes": args.bundle.stat().st_size,
         **_selection_facts(header.selection), **_narrowed_facts(header.narrowed),
@@ -223,7 +223,9 @@ def run_plan(args: argparse.Namespace) -> None:
     share = 100 * plan.pinned_share
     print(f"{'neurons pinned':34}{share:9.1f} %")
     if plan.lent_groups:
-        print(f"{'while a text is short, up to':34}{share + 100 * plan.lent_groups / plan.groups:9.1f} %")
+        print(
+            f"{'while a text is short, up to':34}{share + 100 * plan.lent_groups / (plan.groups * len(plan.pinned)):9.1f} %"
+        )
     print(f"{'card bytes a pass':34}{plan.card_bytes / MIB:9.1f} MiB")
 
 

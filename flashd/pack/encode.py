@@ -17,7 +17,6 @@ from flashd.pack.sources.source import Grid
 from flashd.pack.weights import Ffn, Matrix, Numbers
 
 ROWS_AT_ONCE = 1024
-GROUPS_AT_ONCE = 16
 
 
 def nobody(weights: int) -> None:
@@ -55,14 +54,19 @@ class Encoder:
             self._count(form.hidden * len(neurons))
             yield encode_neurons(records, down[:, neurons], bias[neurons], form).tobytes()
 
+    def neuron_rows(self, matrix: Matrix, form: RowFormat, order: Numbers) -> Iterator[bytes]:
+        """The rows of an input matrix, in the order of the card."""
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            yield self._filled(matrix, form, order[at : at + ROWS_AT_ONCE]).tobytes()
+
     def groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
-        """Neurons in their order, 32 a group. Where they are a group of the source, its grid moves over."""
+        """Neurons in their order. If every 32 of them are a group of the source, its grid moves over."""
         every = self._model.expert_neurons
         (down, bias), grid = ffn.filled(every), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, every - ffn.neurons)) if weigh else None
         factor = weigh.inputs if weigh else None
-        for at in range(0, len(order), GROUPS_AT_ONCE * BLOCK):
-            neurons = order[at : at + GROUPS_AT_ONCE * BLOCK]
+        for at in range(0, len(order), form.neurons):
+            neurons = order[at : at + form.neurons]
             records = [self._filled(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
             self._count(form.hidden * len(neurons))
             some = None if columns is None else columns[neurons]

@@ -98,4 +98,4 @@ def _ternary(weights: Weights, i: int) -> bool:
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]
         if not all(is_ternary(matrix.rows(part)) for part in parts):
             return False
-    return is_ternary(ffn.down.rows().T)
+    return is_ternary(ffn.down.rows())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -10,18 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.formats import RowFormat
-from flashd.bundle.header import Chooser, Header, Text, group_format, layer_parts, neuron_format
+from flashd.bundle.header import Header, Text, group_format, layer_parts, neuron_format, pair_format
 from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
-from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
+from flashd.bundle.row_kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError, UsageError
 from flashd.pack.encode import Encoder
-from flashd.pack.graphs import graphs
 from flashd.pack.lossy import gate_search, narrow_search, predictor_search
 from flashd.pack.lossy.calibration import sample_tokens
 from flashd.pack.lossy.card_order import filled
 from flashd.pack.lossy.gate_search import Gated
-from flashd.pack.lossy.gates import Gating, parted
+from flashd.pack.lossy.gates import Gating
 from flashd.pack.lossy.narrow_groups import Narrowing, Starts, Weigh
 from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
@@ -109,7 +109,7 @@ def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowe
         choice = _choose(original, vocabulary.tokenizer_json, allowed)
         selection = choice.selection if isinstance(choice, Selected | Gated) else None
         writer = _Writer(original, bundle, on_progress)
-        writer.tables(vocabulary, selection.kind if selection else None)
+        writer.tables(vocabulary)
         match choice:
             case Selected():
                 writer.selected(choice)
@@ -147,13 +147,11 @@ class _Writer:
         self._done = 0
         self._total = sum(prod(original.source.tensor(n).shape) for n in original.source.names)
 
-    def tables(self, vocabulary: Vocabulary, chooser: Chooser | None) -> None:
+    def tables(self, vocabulary: Vocabulary) -> None:
         """What comes before the layers."""
         add, weights, formats = self._bundle.add, self._weights, self._formats
         add("tokenizer", [vocabulary.tokenizer_json])
         add("token_bytes", [vocabulary.token_bytes.to_bytes()])
-        for name, graph in graphs.build(self._model, formats, chooser).items():
-            add(name, [graph])
         add("rope", [self._original.rope.tobytes()])
         add("vectors", self._encode.vectors(weights.model_vectors()))
         if not weights.tied:
@@ -198,19 +196,15 @@ class _Writer:
 
     def gated(self, choice: Gated) -> None:
         """The layers with their gate rows apart, and a bundle a neuron in an order of its own."""
-        form, every, add = self._group, np.arange(self._model.neurons), self._bundle.add
+        form, add = pair_format(self._model, self._formats), self._bundle.add
         for i, layer in enumerate(choice.layers):
             self._attention(i)
             (ffn,) = self._weights.ffns(i)
-            raw = np.frombuffer(b"".join(self._encode.groups(ffn, form, every)), np.uint8).reshape(-1, form.nbytes)
-            gates, units, steps = parted(raw, form)
-            order = filled(layer.order, len(every))
-            add(f"layer.{i}.ffn", [units[order].tobytes()], run=units.shape[1])
-            add(f"layer.{i}.gate", [gates[order].tobytes()])
+            order = filled(layer.order, self._model.neurons)
+            gate, up = ffn.inputs
+            add(f"layer.{i}.ffn", self._encode.neurons(replace(ffn, inputs=[up]), form, order), run=form.nbytes)
+            add(f"layer.{i}.gate", self._encode.neuron_rows(gate, form.row, order))
             add(f"layer.{i}.floors", [self._ordered(layer.floors, layer.order)])
-            if steps.size:
-                add(f"layer.{i}.steps", [steps.tobytes()])
-                add(f"layer.{i}.groups", [(order // BLOCK).astype("<i4").tobytes()])
         add("rates", [self._ordered(layer.often, layer.order) for layer in choice.layers])
 
     def _ordered(self, values: Floats, order: Numbers) -> bytes:
@@ -235,7 +229,7 @@ class _Writer:
         order, every = self._encode.order(ffn, sizes), self._model.groups
         ends = [starts.int3, starts.int2, every] if starts else [every]
         for part in layer_parts(i, self._group, ends):
-            neurons = order[part.first * BLOCK : (part.first + part.count) * BLOCK]
+            neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
             self._bundle.add(part.section, chunks, run=part.form.nbytes)
 

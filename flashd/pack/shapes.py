@@ -40,8 +40,8 @@ def check_shapes(weights: Weights, model: Architecture) -> None:
 def _check_ffn(ffn: Ffn, m: Architecture) -> None:
     neurons, name = ffn.down.shape[-1], ffn.down.name
     _check(name, ffn.down.shape, (m.hidden, neurons))
-    if -(-neurons // BLOCK) != m.expert_groups:
-        raise DataError(f"tensor {name!r} has {neurons} neurons, the model needs {m.expert_groups * BLOCK}")
+    if -(-neurons // BLOCK) * BLOCK != m.expert_neurons:
+        raise DataError(f"tensor {name!r} has {neurons} neurons, the model needs {m.expert_neurons}")
     for part in ffn.inputs:
         _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
 

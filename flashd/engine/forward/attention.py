@@ -1,4 +1,4 @@
-"""Attention over the KV cache: rotary tables, where the tokens of a pass stand, and the graph itself."""
+"""Attention over the KV cache: rotary tables, where the tokens of a pass stand, and the sessions of all layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import onnxruntime as ort
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.engine.forward.products import Vectors
-from flashd.engine.forward.stages import input_names
+from flashd.engine.forward.constants import Constants, at_least_two
+from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import KvCache
-from flashd.system.onnx_session import open_session
 
 
 class Rotary:
@@ -49,67 +48,86 @@ NEVER = np.float32(-1e30)
 
 @dataclass(frozen=True)
 class Places:
-    """Where the T tokens of a pass stand, and which of them each may look at."""
+    """Where the T tokens of a pass stand, and which of them each may look at.
+
+    Products take R rows, two or more, and attention one row more, see constants.at_least_two and graphs.constant;
+    nothing looks at those that are behind the tokens.
+    """
 
     past: int
-    positions: npt.NDArray[np.int64]  # [1, T]
-    bias: Floats  # [1, 1, T, past + T], added to attention's scores
+    tokens: int  # T
+    positions: npt.NDArray[np.int64]  # [1, R + 1]
+    bias: Floats  # [1, 1, R + 1, past + R + 1], added to attention's scores
 
     def parts(self, most: int) -> list[tuple[slice, Places]]:
         """Up to `most` of the tokens at a time: which, and where they stand behind those before them."""
-        tokens = self.positions.shape[1]
-        parts = [slice(at, min(at + most, tokens)) for at in range(0, tokens, most)]
+        parts = [slice(at, min(at + most, self.tokens)) for at in range(0, self.tokens, most)]
         return [(part, self._part(part)) for part in parts]
 
     def _part(self, part: slice) -> Places:
-        bias = np.ascontiguousarray(self.bias[:, :, part, : self.past + part.stop])
-        return Places(self.past + part.start, self.positions[:, part], bias)
+        bias = self.bias[0, 0, part, : self.past + part.stop]
+        return Places.of(self.past + part.start, self.positions[0, part], bias)
+
+    @classmethod
+    def of(cls, past: int, positions: npt.NDArray[np.int64], bias: Floats) -> Places:
+        """positions [T] and bias [T, past + T], filled up with the rows that nothing looks at."""
+        tokens = len(positions)
+        more = max(2 - tokens, 0) + 1
+        positions = np.append(positions, np.repeat(positions[-1:], more))[None]
+        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None])
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:
         """One token behind the other."""
-        return cls(past, np.arange(past, past + tokens)[None], np.zeros((1, 1, tokens, past + tokens), np.float32))
+        return cls.of(past, np.arange(past, past + tokens), np.zeros((tokens, past + tokens), np.float32))
 
     @classmethod
     def in_branches(cls, past: int, branches: Branches, known: int = 0) -> Places:
         """They begin behind `past` slots of the cache, which has the first `known` of them already."""
         sees = branches.sees(past)[known:]
-        bias = np.where(sees, np.float32(0), NEVER)
-        return cls(past + known, sees.sum(1)[None] - 1, bias[None, None])
+        return cls.of(past + known, sees.sum(1) - 1, np.where(sees, np.float32(0), NEVER))
 
 
 class Attention:
-    """Attention over a layer's KV cache, with what stands around it: biases, norms, rotary embedding."""
+    """The attention of all layers, with what stands around it: norms, biases, rotary embedding.
 
-    def __init__(self, bundle: Bundle, cache: KvCache) -> None:
-        model = bundle.header.model
-        sessions = [open_session(bundle.read(f"graph.attention.{i}")) for i in range(len(model.attention))]
-        self._sessions = [(sessions[kind], input_names(sessions[kind])) for kind in model.layer_kinds]
-        self._cache = cache
-        self._rotary = Rotary(bundle, cache.context)
+    Args:
+        context: tokens that a text may have.
+    """
 
-    def __call__(self, layer: int, qkv: Floats, vectors: Vectors, places: Places) -> Floats:
-        """qkv [T, q + k + v widths] of T new tokens -> [T, query width]; their keys and values are kept."""
+    def __init__(self, bundle: Bundle, constants: Constants, context: int) -> None:
+        self._bundle, self._constants, self._model = bundle, constants, bundle.header.model
+        self._rotary = Rotary(bundle, context + 1)
+        self._sessions: list[tuple[Any, list[str]]] = []
+
+    def load(self, layer: int) -> None:
+        """Opens the next layer's. Raises DamagedRun, CardError."""
+        at = f"layer.{layer}."
+        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors())
+        qkv, output = self._bundle.rows(f"{at}qkv"), self._bundle.rows(f"{at}output")
+        session = self._constants.attention(layer, qkv, output, vectors)
+        self._sessions.append((session, input_names(session)))
+
+    def __call__(self, layer: int, x: Floats, places: Places, cache: KvCache) -> tuple[Floats, Floats]:
+        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values are kept."""
         session, names = self._sessions[layer]
         binding = session.io_binding()
-        binding.bind_cpu_input("qkv", qkv[None])
+        binding.bind_cpu_input("x", at_least_two(x)[None])
         self._rotary.bind(names, binding)
-        for name in names:
-            if name in vectors:
-                binding.bind_cpu_input(name, vectors[name])
-        bind_positions(binding, places.past, len(qkv))
+        bind_positions(binding, places.past, places.positions.shape[1] - 1)
         binding.bind_cpu_input("positions", places.positions)
         binding.bind_cpu_input("bias", places.bias)
-        for part, value in zip(("key", "value"), self._cache.layer(layer), strict=True):
+        for part, value in zip(("key", "value"), cache.layer(layer), strict=True):
             binding.bind_ortvalue_input(f"past_{part}", value)
             binding.bind_ortvalue_output(f"present_{part}", value)
-        binding.bind_output("y", "cpu")
+        binding.bind_output("x_out", "cpu")
+        binding.bind_output("h_out", "cpu")
         session.run_with_iobinding(binding)
-        (y,) = [v.numpy() for v in binding.get_outputs() if len(v.shape()) == 3]
-        return np.asarray(y[0], np.float32)
+        x, h = (v.numpy()[0, : places.tokens] for v in binding.get_outputs() if len(v.shape()) == 3)
+        return x, h
 
 
 def bind_positions(binding: Any, past: int, new: int) -> None:
-    """Tells GroupQueryAttention where `new` tokens stand behind `past` ones."""
-    binding.bind_cpu_input("last", np.array([past + new - 1], np.int32))
-    binding.bind_cpu_input("total", np.array(past + new, np.int32))
+    """Tells GroupQueryAttention where `new` tokens, and the row behind them, stand behind `past` ones."""
+    binding.bind_cpu_input("last", np.array([past + new], np.int32))
+    binding.bind_cpu_input("total", np.array(past + new + 1, np.int32))

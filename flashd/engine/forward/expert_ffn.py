@@ -16,14 +16,12 @@ import numpy as np
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Groups
-from flashd.engine.forward import products
+from flashd.bundle.row_kinds import Bytes, Floats
+from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
-from flashd.engine.paging.window import Window
 from flashd.engine.planning.plan import Plan
 
 MEMORY = 0.9
@@ -37,8 +35,9 @@ TRUSTED = 0.5
 class _Layer:
     """What stays in RAM of one layer, its router apart."""
 
-    window: Window  # of its experts
+    kept: dict[int, list[Any]]  # of experts that are in RAM, the sessions of their groups, in order
     recent: LeastRecentlyUsed
+    capacity: int  # experts
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
     right: float = 0.5  # the running share of guesses that are; at first it is not known
 
@@ -56,19 +55,18 @@ class _Routed:
 class ExpertFfn:
     """Every token takes part with the experts that its router chooses, each read once for a pass."""
 
-    def __init__(self, bundle: Bundle, plan: Plan) -> None:
-        self._bundle, self._plan = bundle, plan
+    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
+        self._bundle, self._constants, self._plan = bundle, constants, plan
         self._model: Architecture = bundle.header.model
         assert self._model.experts is not None
         self._experts = self._model.experts
         self._size = self._model.expert_groups
         self._form = bundle.header.group
         self._most = units_of_a_read(self._form.nbytes)
-        self._product = products.Ffn(bundle.read("graph.ffn"), self._model)
         self._router = Router(bundle)
         self._layers: list[_Layer] = []
-        self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        self._queue = CardQueue(bundle, plan.passing_groups, plan.buffers)
+        most = min(self._size, self._most)
+        self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._session)
         self._routed: _Routed | None = None
         self._needed = self._found = 0
 
@@ -90,15 +88,16 @@ class ExpertFfn:
         return False
 
     def load(self, layer: int) -> None:
-        capacity = self._plan.pinned_groups // self._size
-        window = Window(self._form, self._experts.count, capacity, self._size)
-        for first, groups in self._bundle.groups(layer, capacity * self._size):
-            for extent in self._extents(layer, first, len(groups)):
-                at = extent.first - first
-                part: Any = groups[at : at + extent.count]
-                window.fill(extent.first // self._size, extent.first % self._size, part)
+        capacity = self._plan.pinned[layer] // self._size
+        kept: dict[int, list[Any]] = {expert: [] for expert in range(capacity)}
+        for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
+            kept[first // self._size].append(self._constants.groups(groups))
         self._router.load(layer)
-        self._layers.append(_Layer(window, LeastRecentlyUsed(self._experts.count)))
+        self._layers.append(_Layer(kept, LeastRecentlyUsed(self._experts.count), capacity))
+
+    def _session(self, _: Extent, raw: Bytes) -> Any:
+        """A session of the groups that were read; called in the thread that read them."""
+        return self._constants.groups(self._form.groups(raw))
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -107,31 +106,21 @@ class ExpertFfn:
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         if not self._experts.early:
             self._choose(layer, h)
-        routed, window = self._routed, self._layers[layer].window
+        routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
         shares = np.zeros((*routed.used.shape, h.shape[1]), np.float32)  # [T, K, H]
         for expert in routed.here:
-            for extent in self._reads(layer, expert):
-                groups = window.groups_of(expert, extent.first % self._size, extent.count)
-                self._add(shares, h, routed, expert, groups)
+            for session in kept[expert]:
+                _add(shares, h, routed, expert, session)
         stay = self._make_room(layer, routed)
-        try:
-            for extent, raw in self._queue.take():
-                expert, groups = extent.first // self._size, self._form.views(raw)
-                if expert in stay:
-                    groups = window.fill(expert, extent.first % self._size, groups)
-                else:
-                    self._passing.insert(extent.first, groups)
-                    groups = self._passing.rows
-                self._add(shares, h, routed, expert, groups)
-                self._passing.clear()
-                on_step(layer, self._model.layers, self.card.bytes_read)
-        except BaseException:
-            # one may have come in part
-            for expert in routed.missing:
-                if expert in window:
-                    window.delete(expert)
-            raise
+        come: dict[int, list[Any]] = {expert: [] for expert in stay & set(routed.missing)}
+        for extent, session in self._queue.take():
+            expert = extent.first // self._size
+            _add(shares, h, routed, expert, session)
+            if expert in come:
+                come[expert].append(session)
+            on_step(layer, self._model.layers, self.card.bytes_read)
+        kept |= come
         return np.asarray(np.einsum("tk,tkh->th", routed.weights, shares), np.float32)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
@@ -143,7 +132,6 @@ class ExpertFfn:
 
     def restart(self) -> None:
         self._queue.restart()
-        self._passing.clear()
         for layer in self._layers:
             layer.guessed = frozenset()
 
@@ -155,8 +143,8 @@ class ExpertFfn:
         layer = self._layers[index]
         used, weights = self._router(index, routed)
         needed = np.unique(used).tolist()
-        here = [e for e in needed if e in layer.window]
-        missing = [e for e in needed if e not in layer.window]
+        here = [e for e in needed if e in layer.kept]
+        missing = [e for e in needed if e not in layer.kept]
         self._routed = _Routed(used, weights, here, missing)
         self._needed, self._found = self._needed + len(needed), self._found + len(here)
         layer.recent.use(used)
@@ -164,13 +152,13 @@ class ExpertFfn:
             share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
             layer.right = MEMORY * layer.right + (1 - MEMORY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
-        if index + 1 < len(self._layers) and self._layers[index + 1].window.used < self._experts.count:
+        if index + 1 < len(self._layers) and len(self._layers[index + 1].kept) < self._experts.count:
             self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:
         layer = self._layers[index]
         uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)
-        likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.window]
+        likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.kept]
         ahead: list[Extent] = []
         guessed = []
         for expert in likely:
@@ -183,18 +171,13 @@ class ExpertFfn:
             self._queue.guess(ahead[: self._plan.buffers])
 
     def _make_room(self, index: int, routed: _Routed) -> set[int]:
-        """Takes out what is worth least; returns those that are in the window when the pass has gone on."""
+        """Takes out what is worth least; returns those that are in RAM when the pass has gone on."""
         layer = self._layers[index]
-        both = np.concatenate([layer.window.units, np.array(routed.missing, np.int64)])
-        stay = set(layer.recent.worth(both, layer.window.capacity).tolist())
-        for expert in set(layer.window.units.tolist()) - stay:
-            layer.window.delete(expert)
+        both = np.array([*layer.kept, *routed.missing], np.int64)
+        stay = set(layer.recent.worth(both, layer.capacity).tolist())
+        for expert in layer.kept.keys() - stay:
+            del layer.kept[expert]
         return stay
-
-    def _add(self, shares: Floats, h: Floats, routed: _Routed, expert: int, groups: Groups) -> None:
-        """Adds the share that some groups of an expert have in the output of those tokens that use it."""
-        tokens, place = np.nonzero(routed.used == expert)
-        shares[tokens, place] += self._product(h[tokens], groups)
 
     def _reads(self, layer: int, expert: int) -> list[Extent]:
         """The reads that fetch an expert."""
@@ -209,3 +192,9 @@ class ExpertFfn:
             out.append(Extent(layer, first, end - first))
             first = end
         return out
+
+
+def _add(shares: Floats, h: Floats, routed: _Routed, expert: int, session: Any) -> None:
+    """Adds the share that some groups of an expert have in the output of those tokens that use it."""
+    tokens, place = np.nonzero(routed.used == expert)
+    shares[tokens, place] = multiplied(session, h=h[tokens], before=shares[tokens, place])

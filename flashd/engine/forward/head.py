@@ -1,4 +1,4 @@
-"""TODO"""
+"""The head: logits of all tokens, those of the likely ones from RAM."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Bytes, Floats
-from flashd.bundle.slots import Rows
-from flashd.engine.forward import products
+from flashd.bundle.row_kinds import Floats
+from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.model.contract import Meanwhile, OnStep
-from flashd.engine.paging.card import READ_BYTES, CardStream
-from flashd.engine.planning.plan import LOGIT_ROWS, Plan
+from flashd.engine.paging.card import CardStream
+from flashd.engine.planning.parts import LOGIT_ROWS, head_part
+from flashd.engine.planning.plan import Plan
 
 
 class Head:
@@ -24,23 +24,23 @@ class Head:
     often.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, stream: CardStream | None) -> None:
-        formats, self._model = bundle.header.formats, bundle.header.model
-        self._form = bundle.header.row_format("head")
-        self._product = products.Linear(bundle.read(f"graph.linear.{formats.head}"), rounded=formats.rounded_head)
-        self._kept = bundle.rows("head", plan.head_rows)
+    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
+        self._model, self._kept = bundle.header.model, plan.head_rows
         self._stream, self._section = stream, len(bundle.header.ffn_parts)
-        streams = len(self._kept) < self._model.vocabulary
-        self._passing = self._form.empty(READ_BYTES // self._form.nbytes if streams else 0)
+        part = head_part(bundle.header)
+        rows = bundle.rows("head", plan.head_rows)
+        self._parts = [
+            (at, constants.rows(rows[at : at + part], bundle.header.formats.head, self._model.hidden))
+            for at in range(0, plan.head_rows, part)
+        ]
 
     def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:
         """h [R, H] -> logits [R, V]. Raises CardError, DamagedRun."""
-        kept = len(self._kept)
         out = np.empty((len(h), self._model.vocabulary), np.float32)
-        out[:, :kept] = self.of_likely(h)
+        self._likely(h, out)
         if self._stream is None:
             return out
-        with meanwhile(out[:, :kept]):
+        with meanwhile(out[:, : self._kept]):
             for first, logits in self._of_others(h, self._stream, on_step):
                 out[:, first : first + logits.shape[1]] = logits
         return out
@@ -50,26 +50,31 @@ class Head:
 
         However many rows there are, no more is held at once than LOGIT_ROWS of the whole vocabulary take.
         """
-        kept, most = len(self._kept), max(1, LOGIT_ROWS * self._model.vocabulary // len(h))
-        for first in range(0, kept, most):
-            yield first, self._product(h, self._kept[first : first + most])
+        most = max(1, LOGIT_ROWS * self._model.vocabulary // max(len(h), 1))
+        for at, session in self._parts:
+            logits = multiplied(session, x=h)  # [R, n]
+            for first in range(0, logits.shape[1], most):
+                yield at + first, logits[:, first : first + most]
         if self._stream is not None:
             yield from self._of_others(h, self._stream, on_step)
 
     def of_likely(self, h: Floats) -> Floats:
         """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""
-        return self._product(h, self._kept)
+        out = np.empty((len(h), self._kept), np.float32)
+        self._likely(h, out)
+        return out
+
+    def _likely(self, h: Floats, out: Floats) -> None:
+        """Writes the logits of the tokens whose rows are in RAM to out [R, at least as many]."""
+        for at, session in self._parts:
+            logits = multiplied(session, x=h)
+            out[:, at : at + logits.shape[1]] = logits
 
     def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
         """The logits of the tokens whose rows stream past, in parts."""
-        first, layers = len(self._kept), self._model.layers
-        for _, raw in stream.section(self._section):
-            yield first, self._product(h, self._copied(raw))
-            first += len(raw)
+        first, layers = self._kept, self._model.layers
+        for _, session in stream.section(self._section):
+            logits = multiplied(session, x=h)
+            yield first, logits
+            first += logits.shape[1]
             on_step(layers, layers, stream.stats.bytes_read)
-
-    def _copied(self, raw: Bytes) -> Rows:
-        """Rows as a product wants them, each part by itself."""
-        rows = self._passing[: len(raw)]
-        rows.take(self._form.views(raw))
-        return rows

@@ -1,23 +1,22 @@
-"""The forward pass of a model that does not fit: weights multiplied in place, in the bundle's own 4.5 bits a weight.
+"""The forward pass of a model that does not fit: what stays in RAM in constant graphs, the rest from the card.
 
-What every token needs (attention, head) stays in RAM. The FFNs, which engine.ffn pages, see a whole chunk of tokens
-at once.
+What every token needs (attention, the head's likely rows) stays in RAM. The FFNs, which page, see a whole chunk of
+tokens at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 
-from flashd.bundle.architecture import STAGES, Architecture
+from flashd.bundle.architecture import Architecture
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Rows
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
+from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.expert_ffn import ExpertFfn
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.head import Head
@@ -28,23 +27,17 @@ from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import NODES
-from flashd.engine.planning.plan import Plan, pass_tokens
+from flashd.engine.planning.parts import pass_tokens
+from flashd.engine.planning.plan import Plan
+from flashd.graphs.in_place import changes_logits, graph
+from flashd.system.freed_memory import give_back_freed_memory
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What stays in RAM of one layer, its FFN apart."""
-
-    vectors: products.Vectors
-    qkv: Rows  # [q + k + v widths, H]
-    output: Rows  # [H, query width]
-
-
-def _feed_forward(bundle: Bundle, plan: Plan) -> FeedForward:
+def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForward:
     header = bundle.header
     if header.selection:
         return SelectedFfn(bundle, plan)
-    return ExpertFfn(bundle, plan) if header.model.experts else StreamedFfn(bundle, plan)
+    return (ExpertFfn if header.model.experts else StreamedFfn)(bundle, constants, plan)
 
 
 def _joined(parts: list[Floats]) -> Floats:
@@ -63,22 +56,25 @@ class PagedModel:
     ) -> None:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
-        formats = bundle.header.formats
         products.use_threads(plan.threads)
-        self._attention_linear = products.Linear(bundle.read(f"graph.linear.{formats.attention}"))
+        constants = Constants(bundle.header, plan.arithmetic)
         self._embed = stages.Embedder(bundle)
-        self._enter, self._middle, self._leave, self._finish = (stages.Stage(bundle.read(name)) for name in STAGES)
-        self._logits = stages.Stage(bundle.read("graph.logits")) if bundle.has("graph.logits") else None
+        self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))
+        self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
-        self._ffn = feed_forward or _feed_forward(bundle, plan)
+        self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
+        self._layers: list[products.Vectors] = []
         try:
             self.cache = KvCache(self._model, plan.context, self._ffn.lend)
-            self._attend = attention.Attention(bundle, self.cache)
-            self._head = Head(bundle, plan, self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None)
-            self._layers = [self._load_layer(i, on_step) for i in range(self._model.layers)]
+            self._attend = attention.Attention(bundle, constants, plan.context)
+            for i in range(self._model.layers):
+                self._load_layer(i, on_step)
+            stream = self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None
+            self._head = Head(bundle, constants, plan, stream)
         except BaseException:
             self.close()
             raise
+        give_back_freed_memory()
         self.pass_tokens = pass_tokens(bundle.header)
         # where attention slides, a branch's slot in the cache would be taken for its place in the text
         self.branches = not any(kind.window for kind in self._model.attention)
@@ -140,7 +136,7 @@ class PagedModel:
         """
         known = len(branches.parents) - len(tokens)
         places = Places.in_branches(self.cache.length - known, branches, known)
-        self.cache.reserve(self.cache.length + len(tokens))
+        self.cache.reserve(self.cache.length + len(tokens) + 1)
         x = self._pass(tokens, places, silent, exact=False)
         self.cache.advance(len(tokens))
         # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
@@ -151,7 +147,7 @@ class PagedModel:
     def _passed(self, tokens: Tokens, branches: Branches | None, on_step: OnStep) -> Iterator[Floats]:
         """A pass, up to what it is for: [T, H] behind the last layer. If that breaks off, all is as it was before."""
         past = self.cache.length
-        self.cache.reserve(past + len(tokens))
+        self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)
@@ -166,24 +162,15 @@ class PagedModel:
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
         x, parts = self._embed(tokens, places.positions[0]), places.parts(sizes.TOKENS_AT_ONCE)
-        for i, layer in enumerate(self._layers):
+        for i, vectors in enumerate(self._layers):
             if exact:
                 self._ffn.enter(i, x)
-            x, h = self._attended(i, x, parts)
+            done = [self._attend(i, x[part], some, self.cache) for part, some in parts]
+            x, h = _joined([x for x, _ in done]), _joined([h for _, h in done])
             y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
-            x = _joined([self._leave(layer.vectors, x=x[part], branch=y[part])[0] for part, _ in parts])
+            x = _joined([self._leave(vectors, x=x[part], branch=y[part])[0] for part, _ in parts])
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
-
-    def _attended(self, i: int, x: Floats, parts: Sequence[tuple[slice, Places]]) -> tuple[Floats, Floats]:
-        """x and h [T, H] behind a layer's attention, which some tokens go through at a time."""
-        layer, done = self._layers[i], []
-        for part, places in parts:
-            (h,) = self._enter(layer.vectors, x=x[part])
-            heads = self._attend(i, self._attention_linear(h, layer.qkv), layer.vectors, places)
-            branch = self._attention_linear(heads, layer.output)
-            done.append(self._middle(layer.vectors, x=x[part], h=h, branch=branch))
-        return _joined([x for x, _ in done]), _joined([h for _, h in done])
 
     def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
         """Logits [R, V] of x [R, H] behind the last layer."""
@@ -191,13 +178,8 @@ class PagedModel:
         logits = self._head(h, on_step, meanwhile)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
-    def _load_layer(self, i: int, on_step: OnStep) -> _Layer:
-        m, at = self._model, f"layer.{i}."
-        layer = _Layer(
-            vectors=stages.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors()),
-            qkv=self._bundle.rows(f"{at}qkv"),
-            output=self._bundle.rows(f"{at}output"),
-        )
+    def _load_layer(self, i: int, on_step: OnStep) -> None:
+        self._layers.append(stages.named(self._bundle.floats(f"layer.{i}.vectors"), self._model.layer_vectors()))
+        self._attend.load(i)
         self._ffn.load(i)
-        on_step(i + 1, m.layers, 0)
-        return layer
+        on_step(i + 1, self._model.layers, 0)

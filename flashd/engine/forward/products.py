@@ -1,4 +1,4 @@
-"""Products with rows in place: the bundle's graphs, called on the bytes that the card gave."""
+"""Products with rows in place, for rows that are chosen anew each time: graphs called on the card's own bytes."""
 
 from __future__ import annotations
 
@@ -8,29 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.architecture import Architecture
-from flashd.bundle.row_kinds import BLOCK, Floats
-from flashd.bundle.slots import (
-    ColumnSteps,
-    Groups,
-    NeuronSlots,
-    PairedNeurons,
-    PlainGroups,
-    PlainNeurons,
-    PlainRows,
-    QuantGroups,
-    QuantNeurons,
-    QuantRows,
-    Rows,
-    TernaryGroups,
-    TernaryRows,
-)
-from flashd.engine.model.sizes import TEMPORARY_BYTES, TOKENS_AT_ONCE
+from flashd.bundle.formats import RowFormat
+from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Codes, Floats, RowKind, unit_steps
+from flashd.bundle.slots import NeuronSlots, PlainNeurons, PlainRows, Rows, TernaryRows
+from flashd.engine.model.sizes import TEMPORARY_BYTES
 from flashd.system.freed_memory import use_small_pages
 from flashd.system.onnx_session import open_session, start_pool
 
 Vectors = dict[str, Floats]
-"""The small vectors of a layer, or of the whole model, by the names of bundle.layout.Model."""
+"""The small vectors of a layer, or of the whole model, by the names of Architecture."""
 
 
 @cache
@@ -43,87 +29,25 @@ def use_threads(threads: int) -> None:
 class Linear:
     """y = x W^T on rows in place."""
 
-    def __init__(self, graph: bytes, rounded: bool = False) -> None:
-        """`rounded`: round x as the constant head does, so that both give the same logits."""
-        self._session = open_session(graph)
-        self._rounded = rounded
+    def __init__(self, graph: bytes, kind: RowKind) -> None:
+        self._session, self._kind = open_session(graph), kind
 
     def __call__(self, x: Floats, rows: Rows) -> Floats:
         """x [T, K] float32, n rows of K -> [T, n] float32, widening a part of the rows at a time."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1]))
-        feed = {"x": x}
-        if isinstance(rows, QuantRows):
-            feed = {"x": round_blocks(x) if self._rounded else x, "sums": block_sums(x)}
+        wide = x if isinstance(rows, PlainRows) else with_means(x, RowFormat(self._kind, x.shape[1]))
         out = np.empty((len(x), len(rows)), np.float32)
         for start in range(0, len(rows), part):
-            out[:, start : start + part] = self._part(feed, rows[start : start + part])
+            out[:, start : start + part] = self._part(wide, rows[start : start + part])
         return out
 
-    def _part(self, feed: dict[str, Floats], rows: Any) -> Floats:
+    def _part(self, x: Floats, rows: Rows) -> Floats:
+        assert not isinstance(rows, TernaryRows)
         if isinstance(rows, PlainRows):
-            (y,) = self._session.run(None, {**feed, "w": rows.w})
-        elif isinstance(rows, TernaryRows):
-            n, ones = len(rows), _ones(len(rows), rows.q.shape[1] * 4 // BLOCK)
-            (y,) = self._session.run(
-                None, {**feed, "q": rows.q, "scale": rows.scale, "ones": ones, "index": _index(n)}
-            )
+            (y,) = self._session.run(None, {"x": x, "w": rows.w})
         else:
-            (y,) = self._session.run(None, {**feed, **_row_feed(rows, len(rows))})
-        return np.asarray(y, np.float32)
-
-
-class Ffn:
-    """The share of some groups of bundles in an FFN's output."""
-
-    def __init__(self, graph: bytes, model: Architecture) -> None:
-        self._session = open_session(graph)
-        self._inputs, self._width = model.inputs, model.share_width
-
-    def __call__(self, x: Floats, groups: Groups) -> Floats:
-        """x [T, H] float32, n groups in place -> [T, H] float32; what shares in a norm comes behind the H."""
-        hidden = x.shape[1]
-        # the input rows of 32 neurons, widened
-        part = max(1, TEMPORARY_BYTES // (4 * hidden * self._inputs * BLOCK))
-        out = np.zeros((len(x), self._width), np.float32)
-        for at in range(0, len(x), TOKENS_AT_ONCE):
-            some, y = x[at : at + TOKENS_AT_ONCE], out[at : at + TOKENS_AT_ONCE]
-            plain = isinstance(groups, PlainGroups | TernaryGroups)
-            feed = {"x": some} if plain else {"x": some, "sums": block_sums(some)}
-            for start in range(0, len(groups), part):
-                y += self._part(feed, groups[start : start + part], hidden)
-        return out
-
-    def _part(self, feed: dict[str, Floats], g: Any, hidden: int) -> Floats:
-        n = len(g)
-        if g.bias.size:
-            feed = {**feed, "bias": g.bias.reshape(-1)}
-        if isinstance(g, PlainGroups):
-            (y,) = self._session.run(None, {**feed, "w": g.w.reshape(-1, hidden), "down": g.down.reshape(-1, hidden)})
-        elif isinstance(g, TernaryGroups):
-            rows, neurons, blocks = n * BLOCK * g.q.shape[2], n * BLOCK, hidden // BLOCK
-            (y,) = self._session.run(
-                None,
-                {
-                    **feed,
-                    "q": g.q.reshape(rows, -1), "scale": g.scale.reshape(rows, 1),
-                    "ones": _ones(rows, blocks), "index": _index(rows),
-                    "down": g.down.reshape(neurons, -1), "down_scale": g.down_scale.reshape(neurons, 1),
-                    "down_ones": _ones(neurons, blocks), "down_index": _index(neurons),
-                },
-            )  # fmt: skip
-        else:
-            rows, neurons, blocks = n * BLOCK * g.q.shape[2], n * BLOCK, hidden // BLOCK
-            (y,) = self._session.run(
-                None,
-                {
-                    **feed, **_row_feed(g, rows),
-                    "down": g.down.reshape(neurons, -1), "ones": _ones(neurons, blocks),
-                    "down_index": _index(neurons),
-                    "down_scale": g.down_scale.reshape(n, blocks, BLOCK),
-                    "down_centre": g.down_centre.reshape(n, blocks, BLOCK),
-                    "down_step": g.down_step,
-                },
-            )  # fmt: skip
+            scale = scales(rows.scale, rows.step, RowFormat(self._kind, rows.scale.shape[1] * BLOCK))
+            (y,) = self._session.run(None, {"x": x, "q": rows.q, "scale": scale, "index": _index(len(rows))})
         return np.asarray(y, np.float32)
 
 
@@ -133,88 +57,62 @@ class Neurons:
     `inputs`: rows of a neuron beside its column.
     """
 
-    def __init__(self, graph: bytes, inputs: int) -> None:
+    def __init__(self, graph: bytes, inputs: int, kind: RowKind) -> None:
         self._session = open_session(graph)
-        self._rows = inputs + 1
+        self._rows, self._kind = inputs + 1, kind
 
-    def __call__(
-        self, x: Floats, neurons: NeuronSlots, counts: npt.NDArray[Any], steps: ColumnSteps | None = None
-    ) -> Floats:
-        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32.
-
-        `steps`: of the columns of n PairedNeurons.
-        """
+    def __call__(self, x: Floats, neurons: NeuronSlots, counts: npt.NDArray[Any]) -> Floats:
+        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
+        wide = x if isinstance(neurons, PlainNeurons) else with_means(x, RowFormat(self._kind, x.shape[1]))
         out = np.zeros(x.shape, np.float32)
         for start in range(0, len(neurons), part):
             some = slice(start, start + part)
-            out += self._part(x, neurons[some], counts[:, some], steps[some] if steps else None)
+            out += self._part(wide, neurons[some], counts[:, some])
         return out
 
-    def _part(self, x: Floats, n: Any, counts: npt.NDArray[Any], steps: Any) -> Floats:
+    def _part(self, x: Floats, n: NeuronSlots, counts: npt.NDArray[Any]) -> Floats:
         rows = len(n) * self._rows
         feed: dict[str, Any] = {"x": x, "chosen": counts.astype(np.float32)}
-        if isinstance(n, PairedNeurons):
-            (y,) = self._session.run(None, feed | _pair_feed(x, n, steps))
-            return np.asarray(y, np.float32)
         if n.bias.size:
             feed["bias"] = n.bias.reshape(-1)
         if isinstance(n, PlainNeurons):
             feed["w"] = n.w.reshape(rows, -1)
         else:
-            feed |= _row_feed(n, rows)
+            form = RowFormat(self._kind, n.scale.shape[-1] * BLOCK)
+            feed["q"], feed["index"] = n.q.reshape(rows, -1), _index(rows)
+            feed["scale"] = scales(n.scale.reshape(rows, -1), n.step.reshape(rows, 2), form)
         (y,) = self._session.run(None, feed)
         return np.asarray(y, np.float32)
 
 
-def _pair_feed(x: Floats, n: PairedNeurons, steps: ColumnSteps) -> dict[str, npt.NDArray[Any]]:
-    """Neurons, and the steps of their columns, as the graph names them."""
-    blocks = x.shape[1] // BLOCK
-    return {
-        "sums": block_sums(x), **_row_feed(n, len(n)), "down": n.down, "ones": _ones(len(n), blocks),
-        "down_scale": steps.scale.reshape(-1, blocks, BLOCK), "down_centre": steps.centre.reshape(-1, blocks, BLOCK),
-        "down_step": steps.step,
-    }  # fmt: skip
+def scales(codes: Codes, step: npt.NDArray[np.float16], form: RowFormat, centred: bool = True) -> Floats:
+    """The scales [n, B + 2 P] float32 of rows, and behind them those of the digits, which meet the means of blocks.
+
+    codes [n, B], step [n, 2]; if not `centred`, [n, B] without the digits.
+    """
+    top = step.astype(np.float32) * unit_steps(form.kind)  # [n, 2]
+    half = form.digits // BLOCK // 2 if centred else 0
+    scale = np.empty((len(codes), form.blocks + 2 * half), np.float32)
+    np.multiply(codes, top[:, :1], out=scale[:, : form.blocks])
+    low = BLOCK * top[:, 1:]  # [n, 1]
+    scale[:, form.blocks : form.blocks + half] = low * (1 << CENTRE_BITS[form.kind])
+    scale[:, form.blocks + half :] = low
+    return scale
 
 
-def _row_feed(
-    parts: QuantRows | QuantGroups | QuantNeurons | PairedNeurons, rows: int
-) -> dict[str, npt.NDArray[Any]]:
-    """The quantised rows of `parts`, all axes but the last joined, as graphs name them."""
-    arrays = {"q": parts.q, "scale": parts.scale, "centre": parts.centre, "step": parts.step}
-    return {name: array.reshape(rows, -1) for name, array in arrays.items()} | {"index": _index(rows)}
+def with_means(x: Floats, form: RowFormat) -> Floats:
+    """x [T, K] and behind it, twice, the means of its blocks, filled up to whole blocks: [T, K + digits]."""
+    means = x.reshape(len(x), -1, BLOCK).mean(2)  # [T, B]
+    filled = np.pad(means, ((0, 0), (0, form.digits // 2 - form.blocks)))
+    return np.asarray(np.concatenate([x, filled, filled], axis=1), np.float32)
 
 
 def _index(n: int) -> npt.NDArray[np.int64]:
-    return _counting(_at_least(n))[:n]
-
-
-def _ones(neurons: int, blocks: int) -> Floats:
-    return _many_ones(_at_least(neurons), blocks)[:neurons]
-
-
-def _at_least(n: int) -> int:
-    """A power of two: where neurons are selected there are as many different n as parts may have rows."""
-    return 1 << max(n - 1, 0).bit_length()
+    """0 .. n, of an array that is kept: a token may choose any number of neurons."""
+    return _counting(1 << max(n - 1, 0).bit_length())[:n]
 
 
 @cache
 def _counting(n: int) -> npt.NDArray[np.int64]:
     return np.arange(n)
-
-
-@cache
-def _many_ones(neurons: int, blocks: int) -> Floats:
-    return np.ones((neurons, blocks), np.float32)
-
-
-def block_sums(x: Floats) -> Floats:
-    """The sum [T, K / 32] of each block of x [T, K]."""
-    return np.asarray(x.reshape(len(x), -1, BLOCK).sum(2), np.float32)
-
-
-def round_blocks(x: Floats) -> Floats:
-    """x [T, K] rounded to 8 bits a block of 32, as MatMulNBits rounds its input at accuracy level 4."""
-    blocks = x.reshape(len(x), -1, BLOCK)
-    scale = np.maximum(np.abs(blocks).max(2, keepdims=True), np.float32(1e-30)) / np.float32(127)
-    return np.asarray((np.rint(blocks / scale) * scale).reshape(x.shape), np.float32)

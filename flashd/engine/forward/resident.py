@@ -1,4 +1,4 @@
-"""The forward pass of a model that fits: one constant graph, nothing on the card is read while it runs."""
+"""The forward pass of a model that fits: constant graphs of whole layers. It reads nothing on the card."""
 
 from __future__ import annotations
 
@@ -7,43 +7,49 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
-from flashd.bundle.architecture import Architecture
-from flashd.bundle.bits import pack_bits, unpack
-from flashd.bundle.reader import Bundle, steps
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind, unit_steps
-from flashd.bundle.slots import QuantGroups, QuantRows, Rows, TernaryGroups, TernaryRows
+from flashd.bundle.reader import Bundle
+from flashd.bundle.row_kinds import Floats
+from flashd.bundle.slots import Groups, Rows
 from flashd.engine.forward import attention, products, stages
-from flashd.engine.model import sizes
+from flashd.engine.forward.constants import Constants
+from flashd.engine.forward.head import Head
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.sizes import TOKENS_AT_ONCE
+from flashd.engine.planning.parts import layers_together
 from flashd.engine.planning.plan import Plan
+from flashd.graphs.in_place import changes_logits, graph
 from flashd.system.freed_memory import give_back_freed_memory
-from flashd.system.onnx_session import open_session
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class ResidentModel:
-    """A bundle held whole in MatMulNBits' own order. Raises DamagedRun, CardError while loading."""
+    """A bundle held whole. Raises DamagedRun, CardError while loading."""
 
     def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
-        self._bundle = bundle
-        self._model: Architecture = bundle.header.model
+        self._bundle, self._model = bundle, bundle.header.model
         products.use_threads(plan.threads)
         self.cache = KvCache(self._model, plan.context)
         self.card = CardStats()
         self.hit_rate = 1.0
         self.pages = self.drafts = self.branches = False
-        self.pass_tokens = sizes.TOKENS_AT_ONCE
-        self._session = open_session(bundle.read("graph.resident"), self._initialisers(on_step))
-        give_back_freed_memory()
+        self.pass_tokens = TOKENS_AT_ONCE
+        constants = Constants(bundle.header, plan.arithmetic)
+        self._rotary = attention.Rotary(bundle, plan.context + 1)
         self._embed = stages.Embedder(bundle)
-        self._rotary = attention.Rotary(bundle, plan.context)
-        self._binding = self._bound()
+        self._finish = stages.Stage(graph(bundle.header, "finish"))
+        self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
+        self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
+        step, layers = layers_together(bundle.header), self._model.layers
+        self._bindings: list[tuple[ort.InferenceSession, Any]] = []
+        for first in range(0, layers, step):
+            some = range(first, min(first + step, layers))
+            self._bindings.append(self._bound(constants.whole(some, [self._layer(i) for i in some]), some))
+            on_step(some.stop, layers, 0)
+        self._head = Head(bundle, constants, plan, None)
+        give_back_freed_memory()
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Never asked for: nothing is cheaper than an exact pass here."""
@@ -58,122 +64,43 @@ class ResidentModel:
     ) -> Floats:  # fmt: skip
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
-        Nothing is waited for, and so `meanwhile` not called. Raises NotImplementedError for `branches`.
+        Nothing is waited for, and so `meanwhile` is not called. Raises NotImplementedError for `branches`.
         """
         if branches:
             raise NotImplementedError
-        b = self._binding
-        b.bind_cpu_input("x", self._embed(tokens, np.arange(self.cache.length, self.cache.length + len(tokens))))
-        b.bind_cpu_input("wanted", wanted)
-        attention.bind_positions(b, self.cache.length, len(tokens))
-        logits = np.empty((len(wanted), self._model.vocabulary), np.float32)
-        b.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        self._session.run_with_iobinding(b)
-        self.cache.advance(len(tokens))
+        logits = self._head(self._passed(tokens)[wanted], silent)
         on_step(self._model.layers, self._model.layers, 0)
-        return logits
+        return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
         """(0, logits [T, V] behind each of `tokens` [T]): while the model was loaded, more was held."""
         yield 0, self.forward(tokens, np.arange(len(tokens)), on_step)
 
-    def _bound(self) -> Any:
-        binding = self._session.io_binding()
-        self._rotary.bind(stages.input_names(self._session), binding)
-        for i in range(self._model.layers):
+    def _passed(self, tokens: Tokens) -> Floats:
+        """[T, H] behind the last norm."""
+        past = self.cache.length
+        x = self._embed(tokens, np.arange(past, past + len(tokens)))[None]  # [1, T, H]
+        for session, binding in self._bindings:
+            binding.bind_cpu_input("x", x)
+            attention.bind_positions(binding, past, len(tokens))
+            out = np.empty_like(x)
+            binding.bind_ortvalue_output("x_out", ort.OrtValue.ortvalue_from_numpy(out))
+            session.run_with_iobinding(binding)
+            x = out
+        self.cache.advance(len(tokens))
+        (h,) = self._finish(self._vectors, x=x[0])
+        return h
+
+    def _layer(self, i: int) -> tuple[Rows, Rows, dict[str, Floats], Groups]:
+        at, bundle = f"layer.{i}.", self._bundle
+        vectors = stages.named(bundle.floats(f"{at}vectors"), self._model.layer_vectors())
+        return bundle.rows(f"{at}qkv"), bundle.rows(f"{at}output"), vectors, bundle.all_groups(i)
+
+    def _bound(self, session: ort.InferenceSession, layers: range) -> tuple[ort.InferenceSession, Any]:
+        binding = session.io_binding()
+        self._rotary.bind(stages.input_names(session), binding)
+        for i in layers:
             for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
                 binding.bind_ortvalue_input(f"past_{part}.{i}", value)
                 binding.bind_ortvalue_output(f"present_{part}.{i}", value)
-        return binding
-
-    def _initialisers(self, on_step: OnStep) -> Arrays:
-        m, formats = self._model, self._bundle.header.formats
-        head = self._bundle.rows("head")
-        assert isinstance(head, QuantRows)
-        scale, centre = steps(head, formats.head)
-        out: Arrays = {**stages.named(self._bundle.floats("vectors"), m.model_vectors())}
-        if formats.rounded_head:
-            out |= {"head.q": head.q.reshape(*scale.shape, -1), "head.scale": scale}
-            if formats.centred_head:
-                out["head.centre"] = BLOCK * centre.T
-        else:
-            out |= _planes("head", head.q, scale, centre, formats.head)
-        for i in range(m.layers):
-            at = f"layer.{i}."
-            vectors = stages.named(self._bundle.floats(f"{at}vectors"), m.layer_vectors())
-            out |= {f"{at}{name}": vector for name, vector in vectors.items()}
-            for part in ("qkv", "output"):
-                out |= _product_planes(f"{at}{part}", self._bundle.rows(f"{at}{part}"), formats.attention)
-            out |= self._ffn(i, formats.ffn)
-            on_step(i + 1, m.layers, 0)
-        return out
-
-    def _ffn(self, i: int, kind: RowKind) -> Arrays:
-        """Input rows, one matrix after the other [M F, H], and down_proj [H, F] with its blocks along the neurons."""
-        m, form = self._model, self._bundle.header.group
-        groups = form.empty(m.groups)
-        for first, some in self._bundle.groups(i, m.groups):
-            groups[first : first + len(some)].take(some)
-        if isinstance(groups, TernaryGroups):
-            return _ternary_ffn(f"layer.{i}.", groups)
-        assert isinstance(groups, QuantGroups)
-        inputs = QuantRows(*(_matrix_major(part) for part in (groups.q, groups.scale, groups.centre, groups.step)))
-        levels: Bytes = unpack(groups.down, form.row.bits).transpose(2, 0, 1).reshape(m.hidden, m.neurons)  # [H, F]
-        top = groups.down_step.astype(np.float32) * unit_steps(kind)[:, None]
-        top = top.repeat(BLOCK, axis=2)  # [g, 2, H]
-        down_scale, down_centre = groups.down_scale * top[:, 0], groups.down_centre * top[:, 1]
-        at = f"layer.{i}."
-        down = _planes(f"{at}down", pack_bits(levels, form.row.bits), down_scale.T, down_centre.T, kind)
-        return _planes(f"{at}inputs", inputs.q, *steps(inputs, kind), kind) | down | _input_biases(at, groups.bias)
-
-
-def _input_biases(at: str, bias: Floats) -> Arrays:
-    return {f"{at}inputs.bias": _matrix_major(bias[..., None])[:, 0]} if bias.size else {}
-
-
-def _ternary_ffn(at: str, groups: TernaryGroups) -> Arrays:
-    """As ResidentModel._ffn; the scales of down_proj's columns apart, for the activations to be multiplied by."""
-    down = unpack(groups.down, 2).reshape(-1, groups.down.shape[-1] * 4).T  # [H, F]
-    ones = np.ones((len(down), 1), np.float32)
-    return {
-        **_ternary_planes(f"{at}inputs", _matrix_major(groups.q), _matrix_major(groups.scale)),
-        **_ternary_planes(f"{at}down", pack_bits(down, 2), ones),
-        f"{at}down.columns": groups.down_scale.reshape(-1),
-        **_input_biases(at, groups.bias),
-    }
-
-
-def _product_planes(name: str, rows: Rows, kind: RowKind) -> Arrays:
-    if isinstance(rows, TernaryRows):
-        return _ternary_planes(name, rows.q, rows.scale)
-    assert isinstance(rows, QuantRows)
-    return _planes(name, rows.q, *steps(rows, kind), kind)
-
-
-def _ternary_planes(name: str, q: Bytes, scale: Floats) -> Arrays:
-    """The initialisers of a product with ternary rows, which are nibbles here. q [n, K / 4], scale [n, 1]."""
-    nibbles = pack_bits(unpack(q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
-    nibbles = nibbles.reshape(len(q), -1, BLOCK // 2)
-    return {f"{name}.q": nibbles, f"{name}.scale": scale.repeat(nibbles.shape[1], axis=1)}
-
-
-def _matrix_major(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """[g, 32, M, ...] -> [M * 32 g, ...]: all rows of one input matrix, then of the next."""
-    return np.ascontiguousarray(np.moveaxis(part, 2, 0)).reshape(-1, part.shape[-1])
-
-
-def _planes(name: str, q: Bytes, scale: Floats, centre: Floats, kind: RowKind) -> Arrays:
-    """The initialisers of a layer's product: rows [n, K] of packed integers, scales and centres [n, K / 32]."""
-    scale = np.ascontiguousarray(scale)
-    planes: Arrays
-    if kind == "int4":
-        planes = {f"{name}.q": q.reshape(*scale.shape, -1), f"{name}.scale": scale}
-    else:
-        high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (q >> 4, q & 15))
-        planes = {
-            f"{name}.q.high": high.reshape(*scale.shape, -1), f"{name}.scale.high": 16 * scale,
-            f"{name}.q.low": low.reshape(*scale.shape, -1), f"{name}.scale.low": scale,
-        }  # fmt: skip
-        # q - 128 = 16 (high - 8) + (low - 8) + 8
-        centre = centre + 8 * scale
-    return {**planes, f"{name}.centre": BLOCK * centre.T}
+        return session, binding

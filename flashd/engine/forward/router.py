@@ -9,6 +9,7 @@ from flashd.bundle.row_kinds import Floats
 from flashd.bundle.slots import Rows
 from flashd.engine.forward import products, stages
 from flashd.engine.paging.eviction import Numbers
+from flashd.graphs.in_place import graph
 
 
 class Router:
@@ -19,8 +20,8 @@ class Router:
         assert experts is not None
         self.early = experts.early
         self._bundle = bundle
-        self._product = products.Linear(bundle.read("graph.linear.f16"))
-        self._route = stages.Stage(bundle.read("graph.route"))
+        self._product = products.Linear(graph(bundle.header, "linear.f16"), "f16")
+        self._route = stages.Stage(graph(bundle.header, "route"))
         self._rows: list[Rows] = []  # [E, H] each
 
     def load(self, layer: int) -> None:

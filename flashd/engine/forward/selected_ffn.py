@@ -13,11 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flashd.bundle.errors import BadSection
-from flashd.bundle.formats import PairFormat
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import ColumnSteps, NeuronSlots
 from flashd.engine.forward import products, stages
 from flashd.engine.forward.router import Router
 from flashd.engine.model import sizes
@@ -27,6 +24,7 @@ from flashd.engine.paging.card_speed import remembered
 from flashd.engine.paging.eviction import Frequency, Mask, Numbers, Policy, kept
 from flashd.engine.paging.window import Ids, Window
 from flashd.engine.planning.plan import Plan
+from flashd.graphs.in_place import graph
 
 OnChosen = Callable[[int, Mask], None]
 """Called with (layer, which neurons take part in each token [T, F]), to record a trace."""
@@ -54,8 +52,9 @@ class Gate:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._neurons = bundle, bundle.header.model.expert_neurons
-        self._linear = products.Linear(bundle.read(f"graph.linear.{bundle.header.formats.ffn}"))
-        self._activate = stages.Stage(bundle.read("graph.gate"))
+        self._kind = bundle.header.formats.ffn
+        self._linear = products.Linear(graph(bundle.header, f"linear.{self._kind}"), self._kind)
+        self._activate = stages.Stage(graph(bundle.header, "gate"))
         self._parts: list[tuple[Any, Floats]] = []  # with Rows
 
     def load(self, layer: int) -> None:
@@ -71,28 +70,6 @@ class Gate:
         return np.where(np.abs(a) > floors[part], a, np.float32(0))
 
 
-class Columns:
-    """What columns of down_proj share with others of their group, which is not with them on the card."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle, self._form = bundle, bundle.header.group
-        self._parts: list[tuple[ColumnSteps, Ids]] = []
-
-    def load(self, layer: int) -> None:
-        """Reads a layer's, in order. Raises DamagedRun, CardError; BadSection where a neuron is in no group."""
-        at = f"layer.{layer}."
-        raw = np.frombuffer(self._bundle.read(f"{at}steps"), np.uint8).reshape(-1, self._form.step_bytes)
-        groups = np.frombuffer(self._bundle.read(f"{at}groups"), np.int32)
-        if groups.min() < 0 or groups.max() >= len(raw):
-            raise BadSection(f"{self._bundle.path}: section '{at}groups' names others than the {len(raw)} groups")
-        self._parts.append((self._form.steps(raw), groups))
-
-    def steps(self, layer: int, units: Ids) -> Any:
-        """ColumnSteps of some neurons."""
-        steps, groups = self._parts[layer]
-        return steps[groups[units]]
-
-
 class Predictor:
     """Tells which neurons of each layer take part, from what goes into its FFN, or into one of its experts."""
 
@@ -101,7 +78,7 @@ class Predictor:
         assert selection is not None
         self._bundle, self._selection = bundle, selection
         self._neurons = bundle.header.model.expert_neurons
-        self._linear = products.Linear(bundle.read("graph.linear.int8"))
+        self._linear = products.Linear(graph(bundle.header, "linear.int8"), "int8")
         self._parts: list[tuple[Any, Any, Floats] | None] = []  # with two Rows
 
     def load(self, layer: int) -> None:
@@ -144,9 +121,10 @@ class SelectedFfn:
     ) -> None:
         self._bundle, self._plan, self._on_chosen = bundle, plan, on_chosen
         self._model, self._form = bundle.header.model, bundle.header.neuron
-        self._product = products.Neurons(bundle.read("graph.ffn"), self._form.inputs)
+        self._product = products.Neurons(
+            graph(bundle.header, "neurons"), self._form.inputs, bundle.header.formats.ffn
+        )
         self._choose: Chooser = Gate(bundle) if bundle.header.gate_decides else Predictor(bundle)
-        self._columns = Columns(bundle) if isinstance(self._form, PairFormat) else None
         self._router = Router(bundle) if self._model.experts else None
         self._routed: tuple[Numbers, Floats] | None = None
         self._rates = bundle.floats("rates").reshape(self._model.layers, -1)
@@ -180,8 +158,6 @@ class SelectedFfn:
 
     def load(self, layer: int) -> None:
         self._choose.load(layer)
-        if self._columns:
-            self._columns.load(layer)
         if self._router:
             self._router.load(layer)
         window = Window(self._form, self._model.neurons, self._plan.slots[layer])
@@ -208,7 +184,7 @@ class SelectedFfn:
             window.delete(unit)
         for units, raw in self._picks.take(layer, missing):
             rows = self._form.views(raw)
-            y += self._share(layer, h, counts, units, rows)
+            y += self._product(h, rows, counts[:, units])
             stay = np.flatnonzero(keep[units])
             window.put(units[stay], rows[stay])
             on_step(layer, self._model.layers, self.card.bytes_read)
@@ -237,13 +213,8 @@ class SelectedFfn:
         y = np.zeros(h.shape, np.float32)
         for at in range(0, len(found), self._at_once):
             part = found[at : at + self._at_once]
-            y += self._share(layer, h, counts, part, self._windows[layer].rows_of(part))
+            y += self._product(h, self._windows[layer].rows_of(part), counts[:, part])
         return y
-
-    def _share(self, layer: int, h: Floats, counts: Mask | Floats, units: Ids, rows: NeuronSlots) -> Floats:
-        """The share of some neurons."""
-        steps = self._columns.steps(layer, units) if self._columns else None
-        return self._product(h, rows, counts[:, units], steps)
 
     def lend(self, nbytes: int) -> None:
         """Its windows are as large as the plan says."""

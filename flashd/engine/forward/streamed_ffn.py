@@ -2,50 +2,65 @@
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Header, Part
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashd.bundle.formats import GroupFormat
+from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
-from flashd.engine.forward import products
+from flashd.bundle.row_kinds import Bytes, Floats
+from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.model.contract import CardStats, OnStep
+from flashd.engine.model.sizes import TOKENS_AT_ONCE
 from flashd.engine.paging.card import CardStream, Extent, extents
-from flashd.engine.paging.window import Window
 from flashd.engine.planning.plan import Plan
 
-AT_ONCE = 8
-"""Groups that are widened together, beside the slots that they go to."""
 
+def stream_past(header: Header, here: tuple[int, ...], head_rows: int) -> list[Extent]:
+    """What a pass that needs everything finds on the card: the groups that are not here, then rows of the head.
 
-def stream_past(header: Header, pinned: int, head_rows: int) -> list[Extent]:
-    """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
-    parts, schedule = header.ffn_parts, []
-    for section, part in enumerate(parts):
-        groups = range(min(max(pinned - part.first, 0), part.count), part.count)
+    `here`: of each layer, so many first groups are in RAM.
+    """
+    schedule = []
+    for section, part in enumerate(header.ffn_parts):
+        groups = range(min(max(here[part.layer] - part.first, 0), part.count), part.count)
         schedule += extents(section, groups, part.form.nbytes)
     runs = range(-(-head_rows // ROWS_OF_A_RUN), -(-header.model.vocabulary // ROWS_OF_A_RUN))
-    return schedule + extents(len(parts), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
+    return schedule + extents(len(header.ffn_parts), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
+
+
+@dataclass(frozen=True)
+class _Pinned:
+    """Groups of a layer that stay in RAM."""
+
+    session: Any
+    groups: int
 
 
 class StreamedFfn:
     """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
 
     While memory is lent, the first of those that stream past stay until it is wanted back. Behind the layers the
-    head's unlikely rows stream past too, see engine.head.
+    head's unlikely rows stream past too, see forward.head. The shares of groups are added in the groups' order, so
+    that the sum is the same whatever is in RAM.
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan) -> None:
-        self._bundle, self._plan = bundle, plan
-        self._model: Architecture = bundle.header.model
-        self._form = bundle.header.group
-        self._product = products.Ffn(bundle.read("graph.ffn"), self._model)
-        self._parts: list[list[tuple[int, Part]]] = [[] for _ in range(self._model.layers)]  # with their sections
-        for section, part in enumerate(bundle.header.ffn_parts):
-            self._parts[part.layer].append((section, part))
-        self._pinned: list[Window] = []
-        self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        self._scheduled = self._goal = plan.pinned_groups  # groups of each layer that are pinned, and that may be
-        self.stream = CardStream(bundle, stream_past(bundle.header, plan.pinned_groups, plan.head_rows), plan.buffers)
+    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
+        self._bundle, self._constants, self._plan = bundle, constants, plan
+        self._model = bundle.header.model
+        self._forms: list[GroupFormat] = [part.form for part in bundle.header.ffn_parts]
+        self._sections = [
+            [number for number, part in enumerate(bundle.header.ffn_parts) if part.layer == layer]
+            for layer in range(self._model.layers)
+        ]
+        self._pinned: list[list[_Pinned]] = []  # of each layer, its first groups, in order
+        self._goal = self._scheduled = plan.pinned
+        self.stream = CardStream(
+            bundle, stream_past(bundle.header, plan.pinned, plan.head_rows), plan.buffers, self._session
+        )
         self._needed = self._found = 0
 
     @property
@@ -58,24 +73,21 @@ class StreamedFfn:
 
     @property
     def pages(self) -> bool:
-        return self._here < self._model.groups or self._plan.head_rows < self._model.vocabulary
+        return min(self._here) < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return self.pages and self._here > 0
+        return self.pages and min(self._here) > 0
 
     @property
-    def _here(self) -> int:
-        """Groups that are pinned in every layer."""
-        return min(pinned.used for pinned in self._pinned)
+    def _here(self) -> tuple[int, ...]:
+        """Of each layer, the groups that are in RAM: its first ones."""
+        return tuple(sum(part.groups for part in pinned) for pinned in self._pinned)
 
     def load(self, layer: int) -> None:
-        capacity = self._plan.pinned_groups + self._plan.lent_groups
-        pinned = Window(self._form, self._model.groups, capacity)
-        pinned.give_back()
-        for first, groups in self._bundle.groups(layer, self._plan.pinned_groups):
-            pinned.insert(first, groups)
-        self._pinned.append(pinned)
+        count = self._plan.pinned[layer]
+        parts = self._bundle.groups(layer, count, at_once=max(count, 1))
+        self._pinned.append([_Pinned(self._constants.groups(groups), len(groups)) for _, groups in parts])
         if len(self._pinned) == self._model.layers:
             self.stream.read_ahead()
 
@@ -86,47 +98,55 @@ class StreamedFfn:
         if layer == 0:
             self._settle()
         y = self.from_ram(layer, h)  # [T, H]
-        self._found += self._pinned[layer].used
+        pinned, here = self._pinned[layer], self._here[layer]
+        self._found += here
         self._needed += self._model.groups
-        for section, part in self._parts[layer]:
-            for extent, raw in self.stream.section(section):
-                for at in range(0, len(raw), AT_ONCE):
-                    self._passing.insert(part.first + extent.first + at, part.form.groups(raw[at : at + AT_ONCE]))
-                y += self._product(h, self._passing.rows)
-                self._stay(layer)
-                self._passing.clear()
+        for section in self._sections[layer]:
+            first = self._bundle.header.ffn_parts[section].first
+            for extent, session in self.stream.section(section):
+                y = _added(session, h, y)
+                if first + extent.first == here and here + extent.count <= self._goal[layer]:
+                    pinned.append(_Pinned(session, extent.count))
+                    here += extent.count
                 on_step(layer, self._model.layers, self.card.bytes_read)
         return y
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        return self._product(h, self._pinned[layer].rows)
+        y = np.zeros((len(h), self._model.share_width), np.float32)
+        for pinned in self._pinned[layer]:
+            y = _added(pinned.session, h, y)
+        return y
 
     def lend(self, nbytes: int) -> None:
         """Fewer groups are let go at once; more stay when they next stream past."""
-        self._goal = self._plan.groups_beside(nbytes, self._model.layers * self._form.nbytes)
-        for pinned in self._pinned:
-            pinned.truncate(self._goal)
+        self._goal = self._plan.pinned_beside(nbytes)
+        for pinned, goal, here in zip(self._pinned, self._goal, self._here, strict=False):
+            while here > goal:
+                here -= pinned.pop().groups
 
     def _settle(self) -> None:
         """Has the card give what no longer is in RAM, and no more what now is."""
-        # a pass that broke off leaves more in some layers than in others
-        kept = self._here
-        for pinned in self._pinned:
-            pinned.truncate(kept)
-        if kept != self._scheduled:
-            self.stream.restart(stream_past(self._bundle.header, kept, self._plan.head_rows))
-            self._scheduled = kept
+        here = self._here
+        if here != self._scheduled:
+            self.stream.restart(stream_past(self._bundle.header, here, self._plan.head_rows))
+            self._scheduled = here
 
-    def _stay(self, layer: int) -> None:
-        """Pins what of the groups that stream past there is room for."""
-        pinned, first = self._pinned[layer], int(self._passing.units[0])
-        count = min(self._goal - pinned.used, self._passing.used)
-        if count > 0 and first == pinned.used:
-            pinned.insert(first, self._passing.rows[:count])
+    def _session(self, extent: Extent, raw: Bytes) -> Any:
+        """A session of what was read, groups or rows of the head; called in the thread that read it."""
+        if extent.section < len(self._forms):
+            return self._constants.groups(self._forms[extent.section].groups(raw))
+        form = self._bundle.header.row_format("head")
+        return self._constants.rows(form.views(raw), form.kind, form.width)
 
     def restart(self) -> None:
-        self._passing.clear()
         self.stream.restart()
 
     def close(self) -> None:
         self.stream.close()
+
+
+def _added(session: Any, h: Floats, y: Floats) -> Floats:
+    """y [T, width] and the share of some groups in the output for h [T, H], TOKENS_AT_ONCE tokens at a time."""
+    starts = range(0, len(h), TOKENS_AT_ONCE)
+    parts = [multiplied(session, h=h[at : at + TOKENS_AT_ONCE], before=y[at : at + TOKENS_AT_ONCE]) for at in starts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

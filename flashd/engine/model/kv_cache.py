@@ -21,6 +21,10 @@ def keep(nbytes: int) -> None:
     """A Lend that leaves it all to the cache."""
 
 
+SPARE = 2
+"""Slots behind the context."""
+
+
 def cache_bytes(model: Architecture, context: int) -> int:
     """Bytes of keys and values of `context` tokens in all layers.
 
@@ -46,10 +50,11 @@ class KvCache:
         self._model, self._lend = model, lend
         self.length = 0
         self.token_bytes = cache_bytes(model, 1)
-        shape = (1, model.kv_heads, context, model.head_dim)
+        # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
+        shape = (1, model.kv_heads, context + SPARE, model.head_dim)
         self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * model.layers)]
         self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays]
-        self._held = context
+        self._held = context + SPARE
         self.hold(0)
 
     def layer(self, i: int) -> tuple[ort.OrtValue, ort.OrtValue]:
@@ -61,8 +66,8 @@ class KvCache:
         for array in self._arrays if length < self._held else ():
             for head in array[0]:
                 give_back(head[length:])
-        self._held = min(length, self.context)
-        self._lend(lendable_bytes(self._model, self.context - self._held))
+        self._held = min(length, self.context + SPARE)
+        self._lend(lendable_bytes(self._model, self.context + SPARE - self._held))
 
     def reserve(self, length: int) -> None:
         """Makes sure of memory for `length` tokens. Call it before they are written."""

@@ -11,9 +11,10 @@ import mmap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,9 @@ MOST_GAP_BYTES = 256 << 10
 
 IN_FLIGHT = 3
 """Reads under way at once."""
+
+Make = Callable[["Extent", Bytes], Any]
+"""Makes of what was read what its taker wants, in the thread that read it: a session takes as long as a read."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,17 @@ def extents(section: int, groups: Sequence[int], group_bytes: int, unwanted: int
     ]
 
 
+def as_read(_: Extent, raw: Bytes) -> Bytes:
+    """A Make that leaves the bytes as they are."""
+    return raw
+
+
 @dataclass(frozen=True)
 class _Read:
     extent: Extent
     buffer: mmap.mmap
     wanted: int  # of its groups
-    groups: Future[Bytes]
+    made: Future[Any]
 
 
 class _Card:
@@ -91,11 +100,12 @@ class _Card:
         bundle: an open bundle.
         most: bytes of the longest extent, 0 where nothing is to be read.
         buffers: how many extents are held or under way.
+        make: see Make.
     """
 
-    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
+    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
         self.stats = CardStats()
-        self._bundle = bundle
+        self._bundle, self._make = bundle, make
         header = bundle.header
         self._sections = [bundle.section(name) for name in header.paged_sections]
         self._records = [*(section.run for section in self._sections[:-1]), header.row_format("head").nbytes]
@@ -122,43 +132,44 @@ class _Card:
         buffer, wanted = self._idle.pop(), extent.count if wanted is None else wanted
         self._reads.append(_Read(extent, buffer, wanted, self._pool.submit(self._read, extent, buffer, wanted)))
 
-    def _taken(self) -> Iterator[tuple[Extent, Bytes]]:
+    def _taken(self) -> Iterator[tuple[Extent, Any]]:
         """The first extent under way, when it is there; its buffer is idle when the next is taken."""
         read = self._reads.popleft()
-        started, ahead, known = time.perf_counter(), read.groups.done(), self._gave_up
+        started, ahead, known = time.perf_counter(), read.made.done(), self._gave_up
         try:
             try:
-                groups = read.groups.result()
+                made = read.made.result()
             except Exception as error:
                 if not ahead and error is not known:
                     raise
                 # it failed some time ago: the card may be back, and who gave up waiting for it was another
                 self._gave_up = None
-                groups = self._read(read.extent, read.buffer, read.wanted)
+                made = self._read(read.extent, read.buffer, read.wanted)
             self.stats.waited += time.perf_counter() - started
-            yield read.extent, groups
+            yield read.extent, made
         finally:
             self._idle.append(read.buffer)
             self.read_ahead()
 
     def _drain(self) -> None:
         for read in self._reads:
-            read.groups.cancel()
+            read.made.cancel()
         for read in self._reads:
-            if not read.groups.cancelled():
-                read.groups.exception()
+            if not read.made.cancelled():
+                read.made.exception()
             self._idle.append(read.buffer)
         self._reads.clear()
         self._gave_up = None
 
-    def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
+    def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Any:
         if self._gave_up is not None:
             raise self._gave_up  # the reads behind it would wait as long again
         try:
-            return self._read_checked(extent, buffer, wanted)
+            raw = self._read_checked(extent, buffer, wanted)
         except CardError as error:
             self._gave_up = error
             raise
+        return self._make(extent, raw)
 
     def _read_checked(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Bytes:
         section = self._sections[extent.section]
@@ -197,11 +208,12 @@ class CardStream(_Card):
         schedule: the extents of one pass, in the order in which they will be taken. It may be empty. None that
             comes later, see `restart`, has a longer extent.
         buffers: how many extents are held or under way.
+        make: see Make.
     """
 
-    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int) -> None:
+    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int, make: Make = as_read) -> None:
         runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
-        super().__init__(bundle, max((e.count * runs[e.section] for e in schedule), default=0), buffers)
+        super().__init__(bundle, max((e.count * runs[e.section] for e in schedule), default=0), buffers, make)
         self._follow(schedule)
 
     def _follow(self, schedule: Sequence[Extent]) -> None:
@@ -215,8 +227,8 @@ class CardStream(_Card):
             self._start(self._schedule[self._next])
             self._next = (self._next + 1) % len(self._schedule)
 
-    def section(self, section: int) -> Iterator[tuple[Extent, Bytes]]:
-        """The extents of a section in order, each with its groups [count, group bytes] or rows [n, row bytes] uint8.
+    def section(self, section: int) -> Iterator[tuple[Extent, Any]]:
+        """The extents of a section in order, each with what was made of its bytes.
 
         Sections are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
         next one is taken. Raises CardError, DamagedRun.
@@ -279,8 +291,8 @@ def _within(extent: Extent, units: Numbers) -> Numbers:
 class CardQueue(_Card):
     """Groups in an order that is told as a pass goes on: what is wanted now and, behind it, what may be next."""
 
-    def __init__(self, bundle: Bundle, most: int, buffers: int) -> None:
-        super().__init__(bundle, most * bundle.header.group.nbytes, buffers)
+    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
+        super().__init__(bundle, most * bundle.header.group.nbytes, buffers, make)
         self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
         self._dropped: list[_Read] = []  # begun for nothing, and not done yet
         self._wanted = 0  # of what is under way and asked for, the first so many
@@ -292,7 +304,7 @@ class CardQueue(_Card):
         for read in reads:
             (self._reads if read.extent in wanted else self._dropped).append(read)
         for read in self._dropped:
-            read.groups.cancel()
+            read.made.cancel()
         under_way = {read.extent for read in self._reads}
         self._asked = deque(e for e in extents if e not in under_way)
         self._wanted = len(extents)
@@ -303,21 +315,21 @@ class CardQueue(_Card):
         self._asked.extend(extents)
         self.read_ahead()
 
-    def take(self) -> Iterator[tuple[Extent, Bytes]]:
-        """What is wanted, each extent with its groups [count, group bytes] uint8, the guessed ones first.
+    def take(self) -> Iterator[tuple[Extent, Any]]:
+        """What is wanted, each extent with what was made of its groups, the guessed ones first.
 
         The bytes are good until the next one is taken. Raises CardError, DamagedRun.
         """
         while self._wanted:
             self._wanted -= 1
             if not self._reads:
-                wait([read.groups for read in self._dropped], return_when=FIRST_COMPLETED)
+                wait([read.made for read in self._dropped], return_when=FIRST_COMPLETED)
                 self.read_ahead()
             yield from self._taken()
 
     def read_ahead(self) -> None:
         """Starts as many of the reads asked for as there are idle buffers."""
-        over = [read for read in self._dropped if read.groups.done()]
+        over = [read for read in self._dropped if read.made.done()]
         self._dropped = [read for read in self._dropped if read not in over]
         self._idle.extend(read.buffer for read in over)
         while self._idle and self._asked:

@@ -20,8 +20,8 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.reader import dequantise
 from flashd.bundle.row_kinds import BLOCK, Floats
-from flashd.pack.graphs.products import activations, gates
-from flashd.pack.graphs.stages import stages
+from flashd.graphs.products import activations, gates
+from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.system.onnx_session import open_session, start_pool
@@ -110,7 +110,7 @@ class Calibration:
         y = a @ down.T
         if self._model.normed_neurons:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
-        (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
+        (self._x,) = self._run("leave", vectors, x=x, branch=y)
         return Seen(h, a, np.linalg.norm(down, axis=0))
 
     def gates(self, i: int, h: Floats) -> Floats:
@@ -144,7 +144,7 @@ class Calibration:
                 written = columns.views(encode_rows(np.ascontiguousarray(down.T), columns))
                 down = dequantise(written, columns.kind).T
             y[tokens] += a @ down.T
-        (self._x,) = self._run("graph.leave", vectors, x=x, branch=y)
+        (self._x,) = self._run("leave", vectors, x=x, branch=y)
         return np.argsort(-uses, kind="stable")
 
     def _routed(self, i: int, h: Floats) -> tuple[Numbers, Floats]:
@@ -153,29 +153,29 @@ class Calibration:
         if experts is None:
             return np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
         scores = _product(self._x if experts.early else h, self._weights.router(i))
-        used, weights = self._run("graph.route", {}, scores=scores)
+        used, weights = self._run("route", {}, scores=scores)
         return used.astype(np.int64), weights
 
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
         """(the layer's vectors, x and h) behind its attention."""
         vectors = self._weights.layer_vectors(i)
-        (h,) = self._run("graph.enter", vectors, x=self._x)
+        (h,) = self._run("enter", vectors, x=self._x)
         qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
         kind = self._model.layer_kinds[i]
         heads = [
-            self._run(
-                f"graph.attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part.stop - part.start)
-            )[0][0]
+            self._run(f"attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part.stop - part.start))[0][
+                0
+            ]
             for part in self._parts()
         ]
         branch = _product(np.concatenate(heads), self._weights.output(i))
-        x, h = self._run("graph.middle", vectors, x=self._x, h=h, branch=branch)
+        x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
         return vectors, x, h
 
     def replaced(self, i: int, ffn: Dense) -> None:
         """Takes the texts through layer i with other weights in its FFN."""
         vectors, x, h = self._attend(i)
-        (self._x,) = self._run("graph.leave", vectors, x=x, branch=self.activate(ffn, h) @ ffn.down.T)
+        (self._x,) = self._run("leave", vectors, x=x, branch=self.activate(ffn, h) @ ffn.down.T)
 
     @property
     def states(self) -> Floats:
@@ -206,14 +206,14 @@ class Calibration:
 
     def finished(self, rows: slice) -> Floats:
         """What the head takes [n, H] of some tokens, once the last layer is done."""
-        return self._run("graph.finish", self._weights.model_vectors(), x=self._x[rows])[0]
+        return self._run("finish", self._weights.model_vectors(), x=self._x[rows])[0]
 
     def head(self, h: Floats) -> Floats:
         """h [n, H] -> logits [n, V]."""
         logits = _product(h, self._weights.head())
-        if "graph.logits" not in self._stages:
+        if "logits" not in self._stages:
             return logits
-        return self._run("graph.logits", self._weights.model_vectors(), x=logits)[0]
+        return self._run("logits", self._weights.model_vectors(), x=logits)[0]
 
     def _parts(self) -> Iterator[slice]:
         """The rows of each text."""

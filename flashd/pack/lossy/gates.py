@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.formats import GroupFormat
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
+from flashd.bundle.row_kinds import Floats
 from flashd.pack.lossy.calibration import Mask, Numbers, Seen
 from flashd.pack.lossy.card_order import card_order
 from flashd.pack.lossy.predictors import Cost, cost, spans
@@ -193,9 +192,3 @@ class Asked:
     def of_all(self, neurons: int) -> Cost:
         """What it is where all neurons take part, `neurons` of each layer."""
         return cost(len(self.units) * neurons / 2 * self.unit_bytes, len(self.units))
-
-
-def parted(raw: Bytes, form: GroupFormat) -> tuple[Bytes, Bytes, Bytes]:
-    """Groups [n, nbytes] of gated neurons -> gate rows, what else is each neuron's [32 n, ...], what groups share."""
-    body = raw[:, : BLOCK * form.bundle_bytes].reshape(-1, form.bundle_bytes)
-    return body[:, : form.row.nbytes], body[:, form.row.nbytes :], raw[:, BLOCK * form.bundle_bytes :]

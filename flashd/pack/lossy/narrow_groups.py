@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any
 
 import numpy as np
 
-from flashd.bundle.bits import unpack
+from flashd.bundle.formats import GroupFormat
 from flashd.bundle.reader import dequantise
-from flashd.bundle.row_kinds import BLOCK, Floats, unit_steps
-from flashd.bundle.slots import QuantGroups, QuantRows
+from flashd.bundle.row_kinds import Floats
+from flashd.bundle.slots import Groups
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Dense, Numbers, Seen, text_tokens
 from flashd.pack.rounding.gptq import factor
@@ -137,19 +136,17 @@ def _own_text(folder: Traversable | None = None) -> Iterator[str]:
             yield entry.read_text("utf-8")
 
 
-def floats(groups: QuantGroups) -> Dense:
+def floats(groups: Groups, form: GroupFormat) -> Dense:
     """Groups of 4 bits as matrices."""
-    n, _, m, width = groups.q.shape
-    parts: list[Any] = [groups.q, groups.scale, groups.centre, groups.step]
-    rows = dequantise(QuantRows(*(p.reshape(n * BLOCK * m, -1) for p in parts)), "int4").reshape(n * BLOCK, m, -1)
-    top = groups.down_step.astype(np.float32) * unit_steps("int4")[:, None]  # [n, 2, H / 32]
-    scale, centre = (
-        (codes * np.repeat(top[:, k], BLOCK, axis=1))[:, None]
-        for k, codes in enumerate((groups.down_scale, groups.down_centre))
-    )  # [n, 1, H]
-    down = (unpack(groups.down, 4).astype(np.float32) - 8) * scale + centre  # [n, 32, H]
-    biases = groups.bias.reshape(n * BLOCK, -1)
-    return Dense([rows[:, k] for k in range(m)], biases, down.reshape(n * BLOCK, 2 * width).T)
+    n, m = form.neurons, form.inputs
+    inputs = dequantise(groups.inputs.joined(), "int4").reshape(-1, m, n, form.hidden)  # [g, M, N, H]
+    down = dequantise(groups.down.joined(), "int4").reshape(-1, form.hidden, n)  # [g, H, N]
+    biases = groups.bias.reshape(len(groups), -1, n).transpose(0, 2, 1).reshape(len(groups) * n, -1)  # [g N, M]
+    return Dense(
+        [inputs[:, k].reshape(-1, form.hidden) for k in range(m)],
+        biases,
+        down.transpose(1, 0, 2).reshape(form.hidden, -1),
+    )
 
 
 def joined(parts: Sequence[Dense]) -> Dense:
@@ -161,17 +158,19 @@ def joined(parts: Sequence[Dense]) -> Dense:
     )
 
 
-def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Dense) -> Floats:
-    """[groups]: the squared error of each group's share in the output, in parts of the hidden states' squares.
+def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Dense, neurons: int) -> Floats:
+    """[groups] of so many neurons: the squared error of each one's share in the output.
+
+    Errors are in parts of the hidden states' squares.
 
     Where a norm follows the FFN both are of another size than what is added: the same for all groups of a layer.
     """
     h = seen.h[:TOKENS]
     size = float(np.square(calibration.states[:TOKENS]).sum())
     a, b = calibration.activate(exact, h), calibration.activate(narrow, h)  # [N, F]
-    out = np.empty(a.shape[1] // BLOCK, np.float32)
+    out = np.empty(a.shape[1] // neurons, np.float32)
     for g in range(len(out)):
-        part = slice(g * BLOCK, (g + 1) * BLOCK)
+        part = slice(g * neurons, (g + 1) * neurons)
         out[g] = np.square(a[:, part] @ exact.down[:, part].T - b[:, part] @ narrow.down[:, part].T).sum() / size
     return out
 

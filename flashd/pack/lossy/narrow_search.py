@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flashd.bundle.header import Narrowed, group_format
-from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
-from flashd.bundle.slots import QuantGroups
+from flashd.bundle.row_kinds import NARROW, Floats, RowKind
 from flashd.errors import DataError
 from flashd.pack.encode import Encoder
 from flashd.pack.lossy import narrow_groups
@@ -113,16 +112,17 @@ def _try_layer(
     seen = calibration.layer(i)
     (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
     order, kept = Encoder(original.model).order(ffn, sizes), original.model.groups // narrow_groups.KEPT
+    n = original.model.group_neurons
     own = _dense(ffn, order)
-    thin = {kind: _rounded(original, ffn, kind, order[kept * BLOCK :], weigh) for kind in NARROW}
-    cold = own.part(kept * BLOCK, None)
-    errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind]) for kind in NARROW}
+    thin = {kind: _rounded(original, ffn, kind, order[kept * n :], weigh) for kind in NARROW}
+    cold = own.part(kept * n, None)
+    errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind], n) for kind in NARROW}
     exact.replaced(i, own)
     for t, budget in zip(tries, narrow_groups.BUDGETS, strict=True):
         at = narrow_groups.starts(errors["int3"], errors["int2"], budget)
         t.starts.append(Starts(kept + at.int3, kept + at.int2))
-        a, b = at.int3 * BLOCK, at.int2 * BLOCK
-        parts = [own.part(0, kept * BLOCK + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
+        a, b = at.int3 * n, at.int2 * n
+        parts = [own.part(0, kept * n + a), thin["int3"].part(a, b), thin["int2"].part(b, None)]
         t.calibration.replaced(i, narrow_groups.joined(parts))
     return sizes, weigh
 
@@ -140,5 +140,4 @@ def _rounded(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh:
     form = replace(group_format(original.model, original.formats), kind=kind)
     chunks = Encoder(original.model).groups(ffn, form, order, weigh)
     groups = form.groups(np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes))
-    assert isinstance(groups, QuantGroups)
-    return narrow_groups.floats(groups)
+    return narrow_groups.floats(groups, form)

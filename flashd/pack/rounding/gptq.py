@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashd.bundle.bits import pack_bits
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.bundle.slots import QuantRows
-from flashd.pack.rounding.rows import coded, fitted, levels
+from flashd.pack.rounding.rows import coded, fitted, levels, write
 from flashd.pack.sources.source import Grid
 
 DOUBT = np.float32(0.25)
@@ -57,8 +56,7 @@ def encode_fed(weights: Floats, form: RowFormat, factor: Floats) -> Bytes:
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
     assert isinstance(parts, QuantRows)
-    parts.q[:] = pack_bits(found.q.reshape(len(weights), -1), form.bits)
-    parts.scale[:], parts.centre[:], parts.step[:] = found.scale, found.centre, found.step
+    write(parts, found, form)
     return raw
 
 

@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.bits import pack_bits
+from flashd.bundle.bits import centre_digits, pack_bits
 from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
-from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, Bytes, Codes, Floats, RowKind
-from flashd.bundle.slots import PlainRows, TernaryRows
+from flashd.bundle.row_kinds import (
+    BITS,
+    BLOCK,
+    CENTRE_BITS,
+    CODE_TYPES,
+    Bytes,
+    Codes,
+    Floats,
+    RowKind,
+    largest_centre,
+)
+from flashd.bundle.slots import PlainRows, QuantRows, TernaryRows
 from flashd.pack.sources.source import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {
@@ -27,10 +37,13 @@ FITS: dict[RowKind, int] = {"int4": 1, "int8": 1, "int3": 3, "int2": 3}
 """Times that steps are fitted to the levels that they gave."""
 
 
-def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True) -> Bytes:
+def encode_rows(
+    weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
+) -> Bytes:
     """Records [n, nbytes] uint8 of rows [n, K] float32; if not `centred`, every centre is zero.
 
-    For narrow rows see `feedback`, for ternary ones `is_ternary`.
+    With `weigh` [1, B, 32], how much a squared error of each weight counts, the source's grid is not looked at.
+    For narrow rows of gate and up see `gptq`, for ternary ones `is_ternary`.
     """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
     parts = form.views(raw)
@@ -41,46 +54,41 @@ def encode_rows(weights: Floats, form: RowFormat, grid: Grid | None = None, cent
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
         return raw
-    q, scale, centre, step = quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred)
-    parts.q[:] = pack_bits(q.reshape(len(weights), -1), form.bits)
-    parts.scale[:], parts.centre[:], parts.step[:] = scale, centre, step
+    write(parts, quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, weigh), form)
     return raw
+
+
+def write(to: QuantRows, coded: Coded, form: RowFormat) -> None:
+    """Puts n rows where they belong."""
+    to.q[:, : form.weight_bytes] = pack_bits(coded.q.reshape(len(coded.q), -1), form.bits)
+    bits = CENTRE_BITS[form.kind]
+    to.q[:, form.weight_bytes :] = pack_bits(centre_digits(coded.centre, form.digits // 2, bits), bits)
+    to.scale[:], to.step[:] = coded.scale, coded.step
 
 
 def encode_groups(
     inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFormat, grid: Grid | None, weigh: Floats | None = None
 ) -> Bytes:
-    """Records [g, nbytes] uint8 of g groups.
+    """Records [g, nbytes] uint8 of g groups of N neurons.
 
     Args:
-        inputs: for each input matrix (gate, up) the records [32 g, row bytes] of its rows.
-        down: the same neurons' columns of down_proj, [H, 32 g] float32.
-        bias: the biases of the input rows, [32 g, M] or [32 g, 0] float32.
-        grid: the source's own grid of `down`, each part [H, g].
-        weigh: of narrow groups, how much a squared error of each neuron's column counts, [32 g].
+        inputs: for each input matrix (gate, up) the records [g N, row bytes] of its rows.
+        down: the same neurons' columns of down_proj, [H, g N] float32.
+        bias: the biases of the input rows, [g N, M] or [g N, 0] float32.
+        grid: the source's own grid of `down`, each part [H, g N / 32].
+        weigh: of narrow groups, how much a squared error of each neuron's column counts, [g N].
     """
-    groups, h = down.shape[1] // BLOCK, form.hidden
-    raw = np.zeros((groups, form.nbytes), np.uint8)
-    raw[:, form.nbytes - 4 * BLOCK * form.biases :] = np.ascontiguousarray(bias).view(np.uint8).reshape(groups, -1)
-    body = raw[:, : BLOCK * form.bundle_bytes].reshape(groups, BLOCK, form.bundle_bytes)
-    for i, records in enumerate(inputs):
-        body[:, :, i * form.row.nbytes : (i + 1) * form.row.nbytes] = records.reshape(groups, BLOCK, -1)
-    column = body[:, :, len(inputs) * form.row.nbytes :]
-    if form.kind in ("f16", "ternary"):
-        column[:] = encode_rows(np.ascontiguousarray(down.T), form.row).reshape(groups, BLOCK, -1)
-        return raw
-    # 32 outputs share a step: [g, H/32, 32 outputs, 32 neurons]
-    blocks = down.reshape(h // BLOCK, BLOCK, groups, BLOCK).transpose(2, 0, 1, 3).reshape(-1, BLOCK, BLOCK)
-    if grid is not None:
-        grid = (grid[0].T.reshape(-1, BLOCK), grid[1].T.reshape(-1, BLOCK))
-    counts = None if weigh is None else np.repeat(weigh.reshape(groups, 1, BLOCK), h // BLOCK, axis=0)
-    q, scale, centre, step = quantise(blocks, form.kind, grid, weigh=counts)
-    neuron_major = q.reshape(groups, h, BLOCK).transpose(0, 2, 1)  # [g, 32, H]
-    column[:] = pack_bits(np.ascontiguousarray(neuron_major), form.row.bits)
-    tail = raw[:, BLOCK * form.bundle_bytes : form.nbytes - 4 * BLOCK * form.biases]
-    steps = step.reshape(groups, h // BLOCK, 2).transpose(0, 2, 1)  # [g, 2, H/32]
-    shared = [scale.reshape(groups, h), centre.reshape(groups, h), steps.reshape(groups, -1)]
-    tail[:] = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in shared], 1)
+    n, column = form.neurons, form.column
+    raw = np.zeros((down.shape[1] // n, form.nbytes), np.uint8)
+    for g, record in enumerate(raw):
+        part, blocks = slice(g * n, (g + 1) * n), slice(g * column.blocks, (g + 1) * column.blocks)
+        to = form.views(record[None])[0:1]
+        to.inputs.joined().take(form.row.views(np.concatenate([records[part] for records in inputs])))
+        own = None if grid is None else (grid[0][:, blocks], grid[1][:, blocks])
+        counts = None if weigh is None else weigh[part].reshape(1, -1, BLOCK)
+        rows = encode_rows(np.ascontiguousarray(down[:, part]), column, own, weigh=counts)
+        to.down.joined().take(column.views(rows))
+        to.bias[:] = bias[part].T.reshape(1, -1)
     return raw
 
 
@@ -104,21 +112,21 @@ def encode_neurons(inputs: list[Bytes], down: Floats, bias: Floats, form: Neuron
 
 def quantise(
     blocks: Floats, kind: RowKind, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
-) -> tuple[Bytes, Codes, Codes, npt.NDArray[np.float16]]:
-    """Blocks [n, B, 32] float32 -> q [n, B, 32] uint8, scale codes [n, B], centre codes [n, B], steps [n, 2].
+) -> Coded:
+    """Blocks [n, B, 32] float32 as they are written.
 
     The B blocks of an n share their steps. With `weigh`, as large as the blocks or repeated over them, the source's
     grid is not looked at.
     """
     own = coded(blocks, *fitted(blocks, kind, centred, weigh), kind)
     if grid is None or weigh is not None or not (centred or not grid[1].any()):
-        return own.q, own.scale, own.centre, own.step
+        return own
     theirs = coded(blocks, *grid, kind)
     # where the grid's own error is but its codes' rounding, another is no nearer to what was meant
     better = own.error < theirs.error / 4
     for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
         to[better] = values[better]
-    return theirs.q, theirs.scale, theirs.centre, theirs.step
+    return theirs
 
 
 def fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
@@ -171,11 +179,11 @@ def levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floa
 class Coded:
     """Blocks as they are written, and the squared error [n] of each n's."""
 
-    q: Bytes
-    scale: Codes
-    centre: Codes
-    step: npt.NDArray[np.float16]
-    error: Floats
+    q: Bytes  # [n, B, 32]
+    scale: Codes  # [n, B]
+    centre: Codes  # [n, B]
+    step: npt.NDArray[np.float16]  # [n, 2]
+    error: Floats  # [n]
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         return [self.q, self.scale, self.centre, self.step]
@@ -183,18 +191,17 @@ class Coded:
 
 def coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Coded:
     tops = _half(scale.max(1, keepdims=True)), _half(np.abs(centre).max(1, keepdims=True))
-    scale_type, centre_type = CODE_TYPES[kind]
-    scale_codes, s = _code(scale, tops[0], scale_type, 1)
-    centre_codes, c = _code(centre, tops[1], centre_type, -np.iinfo(centre_type).max)
+    most = largest_centre(kind)
+    scale_codes, s = _code(scale, tops[0], CODE_TYPES[kind], 1, int(np.iinfo(CODE_TYPES[kind]).max))
+    centre_codes, c = _code(centre, tops[1], np.int32, -most, most)
     whole = levels(blocks, s, c, kind)
     error = ((whole * s[:, :, None] + c[:, :, None] - blocks) ** 2).sum((1, 2))
     q = (whole + (1 << (BITS[kind] - 1))).astype(np.uint8)
     return Coded(q, scale_codes, centre_codes, np.concatenate(tops, 1).astype(np.float16), error)
 
 
-def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int) -> tuple[Codes, Floats]:
+def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int, most: int) -> tuple[Codes, Floats]:
     """Values [n, B] as codes in parts of top [n, 1], and what the codes stand for, [n, B]."""
-    most = int(np.iinfo(dtype).max)
     codes = np.clip(np.rint(_divide(values, top) * np.float32(most)), least, most).astype(dtype)
     return codes, codes.astype(np.float32) * (top / np.float32(most))
 

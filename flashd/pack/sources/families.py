@@ -26,6 +26,7 @@ from flashd.bundle.architecture import (
 )
 from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
+from flashd.pack.groups import group_neurons
 from flashd.pack.sources.source import Source
 
 
@@ -257,6 +258,7 @@ def model_of(source: Source, family: Family) -> Architecture:
         block, norms = "post", [p for p in norms if p != "final"]
     width = hidden // heads if layers in family.scale_by_width else head_dim
     activation, threshold = _activation(source, family)
+    filled = -(-neurons // BLOCK) * BLOCK
     return Architecture(
         family=family.architecture,
         name=source.text("general.name") if source.has("general.name") else source.path.stem,
@@ -265,7 +267,8 @@ def model_of(source: Source, family: Family) -> Architecture:
         heads=heads,
         kv_heads=source.number("attention.head_count_kv", int, heads),
         head_dim=head_dim,
-        neurons=-(-neurons // BLOCK) * BLOCK * (experts.count if experts else 1),
+        neurons=filled * (experts.count if experts else 1),
+        group_neurons=group_neurons(filled, hidden, 2 if family.gated else 1, bool(experts)),
         experts=experts,
         vocabulary=source.tensor("token_embd.weight").shape[0],
         context=_context(source),

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto as T
-from onnx import helper
 
 from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place
-from flashd.pack.graphs.nodes import MICROSOFT, Dims, Graph
+from flashd.graphs.nodes import Graph
+from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
 
 Vector = Callable[[str, int], str]
 """(name, length) -> the value that holds a small vector of the model."""
@@ -30,7 +29,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
 
     Each also takes the vectors that it needs, by their names in Model.layer_vectors and model_vectors.
     """
-    out = {f"graph.attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
+    out = {f"attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
     plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
         ("enter", Block.enter, ["x"], ["h"]),
         ("middle", Block.middle, ["x", "h", "branch"], ["x", "h"]),
@@ -44,14 +43,14 @@ def stages(model: Architecture) -> dict[str, bytes]:
         made = stage(Block(g, model, _vector_inputs(g)), *values)
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
-        out[f"graph.{name}"] = g.serialise(name)
+        out[name] = g.serialise(name)
     if model.logit_cap or "head" in model.biases:
         g = Graph()
         logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
         g.output("x_out", T.FLOAT, ["R", model.vocabulary], Block(g, model, _vector_inputs(g)).logits(logits))
-        out["graph.logits"] = g.serialise("logits")
+        out["logits"] = g.serialise("logits")
     if model.experts:
-        out["graph.route"] = _route(model.experts)
+        out["route"] = _route(model.experts)
     return out
 
 
@@ -85,13 +84,8 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
 
 
 def present(g: Graph, model: Architecture, name: str, value: str) -> None:
-    # No Identity behind these: it would copy the cache. The node's own output takes the name.
-    for node in g.nodes:
-        for i, out in enumerate(node.output):
-            if out == value:
-                node.output[i] = name
-    dims: list[Any] = [1, model.kv_heads, "C", model.head_dim]
-    g.outputs.append(helper.make_tensor_value_info(name, T.FLOAT, dims))
+    """Gives the KV cache out, which is written in place."""
+    g.named_output(name, T.FLOAT, [1, model.kv_heads, "C", model.head_dim], value)
 
 
 class Block:

@@ -1,0 +1,156 @@
+"""Sessions of constant weights: the bundle's rows as onnxruntime wants them, and the graphs that multiply them.
+
+A session is opened from arrays of the bundle's own bytes and a graph that is made here from the header. onnxruntime
+repacks the weights while it opens it; the arrays may be thrown away then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from flashd.bundle.bits import pack_bits, unpack
+from flashd.bundle.formats import RowFormat
+from flashd.bundle.header import Header
+from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Floats, RowKind
+from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
+from flashd.engine.forward.products import scales
+from flashd.graphs import constant
+from flashd.graphs.constant import Arithmetic
+from flashd.system.onnx_session import open_session
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def at_least_two(x: Floats) -> Floats:
+    """x [T, K], a single row twice: float32 products of one row add up in another order than those of several."""
+    return np.repeat(x, 2, axis=0) if len(x) == 1 else x
+
+
+def multiplied(session: Any, **inputs: Floats) -> Floats:
+    """The output [T, n] of a session for its inputs [T, ...], by name."""
+    (y,) = session.run(None, {name: at_least_two(x)[None] for name, x in inputs.items()})
+    return np.asarray(y[0, : len(next(iter(inputs.values())))], np.float32)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The arrays of a product with constant rows, by the ends of their names."""
+
+    arrays: Arrays
+    centred: bool
+
+    def named(self, name: str) -> Arrays:
+        return {f"{name}.{end}": array for end, array in self.arrays.items()}
+
+
+class Constants:
+    """Opens sessions for one bundle. It may be called from several threads."""
+
+    def __init__(self, header: Header, arithmetic: Arithmetic) -> None:
+        self._model, self._formats, self._arithmetic = header.model, header.formats, arithmetic
+        self._graphs: dict[tuple[Any, ...], bytes] = {}
+
+    def rows(self, rows: Rows, kind: RowKind, k: int) -> ort.InferenceSession:
+        """x [1, R, K] -> y [1, R, n], the product with rows [n, K]."""
+        product = self._product(rows, kind, k)
+        centred = frozenset({"rows"} if product.centred else ())
+        graph = self._graph(constant.rows, kind, self._arithmetic, len(rows), k, centred)
+        return open_session(graph, product.named("rows"))
+
+    def groups(self, groups: Groups) -> ort.InferenceSession:
+        """h, before [1, T, ...] -> y [1, T, Architecture.share_width]: the share of some groups of any layer is added."""
+        arrays, centred = self._of_groups("layer.0.", groups)
+        kind = self._formats.ffn
+        graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, 0, len(groups), centred)
+        return open_session(graph, arrays)
+
+    def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
+        """The attention of layer i, see graphs.constant.attention."""
+        arrays, centred = self._of_attention(i, qkv, output, vectors)
+        graph = constant.attention(self._model, self._formats.attention, self._arithmetic, i, centred)
+        return open_session(graph, arrays)
+
+    def whole(
+        self, layers: range, parts: Sequence[tuple[Rows, Rows, dict[str, Floats], Groups]]
+    ) -> ort.InferenceSession:
+        """Whole layers: of each the rows of qkv and output, the small vectors, and all groups."""
+        arrays: Arrays = {}
+        centred: frozenset[str] = frozenset()
+        for i, (qkv, output, vectors, groups) in zip(layers, parts, strict=True):
+            for more, names in (
+                self._of_attention(i, qkv, output, vectors),
+                self._of_groups(f"layer.{i}.", groups),
+            ):
+                arrays |= more
+                centred |= names
+        kinds = self._formats.attention, self._formats.ffn
+        return open_session(constant.whole(self._model, kinds, self._arithmetic, layers, centred), arrays)
+
+    def _graph(self, make: Any, *asked: Any) -> bytes:
+        """A graph that is made once: what streams past asks for few different ones, over and over."""
+        key = (make, *(part for part in asked if part is not self._model))
+        if key not in self._graphs:
+            self._graphs[key] = make(*asked)
+        return self._graphs[key]
+
+    def _of_attention(
+        self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]
+    ) -> tuple[Arrays, frozenset[str]]:
+        m, kind, at = self._model, self._formats.attention, f"layer.{i}."
+        arrays: Arrays = {f"{at}{name}": vector for name, vector in vectors.items()}
+        centred = set()
+        for name, rows, k in ((f"{at}qkv", qkv, m.hidden), (f"{at}output", output, m.query_width)):
+            product = self._product(rows, kind, k)
+            arrays |= product.named(name)
+            centred |= {name} if product.centred else set()
+        return arrays, frozenset(centred)
+
+    def _of_groups(self, at: str, groups: Groups) -> tuple[Arrays, frozenset[str]]:
+        m, kind = self._model, self._formats.ffn
+        inputs = self._product(groups.inputs.joined(), kind, m.hidden)
+        arrays = inputs.named(f"{at}inputs")
+        if groups.bias.size:
+            arrays[f"{at}inputs.bias"] = groups.bias.reshape(-1)
+        with_centres = _centred(groups.down, kind, m.group_neurons)
+        for number in range(len(groups)):
+            down = groups.down[number : number + 1].joined()
+            arrays |= self._product(down, kind, m.group_neurons, with_centres).named(f"{at}down.{number}")
+        names = [f"{at}inputs"] * inputs.centred + [f"{at}down"] * with_centres
+        return arrays, frozenset(names)
+
+    def _product(self, rows: Rows, kind: RowKind, k: int, centred: bool | None = None) -> _Product:
+        """The arrays of a product with rows [n, K]; their centres are left out if all of them are zero."""
+        if isinstance(rows, PlainRows):
+            return _Product({"w": np.ascontiguousarray(rows.w.T, np.float32)}, False)
+        if isinstance(rows, TernaryRows):
+            nibbles = pack_bits(unpack(rows.q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
+            blocks = nibbles.reshape(len(rows), -1, BLOCK // 2)
+            return _Product({"q": blocks, "scale": rows.scale.repeat(blocks.shape[1], axis=1)}, False)
+        form = RowFormat("int4" if kind in ("int3", "int2") else kind, k)
+        if centred is None:
+            centred = _centred(rows, kind, k)
+        q = rows.q if centred else rows.q[:, : form.weight_bytes]
+        scale = scales(rows.scale, rows.step, form, centred)
+        blocks = q.reshape(*scale.shape, -1)
+        if kind != "int8" or self._arithmetic == "int8":
+            return _Product({"q": blocks, "scale": scale}, centred)
+        high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (blocks >> 4, blocks & 15))
+        zero = np.zeros((len(rows), -(-scale.shape[1] // 2)), np.uint8)
+        return _Product(
+            {"q.high": high, "scale.high": 16 * scale, "q.low": low, "scale": scale, "zero": zero}, centred
+        )
+
+
+def _centred(rows: Rows, kind: RowKind, k: int) -> bool:
+    """Whether any of the rows [..., n, bytes] has a centre that is not zero."""
+    if not isinstance(rows, QuantRows):
+        return False
+    zero = 0x88 if CENTRE_BITS[kind] == 4 else 0x80
+    weights = RowFormat("int4" if kind in ("int3", "int2") else kind, k).weight_bytes
+    return bool((rows.q[..., weights:] != zero).any())

@@ -1,0 +1,185 @@
+"""How many bytes each part of the engine holds, computed from the bundle's header.
+
+What a constant takes was measured with onnxruntime 1.32 on x86-64 and is exact to 0.1 %: the packed weights, their
+float32 scales, and at accuracy level 4 the scales once more and the sums of blocks. While a session is opened it
+holds its arrays, and the weights a second time.
+"""
+
+from __future__ import annotations
+
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.formats import GroupFormat, RowFormat
+from flashd.bundle.header import Header
+from flashd.bundle.prefix import ROWS_OF_A_RUN
+from flashd.engine.model.sizes import KEPT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE
+from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
+from flashd.graphs.constant import Arithmetic
+from flashd.system.memory import MIB
+
+PREFILL_TOKENS = 256
+"""Tokens of a prompt that share one pass over the card, where all of them need all groups."""
+
+LOGIT_ROWS = NODES + 1
+"""Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
+
+BUFFERS = 4
+"""Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
+
+SESSIONS = 10 * MIB
+"""The thread pool and the small graphs, measured 5 to 10 MiB on x86-64 with onnxruntime 1.32."""
+
+SESSION = 96 << 10
+"""A session, whatever is in it."""
+
+SLACK = 8 * MIB
+"""What the allocators hold beyond what was asked of them."""
+
+LIKELY = 32768
+"""Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
+
+HEAD_WEIGHTS, LAYER_WEIGHTS = 4 << 20, 16 << 20
+"""Weights of one session of the head, and of whole layers: the more, the more is held while one is opened."""
+
+PREDICTOR, GATE = ("narrow", "wide", "lean"), ("gate", "floors")
+"""Sections of what chooses neurons."""
+
+
+def held(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
+    """Bytes of constant rows in an open session."""
+    weights, bits = rows * (form.width + form.digits), max(form.bits, 4)
+    if form.kind == "f16":
+        return 4 * weights
+    planes = 2 if form.kind == "int8" and arithmetic == "float32" else 1
+    return weights * (bits + (3 if arithmetic == "int8" else 1) * planes) // 8
+
+
+def while_opening(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
+    """Bytes that opening a session of them takes beside what it then holds."""
+    weights = rows * (form.width + form.digits)
+    return (
+        4 * weights if form.kind == "f16" else weights * (2 * max(form.bits, 4) + 2) // 8 + held(form, 0, arithmetic)
+    )
+
+
+def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
+    """Bytes of a group in an open session."""
+    rows = held(form.row, form.inputs * form.neurons, arithmetic) + held(form.column, form.hidden, arithmetic)
+    return rows + 4 * form.biases * form.neurons
+
+
+def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
+    rows = form.inputs * form.neurons
+    return while_opening(form.row, rows, arithmetic) + while_opening(form.column, form.hidden, arithmetic)
+
+
+def attention_held(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes of the attention of all layers, their small vectors included."""
+    m = header.model
+    layer = held(header.row_format("qkv"), m.qkv_width, arithmetic)
+    layer += held(header.row_format("output"), m.hidden, arithmetic) + 4 * sum(m.layer_vectors().values())
+    routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
+    return m.layers * (layer + routers + SESSION)
+
+
+def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
+    m = header.model
+    qkv = while_opening(header.row_format("qkv"), m.qkv_width, arithmetic)
+    return qkv + while_opening(header.row_format("output"), m.hidden, arithmetic)
+
+
+def head_part(header: Header) -> int:
+    """Rows of the head in one session, whole runs."""
+    rows = HEAD_WEIGHTS // header.model.hidden // ROWS_OF_A_RUN * ROWS_OF_A_RUN
+    return min(max(rows, ROWS_OF_A_RUN), header.model.vocabulary)
+
+
+def layers_together(header: Header) -> int:
+    """Layers in one session of a model that stays whole."""
+    m = header.model
+    weights = (
+        m.inputs * m.neurons * m.hidden + m.neurons * m.hidden + m.qkv_width * m.hidden + m.hidden * m.query_width
+    )
+    return max(1, min(m.layers, LAYER_WEIGHTS // weights))
+
+
+def section_bytes(header: Header, name: str) -> int:
+    section = header.section_named(name)
+    return section.length if section else 0
+
+
+def rotary(m: Architecture, context: int) -> int:
+    """Its tables, see forward.attention.Rotary."""
+    return 4 * m.ropes * m.head_dim * (context + 1)
+
+
+def scores(m: Architecture, tokens: int, context: int) -> int:
+    """Attention's, of one layer, and the bias that is added to them."""
+    return 4 * (tokens + 2) * (context + 2) * (m.heads + 2)
+
+
+def groups_of_a_read(form: GroupFormat, m: Architecture) -> int:
+    """Groups that one read fetches at the most."""
+    return min(m.expert_groups, units_of_a_read(form.nbytes))
+
+
+def pass_tokens(header: Header) -> int:
+    """Tokens of prompts that a pass of a model that does not fit takes: the more, the fewer passes they need."""
+    return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
+
+
+def workspace(header: Header, context: int, groups: int) -> int:
+    """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
+
+    `groups`: of a layer, the most that are in one session.
+    """
+    m, tokens = header.model, min(TOKENS_AT_ONCE, context) + 2
+    more = max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
+    inner = groups * m.group_neurons * (m.inputs + 2)
+    activations = 4 * tokens * (8 * m.hidden + 3 * m.qkv_width + inner) + 4 * KEPT_ROWS * m.hidden
+    # what a pass has of the tokens that are not in a product at the moment, and what they may look at
+    activations += 4 * more * (5 * m.hidden + 2 * context)
+    # twice if a graph follows that caps them or adds a bias
+    logits = 4 * LOGIT_ROWS * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
+    logits += 4 * LOGIT_ROWS * head_part(header)
+    shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
+    return activations + scores(m, tokens, context) + logits + shares + SLACK
+
+
+def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: bool) -> dict[str, int]:
+    """What reads go through, and the sessions that are made of what was read and are not used yet."""
+    m = header.model
+    if header.selection is not None:
+        return _selecting(header)
+    streams_head = head_rows < m.vocabulary
+    if all_pinned and not streams_head:
+        return {}
+    buffers, sessions, opening = [0], [0], [0]
+    for form in () if all_pinned else {part.form for part in header.ffn_parts}:
+        count = groups_of_a_read(form, m)
+        buffers.append(count * form.nbytes)
+        sessions.append(count * group_held(form, arithmetic) + SESSION)
+        opening.append(count * group_opening(form, arithmetic))
+    if streams_head:
+        row = header.row_format("head")
+        rows = READ_BYTES // row.nbytes
+        buffers.append(READ_BYTES)
+        sessions.append(held(row, rows, arithmetic) + SESSION)
+        opening.append(while_opening(row, rows, arithmetic))
+    total = BUFFERS * (buffer_bytes(max(buffers)) + max(sessions)) + IN_FLIGHT * max(opening)
+    return {"window and read-ahead": total}
+
+
+def _selecting(header: Header) -> dict[str, int]:
+    """Where neurons are selected: what chooses them, the policies' scores and maps too."""
+    m, size = header.model, header.unit_bytes
+    name, sections = ("gates", GATE) if header.gate_decides else ("predictors", PREDICTOR)
+    # bytes of a neuron in a token: its score or activation, and masks of it
+    of_token = 24 if header.gate_decides else 8
+    return {
+        name: sum(section_bytes(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
+        # a read's neurons are there twice: as they came, and those that were wanted
+        "window and read-ahead": (BUFFERS + 1) * buffer_bytes(max(READ_BYTES, size))
+        + 20 * m.layers * m.neurons
+        + of_token * TOKENS_AT_ONCE * m.neurons
+        + 4 * TEMPORARY_BYTES,
+    }

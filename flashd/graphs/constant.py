@@ -1,0 +1,206 @@
+"""Graphs whose weights are constants, which onnxruntime repacks once when it opens them.
+
+Four kinds: the attention of a layer, some units of a layer's FFN, whole layers one behind the other, and the head.
+A constant takes 5 to 7 bits a weight in RAM and is multiplied 20 to 50 times as fast as rows that are widened first.
+
+There are two arithmetics. *int8* rounds what goes into a product to 8 bits in blocks of 32, as llama.cpp does:
+MatMulNBits at accuracy level 4. Its sums do not depend on how many tokens a pass has, and everything here keeps to
+that, so an answer is the same to the bit whatever is in RAM and however many tokens share a pass:
+
+- a unit's share in an FFN is a product of its own, and shares are added in the units' order;
+- attention gets one row more than there are tokens, because its products of one row add up in another order;
+- a block's centre meets the sum of the input's block, rounded to 8 bits like all input.
+
+*float32* (accuracy level 1) rounds nothing. It is slower, and its last bits depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from flashd.bundle.architecture import Architecture, AttentionKind
+from flashd.bundle.row_kinds import BLOCK, RowKind
+from flashd.graphs.nodes import Graph
+from flashd.graphs.onnx_bytes import MICROSOFT, T
+from flashd.graphs.products import activated, gated, share
+from flashd.graphs.stages import Block, Vector, present
+
+Arithmetic = Literal["int8", "float32"]
+LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
+
+
+class Products:
+    """Adds products with constant rows to a graph.
+
+    Args:
+        centred: the names of products whose rows have centres that are not all zero.
+    """
+
+    def __init__(self, g: Graph, arithmetic: Arithmetic, centred: frozenset[str]) -> None:
+        self._g, self._arithmetic, self.centred = g, arithmetic, centred
+        self._with_sums: dict[str, str] = {}
+
+    def __call__(self, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
+        """x [1, T, K] times rows [n, K] -> [1, T, n]. engine.forward.constants has the arrays that it names."""
+        width = k
+        if name in self.centred:
+            x, width = self.with_sums(x, k), k + digits(k)
+        return self.of_wide(x, kind, name, n, width)
+
+    def of_wide(self, x: str, kind: RowKind, name: str, n: int, width: int) -> str:
+        """x [1, T, width], which has its sums behind it if the rows have centres, times rows -> [1, T, n]."""
+        if kind == "f16":
+            return self._g.node("MatMul", x, self._g.external(f"{name}.w", T.FLOAT, [width, n]))
+        if kind != "int8":
+            return self._nbits(x, f"{name}.q", f"{name}.scale", n, width, 4)
+        if self._arithmetic == "int8":
+            return self._nbits(x, f"{name}.q", f"{name}.scale", n, width, 8)
+        # at level 1 only 4-bit weights are multiplied without being widened whole: q - 128 is 16 (high - 8) + low
+        high = self._nbits(x, f"{name}.q.high", f"{name}.scale.high", n, width, 4)
+        low = self._nbits(x, f"{name}.q.low", f"{name}.scale", n, width, 4, f"{name}.zero")
+        return self._g.node("Add", high, low)
+
+    def with_sums(self, x: str, k: int) -> str:
+        """x [1, T, K] and behind it, twice, the means of its blocks, the first time filled up to whole blocks."""
+        if x not in self._with_sums:
+            g, blocks = self._g, k // BLOCK
+            means = g.node("AveragePool", x, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
+            filled = means
+            if blocks % BLOCK:
+                filled = g.node("Pad", means, g.shape(0, 0, 0, 0, 0, -blocks % BLOCK))
+            self._with_sums[x] = g.node("Concat", x, filled, means, axis=2)  # [1, T, K + digits(K)]
+        return self._with_sums[x]
+
+    def _nbits(self, x: str, q: str, scale: str, n: int, k: int, bits: int, zero: str = "") -> str:
+        g, blocks = self._g, -(-k // BLOCK)
+        q = g.external(q, T.UINT8, [n, blocks, BLOCK * bits // 8])
+        scale = g.external(scale, T.FLOAT, [n, blocks])
+        zeros = [g.external(zero, T.UINT8, [n, -(-blocks // 2)])] if zero else []
+        return g.node(
+            "MatMulNBits", x, q, scale, *zeros, domain=MICROSOFT,
+            K=k, N=n, bits=bits, block_size=BLOCK, accuracy_level=LEVELS[self._arithmetic],
+        )  # fmt: skip
+
+
+def digits(k: int) -> int:
+    """Values that follow K inputs for the digits of centres; the last block need not be filled."""
+    blocks = k // BLOCK
+    return -(-blocks // BLOCK) * BLOCK + blocks
+
+
+class Layers:
+    """Puts layers with constant weights into a graph.
+
+    Args:
+        kinds: the rows of attention and of the FFN.
+    """
+
+    def __init__(self, g: Graph, model: Architecture, kinds: tuple[RowKind, RowKind], products: Products) -> None:
+        self._g, self._model, self._products = g, model, products
+        self._group = model.group_neurons
+        self._attention_kind, self._ffn_kind = kinds
+
+    def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, Block]:
+        """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
+        g, m, at = self._g, self._model, f"layer.{i}."
+        block = Block(g, m, _external_vectors(g, at))
+        h = block.enter(x)
+        qkv = self._products(h, self._attention_kind, f"{at}qkv", m.qkv_width, m.hidden)
+        heads, key, value = self._attend(block, qkv, m.attention[m.layer_kinds[i]], suffix, tree)
+        present(g, m, f"present_key{suffix}", key)
+        present(g, m, f"present_value{suffix}", value)
+        branch = self._products(heads, self._attention_kind, f"{at}output", m.hidden, m.query_width)
+        return *block.middle(x, h, branch), block
+
+    def _attend(
+        self, block: Block, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]
+    ) -> tuple[str, str, str]:
+        """Attention of T tokens and of one row more, the last one again: its keys and values are written over."""
+        g = self._g
+        last = g.node("Slice", qkv, g.shape(-1), g.shape(1 << 30), g.shape(1))
+        more = g.node("Concat", qkv, last, axis=1)  # [1, T + 1, q + k + v widths]
+        heads, key, value = block.attend(more, kind, suffix, tree)
+        return g.node("Slice", heads, g.shape(0), g.shape(-1), g.shape(1)), key, value
+
+    def ffn(self, i: int, h: str, groups: int, before: str = "") -> str:
+        """[1, T, Model.share_width]: what is before, and the share of some groups in a layer's FFN of h [1, T, H]."""
+        g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
+        rows = groups * m.inputs * n
+        a = self._products(h, self._ffn_kind, f"{at}inputs", rows, m.hidden)  # [1, T, groups M N]
+        if "inputs" in m.biases:
+            a = g.node("Add", a, g.external(f"{at}inputs.bias", T.FLOAT, [rows]))
+        if m.gated:
+            pairs = g.node("Reshape", a, g.shape(1, -1, m.inputs, n))  # [1, T groups, M, N]
+            a = gated(g, m, *g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2))
+        else:
+            a = activated(g, m, a)
+        a = g.node("Reshape", a, g.shape(1, -1, n))  # [1, T groups, N]
+        squared, width = a, n
+        if f"{at}down" in self._products.centred:
+            a, width = self._products.with_sums(a, n), n + digits(n)
+        a = g.node("Reshape", a, g.shape(1, -1, groups * width))  # [1, T, groups width]
+        parts = g.nodes_out("Split", a, outputs=groups, axis=2, num_outputs=groups) if groups > 1 else [a]
+        shares = [
+            self._products.of_wide(part, self._ffn_kind, f"{at}down.{number}", m.hidden, width)
+            for number, part in enumerate(parts)
+        ]
+        if m.normed_neurons:  # the sum of each group's squares goes with its share
+            flat = g.node("Reshape", squared, g.shape(1, -1, groups * n))
+            squares = g.nodes_out("Split", flat, outputs=groups, axis=2, num_outputs=groups)
+            shares = [share(g, m, part, one) for part, one in zip(squares, shares, strict=True)]
+        y = before
+        for one in shares:
+            y = g.node("Add", y, one) if y else one
+        return y
+
+
+def attention(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
+    """x [1, T, H] of a layer -> `x_out`, `h_out` [1, T, H] behind its attention; tokens may stand in branches."""
+    g = Graph()
+    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
+    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    x, h, _ = layers.attention(i, x, "", tree)
+    g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
+    g.output("h_out", T.FLOAT, [1, "T", model.hidden], h)
+    return g.serialise("attention")
+
+
+def ffn(
+    model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, groups: int, centred: frozenset[str]
+) -> bytes:
+    """h [1, T, H], before [1, T, Model.share_width] -> y, what is before and the share of some groups of a layer."""
+    g = Graph()
+    h, width = g.input("h", T.FLOAT, [1, "T", model.hidden]), model.share_width
+    before = g.input("before", T.FLOAT, [1, "T", width])
+    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    g.output("y", T.FLOAT, [1, "T", width], layers.ffn(i, h, groups, before))
+    return g.serialise("ffn")
+
+
+def whole(
+    model: Architecture, kinds: tuple[RowKind, RowKind], arithmetic: Arithmetic, layers: range,
+    centred: frozenset[str],
+) -> bytes:  # fmt: skip
+    """x [1, T, H] that goes into the first of some layers -> `x_out` [1, T, H] behind the last."""
+    g = Graph()
+    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    made = Layers(g, model, kinds, Products(g, arithmetic, centred))
+    for i in layers:
+        x, h, block = made.attention(i, x, f".{i}")
+        x = block.leave(x, made.ffn(i, h, model.groups))
+    g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
+    return g.serialise("layers")
+
+
+def rows(kind: RowKind, arithmetic: Arithmetic, n: int, k: int, centred: frozenset[str]) -> bytes:
+    """x [1, R, K] -> y [1, R, n], the product with n rows of the head."""
+    g = Graph()
+    x = g.input("x", T.FLOAT, [1, "R", k])
+    g.output("y", T.FLOAT, [1, "R", n], Products(g, arithmetic, centred)(x, kind, "rows", n, k))
+    return g.serialise("rows")
+
+
+def _external_vectors(g: Graph, at: str) -> Vector:
+    return lambda name, length: g.external(f"{at}{name}", T.FLOAT, [length])

@@ -1,0 +1,27 @@
+"""How many neurons a group has: what is read, pinned and multiplied as one."""
+
+from __future__ import annotations
+
+from flashd.bundle.row_kinds import BLOCK
+
+MOST_BYTES = 2 << 20
+"""Of a group's weights in 4 bits: larger reads gain nothing on any card, and what waits to be used takes RAM."""
+
+LEAST_GROUPS = 4
+"""Of a layer, so that a small model can be pinned in part."""
+
+
+def group_neurons(neurons: int, hidden: int, inputs: int, expert: bool) -> int:
+    """Neurons of a group, whole blocks that share out an FFN of `neurons`, itself a multiple of 32.
+
+    Args:
+        hidden: H.
+        inputs: M, the matrices that the FFN's input is multiplied by.
+        expert: the FFN is one of many in a layer, and is used whole.
+    """
+    blocks, block_bytes = neurons // BLOCK, BLOCK * (inputs + 1) * hidden // 2
+    least = 1 if expert else min(LEAST_GROUPS, blocks)
+    fitting = [
+        n for n in range(1, blocks + 1) if blocks % n == 0 and blocks // n >= least and n * block_bytes <= MOST_BYTES
+    ]
+    return BLOCK * max(fitting, default=1)

@@ -38,7 +38,7 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     return out
 
 
-def _widened(q: Bytes, bits: int) -> Bytes:
+def as_nibbles(q: Bytes, bits: int) -> Bytes:
     """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
     lower = q.shape[-1] * 2 // bits
     out = _nibbles(2, bits)[q[..., :lower]]  # [..., K / 4] uint16

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.bits import _widened
-from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, NARROW, Bytes, Floats, RowKind
-from flashd.bundle.slots import (
+from flashd.bundle.arrays import (
     ColumnSteps,
     Groups,
     PairedNeurons,
@@ -25,6 +23,8 @@ from flashd.bundle.slots import (
     TernaryGroups,
     TernaryRows,
 )
+from flashd.bundle.bits import as_nibbles
+from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, NARROW, Bytes, Floats, RowKind
 
 
 def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
@@ -218,7 +218,7 @@ class GroupFormat(_BundleFormat):
             return groups
         assert isinstance(groups, QuantGroups)
         bits = self.row.bits
-        return replace(groups, q=_widened(groups.q, bits), down=_widened(groups.down, bits))
+        return replace(groups, q=as_nibbles(groups.q, bits), down=as_nibbles(groups.down, bits))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ PREDICTOR_ROWS: RowKind = "int8"
 """Rows of predictors."""
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
+class PackedFrom(msgspec.Struct, frozen=True, kw_only=True):
     """The file that a bundle was packed from."""
 
     name: str
@@ -116,10 +116,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Part:
+class FfnSection:
     """The groups of a layer that are written alike: a section."""
 
-    section: str
+    name: str
     layer: int
     form: GroupFormat
     first: int  # of the layer's groups
@@ -133,7 +133,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: Architecture
     formats: Formats
     text: Text
-    source: Source
+    source: PackedFrom
     sections: list[Section]
     checksums: Section
     checksums_digest: str
@@ -196,17 +196,17 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def paged_sections(self) -> list[str]:
         """The sections that may be read in each pass, in the order in which it needs them."""
-        return [*(part.section for part in self.ffn_parts), "head"]
+        return [*(part.name for part in self.ffn_sections), "head"]
 
     @property
-    def ffn_parts(self) -> list[Part]:
+    def ffn_sections(self) -> list[FfnSection]:
         """All groups of all layers, in order. Of a bundle that selects neurons only the sections' names hold."""
-        return [part for i in range(self.model.layers) for part in self.parts_of(i)]
+        return [part for i in range(self.model.layers) for part in self.ffn_sections_of(i)]
 
-    def parts_of(self, layer: int) -> list[Part]:
+    def ffn_sections_of(self, layer: int) -> list[FfnSection]:
         """All groups of a layer, in order."""
         n, groups = self.narrowed, self.model.groups
-        return layer_parts(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
+        return layer_ffn_sections(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
@@ -229,7 +229,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             if self.selection:
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
         if not self.selection:
-            lengths |= {part.section: part.count * part.form.nbytes for part in self.ffn_parts}
+            lengths |= {part.name: part.count * part.form.nbytes for part in self.ffn_sections}
         return lengths | self._chooser_lengths()
 
     def _chooser_lengths(self) -> dict[str, int]:
@@ -252,20 +252,20 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def own_runs(self) -> dict[str, int]:
         """Bytes of a run of each section that is not checked a mebibyte at a time."""
         rows = {name: ROWS_OF_A_RUN * self.row_format(name).nbytes for name in self.row_tables}
-        units = {part.section: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_parts}
+        units = {part.name: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_sections}
         return rows | units
 
     def section_named(self, name: str) -> Section | None:
         return next((s for s in self.sections if s.name == name), None)
 
 
-def layer_parts(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[Part]:
+def layer_ffn_sections(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[FfnSection]:
     """The parts of a layer, written as `form` and then narrower; of each width, the group behind its last."""
     parts, first = [], 0
     for kind, end in zip((form.kind, *NARROW), ends, strict=False):
         if end > first:
             name = f"layer.{layer}.ffn" + (f".{kind}" if kind in NARROW else "")
-            parts.append(Part(name, layer, replace(form, kind=kind), first, end - first))
+            parts.append(FfnSection(name, layer, replace(form, kind=kind), first, end - first))
         first = end
     return parts
 

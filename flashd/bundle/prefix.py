@@ -25,7 +25,7 @@ MAX_HEADER = 4 << 20
 PREFIX = struct.Struct("<8sIIQQ")
 
 
-def align(offset: int) -> int:
+def next_page(offset: int) -> int:
     """The next page boundary."""
     return -(-offset // PAGE) * PAGE
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle import codec, errors
+from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.bits import unpack
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.header import Section
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.row_kinds import BLOCK, RowKind, unit_steps
-from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,8 @@ class Bundle:
 
         Raises DamagedRun, CardError.
         """
-        for part in self.header.parts_of(layer):
-            section, wanted = self.section(part.section), min(part.count, count - part.first)
+        for part in self.header.ffn_sections_of(layer):
+            section, wanted = self.section(part.name), min(part.count, count - part.first)
             for first in range(0, wanted, at_once):
                 n = min(at_once, wanted - first)
                 following = min(at_once, wanted - first - n)

@@ -10,7 +10,7 @@ from types import TracebackType
 import flashd
 from flashd.bundle import codec, prefix
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Formats, Header, Narrowed, Section, Selection, Source, Text
+from flashd.bundle.header import Formats, Header, Narrowed, PackedFrom, Section, Selection, Text
 from flashd.bundle.prefix import PAGE, PLAIN_RUN
 from flashd.errors import CannotWrite
 from flashd.system.new_file import NewFile
@@ -54,10 +54,10 @@ class BundleWriter:
         if pending:
             self._write_runs(memoryview(pending), run)
         self._sections.append(Section(name=name, offset=start, length=self._at - start, run=run, first=first))
-        self._at = prefix.align(self._at)
+        self._at = prefix.next_page(self._at)
 
     def finish(
-        self, *, model: Architecture, formats: Formats, text: Text, source: Source,
+        self, *, model: Architecture, formats: Formats, text: Text, source: PackedFrom,
         selection: Selection | None = None, narrowed: Narrowed | None = None,
     ) -> Header:  # fmt: skip
         """Writes checksums and header, flushes all to the device and gives the file its name."""

@@ -19,10 +19,11 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import ROW_KINDS
 from flashd.cli import appliance
 from flashd.cli.figures import as_json, in_words
-from flashd.cli.progress import MIB, Bar, for_terminal, say_cut
+from flashd.cli.progress import Bar, for_terminal, say_cut
 from flashd.cli.talk import Turns, checked, talk
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 from flashd.pack import default_model
+from flashd.system.memory import MIB
 
 STARTED = time.perf_counter()
 MOST_THREADS = 256

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.formats import RowFormat
-from flashd.bundle.header import Chooser, Header, Text, group_format, layer_parts, neuron_format
+from flashd.bundle.header import Chooser, Header, Text, group_format, layer_ffn_sections, neuron_format
 from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
 from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
@@ -192,8 +192,8 @@ class _Writer:
         for i, layer in enumerate(choice.layers):
             if layer.rank:
                 predictors = [part.predictor for part in layer.parts]
-                self._bundle.add(f"layer.{i}.narrow", [p.narrow.tobytes() for p in predictors])
-                self._bundle.add(f"layer.{i}.wide", [p.wide.tobytes() for p in predictors])
+                self._bundle.add(f"layer.{i}.narrow", [p.to_rank.tobytes() for p in predictors])
+                self._bundle.add(f"layer.{i}.wide", [p.from_rank.tobytes() for p in predictors])
                 self._bundle.add(f"layer.{i}.lean", [p.lean.tobytes() for p in predictors])
 
     def gated(self, choice: Gated) -> None:
@@ -234,10 +234,10 @@ class _Writer:
         (ffn,) = self._weights.ffns(i)
         order, every = self._encode.order(ffn, sizes), self._model.groups
         ends = [starts.int3, starts.int2, every] if starts else [every]
-        for part in layer_parts(i, self._group, ends):
+        for part in layer_ffn_sections(i, self._group, ends):
             neurons = order[part.first * BLOCK : (part.first + part.count) * BLOCK]
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
-            self._bundle.add(part.section, chunks, run=part.form.nbytes)
+            self._bundle.add(part.name, chunks, run=part.form.nbytes)
 
     def _experts(self, i: int, order: Numbers) -> None:
         """A layer's router and its experts, those first that most tokens use."""

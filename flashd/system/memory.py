@@ -27,10 +27,10 @@ def available_memory() -> int:
     """Bytes that this process may hold: what the kernel says is available, or its control group's limit if less."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024 + resident_now()
-    return min([int(free * 0.9), *_group_limits()])
+    return min([int(free * 0.9), *group_limits()])
 
 
-def _group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+def group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Limits of the process's control groups and of all that they are in, less a margin; of both versions."""
     limits = []
     for line in proc.read_text().splitlines():

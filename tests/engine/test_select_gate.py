@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from flashd.bundle import codec, header, prefix
+from flashd.bundle.arrays import PlainNeurons
 from flashd.bundle.errors import BadSection, DamagedHeader
 from flashd.bundle.formats import PairFormat
 from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
-from flashd.bundle.slots import PlainNeurons
 from flashd.cli.main import main
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.selected_ffn import Gate, SelectedFfn
@@ -164,7 +164,7 @@ def test_the_plan_counts_gates(gated: Path) -> None:
         model = PagedModel(bundle, plan)
         try:
             model.forward(TOKENS[:5], np.array([4]))
-            assert 0 < model.hit_rate < 1 and not model.drafts and not model.pages
+            assert 0 < model.hit_rate < 1 and not model.drafts and not model.shares_reads
         finally:
             model.close()
 
@@ -220,9 +220,9 @@ def test_the_header_says_what_was_measured(silu: Path) -> None:
     assert silu.read_bytes()[8] == VERSION
 
 
-def of_layers(*errors: list[float], fired: float = 1.0) -> list[gates.Layer]:
+def of_layers(*errors: list[float], fired: float = 1.0) -> list[gates.GatedLayer]:
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.bool_)
-    return [gates.Layer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
+    return [gates.GatedLayer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
 
 
 def test_layers_that_bear_it_skip_more() -> None:
@@ -406,7 +406,7 @@ def test_a_header_with_other_gates_than_the_file_is_refused(
 @pytest.mark.parametrize("number", [-1, FILLED // BLOCK, 1 << 30])
 def test_a_neuron_in_no_group_is_refused(gated: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "m.flash").write_bytes(signed(gated, "layer.2.groups", np.full(1, number, "<i4").tobytes()))
-    with pytest.raises(BadSection, match="names others than the 7 groups"), model_of(tmp_path / "m.flash", 9):
+    with pytest.raises(BadSection, match="not one of the layer's 7"), model_of(tmp_path / "m.flash", 9):
         pass
 
 

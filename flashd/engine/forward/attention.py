@@ -1,4 +1,4 @@
-"""Attention over the KV cache: rotary tables, where the tokens of a pass stand, and the graph itself."""
+"""Attention over the KV cache: rotary tables, the positions of a pass's tokens, and the call of the graph."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from flashd.system.onnx_session import open_session
 class Rotary:
     """cos and sin of rotary embedding (arXiv 2104.09864), halves rotated, for each of a model's tables.
 
-    A table gives each pair of a head's dimensions the angle that a position turns it by, 0 for what is not turned,
-    and the length that it is stretched to.
+    A table has two numbers for each pair of a head's dimensions: the angle that one position turns it by (0 if it is
+    not turned), and the length that it is stretched to.
     """
 
     def __init__(self, bundle: Bundle, positions: int) -> None:
         model = bundle.header.model
-        tables = bundle.floats("rope").astype(np.float64).reshape(model.ropes, 2, model.head_dim // 2)
+        tables = (
+            bundle.floats("rope").astype(np.float64).reshape(model.ropes, 2, model.head_dim // 2)
+        )  # [n, 2, D / 2]
         self._arrays: dict[str, Floats] = {}
         for i, (angle, length) in enumerate(tables):
             turned = np.arange(positions)[:, None] * angle  # [positions, D / 2]
@@ -37,49 +39,52 @@ class Rotary:
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in self._arrays.items()}
 
     def bind(self, names: Iterable[str], binding: Any) -> None:
-        """Gives a graph those tables that are among the `names` of its inputs."""
+        """Binds those tables that are among the `names` of a graph's inputs."""
         for name in names:
             if name in self._values:
                 binding.bind_ortvalue_input(name, self._values[name])
 
 
 NEVER = np.float32(-1e30)
-"""Added to a score, what takes a key out of attention."""
+"""A score with this added to it gets no attention."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the T tokens of a pass stand, and which of them each may look at."""
+    """The positions of the T tokens of a pass in their texts, and what each attends to."""
 
-    past: int
+    past: int  # tokens in the cache before them
     positions: npt.NDArray[np.int64]  # [1, T]
-    bias: Floats  # [1, 1, T, past + T], added to attention's scores
+    bias: Floats  # [1, 1, T, past + T], added to attention's scores: 0 or NEVER
 
     def parts(self, most: int) -> list[tuple[slice, Places]]:
-        """Up to `most` of the tokens at a time: which, and where they stand behind those before them."""
+        """The tokens in parts of up to `most`: the slice of each part, and its places behind the parts before it."""
         tokens = self.positions.shape[1]
         parts = [slice(at, min(at + most, tokens)) for at in range(0, tokens, most)]
         return [(part, self._part(part)) for part in parts]
 
     def _part(self, part: slice) -> Places:
-        bias = np.ascontiguousarray(self.bias[:, :, part, : self.past + part.stop])
+        bias = np.ascontiguousarray(self.bias[:, :, part, : self.past + part.stop])  # [1, 1, part, past + stop]
         return Places(self.past + part.start, self.positions[:, part], bias)
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:
-        """One token behind the other."""
+        """`tokens` tokens in one line behind `past` tokens."""
         return cls(past, np.arange(past, past + tokens)[None], np.zeros((1, 1, tokens, past + tokens), np.float32))
 
     @classmethod
     def in_branches(cls, past: int, branches: Branches, known: int = 0) -> Places:
-        """They begin behind `past` slots of the cache, which has the first `known` of them already."""
-        sees = branches.sees(past)[known:]
+        """The tokens of `branches` behind `past` slots of the cache, without the first `known`.
+
+        The cache has the `known` tokens already, in the slots that follow the first `past`.
+        """
+        sees = branches.sees(past)[known:]  # [T, past + known + T]
         bias = np.where(sees, np.float32(0), NEVER)
         return cls(past + known, sees.sum(1)[None] - 1, bias[None, None])
 
 
 class Attention:
-    """Attention over a layer's KV cache, with what stands around it: biases, norms, rotary embedding."""
+    """Attention over a layer's KV cache, with the biases, norms and rotary embedding that belong to it."""
 
     def __init__(self, bundle: Bundle, cache: KvCache) -> None:
         model = bundle.header.model
@@ -89,7 +94,10 @@ class Attention:
         self._rotary = Rotary(bundle, cache.context)
 
     def __call__(self, layer: int, qkv: Floats, vectors: Vectors, places: Places) -> Floats:
-        """qkv [T, q + k + v widths] of T new tokens -> [T, query width]; their keys and values are kept."""
+        """qkv [T, q + k + v widths] of T new tokens -> [T, query width] float32.
+
+        The layer's cache keeps their keys and values. `cache.advance` is left to the caller.
+        """
         session, names = self._sessions[layer]
         binding = session.io_binding()
         binding.bind_cpu_input("qkv", qkv[None])
@@ -105,11 +113,11 @@ class Attention:
             binding.bind_ortvalue_output(f"present_{part}", value)
         binding.bind_output("y", "cpu")
         session.run_with_iobinding(binding)
-        (y,) = [v.numpy() for v in binding.get_outputs() if len(v.shape()) == 3]
+        (y,) = [v.numpy() for v in binding.get_outputs() if len(v.shape()) == 3]  # [1, T, query width]
         return np.asarray(y[0], np.float32)
 
 
 def bind_positions(binding: Any, past: int, new: int) -> None:
-    """Tells GroupQueryAttention where `new` tokens stand behind `past` ones."""
+    """Tells GroupQueryAttention that `new` tokens follow `past` tokens."""
     binding.bind_cpu_input("last", np.array([past + new - 1], np.int32))
     binding.bind_cpu_input("total", np.array(past + new, np.int32))

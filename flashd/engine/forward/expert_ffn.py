@@ -1,10 +1,10 @@
-"""FFNs that are mixtures of experts: a token reads those of its experts that are not in RAM, and no others.
+"""FFNs that are mixtures of experts. A pass reads from the card only those experts that its tokens use and RAM lacks.
 
-Every router stays in RAM, and of each layer's experts as many as the plan allows. What an answer is does not depend
-on which: an expert is multiplied in the same parts and added in the same order, wherever it was.
+The routers of all layers stay in RAM, and as many experts of each layer as the plan allows. The answer does not
+depend on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case.
 
-While a layer computes, the next one's router, given what this layer's was given, guesses what to read ahead, as
-Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
+While a layer computes, the experts of the next layer are guessed and read ahead: the next layer's router is given the
+input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
+from flashd.bundle.arrays import Groups
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Groups
 from flashd.engine.forward import products
 from flashd.engine.forward.router import Router
 from flashd.engine.model.contract import CardStats, OnStep
@@ -26,35 +26,35 @@ from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.paging.window import Window
 from flashd.engine.planning.plan import Plan
 
-MEMORY = 0.9
-"""How much of the running share of right guesses stays with each pass."""
+RIGHT_DECAY = 0.9
+"""The part of the running share of right guesses that stays when a pass adds its own."""
 
 TRUSTED = 0.5
-"""The share of right guesses from which on they are read: a wrong one may keep the card from what is needed."""
+"""Guesses are read ahead if at least this share was right: a wrong one may keep the card from what is needed."""
 
 
 @dataclass
-class _Layer:
-    """What stays in RAM of one layer, its router apart."""
+class _LayerExperts:
+    """The experts of one layer that stay in RAM, and how well they are guessed."""
 
-    window: Window  # of its experts
+    window: Window
     recent: LeastRecentlyUsed
-    guessed: frozenset[int] = frozenset()  # experts, before its router was asked
-    right: float = 0.5  # the running share of guesses that are; at first it is not known
+    guessed: frozenset[int] = frozenset()  # experts that were guessed before the layer's own router was asked
+    right: float = 0.5  # the running share of guesses that were right; it is not known at first
 
 
 @dataclass(frozen=True)
 class _Routed:
     """Which experts the tokens of a pass use in one layer."""
 
-    used: Numbers  # [T, K]
+    used: Numbers  # [T, K], numbers of experts
     weights: Floats  # [T, K]
-    here: list[int]
-    missing: list[int]
+    here: list[int]  # those used that are in the window
+    missing: list[int]  # those used that the card has to give
 
 
 class ExpertFfn:
-    """Every token takes part with the experts that its router chooses, each read once for a pass."""
+    """The FeedForward of a mixture: each token uses the experts that the router chooses, each read once a pass."""
 
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
         self._bundle, self._plan = bundle, plan
@@ -66,7 +66,7 @@ class ExpertFfn:
         self._most = units_of_a_read(self._form.nbytes)
         self._product = products.Ffn(bundle.read("graph.ffn"), self._model)
         self._router = Router(bundle)
-        self._layers: list[_Layer] = []
+        self._layers: list[_LayerExperts] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
         self._queue = CardQueue(bundle, plan.passing_groups, plan.buffers)
         self._routed: _Routed | None = None
@@ -81,9 +81,8 @@ class ExpertFfn:
         return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
-    def pages(self) -> bool:
-        """Not so that several tokens cost what one does: each has experts of its own."""
-        return False
+    def shares_reads(self) -> bool:
+        return False  # each token uses experts of its own
 
     @property
     def drafts(self) -> bool:
@@ -98,7 +97,7 @@ class ExpertFfn:
                 part: Any = groups[at : at + extent.count]
                 window.fill(extent.first // self._size, extent.first % self._size, part)
         self._router.load(layer)
-        self._layers.append(_Layer(window, LeastRecentlyUsed(self._experts.count)))
+        self._layers.append(_LayerExperts(window, LeastRecentlyUsed(self._experts.count)))
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -127,7 +126,7 @@ class ExpertFfn:
                 self._passing.clear()
                 on_step(layer, self._model.layers, self.card.bytes_read)
         except BaseException:
-            # one may have come in part
+            # an expert may have come in part
             for expert in routed.missing:
                 if expert in window:
                     window.delete(expert)
@@ -135,11 +134,11 @@ class ExpertFfn:
         return np.asarray(np.einsum("tk,tkh->th", routed.weights, shares), np.float32)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        """Never asked for: without its experts a token is not worth guessing from."""
+        """Not supported: a guess without the experts that a token needs would be worth nothing."""
         raise NotImplementedError
 
     def lend(self, nbytes: int) -> None:
-        """Its windows are as large as the plan says."""
+        """Borrows nothing: the windows are as large as the plan says."""
 
     def restart(self) -> None:
         self._queue.restart()
@@ -151,7 +150,7 @@ class ExpertFfn:
         self._queue.close()
 
     def _choose(self, index: int, routed: Floats) -> None:
-        """Asks a layer's router, and the card for what is missing; then for what the next layer may need."""
+        """Asks a layer's router for `routed` [T, H], reads what is missing, then what the next layer may need."""
         layer = self._layers[index]
         used, weights = self._router(index, routed)
         needed = np.unique(used).tolist()
@@ -162,14 +161,15 @@ class ExpertFfn:
         layer.recent.use(used)
         if layer.guessed:
             share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
-            layer.right = MEMORY * layer.right + (1 - MEMORY) * share
+            layer.right = RIGHT_DECAY * layer.right + (1 - RIGHT_DECAY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
         if index + 1 < len(self._layers) and self._layers[index + 1].window.used < self._experts.count:
             self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:
+        """Reads ahead the experts that a layer may need, by what its router says to another's input [T, H]."""
         layer = self._layers[index]
-        uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)
+        uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)  # [E]
         likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.window]
         ahead: list[Extent] = []
         guessed = []
@@ -183,17 +183,17 @@ class ExpertFfn:
             self._queue.guess(ahead[: self._plan.buffers])
 
     def _make_room(self, index: int, routed: _Routed) -> set[int]:
-        """Takes out what is worth least; returns those that are in the window when the pass has gone on."""
+        """Evicts the experts used longest ago. Returns those that are in the window once the missing have come."""
         layer = self._layers[index]
-        both = np.concatenate([layer.window.units, np.array(routed.missing, np.int64)])
+        both = np.concatenate([layer.window.units, np.array(routed.missing, np.int64)])  # [n]
         stay = set(layer.recent.worth(both, layer.window.capacity).tolist())
         for expert in set(layer.window.units.tolist()) - stay:
             layer.window.delete(expert)
         return stay
 
     def _add(self, shares: Floats, h: Floats, routed: _Routed, expert: int, groups: Groups) -> None:
-        """Adds the share that some groups of an expert have in the output of those tokens that use it."""
-        tokens, place = np.nonzero(routed.used == expert)
+        """Adds what some groups of an expert contribute to the tokens that use it. shares: [T, K, H]."""
+        tokens, place = np.nonzero(routed.used == expert)  # [n] each
         shares[tokens, place] += self._product(h[tokens], groups)
 
     def _reads(self, layer: int, expert: int) -> list[Extent]:
@@ -201,7 +201,7 @@ class ExpertFfn:
         return self._extents(layer, expert * self._size, self._size)
 
     def _extents(self, layer: int, first: int, n: int) -> list[Extent]:
-        """Groups first, first + 1, ... of a layer, cut where an expert ends and where a read of it does."""
+        """The reads of groups first to first + n - 1 of a layer. None crosses the end of an expert."""
         out, stop = [], first + n
         while first < stop:
             expert, at = divmod(first, self._size)

@@ -1,4 +1,4 @@
-"""Products with rows in place: the bundle's graphs, called on the bytes that the card gave."""
+"""Products with rows in place: calls the bundle's graphs on weights in the format that the card gave them in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.row_kinds import BLOCK, Floats
-from flashd.bundle.slots import (
+from flashd.bundle.arrays import (
     ColumnSteps,
     Groups,
-    NeuronSlots,
+    NeuronArrays,
     PairedNeurons,
     PlainGroups,
     PlainNeurons,
@@ -25,31 +24,36 @@ from flashd.bundle.slots import (
     TernaryGroups,
     TernaryRows,
 )
+from flashd.bundle.row_kinds import BLOCK, Floats
 from flashd.engine.model.sizes import TEMPORARY_BYTES, TOKENS_AT_ONCE
 from flashd.system.freed_memory import use_small_pages
 from flashd.system.onnx_session import open_session, start_pool
 
 Vectors = dict[str, Floats]
-"""The small vectors of a layer, or of the whole model, by the names of bundle.layout.Model."""
+"""The small vectors of a layer or of the whole model, by the names that Architecture gives them."""
 
 
 @cache
 def use_threads(threads: int) -> None:
-    """Makes the process ready to compute with so many threads."""
+    """Makes the process ready to compute with so many threads. The first call decides."""
     start_pool(threads)
     use_small_pages()
 
 
 class Linear:
-    """y = x W^T on rows in place."""
+    """y = x W^T on rows in place.
+
+    Args:
+        graph: graph.linear of the rows' kind.
+        rounded: round x to 8 bits a block, as the constant head does, so that both give the same logits.
+    """
 
     def __init__(self, graph: bytes, rounded: bool = False) -> None:
-        """`rounded`: round x as the constant head does, so that both give the same logits."""
         self._session = open_session(graph)
         self._rounded = rounded
 
     def __call__(self, x: Floats, rows: Rows) -> Floats:
-        """x [T, K] float32, n rows of K -> [T, n] float32, widening a part of the rows at a time."""
+        """x [T, K] float32, n rows of K weights -> [T, n] float32. It widens a part of the rows at a time."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1]))
         feed = {"x": x}
         if isinstance(rows, QuantRows):
@@ -61,7 +65,7 @@ class Linear:
 
     def _part(self, feed: dict[str, Floats], rows: Any) -> Floats:
         if isinstance(rows, PlainRows):
-            (y,) = self._session.run(None, {**feed, "w": rows.w})
+            (y,) = self._session.run(None, {**feed, "w": rows.w})  # [T, n]
         elif isinstance(rows, TernaryRows):
             n, ones = len(rows), _ones(len(rows), rows.q.shape[1] * 4 // BLOCK)
             (y,) = self._session.run(
@@ -73,14 +77,14 @@ class Linear:
 
 
 class Ffn:
-    """The share of some groups of bundles in an FFN's output."""
+    """The contribution of some groups of neurons to an FFN's output."""
 
     def __init__(self, graph: bytes, model: Architecture) -> None:
         self._session = open_session(graph)
         self._inputs, self._width = model.inputs, model.share_width
 
     def __call__(self, x: Floats, groups: Groups) -> Floats:
-        """x [T, H] float32, n groups in place -> [T, H] float32; what shares in a norm comes behind the H."""
+        """x [T, H] float32, n groups in place -> [T, Architecture.share_width] float32."""
         hidden = x.shape[1]
         # the input rows of 32 neurons, widened
         part = max(1, TEMPORARY_BYTES // (4 * hidden * self._inputs * BLOCK))
@@ -128,9 +132,11 @@ class Ffn:
 
 
 class Neurons:
-    """The share of some neurons in an FFN's output, each counting for something in some of the tokens.
+    """The contribution of some neurons to an FFN's output. Each neuron has a weight in each token, mostly 0.
 
-    `inputs`: rows of a neuron beside its column.
+    Args:
+        graph: graph.ffn of a bundle that selects neurons.
+        inputs: how many rows a neuron has, not counting its column of down_proj.
     """
 
     def __init__(self, graph: bytes, inputs: int) -> None:
@@ -138,11 +144,13 @@ class Neurons:
         self._rows = inputs + 1
 
     def __call__(
-        self, x: Floats, neurons: NeuronSlots, counts: npt.NDArray[Any], steps: ColumnSteps | None = None
+        self, x: Floats, neurons: NeuronArrays, counts: npt.NDArray[Any], steps: ColumnSteps | None = None
     ) -> Floats:
-        """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32.
+        """x [T, H] float32, n neurons, `counts` [T, n] -> [T, H] float32.
 
-        `steps`: of the columns of n PairedNeurons.
+        Args:
+            counts: the weight of each neuron in each token.
+            steps: the steps of the columns, if the neurons are PairedNeurons.
         """
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
         out = np.zeros(x.shape, np.float32)
@@ -168,7 +176,7 @@ class Neurons:
 
 
 def _pair_feed(x: Floats, n: PairedNeurons, steps: ColumnSteps) -> dict[str, npt.NDArray[Any]]:
-    """Neurons, and the steps of their columns, as the graph names them."""
+    """The inputs of the graph of PairedNeurons, by name. x: [T, H]."""
     blocks = x.shape[1] // BLOCK
     return {
         "sums": block_sums(x), **_row_feed(n, len(n)), "down": n.down, "ones": _ones(len(n), blocks),
@@ -180,21 +188,23 @@ def _pair_feed(x: Floats, n: PairedNeurons, steps: ColumnSteps) -> dict[str, npt
 def _row_feed(
     parts: QuantRows | QuantGroups | QuantNeurons | PairedNeurons, rows: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """The quantised rows of `parts`, all axes but the last joined, as graphs name them."""
+    """The quantised rows of `parts` as graphs name them: [rows, ...], all axes but the last joined."""
     arrays = {"q": parts.q, "scale": parts.scale, "centre": parts.centre, "step": parts.step}
     return {name: array.reshape(rows, -1) for name, array in arrays.items()} | {"index": _index(rows)}
 
 
 def _index(n: int) -> npt.NDArray[np.int64]:
+    """[n]: 0 to n - 1."""
     return _counting(_at_least(n))[:n]
 
 
 def _ones(neurons: int, blocks: int) -> Floats:
+    """[neurons, blocks] of 1."""
     return _many_ones(_at_least(neurons), blocks)[:neurons]
 
 
 def _at_least(n: int) -> int:
-    """A power of two: where neurons are selected there are as many different n as parts may have rows."""
+    """The next power of two. If neurons are selected, nearly every part has another size: the caches stay small."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -209,12 +219,12 @@ def _many_ones(neurons: int, blocks: int) -> Floats:
 
 
 def block_sums(x: Floats) -> Floats:
-    """The sum [T, K / 32] of each block of x [T, K]."""
+    """The sum of each block of 32 of x [T, K]: [T, K / 32]."""
     return np.asarray(x.reshape(len(x), -1, BLOCK).sum(2), np.float32)
 
 
 def round_blocks(x: Floats) -> Floats:
-    """x [T, K] rounded to 8 bits a block of 32, as MatMulNBits rounds its input at accuracy level 4."""
-    blocks = x.reshape(len(x), -1, BLOCK)
-    scale = np.maximum(np.abs(blocks).max(2, keepdims=True), np.float32(1e-30)) / np.float32(127)
+    """x [T, K] with each block of 32 rounded to 8 bits, as MatMulNBits rounds its input at accuracy level 4."""
+    blocks = x.reshape(len(x), -1, BLOCK)  # [T, K / 32, 32]
+    scale = np.maximum(np.abs(blocks).max(2, keepdims=True), np.float32(1e-30)) / np.float32(127)  # [T, K / 32, 1]
     return np.asarray((np.rint(blocks / scale) * scale).reshape(x.shape), np.float32)

@@ -1,9 +1,9 @@
-"""The FFN layers of a model that does not fit: what of them stays in RAM and what comes from the card."""
+"""FFNs in which every neuron takes part: the hottest groups stay in RAM, the others stream past in each pass."""
 
 from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Header, Part
+from flashd.bundle.header import FfnSection, Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
@@ -14,24 +14,27 @@ from flashd.engine.paging.window import Window
 from flashd.engine.planning.plan import Plan
 
 AT_ONCE = 8
-"""Groups that are widened together, beside the slots that they go to."""
+"""Groups that are copied, and if need be widened to 4 bits, together."""
 
 
 def stream_past(header: Header, pinned: int, head_rows: int) -> list[Extent]:
-    """What a pass that needs everything finds on the card: the groups that are not pinned, then rows of the head."""
-    parts, schedule = header.ffn_parts, []
-    for section, part in enumerate(parts):
-        groups = range(min(max(pinned - part.first, 0), part.count), part.count)
-        schedule += extents(section, groups, part.form.nbytes)
+    """The reads of a pass that needs every neuron: the groups that are not pinned, then the head's other rows.
+
+    `pinned` is the number of groups of each layer that are in RAM, `head_rows` that of the head's rows.
+    """
+    sections, schedule = header.ffn_sections, []
+    for number, section in enumerate(sections):
+        groups = range(min(max(pinned - section.first, 0), section.count), section.count)
+        schedule += extents(number, groups, section.form.nbytes)
     runs = range(-(-head_rows // ROWS_OF_A_RUN), -(-header.model.vocabulary // ROWS_OF_A_RUN))
-    return schedule + extents(len(parts), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
+    return schedule + extents(len(sections), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
 
 
 class StreamedFfn:
-    """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
+    """The FeedForward of a bundle without a selection or experts.
 
-    While memory is lent, the first of those that stream past stay until it is wanted back. Behind the layers the
-    head's unlikely rows stream past too, see engine.head.
+    The hottest groups of each layer are pinned. While the KV cache lends memory, the first of those that stream past
+    stay in it. The same `stream` gives the head's other rows behind the last layer, see head.py.
     """
 
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
@@ -39,12 +42,14 @@ class StreamedFfn:
         self._model: Architecture = bundle.header.model
         self._form = bundle.header.group
         self._product = products.Ffn(bundle.read("graph.ffn"), self._model)
-        self._parts: list[list[tuple[int, Part]]] = [[] for _ in range(self._model.layers)]  # with their sections
-        for section, part in enumerate(bundle.header.ffn_parts):
-            self._parts[part.layer].append((section, part))
+        # of each layer: its sections, with their numbers among the sections of all layers
+        self._sections: list[list[tuple[int, FfnSection]]] = [[] for _ in range(self._model.layers)]
+        for number, section in enumerate(bundle.header.ffn_sections):
+            self._sections[section.layer].append((number, section))
         self._pinned: list[Window] = []
         self._passing = Window(self._form, self._model.groups, plan.passing_groups)
-        self._scheduled = self._goal = plan.pinned_groups  # groups of each layer that are pinned, and that may be
+        # groups of each layer: those that the stream leaves out, and those that there is memory for
+        self._scheduled = self._goal = plan.pinned_groups
         self.stream = CardStream(bundle, stream_past(bundle.header, plan.pinned_groups, plan.head_rows), plan.buffers)
         self._needed = self._found = 0
 
@@ -57,12 +62,12 @@ class StreamedFfn:
         return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
-    def pages(self) -> bool:
+    def shares_reads(self) -> bool:
         return self._here < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return self.pages and self._here > 0
+        return self.shares_reads and self._here > 0
 
     @property
     def _here(self) -> int:
@@ -80,7 +85,7 @@ class StreamedFfn:
             self.stream.read_ahead()
 
     def enter(self, layer: int, x: Floats) -> None:
-        """Every group is needed, whatever comes."""
+        """Does nothing: every group is needed, whatever x is."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         if layer == 0:
@@ -88,10 +93,11 @@ class StreamedFfn:
         y = self.from_ram(layer, h)  # [T, H]
         self._found += self._pinned[layer].used
         self._needed += self._model.groups
-        for section, part in self._parts[layer]:
-            for extent, raw in self.stream.section(section):
+        for number, section in self._sections[layer]:
+            for extent, raw in self.stream.section(number):
                 for at in range(0, len(raw), AT_ONCE):
-                    self._passing.insert(part.first + extent.first + at, part.form.groups(raw[at : at + AT_ONCE]))
+                    groups = section.form.groups(raw[at : at + AT_ONCE])
+                    self._passing.insert(section.first + extent.first + at, groups)
                 y += self._product(h, self._passing.rows)
                 self._stay(layer)
                 self._passing.clear()
@@ -102,14 +108,14 @@ class StreamedFfn:
         return self._product(h, self._pinned[layer].rows)
 
     def lend(self, nbytes: int) -> None:
-        """Fewer groups are let go at once; more stay when they next stream past."""
+        """Lets groups go at once if there is less memory. If there is more, groups stay as they stream past."""
         self._goal = self._plan.groups_beside(nbytes, self._model.layers * self._form.nbytes)
         for pinned in self._pinned:
             pinned.truncate(self._goal)
 
     def _settle(self) -> None:
-        """Has the card give what no longer is in RAM, and no more what now is."""
-        # a pass that broke off leaves more in some layers than in others
+        """Makes the stream give the groups that are not in RAM, and no others."""
+        # a pass that broke off leaves more groups in some layers than in others
         kept = self._here
         for pinned in self._pinned:
             pinned.truncate(kept)
@@ -118,7 +124,7 @@ class StreamedFfn:
             self._scheduled = kept
 
     def _stay(self, layer: int) -> None:
-        """Pins what of the groups that stream past there is room for."""
+        """Pins as many of the groups in `_passing` as there is room for."""
         pinned, first = self._pinned[layer], int(self._passing.units[0])
         count = min(self._goal - pinned.used, self._passing.used)
         if count > 0 and first == pinned.used:

@@ -1,7 +1,7 @@
-"""The window: a bounded set of units (groups of bundles, or neurons) in RAM, in slots whose used part is contiguous.
+"""The window: a bounded set of units in RAM, in slots. The used slots are contiguous. A unit is a group or a neuron.
 
-Section 3.3 of "LLM in a flash": nothing is allocated while tokens are made, a unit that leaves is replaced
-by the last one, and so the product always runs over one dense block of rows, in place.
+"LLM in a flash", section 3.3: nothing is allocated while tokens are made. If a unit leaves, the last one takes its
+slot, so a product always runs over one dense block of rows in place.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.arrays import Arrays, Groups
 from flashd.bundle.formats import GroupFormat, NeuronFormat, PairFormat
-from flashd.bundle.slots import Groups, Slots
 from flashd.system import freed_memory
 
 Ids = npt.NDArray[np.int32]
 
 
 class Window:
-    """Slots for up to `capacity` of `units` units, each a group or, as an expert is, `size` groups.
+    """Slots for units. It has no policy: its user decides which units come in and which go.
 
-    It holds no policy: who uses it decides what comes in and what goes.
+    Args:
+        form: how a group, or a neuron, is written.
+        units: how many units there are; they are numbered from 0.
+        capacity: the most units that are held at once.
+        size: groups of a unit: 1, or those of an expert.
     """
 
     def __init__(
@@ -39,16 +43,16 @@ class Window:
 
     @property
     def units(self) -> Ids:
-        """The units that are here, in slot order."""
+        """[used]: the numbers of the units that are here, in the order of their slots."""
         return self._unit_at[: self.used]
 
     @property
     def rows(self) -> Any:
-        """The used part of the slots."""
+        """The weights in the used slots, in place."""
         return self._part(0, self.used * self.size)
 
     def groups_of(self, unit: int, first: int, n: int) -> Groups:
-        """Groups first, first + 1, ... of a unit, in place. Raises KeyError where it is not here."""
+        """Groups `first` to `first + n - 1` of a unit, in place. Raises KeyError if the unit is not here."""
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)
@@ -57,22 +61,19 @@ class Window:
         return part
 
     def rows_of(self, units: Ids) -> Any:
-        """A copy of the rows of some units of one slot each that are here."""
+        """A copy of the weights of `units` [n], which are here and have one group or neuron each."""
         return self._slots[self._slot_of[units]]
 
     def here(self) -> npt.NDArray[np.bool_]:
-        """[units]: which are here."""
+        """[units] bool: which units are here."""
         return self._slot_of >= 0
 
-    def insert(self, first: int, rows: Slots) -> None:
-        """Copies units first, first + 1, ..., all their groups, into free slots, see `put`."""
+    def insert(self, first: int, rows: Arrays) -> None:
+        """Copies consecutive units from `first` on, with all their groups, into free slots. See `put`."""
         self.put(np.arange(first, first + len(rows) // self.size, dtype=np.int32), rows)
 
-    def put(self, units: Ids, rows: Slots) -> None:
-        """Copies units into free slots. None of them may be here already.
-
-        Raises ValueError where they do not fit or one is here.
-        """
+    def put(self, units: Ids, rows: Arrays) -> None:
+        """Copies `units` [n] into free slots. Raises ValueError if they do not fit or one is here already."""
         stop = self.used + len(units)
         if stop > self.capacity:
             raise ValueError(f"{len(units)} units for {self.capacity - self.used} free slots")
@@ -84,9 +85,10 @@ class Window:
         self.used = stop
 
     def fill(self, unit: int, first: int, groups: Groups) -> Groups:
-        """Copies a unit's groups from its `first` on, and returns them in place; a new unit takes a free slot.
+        """Copies some groups of a unit, from its group `first` on, and returns them in place.
 
-        Until all of them have come the slot holds something else. Raises ValueError where no slot is free.
+        A unit that is not here takes a free slot. The slot is not valid until all of its groups have come. Raises
+        ValueError if no slot is free.
         """
         if unit not in self:
             if self.used == self.capacity:
@@ -98,7 +100,7 @@ class Window:
         return part
 
     def delete(self, unit: int) -> None:
-        """Frees a unit's slot: the last used slot's unit moves into it. Raises KeyError."""
+        """Frees a unit's slot; the unit of the last used slot moves there. Raises KeyError if the unit is not here."""
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)
@@ -119,7 +121,7 @@ class Window:
         self.used = 0
 
     def truncate(self, used: int) -> None:
-        """Frees all slots but the first `used`, and gives their memory to the system until they are used again."""
+        """Frees all slots but the first `used`, and gives their memory to the system."""
         if used < self.used:
             self._slot_of[self._unit_at[used : self.used]] = -1
             self._unit_at[used : self.used] = -1
@@ -127,9 +129,9 @@ class Window:
             self.give_back()
 
     def give_back(self) -> None:
-        """Gives the memory of the free slots to the system, until they are used."""
+        """Gives the memory of the free slots to the system. It is taken again when they are written."""
         for array in self._part(self.used * self.size, (self.capacity - self.used) * self.size).arrays():
             freed_memory.give_back(array)
 
-    def _part(self, first: int, n: int) -> Slots:
+    def _part(self, first: int, n: int) -> Arrays:
         return self._slots[first : first + n]

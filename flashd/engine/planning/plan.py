@@ -1,7 +1,7 @@
-"""A RAM budget -> what stays in RAM, how large the window is, how long the context may be.
+"""The plan: from a RAM budget it says what stays in RAM and how large the windows are.
 
-The budget counts everything that the process holds: what it holds when the plan is made (interpreter, libraries,
-tokenizer: measured) and what is still to come (computed from the bundle's header).
+The budget covers all that the process holds: what it holds when the plan is made (interpreter, libraries, tokenizer),
+which is measured, and what is still to come, which is computed from the bundle's header.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.formats import RowFormat
-from flashd.bundle.header import Header, Part
+from flashd.bundle.header import FfnSection, Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import BLOCK, Floats
@@ -24,75 +24,76 @@ from flashd.errors import MemoryTooSmall
 from flashd.system.memory import MIB
 
 LOADING, HEAP = 1.5, 40 * MIB
-"""What is held of constant weights beside them while onnxruntime 1.32 repacks them, in parts of them and beside: 1.64
-GiB for Qwen2.5-Coder-1.5B's 1.10, 195 MiB for SmolLM2's 106. The KV cache and the workspace come later."""
+"""While onnxruntime 1.32 repacks constant weights, the process holds LOADING times their bytes and HEAP more, above
+the weights themselves. Measured: 1.64 GiB for the 1.10 of Qwen2.5-Coder-1.5B, 195 MiB for the 106 of SmolLM2. The KV
+cache and the workspace are allocated later."""
 
 PREFILL_TOKENS = 256
-"""Tokens of a prompt that share one pass over the card, where all of them need all groups."""
+"""Tokens of prompts that share one pass over the card, if every token needs all groups."""
 
 LOGIT_ROWS = NODES + 1
-"""Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
+"""Rows of logits over the whole vocabulary that are held at once: those of a pass, and that behind the prompt."""
 
 BUFFERS = 6
-"""Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
+"""Extents that are read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
 SESSIONS = 10 * MIB
-"""The in-place graphs' sessions and the thread pool, measured 5 to 10 MiB on x86-64 with onnxruntime 1.32."""
+"""Bytes of the in-place graphs' sessions and the thread pool: 5 to 10 MiB on x86-64 with onnxruntime 1.32."""
 
 MARGIN = 2 * MIB
-"""What the libraries' measured share varies by from one start to the next."""
+"""By how many bytes the libraries' share varies from one start to the next."""
 
 SLACK = 8 * MIB
-"""What the allocators hold beyond what was asked of them."""
-
+"""Bytes that the allocators hold beyond those that they were asked for."""
 
 LIKELY = 32768
-"""Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
+"""Rows of the head that stay in RAM before any FFN group does. A draft chooses among their tokens."""
 
 TEXTS = "token_bytes"
-"""The section of what each token stands for."""
+"""The name of the section with each token's text."""
 
 KEPT = ("vectors", "qkv", "output", "router")
-"""Sections of a layer that stay in RAM."""
+"""Names of the sections of a layer that stay in RAM."""
 
 PREDICTOR, GATE = ("narrow", "wide", "lean"), ("gate", "floors", "steps", "groups")
-"""And those of what chooses neurons."""
+"""Names of the sections of a layer that choose its neurons. They stay in RAM too."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget buys. Sizes in bytes. The engine obeys it to the slot."""
+    """What a budget buys. The engine obeys it exactly."""
 
-    memory: int
-    context: int
+    memory: int  # bytes of the budget
+    context: int  # tokens
     threads: int
-    resident: bool
-    pinned_groups: int  # of every layer; of a mixture, those of the experts that it has room for
-    groups: int  # of every layer, in all
-    lent_groups: int  # of every layer, that RAM of the KV cache has room for while a text is short
-    head_rows: int  # of the head, the first so many
-    passing_groups: int  # slots for what streams past
-    buffers: int
-    parts: dict[str, int]
-    smallest: int
-    whole: int | None  # from which on the whole model stays, in constant graphs; None: it has none
-    card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
-    slots: tuple[int, ...] = ()  # of each layer's window, where neurons are selected
+    resident: bool  # whether the whole model is in RAM, in one constant graph
+    pinned_groups: int  # groups of each layer that stay in RAM; in a mixture those of whole experts
+    groups: int  # groups of each layer in all
+    lent_groups: int  # further groups of each layer that fit into the KV cache's memory while a text is short
+    head_rows: int  # rows of the head that stay in RAM, the first
+    passing_groups: int  # slots for groups that stream past
+    buffers: int  # of reads
+    parts: dict[str, int]  # what the memory is used for -> bytes
+    smallest: int  # bytes of the smallest budget that works
+    whole: int | None  # bytes of the budget from which on `resident` is true; None: never
+    card_bytes: int  # bytes read from the card for a token while decoding; for experts, if all are used alike
+    slots: tuple[int, ...] = ()  # of each layer's window, if the bundle selects neurons
 
     def groups_beside(self, lent: int, group_bytes: int) -> int:
-        """Groups of every layer that there is room for with `lent` bytes of the KV cache.
+        """Groups of each layer that there is room for if the KV cache lends `lent` bytes.
 
-        `group_bytes` is what a group of every layer takes together.
+        `group_bytes` is the size of one group in each of the layers together.
         """
         return self.pinned_groups + min(lent // group_bytes, self.lent_groups)
 
     @property
     def total(self) -> int:
+        """Bytes that the plan uses."""
         return sum(self.parts.values())
 
     @property
     def pinned_share(self) -> float:
-        """Of the neurons, those that RAM has room for."""
+        """The share of the neurons that RAM has room for, 0 to 1."""
         neurons = len(self.slots) * self.groups * BLOCK
         return sum(self.slots) / neurons if neurons else self.pinned_groups / self.groups
 
@@ -105,10 +106,11 @@ def make_plan(
     Args:
         memory: bytes that the process may hold.
         context: tokens that the KV cache must have room for.
+        threads: threads to compute with.
         base: bytes that the process holds now.
-        rates: how often each neuron takes part [L, F], of a bundle that selects.
+        rates: how often each neuron takes part, [L, F]; None if the bundle selects no neurons.
 
-    Raises MemoryTooSmall, naming the smallest budget that works.
+    Raises MemoryTooSmall, which names the smallest budget that works.
     """
     m, form = header.model, header.group
     cache = cache_bytes(m, context)
@@ -132,7 +134,7 @@ def make_plan(
         return _selecting(header, rates, memory, context, threads, parts, least)
     a_group_a_layer = m.layers * form.nbytes
     pinned = min(m.groups, (memory - sum(parts.values())) // a_group_a_layer)
-    if m.experts:  # whole ones
+    if m.experts:  # whole experts only
         pinned -= pinned % m.expert_groups
     parts["experts" if m.experts else "pinned neurons"] = pinned * a_group_a_layer
     head, row = _likely(header), header.row_format("head").nbytes
@@ -156,7 +158,7 @@ def make_plan(
 def _selecting(
     header: Header, rates: Floats, memory: int, context: int, threads: int, parts: dict[str, int], least: int
 ) -> Plan:
-    """What is left goes to the windows of the layers, by how often their neurons take part."""
+    """The plan of a bundle that selects neurons: the memory that is left goes to the windows, by `rates` [L, F]."""
     m, size = header.model, header.unit_bytes
     slots = min(m.layers * m.neurons, (memory - sum(parts.values())) // size)
     hottest = np.sort(rates.reshape(-1))[::-1]
@@ -170,12 +172,12 @@ def _selecting(
 
 
 def smallest(header: Header, context: int, base: int) -> int:
-    """The smallest budget that works: nothing pinned, every group streams past."""
+    """Bytes of the smallest budget that works. Nothing is pinned then, and every group streams past."""
     return base + cache_bytes(header.model, context) + sum(_paged_parts(header, context).values())
 
 
 def _likely(header: Header) -> int:
-    """Rows of the head that stay in RAM in any case."""
+    """Rows of the head that stay in RAM under any budget."""
     m = header.model
     return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
 
@@ -186,29 +188,30 @@ def _needed(m: Architecture) -> int:
 
 
 def passing_groups(header: Header) -> int:
-    """Slots for the groups of one read."""
-    return max(_of_a_read(header, part) for part in header.ffn_parts)
+    """The most groups that one read fetches, of any section. There are so many slots for groups that stream past."""
+    return max(_of_a_read(header, part) for part in header.ffn_sections)
 
 
-def _of_a_read(header: Header, part: Part) -> int:
-    """Groups that one read fetches at the most."""
+def _of_a_read(header: Header, part: FfnSection) -> int:
+    """The most groups of a section that one read fetches."""
     return min(header.model.expert_groups, units_of_a_read(part.form.nbytes))
 
 
 def _passing_bytes(header: Header, pinned: int) -> int:
     """Bytes of the groups that are not pinned."""
     return sum(
-        part.form.nbytes * min(max(part.first + part.count - pinned, 0), part.count) for part in header.ffn_parts
+        part.form.nbytes * min(max(part.first + part.count - pinned, 0), part.count) for part in header.ffn_sections
     )
 
 
 def rates_of(bundle: Bundle) -> Floats | None:
-    """How often each neuron takes part [L, F]; None where all do. Raises DamagedRun, CardError."""
+    """How often each neuron takes part, [L, F]; None if all take part always. Raises DamagedRun, CardError."""
     m = bundle.header.model
     return bundle.floats("rates").reshape(m.layers, m.neurons) if bundle.header.selection else None
 
 
 def _paged_parts(header: Header, context: int) -> dict[str, int]:
+    """Bytes of all that a model which does not fit must have in RAM, but the KV cache."""
     m, head = header.model, _likely(header)
     attention = sum(_section(header, f"layer.{i}.{p}") for i in range(m.layers) for p in KEPT)
     return {
@@ -222,19 +225,19 @@ def _paged_parts(header: Header, context: int) -> dict[str, int]:
 
 
 def _reading_parts(header: Header) -> dict[str, int]:
-    """What reads go through; where neurons are selected, what chooses them, the policies' scores and maps too."""
+    """Bytes of what reads go through, and of what chooses neurons: their sections, scores and maps."""
     m, size = header.model, header.unit_bytes
     if header.selection is None:
         passing = passing_groups(header) * size
         rows = READ_BYTES if _likely(header) < m.vocabulary else 0
-        reads = [_of_a_read(header, part) * part.form.nbytes for part in header.ffn_parts]
+        reads = [_of_a_read(header, part) * part.form.nbytes for part in header.ffn_sections]
         return {"window and read-ahead": passing + rows + BUFFERS * buffer_bytes(max(rows, *reads))}
     name, sections = ("gates", GATE) if header.gate_decides else ("predictors", PREDICTOR)
-    # bytes of a neuron in a token: its score or activation, and masks of it; and what is gathered of columns' steps
+    # bytes of a neuron in a token: its score or activation, and masks; bytes of the columns' steps gathered at once
     of_token, gathered = (24, 2 * TEMPORARY_BYTES) if header.gate_decides else (8, 0)
     return {
         name: sum(_section(header, f"layer.{i}.{part}") for i in range(m.layers) for part in sections),
-        # a read's neurons are there twice: as they came, and those that were wanted
+        # the neurons of a read are there twice: as they came, and those of them that were wanted
         "window and read-ahead": (BUFFERS + 1) * buffer_bytes(max(READ_BYTES, size))
         + 20 * m.layers * m.neurons
         + of_token * TOKENS_AT_ONCE * m.neurons
@@ -243,35 +246,38 @@ def _reading_parts(header: Header) -> dict[str, int]:
 
 
 def pass_tokens(header: Header) -> int:
-    """Tokens of prompts that a pass of a model that does not fit takes: the more, the fewer passes they need."""
+    """The most tokens of prompts that a pass takes, of a model that does not fit. More tokens need fewer passes."""
     return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
 
 
 def _workspace(header: Header, context: int) -> int:
-    """Temporaries of the largest pass: widened rows, activations of a chunk of tokens, attention scores."""
+    """Bytes of the temporaries of the largest pass: widened rows, activations, attention scores, logits."""
     m, tokens, more = header.model, min(TOKENS_AT_ONCE, context), pass_tokens(header) - TOKENS_AT_ONCE
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 2 * 2 * BLOCK * 16) + 4 * KEPT_ROWS * m.hidden
-    # what a pass has of the tokens that are not in a product at the moment, and what they may look at
+    # the hidden states of tokens that are not in a product at the moment, and the bias of their attention
     activations += 4 * more * (5 * m.hidden + 2 * context)
     scores = _scores(m, tokens, context)
-    # twice where a graph follows that caps them or adds a bias
+    # twice if a graph follows that caps them or adds a bias
     logits = 4 * LOGIT_ROWS * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return 4 * TEMPORARY_BYTES + activations + scores + logits + shares
 
 
 def _scores(m: Architecture, tokens: int, context: int) -> int:
-    """Attention's, of one layer."""
+    """Bytes of the attention scores of one layer."""
     return 4 * tokens * context * m.heads
 
 
 def _rotary(m: Architecture, context: int) -> int:
-    """Its tables, see graph.Rotary."""
+    """Bytes of the tables of attention.Rotary."""
     return 4 * m.ropes * m.head_dim * context
 
 
 def _resident_parts(header: Header, context: int) -> dict[str, int] | None:
-    """Peak bytes while constant graphs are loaded: what goes in and, repacked, what stays; None without them."""
+    """Bytes of all that a model in one constant graph takes while it is loaded, but the KV cache.
+
+    None if the bundle has no such graph.
+    """
     f = header.formats
     if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
         return None
@@ -298,11 +304,13 @@ def _resident_parts(header: Header, context: int) -> dict[str, int] | None:
 
 
 def _resident_workspace(m: Architecture, context: int) -> int:
+    """Bytes of the temporaries of the largest pass of a model that fits."""
     tokens = min(TOKENS_AT_ONCE, context)
     activations = 4 * tokens * (8 * m.hidden + 2 * m.qkv_width + 4 * m.neurons) + 4 * KEPT_ROWS * m.hidden
     return activations + _scores(m, tokens, context) + _rotary(m, context) + 12 * m.vocabulary
 
 
 def _section(header: Header, name: str) -> int:
+    """Bytes of a section; 0 if there is none of the name."""
     section = header.section_named(name)
     return section.length if section else 0

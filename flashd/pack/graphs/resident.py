@@ -9,7 +9,7 @@ from flashd.bundle.header import Formats
 from flashd.bundle.row_kinds import BITS, BLOCK, RowKind
 from flashd.pack.graphs.nodes import MICROSOFT, Graph
 from flashd.pack.graphs.products import activated, gated, share
-from flashd.pack.graphs.stages import Block, Vector, present
+from flashd.pack.graphs.stages import LayerStages, Vector, present
 
 
 def resident(model: Architecture, formats: Formats) -> bytes:
@@ -20,7 +20,7 @@ def resident(model: Architecture, formats: Formats) -> bytes:
     wanted = g.input("wanted", T.INT64, ["R"])
     for i in range(model.layers):
         at = f"layer.{i}."
-        block = Block(g, model, _external_vectors(g, at))
+        block = LayerStages(g, model, _external_vectors(g, at))
         normed = block.enter(x)
         qkv = _layer_product(g, normed, formats.attention, f"{at}qkv", model.qkv_width, h)
         kind = model.attention[model.layer_kinds[i]]
@@ -30,7 +30,7 @@ def resident(model: Architecture, formats: Formats) -> bytes:
         branch = _layer_product(g, heads, formats.attention, f"{at}output", h, model.query_width)
         x, normed = block.middle(x, normed, branch)
         x = block.leave(x, _feed_forward(g, model, formats.ffn, normed, at))
-    last = Block(g, model, _external_vectors(g, ""))
+    last = LayerStages(g, model, _external_vectors(g, ""))
     logits = last.logits(_head(g, last.finish(g.node("Gather", x, wanted, axis=1)), formats, model.vocabulary, h))
     g.output("logits", T.FLOAT, ["R", model.vocabulary], g.node("Squeeze", logits, g.shape(0)))
     return g.serialise("resident")

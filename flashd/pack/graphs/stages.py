@@ -32,23 +32,23 @@ def stages(model: Architecture) -> dict[str, bytes]:
     """
     out = {f"graph.attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
     plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
-        ("enter", Block.enter, ["x"], ["h"]),
-        ("middle", Block.middle, ["x", "h", "branch"], ["x", "h"]),
-        ("leave", Block.leave, ["x", "branch"], ["x"]),
-        ("finish", Block.finish, ["x"], ["h"]),
+        ("enter", LayerStages.enter, ["x"], ["h"]),
+        ("middle", LayerStages.middle, ["x", "h", "branch"], ["x", "h"]),
+        ("leave", LayerStages.leave, ["x", "branch"], ["x"]),
+        ("finish", LayerStages.finish, ["x"], ["h"]),
     ]
     for name, stage, inputs, outputs in plan:
         g = Graph()
         wide = model.share_width if name == "leave" else model.hidden
         values = [g.input(part, T.FLOAT, ["T", wide if part == "branch" else model.hidden]) for part in inputs]
-        made = stage(Block(g, model, _vector_inputs(g)), *values)
+        made = stage(LayerStages(g, model, _vector_inputs(g)), *values)
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
         out[f"graph.{name}"] = g.serialise(name)
     if model.logit_cap or "head" in model.biases:
         g = Graph()
         logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
-        g.output("x_out", T.FLOAT, ["R", model.vocabulary], Block(g, model, _vector_inputs(g)).logits(logits))
+        g.output("x_out", T.FLOAT, ["R", model.vocabulary], LayerStages(g, model, _vector_inputs(g)).logits(logits))
         out["graph.logits"] = g.serialise("logits")
     if model.experts:
         out["graph.route"] = _route(model.experts)
@@ -77,7 +77,7 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     g = Graph()
     qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
-    out, key, value = Block(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
+    out, key, value = LayerStages(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width], out)
     for name, kept in (("present_key", key), ("present_value", value)):
         present(g, model, name, kept)
@@ -94,7 +94,7 @@ def present(g: Graph, model: Architecture, name: str, value: str) -> None:
     g.outputs.append(helper.make_tensor_value_info(name, T.FLOAT, dims))
 
 
-class Block:
+class LayerStages:
     """The stages of one layer, put into a graph."""
 
     def __init__(self, g: Graph, model: Architecture, vector: Vector) -> None:

@@ -12,7 +12,7 @@ from flashd.bundle.header import Selection, pair_format
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Mask, Numbers
-from flashd.pack.lossy.gates import LEVELS, Asked, Gating, Layer, fit, share_out
+from flashd.pack.lossy.gates import LEVELS, Asked, GatedLayer, Gating, fit, share_out
 from flashd.pack.lossy.narrow_groups import Judgement, cut, judge
 from flashd.pack.lossy.predictors import SPARSE, WORTH
 from flashd.pack.original import Original
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Gated:
     """The layers' thresholds, and what they cost."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[GatedLayer]
     selection: Selection
 
 
@@ -82,7 +82,7 @@ def choose(original: Original, tokenizer_json: bytes, gating: Gating) -> Gated |
     return Gated(layers, selection)
 
 
-def _fit(original: Original, i: int, calibration: Calibration) -> tuple[Layer, ...]:
+def _fit(original: Original, i: int, calibration: Calibration) -> tuple[GatedLayer, ...]:
     """Takes the texts through a layer and finds the thresholds of its gates, by what is preferred."""
     seen = calibration.layer(i)
     down = original.weights.ffns(i)[0].down.rows()
@@ -91,7 +91,7 @@ def _fit(original: Original, i: int, calibration: Calibration) -> tuple[Layer, .
 
 
 def _most(
-    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[Layer], max_loss: float
+    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], max_loss: float
 ) -> _Skipping:
     """The most that keeps to the loss; the least that is tried where nothing does."""
     levels = (0.0,) if original.model.activation in SPARSE else LEVELS
@@ -110,7 +110,7 @@ def _most(
 
 
 def _try(
-    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[Layer], level: float
+    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], level: float
 ) -> _Skipping:
     """What skipping so much makes of the judging texts."""
     share_out(layers, level)
@@ -118,7 +118,7 @@ def _try(
     asked = Asked(pair_format(original.model, original.formats).nbytes)
     for i, layer in enumerate(layers):
 
-        def chooses(_expert: int, h: Floats, i: int = i, layer: Layer = layer) -> Mask:
+        def chooses(_expert: int, h: Floats, i: int = i, layer: GatedLayer = layer) -> Mask:
             chosen = layer.chosen(tried.gates(i, h))
             asked.count(layer.missed(chosen))
             return chosen
@@ -133,7 +133,7 @@ def _try(
     return _Skipping(level, found, asked)
 
 
-def _pays(original: Original, layers: Sequence[Layer], skipping: _Skipping) -> bool:
+def _pays(original: Original, layers: Sequence[GatedLayer], skipping: _Skipping) -> bool:
     """Whether a card gives what the gates choose that much sooner than everything; says so."""
     some, everything = skipping.asked.cost, skipping.asked.of_all(original.model.neurons)
     takes = some.weight / everything.weight

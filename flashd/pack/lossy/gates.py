@@ -47,7 +47,7 @@ class Gating:
 
 
 @dataclass
-class Layer:
+class GatedLayer:
     """A layer's thresholds, by how many tenths of its neurons they skip. Neurons are numbered as in the source."""
 
     weigh: Floats  # [F], what the size of each gate's activation is multiplied by
@@ -90,7 +90,7 @@ class Layer:
         return out[:, self.order]
 
 
-def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> tuple[Layer, ...]:
+def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> tuple[GatedLayer, ...]:
     """A layer's thresholds, from what it did in N tokens: where none are preferred, and where the hotter half is.
 
     Args:
@@ -105,14 +105,16 @@ def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) ->
         fires = size > 0
         often = fires.mean(0, dtype=np.float32)
         nothing = np.zeros(1, np.float32)
-        return (Layer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
+        return (GatedLayer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
     hotter = none.copy()
     hotter[np.argsort(-seen.sizes(), kind="stable")[: len(none) // 2]] = True
     weighs = plain, _weighs(size, seen)
     return tuple(_fit(size, weighs, seen.a, down, states, preferred) for preferred in (none, hotter))
 
 
-def _fit(size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states: Floats, preferred: Mask) -> Layer:
+def _fit(
+    size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states: Floats, preferred: Mask
+) -> GatedLayer:
     """A layer's thresholds for the sizes [N, F] of its gates' activations where some neurons [F] are preferred.
 
     `weighs` [F] are tried, what the sizes may be multiplied by; `a` [N, F]: what the neurons give.
@@ -128,7 +130,7 @@ def _fit(size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states
     scores = size * weigh
     errors = [_error(_above(scores[some], preferred, t), a[some], down, sizes) for t in found]
     rates = np.stack([_above(scores, preferred, t).mean(0, dtype=np.float32) for t in found])
-    return Layer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
+    return GatedLayer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
 
 
 def _weighs(size: Floats, seen: Seen) -> Floats:
@@ -157,7 +159,7 @@ def _error(chosen: Mask, a: Floats, down: Floats, sizes: Floats) -> float:
     return float((np.square(lacks).sum(1) / sizes).mean())
 
 
-def share_out(layers: Sequence[Layer], level: float) -> None:
+def share_out(layers: Sequence[GatedLayer], level: float) -> None:
     """Has the layers skip `level` of what fires and is not preferred, where a tenth costs the least error a byte."""
     if len(layers[0].errors) == 1:
         return

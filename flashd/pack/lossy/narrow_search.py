@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from flashd.bundle.arrays import QuantGroups
 from flashd.bundle.header import Narrowed, group_format
 from flashd.bundle.row_kinds import BLOCK, NARROW, Floats, RowKind
-from flashd.bundle.slots import QuantGroups
 from flashd.errors import DataError
 from flashd.pack.encode import Encoder
 from flashd.pack.lossy import narrow_groups
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layer:
+class NarrowedLayer:
     """What a layer's groups are laid out and rounded by."""
 
     sizes: Floats  # [F], the neurons' shares in the output
@@ -35,7 +35,7 @@ class Layer:
 class FewBits:
     """The layers; None where no loss that is admitted narrows any."""
 
-    layers: list[Layer]
+    layers: list[NarrowedLayer]
     narrowed: Narrowed | None
 
 
@@ -70,25 +70,25 @@ def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> F
     """
     fit, judged = narrow_groups.cut(tokenizer_json, narrowing.text, original.model.context)
     calibration, exact = original.calibration(fit), original.calibration(judged)
-    tries = [_Try(original.calibration(judged)) for _ in narrow_groups.BUDGETS]
+    tries = [_Try(original.calibration(judged)) for _ in narrow_groups.ERROR_BUDGETS]
     seen = [_try_layer(original, i, calibration, exact, tries) for i in range(original.model.layers)]
     found = narrow_groups.judge(exact, [t.calibration for t in tries])
     admitted = _admitted(original, tries, found, narrowing.max_loss)
     if admitted is None:
-        return FewBits([Layer(sizes, weigh, None) for sizes, weigh in seen], None)
+        return FewBits([NarrowedLayer(sizes, weigh, None) for sizes, weigh in seen], None)
     starts = tries[admitted].starts
     narrowed = Narrowed(
         int3=[s.int3 for s in starts], int2=[s.int2 for s in starts],
         tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found[admitted].perplexity_exact,
         perplexity=found[admitted].perplexity, divergence=found[admitted].divergence,
     )  # fmt: skip
-    return FewBits([Layer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
+    return FewBits([NarrowedLayer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
 
 
 def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
     """The number of the first try that narrows anything and costs what is allowed."""
     groups = original.model.groups
-    for budget, t, f in zip(narrow_groups.BUDGETS, tries, found, strict=True):
+    for budget, t, f in zip(narrow_groups.ERROR_BUDGETS, tries, found, strict=True):
         log.info(
             "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
             budget.int3, budget.int2, t.shares(groups), 100 * f.loss, f.divergence,
@@ -118,7 +118,7 @@ def _try_layer(
     cold = own.part(kept * BLOCK, None)
     errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind]) for kind in NARROW}
     exact.replaced(i, own)
-    for t, budget in zip(tries, narrow_groups.BUDGETS, strict=True):
+    for t, budget in zip(tries, narrow_groups.ERROR_BUDGETS, strict=True):
         at = narrow_groups.starts(errors["int3"], errors["int2"], budget)
         t.starts.append(Starts(kept + at.int3, kept + at.int2))
         a, b = at.int3 * BLOCK, at.int2 * BLOCK

@@ -18,8 +18,8 @@ from flashd.pack.lossy.predictors import (
     LOST,
     SPARSE,
     WORTH,
-    Layer,
-    Part,
+    PredictedFfn,
+    PredictedLayer,
     Scored,
     Selecting,
     Texts,
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class Selected:
     """What chooses among neurons."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[PredictedLayer]
     rates: Floats  # [L, F]
     selection: Selection
 
@@ -90,9 +90,11 @@ def choose(original: Original, tokenizer_json: bytes, selecting: Selecting) -> S
     return Selected(layers, often, selection)
 
 
-def _fit(original: Original, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None) -> Layer:
+def _fit(
+    original: Original, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None
+) -> PredictedLayer:
     """Takes the texts through a layer and fits its predictors: `fitted` tokens train, `tokens` follow them."""
-    model, ffns, parts = original.model, original.weights.ffns(i), dict[int, tuple[Part, Scored]]()
+    model, ffns, parts = original.model, original.weights.ffns(i), dict[int, tuple[PredictedFfn, Scored]]()
     h = np.zeros((tokens, model.hidden), np.float32)  # once, however many experts a token uses
 
     def sees(number: int, uses: Numbers, seen: Seen) -> None:
@@ -114,7 +116,7 @@ def _fit(original: Original, i: int, calibration: Calibration, fitted: int, toke
     return joined(parts, hottest, h, fired / ((fitted + tokens) * own * len(ffns)))
 
 
-def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[Layer] | None) -> float:
+def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[PredictedLayer] | None) -> float:
     """Perplexity of texts, of all neurons or of those that the layers' predictors choose, as they are written."""
     judge, form = original.calibration(texts), neuron_format(original.model, original.formats)
     for i in range(original.model.layers):
@@ -125,7 +127,7 @@ def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[Layer
     return judge.perplexity()
 
 
-def _pays(original: Original, layers: Sequence[Layer]) -> bool:
+def _pays(original: Original, layers: Sequence[PredictedLayer]) -> bool:
     """Whether a card gives the chosen neurons that much sooner than whole experts; says so."""
     model, formats = original.model, original.formats
     neurons = cost_of_neurons(layers, neuron_format(model, formats).nbytes)

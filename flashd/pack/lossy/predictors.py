@@ -95,24 +95,24 @@ def rank_of(layer: int, model: Architecture, asked: int | None) -> int:
 class Predictor:
     """One FFN's. Neurons are in the order of the card."""
 
-    def __init__(self, narrow: Floats, wide: Floats, lean: Floats) -> None:
-        self.rank = len(narrow)
-        self._forms = RowFormat(PREDICTOR_ROWS, narrow.shape[1]), RowFormat(PREDICTOR_ROWS, self.rank)
-        self.narrow: Bytes = encode_rows(narrow, self._forms[0])
-        self.wide: Bytes = encode_rows(wide, self._forms[1])
+    def __init__(self, to_rank: Floats, from_rank: Floats, lean: Floats) -> None:
+        self.rank = len(to_rank)
+        self._forms = RowFormat(PREDICTOR_ROWS, to_rank.shape[1]), RowFormat(PREDICTOR_ROWS, self.rank)
+        self.to_rank: Bytes = encode_rows(to_rank, self._forms[0])
+        self.from_rank: Bytes = encode_rows(from_rank, self._forms[1])
         self.lean = lean
 
     def scores(self, h: Floats) -> Floats:
         """[N, F] of h [N, H], as the engine has them."""
-        narrow, wide = (
+        to_rank, from_rank = (
             dequantise(form.views(raw), form.kind)
-            for form, raw in zip(self._forms, (self.narrow, self.wide), strict=True)
+            for form, raw in zip(self._forms, (self.to_rank, self.from_rank), strict=True)
         )
-        return np.asarray(h @ narrow.T @ wide.T + self.lean, np.float32)
+        return np.asarray(h @ to_rank.T @ from_rank.T + self.lean, np.float32)
 
 
 @dataclass(frozen=True)
-class Part:
+class PredictedFfn:
     """One FFN of a layer, its only one or an expert: its predictor, and what its threshold is chosen by."""
 
     order: Numbers  # of its neurons on the card; those from `own` on only fill it up
@@ -131,10 +131,10 @@ class Scored:
 
 
 @dataclass
-class Layer:
+class PredictedLayer:
     """A layer's predictors, and how the neurons of its texts scored."""
 
-    parts: list[Part]  # in the order of the card
+    parts: list[PredictedFfn]  # in the order of the card
     experts: Numbers  # their numbers in the source
     h: Floats  # [N, H] of the texts that thresholds are chosen on
     fired: float  # share of its neurons in all texts
@@ -156,11 +156,11 @@ class Layer:
         chosen = sum(int(self.chosen_of_texts(part).sum()) for part in self.parts)
         self.dense = chosen > DENSE * sum(len(part.tokens) * len(part.order) for part in self.parts)
 
-    def chosen_of_texts(self, part: Part) -> Mask:
+    def chosen_of_texts(self, part: PredictedFfn) -> Mask:
         """[N, F]: which neurons take part in the part's tokens."""
         return self.chosen(part, self.h[part.tokens])
 
-    def chosen(self, part: Part, h: Floats) -> Mask:
+    def chosen(self, part: PredictedFfn, h: Floats) -> Mask:
         """[N, F]: which neurons take part, in the order of the card."""
         if self.dense:
             return np.ones((len(h), len(part.order)), np.bool_)
@@ -177,7 +177,9 @@ class Layer:
         return (uses / len(self.h)).astype(np.float32)
 
 
-def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, h: Floats, fired: float) -> Layer:
+def joined(
+    parts: Mapping[int, tuple[PredictedFfn, Scored]], experts: Numbers, h: Floats, fired: float
+) -> PredictedLayer:
     """The layer of some parts, by their numbers in the source; `experts` is their order on the card."""
     scores, shares = (
         np.concatenate([getattr(scored, name) for _, scored in parts.values()]) for name in ("scores", "shares")
@@ -185,12 +187,12 @@ def joined(parts: Mapping[int, tuple[Part, Scored]], experts: Numbers, h: Floats
     by_score = np.argsort(scores)
     total = np.cumsum(shares[by_score], dtype=np.float64)
     below = (total / total[-1:]).astype(np.float32)
-    return Layer([parts[n][0] for n in experts.tolist()], experts, h, fired, scores[by_score], below)
+    return PredictedLayer([parts[n][0] for n in experts.tolist()], experts, h, fired, scores[by_score], below)
 
 
 def fit(
     seen: Seen, fitted: int, tokens: Numbers, order: Numbers, matrix: Floats, bias: Floats, rank: int
-) -> tuple[Part, Scored]:
+) -> tuple[PredictedFfn, Scored]:
     """A predictor, from what was seen in the texts: the first `fitted` tokens train it.
 
     Args:
@@ -202,20 +204,20 @@ def fit(
     own = order[order < len(matrix)]
     weights = np.abs(seen.a[:, own]) * seen.reach[own]
     if fitted < LEAST_TOKENS:
-        narrow, wide = np.zeros((rank, matrix.shape[1]), np.float32), np.zeros((len(own), rank), np.float32)
+        to_rank, from_rank = np.zeros((rank, matrix.shape[1]), np.float32), np.zeros((len(own), rank), np.float32)
         lean = np.full(len(own), ALWAYS)
     else:
-        narrow, wide = _nearest(seen.h[:fitted], matrix[own], rank)
-        narrow, wide, lean = _trained(seen.h[:fitted], weights[:fitted], narrow, wide, bias[own])
+        to_rank, from_rank = _nearest(seen.h[:fitted], matrix[own], rank)
+        to_rank, from_rank, lean = _trained(seen.h[:fitted], weights[:fitted], to_rank, from_rank, bias[own])
     filling = len(order) - len(own)
     predictor = Predictor(
-        narrow, np.pad(wide, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-ALWAYS)
+        to_rank, np.pad(from_rank, ((0, filling), (0, 0))), np.pad(lean, (0, filling), constant_values=-ALWAYS)
     )
     h, rest = seen.h[fitted:], weights[fitted:]
     # nothing is missed of what always takes part
     fires = (rest > 0) & (lean < ALWAYS)
     scored = Scored(predictor.scores(h)[:, : len(own)][fires], rest[fires])
-    return Part(order, len(own), predictor, tokens, int(np.count_nonzero(seen.a))), scored
+    return PredictedFfn(order, len(own), predictor, tokens, int(np.count_nonzero(seen.a))), scored
 
 
 def _nearest(h: Floats, matrix: Floats, rank: int) -> tuple[Floats, Floats]:
@@ -223,16 +225,18 @@ def _nearest(h: Floats, matrix: Floats, rank: int) -> tuple[Floats, Floats]:
     values, vectors = np.linalg.eigh((h.T @ h / len(h)).astype(np.float64))
     root = np.sqrt(np.maximum(values, 1e-6 * values[-1]))
     u, s, v = np.linalg.svd(matrix @ (vectors * root), full_matrices=False)
-    wide = u[:, :rank] * s[:rank]
-    narrow = v[:rank] / root @ vectors.T
-    return narrow.astype(np.float32), wide.astype(np.float32)
+    from_rank = u[:, :rank] * s[:rank]
+    to_rank = v[:rank] / root @ vectors.T
+    return to_rank.astype(np.float32), from_rank.astype(np.float32)
 
 
-def _trained(h: Floats, weights: Floats, narrow: Floats, wide: Floats, lean: Floats) -> tuple[Floats, Floats, Floats]:
+def _trained(
+    h: Floats, weights: Floats, to_rank: Floats, from_rank: Floats, lean: Floats
+) -> tuple[Floats, Floats, Floats]:
     """Adam on the logistic loss. weights [N, F]: each neuron's share in the output, 0 where it did not fire."""
     random = np.random.default_rng(0)
-    spread = np.float32(2 / max(float((h[:BATCH] @ narrow.T @ wide.T + lean).std()), 1e-6))
-    parameters = [narrow, wide * spread, lean * spread]
+    spread = np.float32(2 / max(float((h[:BATCH] @ to_rank.T @ from_rank.T + lean).std()), 1e-6))
+    parameters = [to_rank, from_rank * spread, lean * spread]
     fired = weights > 0
     balance = np.float32(min(MOST_BALANCE, max(1.0, 1 / max(float(fired.mean()), 1e-6) - 1)))
     typical = np.float32(weights[fired].mean()) if fired.any() else np.float32(1)
@@ -252,12 +256,12 @@ def _trained(h: Floats, weights: Floats, narrow: Floats, wide: Floats, lean: Flo
 
 
 def _gradients(
-    x: Floats, fired: Mask, importance: Floats, narrow: Floats, wide: Floats, lean: Floats
+    x: Floats, fired: Mask, importance: Floats, to_rank: Floats, from_rank: Floats, lean: Floats
 ) -> list[Floats]:
-    inner = x @ narrow.T  # [B, r]
-    scores = np.clip(inner @ wide.T + lean, -30, 30)
+    inner = x @ to_rank.T  # [B, r]
+    scores = np.clip(inner @ from_rank.T + lean, -30, 30)
     wrong = (1 / (1 + np.exp(-scores)) - fired) * importance / np.float32(len(x))  # [B, F]
-    return [(wrong @ wide).T @ x, wrong.T @ inner, wrong.sum(0)]
+    return [(wrong @ from_rank).T @ x, wrong.T @ inner, wrong.sum(0)]
 
 
 @dataclass(frozen=True)
@@ -273,7 +277,7 @@ class Cost:
         return self.nbytes + self.reads * GAP_BYTES
 
 
-def cost_of_neurons(layers: Sequence[Layer], nbytes: int) -> Cost:
+def cost_of_neurons(layers: Sequence[PredictedLayer], nbytes: int) -> Cost:
     """Of the neurons, of so many bytes each, that the layers' predictors choose; what lies close is one read."""
     units, reads = 0.0, 0.0
     for layer in layers:

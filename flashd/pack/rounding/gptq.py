@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashd.bundle.arrays import QuantRows
 from flashd.bundle.bits import pack_bits
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
-from flashd.bundle.slots import QuantRows
 from flashd.pack.rounding.rows import coded, fitted, levels
 from flashd.pack.sources.source import Grid
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.arrays import PlainRows, TernaryRows
 from flashd.bundle.bits import pack_bits
 from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, Bytes, Codes, Floats, RowKind
-from flashd.bundle.slots import PlainRows, TernaryRows
 from flashd.pack.sources.source import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {

@@ -12,7 +12,7 @@ from flashd.bundle.row_kinds import Bytes, Codes, Floats
 
 
 @dataclass(frozen=True)
-class Slots:
+class Arrays:
     """Arrays that share their leading axis: one entry an item (a row, or a group of bundles)."""
 
     def arrays(self) -> list[npt.NDArray[np.generic]]:
@@ -24,7 +24,7 @@ class Slots:
     def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Self:
         return type(self)(*(a[part] for a in self.arrays()))
 
-    def take(self, source: Slots) -> None:
+    def take(self, source: Arrays) -> None:
         """Copies the items of `source`, which has as many, in place of what is here."""
         for to, values in zip(self.arrays(), source.arrays(), strict=True):
             np.copyto(to, values)
@@ -35,7 +35,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class QuantRows(Slots):
+class QuantRows(Arrays):
     """n quantised rows of K weights, B = K / 32 blocks each."""
 
     q: Bytes  # [n, K * bits / 8] uint8, low bits first
@@ -45,14 +45,14 @@ class QuantRows(Slots):
 
 
 @dataclass(frozen=True)
-class PlainRows(Slots):
+class PlainRows(Arrays):
     """n rows of K float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, K]
 
 
 @dataclass(frozen=True)
-class TernaryRows(Slots):
+class TernaryRows(Arrays):
     """n rows of K weights scale * (q - 2), with q 1, 2 or 3."""
 
     q: Bytes  # [n, K / 4], low bits first
@@ -60,7 +60,7 @@ class TernaryRows(Slots):
 
 
 @dataclass(frozen=True)
-class QuantGroups(Slots):
+class QuantGroups(Arrays):
     """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
 
     q: Bytes  # [n, 32, M, H * bits / 8]
@@ -75,7 +75,7 @@ class QuantGroups(Slots):
 
 
 @dataclass(frozen=True)
-class PlainGroups(Slots):
+class PlainGroups(Arrays):
     """n groups of 32 bundles of float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, 32, M, H]
@@ -84,7 +84,7 @@ class PlainGroups(Slots):
 
 
 @dataclass(frozen=True)
-class TernaryGroups(Slots):
+class TernaryGroups(Arrays):
     """n groups of 32 bundles of ternary weights; each row and each column of down_proj has its own scale."""
 
     q: Bytes  # [n, 32, M, H / 4]
@@ -99,7 +99,7 @@ Groups = QuantGroups | PlainGroups | TernaryGroups
 
 
 @dataclass(frozen=True)
-class QuantNeurons(Slots):
+class QuantNeurons(Arrays):
     """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
 
     q: Bytes  # [n, M + 1, H * bits / 8]
@@ -110,7 +110,7 @@ class QuantNeurons(Slots):
 
 
 @dataclass(frozen=True)
-class PlainNeurons(Slots):
+class PlainNeurons(Arrays):
     """n bundles of one neuron each, of float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, M + 1, H]
@@ -118,7 +118,7 @@ class PlainNeurons(Slots):
 
 
 @dataclass(frozen=True)
-class PairedNeurons(Slots):
+class PairedNeurons(Arrays):
     """n neurons without their gate rows: the row of up_proj, and the column of down_proj without its steps."""
 
     q: Bytes  # [n, H * bits / 8]
@@ -129,7 +129,7 @@ class PairedNeurons(Slots):
 
 
 @dataclass(frozen=True)
-class ColumnSteps(Slots):
+class ColumnSteps(Arrays):
     """The steps of down_proj's columns: of n groups, which share them, or gathered for n neurons."""
 
     scale: Codes  # [n, H]
@@ -137,4 +137,4 @@ class ColumnSteps(Slots):
     step: npt.NDArray[np.float16]  # [n, 2, H / 32]
 
 
-NeuronSlots = QuantNeurons | PlainNeurons | PairedNeurons
+NeuronArrays = QuantNeurons | PlainNeurons | PairedNeurons

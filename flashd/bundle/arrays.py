@@ -1,4 +1,4 @@
-"""Arrays of rows, groups and neurons as they lie in RAM: views of the bundle's own bytes."""
+"""Arrays of rows, groups and neurons in RAM, in the bundle's own format. They may be views of what the card gave."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from flashd.bundle.row_kinds import Bytes, Codes, Floats
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays that share their leading axis: one entry an item (a row, or a group of bundles)."""
+    """Arrays with one leading axis in common: an entry for each item. An item is a row, a group or a neuron."""
 
     def arrays(self) -> list[npt.NDArray[np.generic]]:
+        """The arrays, in the order of the fields."""
         return [getattr(self, f.name) for f in fields(self)]
 
     def __len__(self) -> int:
@@ -25,7 +26,7 @@ class Arrays:
         return type(self)(*(a[part] for a in self.arrays()))
 
     def take(self, source: Arrays) -> None:
-        """Copies the items of `source`, which has as many, in place of what is here."""
+        """Copies the items of `source`, which has as many, over those here."""
         for to, values in zip(self.arrays(), source.arrays(), strict=True):
             np.copyto(to, values)
 
@@ -36,7 +37,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class QuantRows(Arrays):
-    """n quantised rows of K weights, B = K / 32 blocks each."""
+    """n quantised rows of K weights in B = K / 32 blocks. A weight is scale * (q - zero) + centre."""
 
     q: Bytes  # [n, K * bits / 8] uint8, low bits first
     scale: Codes  # [n, B]
@@ -61,14 +62,14 @@ class TernaryRows(Arrays):
 
 @dataclass(frozen=True)
 class QuantGroups(Arrays):
-    """n groups of 32 bundles each. M input matrices (gate and up: 2), hidden size H."""
+    """n groups of 32 quantised neurons each, with M input matrices (gate and up: 2) and hidden size H."""
 
     q: Bytes  # [n, 32, M, H * bits / 8]
     scale: Codes  # [n, 32, M, H / 32]
     centre: Codes  # [n, 32, M, H / 32]
     step: npt.NDArray[np.float16]  # [n, 32, M, 2]
     down: Bytes  # [n, 32, H * bits / 8]: neuron i's column of down_proj
-    down_scale: Codes  # [n, H]: blocks of down_proj run along the neurons, one a group and output
+    down_scale: Codes  # [n, H]: a block of down_proj has the group's 32 neurons in one output
     down_centre: Codes  # [n, H]
     down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
     bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
@@ -76,7 +77,7 @@ class QuantGroups(Arrays):
 
 @dataclass(frozen=True)
 class PlainGroups(Arrays):
-    """n groups of 32 bundles of float16 weights."""
+    """n groups of 32 neurons of float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, 32, M, H]
     down: npt.NDArray[np.float16]  # [n, 32, H]
@@ -85,7 +86,7 @@ class PlainGroups(Arrays):
 
 @dataclass(frozen=True)
 class TernaryGroups(Arrays):
-    """n groups of 32 bundles of ternary weights; each row and each column of down_proj has its own scale."""
+    """n groups of 32 neurons of ternary weights. Each row and each column of down_proj has a scale of its own."""
 
     q: Bytes  # [n, 32, M, H / 4]
     scale: Floats  # [n, 32, M, 1]
@@ -100,7 +101,7 @@ Groups = QuantGroups | PlainGroups | TernaryGroups
 
 @dataclass(frozen=True)
 class QuantNeurons(Arrays):
-    """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
+    """n quantised neurons: M input rows each, then the column of down_proj as one more row."""
 
     q: Bytes  # [n, M + 1, H * bits / 8]
     scale: Codes  # [n, M + 1, H / 32]
@@ -111,7 +112,7 @@ class QuantNeurons(Arrays):
 
 @dataclass(frozen=True)
 class PlainNeurons(Arrays):
-    """n bundles of one neuron each, of float16 weights."""
+    """n neurons of float16 weights: M input rows each, then the column of down_proj."""
 
     w: npt.NDArray[np.float16]  # [n, M + 1, H]
     bias: Floats  # [n, M], or [n, 0] where the inputs have none
@@ -119,7 +120,7 @@ class PlainNeurons(Arrays):
 
 @dataclass(frozen=True)
 class PairedNeurons(Arrays):
-    """n neurons without their gate rows: the row of up_proj, and the column of down_proj without its steps."""
+    """n neurons without their gate rows: the row of up_proj and the column of down_proj, without its ColumnSteps."""
 
     q: Bytes  # [n, H * bits / 8]
     scale: Codes  # [n, H / 32]
@@ -130,7 +131,7 @@ class PairedNeurons(Arrays):
 
 @dataclass(frozen=True)
 class ColumnSteps(Arrays):
-    """The steps of down_proj's columns: of n groups, which share them, or gathered for n neurons."""
+    """The steps of down_proj's columns: of n groups, whose columns share them, or gathered for n neurons."""
 
     scale: Codes  # [n, H]
     centre: Codes  # [n, H]

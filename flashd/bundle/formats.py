@@ -1,4 +1,4 @@
-"""TODO"""
+"""The formats of records: how rows, groups and neurons lie on the card, and views of them without a copy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flashd.bundle.row_kinds import BITS, BLOCK, CODE_TYPES, NARROW, Bytes, Floa
 
 
 def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
-    """Views of the consecutive parts of records. raw: [..., record bytes]."""
+    """Views of the consecutive parts of records. raw: [..., record bytes]; widths: (dtype, shape) of each part."""
     parts, at = [], 0
     for dtype, shape in widths:
         size = prod(shape) * np.dtype(dtype).itemsize
@@ -40,13 +40,14 @@ def _carve(raw: Bytes, widths: list[tuple[Any, tuple[int, ...]]]) -> list[Any]:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Rows of `width` weights, a record each: [q | scale codes | centre codes | two float16 steps].
+    """The format of rows, a record each.
 
-    Of f16 rows it is the weights alone, of ternary rows [q | a float32 scale].
+    Quantised: [q | scale codes | centre codes | two float16 steps]. f16: the weights. ternary: [q | a float32 scale].
+    Raises ValueError for a kind or a width that does not exist.
     """
 
     kind: RowKind
-    width: int
+    width: int  # K, weights of a row
 
     def __post_init__(self) -> None:
         if self.kind not in BITS:
@@ -75,6 +76,7 @@ class RowFormat:
 
     @property
     def code_bytes(self) -> int:
+        """Bytes of one scale code, and of one centre code."""
         return np.dtype(CODE_TYPES[self.kind][0]).itemsize
 
     def empty(self, rows: int) -> Rows:
@@ -92,7 +94,7 @@ class RowFormat:
         )
 
     def views(self, raw: Bytes) -> Rows:
-        """The parts of records in place. raw: [n, nbytes] uint8, unaligned parts included."""
+        """Records as arrays, in place. raw: [..., nbytes] uint8. The arrays may be unaligned."""
         if self.kind == "f16":
             return PlainRows(*_carve(raw, [(np.float16, (self.width,))]))
         if self.kind == "ternary":
@@ -111,12 +113,12 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class _BundleFormat:
-    """What the two ways to write bundles have in common."""
+    """What the formats of groups and of neurons have in common."""
 
     kind: RowKind
-    hidden: int
+    hidden: int  # H
     inputs: int = 2  # M
-    biases: int = 0  # M or none
+    biases: int = 0  # M, or 0 if the inputs have none
 
     @property
     def row(self) -> RowFormat:
@@ -125,17 +127,17 @@ class _BundleFormat:
 
 @dataclass(frozen=True)
 class GroupFormat(_BundleFormat):
-    """Bundles of 32 neurons, a record each.
+    """The format of groups of 32 neurons, a record each.
 
-    Quantised: 32 bundles, each [row of every input matrix (a RowFormat record) | column of down_proj
-    (q only)], then what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is
-    one contiguous read, and so is a run of groups (section 3.2 of the paper). Biases of the input rows, where
-    there are any, end the record as float32 [32, M]. Columns of f16 and ternary bundles are RowFormat records too,
-    and share nothing.
+    Quantised: 32 neurons, each [row of every input matrix (a RowFormat record) | column of down_proj (q only)], then
+    what the 32 columns share: [down scale codes | down centre codes | steps]. So a neuron is one contiguous read, and
+    so are consecutive groups ("LLM in a flash", section 3.2). If the input rows have biases, these end the record as
+    float32 [32, M]. The columns of f16 and ternary groups are RowFormat records too, and share nothing.
     """
 
     @property
     def column_bytes(self) -> int:
+        """Bytes of one neuron's column of down_proj, without what 32 columns share."""
         return self.row.nbytes if self.kind == "ternary" else self.hidden * self.row.bits // 8
 
     @property
@@ -145,6 +147,7 @@ class GroupFormat(_BundleFormat):
 
     @property
     def tail_bytes(self) -> int:
+        """Bytes behind the 32 neurons: what their columns share, and biases."""
         shared = 2 * self.hidden * self.row.code_bytes + 4 * self.row.blocks if self.kind in CODE_TYPES else 0
         return shared + 4 * BLOCK * self.biases
 
@@ -179,10 +182,10 @@ class GroupFormat(_BundleFormat):
         )
 
     def views(self, raw: Bytes) -> Groups:
-        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
+        """Records as arrays, in place. raw: [n, nbytes] uint8, C-contiguous."""
         n, m = len(raw), self.inputs
-        body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)
-        rows = body[:, :, : m * self.row.nbytes].reshape(n, BLOCK, m, self.row.nbytes)
+        body = raw[:, : BLOCK * self.bundle_bytes].reshape(n, BLOCK, self.bundle_bytes)  # [n, 32, bundle bytes]
+        rows = body[:, :, : m * self.row.nbytes].reshape(n, BLOCK, m, self.row.nbytes)  # [n, 32, M, row bytes]
         column, tail = body[:, :, m * self.row.nbytes :], raw[:, BLOCK * self.bundle_bytes :]
         bias: tuple[Any, tuple[int, ...]] = (np.float32, (BLOCK, self.biases))
         if self.kind == "f16":
@@ -198,7 +201,7 @@ class GroupFormat(_BundleFormat):
 
     @property
     def _shared(self) -> list[tuple[Any, tuple[int, ...]]]:
-        """What 32 columns share."""
+        """(dtype, shape) of each part of what 32 columns share."""
         codes = [(code, (self.hidden,)) for code in CODE_TYPES[self.kind]]
         return [*codes, (np.float16, (2, self.row.blocks))]
 
@@ -208,11 +211,11 @@ class GroupFormat(_BundleFormat):
         return self.tail_bytes - 4 * BLOCK * self.biases
 
     def steps(self, raw: Bytes) -> ColumnSteps:
-        """What the columns of groups share, in place. raw: [n, step_bytes] uint8."""
+        """What the columns of n groups share, in place. raw: [n, step_bytes] uint8."""
         return ColumnSteps(*_carve(raw, self._shared))
 
     def groups(self, raw: Bytes) -> Groups:
-        """Records as products take them: in place, or narrow ones with 4 bits a weight."""
+        """Records as products take them: in place, or widened to 4 bits if they have 3 or 2. raw: [n, nbytes]."""
         groups = self.views(raw)
         if self.kind not in NARROW:
             return groups
@@ -223,10 +226,10 @@ class GroupFormat(_BundleFormat):
 
 @dataclass(frozen=True)
 class NeuronFormat(_BundleFormat):
-    """Bundles of one neuron, a record each, for models of which few neurons take part in a token.
+    """The format of single neurons, a record each, for models of which few neurons take part in a token.
 
-    [row of every input matrix | column of down_proj], each a RowFormat record with blocks of its own, so that no
-    neuron needs its neighbours; then the biases of its input rows, where there are any, as float32 [M].
+    [row of every input matrix | column of down_proj | biases]. Rows and column are RowFormat records with blocks of
+    their own, so no neuron needs its neighbours. The biases of the input rows are float32 [M], if there are any.
     """
 
     @cached_property
@@ -240,13 +243,13 @@ class NeuronFormat(_BundleFormat):
         return self.bundle_bytes
 
     def empty(self, neurons: int) -> QuantNeurons | PlainNeurons:
-        """Arrays for so many neurons, their memory not touched yet."""
+        """Arrays for `neurons` neurons, their memory not touched yet."""
         rows = self.row.empty(neurons * (self.inputs + 1))
         bias = np.empty((neurons, self.biases), np.float32)
         return self._neurons([a.reshape(neurons, self.inputs + 1, a.shape[1]) for a in rows.arrays()], bias)
 
     def views(self, raw: Bytes) -> QuantNeurons | PlainNeurons:
-        """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
+        """Records as arrays, in place. raw: [n, nbytes] uint8, C-contiguous."""
         width = (self.inputs + 1) * self.row.nbytes
         rows = self.row.views(raw[:, :width].reshape(len(raw), self.inputs + 1, self.row.nbytes))
         (bias,) = _carve(raw[:, width:], [(np.float32, (self.biases,))])
@@ -262,9 +265,9 @@ class NeuronFormat(_BundleFormat):
 
 @dataclass(frozen=True)
 class PairFormat(_BundleFormat):
-    """Neurons whose gate rows stay in RAM, a record each: [up row | down column (q only)].
+    """The format of single neurons whose gate rows stay in RAM, a record each: [up row | down column (q only)].
 
-    The steps of the columns stay in RAM too: 32 neurons share them, as in a group, so that nothing is rounded anew.
+    The steps of the columns stay in RAM too. 32 neurons share them, so the weights are the same as in a group.
     """
 
     @property
@@ -278,13 +281,13 @@ class PairFormat(_BundleFormat):
         return self.bundle_bytes
 
     def empty(self, neurons: int) -> PairedNeurons:
-        """Arrays for so many neurons, their memory not touched yet."""
+        """Arrays for `neurons` neurons, their memory not touched yet."""
         down = np.empty((neurons, self.hidden * self.row.bits // 8), np.uint8)
         parts: list[Any] = [*self.row.empty(neurons).arrays(), down]
         return PairedNeurons(*parts)
 
     def views(self, raw: Bytes) -> PairedNeurons:
-        """The parts of records in place. raw: [n, nbytes] uint8."""
+        """Records as arrays, in place. raw: [n, nbytes] uint8."""
         row = self.row.views(raw[:, : self.row.nbytes])
         parts: list[Any] = [*row.arrays(), raw[:, self.row.nbytes :]]
         return PairedNeurons(*parts)

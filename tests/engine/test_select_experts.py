@@ -331,13 +331,13 @@ def test_experts_whose_neurons_are_not_zero_are_refused(tmp_path: Path) -> None:
     ("changes", "error", "match"),
     [
         ({"count": 5}, DamagedHeader, "cannot be shared out to 5 experts"),
-        ({"count": 3, "used": 2}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
-        ({"count": 18}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
+        ({"count": 3, "used": 2}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
+        ({"count": 18}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
         ({"used": 7}, DamagedHeader, "a token uses 7 experts of 6"),
-        ({"ranks": [64] * LAYERS}, BadSection, r"layer\.0\.narrow' has .* bytes, its model needs"),
-        ({"ranks": [32] * (LAYERS - 1)}, DamagedHeader, "4 layers and other predictors"),
-        ({"experts": None}, BadSection, r"layer\.0\.narrow' has .* bytes, its model needs"),
-        ({"neurons": FILLED * EXPERTS * 2}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
+        ({"ranks": [64] * LAYERS}, BadSection, r"layer\.0\.narrow' has .* bytes, but its model needs"),
+        ({"ranks": [32] * (LAYERS - 1)}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        ({"experts": None}, BadSection, r"layer\.0\.narrow' has .* bytes, but its model needs"),
+        ({"neurons": FILLED * EXPERTS * 2}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
     ],
 )
 def test_a_header_with_other_experts_than_the_file_is_refused(

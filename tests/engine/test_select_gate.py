@@ -376,16 +376,20 @@ def test_the_commands_know_it(sparse: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"kind": "predictor"}, DamagedHeader, "4 layers and other predictors"),
-        ({"kind": "predictor", "ranks": [0] * LAYERS}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
-        ({"ranks": [32] * LAYERS}, DamagedHeader, "a gate decides in plain layers"),
-        ({"thresholds": [0.0]}, DamagedHeader, "4 layers and other predictors"),
-        ({"gated": False}, DamagedHeader, "a gate decides in plain layers"),
-        ({"biases": ["inputs"]}, DamagedHeader, "a gate decides in plain layers"),
+        ({"kind": "predictor"}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        (
+            {"kind": "predictor", "ranks": [0] * LAYERS},
+            BadSection,
+            r"layer\.0\.ffn' has .* bytes, but its model needs",
+        ),
+        ({"ranks": [32] * LAYERS}, DamagedHeader, "a gate decides only in layers"),
+        ({"thresholds": [0.0]}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        ({"gated": False}, DamagedHeader, "a gate decides only in layers"),
+        ({"biases": ["inputs"]}, DamagedHeader, "a gate decides only in layers"),
         ({"normed_neurons": 200}, DamagedHeader, "neurons of BitNet are never selected"),
         ({"ffn": "ternary"}, DamagedHeader, "neurons of BitNet are never selected"),
-        ({"ffn": "int8"}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
-        ({"neurons": 2 * FILLED}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
+        ({"ffn": "int8"}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
+        ({"neurons": 2 * FILLED}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
     ],
 )
 def test_a_header_with_other_gates_than_the_file_is_refused(

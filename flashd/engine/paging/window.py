@@ -100,7 +100,7 @@ class Window:
         return part
 
     def delete(self, unit: int) -> None:
-        """Frees a unit's slot; the unit of the last used slot moves there. Raises KeyError if the unit is not here."""
+        """Frees a unit's slot. The unit of the last used slot moves there. Raises KeyError if `unit` is not here."""
         slot = int(self._slot_of[unit])
         if slot < 0:
             raise KeyError(unit)

@@ -17,7 +17,7 @@ Dims = Sequence[int | str]
 
 
 class Graph:
-    """Collects nodes; every method that adds one returns the name of its output."""
+    """Collects nodes. Every method that adds one returns the name of its output."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -27,7 +27,7 @@ class Graph:
         self._residual: onnx.NodeProto | None = None
 
     def input(self, name: str, kind: int, dims: Dims) -> str:
-        """An input of the graph, which may be asked for again."""
+        """An input of the graph. It may be asked for more than once."""
         if not any(known.name == name for known in self.inputs):
             self.inputs.append(helper.make_tensor_value_info(name, kind, list(dims)))
         return name
@@ -42,7 +42,7 @@ class Graph:
         return name
 
     def shape(self, *dims: int) -> str:
-        """A constant shape, shared by all that have the same."""
+        """A constant [len(dims)] int64. Equal ones are shared."""
         name = f"shape{dims}"
         if not any(i.name == name for i in self.initialisers):
             self.initialisers.append(numpy_helper.from_array(np.array(dims, np.int64), name))
@@ -65,13 +65,13 @@ class Graph:
         return names
 
     def residual(self, x: str, branch: str) -> str:
-        """x + branch, the stream that a layer adds to."""
+        """x + branch: the residual stream, which each layer adds to."""
         total = self.node("Add", x, branch)
         self._residual = self.nodes[-1]
         return total
 
     def rms_norm(self, x: str, weight: str, epsilon: float) -> str:
-        """The norm of x's last axis; one node with the sum that x is, where nothing came in between."""
+        """The norm of x's last axis. If x is the sum made just before, sum and norm become one node."""
         if self._residual is None or self._residual is not self.nodes[-1] or self._residual.output[0] != x:
             return self.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
         inputs, normed = self.nodes.pop().input, f"{x}_normed"

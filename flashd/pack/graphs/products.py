@@ -1,4 +1,4 @@
-"""Products with weights in the bundle's own bytes, and what an FFN does between them."""
+"""The graphs of products with weights in the bundle's own format, and what an FFN does between its products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _scaled(g: Graph, codes: str, top: str) -> str:
 
 
 def _widen(g: Graph, kind: RowKind, q: str, scale: str, index: str) -> str:
-    """Rows [n, K] float32 = (q - zero) * scale of packed rows; index [n] picks them."""
+    """Rows [n, K] float32 = (q - zero) * scale, of packed rows q. index [n] picks them."""
     return g.node(
         "GatherBlockQuantized", q, index, scale, domain=MICROSOFT,
         bits=BITS[kind], block_size=BLOCK, gather_axis=0, quantize_axis=1,
@@ -54,8 +54,9 @@ def _ternary_product(g: Graph, index: str) -> str:
 def linear(kind: RowKind) -> bytes:
     """y [T, n] = x [T, K] times n rows in place.
 
-    Quantised rows also take `index`, which counts 0 .. n, and `sums` [T, K / 32], the sum of each block of x, or in
-    their place ternary rows unit scales, `ones` [n, K / 32].
+    Inputs besides x are the arrays of PlainRows, QuantRows or TernaryRows. Quantised and ternary rows also take
+    `index` [n], which counts from 0. Quantised rows take `sums` [T, K / 32], the sum of each block of x; ternary rows
+    take `ones` [n, K / 32].
     """
     g = Graph()
     g.input("x", T.FLOAT, ["T", "K"])
@@ -74,10 +75,10 @@ def linear(kind: RowKind) -> bytes:
 
 
 def ffn(model: Architecture, kind: RowKind) -> bytes:
-    """y [T, Model.share_width] = the share that n groups of bundles, in place, have in an FFN's output.
+    """y [T, Architecture.share_width] = the contribution of n groups, in place, to an FFN's output.
 
-    Inputs are the arrays of QuantGroups or PlainGroups with the group and neuron axes joined where that
-    leaves them contiguous; `index` counts 0 .. 32 n M, `ones` [32 n, H / 32] are unit scales.
+    Inputs besides x [T, H] are the arrays of QuantGroups, PlainGroups or TernaryGroups, with the axes of groups and
+    neurons joined if they are contiguous. `index` [32 n M] counts from 0; `ones` [32 n, H / 32] are 1.
     """
     g, h = Graph(), model.hidden
     x = g.input("x", T.FLOAT, ["T", h])
@@ -116,7 +117,7 @@ def ffn(model: Architecture, kind: RowKind) -> bytes:
 
 
 def _column_steps(g: Graph, kind: RowKind, h: int) -> tuple[str, str]:
-    """Scales and centres [n, H / 32, 32] of columns of down_proj, from the arrays of ColumnSteps."""
+    """(scales, centres) of columns of down_proj, [n, H / 32, 32] each, from the arrays of ColumnSteps."""
     blocks = h // BLOCK
     scale = g.input("down_scale", CODES[kind][0], ["n", blocks, BLOCK])
     centre = g.input("down_centre", CODES[kind][1], ["n", blocks, BLOCK])
@@ -130,16 +131,16 @@ def _column_steps(g: Graph, kind: RowKind, h: int) -> tuple[str, str]:
 
 
 def share(g: Graph, model: Architecture, a: str, y: str) -> str:
-    """y [..., H] with the sum of the squares of activations a [..., F] behind it, in models that norm them."""
+    """y [..., H], followed by the sum of the squares of activations a [..., F] if the model norms them."""
     if not model.normed_neurons:
         return y
     return g.node("Concat", y, g.node("ReduceSumSquare", a, g.constant(np.array([-1])), keepdims=1), axis=-1)
 
 
 def neurons(model: Architecture, kind: RowKind) -> bytes:
-    """y [T, H] = the share that n neurons have in an FFN's output, each as much as `chosen` [T, n] says.
+    """y [T, H] = the contribution of n neurons to an FFN's output, each multiplied by its weight `chosen` [T, n].
 
-    Inputs are the arrays of QuantNeurons or PlainNeurons, all axes but the last joined.
+    Inputs besides x [T, H] are the arrays of QuantNeurons or PlainNeurons, all axes but the last joined.
     """
     g, h, m = Graph(), model.hidden, model.inputs
     g.input("x", T.FLOAT, ["T", h])

@@ -1,4 +1,4 @@
-"""The whole model in one graph, its weights constant, for boards on which it fits."""
+"""The graph of a whole model with constant weights, for boards on which the model fits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flashd.pack.graphs.stages import LayerStages, Vector, present
 
 
 def resident(model: Architecture, formats: Formats) -> bytes:
-    """The whole model: x [T, H] embeddings -> logits [R, V] of the rows named by `wanted` [R]."""
+    """The whole model: embeddings x [T, H] -> logits [R, V] behind the tokens numbered `wanted` [R]."""
     g, h = Graph(), model.hidden
-    # three axes throughout, as GroupQueryAttention wants them: a change of shape costs as much as a small product
+    # three axes throughout, as GroupQueryAttention needs them: a Reshape costs as much as a small product
     x = g.node("Unsqueeze", g.input("x", T.FLOAT, ["T", h]), g.shape(0))  # [1, T, H]
     wanted = g.input("wanted", T.INT64, ["R"])
     for i in range(model.layers):
@@ -41,7 +41,7 @@ def _external_vectors(g: Graph, at: str) -> Vector:
 
 
 def _feed_forward(g: Graph, model: Architecture, kind: RowKind, x: str, at: str) -> str:
-    """A layer's FFN, [1, T, H] -> [1, T, Model.share_width], without the bias of its output."""
+    """A layer's FFN, [1, T, H] -> [1, T, Architecture.share_width], without the bias of its output."""
     both = _layer_product(g, x, kind, f"{at}inputs", model.inputs * model.neurons, model.hidden)
     if "inputs" in model.biases:
         both = g.node("Add", both, g.external(f"{at}inputs.bias", T.FLOAT, [model.inputs * model.neurons]))
@@ -56,10 +56,10 @@ def _feed_forward(g: Graph, model: Architecture, kind: RowKind, x: str, at: str)
 
 
 def _layer_product(g: Graph, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
-    """x [1, T, K] times constant rows [n, K] of a layer.
+    """x [1, T, K] times constant rows [n, K] of a layer -> [1, T, n].
 
-    float32 products that do not widen a whole matrix exist for 4-bit weights only, so 8-bit ones are two planes of
-    nibbles, 16 high + low, and ternary ones are nibbles.
+    MatMulNBits multiplies only 4-bit weights in float32 without widening the whole matrix. So 8-bit weights are two
+    planes of nibbles, 16 * high + low, and ternary weights are nibbles.
     """
     planes = [".high", ".low"] if kind == "int8" else [""]
     y = ""
@@ -85,7 +85,7 @@ def _head(g: Graph, x: str, formats: Formats, n: int, k: int) -> str:
 
 
 def _with_centres(g: Graph, x: str, y: str, name: str, n: int, k: int) -> str:
-    # one node where Reshape and ReduceSum are two: a node costs a small model as much as what it computes
+    # one node in place of Reshape and ReduceSum: in a small model a node costs as much as what it computes
     means = g.node("AveragePool", x, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
     centre = g.external(f"{name}.centre", T.FLOAT, [k // BLOCK, n])  # times 32
     return g.node("Add", y, g.node("MatMul", means, centre))

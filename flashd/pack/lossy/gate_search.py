@@ -1,4 +1,7 @@
-"""What gates may skip in all layers, within a loss of perplexity, and whether a card gains by it."""
+"""The search over all layers: how many neurons gates may skip within a loss of perplexity, and whether that pays.
+
+gates.py has the thresholds of one layer. This module tries levels on whole models, judges them and decides.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Gated:
-    """The layers' thresholds, and what they cost."""
+    """The layers with the thresholds that were chosen, and what these cost."""
 
     layers: Sequence[GatedLayer]
     selection: Selection
@@ -32,7 +35,7 @@ class Gated:
 class _Skipping:
     """What gates skip at a level, and what that costs."""
 
-    level: float
+    level: float  # the share of neurons that fire and are skipped
     found: Judgement
     asked: Asked
 
@@ -44,15 +47,15 @@ def check(original: Original) -> None:
         raise DataError(f"{path}: {model.family} has no gate rows that could choose; pack it without --select gate")
     if model.experts or original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(
-            f"{path}: gates choose in plain layers, not in mixtures of experts or BitNet; pack it without"
-            " --select gate"
+            f"{path}: gates cannot choose in mixtures of experts or in BitNet; pack it without --select gate"
         )
 
 
 def choose(original: Original, tokenizer_json: bytes, gating: Gating) -> Gated | None:
-    """The layers, their gates skipping as much as the allowed loss admits; None where that is not worth it.
+    """The layers whose gates skip as much as the allowed loss admits. None if that does not pay.
 
-    With the hotter half preferred and without: what a card gives sooner.
+    It tries to prefer the hotter half of the neurons, and to prefer none, and takes what a card reads faster. Raises
+    DataError for too short a text.
     """
     fitted, judged = cut(tokenizer_json, gating.text, original.model.context)
     calibration, exact = original.calibration(fitted), original.calibration(judged)
@@ -83,7 +86,7 @@ def choose(original: Original, tokenizer_json: bytes, gating: Gating) -> Gated |
 
 
 def _fit(original: Original, i: int, calibration: Calibration) -> tuple[GatedLayer, ...]:
-    """Takes the texts through a layer and finds the thresholds of its gates, by what is preferred."""
+    """Takes the texts through layer `i` and finds the thresholds of its gates: with none preferred, and with some."""
     seen = calibration.layer(i)
     down = original.weights.ffns(i)[0].down.rows()
     gates = calibration.gates(i, seen.h)
@@ -93,7 +96,7 @@ def _fit(original: Original, i: int, calibration: Calibration) -> tuple[GatedLay
 def _most(
     original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], max_loss: float
 ) -> _Skipping:
-    """The most that keeps to the loss; the least that is tried where nothing does."""
+    """The highest level that keeps to the loss, or the lowest that was tried if none does."""
     levels = (0.0,) if original.model.activation in SPARSE else LEVELS
     first, last = 0, len(levels) - 1
     admitted = least = None
@@ -112,7 +115,7 @@ def _most(
 def _try(
     original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], level: float
 ) -> _Skipping:
-    """What skipping so much makes of the judging texts."""
+    """Measures a level on the judging texts."""
     share_out(layers, level)
     tried = original.calibration(judged)
     asked = Asked(pair_format(original.model, original.formats).nbytes)
@@ -134,7 +137,7 @@ def _try(
 
 
 def _pays(original: Original, layers: Sequence[GatedLayer], skipping: _Skipping) -> bool:
-    """Whether a card gives what the gates choose that much sooner than everything; says so."""
+    """Whether a card reads the chosen neurons so much faster than all of them that it is worth the loss. Logs it."""
     some, everything = skipping.asked.cost, skipping.asked.of_all(original.model.neurons)
     takes = some.weight / everything.weight
     pays = takes <= WORTH

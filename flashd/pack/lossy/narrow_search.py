@@ -1,4 +1,7 @@
-"""How many of all layers' groups may have fewer bits, within a loss of perplexity."""
+"""The search over all layers: how many groups may have fewer bits within a loss of perplexity.
+
+narrow_groups.py has the errors and budgets of one layer. This module tries the budgets on whole models and decides.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +27,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NarrowedLayer:
-    """What a layer's groups are laid out and rounded by."""
+    """What decides how a layer's groups are ordered and rounded."""
 
-    sizes: Floats  # [F], the neurons' shares in the output
+    sizes: Floats  # [F], the sizes of the neurons' contributions to the output
     weigh: Weigh
-    starts: Starts | None  # of its narrow groups; None where it has none
+    starts: Starts | None  # of its narrow groups; None if it has none
 
 
 @dataclass(frozen=True)
 class FewBits:
-    """The layers; None where no loss that is admitted narrows any."""
+    """The layers, and what narrowing them costs."""
 
     layers: list[NarrowedLayer]
-    narrowed: Narrowed | None
+    narrowed: Narrowed | None  # None if no group is narrowed
 
 
 @dataclass
 class _Try:
-    """One of the budgets that are tried: what it makes of the judging texts, and of the layers."""
+    """One of the budgets that are tried."""
 
-    calibration: Calibration
-    starts: list[Starts] = field(default_factory=list)
+    calibration: Calibration  # of the judging texts, with the groups that the budget narrows
+    starts: list[Starts] = field(default_factory=list)  # of each layer so far
 
     def shares(self, groups: int) -> str:
-        """Per cent of all groups that have 4, 3 and 2 bits."""
+        """The percentages of all groups that have 4, 3 and 2 bits. Each layer has `groups`."""
         int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
         int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
         return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
@@ -58,13 +61,13 @@ def check(original: Original) -> None:
     model = original.model
     if model.experts or original.formats.ffn != "int4" or model.normed_neurons:
         raise DataError(
-            f"{original.path}: fewer bits are for plain layers of int4 rows, not for mixtures of experts or BitNet;"
+            f"{original.path}: only plain layers of int4 rows can have fewer bits, not mixtures of experts or BitNet;"
             " pack it without --max-loss"
         )
 
 
 def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> FewBits:
-    """The layers, their coldest groups with as few bits as the allowed loss admits, and what that costs.
+    """The layers whose coldest groups have as few bits as the allowed loss admits, and what that costs.
 
     Raises DataError for too short a text.
     """
@@ -86,7 +89,7 @@ def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> F
 
 
 def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
-    """The number of the first try that narrows anything and costs what is allowed."""
+    """The number of the first try that narrows a group and keeps to the loss. None if there is none; logs why."""
     groups = original.model.groups
     for budget, t, f in zip(narrow_groups.ERROR_BUDGETS, tries, found, strict=True):
         log.info(
@@ -106,9 +109,9 @@ def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgeme
 def _try_layer(
     original: Original, i: int, calibration: Calibration, exact: Calibration, tries: Sequence[_Try]
 ) -> tuple[Floats, Weigh]:
-    """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups.
+    """Takes the judging texts through layer `i`: once exact, and with the groups that each budget narrows.
 
-    Returns what it is laid out and rounded by.
+    Returns (the sizes [F] of its neurons' contributions, how much errors of its weights count).
     """
     seen = calibration.layer(i)
     (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
@@ -128,7 +131,7 @@ def _try_layer(
 
 
 def _dense(ffn: Ffn, order: Numbers) -> Dense:
-    """An FFN's weights as they are, its neurons in their order; those that only fill its last block are zero."""
+    """An FFN's exact weights, its neurons in the given order. Neurons that only fill its last block are zero."""
     down, bias = ffn.filled(len(order))
     filling = len(order) - ffn.neurons
     inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[order] for matrix in ffn.inputs]
@@ -136,7 +139,7 @@ def _dense(ffn: Ffn, order: Numbers) -> Dense:
 
 
 def _rounded(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
-    """What becomes of some neurons' weights in so many bits."""
+    """The weights of the neurons `order`, rounded to rows of `kind`."""
     form = replace(group_format(original.model, original.formats), kind=kind)
     chunks = Encoder(original.model).groups(ffn, form, order, weigh)
     groups = form.groups(np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes))

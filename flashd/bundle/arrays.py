@@ -72,7 +72,7 @@ class QuantGroups(Arrays):
     down_scale: Codes  # [n, H]: a block of down_proj has the group's 32 neurons in one output
     down_centre: Codes  # [n, H]
     down_step: npt.NDArray[np.float16]  # [n, 2, H / 32]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+    bias: Floats  # [n, 32, M], or [n, 32, 0] if the inputs have none
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PlainGroups(Arrays):
 
     w: npt.NDArray[np.float16]  # [n, 32, M, H]
     down: npt.NDArray[np.float16]  # [n, 32, H]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+    bias: Floats  # [n, 32, M], or [n, 32, 0] if the inputs have none
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class TernaryGroups(Arrays):
     scale: Floats  # [n, 32, M, 1]
     down: Bytes  # [n, 32, H / 4]
     down_scale: Floats  # [n, 32, 1]
-    bias: Floats  # [n, 32, M], or [n, 32, 0] where the inputs have none
+    bias: Floats  # [n, 32, M], or [n, 32, 0] if the inputs have none
 
 
 Rows = QuantRows | PlainRows | TernaryRows
@@ -107,7 +107,7 @@ class QuantNeurons(Arrays):
     scale: Codes  # [n, M + 1, H / 32]
     centre: Codes  # [n, M + 1, H / 32]
     step: npt.NDArray[np.float16]  # [n, M + 1, 2]
-    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+    bias: Floats  # [n, M], or [n, 0] if the inputs have none
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class PlainNeurons(Arrays):
     """n neurons of float16 weights: M input rows each, then the column of down_proj."""
 
     w: npt.NDArray[np.float16]  # [n, M + 1, H]
-    bias: Floats  # [n, M], or [n, 0] where the inputs have none
+    bias: Floats  # [n, M], or [n, 0] if the inputs have none
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Ffn:
     """The weights of a layer's FFN, or of one of its experts."""
 
     inputs: list[Matrix]  # gate and up, or up alone, each [F, H]
-    biases: Floats  # of the input rows, [F, M], or [F, 0] where there are none
+    biases: Floats  # of the input rows, [F, M], or [F, 0] if there are none
     down: Tensor  # [H, F]
 
     @property

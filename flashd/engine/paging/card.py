@@ -29,7 +29,8 @@ from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
 
-Numbers = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int32]
+"""[n] int32: numbers of units."""
 
 READ_BYTES = 3 << 19
 """The most bytes of one read. A larger read is no faster on SD cards, USB SSDs or NVMe."""
@@ -253,7 +254,7 @@ class CardPicks(_Card):
         """Starts the counts again. What filled the windows at first is not a cost of tokens."""
         self.stats = CardStats()
 
-    def take(self, layer: int, units: Numbers) -> Iterator[tuple[Numbers, Bytes]]:
+    def take(self, layer: int, units: Ids) -> Iterator[tuple[Ids, Bytes]]:
         """Reads `units`, ascending, and yields some at a time [n] with their bytes [n, unit bytes] uint8.
 
         Raises CardError, DamagedRun.
@@ -276,7 +277,7 @@ class CardPicks(_Card):
             self._start(*self._waiting.popleft())
 
 
-def _within(extent: Extent, units: Numbers) -> Numbers:
+def _within(extent: Extent, units: Ids) -> Ids:
     """Those of `units` [n], ascending, that an extent fetches."""
     start, stop = np.searchsorted(units, (extent.first, extent.first + extent.count))
     return units[start:stop]

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from flashd.bundle.row_kinds import Floats
 
 Mask = npt.NDArray[np.bool_]
+
 Numbers = npt.NDArray[np.int64]
+"""Numbers of units, or of experts, in any shape."""
 
 FREQUENCY_DECAY = 0.98
 """The part of a frequency that stays from one token to the next.

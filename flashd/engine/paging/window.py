@@ -16,6 +16,7 @@ from flashd.bundle.formats import GroupFormat, NeuronFormat, PairFormat
 from flashd.system import freed_memory
 
 Ids = npt.NDArray[np.int32]
+"""[n] int32: numbers of units."""
 
 
 class Window:

@@ -38,7 +38,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("narrow")
     source = tiny.write(folder / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(narrowing, "BUDGETS", (ErrorBudget(0.01, 0.01),))
+        patch.setattr(narrowing, "ERROR_BUDGETS", (ErrorBudget(0.01, 0.01),))
         header = pack(source, folder / "narrow.flash", "int4", allowed=Narrowing(0.9, TEXT))
     assert header.narrowed
     assert any(a < b for a, b in zip(header.narrowed.int3, header.narrowed.int2, strict=True))

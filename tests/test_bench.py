@@ -62,7 +62,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
     assert main(["bench", str(paged), "--plot", "no/b.svg"]) == EX_USAGE
     assert "--plot no/b.svg: there is no such folder" in capfd.readouterr().err
     assert main(["bench", str(paged), "--plot", "b.txt"]) == EX_USAGE
-    assert "--plot b.txt: a picture's name ends in .svg, .png, .pdf" in capfd.readouterr().err
+    assert "--plot b.txt: the name of a picture must end in .svg, .png, .pdf" in capfd.readouterr().err
     monkeypatch.setattr(compare, "find_spec", lambda name: None)
     assert main(["bench", str(paged), "--plot", "b.svg"]) == EX_NOINPUT
     assert "pip install 'flashd[bench]'" in capfd.readouterr().err

@@ -84,7 +84,8 @@ def test_a_daemon_that_is_not_asked_is_told_of(
 
 def test_sizes_and_threads_that_nobody_means_are_refused(tiny_bundle: Path) -> None:
     ask: list[str | Path] = ["ask", "the", "--model", tiny_bundle]
-    refused(run(*ask, "--memory", "512"), os.EX_USAGE, "'512' is no amount of memory to work with; write for example")
+    said = "'512' is not an amount of memory to work with; write for example"
+    refused(run(*ask, "--memory", "512"), os.EX_USAGE, said)
     for threads in ("0", "257"):
         refused(run(*ask, "--threads", threads), os.EX_USAGE, f"--threads {threads} is out of range")
 
@@ -95,7 +96,7 @@ def test_a_mistyped_command_is_a_line(tmp_path: Path) -> None:
         (["pack", "m.gguf"], "the following arguments are required: --out"), (["sing"], "invalid choice: 'sing'"),
         ([], "COMMAND"), (["bench", tmp_path, "--repeat", "0"], "--repeat 1 and --tokens 2 are the least"),
         (["bench", tmp_path, "--wrap", "'a"], "--wrap 'a: No closing quotation"),
-        (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is no command here"),
+        (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is not a command on this machine"),
     ):  # fmt: skip
         refused(run(*command), os.EX_USAGE, words)
 
@@ -104,7 +105,9 @@ def test_pack_takes_the_place_of_bundles_alone(tmp_path: Path, tiny_bundle: Path
     model = tmp_path / "model.gguf"
     shutil.copy(tiny_bundle.with_name("tiny.gguf"), model)
     before = model.read_bytes()
-    refused(run("pack", model, "--out", model), os.EX_USAGE, f"--out {model}: is there and is no bundle")
+    refused(
+        run("pack", model, "--out", model), os.EX_USAGE, f"--out {model}: already exists and is not a flashd bundle"
+    )
     refused(run("pack", model, "--out", tmp_path), os.EX_USAGE, f"--out {tmp_path}: is a folder")
     assert model.read_bytes() == before
     refused(run("pack", model, "--out", tmp_path / "no" / "m.flash"), os.EX_CANTCREAT, "No such file or directory")

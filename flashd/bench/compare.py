@@ -1,4 +1,4 @@
-"""flashd bench: flashd, its paper's baselines and llama.cpp, each in a process of its own, turn and turn about."""
+"""flashd bench: measures flashd, the paper's baselines and llama.cpp in turns, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flashd.system.child import in_child
 
 PEER = "llama.cpp mmap"
 NAIVE, HYBRID, DRAFTS = "naive: all of the FFN each token", "hybrid: what fits pinned, the rest each token", "flashd"
-"""The first two are the baselines of the paper's Table 2; the third adds several tokens a pass."""
+"""The first two are the baselines of "LLM in a flash", table 2. The third adds drafts: several tokens a pass."""
 
 COLUMNS = {
     "load_seconds": "load s",
@@ -47,16 +47,16 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Contender:
-    """What is measured: a command that prints its figures as JSON."""
+    """One of those that are compared: a command that prints its figures as JSON."""
 
     name: str
-    memory: str  # flashd's budget; empty where it has none
+    memory: str  # flashd's budget; empty if it has none
     command: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contender's medians."""
+    """A row of the table: the medians of a contender."""
 
     name: str
     memory: str
@@ -65,21 +65,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure. `wrap` is a command that every contender is run under, such as one that caps its memory."""
+    """What to measure."""
 
     bundle: Path
-    model: Path | None
+    model: Path | None  # the GGUF file for llama.cpp; None leaves llama.cpp out
     prompt: str
-    tokens: int
-    repeat: int
-    memory: tuple[str, ...]  # budgets; none: all that there is
+    tokens: int  # of each answer
+    repeat: int  # runs of each contender
+    memory: tuple[str, ...]  # budgets such as 512M; empty: one run with all the memory that there is
     threads: int
-    wrap: str
+    wrap: str  # a command that every contender runs under, such as one that caps its memory; empty: none
 
     def run(self) -> list[Row]:
-        """The peer if a model file is given, the baselines where flashd pages all it needs, and flashd itself.
+        """Measures llama.cpp, if a model file is given, the baselines, if every token needs every neuron, and flashd.
 
-        Raises UsageError; FlashdError naming the contender that fails.
+        Raises UsageError; FlashdError, which names the contender that failed.
         """
         if self.repeat < 1 or self.tokens < 2:
             raise UsageError("--repeat 1 and --tokens 2 are the least that can be measured")
@@ -87,7 +87,7 @@ class Bench:
         contenders = self._contenders()
         runs: dict[Contender, list[Figures]] = {contender: [] for contender in contenders}
         for _ in range(self.repeat):
-            # turn and turn about, so that a slow minute of the machine is shared
+            # in turns, so that a slow minute of the machine affects all of them
             for contender in contenders:
                 runs[contender].append(self._one(contender, wrap))
         return [Row(c.name, c.memory, _medians(results)) for c, results in runs.items()]
@@ -96,7 +96,7 @@ class Bench:
         prompt = in_child(self._prompt_tokens)
         out = []
         if self.model:
-            # the very tokens that flashd is given
+            # llama.cpp gets the same tokens as flashd
             peer = (
                 "-m",
                 "flashd.bench.llama_cpp",
@@ -109,7 +109,7 @@ class Bench:
         plans = {memory: self._plan(memory) for memory in self.memory or ("",)}
         paged = {memory for memory, plan in plans.items() if not plan["resident"]} if self._needs_all() else set()
         if paged:
-            # a KV cache with no room to spare lends none to neurons
+            # a KV cache that is just large enough lends no memory to neurons
             context = str(len(prompt) + self.tokens + 1)
             least = f"{int(self._plan('', context)['smallest']) + MARGIN}"
             out.append(self._ask(NAIVE, least, "--context", context, "--no-drafts"))
@@ -127,12 +127,12 @@ class Bench:
         return Contender(name, memory, (*command, "--memory", memory) if memory else command)
 
     def _needs_all(self) -> bool:
-        """Whether a token needs every neuron: what experts or a predictor leave out is no baseline."""
+        """Whether a token needs every neuron. With experts or a selection the baselines would mean nothing."""
         with Bundle(self.bundle) as bundle:
             return bundle.header.model.experts is None and bundle.header.selection is None
 
     def _plan(self, memory: str, context: str = "") -> dict[str, Any]:
-        """What `flashd plan` says of a budget, measured as an answer's is."""
+        """The plan that `flashd plan` prints for a budget and a context."""
         command = [sys.executable, "-m", "flashd", "plan", str(self.bundle), "--json"]
         command += ["--memory", memory] if memory else []
         command += ["--context", context] if context else []
@@ -155,20 +155,20 @@ class Bench:
     def _run(self, name: str, command: list[str]) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
             raise FlashdError(f"{name} ended with {done.returncode}: {last}")
         said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return said
 
 
 def _command(wrap: str) -> list[str]:
-    """The words of `--wrap`. Raises UsageError."""
+    """The words of `--wrap`. Raises UsageError if they are not a command."""
     try:
         words = shlex.split(wrap)
     except ValueError as error:
         raise UsageError(f"--wrap {wrap}: {error}") from error
     if words and not shutil.which(words[0]):
-        raise UsageError(f"--wrap {wrap}: {words[0]} is no command here")
+        raise UsageError(f"--wrap {wrap}: {words[0]} is not a command on this machine")
     return words
 
 
@@ -177,7 +177,7 @@ def _medians(runs: list[Figures]) -> Figures:
 
 
 def table(rows: list[Row]) -> str:
-    """The results as a Markdown table, each rate and time also as a ratio to the peer where there is one."""
+    """The results as a Markdown table. If llama.cpp was measured, rates and times are also given as ratios to it."""
     peer = _peer(rows)
     lines = ["| | budget |" + "|".join(COLUMNS.values()) + "|", "|---" * (len(COLUMNS) + 2) + "|"]
     for row in rows:
@@ -206,9 +206,9 @@ def _cell(key: str, figures: Figures, peer: Figures | None) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raises UsageError for a file that `plot` cannot draw, InputMissing without matplotlib."""
+    """Raises UsageError for a file that `plot` cannot write, InputMissing if matplotlib is not installed."""
     if path.suffix not in PICTURES:
-        raise UsageError(f"--plot {path}: a picture's name ends in {', '.join(PICTURES)}")
+        raise UsageError(f"--plot {path}: the name of a picture must end in {', '.join(PICTURES)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--plot {path}: there is no such folder")
     if not find_spec("matplotlib"):
@@ -216,7 +216,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draws tokens a second against RAM, and card bytes a token as one technique after the other is added."""
+    """Draws tokens a second against RAM, and the card bytes of a token for each technique."""
     from matplotlib.figure import Figure
 
     figure = Figure((10, 4), layout="constrained")
@@ -234,5 +234,5 @@ def plot(rows: list[Row], path: Path) -> None:
     bars = cost.barh(list(last), list(last.values()))
     cost.bar_label(bars, fmt="%.0f")
     cost.invert_yaxis()
-    cost.set(xlabel="MiB read of the card for a token, with the largest budget")
+    cost.set(xlabel="MiB read from the card for a token, with the largest budget")
     figure.savefig(path)

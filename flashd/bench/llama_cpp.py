@@ -1,6 +1,6 @@
-"""llama.cpp as flashd's peer: answers one prompt with a memory-mapped GGUF and prints what that cost, as JSON.
+"""llama.cpp, which flashd is compared with: it answers one prompt with a memory-mapped GGUF and prints JSON figures.
 
-Run as a program, in a process of its own: python -m flashd.peer MODEL.gguf PROMPT-TOKENS-AS-JSON TOKENS THREADS
+Run it in a process of its own: python -m flashd.bench.llama_cpp MODEL.gguf PROMPT-TOKENS-AS-JSON TOKENS THREADS
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(path: str, prompt: list[int], tokens: int, threads: int) -> None:
     parameters = llama_cpp.llama_model_default_params
 
     def without_repacking() -> Any:
-        # repacked weights are a second copy in anonymous memory: under a cap below the model's size that kills
+        # repacked weights are a second copy in anonymous memory: with a memory cap the process would be killed
         p = parameters()
         p.use_extra_bufts = False
         return p

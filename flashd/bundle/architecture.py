@@ -1,4 +1,4 @@
-"""A model by its properties: what the header says of the architecture."""
+"""A model's architecture as the header describes it: sizes and properties, not names of families."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ Scores = Literal["softmax", "sigmoid"]
 
 
 class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
-    """How the layers of one kind attend; each kind has a graph of its own."""
+    """How the layers of one kind attend. Each kind has a graph of its own."""
 
-    window: Count = 0  # tokens that one sees, itself included; 0: all
-    rope: Count | None = None  # the table that turns queries and keys; None: they are not turned
+    window: Count = 0  # how many tokens a token attends to, itself included; 0: all
+    rope: Count | None = None  # the number of the table that turns queries and keys; None: they are not turned
 
 
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
-    """An FFN that is a mixture: a token takes the share of those experts alone that its router scores highest."""
+    """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
 
-    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E, each of neurons / E neurons, one behind the other
-    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # by a token
-    scores: Scores  # of the router's products, over all experts or each by itself
-    normalised: bool  # the scores of those used are divided by their sum
-    scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # and multiplied by this
-    early: bool = False  # the router takes the layer's input as it is, not what the FFN takes
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E; each expert has neurons / E consecutive neurons
+    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # experts that a token uses
+    scores: Scores  # what is made of the router's products: a softmax over all experts, or a sigmoid of each
+    normalised: bool  # whether the scores of the experts used are divided by their sum
+    scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
+    early: bool = False  # whether the router takes the layer's input rather than the FFN's
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine needs to know of an architecture: sizes and properties, from which its graphs are built.
+    """What the engine needs to know of an architecture. The graphs are built from these sizes and properties.
 
-    With f a layer's attention or its FFN, and n a norm where there is one, a block is
+    Let f be a layer's attention or its FFN, and n a norm, if the layer has one at that place. Then a block is
 
-        sequential   x + n(f(n(x))), first the attention, then the FFN
-        parallel     x + n(attention(n(x))) + n(ffn(n(x))); where the FFN has no norm it takes the attention's
-        post         n(x + f(x)), first the attention, then the FFN
+        sequential   x + n(f(n(x))), first with the attention, then with the FFN
+        parallel     x + n(attention(n(x))) + n(ffn(n(x))); if the FFN has no norm of its own it takes the attention's
+        post         n(x + f(x)), first with the attention, then with the FFN
     """
 
     family: str
@@ -60,24 +60,24 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: Size  # V
     context: Positive  # tokens that the model was trained for
     block: Block
-    norm: Norm  # x / rms(x) * weight, or (x - mean) / deviation * weight + bias
+    norm: Norm  # rms: x / rms(x) * weight; layer: (x - mean) / deviation * weight + bias
     norm_epsilon: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     norm_bias: bool
     norms: list[Place]
-    norm_heads: bool  # queries and keys are normed a head at a time
+    norm_heads: bool  # whether queries and keys are normed head by head
     biases: list[Bias]
-    gated: bool  # down(f(gate x) * up x), or down(f(up x))
+    gated: bool  # whether an FFN is down(f(gate x) * up x) rather than down(f(up x))
     activation: Activation
-    threshold: float = 0.0  # below which fatrelu gives 0
-    normed_neurons: Count = 0  # whose activations are divided by their root mean square before the down product
+    threshold: float = 0.0  # fatrelu gives 0 below it
+    normed_neurons: Count = 0  # so many activations are divided by their root mean square before the down product
     attention: list[AttentionKind]
-    layer_kinds: list[Count]  # of each layer, its number in `attention`
-    ropes: Count  # tables
-    attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # of a query's product with a key
-    attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap)
+    layer_kinds: list[Count]  # of each layer: the number of its kind in `attention`
+    ropes: Count  # how many rotary tables there are
+    attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # the product of a query and a key is multiplied by it
+    attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap); 0: no cap
     embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    positions: Count = 0  # learned ones, added to the embeddings
-    logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    positions: Count = 0  # how many learned positions are added to the embeddings
+    logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as attention_cap, of logits
 
     @property
     def query_width(self) -> int:
@@ -98,34 +98,35 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ffns(self) -> int:
-        """FFNs of a layer: its experts, or one."""
+        """How many FFNs a layer has: its experts, or one."""
         return self.experts.count if self.experts else 1
 
     @property
     def expert_neurons(self) -> int:
-        """Neurons of one of them."""
+        """Neurons of one expert, or of the FFN if there are no experts."""
         return self.neurons // self.ffns
 
     @property
     def expert_groups(self) -> int:
-        """Groups of one of them."""
+        """Groups of one expert, or of the FFN if there are no experts."""
         return self.groups // self.ffns
 
     @property
     def inputs(self) -> int:
-        """M, the matrices that an FFN multiplies its input by."""
+        """M, the number of matrices that an FFN multiplies its input by: gate and up, or up alone."""
         return 2 if self.gated else 1
 
     @property
     def share_width(self) -> int:
-        """Width of what a group adds to an FFN's output: H, and the sum of its squares where activations are normed.
+        """Width of what a group adds to an FFN's output: H, or H + 1 if activations are normed.
 
-        The weights of that norm are in the columns of down_proj; what divides them all can wait for the last group.
+        The last number is then the sum of the squares of activations. The norm's weights are in the columns of
+        down_proj. Its division comes when all groups have been added.
         """
         return self.hidden + bool(self.normed_neurons)
 
     def norm_vectors(self, place: Place) -> dict[str, int]:
-        """The vectors of a norm and their lengths; none where there is no such norm."""
+        """The vectors of a norm and their lengths, by name. Empty if there is no such norm."""
         if place not in self.norms:
             return {}
         widths = {"query": self.query_width, "key": self.kv_width, "heads": self.query_width}
@@ -135,7 +136,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return {f"{place}_norm.{part}": width for part in parts}
 
     def layer_vectors(self) -> dict[str, int]:
-        """The vectors of a layer and their lengths, in the order in which its `vectors` section has them."""
+        """The vectors of a layer and their lengths, by name, in the order of the layer's `vectors` section."""
         vectors: dict[str, int] = {}
         for place in LAYER_NORMS:
             vectors |= self.norm_vectors(place)
@@ -143,7 +144,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
 
     def model_vectors(self) -> dict[str, int]:
-        """The same for what follows the layers, and the `vectors` section that is no layer's."""
+        """The vectors of what follows the layers, in the order of the section named `vectors` alone."""
         head = {"head.bias": self.vocabulary} if "head" in self.biases else {}
         return self.norm_vectors("final") | head
 

@@ -1,4 +1,4 @@
-"""Values of 2, 3 and 4 bits -> bytes, and back."""
+"""Packs integers of 1, 2, 3, 4 and 8 bits into bytes and unpacks them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from flashd.bundle.row_kinds import Bytes, Codes
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:
-    """Integers [..., K] as packed bytes [..., K * bits / 8], the first of a byte's in the low bits."""
+    """Integers [..., K] uint8 -> packed bytes [..., K * bits / 8]. The first integer of a byte is in its low bits.
+
+    Integers of 3 bits are two parts, one behind the other: their lower two bits, then their upper bits.
+    """
     if bits == 3:
         lower, upper = np.bitwise_and(q, 3, dtype=np.uint8), np.right_shift(q, 2, dtype=np.uint8)
         return np.concatenate([pack_bits(lower, 2), pack_bits(upper, 1)], axis=-1)
@@ -24,7 +27,7 @@ def pack_bits(q: Bytes, bits: int) -> Bytes:
 
 
 def unpack(q: Bytes, bits: int) -> Bytes:
-    """Packed integers [..., K * bits / 8] as bytes [..., K]."""
+    """Packed integers [..., K * bits / 8] -> integers [..., K] uint8."""
     if bits == 8:
         return q
     if bits == 3:
@@ -38,13 +41,13 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     return out
 
 
-def widened(q: Bytes, bits: int) -> Bytes:
+def as_nibbles(q: Bytes, bits: int) -> Bytes:
     """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
     lower = q.shape[-1] * 2 // bits
     out = _nibbles(2, bits)[q[..., :lower]]  # [..., K / 4] uint16
     if bits == 3:
         upper = out.view("<u4")
-        upper += _nibbles(1, bits)[q[..., lower:]]  # no nibble carries: the largest is 11
+        upper += _nibbles(1, bits)[q[..., lower:]]  # [..., K / 8] uint32; no nibble overflows: the largest is 11
     return out.view(np.uint8)
 
 
@@ -63,7 +66,8 @@ def centre_digits(codes: Codes, width: int, bits: int) -> Bytes:
 
 @cache
 def _nibbles(part: int, bits: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """[256]: the nibbles of a byte that holds `part` bits of each weight, its lower two or the upper one."""
+    """[256]: for each byte the nibbles of its weights. The byte holds the lower two bits of each (`part` 2) or the
+    upper one (`part` 1)."""
     values = unpack(np.arange(256, dtype=np.uint8)[:, None], part).astype(np.uint32)  # [256, weights]
     values = values * np.uint32(4) if part == 1 else values + np.uint32(8 - (1 << (bits - 1)))
     words = pack_bits(values.astype(np.uint8), 4)

@@ -1,4 +1,4 @@
-"""Header and prefix -> bytes, and back. Everything is checked before it is believed."""
+"""Turns prefix and header into bytes and back. Whatever is read is checked before it is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flashd.errors import NOT_JSON
 
 
 def encode(header: Header, file_length: int) -> bytes:
-    """Prefix and header, ready to be written at offset 0."""
+    """The bytes of prefix and header, which stand at offset 0. Raises ValueError if the header is too long."""
     body = msgspec.json.encode(header)
     if len(body) > MAX_HEADER:
         raise ValueError(f"a header of {len(body)} bytes; {MAX_HEADER} at most")
@@ -31,7 +31,7 @@ def encode(header: Header, file_length: int) -> bytes:
 
 
 def decode_prefix(data: bytes, file_length: int) -> Prefix:
-    """What a file of `file_length` bytes says in its first 32.
+    """The prefix of a file of `file_length` bytes, from its first 32.
 
     Raises NotABundle, NewerVersion, OlderVersion, TruncatedBundle, DamagedHeader.
     """
@@ -40,7 +40,7 @@ def decode_prefix(data: bytes, file_length: int) -> Prefix:
         raise NotABundle("not a flashd bundle; make one with: flashd pack MODEL.gguf --out FILE.flash")
     if prefix.version > VERSION:
         raise NewerVersion(
-            f"a bundle of format {prefix.version}, this flashd reads {VERSION}; update flashd or pack it again"
+            f"a bundle of format {prefix.version}, but this flashd reads {VERSION}; update flashd or pack it again"
         )
     if prefix.version < VERSION:
         raise OlderVersion(f"a bundle of format {prefix.version}, this flashd reads {VERSION}; pack it again")
@@ -54,7 +54,7 @@ def decode_prefix(data: bytes, file_length: int) -> Prefix:
 
 
 def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
-    """The header of a file of `file_length` bytes, every offset and size in it checked.
+    """The header of a file of `file_length` bytes, with every offset and size in it checked.
 
     Raises DamagedHeader, BadSection.
     """
@@ -87,9 +87,9 @@ def _check_model(m: Architecture) -> None:
             f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
         ),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
-        (len(m.layer_kinds) == m.layers, f"{m.layers} layers and kinds of attention for {len(m.layer_kinds)}"),
-        (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention is not among them"),
-        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table is not among them"),
+        (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
+        (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention does not exist"),
+        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table does not exist"),
     ]
     for holds, what in rules:
         if not holds:
@@ -98,7 +98,7 @@ def _check_model(m: Architecture) -> None:
 
 def _check_text(text: Text, model: Architecture) -> None:
     if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0)):
-        raise DamagedHeader("the header does not make sense: a text begins or ends with no token of its")
+        raise DamagedHeader("the header does not make sense: a token that begins or ends texts does not exist")
 
 
 def _check_selection(header: Header) -> None:
@@ -108,11 +108,13 @@ def _check_selection(header: Header) -> None:
     m, kind = header.model, header.formats.ffn
     ranks = [0] * m.layers if header.gate_decides and not s.ranks else s.ranks
     if any(len(part) != m.layers for part in (ranks, s.thresholds, s.chosen, s.fired)):
-        raise DamagedHeader(f"the header does not make sense: {m.layers} layers and other predictors")
+        raise DamagedHeader(f"the header does not make sense: not every one of {m.layers} layers has a predictor")
     if kind == "ternary" or m.normed_neurons:
         raise DamagedHeader("the header does not make sense: neurons of BitNet are never selected")
     if header.gate_decides and (s.ranks or not m.gated or m.experts or "inputs" in m.biases):
-        raise DamagedHeader("the header does not make sense: a gate decides in plain layers that have one, unbiased")
+        raise DamagedHeader(
+            "the header does not make sense: a gate decides only in layers that have one, without biases or experts"
+        )
     if any(rank % BLOCK for rank in s.ranks):
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
 
@@ -120,15 +122,15 @@ def _check_selection(header: Header) -> None:
 def _check_narrowed(header: Header) -> None:
     n, m, f = header.narrowed, header.model, header.formats
     if {f.ffn, f.attention, f.head, f.embedding} & set(NARROW):
-        raise DamagedHeader(f"the header does not make sense: only cold groups are {' or '.join(NARROW)}")
+        raise DamagedHeader(f"the header does not make sense: only cold groups can be {' or '.join(NARROW)}")
     if n is None:
         return
     if header.selection or m.experts or header.formats.ffn != "int4":
-        raise DamagedHeader("the header does not make sense: only plain layers of int4 rows are narrowed")
+        raise DamagedHeader("the header does not make sense: only plain layers of int4 rows can be narrowed")
     if not len(n.int3) == len(n.int2) == m.layers:
-        raise DamagedHeader(f"the header does not make sense: {m.layers} layers, others are narrowed")
+        raise DamagedHeader(f"the header does not make sense: it does not say what is narrowed for {m.layers} layers")
     if not all(int3 <= int2 <= m.groups for int3, int2 in zip(n.int3, n.int2, strict=True)):
-        raise DamagedHeader(f"the header does not make sense: layers of {m.groups} groups are narrowed behind those")
+        raise DamagedHeader(f"the header does not make sense: groups are narrowed that are not among {m.groups}")
 
 
 def _check_sections(header: Header, file_length: int) -> None:
@@ -137,7 +139,7 @@ def _check_sections(header: Header, file_length: int) -> None:
         if section.offset % PAGE or section.end > file_length:
             raise BadSection(f"section {section.name!r} lies outside the file or off a page boundary")
         if section.offset < end:
-            raise BadSection(f"section {section.name!r} begins before the one in front of it ends")
+            raise BadSection(f"section {section.name!r} begins before the section in front of it ends")
         if section is not header.checksums and section.first != first:
             raise BadSection(f"section {section.name!r} counts its checksums from {section.first}, not {first}")
         first, end = first + section.runs, section.end
@@ -145,12 +147,12 @@ def _check_sections(header: Header, file_length: int) -> None:
         raise BadSection(f"{header.checksums.length} bytes of checksums for {first} runs")
     present = {s.name: s for s in header.sections}
     if len(present) != len(header.sections):
-        raise BadSection("two sections have one name")
+        raise BadSection("two sections have the same name")
     for name, length in header.expected_lengths().items():
         if name not in present:
             raise BadSection(f"section {name!r} is missing")
         if present[name].length != length:
-            raise BadSection(f"section {name!r} has {present[name].length} bytes, its model needs {length}")
+            raise BadSection(f"section {name!r} has {present[name].length} bytes, but its model needs {length}")
     own_runs = header.own_runs()
     for section in header.sections:
         run = own_runs.get(section.name, PLAIN_RUN)

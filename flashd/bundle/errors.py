@@ -1,4 +1,4 @@
-"""What can be wrong with a bundle. Each error is a rule of the format that the file breaks."""
+"""What can be wrong with a bundle. Each error stands for a rule of the format that the file breaks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A file on a card that may be pulled, rot or be written over: reads that notice, and go on when they can.
+"""Reads of a file on a card that may be pulled, decay or be overwritten. They notice it, and go on if they can.
 
-A file system whose device went away never answers an open descriptor again, even when the card is put back. So
-a read that fails opens the path anew and goes on if the very same file is there; what fails again then is a bad
-place of the card.
+If a device goes away, its file system never answers an open descriptor again, even when the card is put back. So a
+read that fails opens the path again, and goes on if the very same file is there. If it then fails once more, that
+place of the card is bad.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ log = logging.getLogger(__name__)
 Got = TypeVar("Got", int, bytes)
 
 RETRY_SECONDS = 0.25
-"""How often a card that is gone is looked for."""
+"""Seconds between two looks for a card that is gone."""
 
 KERNEL_PAGE = max(PAGE, mmap.PAGESIZE)
-"""What the page cache lets go of at the least: 16 KiB on a Raspberry Pi 5."""
+"""Bytes of a page of the page cache: 16 KiB on a Raspberry Pi 5. Less cannot be forgotten."""
 
 
 @dataclass
 class Patience:
-    """How long a failed read waits for the card to come back, and what is done meanwhile."""
+    """How long a failed read waits for the card to come back, and what it does meanwhile."""
 
     seconds: float = 0.0
     while_waiting: Callable[[], None] = lambda: None
-    """Called again and again, from the thread that reads. It may raise to give up."""
+    """Is called again and again by the thread that reads. It may raise to give up."""
 
 
 class CardFile:
-    """An open file. Reads may come from several threads.
+    """An open file. Several threads may read it at once.
 
     Args:
-        path: where it is, and where it is looked for again.
+        path: where the file is, and where it is looked for again.
         patience: what a read that fails does.
-        direct: read past the page cache where the file system can; offsets are then multiples of PAGE.
-        opened: another CardFile over the same file, to be read in another way.
+        direct: bypass the page cache, if the file system can. Offsets are then multiples of PAGE.
+        opened: another CardFile of the same file, which is opened in another way.
 
-    Raises InputMissing where there is no such file or it may not be read.
+    Raises InputMissing if there is no such file or it may not be read.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class CardFile:
         self._direct = False
         self._fd: int = -1
         self.size: int = 0
-        self._identity: bytes = b""  # the prefix has the file's length and its header's digest
+        self._identity: bytes = b""  # the prefix: it has the file's length and its header's digest
         try:
             if opened is not None:
-                # through /proc: what is at the path by now may be another file
+                # through /proc: the path may lead to another file by now
                 self._fd = self._open(f"/proc/self/fd/{opened._fd}", direct)
                 self.size, self._identity = opened.size, opened._identity
                 return
             if not stat.S_ISREG(path.stat().st_mode):
-                raise InputMissing(f"{path}: not a file")
+                raise InputMissing(f"{path}: is not a file")
             self._fd = self._open(str(path), direct)
             self.size, self._identity = os.fstat(self._fd).st_size, os.pread(self._fd, PREFIX.size, 0)
         except OSError as error:
@@ -95,7 +95,7 @@ class CardFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def fill(self, view: memoryview, offset: int, needed: int) -> tuple[int, int]:
-        """Reads into `view` from `offset` on until byte `needed` of the file has come.
+        """Reads into `view` from `offset` of the file on, at least up to byte `needed` of the file.
 
         Returns how many reads that took and how many bytes came. Raises CardError.
         """
@@ -104,7 +104,7 @@ class CardFile:
             n = self._attempt(os.preadv, [view[at - offset :]], at)
             reads, nbytes = reads + 1, nbytes + n
             if self._direct and at + n < needed:
-                whole = n // PAGE * PAGE  # what follows must start on a page too
+                whole = n // PAGE * PAGE  # the next read must start on a page too
                 if whole == 0:
                     raise self._ended(at + n)
                 n = whole
@@ -112,18 +112,18 @@ class CardFile:
         return reads, nbytes
 
     def read_ahead(self, offset: int, length: int) -> None:
-        """Has the kernel fetch what is read next. It may not be able to, which the read then tells."""
+        """Asks the kernel to fetch what is read next. If it cannot, the read itself fails later."""
         if length > 0:
             os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def forget(self, offset: int, length: int) -> None:
-        """Takes bytes out of the page cache, so that they come from the card when they are read again."""
+        """Takes bytes out of the page cache. They come from the card when they are read again."""
         _forget(self._fd, offset, length)
 
     # --- inside -------------------------------------------------------------------------------------------
 
     def _attempt(self, call: Callable[[int, Any, int], Got], what: Any, at: int) -> Got:
-        """One read that gives at least a byte, tried again as far as patience goes."""
+        """One read that gives at least one byte. It is tried again as long as patience lasts. Raises CardError."""
         until: float | None = None
         buffered = opened_again = False
         while True:
@@ -145,12 +145,12 @@ class CardFile:
                     self._wait(until, failed, error)
                 elif opened_again:
                     raise CardError(
-                        f"{failed}, though the card is there; write the file anew, to another if you can"
+                        f"{failed}, though the card is there; write the file again, to another card if you can"
                     ) from error
                 opened_again = True
 
     def _wait(self, until: float, what: str, error: OSError) -> None:
-        """Returns when the same file can be opened again. Raises CardError when it is too late."""
+        """Returns when the same file can be opened again. Raises CardError if that takes too long."""
         said = False
         while True:
             if time.monotonic() >= until:
@@ -162,17 +162,17 @@ class CardFile:
             self._patience.while_waiting()
             time.sleep(RETRY_SECONDS)
             if self._open_again():
-                log.warning("%s: there again", self.path)
+                log.warning("%s: is there again", self.path)
                 return
 
     def _open_again(self) -> bool:
-        """Whether the same file is at the path, which is then what is read."""
+        """Opens the path again. Returns whether the same file is there, which is then read."""
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            _forget(fd, 0, PREFIX.size)  # of a card that is gone the kernel may still have it
+            _forget(fd, 0, PREFIX.size)  # the kernel may still have the prefix of a card that is gone
             if os.fstat(fd).st_size != self.size or os.pread(fd, PREFIX.size, 0) != self._identity:
                 return False
             self._replace(fd, self._direct)
@@ -183,7 +183,7 @@ class CardFile:
         return True
 
     def _read_buffered(self) -> None:
-        """The file system cannot read directly after all, or not from here."""
+        """Goes over to reads through the page cache: the file system cannot read directly after all."""
         with self._lock:
             if not self._direct:
                 return
@@ -191,7 +191,7 @@ class CardFile:
         self._replace(self._fd, False)
 
     def _replace(self, fd: int, direct: bool) -> None:
-        """Reads the file behind `fd` from now on. The number stays: a read of another thread may be using it."""
+        """Reads the file behind `fd` from now on. The descriptor's number stays: another thread may be using it."""
         with self._lock:
             fresh = self._open(f"/proc/self/fd/{fd}", direct)
             os.dup2(fresh, self._fd, inheritable=False)
@@ -209,7 +209,7 @@ class CardFile:
             self._direct = False
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not self._asked_direct:
-            # what is needed next is known here and not guessed by the kernel, past the end of what is wanted
+            # no read-ahead by the kernel: it would guess, and read past the end of what is wanted
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return fd
 
@@ -221,6 +221,6 @@ class CardFile:
 
 
 def _forget(fd: int, offset: int, length: int) -> None:
-    start = offset // KERNEL_PAGE * KERNEL_PAGE  # the kernel keeps a page of which only a part is named
+    start = offset // KERNEL_PAGE * KERNEL_PAGE  # the kernel keeps a page if only a part of it is named
     end = -(-(offset + length) // KERNEL_PAGE) * KERNEL_PAGE
     os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)

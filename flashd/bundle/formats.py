@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.bits import widened
+from flashd.bundle.arrays import Groups, PlainNeurons, PlainRows, QuantNeurons, QuantRows, Rows, TernaryRows
+from flashd.bundle.bits import as_nibbles
 from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, NARROW, Bytes, RowKind
-from flashd.bundle.slots import Groups, PlainNeurons, PlainRows, QuantNeurons, QuantRows, Rows, TernaryRows
 
 Plane = tuple[Any, tuple[int, ...]]
 """The dtype and the shape of one array of a record."""
@@ -115,7 +115,7 @@ class RowFormat:
             return rows
         assert isinstance(rows, QuantRows)
         weights, digits = rows.q[..., : self.weight_bytes], rows.q[..., self.weight_bytes :]
-        return QuantRows(np.concatenate([widened(weights, self.bits), digits], axis=-1), rows.scale, rows.step)
+        return QuantRows(np.concatenate([as_nibbles(weights, self.bits), digits], axis=-1), rows.scale, rows.step)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The header: formats, texts, measured losses, and the table of sections."""
+"""The JSON header of a bundle: the model, its formats and texts, measured losses, and the table of sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashd.bundle.row_kinds import NARROW, RowKind
 
 
 class Formats(msgspec.Struct, frozen=True, kw_only=True):
-    """How many bits each kind of matrix has."""
+    """The kind of rows that each matrix has."""
 
     ffn: RowKind
     attention: RowKind
@@ -29,38 +29,41 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def centred_head(self) -> bool:
-        """Whether the head's blocks have centres. Eight bits need none, and their product would be a twentieth of
-        a token's time in a small model that fits."""
+        """Whether the head's blocks have centres.
+
+        Eight bits need none, and the product with centres would take a twentieth of a token's time in a small model
+        that fits in RAM.
+        """
         return not (self.rounded_head and self.head == "int8")
 
 
 class Text(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine needs to turn text into tokens and back, beside the tokenizer's own section."""
+    """What the engine needs to turn text into tokens and back, apart from the tokenizer's own section."""
 
-    eos: list[Count]
-    bos: Count | None
-    add_bos: bool
-    chat_template: str | None
+    eos: list[Count]  # the tokens that end an answer
+    bos: Count | None  # the token that begins a text
+    add_bos: bool  # whether it begins every text
+    chat_template: str | None  # in Jinja's language
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What something that costs quality was measured to cost, on text that nothing was fitted to."""
+    """The measured cost of something that costs quality, on text that nothing was fitted to."""
 
-    tokens: Count
+    tokens: Count  # of that text
     perplexity_exact: Annotated[float, msgspec.Meta(gt=0)]
     perplexity: Annotated[float, msgspec.Meta(gt=0)]
 
     @property
     def loss(self) -> float:
-        """By how much perplexity is higher, in parts of it."""
+        """By how much perplexity is higher: 0.01 is one per cent."""
         return self.perplexity / self.perplexity_exact - 1
 
 
 class Narrowed(Measured, frozen=True, kw_only=True):
-    """From which of a layer's groups on, the hottest first, the card has fewer bits a weight than int4 rows."""
+    """Which groups have fewer bits a weight than int4 rows. Groups are numbered from the hottest on."""
 
-    int3: list[Count]  # of each layer
-    int2: list[Count]  # not below that of int3
+    int3: list[Count]  # of each layer: the first group that has 3 bits
+    int2: list[Count]  # of each layer: the first group that has 2 bits, not below that of int3
     divergence: Annotated[float, msgspec.Meta(ge=0)]  # mean KL from the exact model, in nats
 
 
@@ -68,43 +71,43 @@ Chooser = Literal["predictor", "gate"]
 
 
 class Selection(Measured, frozen=True, kw_only=True, omit_defaults=True):
-    """Which neurons take part in a token, where that is not all of them, and what it was measured to cost.
+    """How the neurons that take part in a token are chosen, if that is not all of them, and what that costs.
 
-    By a predictor a neuron of a layer takes part where its row of `wide`, times `narrow` times h, plus its `lean`, is
-    above the layer's threshold (section 3.1 of "LLM in a flash"). In a mixture each expert has a `narrow` of its own,
-    one behind the other, and takes part in the tokens that are routed to it.
+    predictor: a neuron takes part if (wide @ narrow @ h + lean)[neuron] is above the layer's threshold ("LLM in a
+    flash", section 3.1). wide, narrow and lean are sections of the layer: [F, rank], [rank, H] and [F]. In a mixture
+    each expert has a narrow matrix of its own, one behind the other, and is asked only for tokens that use it.
 
-    By its gate a neuron takes part where its activation, of its row of `gate` times h, is in size above its number in
-    `floors`, which is the layer's threshold over what the neuron weighs (CATS, arXiv 2404.08763).
+    gate: a neuron takes part if the size of f(gate @ h)[neuron] is above its number in the section floors [F]. That
+    is the layer's threshold divided by the weight of the neuron (CATS, arXiv 2404.08763).
     """
 
     kind: Chooser = "predictor"
-    ranks: list[Count] = []  # of each layer's predictors, a multiple of 32; 0: all neurons of the experts used
+    ranks: list[Count] = []  # of each layer's predictors, a multiple of 32; 0: no predictor, all neurons take part
     thresholds: list[float]  # of each layer
     chosen: list[float]  # each layer's share of neurons that take part in a token
     fired: list[float]  # each layer's share of neurons that are not zero
 
 
 PREDICTOR_ROWS: RowKind = "int8"
-"""Rows of predictors."""
+"""The kind of rows of predictors."""
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
+class PackedFrom(msgspec.Struct, frozen=True, kw_only=True):
     """The file that a bundle was packed from."""
 
-    name: str
+    name: str  # of the file or folder
     nbytes: Count
     sha256: str
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """A page-aligned part of the file. `first` is the index of its first run's checksum."""
+    """A part of the file that begins on a page. It is checked run by run."""
 
     name: str
-    offset: Count
-    length: Count
-    run: Positive
-    first: Count
+    offset: Count  # bytes
+    length: Count  # bytes
+    run: Positive  # bytes of a run
+    first: Count  # the number of the first run's checksum
 
     @property
     def runs(self) -> int:
@@ -116,24 +119,24 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Part:
-    """The groups of a layer that are written alike: a section."""
+class FfnSection:
+    """Consecutive groups of a layer that have the same format. They are a section of the file."""
 
-    section: str
+    name: str  # of the section
     layer: int
     form: GroupFormat
-    first: int  # of the layer's groups
-    count: int
+    first: int  # the number of its first group in the layer
+    count: int  # groups
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The JSON header of a bundle."""
 
-    flashd: str
+    flashd: str  # the version that packed it
     model: Architecture
     formats: Formats
     text: Text
-    source: Source
+    source: PackedFrom
     sections: list[Section]
     checksums: Section
     checksums_digest: str
@@ -150,16 +153,16 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def gate_decides(self) -> bool:
-        """Whether gate rows are in sections of their own, and say which neurons take part."""
+        """Whether gate rows are in sections of their own and say which neurons take part."""
         return self.selection is not None and self.selection.kind == "gate"
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of what is read and checked as one of an FFN: a group of bundles, or a neuron's own."""
+        """Bytes of the smallest part of an FFN that is read: a group, or a neuron if neurons are selected."""
         return self.neuron.nbytes if self.selection else self.group.nbytes
 
     def row_format(self, name: str) -> RowFormat:
-        """The rows of the section called `name`."""
+        """The format of the rows of the section `name`."""
         part = name.rsplit(".", 1)[-1]
         if part == "output":
             return RowFormat(self.formats.attention, self.model.query_width)
@@ -178,29 +181,32 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def embedding_table(self) -> str:
-        """The section that input embeddings are read from: the head's own where they are tied."""
+        """The section that input embeddings are read from. It is the head's if both are the same table."""
         return "embedding" if self.section_named("embedding") else "head"
 
     @property
     def row_tables(self) -> list[str]:
-        """The sections of which the engine reads a row here and there, or some rows."""
+        """The sections of which the engine reads single rows, or the first rows."""
         tables = ["head", "embedding", "positions"]
         return [name for name in tables if name == "head" or self.section_named(name)]
 
     @property
     def paged_sections(self) -> list[str]:
-        """The sections that may be read in each pass, in the order in which it needs them."""
-        return [*(part.section for part in self.ffn_parts), "head"]
+        """The sections that a pass may read, in the order in which it needs them."""
+        return [*(part.name for part in self.ffn_sections), "head"]
 
     @property
-    def ffn_parts(self) -> list[Part]:
-        """All groups of all layers, in order. Of a bundle that selects neurons only the sections' names hold."""
-        return [part for i in range(self.model.layers) for part in self.parts_of(i)]
+    def ffn_sections(self) -> list[FfnSection]:
+        """The sections of all groups of all layers, in order.
 
-    def parts_of(self, layer: int) -> list[Part]:
-        """All groups of a layer, in order."""
+        If the bundle selects neurons, only the names and layers of these hold: the sections have neurons, not groups.
+        """
+        return [part for i in range(self.model.layers) for part in self.ffn_sections_of(i)]
+
+    def ffn_sections_of(self, layer: int) -> list[FfnSection]:
+        """The sections of a layer's groups, in order."""
         n, groups = self.narrowed, self.model.groups
-        return layer_parts(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
+        return layer_ffn_sections(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
@@ -223,7 +229,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             if self.selection:
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
         if not self.selection:
-            lengths |= {part.section: part.count * part.form.nbytes for part in self.ffn_parts}
+            lengths |= {part.name: part.count * part.form.nbytes for part in self.ffn_sections}
         return lengths | self._chooser_lengths()
 
     def _chooser_lengths(self) -> dict[str, int]:
@@ -242,28 +248,32 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return lengths
 
     def own_runs(self) -> dict[str, int]:
-        """Bytes of a run of each section that is not checked a mebibyte at a time."""
+        """Bytes of a run of each section whose runs are not PLAIN_RUN bytes."""
         rows = {name: ROWS_OF_A_RUN * self.row_format(name).nbytes for name in self.row_tables}
-        units = {part.section: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_parts}
+        units = {part.name: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_sections}
         return rows | units
 
     def section_named(self, name: str) -> Section | None:
+        """The section of that name; None if there is none."""
         return next((s for s in self.sections if s.name == name), None)
 
 
-def layer_parts(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[Part]:
-    """The parts of a layer, written as `form` and then narrower; of each width, the group behind its last."""
+def layer_ffn_sections(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[FfnSection]:
+    """The sections of a layer's groups: first those with the format `form`, then those with 3 and with 2 bits.
+
+    `ends` has, for each of these widths, the number of the group behind its last.
+    """
     parts, first = [], 0
     for kind, end in zip((form.kind, *NARROW), ends, strict=False):
         if end > first:
             name = f"layer.{layer}.ffn" + (f".{kind}" if kind in NARROW else "")
-            parts.append(Part(name, layer, replace(form, kind=kind), first, end - first))
+            parts.append(FfnSection(name, layer, replace(form, kind=kind), first, end - first))
         first = end
     return parts
 
 
 def group_format(model: Architecture, formats: Formats) -> GroupFormat:
-    """How a bundle of `model` writes its FFN."""
+    """The format of a model's groups."""
     biases = model.inputs if "inputs" in model.biases else 0
     return GroupFormat(formats.ffn, model.hidden, model.inputs, biases, model.group_neurons)
 

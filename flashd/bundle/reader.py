@@ -1,4 +1,4 @@
-"""Opens a bundle, checks that it is whole, and finds what is in it."""
+"""Opens a bundle, checks that it is whole, and reads its sections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle import codec
+from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.bits import unpack
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
@@ -18,26 +19,25 @@ from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Section
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, RowKind, unit_steps
-from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)
 
 
 class Bundle:
-    """An open bundle: its header, checksums and buffered reads of its small parts.
+    """An open bundle: its header, its checksums, and reads of its sections through the page cache.
 
-    The FFN sections are not read through here but by engine.card, which reads past the page cache.
-    What does not have its checksum is read from the card once more before it is called damaged. `digest` is the
-    header's, which has that of the checksums: two bundles of one digest are alike to the byte.
+    While tokens are made the FFN sections are read by engine/paging/card.py, which bypasses the page cache. If bytes
+    do not match their checksum, they are read from the card once more before they are called damaged. `digest` is the
+    header's. The header has the digest of all checksums, so two bundles with one digest are equal.
 
     Args:
         path: the file.
-        patience: what a read does while the card is gone; without, it fails.
+        patience: what a read does while the card is gone. None: it fails at once.
 
     Raises:
         InputMissing: there is no such file, or it may not be read.
-        DataError: the file is not a whole bundle of a version that this flashd knows (see layout).
+        DataError: the file is not a whole bundle of a version that this flashd knows, see errors.py.
     """
 
     def __init__(self, path: Path | str, patience: Patience | None = None) -> None:
@@ -66,16 +66,18 @@ class Bundle:
         self.close()
 
     def section(self, name: str) -> Section:
+        """The section of that name. Raises BadSection if there is none."""
         try:
             return self._at[name]
         except KeyError:
             raise BadSection(f"{self.path}: section {name!r} is missing") from None
 
     def has(self, name: str) -> bool:
+        """Whether there is a section of that name."""
         return name in self._at
 
     def read(self, name: str) -> bytes:
-        """A whole section, checked. Raises DamagedRun, CardError."""
+        """A whole section, checked. Raises BadSection, DamagedRun, CardError."""
         section = self.section(name)
         return self._checked(section, 0, section.length)
 
@@ -91,13 +93,13 @@ class Bundle:
                 )
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
-        """A section of float32."""
+        """A section of float32 numbers, [n]. Raises BadSection, DamagedRun, CardError."""
         return np.frombuffer(self.read(name), np.float32)
 
     def rows(self, name: str, most: int | None = None, chunk_bytes: int = 4 << 20) -> Rows:
-        """The first `most` rows of a section, or all, in arrays of their own; beside them goes about `chunk_bytes`.
+        """The first `most` rows of a section, or all, in arrays of their own.
 
-        Raises DamagedRun, CardError.
+        Reading them takes about `chunk_bytes` of memory more. Raises BadSection, DamagedRun, CardError.
         """
         section, form = self.section(name), self.header.row_format(name)
         wanted = section.length // form.nbytes if most is None else most
@@ -114,12 +116,12 @@ class Bundle:
         return out
 
     def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Groups]]:
-        """The first `count` groups of a layer, some at a time, each time with the number of the first.
+        """The first `count` groups of a layer, up to `at_once` at a time: (number of the first, groups).
 
-        Raises DamagedRun, CardError.
+        Groups of 3 and 2 bits are widened to 4. Raises DamagedRun, CardError.
         """
-        for part in self.header.parts_of(layer):
-            section, wanted = self.section(part.section), min(part.count, count - part.first)
+        for part in self.header.ffn_sections_of(layer):
+            section, wanted = self.section(part.name), min(part.count, count - part.first)
             for first in range(0, wanted, at_once):
                 n = min(at_once, wanted - first)
                 following = min(at_once, wanted - first - n)
@@ -135,28 +137,33 @@ class Bundle:
         return parts[0].of(joined)
 
     def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Rows [n, H] float32 of a table that stays on the card, such as the embeddings: a run is read for a row.
+        """Rows `which` [n] of a table that stays on the card, such as the embeddings -> [n, H] float32.
 
-        Raises DamagedRun, CardError; DataError for a token that the bundle has no row for.
+        A whole run is read for each row. Raises DamagedRun, CardError; DataError if a row does not exist.
         """
         section, form = self.section(name), self.header.row_format(name)
         raw = np.empty((len(which), form.nbytes), np.uint8)
         for i, number in enumerate(which.tolist()):
             if not 0 <= number < section.length // form.nbytes:
-                raise DataError(f"{self.path}: row {number} of {section.length // form.nbytes} in {name!r}")
+                raise DataError(
+                    f"{self.path}: {name!r} has no row {number}, only {section.length // form.nbytes} rows"
+                )
             run, row = divmod(number, ROWS_OF_A_RUN)
             data = self._checked(section, run, min(section.run, section.length - run * section.run))
             raw[i] = np.frombuffer(data, np.uint8, form.nbytes, row * form.nbytes)
         return dequantise(form.views(raw), form.kind)
 
     def verify(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> None:
-        """Reads every section and checks every run. Raises DamagedRun at the first that is wrong, CardError."""
+        """Reads every section and checks every run. `on_progress` is called with how many bytes more are checked.
+
+        Raises DamagedRun for the first run that is wrong; CardError.
+        """
         for section in self.header.sections:
             for data in self._checked_runs(section, 4 << 20):
                 on_progress(len(data))
 
     def _checked_runs(self, section: Section, chunk_bytes: int, most: int | None = None) -> Iterator[bytes]:
-        """The runs of a section, some at a time, as far as its first `most` bytes go."""
+        """The runs of a section, some at a time, up to the run with byte `most`."""
         runs = max(1, chunk_bytes // section.run)
         end = section.length if most is None else most
         for run in range(0, -(-end // section.run), runs):
@@ -165,7 +172,10 @@ class Bundle:
             yield self._checked(section, run, length, min(length, left - length))
 
     def _checked(self, section: Section, first_run: int, length: int, following: int = 0) -> bytes:
-        """Whole runs, checked, while the kernel fetches the `following` bytes. Raises DamagedRun, CardError."""
+        """Reads and checks whole runs, while the kernel fetches the `following` bytes behind them.
+
+        Raises DamagedRun, CardError.
+        """
         offset = section.offset + first_run * section.run
         data = self.file.read(offset, length)
         self.file.read_ahead(offset + length, following)
@@ -195,7 +205,7 @@ class Bundle:
 
 
 def dequantise(rows: Rows, kind: RowKind) -> npt.NDArray[np.float32]:
-    """Rows as float32 [n, K]. For few rows: the engine multiplies quantised rows in place."""
+    """Rows as [n, K] float32. This is for few rows: the engine multiplies quantised rows in place."""
     if isinstance(rows, PlainRows):
         return rows.w.astype(np.float32)
     if isinstance(rows, TernaryRows):

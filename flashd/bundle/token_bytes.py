@@ -1,4 +1,4 @@
-"""What each token contributes to the text, as one blob: the board turns tokens into text without a tokenizer."""
+"""The bytes that each token adds to a text. With them the board turns tokens into text without a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from flashd.errors import DataError
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes of V tokens. A control token contributes none."""
+    """The bytes of V tokens. A control token has none."""
 
     offsets: npt.NDArray[np.uint32]  # [V + 1]
     blob: bytes
 
     @classmethod
     def of(cls, tokens: Sequence[bytes]) -> TokenBytes:
+        """The table of tokens with these bytes."""
         offsets = np.zeros(len(tokens) + 1, np.uint32)
         np.cumsum([len(t) for t in tokens], out=offsets[1:])
         return cls(offsets, b"".join(tokens))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TokenBytes:
-        """Reads what to_bytes wrote. Raises DataError where it does not add up."""
+        """Reads what to_bytes wrote. Raises DataError if it contradicts itself."""
         count = int.from_bytes(data[:4], "little")
         if len(data) < 4 or count < 1 or len(data) < 4 + 4 * count:
             raise DataError("the table of token texts is cut short; pack the bundle again")

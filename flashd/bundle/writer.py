@@ -1,4 +1,4 @@
-"""Writes a bundle file: sections in order, header last, and nothing to be seen before all of it is on the card."""
+"""Writes a bundle: sections in order, the header last. The file appears only when all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from types import TracebackType
 import flashd
 from flashd.bundle import codec, prefix
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Formats, Header, Narrowed, Section, Selection, Source, Text
+from flashd.bundle.header import Formats, Header, Narrowed, PackedFrom, Section, Selection, Text
 from flashd.bundle.prefix import PAGE, PLAIN_RUN
 from flashd.errors import CannotWrite
 from flashd.system.new_file import NewFile
 
 HEADER_RESERVE = 512 << 10
+"""Bytes at the beginning of the file that are kept free for prefix and header."""
 
 
 class BundleWriter:
-    """A context manager: adds sections, then `finish` puts the whole file in its place at once.
+    """A context manager. `add` appends sections, then `finish` puts the whole file in its place at once.
 
-    A cut leaves the old file or none, see NewFile.
-
-    Raises CannotWrite when the disk is full or the folder cannot be written.
+    If it is interrupted, the old file stays as it is, see NewFile. Raises CannotWrite if the disk is full or the
+    folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class BundleWriter:
         self._file.__exit__(kind, error, trace)
 
     def add(self, name: str, chunks: Iterable[bytes | memoryview], run: int = PLAIN_RUN) -> None:
-        """Appends a section. Chunks may be of any length; only `run` bytes are held beside them."""
+        """Appends a section. Chunks may have any length. At most a chunk and a run are held in memory."""
         start, first = self._at, len(self._checksums)
         pending = bytearray()
         for chunk in chunks:
@@ -54,13 +54,13 @@ class BundleWriter:
         if pending:
             self._write_runs(memoryview(pending), run)
         self._sections.append(Section(name=name, offset=start, length=self._at - start, run=run, first=first))
-        self._at = prefix.align(self._at)
+        self._at = prefix.next_page(self._at)
 
     def finish(
-        self, *, model: Architecture, formats: Formats, text: Text, source: Source,
+        self, *, model: Architecture, formats: Formats, text: Text, source: PackedFrom,
         selection: Selection | None = None, narrowed: Narrowed | None = None,
     ) -> Header:  # fmt: skip
-        """Writes checksums and header, flushes all to the device and gives the file its name."""
+        """Writes checksums and header, flushes the file to the device and gives it its name."""
         table = self._checksums.tobytes()
         checksums = Section(
             name="checksums", offset=self._at, length=len(table), run=PAGE, first=len(self._checksums)
@@ -73,9 +73,9 @@ class BundleWriter:
         self._write(table)
         head = codec.encode(header, self._at)
         if len(head) > HEADER_RESERVE:
-            raise CannotWrite(f"{self.path}: a header of {len(head)} bytes; {HEADER_RESERVE} at most")
+            raise CannotWrite(f"{self.path}: a header of {len(head)} bytes; at most {HEADER_RESERVE} are allowed")
         self._file.write(head, 0)
-        # What was written must read back as what was meant, before it replaces anything.
+        # The header must be readable before the file replaces anything.
         codec.decode_header(head[prefix.PREFIX.size :], prefix.digest(head[prefix.PREFIX.size :]), self._at)
         self._file.publish()
         return header

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from flashd.bundle.reader import Bundle
-from flashd.cli.progress import MIB
 from flashd.engine.paging.card_speed import CardSpeed, measure, remember, remembered
 from flashd.errors import FlashdError
 from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
+from flashd.system.memory import MIB
 
 HOT = 80.0  # degrees Celsius: 5 below where a Raspberry Pi slows down
 LITTLE_SPACE = 256 * MIB

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 
-from flashd.cli.progress import MIB
+from flashd.system.memory import MIB
 
 
 def as_json(text: str, finish: str, figures: Mapping[str, float]) -> str:

@@ -19,10 +19,11 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import ROW_KINDS
 from flashd.cli import appliance
 from flashd.cli.figures import as_json, in_words
-from flashd.cli.progress import MIB, Bar, for_terminal, say_cut
+from flashd.cli.progress import Bar, for_terminal, say_cut
 from flashd.cli.talk import Turns, checked, talk
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 from flashd.pack import default_model
+from flashd.system.memory import MIB
 
 STARTED = time.perf_counter()
 MOST_THREADS = 256
@@ -223,9 +224,8 @@ def run_plan(args: argparse.Namespace) -> None:
     share = 100 * plan.pinned_share
     print(f"{'neurons pinned':34}{share:9.1f} %")
     if plan.lent_groups:
-        print(
-            f"{'while a text is short, up to':34}{share + 100 * plan.lent_groups / (plan.groups * len(plan.pinned)):9.1f} %"
-        )
+        lent = 100 * plan.lent_groups / (plan.groups * len(plan.pinned))
+        print(f"{'while a text is short, up to':34}{share + lent:9.1f} %")
     print(f"{'card bytes a pass':34}{plan.card_bytes / MIB:9.1f} MiB")
 
 

@@ -10,7 +10,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-MIB = 1 << 20
+from flashd.system.memory import MIB
+
 CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
 """What is said of answers that ended so."""
 

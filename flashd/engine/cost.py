@@ -1,4 +1,4 @@
-"""What an answer cost: the figures that --json, --stats, the API and the spool give, by name."""
+"""What an answer cost: the figures that --json, --stats, the API and the spool give by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from flashd.system.memory import peak
 
 
 def cost(engine: Engine, answer: Answer) -> dict[str, float]:
-    """Seconds, bytes, counts and rates of an answer; shares and the peak are of all that the engine did so far."""
+    """The figures of an answer by name: seconds, bytes, counts and rates.
+
+    `card_wanted_share`, `window_hit_rate` and `peak_bytes` cover all that the engine has done so far, not this answer
+    alone.
+    """
     f, card = answer.figures, engine.model.card
     counts = {name: value for name, value in asdict(f).items() if name != "finish"}
     after_first = max(1, f.tokens - 1)

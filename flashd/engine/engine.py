@@ -1,4 +1,4 @@
-"""The engine as the command line and the daemon see it: a bundle opened under a budget, prompts in, text out."""
+"""The engine as the command line and the daemon see it: it opens a bundle under a budget and answers prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling
-from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Model, OnStep, silent
@@ -28,7 +28,7 @@ DEFAULT_CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows. None: as much as there is."""
+    """What the user allows. None means as much as there is."""
 
     memory: int | None = None  # bytes
     context: int = DEFAULT_CONTEXT  # tokens
@@ -36,37 +36,41 @@ class Budget:
 
 
 class Prompts:
-    """Turns messages into tokens. Holds the tokenizer, which for a large vocabulary is tens of megabytes."""
+    """Turns messages into tokens. It holds the tokenizer, which takes tens of megabytes for a large vocabulary."""
 
     def __init__(self, bundle: Bundle) -> None:
         text = bundle.header.text
-        self._encoder = Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos)
+        self._tokenizer = TextTokenizer(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos)
         self._template = ChatTemplate(text.chat_template) if text.chat_template else None
 
     def tokens(self, messages: Sequence[Message], room: int | None = None) -> list[int]:
-        """The prompt that asks for the next answer. Raises DataError where the chat template fails.
+        """The tokens of the prompt that asks for the next answer.
 
-        With `room`, the most tokens that are of use, PromptTooLong before a text of many more takes memory.
+        Args:
+            messages: the conversation so far.
+            room: the most tokens that the caller can use. A text of many more is refused before it takes memory.
+
+        Raises DataError if the chat template fails, PromptTooLong if the text is longer than `room`.
         """
         if room is not None:
-            self._encoder.check_length([m.content for m in messages], room)
+            self._tokenizer.check_length([m.content for m in messages], room)
         if self._template is None:
-            return self._encoder.encode_plain("\n".join(m.content for m in messages))
-        return self._template.encode(messages, self._encoder)
+            return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
+        return self._template.encode(messages, self._tokenizer)
 
     def choices(self, texts: Sequence[str]) -> Choices:
-        """The tokens of each text as an answer may begin with them."""
-        return {text: self._encoder.encode_answer(text) for text in texts}
+        """The tokens of each text, as an answer that is this text begins with them."""
+        return {text: self._tokenizer.encode_answer(text) for text in texts}
 
     def plain(self, text: str, room: int | None = None) -> list[int]:
-        """The tokens of a text as it stands; `room` as of `tokens`."""
+        """The tokens of a text as it stands, without a chat template. `room` is that of `tokens`."""
         if room is not None:
-            self._encoder.check_length([text], room)
-        return self._encoder.encode(text)
+            self._tokenizer.check_length([text], room)
+        return self._tokenizer.encode(text)
 
 
 def plan_for(bundle: Bundle, budget: Budget) -> Plan:
-    """The plan that the engine would obey now. Raises MemoryTooSmall."""
+    """The plan that an engine opened now would obey. Raises MemoryTooSmall."""
     return make_plan(
         bundle.header,
         memory=budget.memory or available_memory(),
@@ -86,7 +90,10 @@ class Answer:
 
 
 class Speech:
-    """An answer that is given, beside others if there are any: complete characters only, up to a stop string."""
+    """An answer in progress. It gives complete characters only and ends before a stop string.
+
+    Several may be in progress at once.
+    """
 
     def __init__(self, line: Line, answer: Answer, token_bytes: TokenBytes, stop: Sequence[str]) -> None:
         self.line = line
@@ -98,11 +105,11 @@ class Speech:
         return self.line.done
 
     def stop(self) -> None:
-        """Nothing more is wanted of it."""
+        """Ends the answer here: the caller wants no more of it."""
         self.line.done = self._whole = True
 
     def push(self, token: int) -> str:
-        """What is to be shown once `token` was said."""
+        """Takes the next token and returns the text that can be shown now. The text may be empty."""
         shown, stopped = self._stops.push(self._words.push(token))
         self._answer.text += shown
         if stopped:
@@ -111,7 +118,7 @@ class Speech:
         return shown
 
     def rest(self) -> str:
-        """What is to be shown when it has ended, once."""
+        """The text that was held back, to be shown when the answer has ended. Later calls return nothing."""
         if self._whole:
             return ""
         self._whole = True
@@ -124,8 +131,13 @@ class Speech:
 class Engine:
     """A loaded model. Use it in a with statement, or close it.
 
-    With `prefixes`, what prompts often begin with is kept on the card: see Conversation.remember.
-    Raises MemoryTooSmall before anything large is loaded; DataError, CardError while loading and answering.
+    Args:
+        bundle: an open bundle. The caller closes it.
+        budget: how much memory, context and how many threads the engine may use.
+        on_step: is told how far loading has come.
+        prefixes: keeps on the card what prompts often begin with, see Conversation.remember. None keeps nothing.
+
+    Raises MemoryTooSmall before it loads anything large; DataError, CardError while it loads and answers.
     """
 
     def __init__(
@@ -151,9 +163,10 @@ class Engine:
         self.model.close()
 
     def remember(self, leaving: bool = False) -> None:
-        """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
+        """Writes to the card that part of the last prompt which is likely to come again.
 
-        Call it when nobody waits for an answer.
+        If `leaving`, a chat is written in full, since its next turn will begin with it. Call this when nobody waits
+        for an answer.
         """
         self._conversation.remember(leaving)
 
@@ -169,9 +182,17 @@ class Engine:
         drafts: bool = True,
         constraint: Constraint | None = None,
     ) -> Speech:
-        """An answer that is given from now on, beside others if there are any: ask `fits` first. End it.
+        """Starts an answer. Other answers may be in progress: ask `fits` first. Call `end` when it is done.
 
-        `answer` holds what was said so far, complete characters only.
+        Args:
+            prompt: the tokens of the prompt.
+            answer: is filled as the answer grows, with complete characters only.
+            limit: the most tokens that the answer may have.
+            stop: the answer ends before the first of these strings.
+            ignore_eos: go on behind the model's own end tokens.
+            drafts: check several guessed tokens a pass, if the model gains by it.
+            constraint: a grammar that says which tokens may come.
+
         Raises UsageError for a prompt that is empty or too long.
         """
         line = self._conversation.begin(
@@ -183,7 +204,7 @@ class Engine:
         return speech
 
     def pieces(self, speech: Speech, on_step: OnStep = silent) -> Iterator[str]:
-        """The text of an answer that is given alone, as it comes; the answer has ended with it.
+        """The text of the only answer in progress, piece by piece. The answer is ended when this returns.
 
         Raises CardError, DataError.
         """
@@ -196,13 +217,13 @@ class Engine:
             self.end(speech)
 
     def fits(self, prompt: Sequence[int], limit: int) -> bool:
-        """Whether one more answer may be given beside those that are."""
+        """Whether one more answer may join those in progress."""
         return self._conversation.fits(prompt, limit)
 
     def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Speech, str]]:
-        """One pass for all answers that are given, and the text that each has from it. Close it.
+        """Runs one pass for all answers in progress and yields the text that each gains. Close the generator.
 
-        Raises CardError, DataError; they may go on after it.
+        Raises CardError, DataError. The answers are then as they were before the pass and may go on.
         """
         by_line = {speech.line: speech for speech in self._speeches}
         with closing(self._conversation.go_on(on_step)) as said:
@@ -213,16 +234,16 @@ class Engine:
                 yield speech, rest
 
     def end(self, speech: Speech) -> None:
-        """Nothing more comes of an answer. Not within a pass."""
+        """Takes an answer out of those in progress. Do not call it within a pass."""
         self._speeches.remove(speech)
         self._conversation.end(speech.line)
 
     def choose(
         self, prompt: Sequence[int], choices: Choices, sampling: Sampling, answer: Answer, on_step: OnStep = silent
     ) -> Decision:
-        """Draws one of `choices` for an answer, with the probability of each.
+        """Draws one of `choices` as the answer and returns it with the probability of each.
 
-        Raises UsageError for a prompt that is too long or choices that are not; CardError, DataError.
+        Raises UsageError for a prompt that is too long or for choices that `decide` refuses; CardError, DataError.
         """
         ends = self.bundle.header.text.eos
         if not ends:

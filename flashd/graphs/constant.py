@@ -24,7 +24,7 @@ from flashd.bundle.row_kinds import BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import activated, gated, share
-from flashd.graphs.stages import Block, Vector, present
+from flashd.graphs.stages import LayerStages, Vector, present
 
 Arithmetic = Literal["int8", "float32"]
 LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
@@ -101,10 +101,10 @@ class Layers:
         self._group = model.group_neurons
         self._attention_kind, self._ffn_kind = kinds
 
-    def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, Block]:
+    def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
         g, m, at = self._g, self._model, f"layer.{i}."
-        block = Block(g, m, _external_vectors(g, at))
+        block = LayerStages(g, m, _external_vectors(g, at))
         h = block.enter(x)
         qkv = self._products(h, self._attention_kind, f"{at}qkv", m.qkv_width, m.hidden)
         heads, key, value = self._attend(block, qkv, m.attention[m.layer_kinds[i]], suffix, tree)
@@ -114,7 +114,7 @@ class Layers:
         return *block.middle(x, h, branch), block
 
     def _attend(
-        self, block: Block, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]
+        self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]
     ) -> tuple[str, str, str]:
         """Attention of T tokens and of one row more, the last one again: its keys and values are written over."""
         g = self._g

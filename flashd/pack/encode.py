@@ -1,4 +1,4 @@
-"""A model's matrices as the records of a bundle, some rows at a time."""
+"""Turns a model's matrices into the records of a bundle, some rows at a time."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ ROWS_AT_ONCE = 1024
 
 
 def nobody(weights: int) -> None:
-    """Is told of weights that are encoded, and does nothing."""
+    """A `count` of Encoder that does nothing."""
 
 
 class Encoder:
-    """Encodes what a model has.
+    """Encodes matrices of one model as records.
 
     Args:
-        count: told each time how many more weights are encoded.
+        model: the model's architecture.
+        count: is called with how many more weights are encoded.
     """
 
     def __init__(self, model: Architecture, count: Callable[[int], None] = nobody) -> None:
         self._model, self._count = model, count
 
     def vectors(self, vectors: dict[str, Floats]) -> Iterator[bytes]:
-        """Float32, one behind the other."""
+        """The vectors as float32, one behind the other."""
         for vector in vectors.values():
             self._count(vector.size)
             yield vector.tobytes()
 
     def rows(self, matrix: Matrix, kind: RowKind, centred: bool = True) -> Iterator[bytes]:
-        """A matrix's row records, chunk by chunk."""
+        """The records of a matrix's rows, chunk by chunk. If not `centred`, every centre is zero."""
         form = RowFormat(kind, matrix.width)
         for at in range(0, len(matrix), ROWS_AT_ONCE):
             yield self._records(matrix, form, slice(at, at + ROWS_AT_ONCE), centred).tobytes()
 
     def neurons(self, ffn: Ffn, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
-        """An FFN's bundles of one neuron each, in the order of the card."""
-        down, bias = ffn.filled(self._model.expert_neurons)
+        """The records of an FFN's neurons in the order [F] of the card, chunk by chunk."""
+        down, bias = ffn.filled(self._model.expert_neurons)  # [H, F], [F, M]
         for at in range(0, len(order), ROWS_AT_ONCE):
             neurons = order[at : at + ROWS_AT_ONCE]
             records = [self._filled(matrix, form.row, neurons) for matrix in ffn.inputs]
@@ -75,11 +76,14 @@ class Encoder:
             ).tobytes()
 
     def order(self, ffn: Ffn, sizes: Floats) -> Numbers:
-        """The card's order of an FFN's neurons, by their shares in the output [F]."""
+        """[F]: the card's order of an FFN's neurons, by the sizes [F] of their shares in the output."""
         return hottest(sizes, self._model, whole=ffn.down.grid(slice(1)) is not None)
 
     def _filled(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
-        """Row records of some neurons; those that only fill the last group are zero."""
+        """[n, row bytes]: the records of the rows of `neurons` [n]. Neurons that only fill the last group are zero.
+
+        `factor` [H, H]: see encode_fed.
+        """
         real = neurons < len(matrix)
         out = np.zeros((len(neurons), form.nbytes), np.uint8)
         out[real] = self._records(matrix, form, neurons[real], factor=factor)
@@ -93,7 +97,8 @@ class Encoder:
         centred: bool = True,
         factor: Floats | None = None,
     ) -> Bytes:
-        weights = matrix.rows(which)
+        """[n, row bytes]: the records of some rows of a matrix."""
+        weights = matrix.rows(which)  # [n, K]
         self._count(weights.size)
         if factor is not None:
             return encode_fed(weights, form, factor)
@@ -101,7 +106,7 @@ class Encoder:
 
 
 def _grid_of(grid: Grid | None, neurons: Numbers) -> Grid | None:
-    """Of the grid of a down_proj what some neurons have; None where they are not groups of the source."""
+    """The part of a down_proj's grid that belongs to `neurons` [n]. None if they are not groups of the source."""
     groups = neurons[::BLOCK] // BLOCK
     if grid is None or (neurons != neurons_of(groups)).any():
         return None

@@ -1,4 +1,4 @@
-"""The model that is packed: its file, its weights by what they do, and what becomes of each."""
+"""The model that is packed: its file, its weights by what they do, and the kind of rows that each will have."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024
 
 GRID_BITS = 5.0
-"""Bits a weight, steps included, of the finest source whose levels int4 rows hold: Q4_1."""
+"""Bits a weight, steps included, of Q4_1: the finest source whose levels int4 rows can hold."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """An open model whose parts fit together."""
+    """An open model whose parts have been checked to fit together."""
 
     path: Path
     source: Source
     model: Architecture
-    rope: Floats  # see families.rope_tables
+    rope: Floats  # [ropes, 2, D / 2], see families.rope_tables
     weights: Weights
-    formats: Formats  # of its bundle
+    formats: Formats  # the kinds of rows of its bundle
 
     @classmethod
     def open(cls, path: Path, rows: RowKind) -> Original:
-        """The model at `path`, a GGUF file or a Hugging Face folder. Raises InputMissing, DataError."""
+        """Opens the model at `path`, a GGUF file or a Hugging Face folder. `rows` is what the user asked for.
+
+        Raises InputMissing, DataError.
+        """
         source: Source = HfFolder(path) if path.is_dir() else GgufModel(path)
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
@@ -54,32 +57,31 @@ class Original:
         return cls(path, source, model, rope_tables(source, family), weights, formats)
 
     def calibration(self, texts: Sequence[Numbers]) -> Calibration:
-        """Takes texts through the model as its file has it."""
+        """A calibration that takes texts, each [tokens], through the model with the file's own weights."""
         return Calibration(self.weights, self.model, self.rope, texts)
 
 
 def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
-    """`rows` for the FFN and attention; 8 bits for a head or embedding whose source has as many.
+    """The kinds of rows: `rows` for the FFN and attention, int8 for a head or embedding whose source has 8 bits.
 
-    Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056, Qwen2.5-Coder-1.5B (source Q6_K)
-    0.008, where int4 rows are allowed 0.03 in all. Layers that are ternary stay so, unless f16 is asked for: they
-    lose nothing by it.
+    Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056 and Qwen2.5-Coder-1.5B (source Q6_K) 0.008.
+    int4 rows may cost 0.03 in all. Ternary layers stay ternary, unless f16 is asked for: they lose nothing by it.
     """
 
-    def widened(matrix: Matrix) -> RowKind:
+    def as_nibbles(matrix: Matrix) -> RowKind:
         return "int8" if rows == "int4" and matrix.bits >= 8 else rows
 
     ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
     inner = "ternary" if ternary else rows
     return Formats(
-        ffn=inner, attention=inner, head=widened(weights.head()), embedding=widened(weights.embedding())
+        ffn=inner, attention=inner, head=as_nibbles(weights.head()), embedding=as_nibbles(weights.embedding())
     )  # fmt: skip
 
 
 def _finer(weights: Weights, model: Architecture) -> float:
-    """The share of the layers' weights that the source has rounded, but to more levels than int4 rows have.
+    """The share of the layers' weights that the source has rounded to more levels than int4 rows have, 0 to 1.
 
-    Measured: SmolLM2 with noise of a 4-bit step, as Q5_0, has a mean KL of 0.25 with int4 rows, 0.001 with int8.
+    Measured: SmolLM2 as Q5_0, with noise of a 4-bit step, has a mean KL of 0.25 with int4 rows and 0.001 with int8.
     """
     finer = total = 0
     for i in range(model.layers):
@@ -92,7 +94,7 @@ def _finer(weights: Weights, model: Architecture) -> float:
 
 
 def _ternary(weights: Weights, i: int) -> bool:
-    """Whether all matrices of a layer are; of most models the first rows tell that they are not."""
+    """Whether all matrices of layer `i` are ternary. In most models their first rows show that they are not."""
     (ffn,) = weights.ffns(i)
     for matrix in (*ffn.inputs, *weights.qkv(i), weights.output(i)):
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]

@@ -1,4 +1,4 @@
-"""A model file -> a bundle: section by section, a tensor or less in memory at a time."""
+"""Packs a model file into a bundle, section by section. At most a tensor is in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.formats import RowFormat
-from flashd.bundle.header import Header, Text, group_format, layer_parts, neuron_format, pair_format
+from flashd.bundle.header import Header, Text, group_format, layer_ffn_sections, neuron_format, pair_format
 from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
 from flashd.bundle.row_kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
@@ -31,7 +31,7 @@ from flashd.pack.sources.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-"""What a file whose numbers contradict each other brings about in numpy and in the packages that read it."""
+"""What numpy, and the packages that read model files, raise if a file's numbers contradict each other."""
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
@@ -47,11 +47,17 @@ def pack(
     on_progress: Progress = lambda done, total: None,
     allowed: Allowed | None = None,
 ) -> Header:
-    """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
+    """Packs the model at `source_path` into the bundle `out`. An existing bundle is replaced at the very end.
 
-    Where a loss is allowed: with Selecting a predictor says which neurons take part, unless whole experts are read
-    about as soon; with Gating their gates do, unless all are needed or read about as soon; with Narrowing what
-    matters least has fewer bits on the card, unless all of it matters too much.
+    Args:
+        source_path: a GGUF file or a Hugging Face folder.
+        out: the bundle.
+        rows: the kind of rows that is asked for.
+        on_progress: is called with (weights done, weights in all).
+        allowed: how the bundle may lose quality, and how much. None: not at all. With Selecting a predictor says
+            which neurons take part, unless whole experts are read about as fast. With Gating the neurons' gates say
+            it, unless all neurons are needed or read about as fast. With Narrowing the groups that matter least have
+            fewer bits on the card, unless all of them matter too much.
 
     Raises:
         UsageError: `out` is something else than a bundle.
@@ -70,18 +76,20 @@ def pack(
 
 
 def _check_out(out: Path) -> None:
-    """Raises UsageError for what must not be replaced, such as the model file itself."""
+    """Raises UsageError if `out` must not be replaced, such as the model file itself."""
     if out.is_dir():
         raise UsageError(f"--out {out}: is a folder; name a file in it")
     if out.exists():
         with out.open("rb") as file:
             start = file.read(len(MAGIC))
         if start and start != MAGIC:
-            raise UsageError(f"--out {out}: is there and is no bundle; name another file, or remove it")
+            raise UsageError(
+                f"--out {out}: already exists and is not a flashd bundle; name another file or remove this one"
+            )
 
 
 def _check(original: Original, allowed: Allowed | None) -> None:
-    """Raises DataError for a model in which nothing can be lost that way."""
+    """Raises DataError if the model has nothing that can be lost in the way that is allowed."""
     match allowed:
         case Selecting():
             predictor_search.check(original)
@@ -92,7 +100,7 @@ def _check(original: Original, allowed: Allowed | None) -> None:
 
 
 def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) -> Choice:
-    """What may be lost by; None where all neurons take part as they are. This takes longest."""
+    """Searches how to lose as much as is allowed. None: the bundle is exact. This takes longest."""
     match allowed:
         case Selecting():
             return predictor_search.choose(original, tokenizer_json, allowed)
@@ -105,7 +113,7 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
     vocabulary = original.source.vocabulary()
-    with BundleWriter(out) as bundle:  # before what takes long: whether it can be written is known then
+    with BundleWriter(out) as bundle:  # opened first: an error of the disk comes before the long search
         choice = _choose(original, vocabulary.tokenizer_json, allowed)
         selection = choice.selection if isinstance(choice, Selected | Gated) else None
         writer = _Writer(original, bundle, on_progress)
@@ -127,7 +135,7 @@ def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowe
 
 
 def _text(vocabulary: Vocabulary, rows: int) -> Text:
-    """What the header says of texts; tokens beyond the rows of the head are none."""
+    """The header's Text. Tokens that the head has no row for are left out."""
     known = range(rows)
     return Text(
         eos=[t for t in vocabulary.eos if t in known],
@@ -161,7 +169,7 @@ class _Writer:
             self._table("positions", weights.positions(), "f16")
 
     def exact(self, tokenizer_json: bytes) -> None:
-        """The layers, what a sample text warms first."""
+        """Writes exact layers. Groups or experts that a sample text uses most come first."""
         calibration = self._original.calibration([sample_tokens(tokenizer_json)[: self._model.context]])
         for i in range(self._model.layers):
             self._attention(i)
@@ -171,13 +179,13 @@ class _Writer:
                 self._groups(i, calibration.layer(i).sizes())
 
     def narrowed(self, choice: FewBits) -> None:
-        """The layers, their coldest groups with fewer bits."""
+        """Writes layers whose coldest groups have fewer bits."""
         for i, layer in enumerate(choice.layers):
             self._attention(i)
             self._groups(i, layer.sizes, layer.weigh, layer.starts)
 
     def selected(self, choice: Selected) -> None:
-        """The layers with a bundle a neuron, in an order of their own, and what chooses among them."""
+        """Writes layers of single neurons, each layer in an order of its own, and the predictors of these neurons."""
         form = neuron_format(self._model, self._formats)
         for i, layer in enumerate(choice.layers):
             self._attention(i)
@@ -190,8 +198,8 @@ class _Writer:
         for i, layer in enumerate(choice.layers):
             if layer.rank:
                 predictors = [part.predictor for part in layer.parts]
-                self._bundle.add(f"layer.{i}.narrow", [p.narrow.tobytes() for p in predictors])
-                self._bundle.add(f"layer.{i}.wide", [p.wide.tobytes() for p in predictors])
+                self._bundle.add(f"layer.{i}.narrow", [p.to_rank.tobytes() for p in predictors])
+                self._bundle.add(f"layer.{i}.wide", [p.from_rank.tobytes() for p in predictors])
                 self._bundle.add(f"layer.{i}.lean", [p.lean.tobytes() for p in predictors])
 
     def gated(self, choice: Gated) -> None:
@@ -208,15 +216,16 @@ class _Writer:
         add("rates", [self._ordered(layer.often, layer.order) for layer in choice.layers])
 
     def _ordered(self, values: Floats, order: Numbers) -> bytes:
-        """A number a neuron [F], in the order of the card; 0 of those that only fill the last block."""
+        """The bytes of one number a neuron [F], in the order of the card. Neurons that fill the last block have 0."""
         return np.pad(values[order], (0, self._model.neurons - len(order))).tobytes()
 
     def _table(self, name: str, matrix: Matrix, kind: RowKind, centred: bool = True) -> None:
-        """A matrix of which the engine reads a row here and there, or some rows."""
+        """Writes a matrix of which the engine reads single rows, or the first rows."""
         run = ROWS_OF_A_RUN * RowFormat(kind, self._model.hidden).nbytes
         self._bundle.add(name, self._encode.rows(matrix, kind, centred), run)
 
     def _attention(self, i: int) -> None:
+        """Writes a layer's vectors and attention."""
         kind, add = self._formats.attention, self._bundle.add
         add(f"layer.{i}.vectors", self._encode.vectors(self._weights.layer_vectors(i)))
         qkv = self._weights.qkv(i)
@@ -224,24 +233,24 @@ class _Writer:
         add(f"layer.{i}.output", self._encode.rows(self._weights.output(i), kind))
 
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
-        """A layer's groups, the hottest first, in sections of one width each."""
+        """Writes a layer's groups, the hottest first, in a section for each number of bits."""
         (ffn,) = self._weights.ffns(i)
         order, every = self._encode.order(ffn, sizes), self._model.groups
         ends = [starts.int3, starts.int2, every] if starts else [every]
-        for part in layer_parts(i, self._group, ends):
+        for part in layer_ffn_sections(i, self._group, ends):
             neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
-            self._bundle.add(part.section, chunks, run=part.form.nbytes)
+            self._bundle.add(part.name, chunks, run=part.form.nbytes)
 
     def _experts(self, i: int, order: Numbers) -> None:
-        """A layer's router and its experts, those first that most tokens use."""
+        """Writes a layer's router and its experts in the given order [E]: those that most tokens use come first."""
         self._router(i, order)
         ffns, every = self._weights.ffns(i), np.arange(self._model.expert_neurons)
         chunks = (chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], self._group, every))
         self._bundle.add(f"layer.{i}.ffn", chunks, run=self._group.nbytes)
 
     def _router(self, i: int, order: Numbers) -> None:
-        """Its rows move with their experts, so that the hottest is number 0."""
+        """Writes a layer's router. Its rows [E, H] follow the order [E] of the experts."""
         rows = Matrix(self._weights.router(i).tensor, order)
         self._bundle.add(f"layer.{i}.router", self._encode.rows(rows, "f16"))
 

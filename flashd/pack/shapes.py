@@ -1,4 +1,4 @@
-"""Whether a model file's tensors have the shapes that its numbers say, before anything is made of them."""
+"""Checks that a model file's tensors have the shapes that its metadata says, before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST_LAYERS = 1024
 
 
 def check_layers(layers: int, path: Path) -> None:
-    """Raises DataError where a file claims more layers than a bundle may have, or none."""
+    """Raises DataError if a file claims more layers than a bundle may have, or none."""
     if not 1 <= layers <= MOST_LAYERS:
         raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
 def check_shapes(weights: Weights, model: Architecture) -> None:
-    """Raises DataError where a matrix is missing or has another shape than the model needs."""
+    """Raises DataError if a matrix is missing or has another shape than the model needs."""
     m = model
     if m.heads % max(1, m.kv_heads) or m.kv_heads < 1:
         raise DataError(f"{m.heads} heads cannot share {m.kv_heads} key-value heads")
@@ -48,4 +48,4 @@ def _check_ffn(ffn: Ffn, m: Architecture) -> None:
 
 def _check(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if found != wanted or 0 in wanted:
-        raise DataError(f"tensor {name!r} has the shape {found}, the model needs {wanted}")
+        raise DataError(f"tensor {name!r} has the shape {found}, but the model needs {wanted}")

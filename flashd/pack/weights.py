@@ -1,4 +1,4 @@
-"""A model file's weights as the bundle has them, whatever the file calls them and however it orders them."""
+"""A model file's weights by what they do, whatever names and order the file has."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Matrix:
-    """Some rows of a tensor, in an order of their own; `projection` [K, P], where there is one, follows them."""
+    """Some rows of a tensor, in an order of their own, and perhaps a projection behind them."""
 
-    tensor: Tensor
-    order: Numbers
-    projection: Floats | None = None
+    tensor: Tensor  # [R, P]
+    order: Numbers  # [n], numbers of rows
+    projection: Floats | None = None  # [P, K]: each row is multiplied by it
 
     def __len__(self) -> int:
         return len(self.order)
@@ -38,17 +38,17 @@ class Matrix:
         return self.tensor.bits
 
     def rows(self, which: slice | Numbers) -> Floats:
-        """Rows [n, K] float32."""
-        rows = self.tensor.rows(self.order[which])
+        """Some of the matrix's rows, [n, K] float32."""
+        rows = self.tensor.rows(self.order[which])  # [n, P]
         return rows if self.projection is None else rows @ self.projection
 
     def grid(self, which: slice | Numbers) -> Grid | None:
-        """The source's own grid of those rows, if it has one."""
+        """The source's own grid of some of the rows. None if it has none."""
         return self.tensor.grid(self.order[which]) if self.projection is None else None
 
 
 class _Scaled(Tensor):
-    """A matrix [R, K] whose columns are multiplied by [K]."""
+    """A matrix [R, K] whose columns are multiplied by the numbers `columns` [K]."""
 
     def __init__(self, tensor: Tensor, columns: Floats) -> None:
         self.name, self.shape, self.bits = tensor.name, tensor.shape, tensor.bits
@@ -64,7 +64,7 @@ class Ffn:
     """The weights of a layer's FFN, or of one of its experts."""
 
     inputs: list[Matrix]  # gate and up, or up alone, each [F, H]
-    biases: Floats  # of the input rows, [F, M], or [F, 0] where there are none
+    biases: Floats  # of the input rows, [F, M], or [F, 0] if there are none
     down: Tensor  # [H, F]
 
     @property
@@ -73,13 +73,13 @@ class Ffn:
         return self.down.shape[-1]
 
     def filled(self, neurons: int) -> tuple[Floats, Floats]:
-        """down_proj [H, n] and the biases [n, M] with so many neurons: those that only fill a block are zero."""
+        """(down_proj [H, n], biases [n, M]) with n = `neurons` neurons. Those beyond the FFN's own are zero."""
         filling = neurons - self.neurons
         return np.pad(self.down.rows(), ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
 
 
 class Weights:
-    """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
+    """The weights of a model file by what they do. Raises DataError if one is missing or has another size."""
 
     def __init__(self, source: Source, family: Family, model: Architecture) -> None:
         self._source, self._family, self._model = source, family, model
@@ -87,7 +87,7 @@ class Weights:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the table of embeddings."""
+        """Whether the head and the embeddings are the same table."""
         return not {"output.weight", "project_out.weight"} & self._source.names
 
     def embedding(self) -> Matrix:
@@ -112,7 +112,10 @@ class Weights:
         return Matrix(tensor, np.arange(self._family.position_offset, tensor.shape[0]))
 
     def qkv(self, i: int) -> list[Matrix]:
-        """Queries [heads D, H], keys and values [kv heads D, H], in the engine's rotary order."""
+        """The matrices of queries [heads * D, H], keys and values [kv heads * D, H] of layer `i`.
+
+        Queries and keys are in the engine's rotary order.
+        """
         fused = f"{tensor_name(self._family, 'qkv', i)}.weight"
         if fused in self._source.names:
             tensor = self._source.tensor(fused)
@@ -128,11 +131,11 @@ class Weights:
         return out
 
     def output(self, i: int) -> Matrix:
-        """[H, heads D]"""
+        """[H, heads * D]"""
         return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
 
     def ffns(self, i: int) -> list[Ffn]:
-        """A layer's FFN, or in a mixture each of its experts."""
+        """The FFN of layer `i`, or in a mixture each of its experts."""
         parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
         names = [tensor_name(self._family, part, i) for part in [*parts, "down"]]
         tensors = [self._source.tensor(f"{name}.weight") for name in names]
@@ -154,11 +157,11 @@ class Weights:
         return _whole(self._source.tensor(f"{tensor_name(self._family, 'router', i)}.weight"))
 
     def layer_vectors(self, i: int) -> dict[str, Floats]:
-        """The vectors that Model.layer_vectors names."""
+        """The vectors that Architecture.layer_vectors names, of layer `i`."""
         return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors().items()}
 
     def model_vectors(self) -> dict[str, Floats]:
-        """The vectors that Model.model_vectors names."""
+        """The vectors that Architecture.model_vectors names."""
         return {name: self._checked(name, length, None) for name, length in self._model.model_vectors().items()}
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
@@ -185,7 +188,7 @@ class Weights:
         return np.concatenate([v[order] for v, (_, order) in zip(parts, self._qkv_orders(), strict=True)])
 
     def _qkv_orders(self) -> list[tuple[int, Numbers]]:
-        """Where queries, keys and values start in one tensor, and the order of their rows."""
+        """Of queries, keys and values: where they start in a tensor of all three, and the order of their rows."""
         m = self._model
         turned = [rotary_order(self._family, heads, m.head_dim, self._rotary) for heads in (m.heads, m.kv_heads)]
         return [

@@ -1,4 +1,4 @@
-"""Runs in a child process what leaves memory behind, or what may ask for more time and memory than it is worth."""
+"""Runs a function in a child process: one that leaves memory behind, or may take too much time or memory."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from flashd.errors import FlashdError
 Result = TypeVar("Result")
 
 FORKING = threading.RLock()
-"""Held while a child is made that still shares this process's pins. The kernel gives a pin to nobody else until all
-who have it let go: who takes one, or lets one go to take it in another way, holds this."""
+"""A new child shares this process's pins for a moment, and the kernel gives a pin to nobody else until every process
+that has it lets go. So this lock is held while a child is made, and by code that takes or releases a pin."""
 
 PINS = ("anon_inode:gpio", "/dev/gpiochip")
-"""What descriptors of pins lead to."""
+"""The beginnings of what descriptors of pins lead to."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use: seconds of processor time, bytes of address space beyond what it starts with."""
+    """What a child may use."""
 
-    seconds: int
-    memory: int
+    seconds: int  # of processor time
+    memory: int  # bytes of address space beyond those that it starts with
 
     def obey(self) -> None:
-        """Puts the calling process under these limits, and in front of others where memory runs out."""
+        """Puts the calling process under these limits. If memory runs out, the kernel kills it before others."""
         held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (held + self.memory, held + self.memory))
         resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
@@ -44,15 +44,15 @@ class Limits:
 
 
 class ChildDied(FlashdError):
-    """The child ended without a result: killed, most likely for memory or time that it did not have."""
+    """The child ended without a result. Most likely it was killed because memory or time ran out."""
 
 
 def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Result:
-    """What `action` returns, computed in a forked child.
+    """Calls `action` in a forked child and returns its result.
 
-    A process with threads may call it for what is plain Python: fork takes along only the calling thread, Python
-    makes its own locks anew and glibc those of its allocator. What has threads of its own, such as onnxruntime, must
-    not have started them before, or not be used.
+    A process with threads may do this if `action` is plain Python: fork copies only the calling thread, and Python
+    and glibc's allocator make their locks anew. `action` must not use a library that has started threads of its own,
+    such as onnxruntime.
 
     Raises the FlashdError that the action raised, or ChildDied.
     """
@@ -61,7 +61,7 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
 
     def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
-        gc.disable()  # what the parent has made is not for the child to undo
+        gc.disable()  # the child must not finalise the parent's objects
         _let_go_of_pins()
         send.send(None)
         try:
@@ -91,7 +91,7 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
 
 
 def _let_go_of_pins() -> None:
-    """Closes the descriptors alone: nothing is said to a driver, and the parent's pins stay as they are."""
+    """Closes the child's descriptors of pins and nothing else, so that the parent's pins stay as they are."""
     for fd in [int(name) for name in os.listdir("/proc/self/fd")]:  # noqa: PTH208
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}").startswith(PINS):  # noqa: PTH115

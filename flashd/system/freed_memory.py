@@ -1,4 +1,4 @@
-"""Memory that the process does not use goes back to the system."""
+"""Gives memory that the process does not use back to the system."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE = mmap.PAGESIZE
-"""The system's: 16 KiB on a Raspberry Pi 5."""
+"""Bytes of a page of memory: 16 KiB on a Raspberry Pi 5."""
 
 
 def give_back(array: npt.NDArray[np.generic]) -> None:
-    """Gives the whole pages within a contiguous array to the system; what they held is lost, and reads as zeros.
+    """Gives the whole pages within a contiguous array to the system. What they held is lost and reads as zeros.
 
-    Up to two pages' worth at its ends stays.
-
-    The memory is numpy's own, not shared or a file's. The pages are taken again when they are written. Raises
-    OSError where the system refuses.
+    The rest of the array at its two ends, less than a page each, stays. The pages are taken again when they are
+    written. The memory must be numpy's own: neither shared nor a file's. Raises OSError if the system refuses.
     """
     start = -(-array.ctypes.data // PAGE) * PAGE
     nbytes = (array.ctypes.data + array.nbytes) // PAGE * PAGE - start
@@ -29,28 +27,28 @@ def give_back(array: npt.NDArray[np.generic]) -> None:
 
 
 LARGE = 1 << 20
-"""Bytes of an array from which on it has pages of its own, which go back when it does."""
+"""Arrays of at least so many bytes have pages of their own, which go back to the system when the array is freed."""
 
 
 def use_small_pages() -> None:
-    """Makes memory cost what is touched of it, and no more.
+    """Makes memory cost no more than what is touched of it.
 
-    Large arrays stay out of the C library's heap, where they leave gaps. No page is a huge one: numpy asks for those,
-    and a token written to the KV cache would hold 2 MiB of it.
+    Large arrays stay out of the C library's heap, where they would leave gaps. Huge pages, which numpy asks for, are
+    switched off: with them a token in the KV cache would hold 2 MiB.
     """
     mmap_threshold, set_thp_disable = -3, 41
     for name, arguments in (("mallopt", (mmap_threshold, LARGE)), ("prctl", (set_thp_disable, 1, 0, 0, 0))):
-        if hasattr(_libc(), name):  # another C library: more memory, not wrong
+        if hasattr(_libc(), name):  # with another C library it works, but takes more memory
             getattr(_libc(), name)(*arguments)
 
 
 def give_back_freed_memory() -> None:
-    """Returns the C library's free pages to the kernel.
+    """Gives the C library's free pages to the system.
 
-    Loading a vocabulary of 151,000 tokens leaves 98 MiB resident, of which 51 are free; SmolLM2's constant graphs,
-    while they were made, some 80 MiB.
+    Measured: loading a vocabulary of 151,000 tokens leaves 98 MiB, of which 51 are free. Making SmolLM2's constant
+    graph leaves some 80 MiB.
     """
-    if hasattr(_libc(), "malloc_trim"):  # not in another C library
+    if hasattr(_libc(), "malloc_trim"):  # only glibc has it
         _libc().malloc_trim(0)
 
 

@@ -1,4 +1,4 @@
-"""How much RAM this process holds, how much it may hold, and sizes in words."""
+"""How much RAM this process holds and may hold, and sizes that users write, such as 512M."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from flashd.errors import UsageError
 
 MIB = 1 << 20
+"""Bytes of a mebibyte."""
 
 
 def resident_now() -> int:
@@ -24,14 +25,14 @@ def peak() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process may hold: what the kernel says is available, or its control group's limit if less."""
+    """Bytes that this process may hold: 90 % of what the kernel has, or its control group's limit if that is less."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024 + resident_now()
-    return min([int(free * 0.9), *_group_limits()])
+    return min([int(free * 0.9), *group_limits()])
 
 
-def _group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Limits of the process's control groups and of all that they are in, less a margin; of both versions."""
+def group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """95 % of the limits, in bytes, of the process's control groups and their parents. Both versions are read."""
     limits = []
     for line in proc.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -48,7 +49,7 @@ def _group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/
 
 
 def parse_size(text: str) -> int:
-    """'512M', '1.5G', '800K' or plain bytes -> bytes. Raises UsageError."""
+    """Bytes of a size such as '512M', '1.5G', '800K' or '1048576'. Raises UsageError for anything else."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     try:
         unit = units.get(text[-1:].upper())
@@ -56,5 +57,5 @@ def parse_size(text: str) -> int:
     except ValueError:
         number = -1
     if not MIB <= number < 1 << 50:
-        raise UsageError(f"{text!r} is no amount of memory to work with; write for example 512M or 1.5G")
+        raise UsageError(f"{text!r} is not an amount of memory to work with; write for example 512M or 1.5G")
     return int(number)

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all: it gets its name when all of it is on the disk."""
+"""A file that appears whole or not at all. It gets its name when all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ R = TypeVar("R")
 
 
 class NewFile:
-    """A context manager: `write`, then `publish` puts the file in its place, for what was there before.
+    """A context manager. Call `write`, then `publish`, which puts the file in the place of the old one.
 
-    The file has no name while it grows (O_TMPFILE) where the file system can do that; elsewhere it has a
-    temporary one that is removed on any exit but a kill, and after that by the next NewFile. A cut leaves the old
-    file or none.
+    While it grows the file has no name (O_TMPFILE), if the file system can do that. If not, it has a temporary name.
+    Such a file is removed when the block is left, or by the next NewFile of that path if the process was killed. If
+    writing is interrupted, the old file stays as it is.
 
-    Raises CannotWrite when the disk is full or the folder cannot be written.
+    Raises CannotWrite if the disk is full or the folder cannot be written.
     """
 
     def __init__(self, path: Path, mode: int = 0o644) -> None:
@@ -47,10 +47,11 @@ class NewFile:
                 self._temporary.unlink()
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Writes `data` at byte `offset`. Raises CannotWrite."""
         self._guard(lambda: self._write(memoryview(data), offset))
 
     def publish(self) -> None:
-        """Flushes all to the device and gives the file its name."""
+        """Flushes the file to the device and gives it its name. Raises CannotWrite."""
         self._guard(self._publish)
 
     def _write(self, data: memoryview, offset: int) -> None:
@@ -63,7 +64,7 @@ class NewFile:
         try:
             return os.open(self._folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, self._mode)
         except OSError as error:
-            # FAT, which USB sticks have, knows no unnamed files
+            # FAT, which USB sticks have, has no unnamed files
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
         fd = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, self._mode)
@@ -71,7 +72,7 @@ class NewFile:
         return fd
 
     def _sweep(self) -> None:
-        """Removes what a killed process has left of the same file."""
+        """Removes temporary files of the same path that killed processes have left."""
         for left in self._folder.glob(f".{glob.escape(self.path.name)}.*.partial"):
             owner = re.fullmatch(r"(\d+)\.partial", left.name.removeprefix(f".{self.path.name}."))
             if owner and (int(owner[1]) == os.getpid() or not Path(f"/proc/{owner[1]}").exists()):
@@ -82,8 +83,8 @@ class NewFile:
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self._named:
-                # link(2) does not replace a file and rename(2) does: first a name, then the right one.
-                # The dir_fd makes Python call linkat(2), the one that follows /proc's link to the file.
+                # link(2) does not replace a file but rename(2) does, so the file first gets a temporary name.
+                # With dir_fd Python calls linkat(2), which follows the link in /proc to the file.
                 os.link(f"/proc/self/fd/{self._fd}", self._temporary.name, dst_dir_fd=folder)
                 self._named = True
             self._temporary.rename(self.path)

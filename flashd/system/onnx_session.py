@@ -16,13 +16,13 @@ BROKEN: tuple[type[Exception], ...] = (
     UnicodeDecodeError, RuntimeError,
     *(e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)),
 )  # fmt: skip
-"""What onnxruntime raises; its errors have no base of their own, and may quote what is no text."""
+"""What onnxruntime raises. Its errors have no base class of their own, and may quote bytes that are not text."""
 
 
 def start_pool(threads: int) -> None:
-    """One pool of `threads` and one arena for all graphs of this process: a pool for each would oversubscribe.
+    """Makes one pool of `threads` threads and one arena for all graphs of this process. Only the first call counts.
 
-    They stay as the first call makes them.
+    A pool for each graph would have more threads than there are processors.
     """
     if not _pool_made:
         ort.set_global_thread_pool_sizes(threads, 1)
@@ -39,21 +39,24 @@ _ARENA = {
     "initial_chunk_size_bytes": 1 << 20,
     "max_dead_bytes_per_chunk": 1 << 20,
 }
-"""One arena for the temporaries of all graphs. On the C library's heap, products of one token after those of many
-left gaps of 40 MiB, or at the next start of none."""
+"""The arena for the temporaries of all graphs. On the C library's heap they left gaps of up to 40 MiB, which differed
+from start to start."""
 
 _pool_made: list[int] = []
 
 
 def open_session(graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None) -> ort.InferenceSession:
-    """A session of a serialised graph. Call `start_pool` first. Raises DataError where the graph is none."""
+    """A session of a serialised graph. Call `start_pool` first. Raises DataError if it cannot be loaded.
+
+    `initialisers` are the graph's external constants, by name.
+    """
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_mem_pattern = False
     if initialisers:
         values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in initialisers.values()]
         options.add_external_initializers(list(initialisers), values)
-        # repacking them would leave the arena with a second copy's room
+        # repacking them would leave room for a second copy in the arena
         options.enable_cpu_mem_arena = False
     else:
         options.add_session_config_entry("session.use_env_allocators", "1")

@@ -1,4 +1,4 @@
-"""Where flashd keeps what nobody configures a place for."""
+"""The folders of files whose place nobody configures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 SERVICE = Path("/var/cache/flashd")
-"""The service's XDG_CACHE_HOME."""
+"""XDG_CACHE_HOME of the service."""
 
 
 def cache_folder() -> Path:
-    """The cache folder: XDG_CACHE_HOME names it; the service's for who may write there, else the user's.
+    """The cache folder: in XDG_CACHE_HOME if that is set; else the service's if it can be written; else the user's.
 
-    So what `sudo flashd doctor` measured is what the service knows.
+    So the service knows what `sudo flashd doctor` measured.
     """
     named = os.environ.get("XDG_CACHE_HOME")
     if named:
@@ -21,14 +21,14 @@ def cache_folder() -> Path:
 
 
 def snapshot_folder() -> Path:
-    """Where what prompts begin with is kept."""
+    """The folder of snapshots, which keep the beginnings of prompts."""
     return cache_folder() / "snapshots"
 
 
 def pins_record(spool: Path) -> Path:
-    """The record of pins that are held: in the service's state folder, else beside the spool.
+    """The file that records which pins are held. It is in the service's state folder, or else beside the spool.
 
-    systemd names that folder to all that a unit runs, so there it is found with a configuration that is broken.
+    systemd tells that folder to all that a unit runs, so the file is found even if the configuration is broken.
     """
     state = os.environ.get("STATE_DIRECTORY")
     return (Path(state) if state else spool.absolute().parent) / "pins.json"

@@ -1,9 +1,9 @@
 """Templates that others wrote: a bundle's for chats, the configuration's for triggers.
 
-Jinja's sandbox keeps a template from what is not its own, but not from running on or growing without end: two
-nested loops over a range, a text times a number, a field of a billion characters. What does so is in C, where nothing
-counts it, and some of it Jinja works out while it compiles. So a template is compiled and rendered in a child process
-to which the kernel gives only so much; that takes milliseconds.
+Jinja's sandbox keeps a template from objects that are not its own. It does not keep it from running or growing
+without end: two nested loops over a range, a text times a number, a field of a billion characters. That happens in C
+code, which cannot be counted, and in part while Jinja compiles. So a template is compiled and rendered in a child
+process that the kernel limits. This takes milliseconds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from flashd.errors import DataError
 from flashd.system.child import ChildDied, Limits, Result, in_child
 
 LIMITS = Limits(seconds=10, memory=32 << 20)
-"""Templates as models have them take milliseconds on a small board, and a few times their text."""
+"""The templates of models take milliseconds on a small board, and a few times the memory of their text."""
 
 LONGEST_REASON = 300
-"""Characters: some errors quote the template."""
+"""The most characters of an error's text: some errors quote the template."""
 
 ERRORS = (
     jinja2.TemplateError, SyntaxError,
@@ -33,21 +33,21 @@ ERRORS = (
 
 
 class TemplateFails(DataError):
-    """A template is none or cannot be rendered; the text says why, not which."""
+    """A text is not a template, or it cannot be rendered. The error says why, but does not name the template."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template's text, which nothing is made of in this process."""
+    """A template. This process holds only its text: it is compiled and rendered in child processes."""
 
     source: str
-    longest: int  # characters that it may make
+    longest: int  # the most characters that it may make
     options: Mapping[str, Any] = field(default_factory=dict)  # of Jinja's environment
     filters: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def names(self) -> set[str]:
-        """What it asks for that is neither its own nor Jinja's. Raises TemplateFails where it is no template."""
+        """The variables that it uses and does not define. Raises TemplateFails if it is not a template."""
 
         def names() -> set[str]:
             environment = self._environment()
@@ -58,12 +58,12 @@ class Template:
         return _within_limits(names)
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """Its text. Raises TemplateFails."""
+        """The text that it makes of `values`. Raises TemplateFails."""
 
         def text() -> str:
             made = self._environment().from_string(self.source).render(values)
             if len(made) > self.longest:
-                raise TemplateFails(f"it makes {len(made)} characters; {self.longest} at the most")
+                raise TemplateFails(f"it makes {len(made)} characters; at most {self.longest} are allowed")
             return made
 
         return _within_limits(text)

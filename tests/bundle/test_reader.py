@@ -26,7 +26,7 @@ from flashd.bundle.errors import (
     TruncatedBundle,
 )
 from flashd.bundle.file import CardFile, Patience
-from flashd.bundle.prefix import PREFIX, VERSION, align, digest
+from flashd.bundle.prefix import PREFIX, VERSION, digest, next_page
 from flashd.bundle.reader import Bundle
 from flashd.errors import CardError, DataError, InputMissing
 
@@ -192,7 +192,7 @@ def test_runs_are_as_long_as_the_format_says(copy: Path, name: str) -> None:
         sections.append(msgspec.structs.replace(section, run=run, first=len(table) // 8))
         starts = range(section.offset, section.end, run)
         table += b"".join(digest(data[i : min(i + run, section.end)]).to_bytes(8, "little") for i in starts)
-    end = align(len(data))
+    end = next_page(len(data))
     checksums = msgspec.structs.replace(header.checksums, offset=end, length=len(table), first=len(table) // 8)
     sealed = f"{digest(table):016x}"
     forged = msgspec.structs.replace(header, sections=sections, checksums=checksums, checksums_digest=sealed)

@@ -16,7 +16,7 @@ import pytest
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.engine.decoding.beside import Beside
+from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.drafts import Pace
 from flashd.engine.decoding.line import Figures
@@ -163,20 +163,20 @@ def test_a_block_ends_when_the_work_beside_it_has() -> None:
         ended.append("work")
         return 7
 
-    with Beside(work) as beside:
+    with Background(work) as beside:
         ended.append("block")
         begun.set()
     assert ended == ["block", "work"] and beside.result == 7
-    with pytest.raises(Stop), Beside(work):
+    with pytest.raises(Stop), Background(work):
         raise Stop
     assert ended[2:] == ["work"]
 
     def fail() -> None:
         raise ValueError("beside")
 
-    with pytest.raises(ValueError, match="beside"), Beside(fail):
+    with pytest.raises(ValueError, match="beside"), Background(fail):
         pass
-    with pytest.raises(Stop), Beside(fail):
+    with pytest.raises(Stop), Background(fail):
         raise Stop
 
 
@@ -191,6 +191,6 @@ def test_ctrl_c_waits_for_the_work_beside() -> None:
         time.sleep(0.2)
         ended.append("work")
 
-    with pytest.raises(KeyboardInterrupt), Beside(work):
+    with pytest.raises(KeyboardInterrupt), Background(work):
         begun.set()
     assert ended == ["work"]

@@ -238,7 +238,7 @@ def test_what_the_text_repeats_is_looked_up(packed: dict[str, Path]) -> None:
     lines = "".join(f"item {i}: apples, pears, plums\n" for i in range(4))
     prompt = tokens_of(packed["int4"], lines + "item 4: app")
     with opened(packed["int4"], 0.0) as model:
-        assert model.pages and not model.drafts
+        assert model.shares_reads and not model.drafts
         without, _ = said(model, prompt, Sampling(), drafts=False, limit=16)
         withs, figures = said(model, prompt, Sampling(), drafts=True, limit=16)
     assert withs == without

@@ -271,8 +271,8 @@ def forged(bundle: Path, **changes: Any) -> bytes:
     [
         ({"count": 0}, DamagedHeader, "does not make sense"),
         ({"count": 5}, DamagedHeader, "cannot be shared out to 5 experts"),
-        ({"count": 3}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
-        ({"count": 12, "used": 12}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
+        ({"count": 3}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
+        ({"count": 12, "used": 12}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
         ({"used": 7}, DamagedHeader, "a token uses 7 experts of 6"),
         ({"used": 0}, DamagedHeader, "does not make sense"),
         ({"scores": "tanh"}, DamagedHeader, "does not make sense"),

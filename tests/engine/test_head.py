@@ -63,7 +63,7 @@ def test_what_is_not_in_ram_is_read_once_a_pass(bundle: Path) -> None:
         section = opened.section("head")
         missing = section.length - KEPT // ROWS_OF_A_RUN * section.run
     with model(bundle, 1.0, KEPT) as running:
-        assert running.pages
+        assert running.shares_reads
         two_passes(running)
     # and is read ahead into every buffer that is idle: here a pass has one extent
     times, rest = divmod(running.card.bytes_wanted, missing)

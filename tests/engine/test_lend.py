@@ -144,9 +144,9 @@ def test_drafts_are_asked_for_as_soon_as_groups_are_let_go(tiny_bundle: Path) ->
         groups = bundle.header.model.groups
     with lending(tiny_bundle, groups - PINNED) as model:
         model.forward(np.arange(3), np.array([2]))
-        assert not model.pages
+        assert not model.shares_reads
         model.cache.reserve(CONTEXT)
-        assert model.pages and model.drafts
+        assert model.shares_reads and model.drafts
 
 
 def test_a_token_in_a_large_cache_holds_no_huge_pages(tiny_bundle: Path) -> None:

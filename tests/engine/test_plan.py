@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.system.memory import MIB, _group_limits
+from flashd.system.memory import MIB, group_limits
 
 LIMITS = {"": 900, "machine.slice": 400, "machine.slice/flashd.service": None, "machine.slice/other": 1, "other": 2}
 """Of a tree of control groups, in MiB; None: no limit of its own."""
@@ -29,10 +29,10 @@ def test_the_limits_of_all_groups_above_bind_too(
         (tmp_path / folder / path).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / path / name).write_text(f"{limit * MIB if limit else unlimited}\n")
     (tmp_path / "cgroup").write_text(f"1:name=systemd:/other\n3:cpu,cpuacct:/other\n{line.format(group)}\n")
-    assert min(_group_limits(tmp_path / "cgroup", tmp_path)) == int(least * MIB * 0.95)
+    assert min(group_limits(tmp_path / "cgroup", tmp_path)) == int(least * MIB * 0.95)
 
 
 @pytest.mark.parametrize("group", ["/gone", "/../above"])
 def test_a_group_that_cannot_be_seen_has_no_limit(tmp_path: Path, group: str) -> None:
     (tmp_path / "cgroup").write_text(f"0::{group}\n")
-    assert _group_limits(tmp_path / "cgroup", tmp_path) == []
+    assert group_limits(tmp_path / "cgroup", tmp_path) == []

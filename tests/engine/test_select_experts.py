@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from flashd.bundle import codec, prefix
+from flashd.bundle.arrays import PlainNeurons
 from flashd.bundle.errors import BadSection, DamagedHeader
 from flashd.bundle.formats import GroupFormat, NeuronFormat
 from flashd.bundle.prefix import PLAIN_VERSION, VERSION
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import BLOCK, Floats
-from flashd.bundle.slots import PlainNeurons
 from flashd.cli.main import main
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.router import Router
@@ -32,11 +32,11 @@ from flashd.engine.paging.eviction import Mask, Numbers
 from flashd.engine.planning.plan import make_plan, rates_of
 from flashd.errors import DataError, MemoryTooSmall
 from flashd.pack.lossy import predictors
-from flashd.pack.lossy.predictors import Layer, Part, Selecting
+from flashd.pack.lossy.predictors import PredictedFfn, PredictedLayer, Selecting
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened
 from tests.engine.test_select import TEXT, break_off_and_go_on, model_of
-from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED, Golden, _mixture
+from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED, Golden, mixture
 from tests.lab.replay import Trace, replay
 
 NEURONS, FILLED = 80, 96  # of an expert, and with those that fill its last block
@@ -76,7 +76,7 @@ class Biased(Golden):
 def biased(name: str, against: tuple[float, ...] = AGAINST) -> Biased:
     golden = GOLDENS[name]
     keys = golden.keys | {"expert_feed_forward_length": NEURONS, "hidden_activation": "relu"}
-    return Biased(golden.architecture, keys, golden.layer | _mixture(NEURONS), golden.model, against=against)
+    return Biased(golden.architecture, keys, golden.layer | mixture(NEURONS), golden.model, against=against)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_the_plan_counts_predictors_routers_and_windows(selected: Path) -> None:
             model = PagedModel(bundle, planned(memory))
             try:
                 model.forward(TOKENS[:5], np.array([4]))
-                assert (0 < model.hit_rate < 1) == (memory > least) and not model.drafts and not model.pages
+                assert (0 < model.hit_rate < 1) == (memory > least) and not model.drafts and not model.shares_reads
             finally:
                 model.close()
 
@@ -281,16 +281,16 @@ def test_where_few_fire_neurons_are_single_and_it_says_why(selected: Path) -> No
     assert selected.read_bytes()[8] == VERSION > PLAIN_VERSION
 
 
-class _Firing(Layer):
+class _Firing(PredictedLayer):
     """Neurons that fire by themselves, so often."""
 
-    def chosen(self, part: Part, h: Floats) -> Mask:
+    def chosen(self, part: PredictedFfn, h: Floats) -> Mask:
         return np.random.default_rng(0).random((len(h), len(part.order))) < self.fired
 
 
-def firing(share: float, neurons: int, tokens: int = 20) -> list[Layer]:
+def firing(share: float, neurons: int, tokens: int = 20) -> list[PredictedLayer]:
     unseen: Any = None
-    part = Part(np.arange(neurons), neurons, unseen, np.arange(tokens), 0)
+    part = PredictedFfn(np.arange(neurons), neurons, unseen, np.arange(tokens), 0)
     nothing = np.zeros(0, np.float32)
     return [_Firing([part], np.arange(1), np.zeros((tokens, 1), np.float32), share, nothing, nothing)]
 
@@ -331,13 +331,13 @@ def test_experts_whose_neurons_are_not_zero_are_refused(tmp_path: Path) -> None:
     ("changes", "error", "match"),
     [
         ({"count": 5}, DamagedHeader, "cannot be shared out to 5 experts"),
-        ({"count": 3, "used": 2}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
-        ({"count": 18}, BadSection, r"layer\.0\.router' has .* bytes, its model needs"),
+        ({"count": 3, "used": 2}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
+        ({"count": 18}, BadSection, r"layer\.0\.router' has .* bytes, but its model needs"),
         ({"used": 7}, DamagedHeader, "a token uses 7 experts of 6"),
-        ({"ranks": [64] * LAYERS}, BadSection, r"layer\.0\.narrow' has .* bytes, its model needs"),
-        ({"ranks": [32] * (LAYERS - 1)}, DamagedHeader, "4 layers and other predictors"),
-        ({"experts": None}, BadSection, r"layer\.0\.narrow' has .* bytes, its model needs"),
-        ({"neurons": FILLED * EXPERTS * 2}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
+        ({"ranks": [64] * LAYERS}, BadSection, r"layer\.0\.narrow' has .* bytes, but its model needs"),
+        ({"ranks": [32] * (LAYERS - 1)}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        ({"experts": None}, BadSection, r"layer\.0\.narrow' has .* bytes, but its model needs"),
+        ({"neurons": FILLED * EXPERTS * 2}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
     ],
 )
 def test_a_header_with_other_experts_than_the_file_is_refused(

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from flashd.bundle import codec, header, prefix
+from flashd.bundle.arrays import PlainNeurons
 from flashd.bundle.errors import BadSection, DamagedHeader
 from flashd.bundle.formats import PairFormat
 from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
-from flashd.bundle.slots import PlainNeurons
 from flashd.cli.main import main
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.selected_ffn import Gate, SelectedFfn
@@ -164,7 +164,7 @@ def test_the_plan_counts_gates(gated: Path) -> None:
         model = PagedModel(bundle, plan)
         try:
             model.forward(TOKENS[:5], np.array([4]))
-            assert 0 < model.hit_rate < 1 and not model.drafts and not model.pages
+            assert 0 < model.hit_rate < 1 and not model.drafts and not model.shares_reads
         finally:
             model.close()
 
@@ -220,9 +220,9 @@ def test_the_header_says_what_was_measured(silu: Path) -> None:
     assert silu.read_bytes()[8] == VERSION
 
 
-def of_layers(*errors: list[float], fired: float = 1.0) -> list[gates.Layer]:
+def of_layers(*errors: list[float], fired: float = 1.0) -> list[gates.GatedLayer]:
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.bool_)
-    return [gates.Layer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
+    return [gates.GatedLayer(nothing, none, nothing, np.array(e, np.float32), nothing, None, fired) for e in errors]
 
 
 def test_layers_that_bear_it_skip_more() -> None:
@@ -347,7 +347,7 @@ def judged_by_level(monkeypatch: pytest.MonkeyPatch, units: Callable[[bool], flo
 
 
 def test_what_has_no_such_gates_is_refused(tmp_path: Path) -> None:
-    for name, why in (("opt", "has no gate rows"), ("qwen3moe", "not in mixtures"), ("bitnet", "not in mixtures")):
+    for name, why in (("opt", "has no gate rows"), ("qwen3moe", "in mixtures"), ("bitnet", "in BitNet")):
         with pytest.raises(DataError, match=why):
             pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4", allowed=Gating(0.1))
     source = source_of(tmp_path, "relu")
@@ -376,16 +376,20 @@ def test_the_commands_know_it(sparse: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"kind": "predictor"}, DamagedHeader, "4 layers and other predictors"),
-        ({"kind": "predictor", "ranks": [0] * LAYERS}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
-        ({"ranks": [32] * LAYERS}, DamagedHeader, "a gate decides in plain layers"),
-        ({"thresholds": [0.0]}, DamagedHeader, "4 layers and other predictors"),
-        ({"gated": False}, DamagedHeader, "a gate decides in plain layers"),
-        ({"biases": ["inputs"]}, DamagedHeader, "a gate decides in plain layers"),
+        ({"kind": "predictor"}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        (
+            {"kind": "predictor", "ranks": [0] * LAYERS},
+            BadSection,
+            r"layer\.0\.ffn' has .* bytes, but its model needs",
+        ),
+        ({"ranks": [32] * LAYERS}, DamagedHeader, "a gate decides only in layers"),
+        ({"thresholds": [0.0]}, DamagedHeader, "not every one of 4 layers has a predictor"),
+        ({"gated": False}, DamagedHeader, "a gate decides only in layers"),
+        ({"biases": ["inputs"]}, DamagedHeader, "a gate decides only in layers"),
         ({"normed_neurons": 200}, DamagedHeader, "neurons of BitNet are never selected"),
         ({"ffn": "ternary"}, DamagedHeader, "neurons of BitNet are never selected"),
-        ({"ffn": "int8"}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
-        ({"neurons": 2 * FILLED}, BadSection, r"layer\.0\.ffn' has .* bytes, its model needs"),
+        ({"ffn": "int8"}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
+        ({"neurons": 2 * FILLED}, BadSection, r"layer\.0\.ffn' has .* bytes, but its model needs"),
     ],
 )
 def test_a_header_with_other_gates_than_the_file_is_refused(
@@ -406,7 +410,7 @@ def test_a_header_with_other_gates_than_the_file_is_refused(
 @pytest.mark.parametrize("number", [-1, FILLED // BLOCK, 1 << 30])
 def test_a_neuron_in_no_group_is_refused(gated: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "m.flash").write_bytes(signed(gated, "layer.2.groups", np.full(1, number, "<i4").tobytes()))
-    with pytest.raises(BadSection, match="names others than the 7 groups"), model_of(tmp_path / "m.flash", 9):
+    with pytest.raises(BadSection, match="not one of the layer's 7"), model_of(tmp_path / "m.flash", 9):
         pass
 
 

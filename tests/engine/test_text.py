@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.engine.decoding.text import PART, ChatTemplate, Detokenizer, Encoder, Message, StopStrings
+from flashd.engine.decoding.text import PIECE, ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.memory import MIB, peak
 from flashd.system.template import LIMITS
@@ -21,7 +21,9 @@ def encoder_and_template(packed):  # type: ignore[no-untyped-def]
     with Bundle(packed["int4"]) as bundle:
         text = bundle.header.text
         assert text.chat_template
-        return Encoder(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos), ChatTemplate(text.chat_template)
+        return TextTokenizer(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos), ChatTemplate(
+            text.chat_template
+        )
 
 
 UNEVEN = ("the thesis, and ", "a", " ", "0123456789", "é漢字", "\n\t", "🌾", "<|im_end|>")
@@ -34,7 +36,7 @@ def test_what_fits_is_never_refused_for_its_length(encoder_and_template, pieces)
     texts = [piece * times for piece, times in pieces]
     tokens = sum(len(encoder.encode_plain(text)) for text in texts)
     encoder.check_length(texts, tokens)
-    if sum(map(len, texts)) > 2 * PART:
+    if sum(map(len, texts)) > 2 * PIECE:
         with pytest.raises(PromptTooLong, match="has more than 20 tokens and the context room for 20; shorten"):
             encoder.check_length(texts, 20)
 
@@ -127,7 +129,7 @@ def test_a_template_s_own_first_token_stands_once(packed, add_bos: bool) -> None
     """As Llama 2's and Mistral's templates have it, and their ends behind each answer."""
     with Bundle(packed["int4"]) as bundle:
         tokenizer, (start, end) = bundle.read("tokenizer"), (1, 2)  # <|im_start|>, <|im_end|>
-    encoder = Encoder(tokenizer, start, add_bos, [end])
+    encoder = TextTokenizer(tokenizer, start, add_bos, [end])
     template = ChatTemplate("{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}")
     tokens = template.encode([Message("user", "a"), Message("assistant", "b")], encoder)
     plain = [encoder.encode_answer(text) for text in ("[a]", "[b]")]

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from flashd.bundle.arrays import QuantGroups
 from flashd.bundle.formats import GroupFormat
-from flashd.bundle.slots import QuantGroups
 from flashd.engine.paging.window import Window
 
 FORM = GroupFormat("int4", 32)

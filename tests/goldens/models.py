@@ -136,7 +136,7 @@ def _plain_ffn(bias: bool) -> dict[str, tuple[int, ...]]:
     return shapes | ({"ffn_up.bias": (NEURONS,), "ffn_down.bias": (HIDDEN,)} if bias else {})
 
 
-def _mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
+def mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
     return {
         "ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_gate_exps.weight": (EXPERTS, neurons, HIDDEN),
         "ffn_up_exps.weight": (EXPERTS, neurons, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, neurons),
@@ -185,23 +185,23 @@ GOLDENS = {
         TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
     ),
     "mixtral": Golden(
-        "llama", RMS | MIXTURE, TWO_NORMS | _attention() | _mixture(NEURONS), EMBEDDING | HEAD | FINAL,
+        "llama", RMS | MIXTURE, TWO_NORMS | _attention() | mixture(NEURONS), EMBEDDING | HEAD | FINAL,
     ),
     "qwen3moe": Golden(
         "qwen3moe",
         RMS | MIXTURE | {"attention.key_length": 32, "rope.freq_base": 1e6, "expert_feed_forward_length": 40},
-        TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | _mixture(), EMBEDDING | FINAL,
+        TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | mixture(), EMBEDDING | FINAL,
     ),
     "olmoe": Golden(
         "olmoe", RMS | MIXTURE | {"expert_feed_forward_length": 40},
         TWO_NORMS | _attention() | _norms("attn_q_norm") | _norms("attn_k_norm", width=KV_HEADS * HEAD_DIM)
-        | _mixture(), EMBEDDING | HEAD | FINAL,
+        | mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smallthinker": Golden(
         "smallthinker",
         RMS | MIXTURE
         | {"attention.sliding_window": WINDOW, "expert_feed_forward_length": 40, "expert_gating_func": 2},
-        TWO_NORMS | _attention() | _mixture(), EMBEDDING | HEAD | FINAL,
+        TWO_NORMS | _attention() | mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),
     "gemma": Golden(

@@ -77,8 +77,8 @@ class ConfigSource(Source):
     def vocabulary(self) -> Vocabulary:
         raise NotImplementedError
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:  # noqa: ARG002
-        return header.Source(name=self.path.parent.name, nbytes=0, sha256="")
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:  # noqa: ARG002
+        return header.PackedFrom(name=self.path.parent.name, nbytes=0, sha256="")
 
 
 def header_of(config: Path, rows: RowKind = "int4") -> Header:
@@ -101,7 +101,7 @@ def header_of(config: Path, rows: RowKind = "int4") -> Header:
     for name, length in header.expected_lengths().items():
         run = own_runs.get(name, PLAIN_RUN)
         sections.append(Section(name=name, offset=at, length=length, run=run, first=0))
-        at = prefix.align(at + length)
+        at = prefix.next_page(at + length)
     header.sections[:] = sections
     return header
 

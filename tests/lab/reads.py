@@ -39,7 +39,7 @@ def streamed(bundle: Bundle) -> Rate:
     header = bundle.header
     stream = CardStream(bundle, stream_past(header, 0, header.model.vocabulary), BUFFERS)
     started = time.perf_counter()
-    for _ in chain.from_iterable(map(stream.section, range(len(header.ffn_parts)))):
+    for _ in chain.from_iterable(map(stream.section, range(len(header.ffn_sections)))):
         if time.perf_counter() - started > SECONDS:
             break
     rate = Rate(stream.stats.bytes_wanted / (time.perf_counter() - started), READ_BYTES)
@@ -51,7 +51,7 @@ def picked(bundle: Bundle) -> Rate:
     """Every other unit of the layers, none of which are neighbours."""
     header = bundle.header
     picks = CardPicks(bundle, 0, BUFFERS)
-    units = np.arange(0, header.ffn_parts[0].count, 2, dtype=np.int32)
+    units = np.arange(0, header.ffn_sections[0].count, 2, dtype=np.int32)
     started, layer = time.perf_counter(), 0
     while time.perf_counter() - started < SECONDS:
         for _ in picks.take(layer % header.model.layers, units):

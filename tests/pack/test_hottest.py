@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.architecture import Architecture
+from flashd.bundle.arrays import PlainGroups
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import BLOCK, Floats
-from flashd.bundle.slots import PlainGroups
 from flashd.pack.lossy.calibration import Calibration, Numbers, hottest, sample_tokens
 from flashd.pack.pack import pack
 from flashd.pack.sources.families import family_of, model_of, rope_tables

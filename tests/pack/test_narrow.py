@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle import prefix
+from flashd.bundle.arrays import QuantGroups, QuantRows
 from flashd.bundle.bits import pack_bits, unpack
 from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.row_kinds import NARROW, Bytes, Floats, RowKind
-from flashd.bundle.slots import QuantGroups, QuantRows
 from flashd.engine.forward.paged import PagedModel
 from flashd.errors import DataError
 from flashd.pack.lossy import narrow_groups as narrowing
 from flashd.pack.lossy.calibration import Seen
-from flashd.pack.lossy.narrow_groups import Budget, Narrowing, Starts, Weigh, cut, floats, starts
+from flashd.pack.lossy.narrow_groups import ErrorBudget, Narrowing, Starts, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
 from flashd.pack.rounding.gptq import DOUBT, encode_fed, factor
 from flashd.pack.rounding.rows import quantise
@@ -38,7 +38,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("narrow")
     source = tiny.write(folder / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(narrowing, "BUDGETS", (Budget(0.01, 0.01),))
+        patch.setattr(narrowing, "ERROR_BUDGETS", (ErrorBudget(0.01, 0.01),))
         header = pack(source, folder / "narrow.flash", "int4", allowed=Narrowing(0.9, TEXT))
     assert header.narrowed
     assert any(a < b for a, b in zip(header.narrowed.int3, header.narrowed.int2, strict=True))
@@ -210,7 +210,7 @@ def test_a_pass_reads_fewer_bytes(narrow: Path, tiny_bundle: Path) -> None:
                 read = model.card.bytes_wanted / 8
             finally:
                 model.close()
-            ffn = sum(part.count * part.form.nbytes for part in bundle.header.ffn_parts)
+            ffn = sum(part.count * part.form.nbytes for part in bundle.header.ffn_sections)
         assert ffn <= read < 1.3 * ffn  # some of the next pass is read ahead
         return int(read), ffn
 
@@ -252,8 +252,8 @@ def test_the_default_text_is_long_enough(tiny_bundle: Path) -> None:
 
 def test_groups_are_narrowed_from_the_last_on_while_the_budget_lasts() -> None:
     int3, int2 = np.array([4, 3, 2, 1], np.float32), np.array([40, 30, 20, 10], np.float32)
-    assert starts(int3, int2, Budget(0.5, 0.5)) == starts(int3, int2, Budget(0, 0)) == Starts(4, 4)
-    assert starts(int3, int2, Budget(9, 10)) == Starts(0, 3)
-    assert starts(int3, int2, Budget(5, 10)) == Starts(1, 3)
-    assert starts(int3, int2, Budget(np.inf, 0)) == Starts(0, 4)
-    assert starts(int3, int2, Budget(np.inf, np.inf)) == Starts(0, 0)
+    assert starts(int3, int2, ErrorBudget(0.5, 0.5)) == starts(int3, int2, ErrorBudget(0, 0)) == Starts(4, 4)
+    assert starts(int3, int2, ErrorBudget(9, 10)) == Starts(0, 3)
+    assert starts(int3, int2, ErrorBudget(5, 10)) == Starts(1, 3)
+    assert starts(int3, int2, ErrorBudget(np.inf, 0)) == Starts(0, 4)
+    assert starts(int3, int2, ErrorBudget(np.inf, np.inf)) == Starts(0, 0)

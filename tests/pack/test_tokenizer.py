@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flashd.engine.decoding.text import Encoder
+from flashd.engine.decoding.text import TextTokenizer
 from flashd.errors import DataError
 from flashd.pack.sources import gguf_tokenizer
 from flashd.pack.sources.gguf import GgufModel
@@ -27,7 +27,7 @@ PIECES = json.loads((Path(__file__).parent / "data" / "sentence_piece.json").rea
 
 def check(path: Path, ids: list[int]) -> None:
     vocabulary = gguf_tokenizer.read_vocabulary(GgufModel(path))
-    encoder = Encoder(vocabulary.tokenizer_json, vocabulary.bos, vocabulary.add_bos)
+    encoder = TextTokenizer(vocabulary.tokenizer_json, vocabulary.bos, vocabulary.add_bos)
     assert encoder.encode(GOLDEN["text"]) == ids
     spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()
     controls = GOLDEN["text"].replace("<|im_start|>", "").replace("<|im_end|>", "")
@@ -68,14 +68,14 @@ class Changed(GgufModel):
 @pytest.mark.parametrize("pre", GOLDEN["words"]["ids"])
 def test_words_are_cut_as_llama_cpp_cuts_them(smollm: Path, pre: str) -> None:
     vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, {"tokenizer.ggml.pre": pre}))
-    encoder = Encoder(vocabulary.tokenizer_json, None, False)
+    encoder = TextTokenizer(vocabulary.tokenizer_json, None, False)
     assert encoder.encode(GOLDEN["words"]["text"]) == GOLDEN["words"]["ids"][pre]
 
 
 @pytest.mark.parametrize("golden", PIECES["vocabularies"], ids=["llama", "gemma"])
 def test_pieces_are_those_of_sentencepiece(smollm: Path, golden: dict[str, Any]) -> None:
     vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, golden))
-    encoder = Encoder(vocabulary.tokenizer_json, None, False)
+    encoder = TextTokenizer(vocabulary.tokenizer_json, None, False)
     for text, ids in zip(PIECES["texts"], golden["ids"], strict=True):
         assert encoder.encode(text) == ids
         spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()

@@ -1,8 +1,8 @@
-"""Which beginnings of prompts are kept on the card: those that came twice, found from use.
+"""Which beginnings of prompts are kept on the card: those that came twice.
 
-A system prompt, a trigger's text up to its first sensor, a button's whole question: what two prompts begin with in
-common is likely to come again. It is written when the second has been answered, never for a prompt that came once,
-and within bounds: cards wear.
+What two prompts have in common at their beginning is likely to come again: a system prompt, a trigger's text up to
+its first sensor, a button's whole question. It is written after the second prompt has been answered, and never for a
+prompt that came once. What is written is bounded, because cards wear.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import xxhash
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
 from flashd.engine.cache import snapshot
-from flashd.engine.cache.snapshot import RUN, BadSnapshot, Header, Source, shared
+from flashd.engine.cache.snapshot import RUN, BadSnapshot, Origin, SnapshotHeader, shared
 from flashd.engine.model.kv_cache import KvCache
 from flashd.errors import NOT_JSON, CannotWrite
 from flashd.system.new_file import NewFile
@@ -29,66 +29,66 @@ from flashd.system.new_file import NewFile
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 256 << 20
-"""Of all snapshots together; those used longest ago go first."""
+"""The most bytes of all snapshots together. Those used longest ago are removed first."""
 
 MOST_BYTES_OF_ONE = MOST_BYTES // 4
 
 MOST_BYTES_A_DAY = 256 << 20
-"""Written to the card: in five years not fifteen times a card of 32 GB."""
+"""The most bytes written to the card in a day. In five years that is less than fifteen times a card of 32 GB."""
 
 MOST_SNAPSHOTS = 64
 
 FREE_BYTES = 128 << 20
-"""Left free on the card for what matters more, such as the jobs' spool."""
+"""Bytes that are left free on the card for what matters more, such as the jobs' spool."""
 
 MOST_NOTED, MOST_NOTED_TOKENS = 16, 4096
-"""Prompts that are remembered to find what comes twice, and how long they may be."""
+"""How many prompts are remembered to find what comes twice, and how many tokens such a prompt may have."""
 
 MOST_BYTES_OF_NOTES = 1 << 19
-"""Of what is remembered of prompts, as it is written: 7 bytes a token."""
+"""The most bytes of the file of remembered prompts. A token takes up to 7."""
 
 USED_SECONDS = 3600
-"""How exactly it is written down when a snapshot was used."""
+"""The time at which a snapshot was used is not written again within so many seconds."""
 
 
 class Noted(msgspec.Struct, frozen=True):
     """A prompt that was asked."""
 
-    source: str
+    source: str  # Origin.key
     tokens: list[int]
 
 
 class Notes(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest prompts, and what was written on `day`, counted from 1970."""
+    """The latest prompts, and how much was written today."""
 
     prompts: list[Noted] = []
-    day: int = 0
-    written: int = 0
+    day: int = 0  # days since 1970
+    written: int = 0  # bytes on that day
 
 
 @dataclass(frozen=True)
 class _Stored:
     path: Path
-    header: Header
+    header: SnapshotHeader
 
 
 class Prefixes:
-    """The snapshots of one bundle in a folder, which other bundles and processes share.
+    """The snapshots of one bundle, in a folder that it shares with other bundles and processes.
 
-    A snapshot that cannot be used is removed, with one line in the log; where nothing can be written, that is said
-    once and answers are as without.
+    A snapshot that cannot be used is removed, with one line in the log. If nothing can be written, the log says so
+    once, and answers are given without snapshots.
     """
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
-        self._folder, self._source = folder, Source.of(bundle)
+        self._folder, self._origin = folder, Origin.of(bundle)
         self._notes = folder / "asked.json"
         self._said: set[str] = set()
 
     def restore(self, prompt: Sequence[int], cache: KvCache) -> tuple[Floats | None, int]:
-        """Puts as much of the prompt into the cache as is kept, if that is more than there is.
+        """Reads the best snapshot of the prompt into the cache, if it has more than the cache has.
 
-        The cache holds the prompt's first tokens, and does so afterwards. Returns the logits [V] behind the prompt
-        where they are kept, and how many bytes were read.
+        The cache holds the first `cache.length` tokens of the prompt, before and afterwards. Returns the logits [V]
+        behind the whole prompt, or None if no snapshot has them, and how many bytes were read.
         """
         best = max(
             self._stored(cache), key=lambda s: (s.header.usable(prompt), s.header.answers(prompt)), default=None
@@ -99,24 +99,24 @@ class Prefixes:
             return None, 0
         before, logits = cache.length // RUN * RUN, None
         try:
-            logits = snapshot.restore(best.path, self._source, prompt, cache)
+            logits = snapshot.restore(best.path, self._origin, prompt, cache)
             self._note_use(best.path)
         except FileNotFoundError:
-            pass  # another process was faster
+            pass  # another process removed it
         except (BadSnapshot, OSError) as error:
             self._drop(best.path, error)
         read = max(0, cache.length - before) * cache.token_bytes
         return logits, read + (0 if logits is None else logits.nbytes)
 
     def learn(self, prompt: Sequence[int], cache: KvCache, logits: Floats) -> None:
-        """Notes that `prompt`, with which the cache begins, was asked; keeps what an earlier one began with too.
+        """Notes that `prompt` was asked. Keeps what it has in common with the beginning of an earlier prompt.
 
-        `logits` [V] are those behind it.
+        The cache begins with the prompt. `logits` [V] are those behind it.
         """
         if len(prompt) > MOST_NOTED_TOKENS:
             return
-        this, notes = Noted(self._source.key, list(prompt)), self._read_notes()
-        # a chat that goes on begins with all that was said: that is in RAM, and no sign that it comes again
+        this, notes = Noted(self._origin.key, list(prompt)), self._read_notes()
+        # the next turn of a chat begins with all that was said. That is in RAM, and does not mean that it comes again
         others = [p for p in notes.prompts if not _goes_on(p, this)]
         common = max((shared(p.tokens, prompt) for p in others if p.source == this.source), default=0)
         kept = self._keep(prompt[:common], cache, logits if common == len(prompt) else None, notes)
@@ -125,7 +125,7 @@ class Prefixes:
             self._write_notes(prompts, notes, kept)
 
     def keep(self, tokens: Sequence[int], cache: KvCache) -> None:
-        """Keeps `tokens`, with which the cache begins, as far as the bounds allow."""
+        """Keeps `tokens`, which the cache begins with, as far as the bounds allow."""
         notes = self._read_notes()
         if kept := self._keep(tokens, cache, None, notes):
             self._write_notes(notes.prompts, notes, kept)
@@ -133,50 +133,50 @@ class Prefixes:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _keep(self, tokens: Sequence[int], cache: KvCache, logits: Floats | None, notes: Notes) -> int:
-        """Writes a snapshot if that is worth it and allowed; returns its bytes, 0 for none."""
-        fits = (MOST_BYTES_OF_ONE - snapshot.nbytes(0, cache, self._source)) // cache.token_bytes
+        """Writes a snapshot if that is worthwhile and allowed. Returns its bytes, or 0 if it wrote none."""
+        fits = (MOST_BYTES_OF_ONE - snapshot.nbytes(0, cache, self._origin)) // cache.token_bytes
         if len(tokens) > fits:
             tokens, logits = tokens[:fits], None
-        # a few tokens save little, unless they are all that a pass would be for
+        # a few tokens save little, unless the logits behind them save the whole pass
         if (len(tokens) < RUN and logits is None) or self._has(tokens, cache, logits is not None):
             return 0
-        nbytes = snapshot.nbytes(len(tokens), cache, self._source)
-        # what says that it was written is written too
+        nbytes = snapshot.nbytes(len(tokens), cache, self._origin)
+        # the notes are written too
         if not self._may_write(nbytes + MOST_BYTES_OF_NOTES, notes):
             return 0
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if shutil.disk_usage(self._folder).free < nbytes + FREE_BYTES:
-                self._say(f"{self._folder}: the disk is nearly full; no snapshots are kept")
+                self._say(f"{self._folder}: the disk is nearly full, so no snapshots are kept")
                 return 0
             self._make_room(nbytes)
-            path = self._folder / f"{self._source.key}-{_name(tokens)}.kv"
-            snapshot.save(path, self._source, tokens, cache, logits)
+            path = self._folder / f"{self._origin.key}-{_name(tokens)}.kv"
+            snapshot.save(path, self._origin, tokens, cache, logits)
         except (CannotWrite, OSError) as error:
             self._say(f"no snapshot is kept: {error}")
             return 0
         return nbytes
 
     def _stored(self, cache: KvCache) -> Iterator[_Stored]:
-        """This bundle's snapshots that look whole."""
-        for path in self._folder.glob(f"{self._source.key}-*.kv"):
+        """This bundle's snapshots whose headers are right."""
+        for path in self._folder.glob(f"{self._origin.key}-*.kv"):
             try:
                 with path.open("rb") as file:
-                    yield _Stored(path, snapshot.read_header(file, self._source, cache))
+                    yield _Stored(path, snapshot.read_header(file, self._origin, cache))
             except FileNotFoundError:
-                continue  # another process was faster
+                continue  # another process removed it
             except (BadSnapshot, OSError) as error:
                 self._drop(path, error)
 
     def _has(self, tokens: Sequence[int], cache: KvCache, whole: bool) -> bool:
-        """Whether another snapshot of `tokens` would give hardly more than those that there are."""
+        """Whether the snapshots that exist give all of `tokens` but a few, and if `whole` the logits behind them."""
         headers = [s.header for s in self._stored(cache)]
         if whole:
             return any(h.answers(tokens) for h in headers)
         return any(h.usable(tokens) > len(tokens) - RUN for h in headers)
 
     def _make_room(self, nbytes: int) -> None:
-        """Removes the snapshots that were used longest ago, until so many bytes more are within the bounds."""
+        """Removes the snapshots that were used longest ago, until there is room for `nbytes` more."""
         self._sweep()
         found = sorted((s.st_mtime_ns, s.st_size, p) for p in self._folder.glob("*.kv") if (s := _stat(p)))
         total, count = sum(size for _, size, _ in found), len(found)
@@ -187,10 +187,10 @@ class Prefixes:
             total, count = total - size, count - 1
 
     def _sweep(self) -> None:
-        """Removes what a process has left that was killed while it wrote: its snapshot may never be made again."""
+        """Removes the temporary files of processes that were killed while they wrote."""
         for left in self._folder.glob(".*.kv.*.partial"):
             owner = left.name.split(".")[-2]
-            # this one writes nothing now
+            # this process is not writing now
             if owner.isdigit() and (int(owner) == os.getpid() or not Path(f"/proc/{owner}").exists()):
                 left.unlink(missing_ok=True)
 
@@ -204,10 +204,10 @@ class Prefixes:
         except OSError as reason:
             self._say(f"{path}: {error}; it cannot be removed: {reason.strerror}")
             return
-        log.warning("%s: %s; it is made again when it is needed", path, error)
+        log.warning("%s: %s; removed, and made again when it is needed", path, error)
 
     def _say(self, text: str) -> None:
-        """Logs a text, but not again and again."""
+        """Logs a text the first time."""
         if text not in self._said:
             log.warning("%s", text)
         self._said.add(text)
@@ -221,7 +221,7 @@ class Prefixes:
         return notes if notes.day == today else Notes(prompts=notes.prompts, day=today)
 
     def _write_notes(self, prompts: list[Noted], before: Notes, kept: int) -> None:
-        """Writes which prompts were asked, and that a snapshot of so many bytes was written since."""
+        """Writes which prompts were asked. `kept` bytes of a snapshot were written since `before` was read."""
         notes = Notes(prompts=prompts, day=before.day, written=before.written + kept)
         nbytes = len(msgspec.json.encode(notes))
         if not kept and not self._may_write(nbytes, before):
@@ -236,15 +236,15 @@ class Prefixes:
             self._say(f"no snapshot is kept: {error}")
 
     def _may_write(self, nbytes: int, notes: Notes) -> bool:
-        """Whether so many bytes more are within the day's bound."""
+        """Whether `nbytes` more are within the day's bound."""
         if notes.written + nbytes <= MOST_BYTES_A_DAY:
             return True
-        self._say(f"{self._folder}: {MOST_BYTES_A_DAY >> 20} MiB were written today; no more until tomorrow")
+        self._say(f"{self._folder}: {MOST_BYTES_A_DAY >> 20} MiB were written today; no more are until tomorrow")
         return False
 
 
 def _goes_on(earlier: Noted, later: Noted) -> bool:
-    """Whether a prompt is another with more behind it."""
+    """Whether the later prompt is the earlier one with more behind it."""
     n = len(earlier.tokens)
     return earlier.source == later.source and n < len(later.tokens) and later.tokens[:n] == earlier.tokens
 

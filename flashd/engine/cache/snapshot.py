@@ -1,4 +1,4 @@
-"""A snapshot: a file with the keys and values of a text's first tokens, from which a later process goes on.
+"""A snapshot: a file with the keys and values of a text's first tokens. A later process can go on from it.
 
     0   8  magic
     8   4  version             uint32, little endian as everything here
@@ -6,11 +6,11 @@
     16  8  header digest       XXH3-64 of that JSON
     24  8  file length         bytes of the whole file
     32     header              JSON, see Header
-           runs                of 16 tokens, the last may have fewer: for each layer the keys, then the values, of
-                               each head [tokens, head dim] float32
-           logits              float32 [V] behind the last token, where they are kept
+           runs                of 16 tokens each, the last may have fewer: for each layer the keys, then the values,
+                               of each head [tokens, head dim] float32
+           logits              [V] float32 behind the last token, if the header says so
 
-A run is what is checked, and so read, as one, straight into the cache.
+Each run has a checksum. A run is read whole, straight into the cache.
 """
 
 from __future__ import annotations
@@ -44,56 +44,56 @@ class BadSnapshot(DataError):
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a snapshot is made of: a bundle, by a version of flashd, which might compute otherwise than the next."""
+class Origin:
+    """The bundle and the version of flashd that a snapshot comes from. Another version might compute otherwise."""
 
-    key: str
-    vocabulary: int
+    key: str  # 16 hexadecimal digits of a digest of both
+    vocabulary: int  # V
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Source:
+    def of(cls, bundle: Bundle) -> Origin:
         key = digest(f"{VERSION} {flashd.__version__} {bundle.digest:016x}".encode())
         return cls(f"{key:016x}", bundle.header.model.vocabulary)
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a snapshot says of itself."""
+class SnapshotHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The JSON header of a snapshot."""
 
-    source: str
+    source: str  # Origin.key
     tokens: list[int]
     checksums: list[int]  # XXH3-64 of each run, then of the logits
     logits: bool
 
     def usable(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens can be had: those of whole runs, or all that there are."""
+        """How many of the prompt's first tokens the snapshot gives: those of whole runs, or all of its own."""
         n = shared(self.tokens, prompt)
         return n if n == len(self.tokens) else n // RUN * RUN
 
     def answers(self, prompt: Sequence[int]) -> bool:
-        """Whether what follows the prompt can be had, with no pass at all."""
+        """Whether the snapshot has the logits behind the prompt, so that no pass is needed."""
         return self.logits and self.tokens == list(prompt)
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """How many tokens two texts have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def nbytes(tokens: int, cache: KvCache, source: Source) -> int:
-    """Bytes of a snapshot, logits included, without its header."""
-    return tokens * cache.token_bytes + 4 * source.vocabulary
+def nbytes(tokens: int, cache: KvCache, origin: Origin) -> int:
+    """Bytes of a snapshot of so many tokens with logits, without its header."""
+    return tokens * cache.token_bytes + 4 * origin.vocabulary
 
 
-def save(path: Path, source: Source, tokens: Sequence[int], cache: KvCache, logits: Floats | None) -> None:
-    """Writes the cache's first tokens, which are `tokens`, and the logits [V] behind them if they are to be kept.
+def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logits: Floats | None) -> None:
+    """Writes keys and values of `tokens`, which the cache begins with, and the logits [V] behind them if given.
 
     Raises CannotWrite.
     """
     data = list(_pieces(len(tokens), cache))
     if logits is not None:
         data.append([logits])
-    header = Header(
-        source=source.key, tokens=list(tokens), checksums=[_checksum(run) for run in data], logits=logits is not None
+    header = SnapshotHeader(
+        source=origin.key, tokens=list(tokens), checksums=[_checksum(run) for run in data], logits=logits is not None
     )
     body = msgspec.json.encode(header)
     length = PREFIX.size + len(body) + sum(piece.nbytes for run in data for piece in run)
@@ -106,8 +106,11 @@ def save(path: Path, source: Source, tokens: Sequence[int], cache: KvCache, logi
         new.publish()
 
 
-def read_header(file: BufferedReader, source: Source, cache: KvCache) -> Header:
-    """The header of an open file, whose size is then right; the file stands behind it. Raises BadSnapshot."""
+def read_header(file: BufferedReader, origin: Origin, cache: KvCache) -> SnapshotHeader:
+    """Reads the header of an open file and checks the file's size. The runs come next in the file.
+
+    Raises BadSnapshot.
+    """
     prefix = Prefix.read(file.read(PREFIX.size), MAGIC)
     if prefix is None:
         raise BadSnapshot("not a snapshot")
@@ -117,29 +120,29 @@ def read_header(file: BufferedReader, source: Source, cache: KvCache) -> Header:
     if digest(body) != prefix.digest:
         raise BadSnapshot("the header is damaged")
     try:
-        header = msgspec.json.decode(body, type=Header)
+        header = msgspec.json.decode(body, type=SnapshotHeader)
     except NOT_JSON as error:
         raise BadSnapshot(f"the header does not make sense: {error}") from error
-    if header.source != source.key:
-        raise BadSnapshot("it is of another bundle")
+    if header.source != origin.key:
+        raise BadSnapshot("it belongs to another bundle or another version of flashd")
     start, tokens = file.tell(), len(header.tokens)
-    right = start + tokens * cache.token_bytes + 4 * source.vocabulary * header.logits
+    right = start + tokens * cache.token_bytes + 4 * origin.vocabulary * header.logits
     there = file.seek(0, 2)
     file.seek(start)
     if not there == prefix.file_length == right or len(header.checksums) != -(-tokens // RUN) + header.logits:
-        raise BadSnapshot(f"{there} bytes of {prefix.file_length}, and its tokens need {right}")
+        raise BadSnapshot(f"it has {there} bytes of {prefix.file_length}, and its tokens need {right}")
     return header
 
 
-def restore(path: Path, source: Source, prompt: Sequence[int], cache: KvCache) -> Floats | None:
-    """Reads on from the cache's tokens, which are the prompt's first, as far as the snapshot goes.
+def restore(path: Path, origin: Origin, prompt: Sequence[int], cache: KvCache) -> Floats | None:
+    """Fills the cache with the prompt's tokens behind those that it has, as far as the snapshot goes.
 
-    Returns the logits [V] behind the prompt where the snapshot is of it all and has them.
+    Returns the logits [V] behind the prompt, if the snapshot has all of the prompt and the logits; else None.
 
-    Raises BadSnapshot, OSError; the cache then counts what came before what is wrong.
+    Raises BadSnapshot, OSError. The cache then counts the tokens that came before the fault.
     """
     with path.open("rb") as file:
-        header = read_header(file, source, cache)
+        header = read_header(file, origin, cache)
         stop, start = header.usable(prompt), cache.length // RUN * RUN
         cache.truncate(start)
         cache.reserve(stop)
@@ -151,13 +154,13 @@ def restore(path: Path, source: Source, prompt: Sequence[int], cache: KvCache) -
             cache.advance(end - at)
         if not header.answers(prompt):
             return None
-        logits = np.empty(source.vocabulary, np.float32)
+        logits = np.empty(origin.vocabulary, np.float32)
         _fill(file, [logits], header.checksums[-1], "the logits")
         return logits
 
 
 def _pieces(tokens: int, cache: KvCache) -> Iterator[list[Floats]]:
-    """The cache's memory, run by run."""
+    """The cache's memory of the first `tokens` tokens, run by run."""
     for at in range(0, tokens, RUN):
         yield list(cache.parts(at, min(at + RUN, tokens)))
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The texts that grow together: what of them is in the KV cache, and the passes that they share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from flashd.bundle.row_kinds import Floats
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.cache.snapshot import RUN, shared
-from flashd.engine.decoding.beside import Beside
+from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.drafts import BEAM, Draft, Pace, Trees, lookup
 from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Guessed, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
-from flashd.engine.model.branches import Branches, Slots, behind
+from flashd.engine.model.branches import Branches, CacheSlots, behind
 from flashd.engine.model.contract import Meanwhile, Model, OnStep, silent
 from flashd.engine.model.sizes import NODES
 from flashd.errors import PromptTooLong, UsageError
@@ -25,22 +25,22 @@ from flashd.errors import PromptTooLong, UsageError
 
 @dataclass
 class Conversation:
-    """The texts that grow, and the tokens whose keys and values the cache keeps between them, so that a chat pays
-    only for what is new.
+    """The texts that grow, and the last text's tokens, whose keys and values stay in the cache.
 
-    With `prefixes`, what prompts often begin with is in files too, and outlives the process.
+    So the next turn of a chat computes only what is new. With `prefixes`, what prompts often begin with is kept in
+    files too and outlives the process.
     """
 
     model: Model
     prefixes: Prefixes | None = None
-    tokens: list[int] = field(default_factory=list)  # of the last text, when none grows
-    lines: list[Line] = field(default_factory=list)
-    _asked: list[int] = field(default_factory=list)  # the last prompt, with which `tokens` begins
-    _behind: Floats | None = None  # [V] logits behind it
-    _goes_on: bool = False  # it begins with the one before it: a chat
-    _learnt: bool = True
+    tokens: list[int] = field(default_factory=list)  # those of the last text that are in the cache, when none grows
+    lines: list[Line] = field(default_factory=list)  # the texts that grow
+    _asked: list[int] = field(default_factory=list)  # the last prompt, which `tokens` begins with
+    _behind: Floats | None = None  # [V] logits behind the last prompt
+    _goes_on: bool = False  # whether the last prompt begins with the one before it, as in a chat
+    _learnt: bool = True  # whether `prefixes` has been told of the last prompt
     _pace: Pace = field(default_factory=Pace)
-    _ahead: Guessed | None = None  # made for the next pass while the last one was still waited for
+    _ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
 
     def begin(
         self,
@@ -52,10 +52,20 @@ class Conversation:
         figures: Figures,
         drafts: bool = True,
     ) -> Line:
-        """A text that grows from now on, beside the others if there are any: ask `fits` first. End it.
+        """Starts a text. Others may be growing: ask `fits` first. Call `end` when it is done.
 
-        It grows up to an end token, `limit` or a full context. What of the prompt is in the cache already is not
-        computed again. Raises UsageError where the prompt is empty or leaves no room in the context.
+        The text grows up to an end token, `limit` tokens or a full context. Tokens of the prompt that are in the
+        cache already are not computed again.
+
+        Args:
+            prompt: the tokens that the text begins with.
+            sampler: draws the text's tokens.
+            limit: the most tokens that follow the prompt.
+            eos: the tokens that end the text.
+            figures: is filled with what the text costs.
+            drafts: whether guesses are made for it.
+
+        Raises UsageError if the prompt is empty, PromptTooLong if it leaves no room in the context.
         """
         self._check(prompt)
         room = self.model.cache.context - len(prompt)
@@ -63,7 +73,7 @@ class Conversation:
             limit, figures.finish = room, "context"
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
         if self.lines:
-            # held from now on: the text that it is shared with may end before the next pass
+            # from now on it holds what it shares with another text, which may end before the next pass
             line.found(self._shared(prompt))
         else:
             logits = self._recall(prompt, figures)
@@ -75,7 +85,7 @@ class Conversation:
         return line
 
     def fits(self, prompt: Sequence[int], limit: int) -> bool:
-        """Whether a text may grow beside those that do, and all have room for what they may say."""
+        """Whether one more text may grow, and the context has room for all that each may still say."""
         if not self.lines:
             return True
         free = self.model.cache.context - self.model.cache.length - sum(line.to_come for line in self.lines)
@@ -86,7 +96,10 @@ class Conversation:
         )
 
     def end(self, line: Line) -> None:
-        """A text grows no more. The cache lets go of what no other shares; of the last it has just what was said."""
+        """Takes a text out of those that grow. The cache forgets what no other text shares.
+
+        If it was the last, the cache keeps all of its tokens that went through the model.
+        """
         self.lines.remove(line)
         if self.lines:
             self._settle()
@@ -97,10 +110,10 @@ class Conversation:
             self._asked, self._behind = [], None
 
     def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Line, int]]:
-        """One pass for all texts, and the tokens that each has from it, as they are drawn. Close it.
+        """Runs one pass for all texts and yields the tokens of each as they are drawn. Close the generator.
 
-        Where the logits behind a prompt are known, its first token comes before the pass. Set `done` of a text that
-        should say no more. Raises CardError, DamagedRun; all texts are then as they were.
+        If the logits behind a prompt are known already, its first token comes before the pass. Set `done` of a text
+        that should say no more. Raises CardError, DamagedRun; all texts are then as they were.
         """
         for line in self.lines:
             if line.behind is not None and not line.done:
@@ -115,23 +128,24 @@ class Conversation:
                 self._settle()
 
     def logits(self, tokens: Sequence[int], figures: Figures, on_step: OnStep = silent) -> Floats:
-        """Logits [V] behind `tokens`; what of them is in the cache already is not computed again.
+        """Logits [V] behind `tokens`. Those of the tokens that are in the cache already are not computed again.
 
-        Raises UsageError where they do not fit in the context; CardError, DamagedRun.
+        Raises PromptTooLong if they do not fit in the context; CardError, DamagedRun.
         """
         line = self.begin(tokens, Sampler(Sampling()), limit=1, eos=(), figures=figures)
         try:
             while line.behind is None:
                 for _ in self.go_on(on_step):
-                    """A prompt says nothing."""
+                    """While a prompt is read no token is drawn."""
             return line.behind
         finally:
             self.end(line)
 
     def remember(self, leaving: bool = False) -> None:
-        """Writes to the card what of the last prompt is likely to come again; `leaving`: of a chat all that was said.
+        """Writes to the card that part of the last prompt which is likely to come again.
 
-        Call it when nobody waits for an answer.
+        If `leaving`, a chat is written in full, since its next turn will begin with it. Call this when nobody waits
+        for an answer.
         """
         if self.prefixes is None or self._behind is None:
             return
@@ -148,9 +162,10 @@ class Conversation:
             raise PromptTooLong(len(prompt), self.model.cache.context - 1)
 
     def _recall(self, prompt: Sequence[int], figures: Figures) -> Floats | None:
-        """Leaves in the cache what `prompt` begins with, from RAM or a snapshot.
+        """Keeps in the cache, or reads from a snapshot, as much of the beginning of `prompt` as there is.
 
-        Returns the logits [V] behind the prompt where they are known; else its last token is left to compute.
+        Returns the logits [V] behind the prompt. If they are not known it returns None, and the cache lacks at least
+        the prompt's last token.
         """
         prompt, cache, asked = list(prompt), self.model.cache, self._asked
         logits = self._behind if asked == prompt else None
@@ -167,8 +182,8 @@ class Conversation:
             self.tokens[:] = prompt[: cache.length]
         return logits
 
-    def _shared(self, prompt: Sequence[int]) -> Slots:
-        """Where the cache has what `prompt` begins with, as a text that grows does, but not its last token."""
+    def _shared(self, prompt: Sequence[int]) -> CacheSlots:
+        """The slots of the longest beginning that `prompt`, without its last token, shares with a text that grows."""
         most = NO_SLOTS
         for line in self.lines:
             same = shared(line.tokens[: len(line.slots)], prompt[:-1])
@@ -176,12 +191,12 @@ class Conversation:
         return most
 
     def _is_read(self, line: Line, logits: Floats) -> None:
-        """The logits [V] behind a prompt are known."""
+        """Notes that a prompt has been read, and the logits [V] behind it."""
         line.read(logits)
         self._asked, self._behind, self._learnt = list(line.tokens), logits, False
 
     def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
-        """The next part of prompts is read; texts that speak go on as far as their drafts were right."""
+        """Runs a pass: it reads the next part of prompts, and the other texts go on as far as guesses are right."""
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
         chunks = self._chunks(reading, self.model.pass_tokens - (NODES if speaking else 0))
         past = self.model.cache.length
@@ -195,14 +210,14 @@ class Conversation:
             if not line.pending:
                 self._is_read(line, logits[i])
         for text, line in enumerate(speaking):
-            # not before its turn: who listens may go away, and a text of which nothing was drawn is then as it was
+            # not earlier: the caller may stop in between, and a text that nothing was drawn of must be as it was
             line.append(past + trees.root(text))
             yield from self._walk(line, trees, trees.root(text), past, logits)
 
     def _chunks(self, reading: Sequence[Line], most: int) -> list[tuple[Line, list[int]]]:
-        """The next tokens of prompts, `most` in all."""
+        """The next tokens of each prompt, `most` in all."""
         chunks = []
-        # GroupQueryAttention does without the positions of tokens that nothing is behind: takes their slots for them
+        # with an empty cache GroupQueryAttention takes slots for positions, so only one prompt is read then
         for line in reading if self.model.cache.length else reading[:1]:
             if not len(line.slots):
                 line.found(self._shared(line.tokens))
@@ -212,7 +227,7 @@ class Conversation:
         return chunks
 
     def _walk(self, line: Line, trees: Trees, node: int, past: int, logits: Floats) -> Iterator[tuple[Line, int]]:
-        """What a text says from `node` of its tree on, the logits [T, V] behind each of whose nodes are known."""
+        """Draws a text's tokens from `node` of its tree on, as long as they are in the tree. logits: [T, V]."""
         while not line.done and (token := line.draw(logits[node])) is not None:
             yield line, token
             child = trees.child(node, token)
@@ -228,7 +243,7 @@ class Conversation:
             node = child
 
     def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
-        """What the next pass checks: what each text said last, and guesses at what follows, `most` nodes in all."""
+        """The trees that the next pass checks, up to `most` nodes: each text's last token and guesses behind it."""
         started = time.perf_counter()
         guessed, self._ahead = self._ahead, None
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
@@ -241,20 +256,23 @@ class Conversation:
         return trees
 
     def _guesses(self, ends: Sequence[End], most: int) -> Guessed:
-        """What may follow texts, `most` nodes in all."""
-        rooms = [end.room if self.model.pages else 0 for end in ends]
+        """Guesses at what follows each of some texts, up to `most` nodes in all."""
+        rooms = [end.room if self.model.shares_reads else 0 for end in ends]
         draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust)
         looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
         for text, found in enumerate(looked_up):
             draft.follow(text, found, self._pace.looked_up)
-        # where there may be no trees, what was looked up is not mixed with other guesses
+        # if there may be no trees, what was looked up is not mixed with other guesses
         if self.model.drafts and (self.model.branches or not any(looked_up)):
             self._draft_from_ram(draft, [end.slots for end in ends], most)
         return Guessed([list(end.tokens) for end in ends], draft, looked_up)
 
     @contextmanager
     def _drafting_ahead(self, speaking: Sequence[Line], trees: Trees, past: int, likely: Floats) -> Iterator[None]:
-        """Drafts for the next pass, for texts as they will be if likely tokens [T, n] are drawn."""
+        """Makes guesses for the next pass while the block waits for the card.
+
+        They are for the texts as they will be if this pass draws tokens of the first n. likely: logits [T, n].
+        """
         ends = [
             line.foreseen(trees, trees.root(text), past, likely[: len(trees.tokens)])
             for text, line in enumerate(speaking)
@@ -264,12 +282,12 @@ class Conversation:
         if len(known) < len(ends) or most <= len(ends):
             yield
             return
-        with Beside(lambda: self._guesses(known, most)) as drafting:
+        with Background(lambda: self._guesses(known, most)) as drafting:
             yield
         self._ahead = drafting.result
 
-    def _draft_from_ram(self, draft: Draft, texts: Sequence[Slots], most: int) -> None:
-        """Lets a draft grow behind texts by what RAM alone says. The cache is left as it was."""
+    def _draft_from_ram(self, draft: Draft, texts: Sequence[CacheSlots], most: int) -> None:
+        """Adds guesses of the model's `draft` to a draft, as long as that pays. The cache is left as it was."""
         steps, length, at_once = 0, self.model.cache.length, max(BEAM, len(texts))
         while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
             started = time.perf_counter()
@@ -282,14 +300,14 @@ class Conversation:
     def _forward(
         self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
     ) -> Floats:
-        """Logits [R, V] behind each node of the trees and each chunk, which stand behind their texts."""
+        """Logits [R, V] behind each node of the trees, then behind the last token of each chunk."""
         lines = [*speaking, *(line for line, _ in chunks)]
         tokens, parents, wanted = list(trees.tokens), list(trees.parents), list(range(len(trees.tokens)))
         for text, (_, chunk) in enumerate(chunks, len(speaking)):
             parents += [behind(text), *range(len(tokens), len(tokens) + len(chunk) - 1)]
             tokens += chunk
             wanted.append(len(tokens) - 1)
-        # one token behind the other, and behind all that is in the cache, is what every model takes
+        # every model takes tokens that form one line behind all that is in the cache
         in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
         branches = None if in_line else Branches([line.slots for line in lines], parents)
         started, waited = time.perf_counter(), self.model.card.waited
@@ -308,7 +326,7 @@ class Conversation:
         return np.asarray(logits, np.float32)
 
     def _settle(self) -> None:
-        """Takes what no text has said out of the cache."""
+        """Removes from the cache the tokens that are in no text."""
         kept = np.unique(np.concatenate([line.slots for line in self.lines]))
         self.model.cache.keep(kept)
         for line in self.lines:

@@ -1,7 +1,7 @@
 """Decisions: which of a few texts the model would answer, and how likely each is.
 
-The choices' tokens make a tree. Only where it forks does the model have a say, so that is all it is asked: two
-choices that differ in their first token cost no pass beyond the prompt's own.
+The tokens of the choices form a tree. The model is asked only at its forks, where more than one token is possible.
+Two choices that differ in their first token cost no pass beyond the prompt's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flashd.errors import UsageError
 MOST_CHOICES = 64
 
 Choices = Mapping[str, Sequence[int]]
-"""Each choice and its tokens."""
+"""The text of each choice -> its tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,25 @@ class Decision:
 def decide(
     logits: Callable[[Sequence[int]], Floats], choices: Choices, end: int, temperature: float, seed: int | None
 ) -> Decision:
-    """Draws one of `choices`; temperature 0 takes the likeliest.
+    """Draws one of `choices`. Temperature 0 takes the likeliest.
 
-    A choice's probability is the product, over the forks on its way, of the softmax over the fork's own tokens.
+    The probability of a choice is a product over the forks on its way: at each, the softmax over the tokens that are
+    possible there.
 
     Args:
-        logits: what gives the logits [V] behind the prompt and these tokens.
-        end: the token that ends an answer, so that "no" is not taken for the beginning of "not now".
+        logits: called with tokens, gives the logits [V] behind the prompt and these tokens.
+        choices: what may be answered.
+        end: the token that ends an answer. It tells "no" from the beginning of "not now".
+        temperature: 0 or more.
+        seed: of the random draw; None draws anew each time.
 
-    Raises UsageError for fewer than two choices, more than MOST_CHOICES, or two of the same tokens.
+    Raises UsageError for fewer than two choices, more than MOST_CHOICES, or two with the same tokens.
     """
     if not 2 <= len(choices) <= MOST_CHOICES:
-        raise UsageError(f"{len(choices)} choices; allowed is 2 to {MOST_CHOICES}")
+        raise UsageError(f"{len(choices)} choices; allowed are 2 to {MOST_CHOICES}")
     ends = {name: (*tokens, end) for name, tokens in choices.items()}
     if len(set(ends.values())) < len(ends):
-        raise UsageError("two choices are the same")
+        raise UsageError("two choices are the same; make them differ")
     p = _spread(logits, ends, 0)
     names, values = list(p), np.array(list(p.values()))
     if temperature == 0:
@@ -58,7 +62,7 @@ def decide(
 def _spread(
     logits: Callable[[Sequence[int]], Floats], choices: Mapping[str, tuple[int, ...]], depth: int
 ) -> dict[str, float]:
-    """The probability of each choice, given that their first `depth` tokens, which they share, were said."""
+    """The probability of each of `choices`, given the first `depth` tokens, which they share."""
     if len(choices) == 1:
         return dict.fromkeys(choices, 1.0)
     branches: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -67,7 +71,7 @@ def _spread(
     if len(branches) == 1:
         return _spread(logits, choices, depth + 1)
     said = next(iter(choices.values()))[:depth]
-    p = _softmax(logits(said)[list(branches)].astype(np.float64))
+    p = _softmax(logits(said)[list(branches)].astype(np.float64))  # [branches]
     return {
         name: float(share) * inner
         for share, branch in zip(p, branches.values(), strict=True)

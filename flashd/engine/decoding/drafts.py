@@ -1,9 +1,10 @@
-"""What to draft for the next pass over the card, and how much.
+"""Drafts: the guesses that the next pass over the card checks.
 
-When reading is the cost, a pass that checks sixteen tokens costs what one costs. What followed the same words earlier
-in the text is free to try; guesses from RAM are cheap, for several tokens at once hardly more than for one. So drafts
-grow as trees where they are likeliest to be right, as long as that makes more tokens a second. Of several texts that
-share a pass each has its tree, and grows where all of them are.
+If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. There are two
+kinds of guesses. What followed the same words earlier in the text costs nothing to try. Guesses made from the weights
+in RAM are cheap, and for several tokens at once they cost hardly more than for one. So guesses form trees, which grow
+at the nodes that are likeliest to be right, as long as that makes more tokens a second. Texts that share a pass have
+a tree each.
 """
 
 from __future__ import annotations
@@ -16,52 +17,52 @@ from flashd.engine.model.contract import Guesses
 from flashd.engine.model.sizes import NODES
 
 BEAM = 3
-"""Tokens that guesses are made behind at once: their weights are widened for all of them together."""
+"""Nodes that a step of drafting makes guesses behind: the weights are widened once for all of them."""
 
 STEPS = 4
-"""Steps of drafting before any was measured."""
+"""Steps of drafting for a pass, until their cost has been measured."""
 
-MEMORY = 0.9
-"""How much of a running mean stays when something new is measured."""
+MEAN_DECAY = 0.9
+"""The part of a running mean that stays when something new is measured."""
 
 STEP, LEAST_TRUST = 0.05, 0.1
-"""How far a promise that was kept or broken moves the trust in the next, and how far it falls."""
+"""How far a guess that was right or wrong moves the trust in the next, and the least trust."""
 
 PROBE = 16
-"""Passes without a draft after which one is tried again: the text may have become easier."""
+"""After so many passes without guesses from RAM they are tried again: the text may have become easier."""
 
 LONGEST, SHORTEST = 4, 2
-"""Tokens at the end of a text that are looked for earlier in it, the longest run first."""
+"""How many tokens at the end of a text are looked for earlier in it: first LONGEST, then fewer."""
 
 
 @dataclass(frozen=True)
 class Trees:
-    """Tokens that a pass checks: behind each text what was said last, a root, and guesses at what follows.
+    """The tokens that a pass checks, as one tree for each text. Its root is the text's last token.
 
-    A text's root has the parent `behind(text)`, other nodes have earlier ones.
+    The root of a text has the parent `behind(text)`. The parent of every other node is an earlier node.
     """
 
     tokens: list[int]
     parents: list[int]
-    odds: list[float]  # of each node, that it and all before it are right
+    odds: list[float]  # of each node: the probability that it and all nodes on the way to it are right
 
     def root(self, text: int) -> int:
-        """The node that stands behind a text."""
+        """The node of a text's last token."""
         return self.parents.index(behind(text))
 
     def guesses(self, text: int) -> int:
-        """How many of the nodes are guesses at what follows a text."""
+        """How many nodes are guesses at what follows a text."""
         texts: list[int] = []
         for parent in self.parents:
             texts.append(texts[parent] if parent >= 0 else ~parent)
         return texts.count(text) - 1
 
     def child(self, node: int, token: int) -> int | None:
-        """The node that says `token` behind `node`."""
+        """The child of `node` that is `token`; None if `token` was not guessed."""
         return next((i for i in self._children(node) if self.tokens[i] == token), None)
 
     def promised(self, node: int) -> float:
-        """How likely what follows `node` is among the guesses at it, by their odds."""
+        """The probability, by their odds, that what follows `node` is among its children."""
         return sum(self.odds[i] for i in self._children(node)) / self.odds[node]
 
     def _children(self, node: int) -> Iterator[int]:
@@ -69,58 +70,63 @@ class Trees:
 
 
 class Draft:
-    """Trees of guesses, one behind each text, that grow where they are likeliest to be right.
+    """Trees of guesses, one for each text. They grow at the nodes that are likeliest to be right.
 
-    A node's odds are those of all on the way to it together, so that no node is likelier than its parent: the best of
-    them are trees again. That a draft's own odds tell how often it is right was found for EAGLE-2 (arXiv 2406.16858,
-    section 4); here, where neurons are missing, it is too sure, and `trust` is what its odds are worth.
+    The odds of a node include those of its parent. So no node is likelier than its parent, and the likeliest nodes
+    form trees again. EAGLE-2 (arXiv 2406.16858, section 4) found that a draft's odds tell how often it is right. Here
+    neurons are missing, so the odds are too high: they are multiplied by `trust`.
+
+    Args:
+        said: the last token of each text.
+        rooms: how many tokens may follow it, for each text.
+        trust: what the odds of guesses from RAM are multiplied by.
     """
 
     def __init__(self, said: Sequence[int], rooms: Sequence[int], trust: float) -> None:
-        """`said`: the last token of each text; `rooms`: how many may follow it at most."""
         self._trust = trust
         self._tokens, self._parents, self._odds = list(said), [behind(i) for i in range(len(said))], [1.0] * len(said)
-        self._rooms = list(rooms)  # behind each node
-        self._known: dict[tuple[int, int], int] = {}  # nodes by their parents and tokens
-        self._drafted: list[int] = []  # nodes whose successors were guessed at, in order
+        self._rooms = list(rooms)  # of each node: how many tokens may follow it
+        self._known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        self._drafted: list[int] = []  # nodes that guesses were made behind, in order
 
     def follow(self, text: int, found: Sequence[int], odds: float) -> None:
-        """Adds a chain behind a text, each of its tokens right with these odds if the one before it is."""
+        """Adds a chain of tokens behind a text. `odds` is the probability of each if the one before it is right."""
         node = text
         for token in found:
             node = self._add(node, token, odds)
 
     def likeliest(self, most: int) -> list[int]:
-        """Up to `most` nodes behind which there is room and nothing was guessed yet."""
+        """The likeliest nodes, up to `most`, that guesses can be made behind and were not yet."""
         open_ = (i for i in range(len(self._tokens)) if i not in self._drafted and self._rooms[i] > 0)
         return sorted(open_, key=lambda i: -self._odds[i])[:most]
 
     def asked(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
-        """(their tokens, the parents of all that was drafted before and of these) as a model drafts them."""
+        """The arguments of Model.draft for `nodes`: (their tokens, the parents of all drafted nodes and of these)."""
         order = [*self._drafted, *nodes]
         return [self._tokens[i] for i in nodes], self._parents_in(order)
 
     def grow(self, nodes: Sequence[int], guesses: Guesses) -> None:
-        """Adds the guesses behind `nodes`."""
+        """Adds guesses behind each of `nodes` and marks these as drafted."""
         for i, tokens, odds in zip(nodes, guesses.tokens.tolist(), guesses.odds.tolist(), strict=True):
             for token, each in zip(tokens, odds, strict=True):
                 self._add(i, token, self._trust * each)
         self._drafted += nodes
 
     def trees(self, most: int) -> Trees:
-        """The likeliest nodes."""
+        """The `most` likeliest nodes."""
         best = self._best(most)
         return Trees([self._tokens[i] for i in best], self._parents_in(best), [self._odds[i] for i in best])
 
     def expected(self, most: int) -> float:
-        """Tokens that a pass over the likeliest nodes gives, by their odds."""
+        """How many tokens a pass over the `most` likeliest nodes gives, by their odds."""
         return sum(self._odds[i] for i in self._best(most))
 
     def odds(self, nodes: Sequence[int]) -> float:
+        """The sum of the odds of `nodes`."""
         return sum(self._odds[i] for i in nodes)
 
     def _parents_in(self, order: Sequence[int]) -> list[int]:
-        """The parents of nodes, which are in `order` too."""
+        """The parents of nodes as their places in `order`, which has the parents too."""
         place = {node: i for i, node in enumerate(order)}
         return [place.get(self._parents[node], self._parents[node]) for node in order]
 
@@ -141,12 +147,12 @@ class Draft:
 
 
 def lookup(tokens: Sequence[int], most: int) -> list[int]:
-    """Up to `most` tokens that followed where `tokens` last ended as they end now (prompt-lookup decoding).
+    """Up to `most` tokens that followed the last earlier place where the text read as it ends now.
 
-    Texts repeat themselves: names, code, what a question said and its answer says again.
+    This is prompt-lookup decoding. Texts repeat names and code, and answers repeat their questions.
     """
     if most < 1:
-        return []  # models that do not page ask so for every token
+        return []  # models that fit in RAM ask this for every token
     for n in range(LONGEST, SHORTEST - 1, -1):
         end = list(tokens[-n:])
         for at in range(len(tokens) - n - 1, -1, -1):
@@ -156,24 +162,26 @@ def lookup(tokens: Sequence[int], most: int) -> list[int]:
 
 
 class Pace:
-    """Running means of what a step of drafting and a pass cost (seconds), and of how often guesses are right."""
+    """Running means: the seconds that a step of drafting and a pass take, and how often guesses are right.
+
+    The first values stand until something has been measured.
+    """
 
     def __init__(self) -> None:
-        # until this text has told
         self.trust = 0.7
-        """What the odds of guesses from RAM are worth."""
+        """What the odds of guesses from RAM are multiplied by."""
         self.looked_up = 0.5
-        """How often what was looked up is right."""
+        """How often a token that was looked up is right."""
         self._draft: float | None = None
         self._pass: float | None = None
         self._idle = 0
 
     def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
-        """Whether guesses behind `nodes`, after so many steps, make more tokens a second."""
+        """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before."""
         if self._draft is None or self._pass is None:
             return steps < STEPS
         expected = draft.expected(NODES)
-        # of the least likely nodes, as many as come give way to them
+        # as many of the least likely nodes as come anew give way to these
         gain = self.trust * draft.odds(nodes) - (expected - draft.expected(NODES - len(nodes)))
         pays = gain * (self._pass + steps * self._draft) > expected * self._draft
         if not pays and steps == 0:
@@ -190,13 +198,13 @@ class Pace:
         self._pass = _mean(self._pass, seconds)
 
     def measured_guesses(self, right: bool, promised: float) -> None:
-        """What was said was among the guesses, or not; their odds had `promised` it."""
+        """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""
         self.trust = min(max(self.trust + STEP * (right - promised), LEAST_TRUST), 1.0)
 
     def measured_lookup(self, right: bool) -> None:
-        """What was said was looked up, or something else was."""
+        """Says whether the token drawn was the one that was looked up."""
         self.looked_up = _mean(self.looked_up, right)
 
 
 def _mean(old: float | None, new: float) -> float:
-    return new if old is None else MEMORY * old + (1 - MEMORY) * new
+    return new if old is None else MEAN_DECAY * old + (1 - MEAN_DECAY) * new

@@ -1,4 +1,4 @@
-"""One text that grows: its tokens, how it is drawn and when it ends."""
+"""One text that grows: its tokens, how they are drawn, when it ends and what it costs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from flashd.bundle.row_kinds import Floats
 from flashd.engine.decoding.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
-from flashd.engine.model.branches import Slots
+from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.contract import CardStats
 
-NO_SLOTS: Slots = np.empty(0, np.int64)
+NO_SLOTS: CacheSlots = np.empty(0, np.int64)
 
 MOST_TEXTS = 8
-"""That grow together: half of the nodes of a pass are left for guesses."""
+"""The most texts that grow together. Half of the nodes of a pass are left for guesses."""
 
 
 @dataclass
 class Figures:
-    """What one answer cost. Seconds, bytes and counts; a pass that others share counts for each of them."""
+    """What one answer cost, in seconds, bytes and counts. A pass that answers share counts in full for each."""
 
-    prompt_tokens: int = 0  # computed
-    reused_tokens: int = 0  # found in RAM or in a snapshot
-    snapshot_bytes: int = 0  # read of it
+    prompt_tokens: int = 0  # those of the prompt that were computed
+    reused_tokens: int = 0  # those of the prompt that were in RAM or in a snapshot
+    snapshot_bytes: int = 0  # read from snapshots
     tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -40,11 +40,11 @@ class Figures:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
-    finish: str = "length"  # or context, where that is full before; stop, where it came to its own end
+    finish: str = "length"  # or "context" if the context was full; "stop" if the answer came to its own end
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
+        """Tokens of the prompt a second."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
@@ -55,33 +55,43 @@ class Figures:
 
 @dataclass(frozen=True)
 class End:
-    """What a draft goes on from: a text as it stands, or as it is about to."""
+    """The end of a text, which a draft goes on from: as it is now, or as it will be after a pass."""
 
-    tokens: list[int]
-    slots: Slots  # of those that have been through the model
-    room: int  # tokens that may follow
+    tokens: list[int]  # the whole text
+    slots: CacheSlots  # of the tokens that have been through the model
+    room: int  # how many tokens may follow
 
 
 @dataclass(frozen=True)
 class Guessed:
-    """A draft behind each of some texts."""
+    """The draft for some texts."""
 
-    texts: list[list[int]]
+    texts: list[list[int]]  # their tokens
     draft: Draft
-    looked_up: list[list[int]]  # of each text, what followed the same words before
+    looked_up: list[list[int]]  # of each text: what followed the same words earlier in it
 
 
 class Line:
-    """A text that grows: its tokens, and where the cache has those that have been through the model."""
+    """A text that grows: its tokens, and the cache's slots of those that have been through the model.
+
+    Args:
+        prompt: the tokens that it begins with.
+        sampler: draws the tokens that follow.
+        limit: the most tokens that follow the prompt.
+        eos: the tokens that end it.
+        drafts: whether guesses are made for it.
+        figures: is filled with what it costs.
+        card: what the model has read so far.
+    """
 
     def __init__(
         self, prompt: Sequence[int], sampler: Sampler, limit: int, eos: Sequence[int], drafts: bool,
         figures: Figures, card: CardStats,
     ) -> None:  # fmt: skip
         self.tokens, self.figures, self.drafts = list(prompt), figures, drafts
-        self.slots: Slots = NO_SLOTS
+        self.slots: CacheSlots = NO_SLOTS
         self.behind: Floats | None = None  # [V] logits behind the prompt, until a token is drawn from them
-        self.looked_up: list[int] = []  # what should come next, as long as it was right
+        self.looked_up: list[int] = []  # the tokens that should come next, as long as those before were right
         self.done = False
         self._prompt, self._sampler, self._limit, self._eos = len(prompt), sampler, limit, eos
         self._card, self._started = card, time.perf_counter()
@@ -90,6 +100,7 @@ class Line:
 
     @property
     def said(self) -> int:
+        """How many tokens follow the prompt."""
         return len(self.tokens) - self._prompt
 
     @property
@@ -99,27 +110,30 @@ class Line:
 
     @property
     def to_come(self) -> int:
-        """Slots of the cache that it needs yet at the most: the last token said needs none."""
+        """The most slots of the cache that it still needs. Its last token needs none."""
         return self._prompt + self._limit - 1 - len(self.slots)
 
     @property
     def end(self) -> End:
-        """Behind which a draft may go on."""
+        """The text's end as it is now."""
         return self._end_at(self.tokens, self.slots)
 
     def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> End | None:
-        """The end that it will have if a token that is likely is drawn; None where it ends, or that cannot be told.
+        """The text's end as it will be after a pass, if the pass draws tokens of the first n.
+
+        None if the text will be complete, or if its sampler cannot draw ahead.
 
         Args:
-            node: behind which it goes on.
+            trees: what the pass checks.
+            node: the text's root.
             past: the slot of the first node.
-            likely: logits [T, n] of the likely tokens behind each node.
+            likely: logits [T, n] of the first n tokens of the vocabulary, behind each of the T nodes.
         """
         sampler, tokens, slots = self._sampler.twin(), list(self.tokens), [past + node]
         if sampler is None:
             return None
-        # what a penalty looks at may be a token of those that are not known yet
-        logits = np.full(max(likely.shape[1], *tokens) + 1, -np.inf, np.float32)
+        # a repeat penalty may look at tokens of the text that are not among the first n
+        logits = np.full(max(likely.shape[1], *tokens) + 1, -np.inf, np.float32)  # [m], m > n
         child: int | None = node
         while child is not None:
             logits[: likely.shape[1]] = likely[child]
@@ -131,26 +145,26 @@ class Line:
             slots += [] if child is None else [past + child]
         return self._end_at(tokens, np.append(self.slots, slots))
 
-    def _end_at(self, tokens: list[int], slots: Slots) -> End:
+    def _end_at(self, tokens: list[int], slots: CacheSlots) -> End:
         return End(tokens, slots, self._prompt + self._limit - len(tokens) - 1 if self.drafts else 0)
 
-    def found(self, slots: Slots) -> None:
-        """The cache has the prompt's first tokens already."""
+    def found(self, slots: CacheSlots) -> None:
+        """Says that the cache has the prompt's first tokens already, at `slots`."""
         self.slots = slots
         self.figures.reused_tokens, self.figures.prompt_tokens = len(slots), self._prompt - len(slots)
 
     def append(self, *slots: int) -> None:
-        """The next tokens went through the model."""
+        """Says that the next tokens went through the model and are at `slots`."""
         self.slots = np.append(self.slots, slots)
 
     def read(self, logits: Floats) -> None:
-        """The prompt is in the cache, and these are the logits [V] behind it."""
+        """Says that the prompt is in the cache, and gives the logits [V] behind it."""
         self.behind = logits
         self.figures.prefill_seconds = time.perf_counter() - self._started
         self.figures.prefill_card_bytes = self._card.bytes_read - self._before
 
     def draw(self, logits: Floats) -> int | None:
-        """The next token, by logits [V]; None where the text has ended."""
+        """Draws the next token by logits [V]. None if the text has ended."""
         token, f, card = self._sampler.pick(logits, self.tokens), self.figures, self._card
         seconds = time.perf_counter() - self._started
         if self.said == 0:

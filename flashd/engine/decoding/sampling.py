@@ -1,4 +1,4 @@
-"""Logits -> the next token."""
+"""Draws the next token from logits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flashd.bundle.row_kinds import Floats
 from flashd.errors import UsageError
 
 PENALTY_TOKENS = 64
-"""How many of the last tokens the repeat penalty looks at."""
+"""The repeat penalty looks at so many of the last tokens."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. temperature 0 takes the likeliest; top_k 0, top_p 1 and min_p 0 are off.
+    """How a token is drawn. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0, repeat_penalty 1 are off.
 
-    Raises UsageError naming the option that is out of range.
+    Raises UsageError, which names the option that is out of range.
     """
 
     temperature: float = 0.0
@@ -46,15 +46,17 @@ class Sampling:
 
 
 class Constraint(Protocol):
-    """Which tokens may come: a grammar that follows the answer as it is drawn."""
+    """A grammar that follows an answer as it is drawn and says which tokens may come next."""
 
-    def mask(self, logits: Floats) -> Floats: ...
+    def mask(self, logits: Floats) -> Floats:
+        """Logits [V] with minus infinity for the tokens that may not come next."""
 
-    def advance(self, token: int) -> None: ...
+    def advance(self, token: int) -> None:
+        """Is told that `token` was drawn."""
 
 
 class Sampler:
-    """Draws tokens. Filters in llama.cpp's order: penalty, top-k, top-p, min-p, temperature."""
+    """Draws tokens. It filters in llama.cpp's order: penalty, top-k, top-p, min-p, temperature."""
 
     def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
         self._s = sampling
@@ -62,18 +64,18 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def twin(self) -> Sampler | None:
-        """One that draws the same from here on; None where a constraint follows what is drawn."""
+        """A copy that draws the same tokens from here on. None if there is a constraint, which cannot be copied."""
         return None if self._constraint else deepcopy(self)
 
     def pick(self, logits: Floats, recent: Sequence[int]) -> int:
-        """The next token, given logits [V] and the tokens before it. The logits are left as they are."""
+        """Draws the next token, given logits [V] and the tokens before it. It does not change the logits."""
         if self._s.temperature == 0:
             token = int(self._allowed(logits, recent).argmax())
         else:
             ids, probabilities = self.distribution(logits, recent)
-            # in the order of their numbers: that of their odds changes with the last bits of the logits, which
-            # are not the same where other neurons are in RAM, and with it what the same seed draws
-            odds = np.zeros(len(logits))
+            # Draw in the order of the tokens' numbers. The order of their odds depends on the last bits of the
+            # logits, and these on which neurons are in RAM: the same seed would draw something else.
+            odds = np.zeros(len(logits))  # [V]
             odds[ids] = probabilities
             at = int(np.searchsorted(np.cumsum(odds), self._random.random(), side="right"))
             token = min(at, int(ids.max()))
@@ -94,11 +96,12 @@ class Sampler:
         p = _softmax(values)
         keep = np.cumsum(p) - p < s.top_p
         keep &= (p >= s.min_p * p[0]) & (p > 0)
-        # from the largest down: a tiny temperature then makes zeros, not infinities
+        # subtract the largest first: a tiny temperature then makes zeros, not infinities
         p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p
 
     def _allowed(self, logits: Floats, recent: Sequence[int]) -> Floats:
+        """Logits [V] after the penalty and the constraint."""
         logits = self._penalised(logits, recent)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
@@ -112,7 +115,7 @@ class Sampler:
 
 
 def _largest(logits: Floats, k: int) -> npt.NDArray[np.int64]:
-    """The k likeliest tokens in order, all of them for k = 0."""
+    """[k]: the k likeliest tokens by logits [V], likeliest first. k = 0 means all."""
     ids = np.argpartition(-logits, k - 1)[:k] if 0 < k < len(logits) else np.arange(len(logits))
     return ids[np.argsort(-logits[ids], kind="stable")]
 

@@ -1,7 +1,7 @@
-"""Answers that are JSON of a given schema: before each token, only those that can go on to one are allowed.
+"""Answers that follow a JSON schema: at each token, only tokens that can lead to a valid answer are allowed.
 
-The grammar work is the llguidance library's. With a vocabulary of 49,000 tokens it takes 50 MiB, so it is made
-before the plan is, which then counts it.
+The llguidance library does the grammar work. With a vocabulary of 49,000 tokens it takes 50 MiB. So `Schemas` is made
+before the plan, which then counts that memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
 MAX_SCHEMA = 16 << 10
-"""Bytes of a schema."""
+"""The most characters of a schema, as JSON."""
 
 
 class Schemas:
     """Compiles schemas for one bundle.
 
-    Raises InputMissing where llguidance is not installed, DataError where the model has no token to end with.
+    Raises InputMissing if llguidance is not installed, DataError if the model has no token that ends an answer.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -43,11 +43,11 @@ class Schemas:
         give_back_freed_memory()
 
     def compile(self, schema: dict[str, Any]) -> JsonAnswer:
-        """Raises UsageError where the schema is too large or cannot be followed."""
+        """The constraint of one answer. Raises UsageError if the schema is too large or cannot be followed."""
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA:
-            raise UsageError(f"a schema of {len(text)} bytes; allowed is {MAX_SCHEMA}")
-        # no free whitespace: a model that has nothing to say would fill the answer with it
+            raise UsageError(f"a schema of {len(text)} bytes; allowed are {MAX_SCHEMA}")
+        # no free whitespace: a model with nothing to say would fill the answer with it
         options: Any = {"whitespace_flexible": False}
         try:
             grammar = self._library.LLMatcher.grammar_from_json_schema(text, defaults=options)
@@ -60,19 +60,19 @@ class Schemas:
 
 
 class JsonAnswer:
-    """The state of one answer: a Constraint of engine.sample."""
+    """The Constraint of one answer that follows a schema."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
         self._matcher = matcher
         self._bits = np.zeros(-(-vocabulary // 32), np.int32)
 
     def mask(self, logits: Floats) -> Floats:
-        """Logits [V] with those of tokens that may not come now at minus infinity."""
+        """Logits [V] with minus infinity for the tokens that may not come next."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def advance(self, token: int) -> None:
-        """`token` was drawn."""
+        """Is told that `token` was drawn. Raises FlashdError if the grammar does not allow it."""
         if not self._matcher.consume_token(token):
             raise FlashdError(f"the schema's grammar refused token {token}: {self._matcher.get_error()}")

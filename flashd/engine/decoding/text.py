@@ -1,4 +1,4 @@
-"""Text to tokens and back: chat template, tokenizer, and the stream of answers in whole characters."""
+"""Text to tokens and back: the tokenizer, the chat template, and answers as whole characters up to a stop string."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
 BREAK = "\ue000\ue001\ue000"
-"""Private-use characters that part text where a control token must not form."""
+"""Private-use characters. They split text at places where a control token must not form."""
 
-PART, LOST_AT_A_CUT = 8192, 16
-"""Characters of a long text whose tokens are counted at once, and the tokens that two parts might have in common."""
+PIECE, LOST_AT_A_CUT = 8192, 16
+"""A long text's tokens are counted in pieces of PIECE characters. A cut adds at most LOST_AT_A_CUT tokens."""
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. Raises UsageError for a role that is none of ROLES."""
+    """One turn of a conversation. Raises UsageError for a role that is not one of ROLES."""
 
     role: str
     content: str
@@ -35,10 +35,18 @@ class Message:
             raise UsageError(f"role {self.role!r} is not known; allowed are {', '.join(ROLES)}")
 
 
-class Encoder:
-    """Text to token ids, through the tokenizers library.
+class TextTokenizer:
+    """Turns text into numbers of tokens, with the tokenizers library.
 
-    Raises DataError where the bundle's tokenizer cannot be read.
+    A stranger's text is text that somebody else wrote, such as a question. It must not form control tokens.
+
+    Args:
+        tokenizer_json: the bundle's tokenizer.json.
+        bos: the token that begins a text, if the model has one.
+        add_bos: whether `bos` begins each text.
+        eos: the tokens that end an answer; the first is the model's own.
+
+    Raises DataError if the bundle's tokenizer cannot be read.
     """
 
     def __init__(self, tokenizer_json: bytes, bos: int | None, add_bos: bool, eos: Sequence[int] = ()) -> None:
@@ -49,26 +57,29 @@ class Encoder:
         except ValueError as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
-        # what templates call so; the model's own end is the first of its ends
+        # the texts that chat templates know by these names
         self.bos_token, self.eos_token = self._spelt(bos), self._spelt(next(iter(eos), None))
         self._controls = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         give_back_freed_memory()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text. Control tokens in it are tokens: give it no text of a stranger's."""
+        """The tokens of a text. What spells a control token becomes one: do not use this for a stranger's text."""
         return self._first + list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_answer(self, text: str) -> list[int]:
-        """The tokens of a text that a model says: no token that begins a text, and none that controls."""
+        """The tokens of a text that a model says. It has no `bos` and no control tokens."""
         return self.encode_plain(text)[len(self._first) :]
 
     def encode_plain(self, text: str) -> list[int]:
-        """The tokens of a stranger's text as it stands: what spells a control token is only text."""
+        """The tokens of a stranger's text. What spells a control token stays text."""
         return self.encode_guarded(self.guarded(text))
 
     def guarded(self, text: str) -> str:
-        """A stranger's text to put into a template: what spells a control token in it, or might with what
-        follows, is broken up by BREAK. Other text is left as it is."""
+        """A stranger's text, made ready for a template.
+
+        BREAK splits whatever spells a control token, or could spell one together with what follows. Other text is
+        left as it is.
+        """
         text = text.replace(BREAK, "")
         for control in self._controls:
             text = text.replace(control, control[0] + BREAK + control[1:])
@@ -76,19 +87,19 @@ class Encoder:
         return text + BREAK if begun else text
 
     def encode_guarded(self, text: str) -> list[int]:
-        """The tokens of a text with guarded parts: the control tokens outside of them are tokens."""
+        """The tokens of a text with guarded parts. What spells a control token outside of these parts becomes one."""
         parts = text.split(BREAK)
         ids = [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
-        # many a template begins with the token itself
+        # many templates begin with this token themselves
         return ids if self._first and ids[:1] == self._first else self._first + ids
 
     def check_length(self, texts: Sequence[str], room: int) -> None:
-        """Raises PromptTooLong where long texts have more than `room` tokens, however they are put together.
+        """Raises PromptTooLong if long texts have more than `room` tokens, however a template joins them.
 
-        They are counted in parts: the tokenizer holds some 500 bytes for each token of what it is given at once.
+        They are counted in pieces, because the tokenizer holds some 500 bytes for each token of a text.
         """
-        parts = [text[i : i + PART] for text in texts for i in range(0, len(text), PART)]
-        if sum(map(len, parts)) <= PART:
+        parts = [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
+        if sum(map(len, parts)) <= PIECE:
             return
         tokens = 0
         for part in parts:
@@ -101,11 +112,11 @@ class Encoder:
 
 
 LONGEST_PROMPT = 1 << 20
-"""Characters that a chat template may make; as many bytes are the most that a request may have."""
+"""The most characters that a chat template may make. A request may have as many bytes."""
 
 
 class ChatTemplate:
-    """A model's chat template in Jinja's sandbox. Raises DataError where it is broken or reaches out."""
+    """A model's chat template in Jinja's sandbox. Raises DataError if it is broken or reaches out of the sandbox."""
 
     def __init__(self, source: str) -> None:
         from flashd.system.template import Template, TemplateFails
@@ -122,7 +133,7 @@ class ChatTemplate:
             raise DataError(f"the bundle's chat template is broken: {error}") from error
 
     def render(self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
-        """The text that asks the model for the next answer."""
+        """The text that asks the model for the next answer. Raises DataError if the template fails."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         values = {"messages": turns, "add_generation_prompt": True, "bos_token": bos_token, "eos_token": eos_token}
         try:
@@ -130,10 +141,10 @@ class ChatTemplate:
         except self._error as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
-    def encode(self, messages: Sequence[Message], encoder: Encoder) -> list[int]:
-        """The tokens of the rendered messages, in which only the template's own control tokens count."""
-        guarded = [Message(m.role, encoder.guarded(m.content)) for m in messages]
-        return encoder.encode_guarded(self.render(guarded, encoder.bos_token, encoder.eos_token))
+    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
+        """The tokens of the rendered messages. Only what the template itself spells becomes a control token."""
+        guarded = [Message(m.role, tokenizer.guarded(m.content)) for m in messages]
+        return tokenizer.encode_guarded(self.render(guarded, tokenizer.bos_token, tokenizer.eos_token))
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
@@ -151,32 +162,33 @@ def _refuse(message: str) -> None:
 
 
 class Detokenizer:
-    """Tokens to text, holding back bytes until they make whole characters."""
+    """Turns tokens into text. It holds bytes back until they form whole characters."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """What may be shown now that `token` has come."""
+        """Takes the next token and returns the text that can be shown now."""
         return self._decoder.decode(self._token_bytes[token])
 
     def finish(self) -> str:
-        """What was held back; bytes that make no character become U+FFFD."""
+        """The text that was held back. Bytes that form no character become U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, holding back what might begin one."""
+    """Ends a text before the first of some strings. It holds back text that might begin one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [s for s in stops if s]
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(what may be shown, whether a stop string has come).
+        """Takes more text. Returns (the text that can be shown now, whether a stop string has come).
 
-        The stop string that is complete first ends the text, the longest of those that are complete together.
+        The stop string that is complete first ends the text. Of those complete at the same character it is the
+        longest.
         """
         shown = ""
         for character in text:
@@ -190,12 +202,12 @@ class StopStrings:
         return shown, False
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """The text that was held back and is not a stop string after all."""
         held, self._held = self._held, ""
         return held
 
     def _overlap(self, stop: str) -> int:
-        """The length of the longest end of the held text that `stop` begins with."""
+        """How many characters at the end of the held text `stop` begins with."""
         return next(
             (n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0
         )

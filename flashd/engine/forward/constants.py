@@ -14,17 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.bits import pack_bits, unpack
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Header
 from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Floats, RowKind
-from flashd.bundle.slots import Groups, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
 from flashd.system.onnx_session import open_session
 
-Arrays = dict[str, npt.NDArray[Any]]
+Initialisers = dict[str, npt.NDArray[Any]]
 
 
 def at_least_two(x: Floats) -> Floats:
@@ -42,10 +42,10 @@ def multiplied(session: Any, **inputs: Floats) -> Floats:
 class _Product:
     """The arrays of a product with constant rows, by the ends of their names."""
 
-    arrays: Arrays
+    arrays: Initialisers
     centred: bool
 
-    def named(self, name: str) -> Arrays:
+    def named(self, name: str) -> Initialisers:
         return {f"{name}.{end}": array for end, array in self.arrays.items()}
 
 
@@ -64,7 +64,7 @@ class Constants:
         return open_session(graph, product.named("rows"))
 
     def groups(self, groups: Groups) -> ort.InferenceSession:
-        """h, before [1, T, ...] -> y [1, T, Architecture.share_width]: the share of some groups of any layer is added."""
+        """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer."""
         arrays, centred = self._of_groups("layer.0.", groups)
         kind = self._formats.ffn
         graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, 0, len(groups), centred)
@@ -80,7 +80,7 @@ class Constants:
         self, layers: range, parts: Sequence[tuple[Rows, Rows, dict[str, Floats], Groups]]
     ) -> ort.InferenceSession:
         """Whole layers: of each the rows of qkv and output, the small vectors, and all groups."""
-        arrays: Arrays = {}
+        arrays: Initialisers = {}
         centred: frozenset[str] = frozenset()
         for i, (qkv, output, vectors, groups) in zip(layers, parts, strict=True):
             for more, names in (
@@ -101,9 +101,9 @@ class Constants:
 
     def _of_attention(
         self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]
-    ) -> tuple[Arrays, frozenset[str]]:
+    ) -> tuple[Initialisers, frozenset[str]]:
         m, kind, at = self._model, self._formats.attention, f"layer.{i}."
-        arrays: Arrays = {f"{at}{name}": vector for name, vector in vectors.items()}
+        arrays: Initialisers = {f"{at}{name}": vector for name, vector in vectors.items()}
         centred = set()
         for name, rows, k in ((f"{at}qkv", qkv, m.hidden), (f"{at}output", output, m.query_width)):
             product = self._product(rows, kind, k)
@@ -111,7 +111,7 @@ class Constants:
             centred |= {name} if product.centred else set()
         return arrays, frozenset(centred)
 
-    def _of_groups(self, at: str, groups: Groups) -> tuple[Arrays, frozenset[str]]:
+    def _of_groups(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
         m, kind = self._model, self._formats.ffn
         inputs = self._product(groups.inputs.joined(), kind, m.hidden)
         arrays = inputs.named(f"{at}inputs")

@@ -1,10 +1,10 @@
-"""FFNs that are mixtures of experts: a token reads those of its experts that are not in RAM, and no others.
+"""FFNs that are mixtures of experts. A pass reads from the card only those experts that its tokens use and RAM lacks.
 
-Every router stays in RAM, and of each layer's experts as many as the plan allows. What an answer is does not depend
-on which: an expert is multiplied in the same parts and added in the same order, wherever it was.
+The routers of all layers stay in RAM, and as many experts of each layer as the plan allows. The answer does not
+depend on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case.
 
-While a layer computes, the next one's router, given what this layer's was given, guesses what to read ahead, as
-Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
+While a layer computes, the experts of the next layer are guessed and read ahead: the next layer's router is given the
+input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan
 
-MEMORY = 0.9
-"""How much of the running share of right guesses stays with each pass."""
+RIGHT_DECAY = 0.9
+"""The part of the running share of right guesses that stays when a pass adds its own."""
 
 TRUSTED = 0.5
-"""The share of right guesses from which on they are read: a wrong one may keep the card from what is needed."""
+"""Guesses are read ahead if at least this share was right: a wrong one may keep the card from what is needed."""
 
 
 @dataclass
-class _Layer:
-    """What stays in RAM of one layer, its router apart."""
+class _LayerExperts:
+    """The experts of one layer that stay in RAM, and how well they are guessed."""
 
     kept: dict[int, list[Any]]  # of experts that are in RAM, the sessions of their groups, in order
     recent: LeastRecentlyUsed
@@ -46,14 +46,14 @@ class _Layer:
 class _Routed:
     """Which experts the tokens of a pass use in one layer."""
 
-    used: Numbers  # [T, K]
+    used: Numbers  # [T, K], numbers of experts
     weights: Floats  # [T, K]
-    here: list[int]
-    missing: list[int]
+    here: list[int]  # those used that are in the window
+    missing: list[int]  # those used that the card has to give
 
 
 class ExpertFfn:
-    """Every token takes part with the experts that its router chooses, each read once for a pass."""
+    """The FeedForward of a mixture: each token uses the experts that the router chooses, each read once a pass."""
 
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
         self._bundle, self._constants, self._plan = bundle, constants, plan
@@ -64,7 +64,7 @@ class ExpertFfn:
         self._form = bundle.header.group
         self._most = units_of_a_read(self._form.nbytes)
         self._router = Router(bundle)
-        self._layers: list[_Layer] = []
+        self._layers: list[_LayerExperts] = []
         most = min(self._size, self._most)
         self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._session)
         self._routed: _Routed | None = None
@@ -79,9 +79,8 @@ class ExpertFfn:
         return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
-    def pages(self) -> bool:
-        """Not so that several tokens cost what one does: each has experts of its own."""
-        return False
+    def shares_reads(self) -> bool:
+        return False  # each token uses experts of its own
 
     @property
     def drafts(self) -> bool:
@@ -93,7 +92,7 @@ class ExpertFfn:
         for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
             kept[first // self._size].append(self._constants.groups(groups))
         self._router.load(layer)
-        self._layers.append(_Layer(kept, LeastRecentlyUsed(self._experts.count), capacity))
+        self._layers.append(_LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity))
 
     def _session(self, _: Extent, raw: Bytes) -> Any:
         """A session of the groups that were read; called in the thread that read them."""
@@ -124,11 +123,11 @@ class ExpertFfn:
         return np.asarray(np.einsum("tk,tkh->th", routed.weights, shares), np.float32)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        """Never asked for: without its experts a token is not worth guessing from."""
+        """Not supported: a guess without the experts that a token needs would be worth nothing."""
         raise NotImplementedError
 
     def lend(self, nbytes: int) -> None:
-        """Its windows are as large as the plan says."""
+        """Borrows nothing: the windows are as large as the plan says."""
 
     def restart(self) -> None:
         self._queue.restart()
@@ -139,7 +138,7 @@ class ExpertFfn:
         self._queue.close()
 
     def _choose(self, index: int, routed: Floats) -> None:
-        """Asks a layer's router, and the card for what is missing; then for what the next layer may need."""
+        """Asks a layer's router for `routed` [T, H], reads what is missing, then what the next layer may need."""
         layer = self._layers[index]
         used, weights = self._router(index, routed)
         needed = np.unique(used).tolist()
@@ -150,12 +149,13 @@ class ExpertFfn:
         layer.recent.use(used)
         if layer.guessed:
             share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
-            layer.right = MEMORY * layer.right + (1 - MEMORY) * share
+            layer.right = RIGHT_DECAY * layer.right + (1 - RIGHT_DECAY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
         if index + 1 < len(self._layers) and len(self._layers[index + 1].kept) < self._experts.count:
             self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:
+        """Reads ahead the experts that a layer may need, by what its router says to another's input [T, H]."""
         layer = self._layers[index]
         uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)
         likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.kept]
@@ -184,7 +184,7 @@ class ExpertFfn:
         return self._extents(layer, expert * self._size, self._size)
 
     def _extents(self, layer: int, first: int, n: int) -> list[Extent]:
-        """Groups first, first + 1, ... of a layer, cut where an expert ends and where a read of it does."""
+        """The reads of groups first to first + n - 1 of a layer. None crosses the end of an expert."""
         out, stop = [], first + n
         while first < stop:
             expert, at = divmod(first, self._size)

@@ -1,4 +1,7 @@
-"""What a forward pass asks of its FFN layers, whatever keeps their weights."""
+"""The contract between the paged forward pass and its FFNs, of which there are three kinds.
+
+StreamedFfn needs every neuron, SelectedFfn those that a predictor or a gate chooses, ExpertFfn those of some experts.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,47 @@ from flashd.engine.model.contract import CardStats, OnStep
 
 
 class FeedForward(Protocol):
-    """The FFNs of all layers. A pass takes the layers in order, or is broken off and `restart` called."""
+    """The FFNs of all layers. A pass calls them in order. If a pass breaks off, it calls `restart`."""
 
     @property
-    def card(self) -> CardStats: ...
+    def card(self) -> CardStats:
+        """What was read from the card so far."""
 
     @property
     def hit_rate(self) -> float:
-        """The share of what passes needed that was in RAM."""
+        """The share of the units that passes needed and found in RAM, 0 to 1."""
 
     @property
-    def pages(self) -> bool:
-        """Whether a pass reads the card, so that one which checks several tokens costs what one costs."""
+    def shares_reads(self) -> bool:
+        """Whether the tokens of a pass share its reads of the card, so that checking several costs what one costs."""
 
     @property
     def drafts(self) -> bool:
         """Whether `from_ram` is cheaper than a pass and better than nothing."""
 
     def load(self, layer: int) -> None:
-        """Reads what of a layer stays in RAM; called once for each layer, in order, before the first pass.
+        """Reads that part of a layer which stays in RAM. It is called for each layer in order, before the first pass.
 
         Raises DamagedRun, CardError.
         """
 
     def enter(self, layer: int, x: Floats) -> None:
-        """A pass comes to a layer with x [T, H]: there are models in which that says what the FFN will need."""
+        """Is called when a pass enters a layer with x [T, H]. In some models x already tells what the FFN needs."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         """A layer's FFN of h [T, H] -> [T, H]. Raises DamagedRun, CardError."""
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        """What of it can be told without the card."""
+        """The same, from the weights in RAM alone: an approximation. h [T, H] -> [T, H]."""
 
     def lend(self, nbytes: int) -> None:
-        """Bytes beside the plan's that may be used from now on, no more, until the next call. Not within a pass."""
+        """Allows the FFNs to use `nbytes` more than the plan gives them, until the next call says otherwise.
+
+        It is not called within a pass.
+        """
 
     def restart(self) -> None:
-        """The next layer asked for is the first."""
+        """Makes ready for a pass from the first layer on."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes what is read from."""

@@ -26,7 +26,7 @@ class Head:
 
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
         self._model, self._kept = bundle.header.model, plan.head_rows
-        self._stream, self._section = stream, len(bundle.header.ffn_parts)
+        self._stream, self._section = stream, len(bundle.header.ffn_sections)
         part = head_part(bundle.header)
         rows = bundle.rows("head", plan.head_rows)
         self._parts = [

@@ -41,14 +41,20 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
 
 
 def _joined(parts: list[Floats]) -> Floats:
-    """[T, H] of parts of the tokens."""
+    """[T, H] from the parts [n, H] of its tokens."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class PagedModel:
-    """A bundle under a memory budget. Close it when done.
+    """The Model of a bundle that is larger than its memory budget. Close it when done.
 
-    Raises DamagedRun, CardError while loading and while it runs.
+    Args:
+        bundle: an open bundle. The caller closes it.
+        plan: what stays in RAM.
+        on_step: is told how far loading has come.
+        feed_forward: the FFNs to use in place of the bundle's own kind.
+
+    Raises DamagedRun, CardError while it loads and while it runs.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class PagedModel:
             raise
         give_back_freed_memory()
         self.pass_tokens = pass_tokens(bundle.header)
-        # where attention slides, a branch's slot in the cache would be taken for its place in the text
+        # attention with a sliding window would take a branch's slot in the cache for its position in the text
         self.branches = not any(kind.window for kind in self._model.attention)
 
     def close(self) -> None:
@@ -91,8 +97,8 @@ class PagedModel:
         return self._ffn.hit_rate
 
     @property
-    def pages(self) -> bool:
-        return self._ffn.pages
+    def shares_reads(self) -> bool:
+        return self._ffn.shares_reads
 
     @property
     def drafts(self) -> bool:
@@ -102,25 +108,26 @@ class PagedModel:
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
         meanwhile: Meanwhile = nullcontext,
     ) -> Floats:  # fmt: skip
-        """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
+        """Logits [R, V] behind the tokens numbered `wanted` [R] of a pass over `tokens` [T]; the cache keeps all T.
 
-        Every neuron takes part. Without `branches` the tokens follow all that is in the cache. `meanwhile` may draft:
-        all layers are done then, and the cache has the tokens.
-        Raises CardError, DamagedRun; the cache is then as it was before.
+        Without `branches` the tokens follow all that is in the cache. `meanwhile` may draft: when it is called all
+        layers are done and the cache has the tokens.
+
+        Raises CardError, DamagedRun. The cache is then as it was before.
         """
         with self._passed(tokens, branches, on_step) as x:
             return self._said(x[wanted], on_step, meanwhile)
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
-        """As forward gives them behind each of `tokens` [T], the logits of some tokens of the vocabulary at a time.
+        """The logits behind each of `tokens` [T] as (first token of the vocabulary, logits [T, n]), part by part.
 
-        Each part is (the first one, [T, n]), and takes no more memory than what forward gives a text that grows.
+        A part takes no more memory than the logits of a pass that checks drafts. Raises CardError, DamagedRun.
         """
         bias = self._vectors.get("head.bias")
         with self._passed(tokens, None, on_step) as x:
             (h,) = self._finish(self._vectors, x=x)
             for first, logits in self._head.in_parts(h, on_step):
-                # what graph.logits does, which takes the whole vocabulary
+                # the same as graph.logits does, which takes the whole vocabulary
                 if bias is not None:
                     logits += bias[first : first + logits.shape[1]]
                 if cap := self._model.logit_cap:
@@ -129,23 +136,26 @@ class PagedModel:
                 yield first, logits
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
-        """Guesses at what follows each of `tokens` [T], made with what is in RAM alone.
+        """Guesses at what follows each of `tokens` [T], made with the weights in RAM alone.
 
-        The tokens are the last of the branches; what came before them was drafted before and is in the KV cache,
-        which counts these too: truncate it before the next exact pass.
+        `tokens` are the last of the tokens of `branches`. Those before them were drafted before and are in the KV
+        cache. The cache counts drafted tokens as valid: truncate it before the next exact pass.
         """
         known = len(branches.parents) - len(tokens)
         places = Places.in_branches(self.cache.length - known, branches, known)
         self.cache.reserve(self.cache.length + len(tokens) + 1)
         x = self._pass(tokens, places, silent, exact=False)
         self.cache.advance(len(tokens))
-        # a cap keeps their order, and a head's bias is as long as the whole vocabulary: a guess does without
+        # guesses do without a cap, which keeps the order of logits, and without a bias, which is as long as the head
         (h,) = self._finish(self._vectors, x=x)
         return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
 
     @contextmanager
     def _passed(self, tokens: Tokens, branches: Branches | None, on_step: OnStep) -> Iterator[Floats]:
-        """A pass, up to what it is for: [T, H] behind the last layer. If that breaks off, all is as it was before."""
+        """Runs a pass and yields [T, H] behind the last layer.
+
+        If the pass or the block breaks off, cache and FFNs are as they were before.
+        """
         past = self.cache.length
         self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
@@ -154,7 +164,7 @@ class PagedModel:
             self.cache.advance(len(tokens))
             yield x
         except BaseException:
-            # the next pass starts at the first layer, wherever this one broke off
+            # the next pass starts at the first layer, at whichever layer this one broke off
             self._ffn.restart()
             self.cache.truncate(past)
             raise

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.arrays import NeuronArrays, PlainNeurons, PlainRows, Rows, TernaryRows
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Codes, Floats, RowKind, unit_steps
-from flashd.bundle.slots import NeuronSlots, PlainNeurons, PlainRows, Rows, TernaryRows
 from flashd.engine.model.sizes import TEMPORARY_BYTES
 from flashd.system.freed_memory import use_small_pages
 from flashd.system.onnx_session import open_session, start_pool
@@ -61,7 +61,7 @@ class Neurons:
         self._session = open_session(graph)
         self._rows, self._kind = inputs + 1, kind
 
-    def __call__(self, x: Floats, neurons: NeuronSlots, counts: npt.NDArray[Any]) -> Floats:
+    def __call__(self, x: Floats, neurons: NeuronArrays, counts: npt.NDArray[Any]) -> Floats:
         """x [T, H] float32, n neurons, what each counts for in each token [T, n] -> [T, H] float32."""
         part = max(1, TEMPORARY_BYTES // (4 * x.shape[1] * self._rows))
         wide = x if isinstance(neurons, PlainNeurons) else with_means(x, RowFormat(self._kind, x.shape[1]))
@@ -71,7 +71,7 @@ class Neurons:
             out += self._part(wide, neurons[some], counts[:, some])
         return out
 
-    def _part(self, x: Floats, n: NeuronSlots, counts: npt.NDArray[Any]) -> Floats:
+    def _part(self, x: Floats, n: NeuronArrays, counts: npt.NDArray[Any]) -> Floats:
         rows = len(n) * self._rows
         feed: dict[str, Any] = {"x": x, "chosen": counts.astype(np.float32)}
         if n.bias.size:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from flashd.bundle.arrays import Groups, Rows
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Groups, Rows
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.head import Head
@@ -34,7 +34,7 @@ class ResidentModel:
         self.cache = KvCache(self._model, plan.context)
         self.card = CardStats()
         self.hit_rate = 1.0
-        self.pages = self.drafts = self.branches = False
+        self.shares_reads = self.drafts = self.branches = False
         self.pass_tokens = TOKENS_AT_ONCE
         constants = Constants(bundle.header, plan.arithmetic)
         self._rotary = attention.Rotary(bundle, plan.context + 1)

@@ -1,19 +1,19 @@
-"""Which experts of a mixture the tokens of a pass use: every layer's router stays in RAM."""
+"""The routers of a mixture, which say what experts each token uses. They stay in RAM."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from flashd.bundle.arrays import Rows
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Rows
 from flashd.engine.forward import products, stages
 from flashd.engine.paging.eviction import Numbers
 from flashd.graphs.in_place import graph
 
 
 class Router:
-    """The routers of all layers. Raises DamagedRun, CardError while loading."""
+    """The routers of all layers. `early` says whether they take a layer's input rather than its FFN's."""
 
     def __init__(self, bundle: Bundle) -> None:
         experts = bundle.header.model.experts
@@ -25,10 +25,10 @@ class Router:
         self._rows: list[Rows] = []  # [E, H] each
 
     def load(self, layer: int) -> None:
-        """Reads a layer's, in order."""
+        """Reads the router of the next layer, `layer`. Raises DamagedRun, CardError."""
         self._rows.append(self._bundle.rows(f"layer.{layer}.router"))
 
     def __call__(self, layer: int, x: Floats) -> tuple[Numbers, Floats]:
-        """(experts, their weights), [T, K] each, of tokens x [T, H]."""
+        """x [T, H] -> (numbers of the K experts that each token uses [T, K] int64, their weights [T, K] float32)."""
         used, weights = self._route({}, scores=self._product(x, self._rows[layer]))
         return np.asarray(used, np.int64), weights

@@ -1,9 +1,9 @@
-"""FFNs of which few neurons take part in a token: a predictor says which, a window keeps them, the card has the rest.
+"""FFNs of which few neurons take part in a token. A window in RAM holds some neurons, the card gives the others.
 
-Section 3 of "LLM in a flash". In a mixture a router chooses experts first, and predictors among their neurons. Where
-gate rows stay in RAM they say which, exactly where the activation has zeros (CATS, arXiv 2404.08763). What takes part
-depends on the token alone and not on what the window holds, so that the same prompt gives the same text whatever was
-asked before.
+A predictor says which neurons take part ("LLM in a flash", section 3), or the gate rows do, if they stay in RAM. A
+gate is exact if the activation has zeros (CATS, arXiv 2404.08763). In a mixture a router first chooses experts, then
+a predictor chooses among their neurons. The choice depends on the token alone and not on what the window holds, so
+the same prompt gives the same text, whatever was asked before.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import graph
 
 OnChosen = Callable[[int, Mask], None]
-"""Called with (layer, which neurons take part in each token [T, F]), to record a trace."""
+"""Called with (layer, [T, F] bool: which neurons take part in each token), to record a trace."""
 
 LEAST_GAP = 4096
-"""Neurons that share a page are one read."""
+"""Bytes. Gaps up to this are always read, so that neurons that share a page are one read."""
 
 
 def ignore(layer: int, chosen: Mask) -> None:
@@ -38,17 +38,20 @@ def ignore(layer: int, chosen: Mask) -> None:
 
 
 class Chooser(Protocol):
-    """What says which neurons of each layer take part in a token."""
+    """Says which neurons of each layer take part in a token."""
 
     def load(self, layer: int) -> None:
-        """Reads a layer's, in order. Raises DamagedRun, CardError."""
+        """Reads what it needs for `layer`. It is called in order. Raises DamagedRun, CardError."""
 
     def __call__(self, layer: int, h: Floats, expert: int = 0) -> Mask | Floats:
-        """[T, F]: what the neurons of an expert, or of the whole FFN, count for with h [T, H]; 0 of no part in it."""
+        """h [T, H] -> [T, F]: the weight of each neuron of an expert, or of the whole FFN. 0: it takes no part."""
 
 
 class Gate:
-    """Gate rows that stay in RAM: a neuron counts for its gate's activation, if that in size is above its floor."""
+    """The Chooser of gate rows in RAM. A neuron takes part if the size of its gate's activation is above its floor.
+
+    Its weight is that activation.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._neurons = bundle, bundle.header.model.expert_neurons
@@ -58,20 +61,23 @@ class Gate:
         self._parts: list[tuple[Any, Floats]] = []  # with Rows
 
     def load(self, layer: int) -> None:
-        """Reads a layer's, in order. Raises DamagedRun, CardError."""
         at = f"layer.{layer}."
         self._parts.append((self._bundle.rows(f"{at}gate"), self._bundle.floats(f"{at}floors")))
 
     def __call__(self, layer: int, h: Floats, expert: int = 0) -> Floats:
-        """[T, F]: the activations of those that take part, else 0."""
+        """h [T, H] -> [T, F]: the gate's activations of the neurons that take part, else 0."""
         rows, floors = self._parts[layer]
         part = slice(expert * self._neurons, (expert + 1) * self._neurons)
-        (a,) = self._activate({}, products=self._linear(h, rows[part]))
+        (a,) = self._activate({}, products=self._linear(h, rows[part]))  # [T, F]
         return np.where(np.abs(a) > floors[part], a, np.float32(0))
 
 
 class Predictor:
-    """Tells which neurons of each layer take part, from what goes into its FFN, or into one of its experts."""
+    """The Chooser of a low-rank predictor ("LLM in a flash", section 3.1): two thin matrices and a bias a layer.
+
+    A layer of experts has one predictor an expert. The rank may differ from layer to layer; a layer of rank 0 has no
+    predictor, and all of its neurons take part.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         selection = bundle.header.selection
@@ -82,7 +88,6 @@ class Predictor:
         self._parts: list[tuple[Any, Any, Floats] | None] = []  # with two Rows
 
     def load(self, layer: int) -> None:
-        """Reads a layer's, in order. Raises DamagedRun, CardError."""
         at = f"layer.{layer}."
         if self._selection.ranks[layer] == 0:
             self._parts.append(None)
@@ -91,14 +96,14 @@ class Predictor:
         self._parts.append((rows(f"{at}narrow"), rows(f"{at}wide"), self._bundle.floats(f"{at}lean")))
 
     def __call__(self, layer: int, h: Floats, expert: int = 0) -> Mask:
-        """[T, F]: which neurons of an expert, or of the whole FFN, take part for h [T, H]."""
+        """h [T, H] -> [T, F] bool: which neurons of an expert, or of the whole FFN, take part."""
         parts, neurons = self._parts[layer], self._neurons
         if parts is None:
             return np.ones((len(h), neurons), np.bool_)
-        narrow, wide, lean = parts
+        to_rank, from_rank, lean = parts
         rank, at = self._selection.ranks[layer], slice(expert * neurons, (expert + 1) * neurons)
-        inner = self._linear(h, narrow[expert * rank : (expert + 1) * rank])
-        scores = self._linear(inner, wide[at]) + lean[at]
+        inner = self._linear(h, to_rank[expert * rank : (expert + 1) * rank])  # [T, rank]
+        scores = self._linear(inner, from_rank[at]) + lean[at]  # [T, F]
         return np.asarray(scores > self._selection.thresholds[layer])
 
 
@@ -106,8 +111,8 @@ class SelectedFfn:
     """The FeedForward of a bundle with a selection.
 
     Args:
-        policy: makes a layer's policy from how often its neurons take part [F].
-        gap: unwanted bytes that are read rather than skipped; None: as the card was measured.
+        policy: makes the eviction policy of a layer from how often each of its neurons takes part, [F].
+        gap: unwanted bytes that are read rather than skipped. None: what the card was measured to need.
         on_chosen: is told which neurons take part.
     """
 
@@ -144,15 +149,15 @@ class SelectedFfn:
         return self._found / self._needed if self._needed else 0.0
 
     @property
-    def pages(self) -> bool:
-        return False  # each further token of a pass needs neurons of its own
+    def shares_reads(self) -> bool:
+        return False  # each token needs neurons of its own
 
     @property
     def drafts(self) -> bool:
         return False
 
     def enter(self, layer: int, x: Floats) -> None:
-        """A router may be asked already, the chooser when the FFN's own input is there."""
+        """Asks the router, if it takes a layer's input. The chooser has to wait for the FFN's own input."""
         if self._router and self._router.early:
             self._routed = self._router(layer, x)
 
@@ -170,16 +175,16 @@ class SelectedFfn:
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         counts, window = self._counts(layer, h), self._windows[layer]
-        chosen = counts != 0
+        chosen = counts != 0  # [T, F]
         self._on_chosen(layer, chosen)
-        needed, here = chosen.any(0), window.here()
+        needed, here = chosen.any(0), window.here()  # [F] each
         found, missing = (np.flatnonzero(part).astype(np.int32) for part in (needed & here, needed & ~here))
         self._needed += len(found) + len(missing)
         self._found += len(found)
-        y = self._from_window(layer, h, counts, found)
+        y = self._from_window(layer, h, counts, found)  # [T, H]
         for mask in chosen:
             self._policies[layer].used(mask)
-        keep = kept(self._policies[layer], needed | here, window.capacity)
+        keep = kept(self._policies[layer], needed | here, window.capacity)  # [F]
         for unit in np.flatnonzero(here & ~keep).tolist():
             window.delete(unit)
         for units, raw in self._picks.take(layer, missing):
@@ -191,7 +196,10 @@ class SelectedFfn:
         return y
 
     def _counts(self, layer: int, h: Floats) -> Mask | Floats:
-        """[T, F]: what each neuron's share counts for in a token, the weight of its expert; 0 without part in it."""
+        """[T, F]: the weight of each neuron in each token; 0 if it takes no part.
+
+        In a mixture it is multiplied by the weight of the neuron's expert.
+        """
         if self._router is None:
             return self._choose(layer, h)
         if not self._router.early:
@@ -200,16 +208,16 @@ class SelectedFfn:
         used, weights = self._routed
         counts = np.zeros((len(h), self._model.ffns, self._model.expert_neurons), np.float32)
         for expert in np.unique(used).tolist():
-            tokens, place = np.nonzero(used == expert)
+            tokens, place = np.nonzero(used == expert)  # [n] each
             counts[tokens, expert] = weights[tokens, place, None] * self._choose(layer, h[tokens], expert)
         return counts.reshape(len(h), -1)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        """Never asked for: a pass needs few neurons as it is."""
+        """Not supported: a pass needs few neurons as it is."""
         raise NotImplementedError
 
     def _from_window(self, layer: int, h: Floats, counts: Mask | Floats, found: Ids) -> Floats:
-        """The share of neurons that are in the window, some at a time."""
+        """[T, H]: the contribution of neurons `found` [n], which are in the window, some at a time."""
         y = np.zeros(h.shape, np.float32)
         for at in range(0, len(found), self._at_once):
             part = found[at : at + self._at_once]
@@ -217,10 +225,10 @@ class SelectedFfn:
         return y
 
     def lend(self, nbytes: int) -> None:
-        """Its windows are as large as the plan says."""
+        """Borrows nothing: the windows are as large as the plan says."""
 
     def restart(self) -> None:
-        """A layer that broke off has fewer neurons in its window, and they are those that it says."""
+        """Does nothing: a window that a broken pass left with fewer neurons still knows which it holds."""
 
     def close(self) -> None:
         self._picks.close()

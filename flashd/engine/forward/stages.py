@@ -1,4 +1,4 @@
-"""What stands between the products: norms, biases, sums, and the embedding of tokens."""
+"""The small graphs between the large products (norms, biases, sums), and the embedding of tokens."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from flashd.system.onnx_session import open_session
 
 
 def input_names(session: ort.InferenceSession) -> list[str]:
+    """The names of a graph's inputs, in order."""
     return [i.name for i in session.get_inputs()]
 
 
 class Stage:
-    """A small graph between the large products. It takes what it needs by name."""
+    """A small graph between the large products. It takes its inputs by name."""
 
     def __init__(self, graph: bytes) -> None:
         self._session = open_session(graph)
         self._names = input_names(self._session)
 
     def __call__(self, vectors: Vectors, **values: Floats) -> list[Floats]:
-        """What comes of `values` and those of `vectors` that it names."""
+        """The graph's outputs for `values` and those of `vectors` that it has inputs for."""
         feed = {name: values[name] if name in values else vectors[name] for name in self._names}
         return list(self._session.run(None, feed))
 
 
 def named(values: Floats, lengths: dict[str, int]) -> Vectors:
-    """The parts of `values`, one behind the other, by name."""
+    """Cuts `values` [n] into consecutive vectors of the given lengths, by name."""
     ends = np.cumsum(list(lengths.values()), dtype=np.int64)
     return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}
 
 
 class Embedder:
-    """Token ids -> what goes into the first layer."""
+    """Numbers of tokens -> what goes into the first layer. The rows are read from the card; some are kept."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._model = bundle, bundle.header.model
@@ -47,7 +48,7 @@ class Embedder:
         self._kept = lru_cache(KEPT_ROWS)(lambda token: bundle.table_rows(self._table, np.array([token])))
 
     def __call__(self, tokens: Tokens, positions: Tokens) -> Floats:
-        """[T, H] of `tokens` [T] at `positions` [T] of a text. Raises DamagedRun, CardError."""
+        """`tokens` [T] at `positions` [T] of a text -> [T, H] float32. Raises DamagedRun, CardError."""
         x = self._kept(int(tokens[0])) if len(tokens) == 1 else self._bundle.table_rows(self._table, tokens)
         if self._model.embedding_scale != 1:
             x = x * np.float32(self._model.embedding_scale)

@@ -25,11 +25,11 @@ def stream_past(header: Header, here: tuple[int, ...], head_rows: int) -> list[E
     `here`: of each layer, so many first groups are in RAM.
     """
     schedule = []
-    for section, part in enumerate(header.ffn_parts):
+    for section, part in enumerate(header.ffn_sections):
         groups = range(min(max(here[part.layer] - part.first, 0), part.count), part.count)
         schedule += extents(section, groups, part.form.nbytes)
     runs = range(-(-head_rows // ROWS_OF_A_RUN), -(-header.model.vocabulary // ROWS_OF_A_RUN))
-    return schedule + extents(len(header.ffn_parts), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
+    return schedule + extents(len(header.ffn_sections), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class StreamedFfn:
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
         self._bundle, self._constants, self._plan = bundle, constants, plan
         self._model = bundle.header.model
-        self._forms: list[GroupFormat] = [part.form for part in bundle.header.ffn_parts]
+        self._forms: list[GroupFormat] = [part.form for part in bundle.header.ffn_sections]
         self._sections = [
-            [number for number, part in enumerate(bundle.header.ffn_parts) if part.layer == layer]
+            [number for number, part in enumerate(bundle.header.ffn_sections) if part.layer == layer]
             for layer in range(self._model.layers)
         ]
         self._pinned: list[list[_Pinned]] = []  # of each layer, its first groups, in order
@@ -72,12 +72,12 @@ class StreamedFfn:
         return self._found / self._needed if self._needed else self._plan.pinned_share
 
     @property
-    def pages(self) -> bool:
+    def shares_reads(self) -> bool:
         return min(self._here) < self._model.groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
-        return self.pages and min(self._here) > 0
+        return self.shares_reads and min(self._here) > 0
 
     @property
     def _here(self) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class StreamedFfn:
         self._found += here
         self._needed += self._model.groups
         for section in self._sections[layer]:
-            first = self._bundle.header.ffn_parts[section].first
+            first = self._bundle.header.ffn_sections[section].first
             for extent, session in self.stream.section(section):
                 y = _added(session, h, y)
                 if first + extent.first == here and here + extent.count <= self._goal[layer]:

@@ -1,4 +1,4 @@
-"""How the tokens of a pass stand where they are not one line: behind several texts, and in trees of guesses."""
+"""What each token of a pass follows, if the tokens are not one line but follow several texts or form trees."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Slots = npt.NDArray[np.int64]
-"""Where in the KV cache a text's tokens are, in the text's order."""
+CacheSlots = npt.NDArray[np.int64]
+"""[n] int64: where in the KV cache the n tokens of a text are, in the text's order."""
 
 
 def behind(text: int) -> int:
-    """The parent of a token that stands behind a text; tokens of the pass itself are counted from 0 on."""
+    """The number that stands for text number `text` as a parent. It is negative: tokens of the pass count from 0."""
     return ~text
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Texts that the KV cache holds, and of each token of a pass what it stands behind.
+    """The texts that the KV cache holds, and the parent of each token of a pass.
 
-    A parent is an earlier token of the pass, or `behind` a text.
+    A token follows its parent, which is an earlier token of the pass (its number) or a text (`behind` its number).
     """
 
-    texts: Sequence[Slots]
-    parents: Sequence[int]
+    texts: Sequence[CacheSlots]
+    parents: Sequence[int]  # one for each of the T tokens
 
     def sees(self, past: int) -> npt.NDArray[np.bool_]:
-        """[T, past + T]: which of the `past` slots of the cache and of the pass's T tokens each looks at.
+        """[T, past + T] bool: whether each token attends to each of the cache's `past` slots and of the T tokens.
 
-        They are those before it in its text and itself. Section 3 of SpecInfer (arXiv 2305.09781) calls this tree
-        attention.
+        A token attends to itself and to those before it in its text. SpecInfer (arXiv 2305.09781, section 3) calls
+        this tree attention.
         """
-        count = len(self.parents)
+        count = len(self.parents)  # T
         sees = np.zeros((count, past + count), np.bool_)
         for token, parent in enumerate(self.parents):
             if parent < 0:

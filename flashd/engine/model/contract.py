@@ -1,4 +1,4 @@
-"""What decoding asks of a model, and what a model tells of its work. Both forward passes keep to it."""
+"""The contract between decoding and the two forward passes: what a model can do and what it reports of its work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import KvCache
 
 Tokens = npt.NDArray[np.int64]
-
+"""[T] int64: numbers of tokens, of rows or of positions."""
 
 OnStep = Callable[[int, int, int], None]
 """Called as a pass goes on with (layers done, layers in all, card bytes read so far). It may raise to stop."""
@@ -26,35 +26,35 @@ def silent(done: int, layers: int, nbytes: int) -> None:
 
 
 Meanwhile = Callable[[Floats], AbstractContextManager[object]]
-"""Called with the logits [R, n] of the likely tokens: what is done while those of the others stream past."""
+"""Called with logits [R, n] of the n tokens whose head rows are in RAM. The context manager that it returns is
+entered before the head's other rows stream from the card, and left when they have."""
 
 
 @dataclass
 class CardStats:
-    """What has been asked of the card. Times in seconds, sizes in bytes."""
+    """What has been read from the card since the counts began."""
 
     reads: int = 0
     bytes_read: int = 0
-    bytes_wanted: int = 0
-    waited: float = 0.0
-    """How long the consumer stood still for the card."""
+    bytes_wanted: int = 0  # of those read: without gaps that were read rather than skipped
+    waited: float = 0.0  # seconds that the consumer stood still for the card
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """What may follow each of T tokens: m guesses [T, m], the likeliest first, and their odds [T, m]."""
+    """What may follow each of T tokens: m guesses, the likeliest first."""
 
-    tokens: npt.NDArray[np.int64]
-    odds: Floats
+    tokens: npt.NDArray[np.int64]  # [T, m]
+    odds: Floats  # [T, m], the probability of each guess by the logits that it was made from
 
     @classmethod
     def of(cls, logits: Floats, most: int) -> Guesses:
-        """The likeliest by logits [T, V]."""
+        """The `most` likeliest tokens, or all if there are fewer, by logits [T, V]."""
         most = min(most, logits.shape[1])
-        best = np.argpartition(-logits, most - 1, axis=1)[:, :most]
+        best = np.argpartition(-logits, most - 1, axis=1)[:, :most]  # [T, m], in no order
         best = np.take_along_axis(best, np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable"), 1)
         top = np.take_along_axis(logits, best, 1)  # [T, m]
-        total = np.exp(logits - top[:, :1]).sum(1, keepdims=True)
+        total = np.exp(logits - top[:, :1]).sum(1, keepdims=True)  # [T, 1]
         return cls(best, np.exp(top - top[:, :1]) / total)
 
 
@@ -63,31 +63,42 @@ class Model(Protocol):
 
     cache: KvCache
     pass_tokens: int
-    """Of prompts, that a pass takes."""
+    """The most tokens of prompts that one pass takes."""
 
     @property
-    def card(self) -> CardStats: ...
+    def card(self) -> CardStats:
+        """What was read from the card so far."""
 
     @property
-    def hit_rate(self) -> float: ...
+    def hit_rate(self) -> float:
+        """The share of the weights that passes needed and found in RAM, 0 to 1."""
 
     @property
-    def pages(self) -> bool: ...
+    def shares_reads(self) -> bool:
+        """Whether the tokens of a pass share its reads of the card, so that checking several costs what one costs."""
 
     @property
-    def drafts(self) -> bool: ...
+    def drafts(self) -> bool:
+        """Whether `draft` is cheaper than a pass and better than nothing."""
 
     @property
     def branches(self) -> bool:
-        """Whether the tokens of a pass may stand behind several texts, and guesses in trees."""
+        """Whether the tokens of a pass may follow several texts, and guesses may form trees."""
 
-    def draft(self, tokens: Tokens, branches: Branches) -> Guesses: ...
+    def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
+        """Guesses at what follows each of `tokens` [T], made from RAM alone."""
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
         meanwhile: Meanwhile = nullcontext,
-    ) -> Floats: ...  # fmt: skip
+    ) -> Floats:  # fmt: skip
+        """Logits [R, V] behind the tokens numbered `wanted` [R] of a pass over `tokens` [T]; the cache keeps all T.
 
-    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]: ...
+        Without `branches` the tokens follow all that is in the cache. Raises CardError, DamagedRun.
+        """
 
-    def close(self) -> None: ...
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
+        """The logits behind each of `tokens` [T] as (first token of the vocabulary, logits [T, n]), part by part."""
+
+    def close(self) -> None:
+        """Closes what the model reads from. The bundle stays open."""

@@ -1,4 +1,4 @@
-"""The KV cache: one bounded buffer a layer, written in place by the attention graph."""
+"""The KV cache: bounded buffers of keys and values for each layer. The attention graph writes them in place."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import onnxruntime as ort
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import Floats
-from flashd.engine.model.branches import Slots
+from flashd.engine.model.branches import CacheSlots
 from flashd.system.freed_memory import PAGE, give_back
 
 Lend = Callable[[int], None]
-"""Called with the bytes that the cache does not need for now. Before it returns, what it lent before and does not
-lend now is free again."""
+"""Called with how many bytes the cache lends from now on, in place of what it lent before. If that is less, the
+borrower frees the difference before it returns."""
 
 
 def keep(nbytes: int) -> None:
-    """A Lend that leaves it all to the cache."""
+    """A Lend that borrows nothing."""
 
 
 SPARE = 2
@@ -26,23 +26,27 @@ SPARE = 2
 
 
 def cache_bytes(model: Architecture, context: int) -> int:
-    """Bytes of keys and values of `context` tokens in all layers.
+    """Bytes of the float32 keys and values of `context` tokens in all layers.
 
-    float32: in float16, whose products the graph rounds too, the paged and the resident path drift to 3e-3
-    of the logits (2e-4 so), and decoding is no faster.
+    With float16 the graph rounds its products too: the paged and the resident path then differ by 3e-3 of the
+    logits, not 2e-4, and decoding is no faster.
     """
     return 2 * model.layers * model.kv_width * context * 4
 
 
 def lendable_bytes(model: Architecture, unused: int) -> int:
-    """Bytes of `unused` tokens that can be lent: of each head's part, pages at its ends that others share stay."""
+    """Bytes that can be lent of the memory for `unused` tokens.
+
+    Memory goes back in whole pages of the system. The pages at the two ends of each head's part stay, since they may
+    hold something else too.
+    """
     return max(0, cache_bytes(model, unused) - 2 * PAGE * 2 * model.layers * model.kv_heads)
 
 
 class KvCache:
-    """Keys and values [1, kv heads, context, head dim] of every layer; the first `length` tokens are valid.
+    """Keys and values of every layer, [1, kv heads, context, head dim] float32. The first `length` tokens are valid.
 
-    What a text shorter than the context does not need of it is lent, see `hold`.
+    A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`.
     """
 
     def __init__(self, model: Architecture, context: int, lend: Lend = keep) -> None:
@@ -58,46 +62,46 @@ class KvCache:
         self.hold(0)
 
     def layer(self, i: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """(keys, values) of a layer."""
+        """(keys, values) of a layer, each [1, kv heads, context, head dim]."""
         return self._values[2 * i], self._values[2 * i + 1]
 
     def hold(self, length: int) -> None:
-        """Holds memory for `length` tokens, the valid ones among them, and lends the rest."""
+        """Holds memory for the first `length` tokens and lends the rest. `length` is not below `self.length`."""
         for array in self._arrays if length < self._held else ():
-            for head in array[0]:
+            for head in array[0]:  # [context, head dim]
                 give_back(head[length:])
         self._held = min(length, self.context + SPARE)
         self._lend(lendable_bytes(self._model, self.context + SPARE - self._held))
 
     def reserve(self, length: int) -> None:
-        """Makes sure of memory for `length` tokens. Call it before they are written."""
+        """Makes sure that memory for `length` tokens is held. Call this before they are written."""
         if length > self._held:
             self.hold(length)
 
     def parts(self, start: int, stop: int) -> Iterator[Floats]:
-        """Where tokens `start` to `stop` are kept, [tokens, head dim] in one piece for each head.
+        """The memory of tokens `start` to `stop`: one contiguous [tokens, head dim] for each head.
 
-        Layer by layer, keys before values.
+        They come layer by layer, the keys of all heads before the values of all heads.
         """
         for array in self._arrays:
             yield from array[0, :, start:stop]
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` more as valid: every layer has written them."""
+        """Counts `tokens` more tokens as valid. Call this when every layer has written them."""
         self.length += tokens
 
-    def keep(self, slots: Slots) -> None:
-        """Forgets all tokens but those at `slots`, ascending, which then follow one another in the same order."""
+    def keep(self, slots: CacheSlots) -> None:
+        """Forgets all tokens but those at `slots` [n], ascending. They move to slots 0 to n - 1 in the same order."""
         count = len(slots)
-        # those before the first gap stay where they are
+        # those before the first gap stay in place
         first = int(np.count_nonzero(slots == np.arange(count)))
         if first < count:
             for array in self._arrays:
-                array[0, :, first:count] = array[0][:, slots[first:]]
+                array[0, :, first:count] = array[0][:, slots[first:]]  # [kv heads, n - first, head dim]
         self.truncate(count)
 
     def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens. Raises ValueError where there are fewer."""
+        """Forgets all but the first `length` tokens. Raises ValueError if there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
         self.length = length

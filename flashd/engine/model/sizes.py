@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 NODES = 16
-"""Tokens of a pass that checks drafts, the ones before them included: each takes a row of logits."""
+"""The most tokens of a pass that checks drafts: last tokens of texts, and guesses. Each takes a row of logits."""
 
 TEMPORARY_BYTES = 3 << 20
-"""Rows are widened to float32 a part at a time; a part this large stays in a processor's cache."""
+"""Rows are widened to float32 in parts of at most so many bytes. A part this large stays in the processor's cache."""
 
 TOKENS_AT_ONCE = 128
-"""Tokens that go through a product together. A pass may have more, for which its temporaries need not be larger."""
-
+"""Tokens that go through a product together. A pass may have more tokens; its temporaries do not grow with them."""
 
 KEPT_ROWS = 256
-"""Embeddings kept of tokens that came one at a time: a text says most of its tokens again."""
+"""Embedding rows that are kept for tokens that come one at a time. A text repeats most of its tokens."""

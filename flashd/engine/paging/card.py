@@ -1,7 +1,7 @@
-"""Reads runs of bundle groups from the card: sorted, merged, parallel, direct, checked and ahead of need.
+"""Reads of groups and neurons from the card: sorted, merged, in parallel, checked and ahead of need.
 
-Section 3.2 and 4 of "LLM in a flash": throughput comes from few, large reads with several in flight and no
-copy through the page cache, which on a small board also costs the RAM that the window wants.
+Throughput comes from few large reads with several in flight ("LLM in a flash", sections 3.2 and 4). They bypass the
+page cache, which costs a copy and, on a small board, the RAM that the window wants.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
 
-Numbers = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int32]
+"""[n] int32: numbers of units."""
 
 READ_BYTES = 3 << 19
-"""Bytes of one read, about 1.5 MiB: more gains nothing on any card of the table in DESIGN.md."""
+"""The most bytes of one read. A larger read is no faster on SD cards, USB SSDs or NVMe."""
 
 MOST_GAP_BYTES = 256 << 10
-"""However slow a card is to start a read."""
+"""The widest gap that is read rather than skipped, however slow a card is to start a read."""
 
 IN_FLIGHT = 3
 """Reads under way at once."""
@@ -47,27 +48,30 @@ Make = Callable[["Extent", Bytes], Any]
 
 @dataclass(frozen=True)
 class Extent:
-    """A contiguous run of groups of one section, read as one; of the head, which is the last, 16 rows are a group."""
+    """Consecutive groups of one section, fetched by one read. In the head 16 rows count as a group."""
 
-    section: int  # its number in Header.paged_sections
-    first: int
+    section: int  # its number in Header.paged_sections, of which the head is the last
+    first: int  # group
     count: int
 
 
 def gap_bytes(speed: CardSpeed | None) -> int:
-    """Unwanted bytes that cost no more than another read: what comes in the time of one, where that was measured."""
+    """The widest gap, in bytes, that is as fast to read as to skip: what the card gives in the time of one more read.
+
+    If the card was not measured this is GAP_BYTES.
+    """
     if speed is None or speed.reads_per_second <= 0:
         return GAP_BYTES
     return int(min(max(speed.bandwidth / speed.reads_per_second, PAGE), MOST_GAP_BYTES))
 
 
 def units_of_a_read(unit_bytes: int) -> int:
-    """How many units of so many bytes one read fetches at the most."""
+    """The most units of `unit_bytes` bytes that one read fetches; at least 1."""
     return max(1, READ_BYTES // unit_bytes)
 
 
 def extents(section: int, groups: Sequence[int], group_bytes: int, unwanted: int = GAP_BYTES) -> list[Extent]:
-    """The reads that fetch `groups` of a section: sorted, merged across `unwanted` bytes, cut at READ_BYTES."""
+    """The reads that fetch `groups` of a section, ascending. Gaps up to `unwanted` bytes are read too."""
     gap, most = unwanted // group_bytes, units_of_a_read(group_bytes)
     runs: list[list[int]] = []
     for group in sorted(groups):
@@ -94,7 +98,7 @@ class _Read:
 
 
 class _Card:
-    """Reads under way into a fixed number of buffers. Not thread-safe: one consumer.
+    """Reads under way into a fixed number of buffers. It is not thread-safe: it has one consumer.
 
     Args:
         bundle: an open bundle.
@@ -111,7 +115,7 @@ class _Card:
         self._records = [*(section.run for section in self._sections[:-1]), header.row_format("head").nbytes]
         self._reads: deque[_Read] = deque()
         self._file = CardFile(bundle.path, bundle.patience, direct=True, opened=bundle.file)
-        self._gave_up: CardError | None = None  # why, once a read has waited for the card in vain
+        self._gave_up: CardError | None = None  # the error of a read that waited for the card in vain
         self._counting = threading.Lock()
         self._idle = [mmap.mmap(-1, buffer_bytes(most)) for _ in range(buffers)] if most else []
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
@@ -128,7 +132,7 @@ class _Card:
         raise NotImplementedError
 
     def _start(self, extent: Extent, wanted: int | None = None) -> None:
-        """Reads into an idle buffer, behind what is under way. Of its groups all are wanted, or so many."""
+        """Starts a read into an idle buffer, behind those under way. `wanted` of its groups are wanted; None: all."""
         buffer, wanted = self._idle.pop(), extent.count if wanted is None else wanted
         self._reads.append(_Read(extent, buffer, wanted, self._pool.submit(self._read, extent, buffer, wanted)))
 
@@ -142,7 +146,7 @@ class _Card:
             except Exception as error:
                 if not ahead and error is not known:
                     raise
-                # it failed some time ago: the card may be back, and who gave up waiting for it was another
+                # it failed before it was needed, or because another read gave up: the card may be back by now
                 self._gave_up = None
                 made = self._read(read.extent, read.buffer, read.wanted)
             self.stats.waited += time.perf_counter() - started
@@ -163,7 +167,7 @@ class _Card:
 
     def _read(self, extent: Extent, buffer: mmap.mmap, wanted: int) -> Any:
         if self._gave_up is not None:
-            raise self._gave_up  # the reads behind it would wait as long again
+            raise self._gave_up  # this read would wait as long again
         try:
             raw = self._read_checked(extent, buffer, wanted)
         except CardError as error:
@@ -198,10 +202,10 @@ class _Card:
 
 
 class CardStream(_Card):
-    """Groups in a fixed cyclic order, read ahead by a few extents.
+    """Groups in a fixed cyclic order, read ahead by a few extents. StreamedFfn uses it.
 
-    In exact mode the order in which a pass misses is known, so the reads of the next layer, and of the next
-    pass, go on while this layer computes.
+    If every neuron takes part, the order in which passes read is known. So the reads of the next layer, and of the
+    next pass, go on while this layer computes.
 
     Args:
         bundle: an open bundle.
@@ -230,26 +234,26 @@ class CardStream(_Card):
     def section(self, section: int) -> Iterator[tuple[Extent, Any]]:
         """The extents of a section in order, each with what was made of its bytes.
 
-        Sections are taken in the schedule's order; `restart` goes back to the first. The bytes are good until the
-        next one is taken. Raises CardError, DamagedRun.
+        Take sections in the schedule's order; `restart` goes back to the first. The bytes of an extent are valid
+        until the next extent is taken. Raises CardError, DamagedRun.
         """
         for _ in range(self._of_section[section]):
             self.read_ahead()
             yield from self._taken()
 
     def restart(self, schedule: Sequence[Extent] | None = None) -> None:
-        """Forgets what is under way: the next extent taken is the first of a pass, which may have a new schedule."""
+        """Forgets what is under way. The next extent taken is the first of the schedule, which may be a new one."""
         self._drain()
         self._follow(self._schedule if schedule is None else schedule)
 
 
 class CardPicks(_Card):
-    """Units that nobody knew of before: the reads that fetch them go on side by side.
+    """Units that are known only when they are needed. Their reads go on side by side. SelectedFfn uses it.
 
     Args:
         bundle: an open bundle.
         gap: unwanted bytes that are read rather than skipped.
-        buffers: how many extents are held or under way.
+        buffers: the most extents that are held or under way.
     """
 
     def __init__(self, bundle: Bundle, gap: int, buffers: int) -> None:
@@ -259,11 +263,14 @@ class CardPicks(_Card):
         self._waiting: deque[tuple[Extent, int]] = deque()  # with how many of its units are wanted
 
     def forget_counts(self) -> None:
-        """Counts anew: what filled the windows at first is not what tokens cost."""
+        """Starts the counts again. What filled the windows at first is not a cost of tokens."""
         self.stats = CardStats()
 
-    def take(self, layer: int, units: Numbers) -> Iterator[tuple[Numbers, Bytes]]:
-        """Some of `units`, ascending, at a time, and their bytes [n, unit bytes]. Raises CardError, DamagedRun."""
+    def take(self, layer: int, units: Ids) -> Iterator[tuple[Ids, Bytes]]:
+        """Reads `units`, ascending, and yields some at a time [n] with their bytes [n, unit bytes] uint8.
+
+        Raises CardError, DamagedRun.
+        """
         picked = extents(layer, units.tolist(), self._unit_bytes, self._gap)
         self._waiting.extend((extent, len(_within(extent, units))) for extent in picked)
         try:
@@ -277,19 +284,25 @@ class CardPicks(_Card):
             self._drain()
 
     def read_ahead(self) -> None:
-        """Starts as many of the reads that wait as there are idle buffers."""
+        """Starts as many of the waiting reads as there are idle buffers."""
         while self._idle and self._waiting:
             self._start(*self._waiting.popleft())
 
 
-def _within(extent: Extent, units: Numbers) -> Numbers:
-    """Those of `units`, ascending, that an extent fetches."""
+def _within(extent: Extent, units: Ids) -> Ids:
+    """Those of `units` [n], ascending, that an extent fetches."""
     start, stop = np.searchsorted(units, (extent.first, extent.first + extent.count))
     return units[start:stop]
 
 
 class CardQueue(_Card):
-    """Groups in an order that is told as a pass goes on: what is wanted now and, behind it, what may be next."""
+    """Groups that are known a layer at a time, and guesses at those of the next layer. ExpertFfn uses it.
+
+    Args:
+        bundle: an open bundle.
+        most: groups of the longest extent.
+        buffers: the most extents that are held or under way.
+    """
 
     def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
         super().__init__(bundle, most * bundle.header.group.nbytes, buffers, make)
@@ -298,7 +311,7 @@ class CardQueue(_Card):
         self._wanted = 0  # of what is under way and asked for, the first so many
 
     def want(self, extents: Sequence[Extent]) -> None:
-        """Says what `take` gives. Of what was guessed the others are forgotten, as far as they are not read yet."""
+        """Says which extents `take` gives. Guesses that are not among them are dropped."""
         wanted = set(extents)
         reads, self._reads = self._reads, deque()
         for read in reads:
@@ -311,14 +324,14 @@ class CardQueue(_Card):
         self.read_ahead()
 
     def guess(self, extents: Iterable[Extent]) -> None:
-        """Says what the next `want` may name: it is read when what is wanted now has been."""
+        """Says which extents the next `want` may name. They are read behind those that are wanted now."""
         self._asked.extend(extents)
         self.read_ahead()
 
     def take(self) -> Iterator[tuple[Extent, Any]]:
         """What is wanted, each extent with what was made of its groups, the guessed ones first.
 
-        The bytes are good until the next one is taken. Raises CardError, DamagedRun.
+        The bytes of an extent are valid until the next is taken. Raises CardError, DamagedRun.
         """
         while self._wanted:
             self._wanted -= 1
@@ -336,7 +349,7 @@ class CardQueue(_Card):
             self._start(self._asked.popleft())
 
     def restart(self) -> None:
-        """Forgets what is wanted and guessed."""
+        """Forgets what is wanted and what was guessed."""
         self.want([])
         self._drain()
 
@@ -348,11 +361,11 @@ class CardQueue(_Card):
 
 
 def pages_of(offset: int, length: int) -> tuple[int, int]:
-    """(start, bytes) of the whole pages that hold `length` bytes at `offset`, which is what the card gives."""
+    """(start, bytes) of the whole pages that hold `length` bytes at `offset`. Direct reads fetch whole pages."""
     start = offset // PAGE * PAGE
     return start, -(-(offset + length - start) // PAGE) * PAGE
 
 
 def buffer_bytes(nbytes: int) -> int:
-    """Bytes of a buffer that takes `nbytes` from any offset, whole pages."""
+    """Bytes of a buffer, in whole pages, that has room for `nbytes` bytes from any offset."""
     return (-(-nbytes // PAGE) + 2) * PAGE

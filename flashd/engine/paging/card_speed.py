@@ -1,4 +1,4 @@
-"""How fast a card reads: measured once with direct reads, remembered by the device that a file lies on."""
+"""How fast a card reads. It is measured once with direct reads and remembered for the device that the file is on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ from flashd.system.paths import cache_folder
 log = logging.getLogger(__name__)
 
 SEQUENTIAL_BYTES, SEQUENTIAL_READ = 48 << 20, 1 << 20
+"""Bytes that are read in order, and bytes of each of these reads."""
+
 RANDOM_READS, RANDOM_SECONDS = 400, 1.0
+"""The most random reads of one size, and the most seconds that they may take."""
+
 RANDOM_SIZES = (4 << 10, 16 << 10, 64 << 10)
+"""Bytes of random reads."""
+
 SMALLEST_FILE = 1 << 20
+"""Bytes."""
 
 
 class CardSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """What direct reads of one file came to, one after the other."""
+    """The rates of direct reads of one file, one read at a time."""
 
-    bandwidth: float  # bytes a second, a mebibyte at a time in order
-    random_reads: dict[int, float]  # reads a second anywhere in the file, by their bytes
+    bandwidth: float  # bytes a second, reading a mebibyte at a time in order
+    random_reads: dict[int, float]  # bytes of a read -> reads a second, at random places of the file
     when: float  # seconds since 1970
 
     @property
@@ -38,9 +45,10 @@ class CardSpeed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(path: Path) -> CardSpeed:
-    """The speed of the device that a file lies on; takes some seconds.
+    """Measures the device that a file is on. This takes some seconds.
 
-    Raises InputMissing where the file is missing or too small, CardError where it cannot be read directly.
+    Raises InputMissing if the file is missing, too small or cannot be opened for direct reads; CardError if a read
+    fails.
     """
     try:
         size = path.stat().st_size // PAGE * PAGE
@@ -65,7 +73,7 @@ def measure(path: Path) -> CardSpeed:
 
 
 def _rate(fd: int, buffer: mmap.mmap, nbytes: int, offsets: range | list[int]) -> float:
-    """Reads a second at `offsets`, or at as many of them as a second has time for."""
+    """Reads a second, from reads at `offsets`. It stops after RANDOM_SECONDS."""
     started, done = time.perf_counter(), 0.0
     with memoryview(buffer)[:nbytes] as view:
         for at in offsets:
@@ -76,7 +84,7 @@ def _rate(fd: int, buffer: mmap.mmap, nbytes: int, offsets: range | list[int]) -
 
 
 def remember(path: Path, speed: CardSpeed, sysfs: Path = Path("/sys")) -> None:
-    """Keeps a speed for the device that `path` lies on. Raises CannotWrite."""
+    """Keeps a speed for the device that `path` is on. Raises CannotWrite."""
     known = _all() | {device_key(path, sysfs): speed}
     data = msgspec.json.encode(known)
     try:
@@ -89,7 +97,7 @@ def remember(path: Path, speed: CardSpeed, sysfs: Path = Path("/sys")) -> None:
 
 
 def remembered(path: Path, sysfs: Path = Path("/sys")) -> CardSpeed | None:
-    """What was measured on the device that `path` lies on, None where nothing was."""
+    """The speed that was measured on the device that `path` is on. None if it was not measured."""
     try:
         return _all().get(device_key(path, sysfs))
     except OSError:
@@ -97,7 +105,7 @@ def remembered(path: Path, sysfs: Path = Path("/sys")) -> CardSpeed | None:
 
 
 def device_key(path: Path, sysfs: Path = Path("/sys")) -> str:
-    """A name that a card keeps when it is plugged in elsewhere; its device number where it has none."""
+    """A name that a card keeps when it is plugged in elsewhere, or its device number if it has no such name."""
     number = path.stat().st_dev
     numbers = f"{os.major(number)}:{os.minor(number)}"
     here = (sysfs / "dev/block" / numbers).resolve()

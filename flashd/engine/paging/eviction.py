@@ -1,4 +1,8 @@
-"""What a full window keeps: of what was just used and what was there, that of the highest score or the latest use."""
+"""Which units a full window keeps. The candidates are the units in the window and those that a token just used.
+
+Frequency keeps those used most often, LeastRecentlyUsed those used last. The paper's window keeps the neurons of the
+last tokens ("LLM in a flash", section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -10,56 +14,61 @@ import numpy.typing as npt
 from flashd.bundle.row_kinds import Floats
 
 Mask = npt.NDArray[np.bool_]
+
 Numbers = npt.NDArray[np.int64]
+"""Numbers of units, or of experts, in any shape."""
 
-MEMORY = 0.98
-"""How much of a frequency stays from one token to the next.
+FREQUENCY_DECAY = 0.98
+"""The part of a frequency that stays from one token to the next.
 
-On the trace of tests/lab, of 0.9 to 0.995, 0.95 and 0.98 read least, within 3 % of each other. Keeping the neurons
-of the last tokens, as many as fit, as the paper does, reads 1 to 20 % more.
+Of the values from 0.9 to 0.995, 0.95 and 0.98 read fewest bytes on the trace of tests/lab, within 3 % of each other.
+To keep the neurons of the last tokens, as the paper does, reads 1 to 20 % more.
 """
 
 
 class Policy(Protocol):
-    """The scores [units] of one layer's units. The higher, the longer one is kept."""
+    """The scores of one layer's units. A window keeps the units with the highest."""
 
-    scores: Floats
+    scores: Floats  # [units]
 
     def used(self, chosen: Mask) -> None:
-        """A token needed the units that `chosen` [units] names."""
+        """Is told that a token needed the units that `chosen` [units] marks."""
 
 
 class Frequency:
-    """Keeps what was used most often, the further back the less it counts."""
+    """The Policy that keeps the units used most often. A use counts for less the longer ago it was.
+
+    `rates` [units] is how often each unit was used on sample text. The scores start as if that had gone on for ever.
+    """
 
     def __init__(self, rates: Floats) -> None:
-        self.scores: Floats = rates / np.float32(1 - MEMORY)  # as if it had always gone so
+        self.scores: Floats = rates / np.float32(1 - FREQUENCY_DECAY)  # [units]
 
     def used(self, chosen: Mask) -> None:
-        self.scores *= np.float32(MEMORY)
+        self.scores *= np.float32(FREQUENCY_DECAY)
         self.scores[chosen] += 1
 
 
 class LeastRecentlyUsed:
-    """Keeps those that were used last; of those that never were, the first ones, which are the hottest."""
+    """Keeps the units that were used last. Of those never used it prefers the first, which are the hottest."""
 
     def __init__(self, units: int) -> None:
-        self._used_at: Numbers = -np.arange(units)
+        self._used_at: Numbers = -np.arange(units)  # [units]
         self._now = 0
 
     def use(self, units: Numbers) -> None:
-        """Each of T tokens, one after the other, used `units` [T, K]."""
+        """Is told that T tokens, one after the other, used `units` [T, K]."""
         for of_token in units:
             self._now += 1
             self._used_at[of_token] = self._now
 
     def worth(self, units: Numbers, count: int) -> Numbers:
-        """The `count` of `units` that should stay when there is no room for all; a tie is the hotter one's."""
+        """[count]: those of `units` [n] that should stay. Of units that were used at the same time, the hotter."""
         return _highest(self._used_at, np.sort(units), count)
 
 
 def kept(policy: Policy, candidates: Mask, capacity: int) -> Mask:
-    """[units]: the `capacity` candidates of the highest scores, the first of equals."""
+    """[units] bool: the `capacity` candidates with the highest scores. Of equals the first stay."""
     units = np.flatnonzero(candidates)
     if len(units) > capacity:
         units = _highest(policy.scores, units, capacity)
@@ -69,14 +78,14 @@ def kept(policy: Policy, candidates: Mask, capacity: int) -> Mask:
 
 
 def _highest(scores: Floats | Numbers, units: Numbers, count: int) -> Numbers:
-    """The `count` of `units`, ascending, of the highest scores, the first of equals first."""
+    """The `count` of `units` [n], ascending, with the highest scores [all units]. Of equals the first come first."""
     return np.asarray(units[np.argsort(-scores[units], kind="stable")[:count]])
 
 
 def shares(rates: Floats, slots: int) -> list[int]:
-    """How many of `slots` each layer gets, so that as few misses as possible are to be expected.
+    """How many of `slots` slots each of the L layers gets, so that the fewest misses are to be expected.
 
-    rates: [L, units], how often each unit is used. Each slot goes to the unit of the highest rate of all layers.
+    rates: [L, units], how often each unit is used. The `slots` units with the highest rates get a slot each.
     """
     hottest = np.argsort(-rates.reshape(-1), kind="stable")[:slots]
     return [int(n) for n in np.bincount(hottest // rates.shape[1], minlength=len(rates))]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.arrays import NeuronArrays
 from flashd.bundle.formats import NeuronFormat
-from flashd.bundle.slots import NeuronSlots
 
 Ids = npt.NDArray[np.int32]
 
@@ -37,11 +37,11 @@ class Window:
         return self._neuron_at[: self.used]
 
     @property
-    def rows(self) -> NeuronSlots:
+    def rows(self) -> NeuronArrays:
         """The used part of the slots."""
         return self._slots[: self.used]
 
-    def rows_of(self, neurons: Ids) -> NeuronSlots:
+    def rows_of(self, neurons: Ids) -> NeuronArrays:
         """A copy of the rows of some neurons that are here."""
         return self._slots[self._slot_of[neurons]]
 
@@ -49,7 +49,7 @@ class Window:
         """[neurons]: which are here."""
         return self._slot_of >= 0
 
-    def put(self, neurons: Ids, rows: NeuronSlots) -> None:
+    def put(self, neurons: Ids, rows: NeuronArrays) -> None:
         """Copies neurons into free slots. Raises ValueError if they do not fit, or one is here already."""
         stop = self.used + len(neurons)
         if stop > self.capacity:

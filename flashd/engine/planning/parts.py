@@ -154,7 +154,7 @@ def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: 
     if all_pinned and not streams_head:
         return {}
     buffers, sessions, opening = [0], [0], [0]
-    for form in () if all_pinned else {part.form for part in header.ffn_parts}:
+    for form in () if all_pinned else {part.form for part in header.ffn_sections}:
         count = groups_of_a_read(form, m)
         buffers.append(count * form.nbytes)
         sessions.append(count * group_held(form, arithmetic) + SESSION)

@@ -178,7 +178,7 @@ def _passing_bytes(header: Header, pinned: tuple[int, ...]) -> int:
     m = header.model
     passing = sum(
         part.form.nbytes * min(max(part.first + part.count - pinned[part.layer], 0), part.count)
-        for part in header.ffn_parts
+        for part in header.ffn_sections
     )
     return passing * _needed(m) // m.groups
 

@@ -1,7 +1,7 @@
 """Runs sample text through a model while it is packed, layer by layer, to learn which neurons matter.
 
-What comes of it decides which groups are pinned first, and so how often a draft that has only those is right; where
-neurons are selected, also which take part.
+The result decides which groups are pinned first, and so how often a draft made from these alone is right. If neurons
+are selected, it also decides which take part.
 """
 
 from __future__ import annotations
@@ -30,35 +30,37 @@ Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 TOKENS = 384
-"""Sample tokens. Twice as many move a group's rank by little and cost twice the time."""
+"""Tokens of the sample text. Twice as many hardly change the order of groups and take twice the time."""
 
 ROWS_AT_ONCE = 2048
+"""Rows of a matrix that are read from the file together."""
 
 
 def sample_tokens(tokenizer_json: bytes) -> Numbers:
-    """The first tokens of the sample text that ships with flashd."""
+    """[n]: the first TOKENS tokens of the sample text that ships with flashd."""
     return text_tokens(tokenizer_json, files("flashd.pack").joinpath("sample.txt").read_text("utf-8"))[:TOKENS]
 
 
 def text_tokens(tokenizer_json: bytes, text: str) -> Numbers:
+    """[n]: the tokens of a text, without any that begin or end it."""
     return np.array(Tokenizer.from_buffer(tokenizer_json).encode(text, add_special_tokens=False).ids, np.int64)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's FFN did in the N tokens of all texts, or an expert in those that were routed to it."""
+    """What a layer's FFN computed in the N tokens of all texts, or an expert in the N tokens that use it."""
 
-    h: Floats  # [N, H], what went in
-    a: Floats  # [N, F] activations, times the expert's weight
-    reach: Floats  # [F], the length of each column of down_proj
+    h: Floats  # [N, H], its input
+    a: Floats  # [N, F], activations, times the expert's weight
+    reach: Floats  # [F], the norm of each column of down_proj
 
     @classmethod
     def nothing(cls, hidden: int, neurons: int) -> Seen:
-        """Of an expert that no token was routed to."""
+        """That of an expert that no token uses: N is 0."""
         return cls(*(np.zeros(shape, np.float32) for shape in ((0, hidden), (0, neurons), (neurons,))))
 
     def sizes(self) -> Floats:
-        """[F]: the mean size of each neuron's share in the output."""
+        """[F]: the mean size of each neuron's contribution to the output."""
         return np.asarray(np.abs(self.a).mean(0) * self.reach, np.float32)
 
 
@@ -66,7 +68,7 @@ Chooses = Callable[[int, Floats], Mask]
 """(expert, h [N, H]) -> which of its neurons [N, F] take part."""
 
 Sees = Callable[[int, Numbers, Seen], None]
-"""Called with (expert, the numbers [N] of the tokens that use it, ascending, what it did in them)."""
+"""Called with (expert, numbers [N] of the tokens that use it, ascending, what it computed in them)."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,15 @@ class Dense:
     down: Floats  # [H, F]
 
     def part(self, start: int, stop: int | None) -> Dense:
-        """Some of its neurons."""
+        """Its neurons `start` to `stop`."""
         return Dense([m[start:stop] for m in self.inputs], self.biases[start:stop], self.down[:, start:stop])
 
 
 class Calibration:
-    """The hidden states [N, H] of some texts, one layer further with each call of `layer`.
+    """The hidden states [N, H] of some texts. A call of `layer`, `mixture` or `replaced` takes them a layer further.
 
-    Between the products with the source's own matrices run the graphs that the engine runs there, so that every
-    family is followed.
+    The products are made with the source's own weights. Between them run the same graphs as in the engine, so every
+    family is computed as the engine computes it.
     """
 
     def __init__(self, weights: Weights, model: Architecture, rope: Floats, texts: Sequence[Numbers]) -> None:
@@ -95,7 +97,7 @@ class Calibration:
         self._stages = {name: open_session(graph) for name, graph in stages(model).items()}
         self._activations = open_session(activations(model))
         self._gates = open_session(gates(model)) if model.gated else None
-        # every layer asks for it again, and texts of one cut are of one length
+        # every layer asks for it again, and all texts of a cut have the same length
         self._attended = lru_cache(maxsize=1)(self._attention_feed)
         tokens = np.concatenate(texts)
         self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
@@ -104,17 +106,17 @@ class Calibration:
             self._x = self._x + weights.positions().rows(places)
 
     def layer(self, i: int) -> Seen:
-        """Takes the texts through layer i, which is no mixture."""
+        """Takes the texts through layer `i`, which is not a mixture."""
         vectors, x, h = self._attend(i)
         a, down = self._neurons(self._weights.ffns(i)[0], h)  # [N, F], [H, F]
-        y = a @ down.T
+        y = a @ down.T  # [N, H]
         if self._model.normed_neurons:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         (self._x,) = self._run("leave", vectors, x=x, branch=y)
         return Seen(h, a, np.linalg.norm(down, axis=0))
 
     def gates(self, i: int, h: Floats) -> Floats:
-        """Activations [N, F] of the gates of layer i, which is no mixture, for h [N, H]."""
+        """Activations [N, F] of the gates of layer `i`, which is not a mixture, for h [N, H]."""
         assert self._gates is not None
         (a,) = self._gates.run(None, {"products": _product(h, self._weights.ffns(i)[0].inputs[0])})
         return np.asarray(a, np.float32)
@@ -122,19 +124,24 @@ class Calibration:
     def mixture(
         self, i: int, chooses: Chooses | None = None, sees: Sees | None = None, columns: RowFormat | None = None
     ) -> Numbers:
-        """Takes the texts through layer i, of experts; returns their numbers, those that most tokens use first.
+        """Takes the texts through layer `i` of a mixture. Returns the numbers of the experts, most used first, [E].
 
-        A plain FFN, but for one whose activations are normed, is one expert that every token uses. With `columns`
-        those of down_proj are rounded to rows of that format.
+        A plain FFN counts as one expert that every token uses, unless its activations are normed.
+
+        Args:
+            i: the layer.
+            chooses: says which neurons of an expert take part; None: all.
+            sees: is told what each expert that is used computed.
+            columns: the columns of down_proj are rounded to rows of this format; None: they are not.
         """
         vectors, x, h = self._attend(i)
         used, weights = self._routed(i, h)
         uses = np.bincount(used.reshape(-1), minlength=self._model.ffns)
         y, ffns = np.zeros_like(h), self._weights.ffns(i)
         for expert in np.flatnonzero(uses).tolist():
-            tokens, place = np.nonzero(used == expert)
-            taken = h[tokens]
-            a, down = self._neurons(ffns[expert], taken)
+            tokens, place = np.nonzero(used == expert)  # [n] each
+            taken = h[tokens]  # [n, H]
+            a, down = self._neurons(ffns[expert], taken)  # [n, F], [H, F]
             a *= weights[tokens, place, None]
             if chooses:
                 a *= chooses(expert, taken)
@@ -148,7 +155,10 @@ class Calibration:
         return np.argsort(-uses, kind="stable")
 
     def _routed(self, i: int, h: Floats) -> tuple[Numbers, Floats]:
-        """(experts, their weights), [N, used] each, of a layer whose FFN takes h; x is not behind it yet."""
+        """(numbers of experts, their weights), [N, used] each, of layer `i`, whose FFN takes h [N, H].
+
+        The hidden states must still be those in front of the layer.
+        """
         experts = self._model.experts
         if experts is None:
             return np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
@@ -157,7 +167,7 @@ class Calibration:
         return used.astype(np.int64), weights
 
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
-        """(the layer's vectors, x and h) behind its attention."""
+        """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
         qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
@@ -173,17 +183,17 @@ class Calibration:
         return vectors, x, h
 
     def replaced(self, i: int, ffn: Dense) -> None:
-        """Takes the texts through layer i with other weights in its FFN."""
+        """Takes the texts through layer `i` with other weights in its FFN."""
         vectors, x, h = self._attend(i)
         (self._x,) = self._run("leave", vectors, x=x, branch=self.activate(ffn, h) @ ffn.down.T)
 
     @property
     def states(self) -> Floats:
-        """[N, H] behind the last layer that the texts were taken through."""
+        """[N, H]: the hidden states behind the last layer that the texts were taken through."""
         return self._x
 
     def perplexity(self) -> float:
-        """Of the texts, behind the last layer."""
+        """The perplexity of the texts. Call this when they were taken through all layers."""
         lost, counted = 0.0, 0
         for rows, following in self.pieces(self._model.context):
             logits = self.logits(rows)
@@ -194,14 +204,14 @@ class Calibration:
         return float(np.exp(lost / counted))
 
     def pieces(self, most: int) -> Iterator[tuple[slice, Numbers]]:
-        """Up to `most` tokens of a text at a time, with the tokens that follow each."""
+        """Up to `most` tokens of a text at a time: (their rows in `states`, the tokens [n] that follow each)."""
         for part, text in zip(self._parts(), self._texts, strict=True):
             for at in range(0, len(text) - 1, most):
                 following = text[at + 1 : at + 1 + most]
                 yield slice(part.start + at, part.start + at + len(following)), following
 
     def logits(self, rows: slice) -> Floats:
-        """Logits [n, V] behind some tokens, once the last layer is done."""
+        """Logits [n, V] behind some tokens, when the texts were taken through all layers."""
         return self.head(self.finished(rows))
 
     def finished(self, rows: slice) -> Floats:
@@ -216,12 +226,12 @@ class Calibration:
         return self._run("logits", self._weights.model_vectors(), x=logits)[0]
 
     def _parts(self) -> Iterator[slice]:
-        """The rows of each text."""
+        """The rows of each text in `states`."""
         ends = np.cumsum([len(text) for text in self._texts])
         return (slice(int(end) - len(text), int(end)) for end, text in zip(ends, self._texts, strict=True))
 
     def _attention_feed(self, n: int) -> dict[str, npt.NDArray[np.generic]]:
-        """What attention within a text of n tokens takes beside queries, keys and values."""
+        """The inputs of the attention graph for a text of n tokens, without queries, keys and values."""
         t, kept = np.arange(n), np.zeros((1, self._model.kv_heads, n, self._model.head_dim), np.float32)
         feed: dict[str, npt.NDArray[np.generic]] = {
             "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),
@@ -234,7 +244,7 @@ class Calibration:
         return feed
 
     def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
-        """Activations [N, F] of an FFN's neurons, and their columns [H, F]."""
+        """(activations [N, F] of an FFN's neurons for h [N, H], their columns [H, F])."""
         return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases), ffn.down.rows()
 
     def activate(self, ffn: Dense, h: Floats) -> Floats:
@@ -242,7 +252,7 @@ class Calibration:
         return self._activated([h @ part.T for part in ffn.inputs], ffn.biases)
 
     def _activated(self, products: list[Floats], biases: Floats) -> Floats:
-        """[N, F], from h's products with each of the input matrices, [N, F] too."""
+        """Activations [N, F] from the products [N, F] of h with each of the M input matrices."""
         feed = {"products": np.stack(products, axis=2).reshape(len(products[0]), -1), "bias": biases.reshape(-1)}
         known = [part.name for part in self._activations.get_inputs()]
         (a,) = self._activations.run(None, {name: feed[name] for name in known})
@@ -254,16 +264,18 @@ class Calibration:
 
 
 def hottest(sizes: Floats, model: Architecture, whole: bool) -> Numbers:
-    """A layer's neurons in the card's order, the largest shares in the output first.
+    """[F]: a layer's neurons in the card's order. Those that contribute most to the output come first.
 
-    32 of them become a group. Neuron by neuron the hottest third of Qwen2.5-Coder-1.5B makes a draft's first guess
-    right in 57 % and not 50 % of cases, one of its first three in 75 and not 66 %.
+    32 neurons become a group. If neurons and not groups of the source are sorted, the hottest third of
+    Qwen2.5-Coder-1.5B makes a draft's first guess right in 57 % of cases and not 50 %, one of its first three in 75 %
+    and not 66 %.
 
     Args:
-        sizes: each neuron's share in the output, [F], see Seen.
-        whole: the source's own groups, whose columns share a grid, stay together.
+        sizes: the size of each neuron's contribution to the output, [F], see Seen.
+        model: the model's architecture.
+        whole: whether the source's own groups, whose columns share a grid, stay together.
 
-    Neurons that only fill the last group come last, or in their group.
+    Neurons that only fill the last group come last, or stay in their group if `whole`.
     """
     sizes = np.pad(sizes, (0, model.neurons - len(sizes)))
     if not whole:
@@ -272,11 +284,11 @@ def hottest(sizes: Floats, model: Architecture, whole: bool) -> Numbers:
 
 
 def neurons_of(groups: Numbers) -> Numbers:
-    """The numbers of the neurons of some of the source's groups, in the groups' order."""
+    """[32 n]: the neurons of the source's groups `groups` [n], in the groups' order."""
     return (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
 
 
 def _product(x: Floats, matrix: Matrix) -> Floats:
-    """x [T, K] times a matrix of the file [n, K], some rows at a time."""
+    """x [T, K] times a matrix of the file [n, K] -> [T, n]. The rows are read some at a time."""
     starts = range(0, len(matrix), ROWS_AT_ONCE)
     return np.concatenate([x @ matrix.rows(slice(at, at + ROWS_AT_ONCE)).T for at in starts], axis=1)

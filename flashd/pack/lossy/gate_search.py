@@ -1,4 +1,7 @@
-"""What gates may skip in all layers, within a loss of perplexity, and whether a card gains by it."""
+"""The search over all layers: how many neurons gates may skip within a loss of perplexity, and whether that pays.
+
+gates.py has the thresholds of one layer. This module tries levels on whole models, judges them and decides.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from flashd.bundle.header import Selection, pair_format
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Mask, Numbers
-from flashd.pack.lossy.gates import LEVELS, Asked, Gating, Layer, fit, share_out
+from flashd.pack.lossy.gates import LEVELS, Asked, GatedLayer, Gating, fit, share_out
 from flashd.pack.lossy.narrow_groups import Judgement, cut, judge
 from flashd.pack.lossy.predictors import SPARSE, WORTH
 from flashd.pack.original import Original
@@ -22,9 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Gated:
-    """The layers' thresholds, and what they cost."""
+    """The layers with the thresholds that were chosen, and what these cost."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[GatedLayer]
     selection: Selection
 
 
@@ -32,7 +35,7 @@ class Gated:
 class _Skipping:
     """What gates skip at a level, and what that costs."""
 
-    level: float
+    level: float  # the share of neurons that fire and are skipped
     found: Judgement
     asked: Asked
 
@@ -44,15 +47,15 @@ def check(original: Original) -> None:
         raise DataError(f"{path}: {model.family} has no gate rows that could choose; pack it without --select gate")
     if model.experts or original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(
-            f"{path}: gates choose in plain layers, not in mixtures of experts or BitNet; pack it without"
-            " --select gate"
+            f"{path}: gates cannot choose in mixtures of experts or in BitNet; pack it without --select gate"
         )
 
 
 def choose(original: Original, tokenizer_json: bytes, gating: Gating) -> Gated | None:
-    """The layers, their gates skipping as much as the allowed loss admits; None where that is not worth it.
+    """The layers whose gates skip as much as the allowed loss admits. None if that does not pay.
 
-    With the hotter half preferred and without: what a card gives sooner.
+    It tries to prefer the hotter half of the neurons, and to prefer none, and takes what a card reads faster. Raises
+    DataError for too short a text.
     """
     fitted, judged = cut(tokenizer_json, gating.text, original.model.context)
     calibration, exact = original.calibration(fitted), original.calibration(judged)
@@ -82,8 +85,8 @@ def choose(original: Original, tokenizer_json: bytes, gating: Gating) -> Gated |
     return Gated(layers, selection)
 
 
-def _fit(original: Original, i: int, calibration: Calibration) -> tuple[Layer, ...]:
-    """Takes the texts through a layer and finds the thresholds of its gates, by what is preferred."""
+def _fit(original: Original, i: int, calibration: Calibration) -> tuple[GatedLayer, ...]:
+    """Takes the texts through layer `i` and finds the thresholds of its gates: with none preferred, and with some."""
     seen = calibration.layer(i)
     down = original.weights.ffns(i)[0].down.rows()
     gates = calibration.gates(i, seen.h)
@@ -91,9 +94,9 @@ def _fit(original: Original, i: int, calibration: Calibration) -> tuple[Layer, .
 
 
 def _most(
-    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[Layer], max_loss: float
+    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], max_loss: float
 ) -> _Skipping:
-    """The most that keeps to the loss; the least that is tried where nothing does."""
+    """The highest level that keeps to the loss, or the lowest that was tried if none does."""
     levels = (0.0,) if original.model.activation in SPARSE else LEVELS
     first, last = 0, len(levels) - 1
     admitted = least = None
@@ -110,15 +113,15 @@ def _most(
 
 
 def _try(
-    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[Layer], level: float
+    original: Original, judged: Sequence[Numbers], exact: Calibration, layers: Sequence[GatedLayer], level: float
 ) -> _Skipping:
-    """What skipping so much makes of the judging texts."""
+    """Measures a level on the judging texts."""
     share_out(layers, level)
     tried = original.calibration(judged)
     asked = Asked(pair_format(original.model, original.formats).nbytes)
     for i, layer in enumerate(layers):
 
-        def chooses(_expert: int, h: Floats, i: int = i, layer: Layer = layer) -> Mask:
+        def chooses(_expert: int, h: Floats, i: int = i, layer: GatedLayer = layer) -> Mask:
             chosen = layer.chosen(tried.gates(i, h))
             asked.count(layer.missed(chosen))
             return chosen
@@ -133,8 +136,8 @@ def _try(
     return _Skipping(level, found, asked)
 
 
-def _pays(original: Original, layers: Sequence[Layer], skipping: _Skipping) -> bool:
-    """Whether a card gives what the gates choose that much sooner than everything; says so."""
+def _pays(original: Original, layers: Sequence[GatedLayer], skipping: _Skipping) -> bool:
+    """Whether a card reads the chosen neurons so much faster than all of them that it is worth the loss. Logs it."""
     some, everything = skipping.asked.cost, skipping.asked.of_all(original.model.neurons)
     takes = some.weight / everything.weight
     pays = takes <= WORTH

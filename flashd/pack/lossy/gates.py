@@ -1,11 +1,12 @@
-"""The gate as the decision: gate rows stay in RAM and say which neurons a token needs.
+"""The thresholds of one layer whose gate rows stay in RAM and say which neurons a token needs.
 
-Where the activation has zeros that is exact, and nothing is lost. Elsewhere a neuron is skipped whose gate's
-activation is small (CATS, arXiv 2404.08763), or small for what the neuron weighs. Or what RAM has anyway is
-preferred, and more of the rest is skipped (DIP's cache-aware masking, arXiv 2412.01380): here that is what is
-hottest and not what was used last, so that a text does not depend on what was asked before it. How many are skipped
-is shared out to the layers so that in all the outputs err least, and what that costs is measured on text that
-nothing was fitted to.
+gate_search.py tries these thresholds on whole models and decides.
+
+If the activation has zeros, skipping these neurons is exact. If not, a neuron is skipped if its gate's activation is
+small (CATS, arXiv 2404.08763), or small in relation to the neuron's weight in the output. Neurons that RAM holds
+anyway may be preferred, so that more of the others are skipped, as in DIP's cache-aware masking (arXiv 2412.01380).
+Here the hottest neurons are preferred and not those used last, so that a text does not depend on what was asked
+before it. How much each layer skips is shared out so that the outputs err least in all.
 """
 
 from __future__ import annotations
@@ -22,41 +23,41 @@ from flashd.pack.lossy.card_order import card_order
 from flashd.pack.lossy.predictors import Cost, cost, spans
 
 STEPS = 10
-"""A layer skips so many tenths of its neurons whose gate's activation is not zero."""
+"""S, the thresholds of a layer. Threshold s skips s tenths of the neurons whose gate's activation is not zero."""
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)
-"""Shares of those of all layers that may be skipped: the largest that keeps to the loss is taken."""
+"""Shares of the neurons of all layers that are tried: the largest that keeps to the loss is taken."""
 
 TOKENS = 256
-"""Of all texts, on which outputs are compared and reads counted."""
+"""Tokens of all texts on which outputs are compared and reads are counted."""
 
 SPREAD = 1024
-"""And on which thresholds are found."""
+"""Tokens of all texts on which thresholds are found."""
 
 LEAST = np.float32(1e-2)
-"""What a neuron weighs at least, in parts of the mean: what a text did not use another may."""
+"""The least weight of a neuron, in parts of the mean: another text may use what this one did not."""
 
 
 @dataclass(frozen=True)
 class Gating:
-    """What the user allows."""
+    """What the user allows gates to cost."""
 
-    max_loss: float  # of perplexity, in parts of it
-    text: str | None = None  # like that which the model will meet; None: what ships with flashd
+    max_loss: float  # the most by which perplexity may rise: 0.01 is one per cent
+    text: str | None = None  # text like that which the model will meet; None: text that ships with flashd
 
 
 @dataclass
-class Layer:
-    """A layer's thresholds, by how many tenths of its neurons they skip. Neurons are numbered as in the source."""
+class GatedLayer:
+    """A layer's thresholds, and which of them is chosen. Neurons are numbered as in the source."""
 
-    weigh: Floats  # [F], what the size of each gate's activation is multiplied by
-    preferred: Mask  # [F], those that are never skipped unless their activation is zero
-    thresholds: Floats  # [S], that it must exceed
-    errors: Floats  # [S], mean square of what the output lacks, in parts of the hidden state's
-    rates: Floats  # [S, F], how often each neuron takes part
+    weigh: Floats  # [F], the size of each gate's activation is multiplied by this
+    preferred: Mask  # [F], neurons that are never skipped unless their activation is zero
+    thresholds: Floats  # [S], the product must be above the one chosen
+    errors: Floats  # [S], mean square of what the output then lacks, in parts of the hidden state's
+    rates: Floats  # [S, F], how often each neuron then takes part
     path: Numbers | None  # [F], the order of the card; None: those that take part most often first
-    fired: float  # share of activations that are not zero
-    step: int = 0  # what is chosen of the S
+    fired: float  # the share of activations that are not zero
+    step: int = 0  # the number of the threshold that is chosen
 
     @property
     def threshold(self) -> float:
@@ -64,12 +65,12 @@ class Layer:
 
     @property
     def floors(self) -> Floats:
-        """[F]: what the size of each gate's activation must exceed."""
+        """[F]: the size of each gate's activation must be above this."""
         return np.where(self.preferred, np.float32(0), self.threshold / self.weigh)
 
     @property
     def often(self) -> Floats:
-        """[F]"""
+        """[F]: how often each neuron takes part."""
         return np.asarray(self.rates[self.step])
 
     @property
@@ -82,21 +83,22 @@ class Layer:
         return np.asarray(np.abs(gates) > self.floors)
 
     def missed(self, chosen: Mask) -> Mask:
-        """Of what takes part, in the order of the card, what is not among the half that takes part most often."""
+        """[N, F]: the neurons that take part and are not in the hotter half, in the order of the card."""
         cold = np.argsort(-self.often, kind="stable")[len(self.often) // 2 :]
         out = np.zeros_like(chosen)
         out[:, cold] = chosen[:, cold]
         return out[:, self.order]
 
 
-def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> tuple[Layer, ...]:
-    """A layer's thresholds, from what it did in N tokens: where none are preferred, and where the hotter half is.
+def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) -> tuple[GatedLayer, ...]:
+    """A layer's thresholds, from what it computed in N tokens: with no neuron preferred, and with the hotter half.
 
     Args:
         gates: the activations of its gates, [N, F].
-        down: [H, F].
-        states: the hidden states behind the layer, [N, H].
-        exact: zeros alone are skipped, and nothing need be preferred.
+        seen: what its FFN computed.
+        down: its down_proj, [H, F].
+        states: the hidden states behind it, [N, H].
+        exact: skip only zeros. Then no neuron needs to be preferred, and there is one result.
     """
     size = np.abs(gates)
     plain, none = np.ones(size.shape[1], np.float32), np.zeros(size.shape[1], np.bool_)
@@ -104,65 +106,77 @@ def fit(gates: Floats, seen: Seen, down: Floats, states: Floats, exact: bool) ->
         fires = size > 0
         often = fires.mean(0, dtype=np.float32)
         nothing = np.zeros(1, np.float32)
-        return (Layer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
+        return (GatedLayer(plain, none, nothing, nothing, often[None], card_order(fires), float(often.mean())),)
     hotter = none.copy()
     hotter[np.argsort(-seen.sizes(), kind="stable")[: len(none) // 2]] = True
     weighs = plain, _weighs(size, seen)
     return tuple(_fit(size, weighs, seen.a, down, states, preferred) for preferred in (none, hotter))
 
 
-def _fit(size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states: Floats, preferred: Mask) -> Layer:
-    """A layer's thresholds for the sizes [N, F] of its gates' activations where some neurons [F] are preferred.
+def _fit(
+    size: Floats, weighs: Sequence[Floats], a: Floats, down: Floats, states: Floats, preferred: Mask
+) -> GatedLayer:
+    """A layer's thresholds, with some neurons preferred.
 
-    `weighs` [F] are tried, what the sizes may be multiplied by; `a` [N, F]: what the neurons give.
+    Args:
+        size: the sizes of its gates' activations, [N, F].
+        weighs: what these may be multiplied by, each [F]: the best is taken.
+        a: the neurons' activations, [N, F].
+        down: its down_proj, [H, F].
+        states: the hidden states behind it, [N, H].
+        preferred: [F].
     """
-    some = np.linspace(0, len(size) - 1, min(TOKENS, len(size))).astype(np.int64)
-    sizes = np.square(states[some]).sum(1)
+    some = np.linspace(0, len(size) - 1, min(TOKENS, len(size))).astype(np.int64)  # [n] of the N tokens
+    sizes = np.square(states[some]).sum(1)  # [n]
     tried = []
     for weigh in weighs:
         found = _thresholds(size, weigh, preferred)
         middle = _error(_above(size[some] * weigh, preferred, found[STEPS // 2]), a[some], down, sizes)
         tried.append((middle, weigh, found))
     _, weigh, found = min(tried, key=lambda each: each[0])
-    scores = size * weigh
+    scores = size * weigh  # [N, F]
     errors = [_error(_above(scores[some], preferred, t), a[some], down, sizes) for t in found]
     rates = np.stack([_above(scores, preferred, t).mean(0, dtype=np.float32) for t in found])
-    return Layer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
+    return GatedLayer(weigh, preferred, found, np.array(errors, np.float32), rates, None, float((size > 0).mean()))
 
 
 def _weighs(size: Floats, seen: Seen) -> Floats:
-    """[F]: how long a neuron's share in the output is beside its gate's activation."""
-    up = np.sqrt(np.square(seen.a).mean(0) / np.maximum(np.square(size).mean(0), np.float32(1e-20)))
+    """[F]: the size of a neuron's contribution to the output, in relation to its gate's activation [N, F]."""
+    up = np.sqrt(np.square(seen.a).mean(0) / np.maximum(np.square(size).mean(0), np.float32(1e-20)))  # [F]
     weigh = up * seen.reach
     weigh = np.maximum(weigh / max(float(weigh.mean()), 1e-20), LEAST)
     return np.asarray(weigh, np.float32)
 
 
 def _thresholds(size: Floats, weigh: Floats, preferred: Mask) -> Floats:
-    """[S], of sizes [N, F] of those that are not preferred."""
-    scores = size[:: max(1, len(size) // SPREAD), ~preferred] * weigh[~preferred]
+    """[S]: the thresholds that skip 0, 1, 2, ... tenths of the neurons that fire and are not preferred."""
+    scores = size[:: max(1, len(size) // SPREAD), ~preferred] * weigh[~preferred]  # [n, not preferred]
     found = np.quantile(scores[scores > 0], np.arange(STEPS) / STEPS)
     found[0] = 0
     return np.asarray(found, np.float32)
 
 
 def _above(scores: Floats, preferred: Mask, threshold: np.floating[Any]) -> Mask:
-    """Which neurons take part, by scores [N, F]."""
+    """[N, F]: which neurons take part, by scores [N, F]."""
     return np.asarray(scores > np.where(preferred, np.float32(0), threshold))
 
 
 def _error(chosen: Mask, a: Floats, down: Floats, sizes: Floats) -> float:
-    lacks = np.where(chosen, np.float32(0), a) @ down.T
+    """The mean square of what the output lacks without the neurons not chosen, in parts of the states' sizes [N]."""
+    lacks = np.where(chosen, np.float32(0), a) @ down.T  # [N, H]
     return float((np.square(lacks).sum(1) / sizes).mean())
 
 
-def share_out(layers: Sequence[Layer], level: float) -> None:
-    """Has the layers skip `level` of what fires and is not preferred, where a tenth costs the least error a byte."""
+def share_out(layers: Sequence[GatedLayer], level: float) -> None:
+    """Chooses the layers' thresholds so that they skip the share `level` of the neurons that fire.
+
+    One tenth after the other is skipped in the layer where it costs the least error for each byte.
+    """
     if len(layers[0].errors) == 1:
         return
     fired = np.array([layer.fired for layer in layers])
-    # a threshold's next step costs more than the one before, but for noise
-    rises = np.maximum.accumulate(np.diff(np.stack([layer.errors for layer in layers]), axis=1), axis=1)
+    # each further tenth of a layer costs more than the one before, apart from noise
+    rises = np.maximum.accumulate(np.diff(np.stack([layer.errors for layer in layers]), axis=1), axis=1)  # [L, S - 1]
     cheapest = np.argsort((rises / fired[:, None]).reshape(-1), kind="stable") // rises.shape[1]
     skipped = np.cumsum(fired[cheapest]) / STEPS
     taken = cheapest[: int(np.searchsorted(skipped, level * fired.sum(), side="right"))]
@@ -172,14 +186,14 @@ def share_out(layers: Sequence[Layer], level: float) -> None:
 
 @dataclass
 class Asked:
-    """What tokens ask of the card, whose neurons have so many bytes, where RAM has room for half of them."""
+    """What tokens ask of the card if RAM has room for half of the neurons."""
 
-    unit_bytes: int
-    units: list[float] = field(default_factory=list)  # of each layer, a token
-    reads: list[float] = field(default_factory=list)
+    unit_bytes: int  # of a neuron
+    units: list[float] = field(default_factory=list)  # of each layer: neurons a token
+    reads: list[float] = field(default_factory=list)  # of each layer: reads a token
 
     def count(self, missed: Mask) -> None:
-        """One more layer, of which the tokens missed neurons [N, F]."""
+        """Counts one more layer, in which the tokens missed the neurons [N, F]."""
         units, reads = spans(missed[:TOKENS], self.unit_bytes)
         tokens = min(TOKENS, len(missed))
         self.units.append(units / tokens)
@@ -190,5 +204,5 @@ class Asked:
         return cost(sum(self.units) * self.unit_bytes, sum(self.reads))
 
     def of_all(self, neurons: int) -> Cost:
-        """What it is where all neurons take part, `neurons` of each layer."""
+        """The cost if all neurons take part. Each layer has `neurons`."""
         return cost(len(self.units) * neurons / 2 * self.unit_bytes, len(self.units))

@@ -1,8 +1,8 @@
-"""Fewer bits for the groups that matter least, as many as an allowed loss admits.
+"""Fewer bits for the groups of one layer that matter least: how errors are weighed, and which groups they allow.
 
-On a card a read costs as much time as some 16 KiB of it, so neurons of which one in two takes part cannot be read one
-by one; that each of them is fewer bytes helps always. Which layers bear it is measured, and what it costs in all is
-measured on text that nothing was fitted to.
+narrow_search.py tries budgets of errors on whole models and decides. A card starts a read in the time that it needs
+for some 16 KiB. So if every second neuron takes part, single neurons cannot be read faster than all. Fewer bytes for
+each neuron always help.
 """
 
 from __future__ import annotations
@@ -14,70 +14,75 @@ from importlib.resources.abc import Traversable
 
 import numpy as np
 
+from flashd.bundle.arrays import Groups
 from flashd.bundle.formats import GroupFormat
 from flashd.bundle.reader import dequantise
 from flashd.bundle.row_kinds import Floats
-from flashd.bundle.slots import Groups
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Dense, Numbers, Seen, text_tokens
 from flashd.pack.rounding.gptq import factor
 
 KEPT = 4
-"""The hottest one in so many groups keeps its 4 bits: where there is any RAM at all, they are in it."""
+"""One group in so many, the hottest, keeps its 4 bits: even a small RAM holds these groups."""
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The errors of a layer's narrow groups that are admitted, in parts of the hidden states."""
+class ErrorBudget:
+    """The most that the errors of a layer's narrow groups may sum up to, in parts of the hidden states' squares."""
 
-    int3: float
-    int2: float
+    int3: float  # of groups of 3 bits
+    int2: float  # of groups of 2 bits
 
 
-BUDGETS = (
-    Budget(np.inf, 2e-5), Budget(np.inf, 0), Budget(1e-4, 0), Budget(2.5e-5, 0), Budget(1e-5, 0), Budget(4e-6, 0),
+ERROR_BUDGETS = (
+    ErrorBudget(np.inf, 2e-5), ErrorBudget(np.inf, 0), ErrorBudget(1e-4, 0), ErrorBudget(2.5e-5, 0),
+    ErrorBudget(1e-5, 0), ErrorBudget(4e-6, 0),
 )  # fmt: skip
-"""What is tried, the fewest bytes first. Of the groups of Qwen2.5-Coder-1.5B they gave 57 % 3 bits and 18 % 2, then
-3 bits to 75, 67, 55, 37 and 16 %, which cost 3.6, 2.0, 1.2, 0.9, 0.6 and 0.3 % of perplexity on 1,533 tokens; without
-`feedback` 75 % cost 5.5 %. Of SmolLM2-135M, with 3 bits in 75 %, a KL of 0.123 and not 0.150, 13.9 % and not 15.9."""
+"""The budgets that are tried. The first gives the fewest bytes. In Qwen2.5-Coder-1.5B it gave 3 bits to 57 % of the
+groups and 2 bits to 18 %. The others gave 3 bits to 75, 67, 55, 37 and 16 %. They raised perplexity by 3.6, 2.0, 1.2,
+0.9, 0.6 and 0.3 % on 1,533 tokens. Without the feedback of gptq.py 75 % cost 5.5 %. In SmolLM2-135M, with 3 bits for
+75 %, feedback gave a KL of 0.123 and not 0.150, and 13.9 % and not 15.9."""
 
 LENGTH = 512
+"""Tokens of a text."""
+
 FIT, JUDGED = 11, 3
-"""Tokens of a text, texts errors are weighed on, and others that judge the result. With four times as many tokens
-as inputs `feedback` takes 22 to 32 % off the outputs' error on other text, with a third of that 11 to 20 %: layers 5,
-13 and 21 of Qwen2.5-Coder-1.5B."""
+"""How many texts errors are weighed on, and how many others judge the result. Measured on layers 5, 13 and 21 of
+Qwen2.5-Coder-1.5B: with four times as many tokens as inputs, feedback reduces the outputs' error on other text by 22
+to 32 %; with a third of these tokens by 11 to 20 %."""
 
 LEAST = np.float32(1e-3)
-"""How much an error counts at least, in parts of the mean."""
+"""The least weight of an error, in parts of the mean."""
 
 TOKENS = 256
-"""Of the first text, on which the groups' errors are compared."""
+"""Tokens of the first text on which the groups' errors are compared."""
 
 ROWS = 32
-"""Tokens whose logits are compared together, each as often as there are tries: of a large vocabulary megabytes."""
+"""Tokens whose logits are compared together. There is a row of logits for each token and each try."""
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What the user allows."""
+    """What the user allows fewer bits to cost."""
 
-    max_loss: float  # of perplexity, in parts of it
-    text: str | None = None  # like that which the model will meet; None: what ships with flashd
+    max_loss: float  # the most by which perplexity may rise: 0.01 is one per cent
+    text: str | None = None  # text like that which the model will meet; None: text that ships with flashd
 
 
 @dataclass(frozen=True)
 class Weigh:
-    """How much errors of a layer's weights count, by what each is multiplied by.
+    """How much errors of a layer's weights count, by the numbers that each weight is multiplied by.
 
-    None counts nothing: what a text did not use another may.
+    Every weight counts for something: another text may use what this one did not.
     """
 
-    inputs: Floats  # [H, H], the factor of `feedback`: of all layers of Qwen2.5-Coder-1.5B 264 MB
-    neurons: Floats  # [F], the mean squares
+    inputs: Floats  # [H, H], see gptq.factor; 264 MB for all layers of Qwen2.5-Coder-1.5B
+    neurons: Floats  # [F], the mean squares of activations
 
     @classmethod
     def of(cls, seen: Seen) -> Weigh:
-        inputs, neurons = (np.square(values).mean(0) for values in (seen.h, seen.a))
+        """The weights from what a layer's FFN computed."""
+        inputs, neurons = (np.square(values).mean(0) for values in (seen.h, seen.a))  # [H], [F]
         return cls(factor(seen.h, _counting(inputs)), _counting(neurons))
 
 
@@ -87,7 +92,7 @@ def _counting(means: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Starts:
-    """From which group on a layer has 3, and 2 bits."""
+    """The first group of a layer that has 3 bits, and the first that has 2."""
 
     int3: int
     int2: int
@@ -95,28 +100,29 @@ class Starts:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the other weights do to a text, beside the exact ones."""
+    """How a model with other weights does on some texts, compared with the exact one."""
 
     perplexity_exact: float
     perplexity: float
-    divergence: float  # nats
+    divergence: float  # mean KL from the exact model, in nats
 
     @property
     def loss(self) -> float:
+        """By how much perplexity is higher: 0.01 is one per cent."""
         return self.perplexity / self.perplexity_exact - 1
 
 
 def cut(tokenizer_json: bytes, text: str | None, context: int) -> tuple[list[Numbers], list[Numbers]]:
-    """Texts to weigh on and texts to judge by, in turn from all over `text`, or, if None, what ships with flashd.
+    """(FIT texts to weigh on, JUDGED texts to judge by), each [tokens], spread over `text`.
 
-    Raises DataError for a short one.
+    If `text` is None, text that ships with flashd is used. Raises DataError if the text is too short.
     """
     tokens = text_tokens(tokenizer_json, "".join(_own_text()) if text is None else text)
     length, wanted = min(context, LENGTH), FIT + JUDGED
     texts = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
     if len(texts) < wanted:
         raise DataError(
-            f"to measure a loss takes {wanted * length} tokens of sample text and the text has {len(tokens)}; give a"
+            f"to measure a loss takes {wanted * length} tokens of sample text, but the text has {len(tokens)}; give a"
             " longer one with --text"
         )
     spread = [texts[at * len(texts) // wanted] for at in range(wanted)]
@@ -125,7 +131,7 @@ def cut(tokenizer_json: bytes, text: str | None, context: int) -> tuple[list[Num
 
 
 def _own_text(folder: Traversable | None = None) -> Iterator[str]:
-    """The sample text and flashd's own modules: prose and code that the package has anyway."""
+    """The sample text and flashd's own modules: prose and code that are in the package anyway."""
     if folder is None:
         yield files("flashd.pack").joinpath("sample.txt").read_text("utf-8")
         folder = files("flashd")
@@ -150,7 +156,7 @@ def floats(groups: Groups, form: GroupFormat) -> Dense:
 
 
 def joined(parts: Sequence[Dense]) -> Dense:
-    """The neurons of all parts, one behind the other."""
+    """One FFN with the neurons of all parts, part by part."""
     return Dense(
         [np.concatenate(inputs) for inputs in zip(*(part.inputs for part in parts), strict=True)],
         np.concatenate([part.biases for part in parts]),
@@ -163,7 +169,8 @@ def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Den
 
     Errors are in parts of the hidden states' squares.
 
-    Where a norm follows the FFN both are of another size than what is added: the same for all groups of a layer.
+    If a norm follows the FFN, what is added to the states has another size. That is the same for all groups of a
+    layer.
     """
     h = seen.h[:TOKENS]
     size = float(np.square(calibration.states[:TOKENS]).sum())
@@ -175,29 +182,30 @@ def group_errors(calibration: Calibration, seen: Seen, exact: Dense, narrow: Den
     return out
 
 
-def starts(int3: Floats, int2: Floats, budget: Budget) -> Starts:
-    """The most narrow groups whose errors stay within the budget, from each group's error with 3 and 2 bits.
+def starts(int3: Floats, int2: Floats, budget: ErrorBudget) -> Starts:
+    """As many narrow groups as the budget allows.
 
-    The errors [groups] are those of the coldest groups, the layer's last.
+    int3 and int2 are the errors of each group with 3 and with 2 bits, [n], of the layer's last n groups, which are
+    the coldest. The result counts groups from the first of these.
     """
     from_2 = _last(int2, budget.int2)
     return Starts(_last(int3[:from_2], budget.int3), from_2)
 
 
 def _last(errors: Floats, budget: float) -> int:
-    """From which on the errors sum up to no more than the budget."""
-    behind = np.cumsum(errors[::-1], dtype=np.float64)
+    """The first entry from which on the errors [n] sum up to no more than the budget."""
+    behind = np.cumsum(errors[::-1], dtype=np.float64)  # [n]
     return len(errors) - int(np.searchsorted(behind, budget, side="right"))
 
 
 def judge(exact: Calibration, others: Sequence[Calibration]) -> list[Judgement]:
-    """What each of the others, behind its last layer, makes of the texts of `exact`."""
+    """Compares others with `exact`, which all have been taken through all layers with the same texts."""
     lost, divergence, counted = np.zeros(len(others) + 1), np.zeros(len(others)), 0
     for rows, following in exact.pieces(ROWS):
         right = np.arange(len(following))
-        # the head's weights are read once for all
-        h = np.concatenate([each.finished(rows) for each in (exact, *others)])
-        logits = np.split(exact.head(h), len(others) + 1)
+        # the head's weights are read once for all of them
+        h = np.concatenate([each.finished(rows) for each in (exact, *others)])  # [(others + 1) * n, H]
+        logits = np.split(exact.head(h), len(others) + 1)  # each [n, V]
         expected = _log_softmax(logits[0])
         lost[0] -= expected[right, following].sum()
         for i, of_other in enumerate(logits[1:]):

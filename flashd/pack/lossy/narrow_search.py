@@ -1,4 +1,7 @@
-"""How many of all layers' groups may have fewer bits, within a loss of perplexity."""
+"""The search over all layers: how many groups may have fewer bits within a loss of perplexity.
+
+narrow_groups.py has the errors and budgets of one layer. This module tries the budgets on whole models and decides.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,31 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What a layer's groups are laid out and rounded by."""
+class NarrowedLayer:
+    """What decides how a layer's groups are ordered and rounded."""
 
-    sizes: Floats  # [F], the neurons' shares in the output
+    sizes: Floats  # [F], the sizes of the neurons' contributions to the output
     weigh: Weigh
-    starts: Starts | None  # of its narrow groups; None where it has none
+    starts: Starts | None  # of its narrow groups; None if it has none
 
 
 @dataclass(frozen=True)
 class FewBits:
-    """The layers; None where no loss that is admitted narrows any."""
+    """The layers, and what narrowing them costs."""
 
-    layers: list[Layer]
-    narrowed: Narrowed | None
+    layers: list[NarrowedLayer]
+    narrowed: Narrowed | None  # None if no group is narrowed
 
 
 @dataclass
 class _Try:
-    """One of the budgets that are tried: what it makes of the judging texts, and of the layers."""
+    """One of the budgets that are tried."""
 
-    calibration: Calibration
-    starts: list[Starts] = field(default_factory=list)
+    calibration: Calibration  # of the judging texts, with the groups that the budget narrows
+    starts: list[Starts] = field(default_factory=list)  # of each layer so far
 
     def shares(self, groups: int) -> str:
-        """Per cent of all groups that have 4, 3 and 2 bits."""
+        """The percentages of all groups that have 4, 3 and 2 bits. Each layer has `groups`."""
         int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
         int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
         return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
@@ -57,37 +60,37 @@ def check(original: Original) -> None:
     model = original.model
     if model.experts or original.formats.ffn != "int4" or model.normed_neurons:
         raise DataError(
-            f"{original.path}: fewer bits are for plain layers of int4 rows, not for mixtures of experts or BitNet;"
+            f"{original.path}: only plain layers of int4 rows can have fewer bits, not mixtures of experts or BitNet;"
             " pack it without --max-loss"
         )
 
 
 def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> FewBits:
-    """The layers, their coldest groups with as few bits as the allowed loss admits, and what that costs.
+    """The layers whose coldest groups have as few bits as the allowed loss admits, and what that costs.
 
     Raises DataError for too short a text.
     """
     fit, judged = narrow_groups.cut(tokenizer_json, narrowing.text, original.model.context)
     calibration, exact = original.calibration(fit), original.calibration(judged)
-    tries = [_Try(original.calibration(judged)) for _ in narrow_groups.BUDGETS]
+    tries = [_Try(original.calibration(judged)) for _ in narrow_groups.ERROR_BUDGETS]
     seen = [_try_layer(original, i, calibration, exact, tries) for i in range(original.model.layers)]
     found = narrow_groups.judge(exact, [t.calibration for t in tries])
     admitted = _admitted(original, tries, found, narrowing.max_loss)
     if admitted is None:
-        return FewBits([Layer(sizes, weigh, None) for sizes, weigh in seen], None)
+        return FewBits([NarrowedLayer(sizes, weigh, None) for sizes, weigh in seen], None)
     starts = tries[admitted].starts
     narrowed = Narrowed(
         int3=[s.int3 for s in starts], int2=[s.int2 for s in starts],
         tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found[admitted].perplexity_exact,
         perplexity=found[admitted].perplexity, divergence=found[admitted].divergence,
     )  # fmt: skip
-    return FewBits([Layer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
+    return FewBits([NarrowedLayer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
 
 
 def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
-    """The number of the first try that narrows anything and costs what is allowed."""
+    """The number of the first try that narrows a group and keeps to the loss. None if there is none; logs why."""
     groups = original.model.groups
-    for budget, t, f in zip(narrow_groups.BUDGETS, tries, found, strict=True):
+    for budget, t, f in zip(narrow_groups.ERROR_BUDGETS, tries, found, strict=True):
         log.info(
             "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
             budget.int3, budget.int2, t.shares(groups), 100 * f.loss, f.divergence,
@@ -105,9 +108,9 @@ def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgeme
 def _try_layer(
     original: Original, i: int, calibration: Calibration, exact: Calibration, tries: Sequence[_Try]
 ) -> tuple[Floats, Weigh]:
-    """Takes the judging texts through a layer, exact and with what each budget admits of narrow groups.
+    """Takes the judging texts through layer `i`: once exact, and with the groups that each budget narrows.
 
-    Returns what it is laid out and rounded by.
+    Returns (the sizes [F] of its neurons' contributions, how much errors of its weights count).
     """
     seen = calibration.layer(i)
     (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
@@ -118,7 +121,7 @@ def _try_layer(
     cold = own.part(kept * n, None)
     errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind], n) for kind in NARROW}
     exact.replaced(i, own)
-    for t, budget in zip(tries, narrow_groups.BUDGETS, strict=True):
+    for t, budget in zip(tries, narrow_groups.ERROR_BUDGETS, strict=True):
         at = narrow_groups.starts(errors["int3"], errors["int2"], budget)
         t.starts.append(Starts(kept + at.int3, kept + at.int2))
         a, b = at.int3 * n, at.int2 * n
@@ -128,7 +131,7 @@ def _try_layer(
 
 
 def _dense(ffn: Ffn, order: Numbers) -> Dense:
-    """An FFN's weights as they are, its neurons in their order; those that only fill its last block are zero."""
+    """An FFN's exact weights, its neurons in the given order. Neurons that only fill its last block are zero."""
     down, bias = ffn.filled(len(order))
     filling = len(order) - ffn.neurons
     inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[order] for matrix in ffn.inputs]
@@ -136,7 +139,7 @@ def _dense(ffn: Ffn, order: Numbers) -> Dense:
 
 
 def _rounded(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
-    """What becomes of some neurons' weights in so many bits."""
+    """The weights of the neurons `order`, rounded to rows of `kind`."""
     form = replace(group_format(original.model, original.formats), kind=kind)
     chunks = Encoder(original.model).groups(ffn, form, order, weigh)
     groups = form.groups(np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes))

@@ -1,4 +1,7 @@
-"""Predictors that choose the fewest neurons within a loss of perplexity, and whether a card gains by them."""
+"""The search over all layers: predictors that choose the fewest neurons within a loss, and whether that pays.
+
+predictors.py trains the predictors of one layer. This module judges whole models and decides.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from flashd.pack.lossy.predictors import (
     LOST,
     SPARSE,
     WORTH,
-    Layer,
-    Part,
+    PredictedFfn,
+    PredictedLayer,
     Scored,
     Selecting,
     Texts,
@@ -37,10 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selected:
-    """What chooses among neurons."""
+    """The layers with their predictors, and what these cost."""
 
-    layers: Sequence[Layer]
-    rates: Floats  # [L, F]
+    layers: Sequence[PredictedLayer]
+    rates: Floats  # [L, F], how often each neuron takes part
     selection: Selection
 
 
@@ -48,18 +51,18 @@ def check(original: Original) -> None:
     """Raises DataError for a model whose neurons no predictor can choose."""
     model, path = original.model, original.path
     if original.formats.ffn == "ternary" or model.normed_neurons:
-        raise DataError(f"{path}: a predictor is not for BitNet; pack it with --select exact")
+        raise DataError(f"{path}: BitNet cannot have a predictor; pack it with --select exact")
     if model.activation not in SPARSE:
         raise DataError(
-            f"{path}: its activation is {model.activation}, of which few neurons are zero; a predictor is for"
+            f"{path}: its activation {model.activation} makes few neurons zero; a predictor needs one of"
             f" {', '.join(sorted(SPARSE))}; pack it with --select exact"
         )
 
 
 def choose(original: Original, tokenizer_json: bytes, selecting: Selecting) -> Selected | None:
-    """Predictors of the layers, with the thresholds that choose fewest neurons; None where that does not pay.
+    """The layers' predictors, with the thresholds that choose the fewest neurons. None if that does not pay.
 
-    Raises DataError where they all raise perplexity by more than is allowed.
+    Raises DataError if every threshold raises perplexity by more than is allowed, or for too short a text.
     """
     texts = Texts.cut(text_tokens(tokenizer_json, selecting.text), original.model.context)
     calibration, fitted = original.calibration([*texts.fit, *texts.choose]), sum(len(text) for text in texts.fit)
@@ -90,10 +93,15 @@ def choose(original: Original, tokenizer_json: bytes, selecting: Selecting) -> S
     return Selected(layers, often, selection)
 
 
-def _fit(original: Original, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None) -> Layer:
-    """Takes the texts through a layer and fits its predictors: `fitted` tokens train, `tokens` follow them."""
-    model, ffns, parts = original.model, original.weights.ffns(i), dict[int, tuple[Part, Scored]]()
-    h = np.zeros((tokens, model.hidden), np.float32)  # once, however many experts a token uses
+def _fit(
+    original: Original, i: int, calibration: Calibration, fitted: int, tokens: int, rank: int | None
+) -> PredictedLayer:
+    """Takes the texts through layer `i` and trains its predictors. The first `fitted` tokens train them.
+
+    Thresholds are chosen on the `tokens` tokens that follow.
+    """
+    model, ffns, parts = original.model, original.weights.ffns(i), dict[int, tuple[PredictedFfn, Scored]]()
+    h = np.zeros((tokens, model.hidden), np.float32)  # [tokens, H]; held once, however many experts a token uses
 
     def sees(number: int, uses: Numbers, seen: Seen) -> None:
         ffn, training = ffns[number], int(np.searchsorted(uses, fitted))
@@ -114,8 +122,8 @@ def _fit(original: Original, i: int, calibration: Calibration, fitted: int, toke
     return joined(parts, hottest, h, fired / ((fitted + tokens) * own * len(ffns)))
 
 
-def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[Layer] | None) -> float:
-    """Perplexity of texts, of all neurons or of those that the layers' predictors choose, as they are written."""
+def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[PredictedLayer] | None) -> float:
+    """The perplexity of texts: with all neurons, or with those that the layers' predictors choose."""
     judge, form = original.calibration(texts), neuron_format(original.model, original.formats)
     for i in range(original.model.layers):
         if layers:
@@ -125,8 +133,8 @@ def _judged(original: Original, texts: Sequence[Numbers], layers: Sequence[Layer
     return judge.perplexity()
 
 
-def _pays(original: Original, layers: Sequence[Layer]) -> bool:
-    """Whether a card gives the chosen neurons that much sooner than whole experts; says so."""
+def _pays(original: Original, layers: Sequence[PredictedLayer]) -> bool:
+    """Whether a card reads the chosen neurons so much faster than whole experts that it pays. Logs it."""
     model, formats = original.model, original.formats
     neurons = cost_of_neurons(layers, neuron_format(model, formats).nbytes)
     experts = cost_of_experts(model, model.expert_groups * group_format(model, formats).nbytes)

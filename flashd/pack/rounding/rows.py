@@ -1,7 +1,8 @@
-"""float32 weights -> the rows and groups of bundle.rows.
+"""Rounds float32 weights and encodes them as the records of a bundle: rows, groups and neurons.
 
-Where the source is itself on a grid of blocks of 32 the grid moves over and nothing is lost but what codes of
-its scales cost; elsewhere the least squared error over a few ranges is taken, block by block.
+If the source itself is on a grid of blocks of 32, the grid is taken over. Then nothing is lost but the rounding of
+its scales and centres to codes. If not, a few ranges are tried for each block, and that of least squared error is
+taken.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.arrays import PlainRows, QuantRows, TernaryRows
 from flashd.bundle.bits import centre_digits, pack_bits
 from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.row_kinds import (
@@ -25,16 +27,15 @@ from flashd.bundle.row_kinds import (
     RowKind,
     largest_centre,
 )
-from flashd.bundle.slots import PlainRows, QuantRows, TernaryRows
 from flashd.pack.sources.source import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {
     "int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,), "int3": (1.0, 0.8), "int2": (0.9, 0.7),
 }  # fmt: skip
-"""Parts of a block's range that are tried: fewer extremes reached, finer steps for the rest."""
+"""The parts of a block's range that are tried. A smaller part has finer steps but does not reach the extremes."""
 
 FITS: dict[RowKind, int] = {"int4": 1, "int8": 1, "int3": 3, "int2": 3}
-"""Times that steps are fitted to the levels that they gave."""
+"""How many times scale and centre are fitted to the levels that they gave before."""
 
 
 def encode_rows(
@@ -93,18 +94,19 @@ def encode_groups(
 
 
 def is_ternary(rows: Floats) -> bool:
-    """Whether each of rows [n, K] has but one magnitude beside zero."""
+    """Whether each of the rows [n, K] has only one magnitude other than zero."""
     size = np.abs(rows)
     return bool(((size == 0) | (size == size.max(1, keepdims=True))).all())
 
 
 def encode_neurons(inputs: list[Bytes], down: Floats, bias: Floats, form: NeuronFormat) -> Bytes:
-    """Records [n, nbytes] uint8 of n neurons.
+    """The records [n, nbytes] uint8 of n neurons.
 
     Args:
         inputs: for each input matrix (gate, up) the records [n, row bytes] of its rows.
         down: the same neurons' columns of down_proj, [H, n] float32.
         bias: the biases of the input rows, [n, M] or [n, 0] float32.
+        form: the format of the neurons.
     """
     rows = [*inputs, encode_rows(np.ascontiguousarray(down.T), form.row)]
     return np.concatenate([*rows, np.ascontiguousarray(bias).view(np.uint8).reshape(len(bias), -1)], axis=1)
@@ -115,14 +117,14 @@ def quantise(
 ) -> Coded:
     """Blocks [n, B, 32] float32 as they are written.
 
-    The B blocks of an n share their steps. With `weigh`, as large as the blocks or repeated over them, the source's
-    grid is not looked at.
+    The B blocks of each of the n share their steps. If `weigh` is given, which broadcasts to the blocks, the source's
+    grid is ignored.
     """
     own = coded(blocks, *fitted(blocks, kind, centred, weigh), kind)
     if grid is None or weigh is not None or not (centred or not grid[1].any()):
         return own
     theirs = coded(blocks, *grid, kind)
-    # where the grid's own error is but its codes' rounding, another is no nearer to what was meant
+    # the grid's own error comes from rounding its codes: a slightly smaller error is not nearer to the source
     better = own.error < theirs.error / 4
     for to, values in zip(theirs.arrays(), own.arrays(), strict=True):
         to[better] = values[better]
@@ -130,8 +132,8 @@ def quantise(
 
 
 def fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
-    """Scales and centres [n, B]: for each block the range of SHRINK whose levels, fitted to the block, err least."""
-    low, high = blocks.min(2), blocks.max(2)
+    """(scales, centres) of blocks [n, B, 32], [n, B] each: for each block the range of SHRINK that errs least."""
+    low, high = blocks.min(2), blocks.max(2)  # [n, B] each
     if not centred:
         high = np.maximum(high, -low)
         low = -high
@@ -143,8 +145,8 @@ def fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -
         tried = step, middle + step / 2
         for _ in range(FITS[kind]):
             tried = _refit(blocks, *tried, kind, centred, weigh)
-        off = levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks
-        error = (off * off if weigh is None else off * off * weigh).sum(2)
+        off = levels(blocks, *tried, kind) * tried[0][:, :, None] + tried[1][:, :, None] - blocks  # [n, B, 32]
+        error = (off * off if weigh is None else off * off * weigh).sum(2)  # [n, B]
         better = error < least
         for to, values in zip((scale, centre, least), (*tried, error), strict=True):
             to[better] = values[better]
@@ -152,32 +154,33 @@ def fitted(blocks: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -
 
 
 def _refit(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind, centred: bool, weigh: Floats | None) -> Grid:
-    """The scale and the centre of least squared error for the levels that a first pair gives."""
-    q = levels(blocks, scale, centre, kind)
+    """The (scales, centres) [n, B] of least squared error for the levels that a first pair gives."""
+    q = levels(blocks, scale, centre, kind)  # [n, B, 32]
     if not centred:
         return _divide((q * blocks).sum(2), (q * q).sum(2)), np.zeros_like(scale)
     mean, middle = _mean(q, weigh), _mean(blocks, weigh)
     spread = q - mean[:, :, None]
     counted = spread if weigh is None else spread * weigh
     fit = _divide((counted * blocks).sum(2), (counted * spread).sum(2))
-    # weights that count very unequally leave no more than rounding noise
+    # if weights count very unequally, the fit may be mere rounding noise
     scale = np.where((fit >= 0) & (fit <= 2 * scale), fit, scale)
     return scale, middle - scale * mean
 
 
 def _mean(blocks: Floats, weigh: Floats | None) -> Floats:
+    """The mean of each block, [n, B, 32] -> [n, B]."""
     return blocks.mean(2) if weigh is None else _divide((blocks * weigh).sum(2), weigh.sum(2))
 
 
 def levels(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Floats:
-    """The nearest levels [n, B, 32] of weights, zero in the middle, as many as the bits give."""
+    """The nearest levels [n, B, 32] of blocks [n, B, 32]: whole numbers, for 4 bits from -8 to 7."""
     zero = 1 << (BITS[kind] - 1)
     return np.clip(np.rint(_divide(blocks - centre[:, :, None], scale[:, :, None])), -zero, zero - 1)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Blocks as they are written, and the squared error [n] of each n's."""
+    """Blocks as they are written, and their squared errors."""
 
     q: Bytes  # [n, B, 32]
     scale: Codes  # [n, B]
@@ -186,10 +189,12 @@ class Coded:
     error: Floats  # [n]
 
     def arrays(self) -> list[npt.NDArray[Any]]:
+        """The arrays that are written."""
         return [self.q, self.scale, self.centre, self.step]
 
 
 def coded(blocks: Floats, scale: Floats, centre: Floats, kind: RowKind) -> Coded:
+    """Rounds scales and centres [n, B] to codes, then blocks [n, B, 32] to the levels that these codes give."""
     tops = _half(scale.max(1, keepdims=True)), _half(np.abs(centre).max(1, keepdims=True))
     most = largest_centre(kind)
     scale_codes, s = _code(scale, tops[0], CODE_TYPES[kind], 1, int(np.iinfo(CODE_TYPES[kind]).max))
@@ -207,8 +212,10 @@ def _code(values: Floats, top: Floats, dtype: type[np.integer[Any]], least: int,
 
 
 def _half(values: Floats) -> Floats:
+    """Values as float16 can hold them."""
     return values.astype(np.float16).astype(np.float32)
 
 
 def _divide(a: Floats, b: Floats) -> Floats:
+    """a / b, and 0 for b = 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)

@@ -175,11 +175,11 @@ class GgufModel(Source):
             self.reader.fields.pop(key, None)
         return vocabulary
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of the file."""
         sha = hashlib.sha256()
         with self.path.open("rb") as file:
             while part := file.read(4 << 20):
                 sha.update(part)
                 on_progress(len(part))
-        return header.Source(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())
+        return header.PackedFrom(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())

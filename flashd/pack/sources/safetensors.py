@@ -224,7 +224,7 @@ class HfFolder(Source):
         """The tokenizer. Raises InputMissing, DataError."""
         return read_tokenizer_json(self.path, self.tensor("token_embd.weight").shape[0])
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """The folder's name, and the size and SHA-256 of its files of weights, one after the other."""
         sha = hashlib.sha256()
         for path in self._files:
@@ -233,7 +233,7 @@ class HfFolder(Source):
                     sha.update(data)
                     on_progress(len(data))
         size = sum(file.stat().st_size for file in self._files)
-        return header.Source(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
+        return header.PackedFrom(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
 
 
 def _rounded(path: Path, config: hugging_face.Config) -> hugging_face.Config:

@@ -70,7 +70,7 @@ class Source(Protocol):
     def vocabulary(self) -> Vocabulary:
         """The tokenizer. Raises DataError where it is of an unknown kind or incomplete."""
 
-    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
+    def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of what the model is kept in."""
 
     def has(self, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Work that is done while something else is waited for."""
+"""Work in a thread while the caller waits for something else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
-    """Calls a function in a thread while a `with` block runs. The block ends when both have ended, however it ends.
+class Background(Generic[T]):
+    """Calls a function in a thread while a `with` block runs. The block is left only when both have ended.
 
-    The function's own error is raised at the end of a block that raises none.
+    If the block raises no error, the function's error is raised at its end.
     """
 
     result: T
@@ -22,11 +22,11 @@ class Beside(Generic[T]):
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
 
-    def __enter__(self) -> Beside[T]:
-        self._pool = ThreadPoolExecutor(1, "beside")
+    def __enter__(self) -> Background[T]:
+        self._pool = ThreadPoolExecutor(1, "background")
         try:
             self._future: Future[T] = self._pool.submit(self._function)
-        except BaseException:  # Ctrl-C, when the work may have begun
+        except BaseException:  # Ctrl-C: the work may have begun
             self._pool.shutdown()
             raise
         return self
@@ -39,7 +39,7 @@ class Beside(Generic[T]):
             try:
                 wait([self._future])
             except KeyboardInterrupt as again:
-                # what it works on may not be touched before it has ended
+                # nobody else may touch what the function works on before it has ended
                 interrupt = again
         self._pool.shutdown()
         if interrupt:

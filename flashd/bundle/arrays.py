@@ -12,7 +12,7 @@ from flashd.bundle.row_kinds import Bytes, Codes, Floats
 
 
 @dataclass(frozen=True)
-class Slots:
+class Arrays:
     """Arrays that share their leading axis: one entry an item (a row, or a neuron)."""
 
     def arrays(self) -> list[npt.NDArray[np.generic]]:
@@ -24,7 +24,7 @@ class Slots:
     def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Self:
         return type(self)(*(a[part] for a in self.arrays()))
 
-    def take(self, source: Slots) -> None:
+    def take(self, source: Arrays) -> None:
         """Copies the items of `source`, which has as many, in place of what is here."""
         for to, values in zip(self.arrays(), source.arrays(), strict=True):
             np.copyto(to, values)
@@ -39,7 +39,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class QuantRows(Slots):
+class QuantRows(Arrays):
     """n quantised rows of K weights, B = K / 32 blocks each, and of C digits of the blocks' centres.
 
     The input of a product with them is followed by the sums of its blocks, twice: see engine.forward.products.
@@ -51,14 +51,14 @@ class QuantRows(Slots):
 
 
 @dataclass(frozen=True)
-class PlainRows(Slots):
+class PlainRows(Arrays):
     """n rows of K float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, K]
 
 
 @dataclass(frozen=True)
-class TernaryRows(Slots):
+class TernaryRows(Arrays):
     """n rows of K weights scale * (q - 2), with q 1, 2 or 3."""
 
     q: Bytes  # [n, K / 4], low bits first
@@ -92,7 +92,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class QuantNeurons(Slots):
+class QuantNeurons(Arrays):
     """n bundles of one neuron each: M input rows, then the column of down_proj as a row like them."""
 
     q: Bytes  # [n, M + 1, (H + C) * bits / 8]
@@ -102,11 +102,11 @@ class QuantNeurons(Slots):
 
 
 @dataclass(frozen=True)
-class PlainNeurons(Slots):
+class PlainNeurons(Arrays):
     """n bundles of one neuron each, of float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, M + 1, H]
     bias: Floats  # [n, M], or [n, 0] if the inputs have none
 
 
-NeuronSlots = QuantNeurons | PlainNeurons
+NeuronArrays = QuantNeurons | PlainNeurons

@@ -61,15 +61,19 @@ class Products:
         low = self._nbits(x, f"{name}.q.low", f"{name}.scale", n, width, 4, f"{name}.zero")
         return self._g.node("Add", high, low)
 
-    def with_sums(self, x: str, k: int) -> str:
-        """x [1, T, K] and behind it, twice, the means of its blocks, the first time filled up to whole blocks."""
+    def with_sums(self, x: str, k: int, filled: bool = False) -> str:
+        """x [1, T, K] and behind it, twice, the means of its blocks, the first time filled up to whole blocks.
+
+        With `filled` the second time too.
+        """
         if x not in self._with_sums:
             g, blocks = self._g, k // BLOCK
             means = g.node("AveragePool", x, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
-            filled = means
+            whole = means
             if blocks % BLOCK:
-                filled = g.node("Pad", means, g.shape(0, 0, 0, 0, 0, -blocks % BLOCK))
-            self._with_sums[x] = g.node("Concat", x, filled, means, axis=2)  # [1, T, K + digits(K)]
+                whole = g.node("Pad", means, g.shape(0, 0, 0, 0, 0, -blocks % BLOCK))
+            # [1, T, K + digits(K)]
+            self._with_sums[x] = g.node("Concat", x, whole, whole if filled else means, axis=2)
         return self._with_sums[x]
 
     def _nbits(self, x: str, q: str, scale: str, n: int, k: int, bits: int, zero: str = "") -> str:
@@ -107,29 +111,30 @@ class Layers:
         block = LayerStages(g, m, _external_vectors(g, at))
         h = block.enter(x)
         qkv = self._products(h, self._attention_kind, f"{at}qkv", m.qkv_width, m.hidden)
-        heads, key, value = self._attend(block, qkv, m.attention[m.layer_kinds[i]], suffix, tree)
+        kind = m.attention[m.layer_kinds[i]]
+        heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
         present(g, m, f"present_key{suffix}", key)
         present(g, m, f"present_value{suffix}", value)
         branch = self._products(heads, self._attention_kind, f"{at}output", m.hidden, m.query_width)
         return *block.middle(x, h, branch), block
 
-    def _attend(
-        self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]
+    def _one_more(
+        self, block: LayerStages, qkv: str, kind: AttentionKind, tree: Sequence[str]
     ) -> tuple[str, str, str]:
         """Attention of T tokens and of one row more, the last one again: its keys and values are written over."""
         g = self._g
         last = g.node("Slice", qkv, g.shape(-1), g.shape(1 << 30), g.shape(1))
         more = g.node("Concat", qkv, last, axis=1)  # [1, T + 1, q + k + v widths]
-        heads, key, value = block.attend(more, kind, suffix, tree)
+        heads, key, value = block.attend(more, kind, "", tree)
         return g.node("Slice", heads, g.shape(0), g.shape(-1), g.shape(1)), key, value
 
-    def ffn(self, i: int, h: str, groups: int, before: str = "") -> str:
-        """[1, T, Model.share_width]: what is before, and the share of some groups in a layer's FFN of h [1, T, H]."""
-        g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
-        rows = groups * m.inputs * n
-        a = self._products(h, self._ffn_kind, f"{at}inputs", rows, m.hidden)  # [1, T, groups M N]
-        if "inputs" in m.biases:
-            a = g.node("Add", a, g.external(f"{at}inputs.bias", T.FLOAT, [rows]))
+    def ffn(self, h: str, groups: int, before: str) -> str:
+        """[1, T, Model.share_width]: what is before, and some groups' shares in an FFN of h [1, T, H], in order.
+
+        Rows of gate and up are by group, [groups, M, N]; each group has its own rows of down.
+        """
+        g, m, n = self._g, self._model, self._group
+        a = self._inputs("", h, groups)  # [1, T, groups M N]
         if m.gated:
             pairs = g.node("Reshape", a, g.shape(1, -1, m.inputs, n))  # [1, T groups, M, N]
             a = gated(g, m, *g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2))
@@ -137,12 +142,12 @@ class Layers:
             a = activated(g, m, a)
         a = g.node("Reshape", a, g.shape(1, -1, n))  # [1, T groups, N]
         squared, width = a, n
-        if f"{at}down" in self._products.centred:
+        if "down" in self._products.centred:
             a, width = self._products.with_sums(a, n), n + digits(n)
         a = g.node("Reshape", a, g.shape(1, -1, groups * width))  # [1, T, groups width]
         parts = g.nodes_out("Split", a, outputs=groups, axis=2, num_outputs=groups) if groups > 1 else [a]
         shares = [
-            self._products.of_wide(part, self._ffn_kind, f"{at}down.{number}", m.hidden, width)
+            self._products.of_wide(part, self._ffn_kind, f"down.{number}", m.hidden, width)
             for number, part in enumerate(parts)
         ]
         if m.normed_neurons:  # the sum of each group's squares goes with its share
@@ -151,8 +156,33 @@ class Layers:
             shares = [share(g, m, part, one) for part, one in zip(squares, shares, strict=True)]
         y = before
         for one in shares:
-            y = g.node("Add", y, one) if y else one
+            y = g.node("Add", y, one)
         return y
+
+    def whole_ffn(self, i: int, h: str) -> str:
+        """[1, T, Model.share_width]: a layer's whole FFN of h [1, T, H].
+
+        Rows of gate and up are by matrix, [M, F], and all groups' rows of down lie one behind the other, their digits
+        with them: one product of all of them costs half of what a product a group costs.
+        """
+        g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
+        a = self._inputs(at, h, m.groups)  # [1, T, M F]
+        a = gated(g, m, *g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2)) if m.gated else activated(g, m, a)
+        activations, width = a, m.neurons
+        if f"{at}down" in self._products.centred:
+            by_group = self._products.with_sums(g.node("Reshape", a, g.shape(1, -1, n)), n, filled=True)
+            width = m.groups * (n + 2 * (digits(n) - n // BLOCK))
+            a = g.node("Reshape", by_group, g.shape(1, -1, width))
+        return share(g, m, activations, self._products.of_wide(a, self._ffn_kind, f"{at}down", m.hidden, width))
+
+    def _inputs(self, at: str, h: str, groups: int) -> str:
+        """The products of h with rows of gate and up, and their biases."""
+        g, m = self._g, self._model
+        rows = groups * m.inputs * self._group
+        a = self._products(h, self._ffn_kind, f"{at}inputs", rows, m.hidden)
+        if "inputs" not in m.biases:
+            return a
+        return g.node("Add", a, g.external(f"{at}inputs.bias", T.FLOAT, [rows]))
 
 
 def attention(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
@@ -167,15 +197,13 @@ def attention(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int
     return g.serialise("attention")
 
 
-def ffn(
-    model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, groups: int, centred: frozenset[str]
-) -> bytes:
+def ffn(model: Architecture, kind: RowKind, arithmetic: Arithmetic, groups: int, centred: frozenset[str]) -> bytes:
     """h [1, T, H], before [1, T, Model.share_width] -> y, what is before and the share of some groups of a layer."""
     g = Graph()
     h, width = g.input("h", T.FLOAT, [1, "T", model.hidden]), model.share_width
     before = g.input("before", T.FLOAT, [1, "T", width])
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
-    g.output("y", T.FLOAT, [1, "T", width], layers.ffn(i, h, groups, before))
+    g.output("y", T.FLOAT, [1, "T", width], layers.ffn(h, groups, before))
     return g.serialise("ffn")
 
 
@@ -189,7 +217,7 @@ def whole(
     made = Layers(g, model, kinds, Products(g, arithmetic, centred))
     for i in layers:
         x, h, block = made.attention(i, x, f".{i}")
-        x = block.leave(x, made.ffn(i, h, model.groups))
+        x = block.leave(x, made.whole_ffn(i, h))
     g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
     return g.serialise("layers")
 

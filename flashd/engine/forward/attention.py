@@ -114,7 +114,7 @@ class Attention:
         binding = session.io_binding()
         binding.bind_cpu_input("x", at_least_two(x)[None])
         self._rotary.bind(names, binding)
-        bind_positions(binding, places.past, places.positions.shape[1] - 1)
+        bind_positions(binding, places.past, places.positions.shape[1])
         binding.bind_cpu_input("positions", places.positions)
         binding.bind_cpu_input("bias", places.bias)
         for part, value in zip(("key", "value"), cache.layer(layer), strict=True):
@@ -128,6 +128,6 @@ class Attention:
 
 
 def bind_positions(binding: Any, past: int, new: int) -> None:
-    """Tells GroupQueryAttention where `new` tokens, and the row behind them, stand behind `past` ones."""
-    binding.bind_cpu_input("last", np.array([past + new], np.int32))
-    binding.bind_cpu_input("total", np.array(past + new + 1, np.int32))
+    """Tells GroupQueryAttention where `new` rows stand behind `past` ones."""
+    binding.bind_cpu_input("last", np.array([past + new - 1], np.int32))
+    binding.bind_cpu_input("total", np.array(past + new, np.int32))

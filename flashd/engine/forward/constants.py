@@ -65,9 +65,9 @@ class Constants:
 
     def groups(self, groups: Groups) -> ort.InferenceSession:
         """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer."""
-        arrays, centred = self._of_groups("layer.0.", groups)
+        arrays, centred = self._of_groups(groups)
         kind = self._formats.ffn
-        graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, 0, len(groups), centred)
+        graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, len(groups), centred)
         return open_session(graph, arrays)
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
@@ -85,7 +85,7 @@ class Constants:
         for i, (qkv, output, vectors, groups) in zip(layers, parts, strict=True):
             for more, names in (
                 self._of_attention(i, qkv, output, vectors),
-                self._of_groups(f"layer.{i}.", groups),
+                self._of_ffn(f"layer.{i}.", groups),
             ):
                 arrays |= more
                 centred |= names
@@ -111,17 +111,37 @@ class Constants:
             centred |= {name} if product.centred else set()
         return arrays, frozenset(centred)
 
-    def _of_groups(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
+    def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
+        """A whole layer's: see graphs.constant.Layers.whole_ffn."""
         m, kind = self._model, self._formats.ffn
-        inputs = self._product(groups.inputs.joined(), kind, m.hidden)
+        inputs = self._product(
+            type(groups.inputs)(*(by_matrix(a, m.inputs) for a in groups.inputs.arrays())), kind, m.hidden
+        )
         arrays = inputs.named(f"{at}inputs")
         if groups.bias.size:
-            arrays[f"{at}inputs.bias"] = groups.bias.reshape(-1)
+            arrays[f"{at}inputs.bias"] = by_matrix(groups.bias[..., None], m.inputs)[:, 0]
+        with_centres = _centred(groups.down, kind, m.group_neurons)
+        downs = [
+            self._product(groups.down[g : g + 1].joined(), kind, m.group_neurons, with_centres).arrays
+            for g in range(len(groups))
+        ]
+        arrays |= {
+            f"{at}down.{end}": np.concatenate([d[end] for d in downs], axis=1 - (end == "w")) for end in downs[0]
+        }
+        names = [f"{at}inputs"] * inputs.centred + [f"{at}down"] * with_centres
+        return arrays, frozenset(names)
+
+    def _of_groups(self, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
+        m, kind = self._model, self._formats.ffn
+        inputs = self._product(groups.inputs.joined(), kind, m.hidden)
+        arrays = inputs.named("inputs")
+        if groups.bias.size:
+            arrays["inputs.bias"] = groups.bias.reshape(-1)
         with_centres = _centred(groups.down, kind, m.group_neurons)
         for number in range(len(groups)):
             down = groups.down[number : number + 1].joined()
-            arrays |= self._product(down, kind, m.group_neurons, with_centres).named(f"{at}down.{number}")
-        names = [f"{at}inputs"] * inputs.centred + [f"{at}down"] * with_centres
+            arrays |= self._product(down, kind, m.group_neurons, with_centres).named(f"down.{number}")
+        names = ["inputs"] * inputs.centred + ["down"] * with_centres
         return arrays, frozenset(names)
 
     def _product(self, rows: Rows, kind: RowKind, k: int, centred: bool | None = None) -> _Product:
@@ -145,6 +165,13 @@ class Constants:
         return _Product(
             {"q.high": high, "scale.high": 16 * scale, "q.low": low, "scale": scale, "zero": zero}, centred
         )
+
+
+def by_matrix(array: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
+    """[g, M N, ...] -> [M g N, ...]: all rows of gate, then all of up."""
+    groups, rows = array.shape[:2]
+    parts = array.reshape(groups, inputs, rows // inputs, *array.shape[2:])
+    return np.moveaxis(parts, 1, 0).reshape(groups * rows, *array.shape[2:])
 
 
 def _centred(rows: Rows, kind: RowKind, k: int) -> bool:

@@ -50,9 +50,13 @@ class _Product:
 
 
 class Constants:
-    """Opens sessions for one bundle. It may be called from several threads."""
+    """Opens sessions for one bundle. It may be called from several threads.
 
-    def __init__(self, header: Header, arithmetic: Arithmetic) -> None:
+    Args:
+        arithmetic: see graphs.constant. Models of which a part stays whole in each arithmetic have two of these.
+    """
+
+    def __init__(self, header: Header, arithmetic: Arithmetic = "float32") -> None:
         self._model, self._formats, self._arithmetic = header.model, header.formats, arithmetic
         self._graphs: dict[tuple[Any, ...], bytes] = {}
 

@@ -63,7 +63,7 @@ class PagedModel:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads)
-        constants = Constants(bundle.header, plan.arithmetic)
+        constants = Constants(bundle.header)
         self._embed = stages.Embedder(bundle)
         self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None

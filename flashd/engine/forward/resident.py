@@ -18,8 +18,7 @@ from flashd.engine.forward.head import Head
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
-from flashd.engine.model.sizes import TOKENS_AT_ONCE
-from flashd.engine.planning.parts import layers_together
+from flashd.engine.planning.parts import WHOLE_TOKENS, layers_together
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import changes_logits, graph
 from flashd.system.freed_memory import give_back_freed_memory
@@ -35,20 +34,20 @@ class ResidentModel:
         self.card = CardStats()
         self.hit_rate = 1.0
         self.shares_reads = self.drafts = self.branches = False
-        self.pass_tokens = TOKENS_AT_ONCE
-        constants = Constants(bundle.header, plan.arithmetic)
+        self.pass_tokens = WHOLE_TOKENS
+        fast, sparing = (Constants(bundle.header, kind) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + 1)
         self._embed = stages.Embedder(bundle)
         self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
-        step, layers = layers_together(bundle.header), self._model.layers
+        layers = self._model.layers
         self._bindings: list[tuple[ort.InferenceSession, Any]] = []
-        for first in range(0, layers, step):
-            some = range(first, min(first + step, layers))
+        for some in _sessions(layers, plan.int8_layers, layers_together(bundle.header)):
+            constants = fast if some.stop <= plan.int8_layers else sparing
             self._bindings.append(self._bound(constants.whole(some, [self._layer(i) for i in some]), some))
             on_step(some.stop, layers, 0)
-        self._head = Head(bundle, constants, plan, None)
+        self._head = Head(bundle, fast if plan.int8_head else sparing, plan, None)
         give_back_freed_memory()
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
@@ -104,3 +103,9 @@ class ResidentModel:
                 binding.bind_ortvalue_input(f"past_{part}.{i}", value)
                 binding.bind_ortvalue_output(f"present_{part}.{i}", value)
         return session, binding
+
+
+def _sessions(layers: int, int8: int, together: int) -> list[range]:
+    """The layers of each session, at most so many together; the first `int8` layers have sessions of their own."""
+    parts = (range(0, int8), range(int8, layers))
+    return [part[at : at + together] for part in parts for at in range(0, len(part), together)]

@@ -22,6 +22,9 @@ PREFILL_TOKENS = 256
 LOGIT_ROWS = NODES + 1
 """Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
 
+WHOLE_TOKENS, WHOLE_LOGIT_ROWS = 64, 2
+"""Tokens of a pass of a model that stays whole, and of its logits those that are held at once."""
+
 BUFFERS = 4
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
@@ -127,20 +130,21 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
 
 
-def workspace(header: Header, context: int, groups: int) -> int:
+def workspace(header: Header, context: int, groups: int, whole: bool = False) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
     `groups`: of a layer, the most that are in one session.
     """
-    m, tokens = header.model, min(TOKENS_AT_ONCE, context) + 2
-    more = max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
+    m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
+    more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
+    rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
     inner = groups * m.group_neurons * (m.inputs + 2)
     activations = 4 * tokens * (8 * m.hidden + 3 * m.qkv_width + inner) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
     # twice if a graph follows that caps them or adds a bias
-    logits = 4 * LOGIT_ROWS * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
-    logits += 4 * LOGIT_ROWS * head_part(header)
+    logits = 4 * rows * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
+    logits += 4 * rows * head_part(header)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return activations + scores(m, tokens, context) + logits + shares + SLACK
 

@@ -3,7 +3,8 @@
 The budget counts everything that the process holds: what it holds when the plan is made (interpreter, libraries,
 tokenizer: measured) and what is still to come (computed from the bundle's header).
 
-A model stays whole if it fits, with the fast arithmetic if that fits too; else it pages, in float32.
+A model stays whole if it fits. As many of its layers as there is room for then have the fast arithmetic, which takes
+more RAM. A model that does not fit pages, in float32.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Plan:
     memory: int
     context: int
     threads: int
-    arithmetic: Arithmetic
     resident: bool  # the whole model, in graphs of whole layers
+    int8_layers: int  # of a whole model, the first so many, in the fast arithmetic; the others are in float32
+    int8_head: bool
     pinned: tuple[int, ...]  # of each layer, its first groups that stay in RAM; of a mixture, whole experts
     groups: int  # of every layer, in all
     group_bytes: int  # that a group takes in RAM
@@ -70,7 +72,7 @@ class Plan:
 
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic = "int8",
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
 
@@ -79,22 +81,21 @@ def make_plan(
         context: tokens that the KV cache must have room for.
         base: bytes that the process holds now.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
-        arithmetic: of a model that stays whole; None: int8 if that fits, else float32.
+        arithmetic: the fastest that a model may have which stays whole.
 
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
     m = header.model
-    least, whole = smallest(header, context, base), _whole_from(header, context, base, arithmetic)
+    least, whole = smallest(header, context, base), None
+    if _can_be_whole(header):
+        whole = sum(_whole_parts(header, context, base, 0, False).values())
     plan = Plan(
-        memory=memory, context=context, threads=threads, arithmetic="float32", resident=True,
+        memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=(m.groups,) * m.layers, groups=m.groups, group_bytes=_group_bytes(header), lent_groups=0,
-        head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0,
-        neurons=m.neurons,
+        head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
     )  # fmt: skip
-    for kind in _kinds(arithmetic) if whole is not None else ():
-        held = _whole_parts(header, context, base, kind)
-        if sum(held.values()) <= memory:
-            return replace(plan, arithmetic=kind, parts=held)
+    if whole is not None and whole <= memory:
+        return _whole(header, base, plan, arithmetic)
     if memory < least:
         raise MemoryTooSmall(
             f"{memory / MIB:.0f}M is too small for {m.name} with a context of {context};"
@@ -105,8 +106,15 @@ def make_plan(
     return _paging(header, base, plan)
 
 
-def _kinds(arithmetic: Arithmetic | None) -> tuple[Arithmetic, ...]:
-    return (arithmetic,) if arithmetic else ("int8", "float32")
+def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Plan:
+    """As many layers in the fast arithmetic as there is room for, and the head if all of them are."""
+    layers = header.model.layers
+    tries = [(layers, True), *((count, False) for count in range(layers, 0, -1))] if arithmetic == "int8" else []
+    for count, head in (*tries, (0, False)):
+        held = _whole_parts(header, plan.context, base, count, head)
+        if sum(held.values()) <= plan.memory:
+            break
+    return replace(plan, int8_layers=count, int8_head=head, parts=held)
 
 
 def _paging(header: Header, base: int, plan: Plan) -> Plan:
@@ -224,25 +232,24 @@ def _opening(header: Header, workspace: int, groups: int) -> int:
     return max(0, largest - workspace)
 
 
-def _whole_from(header: Header, context: int, base: int, arithmetic: Arithmetic | None) -> int | None:
-    """The budget from which on a model stays whole; None if it cannot."""
+def _can_be_whole(header: Header) -> bool:
     f = header.formats
-    if header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head):
-        return None
-    return min(sum(_whole_parts(header, context, base, kind).values()) for kind in _kinds(arithmetic))
+    return not (header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head))
 
 
-def _whole_parts(header: Header, context: int, base: int, arithmetic: Arithmetic) -> dict[str, int]:
-    m = header.model
-    ffn = m.layers * m.groups * parts.group_held(header.group, arithmetic)
-    weights = ffn + parts.attention_held(header, arithmetic)
-    weights += parts.held(header.row_format("head"), m.vocabulary, arithmetic)
-    layer = m.groups * parts.group_opening(header.group, arithmetic) + parts.attention_opening(header, arithmetic)
-    opening = max(
-        parts.layers_together(header) * layer,
-        parts.while_opening(header.row_format("head"), parts.head_part(header), arithmetic),
-    )
-    workspace = parts.workspace(header, context, m.groups) + parts.rotary(m, context)
+def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8_head: bool) -> dict[str, int]:
+    """The parts of a model that stays whole."""
+    m, head = header.model, header.row_format("head")
+    of_head: Arithmetic = "int8" if int8_head else "float32"
+    weights, opening = parts.held(head, m.vocabulary, of_head), 0
+    kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
+    for kind, count in kinds.items():
+        layer = m.groups * parts.group_held(header.group, kind) + parts.attention_held(header, kind) // m.layers
+        weights += count * layer
+        each = m.groups * parts.group_opening(header.group, kind) + parts.attention_opening(header, kind)
+        opening = max(opening, min(count, parts.layers_together(header)) * each)
+    opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
+    workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
     return _common(header, context, base) | {
         "constant weights": weights, "workspace": workspace, "opening": max(0, opening - workspace),
     }  # fmt: skip

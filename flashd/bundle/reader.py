@@ -115,6 +115,19 @@ class Bundle:
             at += n
         return out
 
+    def table(self, name: str, rows: int, at_once: int) -> Iterator[tuple[int, Rows]]:
+        """The first `rows` rows of a table, `at_once` at a time, whole runs: (number of the first, rows).
+
+        Raises BadSection, DamagedRun, CardError.
+        """
+        section, form = self.section(name), self.header.row_format(name)
+        for first in range(0, rows, at_once):
+            count = min(at_once, rows - first)
+            run = first // ROWS_OF_A_RUN
+            length = min(-(-count // ROWS_OF_A_RUN) * section.run, section.length - run * section.run)
+            raw = np.frombuffer(self._checked(section, run, length), np.uint8).reshape(-1, form.nbytes)
+            yield first, form.views(raw)[:count]
+
     def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Groups]]:
         """The first `count` groups of a layer, up to `at_once` at a time: (number of the first, groups).
 

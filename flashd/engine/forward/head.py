@@ -27,11 +27,10 @@ class Head:
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
         self._model, self._kept = bundle.header.model, plan.head_rows
         self._stream, self._section = stream, len(bundle.header.ffn_sections)
-        part = head_part(bundle.header)
-        rows = bundle.rows("head", plan.head_rows)
+        kind, hidden = bundle.header.formats.head, self._model.hidden
         self._parts = [
-            (at, constants.rows(rows[at : at + part], bundle.header.formats.head, self._model.hidden))
-            for at in range(0, plan.head_rows, part)
+            (first, constants.rows(rows, kind, hidden))
+            for first, rows in bundle.table("head", plan.head_rows, head_part(bundle.header))
         ]
 
     def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:

@@ -218,18 +218,18 @@ def _paged_parts(header: Header, context: int, base: int, pinned: int, head: int
     }
     if not header.selection:
         held["experts" if m.experts else "pinned neurons"] = pinned * _group_bytes(header)
-    return held | {"opening what is pinned": _opening(header, held["workspace"], each)}
+    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each)}
 
 
-def _opening(header: Header, workspace: int, groups: int) -> int:
-    """What opening the largest session takes, beyond the workspace, which comes later."""
+def _opening(header: Header, later: int, groups: int) -> int:
+    """What opening the largest session takes, beyond what is not touched before all of them are open."""
     m = header.model
     largest = max(
         parts.attention_opening(header, "float32"),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
         0 if header.selection else (1 if m.experts else groups) * parts.group_opening(header.group, "float32"),
     )
-    return max(0, largest - workspace)
+    return max(0, largest - later)
 
 
 def _can_be_whole(header: Header) -> bool:
@@ -250,6 +250,7 @@ def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8
         opening = max(opening, min(count, parts.layers_together(header)) * each)
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
     workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
-    return _common(header, context, base) | {
-        "constant weights": weights, "workspace": workspace, "opening": max(0, opening - workspace),
-    }  # fmt: skip
+    common = _common(header, context, base)
+    # the KV cache and the workspace are not touched before all sessions are open
+    opening = max(0, opening - workspace - common["KV cache"])
+    return common | {"constant weights": weights, "workspace": workspace, "opening": opening}

@@ -1,4 +1,4 @@
-"""python -m tests.board: builds a board, installs flashd on it as README says, and does to it what happens to boards.
+"""python -m tests.board: builds a board, installs flashd as deploy/README.md says, and does what happens to boards.
 
 As root, on Debian, with mmdebstrap, qemu-system-arm or qemu-system-x86, qemu-utils, device-tree-compiler, and for the
 other architecture's image qemu-user-static; an architecture of another machine is emulated, so only counts and states

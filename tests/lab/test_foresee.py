@@ -153,7 +153,7 @@ def test_where_experts_are_used_unevenly_less_is_read(tmp_path: Path) -> None:
 
 
 def test_a_seven_billion_model_at_two_and_four_gigabytes(tmp_path: Path) -> None:
-    """Llama 2 7B's shape: what README says of it."""
+    """Llama 2 7B's shape: what RESULTS.md says of it."""
     config = SMOLLM | {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "intermediate_size": 11008, "max_position_embeddings": 4096, "vocab_size": 32000,

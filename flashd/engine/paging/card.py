@@ -39,7 +39,7 @@ READ_BYTES = 3 << 19
 MOST_GAP_BYTES = 256 << 10
 """The widest gap that is read rather than skipped, however slow a card is to start a read."""
 
-IN_FLIGHT = 3
+IN_FLIGHT = 2
 """Reads under way at once."""
 
 Make = Callable[["Extent", Bytes], Any]

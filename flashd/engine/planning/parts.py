@@ -25,7 +25,7 @@ LOGIT_ROWS = NODES + 1
 WHOLE_TOKENS, WHOLE_LOGIT_ROWS = 64, 2
 """Tokens of a pass of a model that stays whole, and of its logits those that are held at once."""
 
-BUFFERS = 4
+BUFFERS = 3
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
 SESSIONS = 10 * MIB

@@ -21,6 +21,7 @@ from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Model, OnStep, silent
 from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.errors import DataError, UsageError
+from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import available_memory, resident_now
 
 DEFAULT_CONTEXT = 1024
@@ -33,6 +34,7 @@ class Budget:
     memory: int | None = None  # bytes
     context: int = DEFAULT_CONTEXT  # tokens
     threads: int | None = None
+    arithmetic: Arithmetic = "int8"  # the fastest that is allowed, see graphs.constant
 
 
 class Prompts:
@@ -78,6 +80,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         threads=budget.threads or len(os.sched_getaffinity(0)),
         base=resident_now(),
         rates=rates_of(bundle),
+        arithmetic=budget.arithmetic,
     )
 
 

@@ -44,11 +44,20 @@ class Head:
                 out[:, first : first + logits.shape[1]] = logits
         return out
 
-    def in_parts(self, h: Floats, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
-        """The same for some tokens of the vocabulary at a time: (the first one, logits [R, n]).
+    def in_parts(self, h: Floats, on_step: OnStep, bias: Floats | None) -> Iterator[tuple[int, Floats]]:
+        """Finished logits for some tokens of the vocabulary at a time: (the first one, logits [R, n]).
 
-        However many rows there are, no more is held at once than LOGIT_ROWS of the whole vocabulary take.
+        What follows the head is done to them, with its `bias` [V] if the model has one: the graph that does it takes
+        the whole vocabulary. However many rows there are, no more is held at once than LOGIT_ROWS of it take.
         """
+        for first, logits in self._pieces(h, on_step):
+            if bias is not None:
+                logits = logits + bias[first : first + logits.shape[1]]
+            if cap := np.float32(self._model.logit_cap):
+                logits = cap * np.tanh(logits / cap)
+            yield first, logits
+
+    def _pieces(self, h: Floats, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
         most = max(1, LOGIT_ROWS * self._model.vocabulary // max(len(h), 1))
         for at, session in self._parts:
             logits = multiplied(session, x=h)  # [R, n]

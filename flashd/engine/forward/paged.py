@@ -123,17 +123,9 @@ class PagedModel:
 
         A part takes no more memory than the logits of a pass that checks drafts. Raises CardError, DamagedRun.
         """
-        bias = self._vectors.get("head.bias")
         with self._passed(tokens, None, on_step) as x:
             (h,) = self._finish(self._vectors, x=x)
-            for first, logits in self._head.in_parts(h, on_step):
-                # the same as graph.logits does, which takes the whole vocabulary
-                if bias is not None:
-                    logits += bias[first : first + logits.shape[1]]
-                if cap := self._model.logit_cap:
-                    np.tanh(np.divide(logits, np.float32(cap), out=logits), out=logits)
-                    logits *= np.float32(cap)
-                yield first, logits
+            yield from self._head.in_parts(h, on_step, self._vectors.get("head.bias"))
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Guesses at what follows each of `tokens` [T], made with the weights in RAM alone.

@@ -72,8 +72,8 @@ class ResidentModel:
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
-        """(0, logits [T, V] behind each of `tokens` [T]): while the model was loaded, more was held."""
-        yield 0, self.forward(tokens, np.arange(len(tokens)), on_step)
+        """As forward gives them behind each of `tokens` [T], the logits of some tokens of the vocabulary at a time."""
+        yield from self._head.in_parts(self._passed(tokens), on_step, self._vectors.get("head.bias"))
 
     def _passed(self, tokens: Tokens) -> Floats:
         """[T, H] behind the last norm."""

@@ -25,12 +25,12 @@ from gpiozero.pins.mock import MockFactory
 
 from flashd.bundle.reader import Bundle
 from flashd.cli.main import main
-from flashd.cli.progress import MIB
 from flashd.config.settings import parse
 from flashd.daemon.job import MAX_TEXT
 from flashd.errors import MemoryTaken, MemoryTooSmall
 from flashd.pack import default_model
 from flashd.serve import Daemon
+from flashd.system.memory import MIB
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 

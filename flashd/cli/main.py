@@ -66,6 +66,18 @@ def _run(command: o.Command) -> int:
             from flashd.cli.commands.bench import bench
 
             bench(command)
+        case o.Models():
+            from flashd.cli.commands.models import models
+
+            models(command)
+        case o.Use():
+            from flashd.cli.commands.models import use
+
+            use(command)
+        case o.Rm():
+            from flashd.cli.commands.models import rm
+
+            rm(command)
         case o.Serve():
             from flashd.cli.commands.serve import serve
 

@@ -94,7 +94,7 @@ class Chat(Answering):
 @dataclass(frozen=True, kw_only=True)
 class Pack:
     source: Path
-    out: Path
+    out: Path | None  # None: into the cache
     rows: Rows
     max_loss: float | None
     select: Select | None
@@ -216,7 +216,24 @@ class Allow:
     devices: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    name: str
+    config: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rm:
+    name: str
+    config: Path
+
+
 Command = (
-    Ask | Chat | Pack | Info | Verify | Plan | Eval | Bench | Serve | CheckConfig | Jobs | Show
+    Ask | Chat | Pack | Info | Verify | Plan | Eval | Bench | Models | Use | Rm | Serve | CheckConfig | Jobs | Show
     | Doctor | Update | Safe | Allow
 )  # fmt: skip

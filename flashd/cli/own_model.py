@@ -24,6 +24,22 @@ def default_bundle() -> Path:
         return in_child(lambda: default_model.ensure(bar.show))
 
 
+def bundle_of(model: Path | None) -> Path:
+    """The bundle to load. A model file or folder is packed at the first use, and again when it has changed."""
+    from flashd.cli import bundles
+    from flashd.system.child import in_child
+
+    if model is None:
+        return default_bundle()
+    if not bundles.is_model(model):
+        return model
+    path = bundles.packed_path(model)
+    if not bundles.is_current(path, model):
+        with Bar(f"packing {model.name}, once", "weights") as bar:
+            in_child(lambda: bundles.pack_into_cache(model, bar.show))
+    return path
+
+
 def budget(options: Budgeted) -> Budget:
     """What the command may use."""
     from flashd.engine.engine import Budget

@@ -47,7 +47,7 @@ def build() -> Parser:
         "--version", action="version", version=f"flashd {flashd.__version__}", help="Print the version and exit."
     )
     commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_ask, _chat, _pack, _info, _verify, _plan, _eval, _bench):
+    for add in (_ask, _chat, _models, _use, _rm, _pack, _info, _verify, _plan, _eval, _bench):
         add(commands)
     for add in (_serve, _check_config, _jobs, _show, _doctor, _update, _safe, _allow):
         add(commands)
@@ -84,7 +84,8 @@ def _chat(commands: Commands) -> None:
 def _add_answering(parser: Parser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar=BUNDLE,
-        help="Load this bundle. The default without a daemon is a small model that comes with flashd.",
+        help="Load this bundle. A GGUF file or a Hugging Face folder is packed at its first use. The default without"
+        " a daemon is a small model that comes with flashd.",
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="Tell the model how to behave: the system prompt.")
     _number(parser, "--max-tokens", int, "End the answer after this many tokens.", "1 or more", None,
@@ -129,6 +130,27 @@ def _add_budget(parser: Parser) -> None:
 # --- bundles ----------------------------------------------------------------------------------------------
 
 
+def _models(commands: Commands) -> None:
+    models = _command(commands, "models", o.Models, "List the bundles on this machine, and the RAM that each needs.")
+    _json(models)
+
+
+def _use(commands: Commands) -> None:
+    use = _command(
+        commands, "use", o.Use, "Have the daemon answer with another bundle.",
+        "This checks that the bundle works in the memory of this machine, and then changes model and, if it is too"
+        " small, memory in the configuration. Your comments stay.",
+    )  # fmt: skip
+    _name(use)
+    _config(use)
+
+
+def _rm(commands: Commands) -> None:
+    rm = _command(commands, "rm", o.Rm, "Remove a bundle.", "The bundle that the daemon answers with is not removed.")
+    _name(rm)
+    _config(rm)
+
+
 def _pack(commands: Commands) -> None:
     pack = _command(
         commands, "pack", o.Pack, "Make a bundle of a GGUF file or a Hugging Face folder.",
@@ -137,7 +159,10 @@ def _pack(commands: Commands) -> None:
     pack.add_argument(
         "source", type=Path, metavar="MODEL", help="The model: a .gguf file, or a folder with .safetensors files."
     )
-    pack.add_argument("--out", type=Path, required=True, metavar=BUNDLE, help="Write the bundle to this file.")
+    pack.add_argument(
+        "--out", type=Path, metavar=BUNDLE,
+        help="Write the bundle to this file. The default is the cache, where flashd models and --model find it.",
+    )  # fmt: skip
     pack.add_argument(
         "--rows", choices=get_args(o.Rows), default="int4",
         help="Store feed-forward weights with this many bits (default: int4).",
@@ -320,6 +345,10 @@ def _json(parser: Parser) -> None:
 
 def _bundle(parser: Parser, text: str, optional: bool = False) -> None:
     parser.add_argument("bundle", type=Path, nargs="?" if optional else None, metavar=BUNDLE, help=text)
+
+
+def _name(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="The bundle's name, as flashd models lists it, or its path.")
 
 
 def _config(parser: Parser) -> None:

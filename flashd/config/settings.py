@@ -243,8 +243,8 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         return parse(typed_yaml.read(path, LONGEST), str(path), check)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: this file is not there; copy what you need of /etc/flashd/flashd.example.yaml to it, name another"
-            " with --config, or try flashd serve --demo"
+            f"{path}: this file is not there; copy what you need of /etc/flashd/flashd.example.yaml to it, name"
+            " another with --config, or try flashd serve --demo"
         ) from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error

@@ -43,7 +43,7 @@ def test_sizes_and_threads_that_nobody_means_are_refused(tiny_bundle: Path) -> N
 def test_a_mistyped_command_is_a_line(tmp_path: Path) -> None:
     for command, words in (
         (["ask", "hi", "--context", "x"], "argument --context: invalid int value: 'x'; see flashd ask --help"),
-        (["pack", "m.gguf"], "the following arguments are required: --out"), (["sing"], "invalid choice: 'sing'"),
+        (["eval", "m.flash"], "the following arguments are required: --text"), (["sing"], "invalid choice: 'sing'"),
         ([], "COMMAND"), (["bench", tmp_path, "--repeat", "0"], "--repeat 1 and --tokens 2 are the least"),
         (["bench", tmp_path, "--wrap", "'a"], "--wrap 'a: No closing quotation"),
         (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is no command here"),
@@ -91,7 +91,7 @@ def test_bad_bundles(tmp_path: Path, tiny_bundle: Path) -> None:
     path.write_bytes(raw)
     refused(run("info", path), os.EX_DATAERR, "update flashd")
     refused(run("info", tmp_path / "none.flash"), os.EX_NOINPUT, "none.flash")
-    refused(run("ask", "hi", "--model", tiny_bundle.with_name("tiny.gguf")), os.EX_DATAERR, "not a flashd bundle")
+    refused(run("ask", "hi", "--model", __file__), os.EX_DATAERR, "not a flashd bundle")
 
 
 def test_bad_prompts(tiny_bundle: Path) -> None:

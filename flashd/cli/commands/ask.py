@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flashd.cli.client import socket_path
 from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
-from flashd.cli.own_model import budget, default_bundle, prefixes
+from flashd.cli.own_model import budget, bundle_of, prefixes
 from flashd.cli.printing import answer_as_json, cost_in_words, for_terminal, say_cut
 from flashd.cli.progress import Bar
 from flashd.cli.talk import Turns, checked, talk
@@ -33,7 +33,7 @@ def ask(options: Ask, started: float) -> int:
 
     sampling = _sampling(options)
     messages = [Message("system", options.system)] if options.system else []
-    with Bundle(options.model or default_bundle()) as bundle:
+    with Bundle(bundle_of(options.model)) as bundle:
         # In a child: a vocabulary of 151,000 tokens leaves some 40 MiB behind even when it is freed, in libraries and
         # in holes of the heap. That memory pins neurons instead.
         tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
@@ -56,7 +56,7 @@ def chat(options: Chat) -> int:
     from flashd.engine.engine import Answer, Engine, Prompts
 
     sampling = _sampling(options)
-    with Bundle(options.model or default_bundle()) as bundle:
+    with Bundle(bundle_of(options.model)) as bundle:
         prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()

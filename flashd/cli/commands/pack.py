@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashd.cli.bundles import make_room, packed_path
 from flashd.cli.needs import need_pack, read_text
 from flashd.cli.options import Pack
 from flashd.cli.printing import MIB
@@ -23,9 +24,13 @@ def pack(options: Pack) -> None:
         from flashd.pack.pack import pack
     except ImportError as error:
         raise need_pack(error) from error
+    out = options.out
+    if out is None:
+        out = packed_path(options.source)
+        make_room(out)
     with Bar("packing", "weights") as bar:
-        header = pack(options.source, options.out, options.rows, bar.show, _allowed(options))
-    print(f"{options.out}: {header.model.name}, {options.out.stat().st_size / MIB:.0f} MiB, {options.rows} rows")
+        header = pack(options.source, out, options.rows, bar.show, _allowed(options))
+    print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {options.rows} rows")
     _print_losses(header)
 
 

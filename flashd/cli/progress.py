@@ -19,7 +19,7 @@ class Bar:
     """A progress bar, shown only on a terminal."""
 
     def __init__(self, what: str, unit: str) -> None:
-        shape = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} " + unit + ", {remaining} left {postfix}"
+        shape = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} " + unit + "{postfix}, {remaining} left"
         self._bar = tqdm(
             total=0, desc=what, file=sys.stderr, leave=False, bar_format=shape, unit_scale=True,
             disable=not sys.stderr.isatty(),

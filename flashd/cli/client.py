@@ -1,4 +1,4 @@
-"""Asks a running daemon over its socket, so that `flashd ask` need not load the model again."""
+"""Asks the running daemon through its socket, so that `flashd ask` need not load the model again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOCKET = "/run/flashd/flashd.sock"
 
 
 def socket_path() -> Path:
-    """Where a daemon listens: FLASHD_SOCKET, or where the service does."""
+    """The daemon's socket: FLASHD_SOCKET names it, else it is the service's."""
     return Path(os.environ.get("FLASHD_SOCKET", SOCKET))
 
 
@@ -31,7 +31,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Client:
-    """A daemon's API. Raises NotRunning where none listens."""
+    """The daemon's API. Raises NotRunning if no daemon listens."""
 
     def __init__(self, path: Path) -> None:
         self._connection = _Connection(path)
@@ -40,7 +40,9 @@ class Client:
         except PermissionError as error:
             raise NotRunning(f"{path}: {MAY_NOT}") from error
         except OSError as error:
-            raise NotRunning(f"{path}: no daemon answers ({error.strerror}); start it with: flashd serve") from error
+            raise NotRunning(
+                f"{path}: no daemon answers ({error.strerror}); start it with: sudo systemctl start flashd"
+            ) from error
 
     def close(self) -> None:
         self._connection.close()
@@ -48,9 +50,9 @@ class Client:
     def ask(
         self, body: dict[str, Any], waiting: Callable[[str], None] = lambda text: None
     ) -> Iterator[dict[str, Any]]:
-        """The events of a streamed chat completion; `waiting` hears what is done before the first words.
+        """The events of a streamed chat completion. `waiting` is told what happens before the first words come.
 
-        Raises Busy, UsageError, FlashdError; NotRunning where the daemon goes away before the end.
+        Raises Busy, UsageError, FlashdError; NotRunning if the daemon goes away before the end.
         """
         reply = self._request("POST", "/v1/chat/completions", {**body, "stream": True})
         try:
@@ -82,9 +84,9 @@ class Client:
 
 
 def _why(reply: http.client.HTTPResponse) -> str:
-    """What an answer says that is none."""
+    """Why the daemon refused."""
     try:
         message: str = json.loads(reply.read())["error"]["message"]
-    except (ValueError, KeyError, TypeError):  # the server's own, where too many are connected
-        return f"the daemon refuses: {reply.reason}; try again later"
+    except (ValueError, KeyError, TypeError):  # the server itself refused, since too many are connected
+        return f"the daemon refused ({reply.reason}); try again later"
     return message

@@ -1,42 +1,25 @@
-"""What a person at a terminal sees while flashd works: a row on standard error, gone when that is done."""
+"""What a person at a terminal sees while flashd works: one row on standard error, which disappears afterwards."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-import unicodedata
 from types import TracebackType
 
 from tqdm import tqdm
 
 from flashd.system.memory import MIB
 
-CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
-"""What is said of answers that ended so."""
-
 CLEAR = "\x1b[K"
-"""What takes away the rest of a terminal's row."""
-
-
-def for_terminal(text: str) -> str:
-    """A stranger's text without what a terminal would obey; as it is where standard output is none."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
-def say_cut(finish: str) -> None:
-    """Says to a person where an answer did not come to its own end, and why."""
-    if finish in CUT and sys.stderr.isatty():
-        print(f"(cut: {CUT[finish]})", file=sys.stderr, flush=True)
+"""Erases the rest of a terminal's row."""
 
 
 class Bar:
     """A progress bar, shown only on a terminal."""
 
     def __init__(self, what: str, unit: str) -> None:
-        shape = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} " + unit + " {postfix}"
+        shape = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} " + unit + "{postfix}, {remaining} left"
         self._bar = tqdm(
             total=0, desc=what, file=sys.stderr, leave=False, bar_format=shape, unit_scale=True,
             disable=not sys.stderr.isatty(),
@@ -51,6 +34,7 @@ class Bar:
         self.close()
 
     def close(self) -> None:
+        """Removes the bar. Nothing shows it again."""
         self._bar.close()
 
     def show(self, done: int, total: int, note: str = "") -> None:
@@ -62,15 +46,15 @@ class Bar:
         self._bar.refresh()
 
     def show_pass(self, done: int, layers: int, card_bytes: int) -> None:
-        """An OnStep of the engine: layers of a pass done, and what the card has given so far."""
+        """An OnStep of the engine: how many layers of a pass are done, and how much was read from the card."""
         self.show(done, layers, f"{card_bytes / MIB:.0f} MiB from the card" if card_bytes else "")
 
 
 class Waiting:
-    """A row that stands in for an answer until its first words come, shown only on a terminal."""
+    """A row that is shown on a terminal until the first words of an answer come."""
 
     SECONDS = 1.0
-    """How often it changes."""
+    """The row changes this often."""
 
     def __init__(self) -> None:
         self._shown = 0.0
@@ -85,7 +69,7 @@ class Waiting:
         print(f"\r{text[: shutil.get_terminal_size().columns - 1]}{CLEAR}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Takes the row away."""
+        """Removes the row."""
         if not self._closed:
             self._closed = True
             print(f"\r{CLEAR}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A talk with a person, a line at a time, whoever answers."""
+"""A talk with a person, one line at a time. It does not know who answers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from flashd.errors import DataError, UsageError
 
 MOST_TURNS = 64
-"""Messages of a talk that are kept: a console may be left on for years."""
+"""A talk keeps this many messages, since a console may be left on for years."""
 
 Turns = list[tuple[str, str]]
-"""Messages of a talk: who (system, user, assistant), and what was said."""
+"""The messages of a talk: who spoke (system, user, assistant), and what was said."""
 
 
 def talk(system: str | None, answer: Callable[[Turns], str | None]) -> None:
@@ -19,33 +19,33 @@ def talk(system: str | None, answer: Callable[[Turns], str | None]) -> None:
 
     Args:
         system: the system prompt.
-        answer: says the answer to the last message, and gives it; None where the question is to be forgotten.
+        answer: prints the answer to the last message and returns it. None: the question is forgotten.
     """
     first = [("system", system)] if system else []
     turns: Turns = []
     if sys.stdin.isatty():
-        print("Ctrl-C stops an answer, Ctrl-D or /quit ends, /reset forgets.", file=sys.stderr, flush=True)
+        print("Ctrl-C stops an answer. Ctrl-D or /quit ends the talk. /reset forgets.", file=sys.stderr, flush=True)
     while (line := _next_line()) is not None and line != "/quit":
         if line == "/reset":
             turns = []
         elif line.startswith("/") and len(line.split()) == 1:
-            print(f"{line} is not known; there are /reset and /quit", file=sys.stderr, flush=True)
+            print(f"{line} is not a command; the commands are /reset and /quit", file=sys.stderr, flush=True)
         elif line:
             asked = [*turns, ("user", line)]
             try:
                 said = answer([*first, *asked])
             except UsageError as error:
-                print(f"flashd: {error}; /reset starts anew", file=sys.stderr, flush=True)
+                print(f"flashd: {error}; /reset starts a new talk", file=sys.stderr, flush=True)
                 continue
             if said is not None:
                 turns = [*asked, ("assistant", said)]
                 if len(turns) > MOST_TURNS:
-                    # many at once: until the next time all questions begin alike, and their KV cache is kept
+                    # many at once: questions then begin alike for some time, and the KV cache of that is kept
                     del turns[: MOST_TURNS // 2]
 
 
 def checked(text: str) -> str:
-    """A prompt that is text. Raises DataError."""
+    """The prompt. Raises DataError if it is not text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -54,7 +54,7 @@ def checked(text: str) -> str:
 
 
 def _next_line() -> str | None:
-    # not input(), which shows its prompt on descriptor 2, wherever that leads
+    # not input(): it would show its prompt on descriptor 2, which may not be the terminal
     if sys.stdin.isatty():
         print("> ", end="", flush=True)
     try:

@@ -1,4 +1,4 @@
-"""A serial line as the terminal of this process: what a getty does, for one that only asks."""
+"""Makes a serial line the terminal of this process, as a getty does for a login."""
 
 from __future__ import annotations
 
@@ -15,43 +15,45 @@ from typing import Any
 from flashd.errors import Busy, InputMissing, UsageError
 
 SPEEDS = sorted(int(name[1:]) for name in dir(termios) if name[0] == "B" and name[1:].isdigit() and name != "B0")
-"""Bits a second that a terminal can be set to."""
+"""The speeds that a terminal can have, in bits a second."""
 
 IUTF8 = 0o40000
-"""Backspace takes a character and not a byte; Python's termios does not name it."""
+"""With this flag Backspace erases a character and not a byte. Python's termios has no name for it."""
 
 KEYS = {
     termios.VINTR: b"\x03", termios.VEOF: b"\x04", termios.VERASE: b"\x7f", termios.VKILL: b"\x15",
     termios.VWERASE: b"\x17", termios.VMIN: b"\x01",
 }  # fmt: skip
-"""Keys with a meaning. No others: a Ctrl-S or Ctrl-\\ in the noise of a line would end or stop the talk."""
+"""The keys that have a meaning. There are no others: noise on a line that looks like Ctrl-S would stop the talk."""
 
 
 @contextmanager
 def as_terminal(port: Path, speed: int) -> Iterator[None]:
-    """Standard input and output are the line, and so is what is said on standard error within.
+    """Standard input and output are the line inside the block, and so is Python's standard error.
 
-    Descriptor 2 stays what it was, for what ends the process. Ctrl-C on the line interrupts. A line that goes away
-    ends the block.
+    Descriptor 2 stays as it was, for the error that ends the process. Ctrl-C on the line interrupts. The block ends
+    if the line goes away.
 
     Args:
         port: the line's device.
         speed: bits a second, one of SPEEDS.
 
     Raises:
-        InputMissing: it cannot be opened.
+        InputMissing: the line cannot be opened.
         Busy: another program has it.
-        UsageError: it is no serial line, the speed is none, or this process cannot have a terminal of its own.
+        UsageError: it is not a serial line, or cannot have this speed, or cannot be this process's terminal.
     """
     if speed not in SPEEDS:
-        raise UsageError(f"--speed {speed} is none that a line has; usual are 9600, 38400 and 115200")
+        raise UsageError(f"--speed {speed} is not a speed of serial lines; the usual ones are 9600, 38400 and 115200")
     if os.getsid(0) != os.getpid():
         try:
             os.setsid()
         except PermissionError as error:
-            raise UsageError("--port takes a session of its own: start flashd-serial@NAME, or use setsid") from error
+            raise UsageError(
+                "--port needs a session of its own; start flashd-serial@NAME, or start this with setsid"
+            ) from error
     try:
-        # not blocking: a line without carrier is opened all the same
+        # not blocking, so that a line without carrier can be opened too
         fd = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         raise InputMissing(f"{port}: {error.strerror}") from error
@@ -62,7 +64,7 @@ def as_terminal(port: Path, speed: int) -> Iterator[None]:
             os.dup2(fd, standard)
     finally:
         os.close(fd)
-    # text streams anew: whatever the locale says, and none that thinks itself a file
+    # new text streams, so that neither the locale nor the old streams' kind of file matters
     text: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "closefd": False}
     try:
         with open(0, **text) as asked, open(1, "w", **text) as said, redirect_stdout(said), redirect_stderr(said):
@@ -77,14 +79,16 @@ def as_terminal(port: Path, speed: int) -> Iterator[None]:
 
 
 def _take(fd: int, port: Path, speed: int) -> None:
-    """Locks the line before anything of it is changed."""
+    """Locks the line, and only then changes its settings."""
     if not os.isatty(fd):
-        raise UsageError(f"{port}: no serial line")
+        raise UsageError(f"{port}: this is not a serial line")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
     except OSError as error:
-        raise Busy(f"{port}: another program has it; does flashd.yaml name it, or does a getty run there?") from error
+        raise Busy(
+            f"{port}: another program has it; look if /etc/flashd/flashd.yaml names it, or if a getty runs on it"
+        ) from error
     keys = [KEYS.get(i, b"\0") for i in range(len(termios.tcgetattr(fd)[6]))]
     rate = getattr(termios, f"B{speed}")
     termios.tcsetattr(

@@ -24,46 +24,63 @@ from flashd.config.fields import (
 
 
 class Sensor(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What prompts can name as {{ sensors.NAME }}. A sensor that does not answer reads unknown there."""
+
     name: Name
+    """The sensor's name in prompts."""
     unit: str = ""
+    """The text behind the value."""
     timeout: Positive = 2.0
+    """Seconds to wait for a value."""
 
 
 class Distance(Sensor, tag="distance", frozen=True, kw_only=True):
-    """An ultrasonic ranger. Metres."""
+    """An ultrasonic ranger, in metres."""
 
     echo: Pin
+    """The pin that hears the echo."""
     trigger: Pin
+    """The pin that sends the sound."""
     unit: str = "m"
+    """The text behind the value."""
     range: Positive = 4.0
+    """The farthest distance, in metres."""
 
 
 class Light(Sensor, tag="light", frozen=True, kw_only=True):
-    """A light-dependent resistor with a capacitor. 0 dark to 1 bright."""
+    """A light-dependent resistor with a capacitor, from 0 (dark) to 1 (bright)."""
 
     pin: Pin
+    """The pin between the resistor and the capacitor."""
 
 
 class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
-    """A channel of an MCP3008. `low` and `high` are what 0 and full scale stand for."""
+    """A channel of an MCP3008 converter on SPI."""
 
     channel: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    """The channel's number."""
     low: float = 0.0
+    """The value at 0 volts."""
     high: float = 1.0
+    """The value at full scale."""
 
 
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
-    """A DS18B20 thermometer on the 1-Wire bus. Degrees Celsius. Without an id the first that is found."""
+    """A DS18B20 thermometer on the 1-Wire bus, in degrees Celsius."""
 
     id: OneWireId | None = None
+    """The thermometer's number. Without this key it is the first one that is found."""
     unit: str = "°C"
+    """The text behind the value."""
 
 
 class Iio(Sensor, tag="iio", frozen=True, kw_only=True):
-    """A channel of a Linux IIO device, such as temp, pressure or humidityrelative of a bme280."""
+    """A channel of any Linux IIO device, such as temp, pressure or humidityrelative of a bme280."""
 
     device: str
+    """The device's name in /sys/bus/iio."""
     channel: Channel
+    """The channel's name."""
 
 
 AnySensor = Distance | Light | Analog | OneWire | Iio
@@ -73,30 +90,47 @@ AnySensor = Distance | Light | Analog | OneWire | Iio
 
 
 class Drive(Strict, frozen=True, kw_only=True):
-    """An output pin that a decision drives: on after the answer `answer`, for at most `most` seconds."""
+    """A pin that a decision drives: on after one of the answers, and off otherwise."""
 
     pin: Pin
+    """The pin."""
     answer: str
+    """The answer of choose that turns it on."""
     most: Positive = 10.0
+    """Seconds after which it is turned off in any case."""
     active_high: bool = True
+    """Whether on is 3.3 V. With false on is 0 V."""
 
 
 class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
-    """What starts a job. `prompt` is a Jinja template with `sensors`, `now`, `last` and the trigger's own values."""
+    """What starts a job."""
 
     name: Name
+    """The trigger's name."""
     prompt: str
+    """What is asked: a Jinja template with sensors, now, last (the last answer) and the trigger's own values."""
     system: str | None = None
+    """Another system prompt for this job."""
     priority: Priority = 5
+    """The job with the highest priority goes first."""
     deadline: Positive | None = None
+    """Seconds after which an answer is no longer wanted. Without this key there is no such time."""
     barge_in: bool = False
+    """Whether the job interrupts one of lower priority."""
     coalesce: bool = True
+    """Whether a job that waits stands for further starts of this trigger."""
     per_minute: PerMinute | None = None
+    """At most this many jobs a minute are started. Without this key there is no such limit."""
     cooldown: Seconds = 0.0
+    """Seconds after a start in which the trigger starts nothing."""
     max_tokens: Count | None = None
+    """The answer ends after this many tokens. Without this key it is as answer.max_tokens says."""
     choose: list[str] | None = None
+    """The answer is the one of these that the model finds likeliest."""
     json_schema: dict[str, Any] | None = None
+    """The answer is JSON of this schema. It needs schemas: true."""
     drive: Drive | None = None
+    """A pin that follows the decision. It needs choose."""
 
     def __post_init__(self) -> None:
         if self.choose is not None and (len(self.choose) < 2 or len(set(self.choose)) != len(self.choose)):
@@ -110,50 +144,75 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
 
 
 class Button(Trigger, tag="button", frozen=True, kw_only=True):
+    """A button."""
+
     pin: Pin
+    """The pin."""
     press: Literal["short", "long", "double"] = "short"
+    """How it is pressed. Several triggers may share a button if this differs."""
     hold: Positive = 1.0
+    """A long press takes this many seconds or more."""
     gap: Positive = 0.4
+    """The two presses of a double press are at most this many seconds apart."""
     bounce: Seconds = 0.05
+    """Seconds in which the contact may chatter."""
     pull_up: bool = True
+    """Whether the button connects the pin to ground. With false it connects it to 3.3 V."""
 
 
 class Motion(Trigger, tag="motion", frozen=True, kw_only=True):
+    """A motion sensor (PIR)."""
+
     pin: Pin
+    """The pin."""
 
 
 class Door(Trigger, tag="door", frozen=True, kw_only=True):
-    """A contact that opens, or closes."""
+    """A contact that opens or closes."""
 
     pin: Pin
+    """The pin."""
     when: Literal["open", "close"] = "open"
+    """What starts the job."""
     bounce: Seconds = 0.05
+    """Seconds in which the contact may chatter."""
     pull_up: bool = True
+    """Whether the contact connects the pin to ground. With false it connects it to 3.3 V."""
 
 
 class Near(Trigger, tag="near", frozen=True, kw_only=True):
-    """Something nearer to a distance sensor than `below` metres."""
+    """Something is near a distance sensor. The prompt may use distance, in metres."""
 
     sensor: Name
+    """The name of a sensor of kind distance."""
     below: Positive
+    """Metres. Something nearer than this starts the job."""
     every: Positive = 0.5
+    """Seconds between two looks."""
 
 
 class Rotary(Trigger, tag="rotary", frozen=True, kw_only=True):
-    """A rotary encoder that picks from `menu` and a button that asks; the template has `choice`."""
+    """A rotary encoder that picks from a menu, and a button that asks. The prompt may use choice."""
 
     a: Pin
+    """The encoder's first pin."""
     b: Pin
+    """The encoder's second pin."""
     button: Pin
+    """The button's pin."""
     menu: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """The choices."""
     bounce: Seconds = 0.05
+    """Seconds in which the contacts may chatter."""
 
 
 class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
-    """Every so many seconds, or at a time of day."""
+    """A time. It has either every or at."""
 
     every: Positive | None = None
+    """Seconds between two jobs."""
     at: TimeOfDay | None = None
+    """A time of day in quotes, such as '07:30'."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +221,7 @@ class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
 
 
 class Manual(Trigger, tag="manual", frozen=True, kw_only=True):
-    """Started only by name: from a console, the API or the kiosk."""
+    """A trigger that is started only by its name: from a console, the API or the kiosk."""
 
 
 AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
@@ -172,47 +231,63 @@ AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
 
 
 class Led(Strict, tag_field="kind", tag="led", frozen=True, kw_only=True):
-    """One LED that shows what the appliance does by how it blinks."""
+    """One LED: it blinks slowly when idle and fast while the model thinks, and is lit while it answers."""
 
     pin: Pin
+    """The pin."""
     active_high: bool = True
+    """Whether the LED lights at 3.3 V. With false it lights at 0 V."""
 
 
 class RgbLed(Strict, tag_field="kind", tag="rgb", frozen=True, kw_only=True):
+    """An LED of three colours: yellow loads, green is idle, blue thinks, red is an error."""
+
     red: Pin
+    """The pin of red."""
     green: Pin
+    """The pin of green."""
     blue: Pin
+    """The pin of blue."""
     active_high: bool = True
+    """Whether the LED lights at 3.3 V. With false it lights at 0 V."""
 
 
 class Buzzer(Strict, tag_field="kind", tag="buzzer", frozen=True, kw_only=True):
-    """Beeps once for an answer and three times for an error."""
+    """A buzzer: one beep for an answer, three for an error."""
 
     pin: Pin
+    """The pin."""
 
 
 class Speech(Strict, tag_field="kind", tag="speech", frozen=True, kw_only=True):
-    """A program that is given a sentence on its standard input and says it."""
+    """A program that says the answer. It gets one sentence after another on standard input."""
 
     command: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: ["espeak-ng", "--stdin"]
     )
+    """The program and its arguments."""
 
 
 class Display(Strict, tag_field="kind", tag="display", frozen=True, kw_only=True):
-    """A small display of the luma.oled package, on I2C."""
+    """A small display on I2C, through the luma.oled package."""
 
     driver: Literal["ssd1306", "sh1106", "ssd1309"] = "ssd1306"
+    """The display's chip."""
     port: Annotated[int, msgspec.Meta(ge=0, le=63)] = 1
+    """The number of the I2C bus."""
     address: Annotated[int, msgspec.Meta(ge=3, le=119)] = 0x3C
+    """The display's address on the bus."""
 
 
 class Hook(Strict, tag_field="kind", tag="hook", frozen=True, kw_only=True):
-    """A program that is run when a job comes to `event`, with the job as JSON on its standard input."""
+    """A program that is run at an event of a job. It gets the job as JSON on standard input."""
 
     event: Literal["accepted", "started", "done", "failed", "cancelled"] = "done"
+    """The event."""
     command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """The program and its arguments."""
     timeout: Positive = 10.0
+    """Seconds after which the program is ended."""
 
 
 AnyOutput = Led | RgbLed | Buzzer | Speech | Display | Hook

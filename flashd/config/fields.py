@@ -6,6 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from flashd.system.memory import SIZE
+
 
 def _text(pattern: str, words: str) -> msgspec.Meta:
     """A text that matches a pattern, and in words what that allows."""
@@ -15,7 +17,7 @@ def _text(pattern: str, words: str) -> msgspec.Meta:
 Name = Annotated[
     str, _text(r"^[a-z][a-z0-9_-]{0,31}\Z", "a name: a small letter, then up to 31 small letters, digits, - and _")
 ]
-Size = Annotated[str, _text(r"^(?=.*[1-9])([0-9]+(\.[0-9]+)?[KMGkmg]|[0-9]{7,})\Z", "a size, such as 512M or 1.5G")]
+Size = Annotated[str, _text(SIZE, "a size, such as 512M or 1.5G")]
 TimeOfDay = Annotated[str, _text(r"^([01]\d|2[0-3]):[0-5]\d\Z", "a time of day in quotes, such as '07:30'")]
 OneWireId = Annotated[
     str, _text(r"^28-[0-9a-f]{12}\Z", "28- and twelve digits 0 to f, as /sys/bus/w1/devices names it")

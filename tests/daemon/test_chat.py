@@ -245,6 +245,6 @@ def test_a_line_has_one_user(line: Line, start: Start) -> None:
 def test_lines_that_are_none(line: Line, start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(start("chat", "--port", str(tmp_path / "none")), os.EX_NOINPUT, "none: No such file")
-    refused(start("chat", "--port", str(tmp_path / "file")), os.EX_USAGE, "file: no serial line")
+    refused(start("chat", "--port", str(tmp_path / "file")), os.EX_USAGE, "file: this is not a serial line")
     refused(start("chat", "--port", line.port, "--speed", "1234"), os.EX_USAGE, "--speed 1234")
     refused(start("chat", "--port", line.port, "--memory", "400M"), os.EX_USAGE, "--port is a console of the daemon")

@@ -116,7 +116,7 @@ def test_a_reload_leaves_the_memory_that_the_daemon_holds(
     config = tmp_path / "flashd.yaml"
     config.write_text("memory: 400m\ntriggers: [{kind: door, name: door, pin: 4, prompt: p}]")
     devices = "set-property --runtime flashd.service DeviceAllow= DeviceAllow=char-gpiochip rw"
-    for more, memory in (["--devices"], ""), ([], " MemoryMax=400M"):
+    for more, memory in (["--devices"], ""), ([], f" MemoryMax={400 << 20}"):
         assert main(["allow", "--config", str(config), *more]) == 0
         assert capfd.readouterr().out == f"{devices}{memory}\n"
 

@@ -72,7 +72,7 @@ class ResidentModel:
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
-        """As forward gives them behind each of `tokens` [T], the logits of some tokens of the vocabulary at a time."""
+        """As forward gives them behind each of `tokens` [T], those of some tokens of the vocabulary at a time."""
         yield from self._head.in_parts(self._passed(tokens), on_step, self._vectors.get("head.bias"))
 
     def _passed(self, tokens: Tokens) -> Floats:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashd.bundle.prefix import GAP_BYTES
-from flashd.cli.doctor import Finding, Roots, examine
+from flashd.cli.commands.doctor import Finding, Roots, examine
 from flashd.cli.main import main
 from flashd.engine.paging import card_speed
 from flashd.engine.paging.card import MOST_GAP_BYTES, extents, gap_bytes

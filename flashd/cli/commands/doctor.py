@@ -1,34 +1,39 @@
-"""flashd doctor: what the board is, what stands in flashd's way, and what to do about it."""
+"""flashd doctor: what this machine is, what stands in flashd's way, and what to do about it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from flashd.bundle.reader import Bundle
+from flashd.cli.needs import check_appliance
+from flashd.cli.options import CONFIG, Doctor
+from flashd.system.memory import MIB
 from flashd.engine.paging.card_speed import CardSpeed, measure, remember, remembered
-from flashd.errors import FlashdError
+from flashd.errors import ConfigError, FlashdError
 from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
-from flashd.system.memory import MIB
+from flashd.system.paths import SERVICE
 
-HOT = 80.0  # degrees Celsius: 5 below where a Raspberry Pi slows down
+HOT = 80.0  # degrees Celsius: a Raspberry Pi slows down at 85
 LITTLE_SPACE = 256 * MIB
-MUCH_WRITTEN = 2048 * MIB  # bytes a day; an SD card of 32 GB bears some 10 TB
+MUCH_WRITTEN = 2048 * MIB  # bytes a day; an SD card of 32 GB wears out after some 10 TB
 SLOW_CARD = 20 * MIB
 SECTOR = 512
 
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the kernel shows itself; tests have trees of their own."""
+    """The folders in which the kernel shows its state. Tests have folders of their own."""
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
@@ -38,12 +43,47 @@ class Roots:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it stands, and what to do where it does not stand well."""
+    """One line: what was looked at, how it is, and what to do if it is not well."""
 
     name: str
     level: Literal["ok", "warn", "fail"]
     text: str
     advice: str = ""
+
+
+def doctor(options: Doctor) -> int:
+    """Prints the findings. The exit code is EX_CONFIG if one of them is a failure."""
+    found = []
+    for finding in examine(options.card or _configured_bundle()):
+        found.append(finding)
+        if not options.json:
+            advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
+            print(f"{finding.level:5} {finding.name:14} {finding.text}{advice}", flush=True)
+    if options.json:
+        print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
+    return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
+
+
+def _configured_bundle() -> Path:
+    """The bundle that the daemon would answer with, or the folder in which its default bundle would be."""
+    from flashd.pack import default_model
+
+    model = _configured_model() if CONFIG.exists() else None
+    if model:
+        return Path(model)
+    own = default_model.bundle_path()
+    return next((path for path in (SERVICE / "flashd" / own.name, own) if path.exists()), Path.cwd())
+
+
+def _configured_model() -> str | None:
+    check_appliance()
+    from flashd.config.settings import load
+
+    try:
+        return load(CONFIG).model
+    except ConfigError as error:
+        print(f"flashd: {error}", file=sys.stderr)
+        return None
 
 
 def examine(path: Path, roots: Roots | None = None) -> Iterator[Finding]:
@@ -63,10 +103,10 @@ def _board(roots: Roots) -> Finding:
 def _memory(roots: Roots) -> Finding:
     kib = {k: int(v.split()[0]) for k, _, v in (x.partition(":") for x in _text(roots.proc / "meminfo").splitlines())}
     if "MemTotal" not in kib:
-        return Finding("RAM", "warn", "not known", "is /proc mounted?")
+        return Finding("RAM", "warn", "unknown", "mount /proc")
     free = kib.get("MemAvailable", 0) // 1024
     text = f"{kib['MemTotal'] // 1024} MiB, {free} available"
-    return Finding("RAM", "warn" if free < 200 else "ok", text, "end other programs, or buy a board with more")
+    return Finding("RAM", "warn" if free < 200 else "ok", text, "end other programs, or use a board with more RAM")
 
 
 def _kernel(roots: Roots) -> Finding:
@@ -78,7 +118,7 @@ def _memory_cgroup(roots: Roots) -> Finding:
     if "memory" in _text(roots.sys / "fs/cgroup/cgroup.controllers").split():
         return Finding("memory cgroup", "ok", "on")
     return Finding(
-        "memory cgroup", "warn", "off: systemd's MemoryMax does not bind; flashd keeps its budget itself",
+        "memory cgroup", "warn", "off; systemd cannot limit memory, but flashd keeps to its budget",
         "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt and reboot",
     )  # fmt: skip
 
@@ -90,7 +130,9 @@ def _pins(roots: Roots) -> Finding:
     for library in ("lgpio", "RPi.GPIO", "pigpio"):
         if importlib.util.find_spec(library.partition(".")[0]):
             return Finding("pins", "ok", f"{', '.join(chips)}, through {library}")
-    return Finding("pins", "fail", "there are pins and no library for them", "pip install 'flashd[appliance]'")
+    return Finding(
+        "pins", "fail", "this board has pins, but no library for them is installed", "pip install 'flashd[appliance]'"
+    )
 
 
 def _serial(roots: Roots) -> Finding:
@@ -102,7 +144,10 @@ def _serial(roots: Roots) -> Finding:
     text = ", ".join(p.name for p in ports)
     if closed:
         return Finding(
-            "serial ports", "warn", f"{text}; closed to you: {', '.join(closed)}", "join the group dialout"
+            "serial ports",
+            "warn",
+            f"{text}; you may not use {', '.join(closed)}",
+            "sudo usermod -aG dialout $USER, then log in again",
         )
     return Finding("serial ports", "ok", text)
 
@@ -113,15 +158,17 @@ def _supply(roots: Roots) -> Finding:
         return Finding("supply", "ok", "this board does not say")
     was, text = flags >> SINCE_START, f"{flags:#x}"
     if flags & (UNDER_VOLTAGE | SLOWED):
-        what = "too weak now" if flags & UNDER_VOLTAGE else "the processor is held back now"
+        what = "too weak now" if flags & UNDER_VOLTAGE else "the processor is slowed down now"
         advice = (
             "use the board's own supply and a short cable" if flags & UNDER_VOLTAGE else "give it a fan or heat sink"
         )
         return Finding("supply", "fail" if flags & UNDER_VOLTAGE else "warn", f"{what} ({text})", advice)
     if was & (UNDER_VOLTAGE | SLOWED):
-        what = "was too weak" if was & UNDER_VOLTAGE else "the processor was held back"
-        return Finding("supply", "warn", f"{what} since the start ({text})", "look at supply, cable and cooling")
-    return Finding("supply", "ok", "strong enough, nothing is held back")
+        what = "too weak at times" if was & UNDER_VOLTAGE else "the processor was slowed down"
+        return Finding(
+            "supply", "warn", f"{what} since the start ({text})", "check the supply, the cable and the cooling"
+        )
+    return Finding("supply", "ok", "strong enough")
 
 
 def _temperature(roots: Roots) -> Finding:
@@ -135,17 +182,17 @@ def _temperature(roots: Roots) -> Finding:
 
 def _clock(roots: Roots) -> Finding:
     if (roots.dev / "rtc0").exists():
-        return Finding("clock", "ok", "goes on without power")
+        return Finding("clock", "ok", "keeps the time without power")
     if (roots.run / "systemd/timesync/synchronized").exists():
-        return Finding("clock", "ok", "set by the network; without it and without power it stands still")
+        return Finding("clock", "ok", "set by the network; without network and power it stops")
     return Finding(
-        "clock", "warn", "none that goes on without power: `at:` and `now` may be wrong",
-        "fit one (dtoverlay=i2c-rtc,ds3231), or use `every:`",
+        "clock", "warn", "stops without power, so `at:` and `now` in flashd.yaml may be wrong",
+        "add a clock (dtoverlay=i2c-rtc,ds3231), or use `every:`",
     )  # fmt: skip
 
 
 def _card(path: Path, roots: Roots) -> Iterator[Finding]:
-    """The bundle's header, and the speed of the card, which is measured once."""
+    """The bundle's header, and the speed of the card. The speed is measured once."""
     file = path
     if path.is_dir():
         file = max((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_size, default=path)
@@ -167,13 +214,13 @@ def _bundle(path: Path) -> Finding:
         with Bundle(path) as bundle:
             name = bundle.header.model.name
     except FlashdError as error:
-        return Finding("bundle", "fail", str(error), "copy the bundle again or pack it again")
-    return Finding("bundle", "ok", f"{path}: {name}, header whole (flashd verify reads all of it)")
+        return Finding("bundle", "fail", str(error), "copy the bundle again, or pack it again")
+    return Finding("bundle", "ok", f"{path}: {name}, the header is whole (flashd verify reads all of it)")
 
 
 def _speed(speed: CardSpeed) -> Finding:
     reads = ", ".join(f"{rate:.0f} of {n >> 10} KiB" for n, rate in sorted(speed.random_reads.items()))
-    text = f"{speed.bandwidth / 1e6:.0f} MB/s in order; anywhere, a second: {reads}"
+    text = f"{speed.bandwidth / 1e6:.0f} MB/s in order; random reads a second: {reads}"
     if speed.bandwidth < SLOW_CARD:
         return Finding("card speed", "warn", text, "use a faster card, or a USB 3 or NVMe drive")
     return Finding("card speed", "ok", text)
@@ -183,13 +230,13 @@ def _space(path: Path) -> Finding:
     try:
         free = shutil.disk_usage(path if path.exists() else path.parent).free
     except OSError as error:
-        return Finding("free space", "warn", f"{path}: {error.strerror}", "is the card in place?")
+        return Finding("free space", "warn", f"{path}: {error.strerror}", "put the card in")
     low = free < LITTLE_SPACE
     return Finding("free space", "warn" if low else "ok", f"{free / MIB:.0f} MiB", "free some space" if low else "")
 
 
 def _written(path: Path, roots: Roots) -> Finding:
-    """Bytes that the path's disk was given since the start, a day. Field 7 of stat: sectors written."""
+    """Bytes a day that were written to the path's disk since the start. Field 7 of stat has the sectors written."""
     try:
         number = path.stat().st_dev
         disk = (roots.sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}").resolve()
@@ -199,15 +246,17 @@ def _written(path: Path, roots: Roots) -> Finding:
         return Finding("written", "ok", "this file system does not say")
     daily = sectors * SECTOR / max(days, 1 / 24)
     much = daily > MUCH_WRITTEN
-    text = f"{daily / MIB:.0f} MiB a day, by all programs since the start"
-    return Finding("written", "warn" if much else "ok", text, "find who writes: iotop -oPa" if much else "")
+    text = f"{daily / MIB:.0f} MiB a day by all programs since the start"
+    return Finding(
+        "written", "warn" if much else "ok", text, "find the program that writes: sudo iotop -oPa" if much else ""
+    )
 
 
 def _systemd(roots: Roots) -> Finding:
     if not (roots.run / "systemd/system").is_dir():
         return Finding("systemd", "warn", "does not run here", "start flashd serve by hand")
     if importlib.util.find_spec("systemd") is None:
-        return Finding("systemd", "warn", "runs; its Python package is missing", "pip install 'flashd[systemd]'")
+        return Finding("systemd", "warn", "runs, but its Python package is missing", "pip install 'flashd[systemd]'")
     return Finding("systemd", "ok", "runs")
 
 

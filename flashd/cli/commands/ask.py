@@ -1,0 +1,142 @@
+"""flashd ask and flashd chat: the daemon answers if it runs and nothing else is asked for, else an own model does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from flashd.cli.client import socket_path
+from flashd.cli.commands import ask_daemon
+from flashd.cli.options import Answering, Ask, Chat
+from flashd.cli.own_model import budget, bundle_of, prefixes
+from flashd.cli.printing import answer_as_json, cost_in_words, for_terminal, say_cut
+from flashd.cli.progress import Bar
+from flashd.cli.talk import Turns, checked, talk
+from flashd.errors import INTERRUPTED, DataError, UsageError
+
+if TYPE_CHECKING:
+    from flashd.engine.decoding.sampling import Sampling
+    from flashd.engine.engine import Answer, Engine
+
+
+def ask(options: Ask, started: float) -> int:
+    """Answers one prompt. `started`: when the process began, by time.perf_counter."""
+    text = _prompt(options.prompt)
+    if daemon_answers(options):
+        return ask_daemon.ask(options, text)
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.text import Message
+    from flashd.engine.engine import Answer, Engine, Prompts
+    from flashd.system.child import in_child
+
+    sampling = _sampling(options)
+    messages = [Message("system", options.system)] if options.system else []
+    with Bundle(bundle_of(options.model)) as bundle:
+        # In a child: a vocabulary of 151,000 tokens leaves some 40 MiB behind even when it is freed, in libraries and
+        # in holes of the heap. That memory pins neurons instead.
+        tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
+        kept = prefixes(bundle, options.no_snapshots)
+        with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
+            bar.close()
+            loaded = time.perf_counter() - started
+            code = _say(engine, tokens, sampling, options, Answer(), loaded)
+            if code == os.EX_OK:
+                engine.remember()
+            return code
+
+
+def chat(options: Chat) -> int:
+    """Talks until the person ends it."""
+    if options.port is not None or daemon_answers(options):
+        return ask_daemon.chat(options)
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.text import Message
+    from flashd.engine.engine import Answer, Engine, Prompts
+
+    sampling = _sampling(options)
+    with Bundle(bundle_of(options.model)) as bundle:
+        prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots)
+        with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
+            bar.close()
+
+            def answer(turns: Turns) -> str:
+                said = Answer()
+                _say(engine, prompts.tokens([Message(*turn) for turn in turns]), sampling, options, said)
+                return said.text
+
+            talk(options.system, answer)
+            engine.remember()
+    return os.EX_OK
+
+
+def daemon_answers(options: Answering) -> bool:
+    """Whether the daemon is to answer: it runs, and no option asks for a model or a budget of this process's own."""
+    if not socket_path().exists():
+        return False
+    own = options.own_model
+    if own and not options.model:
+        print(
+            f"flashd: the daemon is not asked because of {own[0]}; a second model is loaded beside it",
+            file=sys.stderr,
+        )
+    return not own
+
+
+def _say(
+    engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, answer: Answer, loaded: float = 0.0
+) -> int:
+    """Streams one answer to standard output. Ctrl-C ends it and keeps what was said."""
+    from flashd.engine.cost import cost
+
+    code = os.EX_OK
+    try:
+        _stream(engine, tokens, sampling, options, answer)
+    except KeyboardInterrupt:
+        answer.figures.finish, code = "interrupted", INTERRUPTED
+    figures, finish = cost(engine, answer), answer.figures.finish
+    if options.json:
+        more = {"load_seconds": loaded, "resident": engine.plan.resident}
+        print(answer_as_json(answer.text, finish, figures | more), flush=True)
+    else:
+        print(flush=True)
+        if not options.ignore_eos:
+            say_cut(finish)
+    if options.stats:
+        print(cost_in_words(finish, figures), file=sys.stderr)
+    return code
+
+
+def _stream(engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, answer: Answer) -> None:
+    """Prints the pieces of an answer as they come. Until the first one there is a bar."""
+    speech = engine.begin(
+        tokens, sampling, answer, limit=options.limit, stop=options.stop, ignore_eos=options.ignore_eos,
+        drafts=not options.no_drafts,
+    )  # fmt: skip
+    with Bar("thinking", "layers") as bar:
+        for piece in engine.pieces(speech, bar.show_pass):
+            bar.close()
+            if not options.json:
+                print(for_terminal(piece), end="", flush=True)
+
+
+def _sampling(options: Answering) -> Sampling:
+    from flashd.engine.decoding.sampling import Sampling
+
+    return Sampling(
+        temperature=options.temperature or 0.0, top_p=1.0 if options.top_p is None else options.top_p,
+        top_k=options.top_k, min_p=options.min_p, repeat_penalty=options.repeat_penalty, seed=options.seed,
+    )  # fmt: skip
+
+
+def _prompt(prompt: str) -> str:
+    """The prompt as text, read from standard input if it is '-'. Raises DataError, UsageError."""
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"the prompt is not UTF-8 (byte {error.start}); send UTF-8 text") from error
+    if not checked(prompt).strip():
+        raise UsageError('the prompt is empty; ask for example: flashd ask "Why is the sky blue?"')
+    return prompt

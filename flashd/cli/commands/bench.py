@@ -1,0 +1,44 @@
+"""flashd bench and flashd eval: how fast a bundle answers, and how well it predicts a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from flashd.bundle.reader import Bundle
+from flashd.cli import options
+from flashd.cli.needs import read_text
+from flashd.cli.own_model import budget
+from flashd.cli.printing import print_facts
+from flashd.cli.progress import Bar
+
+
+def bench(asked: options.Bench) -> None:
+    """Measures the contenders and prints a table."""
+    from flashd.bench.compare import Bench, check_plot, plot, table
+
+    if asked.plot:
+        check_plot(asked.plot)
+    rows = Bench(
+        asked.bundle, asked.gguf, asked.prompt, asked.tokens, asked.repeat, tuple(asked.memory), asked.threads,
+        asked.wrap,
+    ).run()  # fmt: skip
+    print(json.dumps([asdict(row) for row in rows]) if asked.json else table(rows))
+    if asked.plot:
+        plot(rows, asked.plot)
+
+
+def evaluate(asked: options.Eval) -> None:
+    """Measures the perplexity of a text."""
+    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.evaluate import perplexity
+    from flashd.system.child import in_child
+
+    text = read_text(asked.text)
+    with Bundle(asked.bundle) as bundle:
+        tokens = in_child(lambda: Prompts(bundle).plain(text))
+        with Bar("reading", "tokens") as bar, Engine(bundle, budget(asked)) as engine:
+            result = perplexity(engine.model, tokens, bar.show)
+    header = bundle.header
+    mode = header.selection.kind if header.selection else "narrow" if header.narrowed else "exact"
+    print_facts({"mode": mode, **asdict(result)}, asked.json)

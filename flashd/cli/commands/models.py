@@ -1,0 +1,179 @@
+"""flashd models, use and rm: the bundles on this machine, and which one the daemon answers with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashd.cli.bundles import all_bundles, find, is_model
+from flashd.cli.needs import check_appliance
+from flashd.cli.options import CONFIG, Models, Rm, Use
+from flashd.system.memory import MIB
+from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTooSmall, UsageError
+
+if TYPE_CHECKING:
+    from flashd.config.settings import Settings
+
+HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"), Path("/tmp"))
+"""Folders that the service cannot see."""
+
+STEP = 10 * MIB
+SPARE = 1.1
+"""Times the least RAM: what the devices of the board take comes on top of the daemon's."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line of `flashd models`."""
+
+    name: str
+    path: str
+    model: str
+    family: str
+    size_bytes: int
+    least_bytes: int  # of RAM, with the usual context
+    daemon: bool  # whether the daemon answers with it
+
+
+def models(options: Models) -> None:
+    """Lists the bundles."""
+    from flashd.system.child import in_child
+
+    try:
+        used = _configured(CONFIG)
+    except ConfigError as error:
+        print(f"flashd: {error}", file=sys.stderr)
+        used = None
+    found = in_child(lambda: list(_found(used)))
+    if options.json:
+        print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
+        return
+    if not found:
+        print("There are no bundles here; flashd pack MODEL makes one.")
+        return
+    width = max(len(f.name) for f in found)
+    print(f"{'NAME':{width}}  {'FAMILY':12}{'SIZE':>9}{'LEAST RAM':>12}")
+    for f in found:
+        sizes = f"{f.size_bytes / MIB:>5.0f} MiB{f.least_bytes / MIB:>8.0f} MiB"
+        print(f"{f.name:{width}}  {f.family:12}{sizes}{'  the daemon answers with it' if f.daemon else ''}")
+
+
+def _found(used: Path | None) -> Iterator[Found]:
+    for path in all_bundles():
+        try:
+            yield _look(path, used)
+        except FlashdError as error:
+            print(f"flashd: {error}", file=sys.stderr)
+
+
+def _look(path: Path, used: Path | None) -> Found:
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.engine import Budget, plan_for
+
+    with Bundle(path) as bundle:
+        model = bundle.header.model
+        least = plan_for(bundle, Budget(memory=1 << 40)).smallest
+    return Found(path.stem, str(path), model.name, model.family, path.stat().st_size, least, path.resolve() == used)
+
+
+def use(options: Use) -> None:
+    """Has the daemon answer with a bundle from its next start on."""
+    check_appliance()
+    from device.appliance import check
+    from flashd.config.settings import load
+    from flashd.system.child import in_child
+
+    settings = load(options.config, check)
+    path = find(options.name)
+    if is_model(path):
+        bundle = f"/var/lib/flashd/{path.stem}.flash"
+        raise UsageError(f"{path} is not a bundle; make one of it with: flashd pack {path} --out {bundle}")
+    if any(path.is_relative_to(folder) for folder in HIDDEN):
+        raise UsageError(f"{path}: the service cannot see this folder; copy the bundle to /var/lib/flashd")
+    needs = in_child(lambda: _needs(path, settings))
+    memory = _memory(path, needs, settings)
+    _write(options.config, settings, path, memory)
+    print(f"{options.config}: model is {path}, memory is {memory or 'what is free'}")
+    print("The daemon answers with it after: sudo systemctl restart flashd")
+
+
+def _needs(path: Path, settings: Settings) -> int:
+    """Bytes of RAM with which the daemon can answer. Called in a child, which loads what the daemon has loaded."""
+    import flashd.serve  # noqa: F401
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.schemas import Schemas
+    from flashd.engine.engine import Budget, Prompts, plan_for
+
+    with Bundle(path) as bundle:
+        held = Prompts(bundle), Schemas(bundle) if settings.schemas else None
+        least = plan_for(bundle, Budget(1 << 40, settings.context, settings.threads)).smallest
+        del held
+    return -(-int(least * SPARE) // STEP) * STEP
+
+
+def _memory(path: Path, needs: int, settings: Settings) -> str | None:
+    """The `memory` that works: the configured one, or more if that is too little. None: what is free."""
+    from flashd.system.memory import available_memory, parse_size
+
+    if needs > available_memory():
+        raise MemoryTooSmall(
+            f"{path.stem} needs {needs // MIB}M with a context of {settings.context}, and"
+            f" {available_memory() // MIB}M are free; lower context, end other programs, or use a smaller model"
+        )
+    if settings.memory is None or parse_size(settings.memory) >= needs:
+        return settings.memory
+    return f"{needs // MIB}M"
+
+
+def _write(config: Path, before: Settings, path: Path, memory: str | None) -> None:
+    """Changes the two keys in the file. Raises ConfigError if the file is written in a way that is not understood."""
+    import msgspec
+
+    from flashd.config.edit import with_key
+    from flashd.config.settings import parse
+    from flashd.system.new_file import NewFile
+
+    text = with_key(config.read_text("utf-8"), "model", str(path))
+    if memory != before.memory and memory is not None:
+        text = with_key(text, "memory", memory)
+    wanted = msgspec.structs.replace(before, model=str(path), memory=memory)
+    try:
+        right = parse(text, str(config)) == wanted
+    except ConfigError:
+        right = False
+    if not right:
+        lines = f"model: {path}" + (f" and memory: {memory}" if memory else "")
+        raise ConfigError(f"{config}: flashd cannot change this file safely; change it yourself to {lines}")
+    target = config.resolve()
+    with NewFile(target, target.stat().st_mode & 0o777) as file:
+        file.write(text.encode(), 0)
+        file.publish()
+
+
+def rm(options: Rm) -> None:
+    """Removes a bundle. Refuses the one that the daemon answers with."""
+    path = find(options.name)
+    if path.resolve() not in [bundle.resolve() for bundle in all_bundles()]:
+        raise InputMissing(f"{path} is not one of the bundles that flashd models lists; remove it with rm")
+    if path.resolve() == _configured(options.config):
+        raise UsageError(f"the daemon answers with {path}; choose another one first: flashd use NAME")
+    try:
+        path.unlink()
+    except OSError as error:
+        raise CannotWrite(f"{path}: {error.strerror}") from error
+    print(f"{path} is removed")
+
+
+def _configured(config: Path) -> Path | None:
+    """The bundle that a configuration names."""
+    if not config.exists():
+        return None
+    check_appliance()
+    from flashd.config.settings import load
+
+    model = load(config).model
+    return Path(model).resolve() if model else None

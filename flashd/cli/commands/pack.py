@@ -1,0 +1,68 @@
+"""flashd pack: a model file or folder -> a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flashd.cli.bundles import make_room, packed_path
+from flashd.cli.needs import need_pack, read_text
+from flashd.cli.options import Pack
+from flashd.system.memory import MIB
+from flashd.cli.progress import Bar
+
+if TYPE_CHECKING:
+    from flashd.bundle.header import Header
+    from flashd.pack.pack import Allowed
+
+LOSS = 0.01
+"""The rise of perplexity that --select allows without --max-loss."""
+
+
+def pack(options: Pack) -> None:
+    """Packs, and says what came of it."""
+    try:
+        from flashd.pack.pack import pack
+    except ImportError as error:
+        raise need_pack(error) from error
+    out = options.out
+    if out is None:
+        out = packed_path(options.source)
+        make_room(out)
+    with Bar("packing", "weights") as bar:
+        header = pack(options.source, out, options.rows, bar.show, _allowed(options))
+    print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {options.rows} rows")
+    _print_losses(header)
+
+
+def _allowed(options: Pack) -> Allowed | None:
+    """The loss of quality that is allowed, and for what."""
+    from flashd.pack.lossy.gates import Gating
+    from flashd.pack.lossy.narrow_groups import Narrowing
+    from flashd.pack.lossy.predictors import Selecting
+
+    text = read_text(options.text) if options.text else None
+    most = options.max_loss or LOSS
+    if options.select == "predictor" and text is not None:
+        return Selecting(text, most)
+    if options.select == "gate":
+        return Gating(most, text)
+    if options.select == "narrow" or (options.select is None and options.max_loss is not None):
+        return Narrowing(most, text)
+    return None
+
+
+def _print_losses(header: Header) -> None:
+    if s := header.selection:
+        who = "a predictor" if s.kind == "predictor" else "the gate"
+        print(
+            f"{who} chooses {100 * sum(s.chosen) / len(s.chosen):.1f} % of the neurons;"
+            f" {100 * sum(s.fired) / len(s.fired):.1f} % are not zero. Perplexity is {s.perplexity:.2f},"
+            f" and {s.perplexity_exact:.2f} with all neurons ({100 * s.loss:+.2f} %, {s.tokens} held-out tokens)"
+        )
+    if n := header.narrowed:
+        m = header.model
+        share = 100 * float(1 - sum(n.int3) / (m.layers * m.groups))
+        print(
+            f"{share:.0f} % of groups have fewer bits. Perplexity is {n.perplexity:.3f}, and {n.perplexity_exact:.3f}"
+            f" exact ({100 * n.loss:+.2f} %, KL {n.divergence:.4f}, {n.tokens} held-out tokens)"
+        )

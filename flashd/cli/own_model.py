@@ -1,0 +1,55 @@
+"""The model that a command loads by itself: which bundle, how much RAM, and what is kept of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashd.cli.options import CONTEXT, Budgeted
+from flashd.cli.progress import Bar
+
+if TYPE_CHECKING:
+    from flashd.bundle.reader import Bundle
+    from flashd.engine.cache.prefixes import Prefixes
+    from flashd.engine.engine import Budget
+
+
+def default_bundle() -> Path:
+    """The bundle of the small model that comes with flashd. It is packed at the first use."""
+    from flashd.pack import default_model
+    from flashd.system.child import in_child
+
+    # in a child, whose memory does not count against the budget
+    with Bar("packing the default model, once", "weights") as bar:
+        return in_child(lambda: default_model.ensure(bar.show))
+
+
+def bundle_of(model: Path | None) -> Path:
+    """The bundle to load. A model file or folder is packed at the first use, and again when it has changed."""
+    from flashd.cli import bundles
+    from flashd.system.child import in_child
+
+    if model is None:
+        return default_bundle()
+    if not bundles.is_model(model):
+        return model
+    path = bundles.packed_path(model)
+    if not bundles.is_current(path, model):
+        with Bar(f"packing {model.name}, once", "weights") as bar:
+            in_child(lambda: bundles.pack_into_cache(model, bar.show))
+    return path
+
+
+def budget(options: Budgeted) -> Budget:
+    """What the command may use."""
+    from flashd.engine.engine import Budget
+
+    return Budget(options.memory, CONTEXT if options.context is None else options.context, options.threads)
+
+
+def prefixes(bundle: Bundle, no_snapshots: bool) -> Prefixes | None:
+    """The beginnings of prompts that were kept, or None if they are not to be used."""
+    from flashd.engine.cache.prefixes import Prefixes
+    from flashd.system.paths import snapshot_folder
+
+    return None if no_snapshots else Prefixes(snapshot_folder(), bundle)

@@ -1,0 +1,357 @@
+"""The command line: every command, every option, and the help that explains them.
+
+The manual page flashd(1) is made of this module, so a help text is a whole sentence that stands alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias, get_args
+
+import flashd
+from flashd.cli import options as o
+from flashd.errors import UsageError
+from flashd.system.memory import parse_size
+
+Number = type[int] | type[float]
+BUNDLE, YAML = "FILE.flash", "FILE.yaml"
+DAEMONS = "or what the daemon's configuration says"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError. argparse's own would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def parse(argv: Sequence[str] | None = None) -> o.Command:
+    """What was typed, as the options of one command. Raises UsageError."""
+    typed = vars(build().parse_args(argv))
+    kind: Callable[..., o.Command] = typed.pop("command")
+    return kind(**typed)
+
+
+def build() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="flashd",
+        description="Answers prompts with a language model that is larger than the RAM of this machine.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"flashd {flashd.__version__}", help="Print the version and exit."
+    )
+    commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for add in (_ask, _chat, _models, _use, _rm, _pack, _info, _verify, _plan, _eval, _bench):
+        add(commands)
+    for add in (_serve, _check_config, _jobs, _show, _doctor, _update, _safe, _allow):
+        add(commands)
+    return parser
+
+
+# --- answering --------------------------------------------------------------------------------------------
+
+
+def _ask(commands: Commands) -> None:
+    ask = _command(
+        commands, "ask", o.Ask, "Answer one prompt.",
+        "If the daemon runs, it answers. If you give --model, or an option that changes how the model is loaded, this"
+        " command loads a model of its own.",
+    )  # fmt: skip
+    ask.add_argument("prompt", metavar="PROMPT", help="The prompt. If it is -, it is read from standard input.")
+    _add_answering(ask)
+
+
+def _chat(commands: Commands) -> None:
+    chat = _command(
+        commands, "chat", o.Chat, "Talk with the model, one line at a time.",
+        "If the daemon runs, it answers, as with flashd ask. Ctrl-C stops an answer. Ctrl-D or /quit ends the talk."
+        " /reset forgets it.",
+    )  # fmt: skip
+    _add_answering(chat)
+    chat.add_argument(
+        "--port", type=Path, metavar="DEVICE",
+        help="Talk on this serial line instead of the terminal. The daemon answers.",
+    )  # fmt: skip
+    _number(chat, "--speed", int, "Set the speed of --port in bits a second.", "a speed of serial lines", 115200)
+
+
+def _add_answering(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar=BUNDLE,
+        help="Load this bundle. A GGUF file or a Hugging Face folder is packed at its first use. The default without"
+        " a daemon is a small model that comes with flashd.",
+    )  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="Tell the model how to behave: the system prompt.")
+    _number(parser, "--max-tokens", int, "End the answer after this many tokens.", "1 or more", None,
+            f"{o.MOST_TOKENS}, {DAEMONS}")  # fmt: skip
+    _number(parser, "--temperature", float, "Draw more freely the higher this is. 0 takes the likeliest token.",
+            "0 to 10", None, f"0, {DAEMONS}")  # fmt: skip
+    _number(parser, "--top-p", float, "Draw only from the likeliest tokens whose probabilities add up to this.",
+            "above 0 up to 1", None, f"1, {DAEMONS}")  # fmt: skip
+    _number(parser, "--top-k", int, "Draw only from this many of the likeliest tokens. 0 turns this off.",
+            "0 or more", 0)  # fmt: skip
+    _number(parser, "--min-p", float,
+            "Never draw a token whose probability is below this share of the likeliest one's. 0 turns this off.",
+            "0 up to below 1", 0.0)  # fmt: skip
+    _number(parser, "--repeat-penalty", float,
+            "Make tokens that were said lately less likely by this factor. 1 turns this off.",
+            "above 0 up to 10", 1.0)  # fmt: skip
+    _number(parser, "--seed", int, "Draw the same answer again with the same number.", "0 or more", None,
+            "a new one each time")  # fmt: skip
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="End the answer before this text. This option may be given several times.",
+    )  # fmt: skip
+    _flag(parser, "--ignore-eos", "Go on when the model ends its answer. This is for measuring.")
+    _flag(parser, "--no-drafts", "Compute one token in each pass over the card. This is for comparing.")
+    _flag(parser, "--no-snapshots", "Use no kept beginnings of prompts, and keep none.")
+    _flag(parser, "--stats", "Print what the answer cost.")
+    _flag(parser, "--json", "Print one JSON object when the answer is complete.")
+    _add_budget(parser)
+
+
+def _add_budget(parser: Parser) -> None:
+    parser.add_argument(
+        "--memory", type=parse_size, metavar="SIZE",
+        help="Use at most this much RAM for everything, such as 512M or 1.5G (1M or more; default: what is free)."
+        " MB and MiB mean the same as M.",
+    )  # fmt: skip
+    _number(parser, "--context", int, "Hold this many tokens of prompt and answer.", "2 or more", None,
+            str(o.CONTEXT))  # fmt: skip
+    _number(parser, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", None, "all")
+
+
+# --- bundles ----------------------------------------------------------------------------------------------
+
+
+def _models(commands: Commands) -> None:
+    models = _command(commands, "models", o.Models, "List the bundles on this machine, and the RAM that each needs.")
+    _json(models)
+
+
+def _use(commands: Commands) -> None:
+    use = _command(
+        commands, "use", o.Use, "Have the daemon answer with another bundle.",
+        "This checks that the bundle works in the memory of this machine, and then changes model and, if it is too"
+        " small, memory in the configuration. Your comments stay.",
+    )  # fmt: skip
+    _name(use)
+    _config(use)
+
+
+def _rm(commands: Commands) -> None:
+    rm = _command(commands, "rm", o.Rm, "Remove a bundle.", "The bundle that the daemon answers with is not removed.")
+    _name(rm)
+    _config(rm)
+
+
+def _pack(commands: Commands) -> None:
+    pack = _command(
+        commands, "pack", o.Pack, "Make a bundle of a GGUF file or a Hugging Face folder.",
+        "Pack on a workstation, then copy the bundle to the board's card.",
+    )  # fmt: skip
+    pack.add_argument(
+        "source", type=Path, metavar="MODEL", help="The model: a .gguf file, or a folder with .safetensors files."
+    )
+    pack.add_argument(
+        "--out", type=Path, metavar=BUNDLE,
+        help="Write the bundle to this file. The default is the cache, where flashd models and --model find it.",
+    )  # fmt: skip
+    pack.add_argument(
+        "--rows", choices=get_args(o.Rows), default="int4",
+        help="Store feed-forward weights with this many bits (default: int4).",
+    )  # fmt: skip
+    _number(pack, "--max-loss", float, "Allow perplexity to rise by this share: 0.02 allows 2 %%.",
+            "above 0 below 1", None, "no loss, or 0.01 if --select allows one")  # fmt: skip
+    pack.add_argument(
+        "--select", choices=get_args(o.Select),
+        help="Choose how quality is given up for speed. exact: not at all (the default). narrow: store the neurons"
+        " that matter least with fewer bits (the default with --max-loss). predictor: for ReLU models, let a small"
+        " network choose the neurons that take part. gate: for gated models, let the gates choose and stay in RAM.",
+    )  # fmt: skip
+    pack.add_argument(
+        "--text", type=Path, metavar="FILE.txt",
+        help="Measure the loss on this text. It should be like the texts that the model will meet.",
+    )  # fmt: skip
+
+
+def _info(commands: Commands) -> None:
+    info = _command(commands, "info", o.Info, "Show what is in a bundle, or which model families can be packed.")
+    _bundle(info, "The bundle to look at.", optional=True)
+    _flag(info, "--families", "List the model families that can be packed.")
+    _json(info)
+
+
+def _verify(commands: Commands) -> None:
+    verify = _command(commands, "verify", o.Verify, "Read a whole bundle and check every checksum.")
+    _bundle(verify, "The bundle to check.")
+    _json(verify)
+
+
+def _plan(commands: Commands) -> None:
+    plan = _command(commands, "plan", o.Plan, "Show what a memory budget buys: what stays in RAM, what is read.")
+    _bundle(plan, "The bundle to plan for. The default is the small model that comes with flashd.", optional=True)
+    _json(plan)
+    _add_budget(plan)
+
+
+def _eval(commands: Commands) -> None:
+    evaluate = _command(commands, "eval", o.Eval, "Measure the perplexity of a text.")
+    _bundle(evaluate, "The bundle to measure with.")
+    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE.txt", help="Measure on this text.")
+    _json(evaluate)
+    _add_budget(evaluate)
+
+
+def _bench(commands: Commands) -> None:
+    bench = _command(
+        commands, "bench", o.Bench, "Measure speed, beside llama.cpp if you like.",
+        "With --gguf, llama.cpp answers the same prompt with the same model. The bench extra has what that needs.",
+    )  # fmt: skip
+    _bundle(bench, "The bundle to measure.")
+    bench.add_argument("--gguf", type=Path, metavar="MODEL.gguf", help="Measure llama.cpp with this file too.")
+    bench.add_argument(
+        "--prompt", metavar="TEXT", default="Explain what a hash table is and when to use one.",
+        help="Ask this (default: %(default)s).",
+    )  # fmt: skip
+    _number(bench, "--tokens", int, "Let each answer have this many tokens.", "2 or more", 16)
+    _number(bench, "--repeat", int, "Measure this often, and show the medians.", "1 or more", 3)
+    bench.add_argument(
+        "--memory", metavar="SIZE", nargs="+", default=[],
+        help="Measure with each of these budgets, such as 400M 1G. Name the largest last (default: what is free).",
+    )  # fmt: skip
+    _number(bench, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", 2)
+    bench.add_argument(
+        "--wrap", default="", metavar="COMMAND",
+        help="Run everything that is measured under this command, such as one that limits its RAM.",
+    )  # fmt: skip
+    _json(bench)
+    bench.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw a plot too: .svg, .png or .pdf.")
+
+
+# --- the appliance ----------------------------------------------------------------------------------------
+
+
+def _serve(commands: Commands) -> None:
+    serve = _command(
+        commands, "serve", o.Serve, "Run the daemon: jobs, the API, consoles, triggers and outputs.",
+        "On a board, systemd starts this: systemctl start flashd.",
+    )  # fmt: skip
+    _config(serve)
+    _flag(serve, "--demo", "Try the daemon without a board: with imitated pins and an imitated serial line.")
+
+
+def _check_config(commands: Commands) -> None:
+    check = _command(commands, "check-config", o.CheckConfig, "Check a configuration before the daemon reads it.")
+    check.add_argument(
+        "config", type=Path, nargs="?", default=o.CONFIG, metavar=YAML,
+        help="The configuration to check (default: %(default)s).",
+    )  # fmt: skip
+
+
+def _jobs(commands: Commands) -> None:
+    jobs = _command(commands, "jobs", o.Jobs, "List the latest jobs.")
+    _number(jobs, "--most", int, "List at most this many.", "1 or more", 20)
+    _add_spool(jobs)
+
+
+def _show(commands: Commands) -> None:
+    show = _command(commands, "show", o.Show, "Show one job: what was asked, what was answered and what it cost.")
+    show.add_argument("number", type=int, metavar="ID", help="The job's number, as flashd jobs lists it.")
+    _add_spool(show)
+
+
+def _add_spool(parser: Parser) -> None:
+    _config(parser)
+    parser.add_argument(
+        "--spool", type=Path, metavar="FILE.db",
+        help="Read the jobs from this file. The default is the one that the configuration names.",
+    )  # fmt: skip
+    _json(parser)
+
+
+def _doctor(commands: Commands) -> None:
+    doctor = _command(commands, "doctor", o.Doctor, "Examine this machine, and say what stands in flashd's way.")
+    doctor.add_argument(
+        "--card", type=Path, metavar="PATH",
+        help="Look at the card that this bundle or folder is on. The default is where the daemon's bundle is.",
+    )  # fmt: skip
+    _json(doctor)
+
+
+def _update(commands: Commands) -> None:
+    update = _command(
+        commands, "update", o.Update, "Install a model or a configuration from a folder, such as a USB stick's.",
+        "Give either a folder or --undo. The old files are kept beside the new ones.",
+    )  # fmt: skip
+    update.add_argument(
+        "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
+    )
+    _flag(update, "--undo", "Put the old files back if the last update was interrupted.")
+    _config(update)
+
+
+def _safe(commands: Commands) -> None:
+    safe = _command(
+        commands, "safe", o.Safe, "Turn off every pin that a decision drives.",
+        "systemd runs this when the daemon ends, even if it crashed.",
+    )  # fmt: skip
+    _config(safe)
+
+
+def _allow(commands: Commands) -> None:
+    allow = _command(
+        commands, "allow", o.Allow, "Tell systemd which devices and how much memory the service may have.",
+        "systemd runs this before the daemon starts, so that its sandbox fits the configuration.",
+    )  # fmt: skip
+    _config(allow)
+    _flag(allow, "--devices", "Tell it of the devices only. A change of memory needs a restart.")
+
+
+# --- what the commands share ------------------------------------------------------------------------------
+
+
+def _command(commands: Commands, name: str, kind: Callable[..., Any], text: str, more: str = "") -> Parser:
+    """A command's parser. `kind` is built of its options."""
+    parser = commands.add_parser(name, help=text, description=f"{text} {more}".strip())
+    parser.set_defaults(command=kind)
+    return parser
+
+
+def _number(
+    parser: Parser, option: str, kind: Number, text: str, allowed: str, default: float | None, words: str = ""
+) -> None:
+    """An option that is a number. `words` say what None stands for."""
+    metavar = "N" if kind is int else "X"
+    limits = f"{allowed}; default: {words or f'{default:g}'}"
+    parser.add_argument(
+        option, type=kind, default=default, metavar=metavar, help=f"{text.removesuffix('.')} ({limits})."
+    )
+
+
+def _flag(parser: Parser, option: str, text: str) -> None:
+    parser.add_argument(option, action="store_true", help=text)
+
+
+def _json(parser: Parser) -> None:
+    _flag(parser, "--json", "Print JSON, for programs.")
+
+
+def _bundle(parser: Parser, text: str, optional: bool = False) -> None:
+    parser.add_argument("bundle", type=Path, nargs="?" if optional else None, metavar=BUNDLE, help=text)
+
+
+def _name(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="The bundle's name, as flashd models lists it, or its path.")
+
+
+def _config(parser: Parser) -> None:
+    parser.add_argument(
+        "--config", type=Path, default=o.CONFIG, metavar=YAML, help="Read this configuration (default: %(default)s)."
+    )

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from flashd.config.settings import Settings
 
 CONFIG = Path("/etc/flashd/flashd.yaml")
-UNFINISHED = Path("/var/lib/flashd/update.unfinished")
 UNIT = "flashd.service"
 STOPPED = "interrupted"
 """How an answer ended that Ctrl-C cut short."""
@@ -57,12 +56,6 @@ def add_commands(commands: Any) -> None:
     doctor.add_argument("--card", type=Path, metavar="PATH", help="a bundle or folder on the card to look at")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
-
-    update = commands.add_parser("update", help="a model or configuration from a folder, such as a USB stick's")
-    update.add_argument("folder", type=Path, nargs="?", metavar="PATH", help="where flashd-update.yaml is")
-    update.add_argument("--undo", action="store_true", help="put the old files back if the last did not end")
-    update.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
-    update.set_defaults(run=_update)
 
     safe = commands.add_parser("safe", help="turn off every pin that a decision drives; for after a crash")
     safe.add_argument("--config", type=Path, default=CONFIG, metavar="FILE.yaml")
@@ -292,27 +285,6 @@ def _configured_bundle() -> Path:
             return Path(model)
     own = default_model.bundle_path()
     return next((path for path in (SERVICE / "flashd" / own.name, own) if path.exists()), Path.cwd())
-
-
-def _update(args: argparse.Namespace) -> None:
-    """flashd update"""
-    _needs_appliance()
-    from flashd.update import stick
-
-    if (args.folder is None) == (not args.undo):
-        raise UsageError("flashd update needs either a PATH or --undo")
-    if args.undo:
-        back = stick.undo(UNFINISHED)
-        for path in back:
-            print(f"{path}: the old one is in place again, since the last update did not come to its end")
-        if back:
-            stick.restart_if_running()
-        return
-    changed = stick.update(args.folder, args.config, UNFINISHED, stick.restart_service)
-    for path in changed:
-        print(f"{path}: updated; the old one is {path.name}.old")
-    if not changed:
-        print(f"{args.folder}: all of it is in place already")
 
 
 def _safe(args: argparse.Namespace) -> None:

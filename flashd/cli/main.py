@@ -17,7 +17,7 @@ import flashd
 from flashd.bundle.header import Measured, Narrowed, Selection
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import ROW_KINDS
-from flashd.cli import appliance
+from flashd.cli import appliance, update
 from flashd.cli.figures import as_json, in_words
 from flashd.cli.progress import MIB, Bar, for_terminal, say_cut
 from flashd.cli.talk import Turns, checked, talk
@@ -486,6 +486,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=run_chat)
 
     appliance.add_commands(commands)
+    update.add_commands(commands)
 
     evaluate = commands.add_parser("eval", help="perplexity of a text")
     evaluate.add_argument("bundle", type=Path, metavar="FILE.flash")

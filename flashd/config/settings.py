@@ -63,6 +63,12 @@ class Kiosk(Strict, frozen=True, kw_only=True):
     presets: list[str] = msgspec.field(default_factory=lambda: ["What can you do?"])
 
 
+class Updates(Strict, frozen=True, kw_only=True):
+    """Whether `flashd update` takes what nobody has signed."""
+
+    unsigned: bool = False
+
+
 class Settings(Strict, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -75,6 +81,7 @@ class Settings(Strict, frozen=True, kw_only=True):
     api: Api = Api()
     spool: Spool = Spool()
     kiosk: Kiosk = Kiosk()
+    updates: Updates = Updates()
     mute_pin: Pin | None = None
     schemas: bool = False
     snapshots: bool = True

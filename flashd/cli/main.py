@@ -234,16 +234,15 @@ def run_ask(args: argparse.Namespace) -> int:
     """flashd ask: through the daemon where one runs and nothing else is asked for, else with a model of its own."""
     if appliance.daemon_serves(args):
         return appliance.ask_daemon(args, _prompt_text(args.prompt))
+    from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Engine, Prompts
-    from flashd.system.child import in_child
 
     sampling, text = _sampling(args), _prompt_text(args.prompt)
     messages = [Message("system", args.system)] if args.system else []
     with Bundle(args.model or _default_bundle()) as bundle:
-        # Freed here, a vocabulary of 151,000 tokens would still leave some 40 MiB behind, in libraries and in
-        # holes of the heap; that buys pinned neurons.
-        tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
+        asked = [*messages, Message("user", text)]
+        tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens(asked))
         prefixes = _prefixes(args, bundle)
         with Bar("loading", "layers") as bar, Engine(bundle, _budget(args), bar.show_pass, prefixes) as engine:
             bar.close()
@@ -319,13 +318,13 @@ def _say(
 
 def run_eval(args: argparse.Namespace) -> None:
     """flashd eval"""
+    from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.evaluate import perplexity
-    from flashd.system.child import in_child
 
     text = _text_of(args.text)
     with Bundle(args.bundle) as bundle:
-        tokens = in_child(lambda: Prompts(bundle).plain(text))
+        tokens = tokens_apart(args.bundle, lambda: Prompts(bundle).plain(text))
         with Bar("reading", "tokens") as bar, Engine(bundle, _budget(args)) as engine:
             result = perplexity(engine.model, tokens, bar.show)
     header = bundle.header
@@ -353,11 +352,9 @@ def run_bench(args: argparse.Namespace) -> None:
 
 
 def _default_bundle() -> Path:
-    """The embedded model's bundle; a child packs it, whose memory is not to count against the budget."""
-    from flashd.system.child import in_child
-
+    """The embedded model's bundle."""
     with Bar("packing the default model, once", "weights") as bar:
-        return in_child(lambda: default_model.ensure(bar.show))
+        return default_model.ensure_apart(bar.show)
 
 
 def _prefixes(args: argparse.Namespace, bundle: Bundle) -> Any:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
+from flashd.bundle.tokenizer_json import check_growth, ids_of
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
@@ -45,8 +46,11 @@ class Encoder:
         from tokenizers import Tokenizer
 
         try:
+            check_growth(tokenizer_json)
             self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        except ValueError as error:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+        except (ValueError, DataError) as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
         # what templates call so; the model's own end is the first of its ends
@@ -56,7 +60,7 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Control tokens in it are tokens: give it no text of a stranger's."""
-        return self._first + list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._first + ids_of(self._tokenizer, text)
 
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of a text that a model says: no token that begins a text, and none that controls."""
@@ -78,7 +82,7 @@ class Encoder:
     def encode_guarded(self, text: str) -> list[int]:
         """The tokens of a text with guarded parts: the control tokens outside of them are tokens."""
         parts = text.split(BREAK)
-        ids = [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
+        ids = [i for p in parts for i in ids_of(self._tokenizer, p)]
         # many a template begins with the token itself
         return ids if self._first and ids[:1] == self._first else self._first + ids
 
@@ -92,7 +96,7 @@ class Encoder:
             return
         tokens = 0
         for part in parts:
-            tokens += max(0, len(self._tokenizer.encode(part, add_special_tokens=False).ids) - LOST_AT_A_CUT)
+            tokens += max(0, len(ids_of(self._tokenizer, part)) - LOST_AT_A_CUT)
             if tokens > room:
                 raise PromptTooLong(None, room)
 

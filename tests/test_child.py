@@ -144,3 +144,11 @@ def test_a_child_is_silent_unless_it_may_speak(capfd: pytest.CaptureFixture[str]
     child.in_child(speak, LITTLE)
     child.in_child(speak, child.Limits(20, 64 << 20, says=True))
     assert capfd.readouterr().err == "panicked\n"
+
+
+def test_a_child_s_child_is_within_the_limits_of_both() -> None:
+    def grandchild() -> int:
+        return child.in_child(takes_memory, child.Limits(seconds=20, memory=1 << 30))
+
+    with pytest.raises(child.ChildDied, match="20 s or 1024 MiB"):
+        child.in_child(grandchild, LITTLE)

@@ -50,14 +50,21 @@ class Limits:
         """Puts the calling process under these limits, and in front of others where memory runs out."""
         # what is written, and not what is mapped: a model's file may be many times as large as the memory
         held = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_DATA, (held + self.memory, held + self.memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
+        _lower(resource.RLIMIT_DATA, held + self.memory)
+        _lower(resource.RLIMIT_CPU, self.seconds)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
         if not self.says:
             with Path(os.devnull).open("wb") as silent:
                 os.dup2(silent.fileno(), 2)
+
+
+def _lower(kind: int, to: int) -> None:
+    """A process may have a limit of its own already, which it may not raise."""
+    hard = resource.getrlimit(kind)[1]
+    most = to if hard == resource.RLIM_INFINITY else min(to, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 class ChildDied(FlashdError):

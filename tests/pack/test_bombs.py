@@ -18,6 +18,7 @@ from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
 from flashd.bundle.tokenizer_json import check_growth, check_numbers
 from flashd.config import settings
+from flashd.engine.decoding.schemas import Schemas
 from flashd.errors import ConfigError, DataError
 from flashd.pack import pack as packing
 from flashd.pack.pack import pack
@@ -89,6 +90,15 @@ def test_a_bundle_s_tokenizer_that_pads_each_text(tmp_path: Path, tiny_bundle: P
     )
     code, said, mib = asked(path, "ab")
     assert code == 0 and mib < 400, said
+
+
+@pytest.mark.parametrize(("number", "words"), [(1 << 28, "a token has the number 268435456"), (0, "")])
+def test_a_token_s_number_and_schemas(tmp_path: Path, tiny_bundle: Path, number: int, words: str) -> None:
+    path = tmp_path / "m.flash"
+    model = {"type": "BPE", "vocab": {"a": number, "b": 1}, "merges": []}
+    path.write_bytes(with_tokenizer(tiny_bundle.read_bytes(), model=model))
+    with Bundle(path) as bundle, pytest.raises(DataError, match=f"its tokenizer follows no schema .{words}"):
+        Schemas(bundle)
 
 
 def test_a_token_s_number_is_no_room_for_as_many(folder: Path, tmp_path: Path) -> None:

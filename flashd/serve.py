@@ -35,7 +35,6 @@ from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.errors import FlashdError, MemoryTaken, MemoryTooSmall
 from flashd.pack import default_model
-from flashd.system.child import in_child
 from flashd.system.memory import MIB, parse_size, peak
 from flashd.system.paths import snapshot_folder
 
@@ -74,7 +73,7 @@ class Daemon:
         s = self._settings
         if not s.model and not default_model.bundle_path().exists():
             log.info("packing the default model, once; this takes a minute or two")
-        bundle_path = Path(s.model) if s.model else in_child(lambda: default_model.ensure(lambda done, total: None))
+        bundle_path = Path(s.model) if s.model else default_model.ensure_apart(lambda done, total: None)
         with ExitStack() as stack:
             self._take_signals(stack)
             server = Server(Path(s.api.socket), s.api.loopback)

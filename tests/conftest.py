@@ -13,6 +13,7 @@ from flashd.bundle.row_kinds import RowKind
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.update.board import Board
 
 DATA = Path(__file__).parent / "data"
 
@@ -66,3 +67,9 @@ def prose() -> str:
 @pytest.fixture(scope="session")
 def chat() -> str:
     return (DATA / "chat.txt").read_text("utf-8")
+
+
+@pytest.fixture
+def board(tmp_path: Path, tiny_bundle: Path) -> Board:
+    """A board and a stick with an update that nobody has signed; the board takes what is not signed."""
+    return Board(tmp_path, tiny_bundle)

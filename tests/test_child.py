@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from flashd.system import child
+from tests.waiting import wait
+
+LITTLE = child.Limits(seconds=20, memory=64 << 20)
 
 PARENT = """
 import signal, sys, time
-from flashd.child import in_child
+from flashd.system.child import Limits, in_child
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
 
@@ -24,7 +31,7 @@ def work():
     time.sleep(60)
 
 try:
-    in_child(work)
+    in_child(work, Limits(60, 1 << 28))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -55,7 +62,7 @@ def test_a_child_keeps_no_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     pin, bundle = os.memfd_create("gpio-line"), os.memfd_create("bundle")
     try:
         assert {"/memfd:gpio-line (deleted)", "/memfd:bundle (deleted)"} <= set(links())
-        there = set(child.in_child(links))
+        there = set(child.in_child(links, LITTLE))
         assert "/memfd:gpio-line (deleted)" not in there and "/memfd:bundle (deleted)" in there
         os.fstat(pin)
     finally:
@@ -65,9 +72,83 @@ def test_a_child_keeps_no_pins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_child_is_made_while_a_pin_is_taken() -> None:
     made = threading.Event()
-    other = threading.Thread(target=lambda: made.set() if child.in_child(os.getpid) else None)
+    other = threading.Thread(target=lambda: made.set() if child.in_child(os.getpid, LITTLE) else None)
     with child.FORKING:
         other.start()
         assert not made.wait(0.3)
     assert made.wait(60)
     other.join()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, even if nobody has asked how yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_child_ends_with_its_parent_however_that_ends() -> None:
+    script = PARENT.replace('print("working", flush=True)', "import os; print(os.getpid(), flush=True)")
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert not gone(pid)
+    parent.kill()
+    parent.communicate(timeout=30)
+    wait(lambda: gone(pid))
+
+
+def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
+    """It may end between the fork and the wish to be told of it."""
+    made = multiprocessing.get_context("fork").Process(target=child._die_with, args=(1,))
+    made.start()
+    made.join(30)
+    assert made.exitcode == os.EX_UNAVAILABLE
+
+
+def takes_memory() -> int:
+    return len(b"x" * (200 << 20))
+
+
+def takes_time() -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("action", [takes_memory, takes_time])
+def test_a_child_that_takes_too_much_is_ended(action: Callable[[], object]) -> None:
+    with pytest.raises(child.ChildDied, match="it may use 1 s or 64 MiB"):
+        child.in_child(action, child.Limits(seconds=1, memory=64 << 20))
+    assert child.in_child(os.getpid, LITTLE) != os.getpid()
+
+
+def test_a_mapped_file_is_not_what_a_child_writes(tmp_path: Path) -> None:
+    """A model may be larger than its memory."""
+    with (tmp_path / "model").open("w+b") as file:
+        file.truncate(1 << 30)
+
+        def mapped() -> int:
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole:
+                return len(whole)
+
+        assert child.in_child(mapped, LITTLE) == 1 << 30
+
+
+def test_a_child_is_silent_unless_it_may_speak(capfd: pytest.CaptureFixture[str]) -> None:
+    """A library that fails writes a backtrace of its own."""
+
+    def speak() -> None:
+        os.write(2, b"panicked\n")
+
+    child.in_child(speak, LITTLE)
+    child.in_child(speak, child.Limits(20, 64 << 20, says=True))
+    assert capfd.readouterr().err == "panicked\n"
+
+
+def test_a_child_s_child_is_within_the_limits_of_both() -> None:
+    def grandchild() -> int:
+        return child.in_child(takes_memory, child.Limits(seconds=20, memory=1 << 30))
+
+    with pytest.raises(child.ChildDied, match="20 s or 1024 MiB"):
+        child.in_child(grandchild, LITTLE)

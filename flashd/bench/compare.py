@@ -14,12 +14,12 @@ from statistics import median
 from typing import Any
 
 from flashd.bundle.reader import Bundle
+from flashd.engine.decoding.apart import tokens_apart
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Prompts
 from flashd.engine.paging.card_speed import remembered
 from flashd.engine.planning.plan import MARGIN
 from flashd.errors import FlashdError, InputMissing, UsageError
-from flashd.system.child import in_child
 
 PEER = "llama.cpp mmap"
 NAIVE, HYBRID, DRAFTS = "naive: all of the FFN each token", "hybrid: what fits pinned, the rest each token", "flashd"
@@ -93,7 +93,7 @@ class Bench:
         return [Row(c.name, c.memory, _medians(results)) for c, results in runs.items()]
 
     def _contenders(self) -> list[Contender]:
-        prompt = in_child(self._prompt_tokens)
+        prompt = tokens_apart(self.bundle, self._prompt_tokens)
         out = []
         if self.model:
             # llama.cpp gets the same tokens as flashd

@@ -102,6 +102,10 @@ def _run(command: o.Command) -> int:
             from flashd.cli.commands.update import update
 
             update(command)
+        case o.Sign():
+            from flashd.cli.commands.update import sign
+
+            sign(command)
         case o.Safe():
             from flashd.cli.commands.board import safe
 

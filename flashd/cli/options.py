@@ -198,11 +198,24 @@ class Doctor:
 class Update:
     folder: Path | None
     undo: bool
-    config: Path
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (not self.undo):
             raise UsageError("flashd update needs either a PATH or --undo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    folder: Path | None
+    key: Path | None
+    new_key: Path | None
+
+    def __post_init__(self) -> None:
+        signs = self.folder is not None or self.key is not None
+        if self.new_key is not None and signs:
+            raise UsageError("--new-key makes a key and signs nothing: leave out the rest")
+        if self.new_key is None and (self.folder is None or self.key is None):
+            raise UsageError("flashd sign needs a PATH and --key FILE, or --new-key FILE to make a key first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,5 +248,5 @@ class Rm:
 
 Command = (
     Ask | Chat | Pack | Info | Verify | Plan | Eval | Bench | Models | Use | Rm | Serve | CheckConfig | Jobs | Show
-    | Doctor | Update | Safe | Allow
+    | Doctor | Update | Sign | Safe | Allow
 )  # fmt: skip

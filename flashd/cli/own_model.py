@@ -14,20 +14,22 @@ if TYPE_CHECKING:
     from flashd.engine.engine import Budget
 
 
+PACKING = 24 * 3600, 8 << 30, True
+"""Limits of a child that packs a model: seconds of processor time, bytes, and that it may write to the terminal."""
+
+
 def default_bundle() -> Path:
     """The bundle of the small model that comes with flashd. It is packed at the first use."""
     from flashd.pack import default_model
-    from flashd.system.child import in_child
 
-    # in a child, whose memory does not count against the budget
     with Bar("packing the default model, once", "weights") as bar:
-        return in_child(lambda: default_model.ensure(bar.show))
+        return default_model.ensure_apart(bar.show)
 
 
 def bundle_of(model: Path | None) -> Path:
     """The bundle to load. A model file or folder is packed at the first use, and again when it has changed."""
     from flashd.cli import bundles
-    from flashd.system.child import in_child
+    from flashd.system.child import Limits, in_child
 
     if model is None:
         return default_bundle()
@@ -36,7 +38,7 @@ def bundle_of(model: Path | None) -> Path:
     path = bundles.packed_path(model)
     if not bundles.is_current(path, model):
         with Bar(f"packing {model.name}, once", "weights") as bar:
-            in_child(lambda: bundles.pack_into_cache(model, bar.show))
+            in_child(lambda: bundles.pack_into_cache(model, bar.show), Limits(*PACKING))
     return path
 
 

@@ -49,7 +49,7 @@ def build() -> Parser:
     commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for add in (_ask, _chat, _models, _use, _rm, _pack, _info, _verify, _plan, _eval, _bench):
         add(commands)
-    for add in (_serve, _check_config, _jobs, _show, _doctor, _update, _safe, _allow):
+    for add in (_serve, _check_config, _jobs, _show, _doctor, _update, _sign, _safe, _allow):
         add(commands)
     return parser
 
@@ -294,7 +294,18 @@ def _update(commands: Commands) -> None:
         "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
     )
     _flag(update, "--undo", "Put the old files back if the last update was interrupted.")
-    _config(update)
+
+
+def _sign(commands: Commands) -> None:
+    sign = _command(
+        commands, "sign", o.Sign, "Sign an update, so that boards take it which have your public key.",
+        "Make a key with --new-key first, and copy FILE.pub to each board's /etc/flashd/update-keys.",
+    )  # fmt: skip
+    sign.add_argument(
+        "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
+    )
+    sign.add_argument("--key", type=Path, metavar="FILE", help="Sign with this secret key.")
+    sign.add_argument("--new-key", type=Path, metavar="FILE", help="Make a secret key, and FILE.pub for the boards.")
 
 
 def _safe(commands: Commands) -> None:

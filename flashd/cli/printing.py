@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from flashd.system.memory import MIB
+
 CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
 """What is said of answers that ended so."""
 

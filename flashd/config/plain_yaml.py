@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+MOST_NODES = 10_000
+"""Keys, values, lists and mappings of a text: the library takes a second for as many on a small board."""
+
 
 class YamlError(Exception):
     """A text that is not YAML, or more than plain values; `line` counts from 1."""
@@ -65,8 +68,13 @@ def parse(text: str) -> Document:
 class _Loader(yaml.SafeLoader):
     """Raises yaml.MarkedYAMLError where it refuses something."""
 
+    nodes = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        self.nodes += 1
+        if self.nodes > MOST_NODES:
+            raise _refused(event, f"more than {MOST_NODES} keys and values")
         if isinstance(event, yaml.AliasEvent):
             raise _refused(event, "aliases are not allowed")
         if event.tag is not None:

@@ -101,6 +101,12 @@ class Kiosk(Strict, frozen=True, kw_only=True):
     """Questions that a touch or a number asks."""
 
 
+class Updates(Strict, frozen=True, kw_only=True):
+    """Whether `flashd update` takes what nobody has signed."""
+
+    unsigned: bool = False
+
+
 class Settings(Strict, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -125,6 +131,8 @@ class Settings(Strict, frozen=True, kw_only=True):
     """Where jobs are kept."""
     kiosk: Kiosk = Kiosk()
     """The page on the screen."""
+    updates: Updates = Updates()
+    """What updates from sticks are allowed."""
     mute_pin: Pin | None = None
     """A button between this pin and ground mutes and unmutes.
 

@@ -46,7 +46,11 @@ def read(path: Path, most: int) -> str:
     Raises OSError, Wrong.
     """
     with path.open("rb") as file:
-        data = file.read(most + 1)
+        return text_of(file.read(most + 1), most)
+
+
+def text_of(data: bytes, most: int) -> str:
+    """The text of a file's bytes, as `read` gives it. Raises Wrong."""
     if len(data) > most:
         raise Wrong(f"more than {most} bytes")
     try:

@@ -13,7 +13,7 @@ from flashd.bundle.header import Formats
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
 from flashd.pack.lossy.calibration import Calibration
 from flashd.pack.rounding.rows import is_ternary
-from flashd.pack.shapes import check_layers, check_shapes
+from flashd.pack.shapes import check_heads, check_layers, check_shapes
 from flashd.pack.sources.families import family_of, model_of, rope_tables
 from flashd.pack.sources.gguf import GgufModel
 from flashd.pack.sources.safetensors import HfFolder
@@ -49,6 +49,7 @@ class Original:
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
         model = model_of(source, family)
+        check_heads(model, source.path)
         weights = Weights(source, family, model)
         check_shapes(weights, model)
         formats = _formats(weights, model, rows)

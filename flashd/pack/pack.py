@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,9 +30,15 @@ from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original
 from flashd.pack.sources.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
+from flashd.system.child import ChildDied, Limits, in_child
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What numpy, and the packages that read model files, raise if a file's numbers contradict each other."""
+
+READING = Limits(seconds=120, memory=2 << 30)
+"""For a model's numbers and its tokenizer: the largest vocabularies take a quarter of it."""
+
+Read = TypeVar("Read")
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
@@ -67,12 +74,33 @@ def pack(
     """
     _check_out(out)
     try:
+        _within_limits(lambda: _look(source_path, rows), source_path, READING)
         original = Original.open(source_path, rows)
         _check(original, allowed)
         return _write(original, out, on_progress, allowed)
     except BENT as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{source_path}: its parts do not fit together ({what}); download it again") from error
+        raise DataError(_bent(source_path, error)) from error
+
+
+def _look(source_path: Path, rows: RowKind) -> None:
+    """Opens a model and lets go of it again, for what its numbers may ask for."""
+    try:
+        Original.open(source_path, rows)
+    except BENT as error:
+        raise DataError(_bent(source_path, error)) from error
+
+
+def _within_limits(action: Callable[[], Read], path: Path, limits: Limits) -> Read:
+    """What `action` reads of a stranger's file, which is data: it may not take what the machine has."""
+    try:
+        return in_child(action, limits)
+    except ChildDied as error:
+        raise DataError(f"{path}: what it says of itself takes more than {limits} to read; get it again") from error
+
+
+def _bent(path: Path, error: Exception) -> str:
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{path}: its parts do not fit together ({what}); download it again"
 
 
 def _check_out(out: Path) -> None:
@@ -112,7 +140,7 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 
 def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
-    vocabulary = original.source.vocabulary()
+    vocabulary = _within_limits(original.source.vocabulary, original.path, READING)
     with BundleWriter(out) as bundle:  # opened first: an error of the disk comes before the long search
         choice = _choose(original, vocabulary.tokenizer_json, allowed)
         selection = choice.selection if isinstance(choice, Selected | Gated) else None

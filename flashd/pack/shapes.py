@@ -9,13 +9,19 @@ from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
 
-MOST_LAYERS = 1024
+MOST_LAYERS, MOST_HEADS = 1024, 4096
 
 
 def check_layers(layers: int, path: Path) -> None:
     """Raises DataError if a file claims more layers than a bundle may have, or none."""
     if not 1 <= layers <= MOST_LAYERS:
         raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
+
+
+def check_heads(model: Architecture, path: Path) -> None:
+    """Raises DataError where a file claims more heads than any model has, before a row is numbered for each."""
+    if not 1 <= model.kv_heads <= model.heads <= MOST_HEADS:
+        raise DataError(f"{path}: {model.heads} heads, {model.kv_heads} of keys; 1 to {MOST_HEADS} are possible")
 
 
 def check_shapes(weights: Weights, model: Architecture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -26,29 +27,52 @@ PINS = ("anon_inode:gpio", "/dev/gpiochip")
 """The beginnings of what descriptors of pins lead to."""
 
 
+PR_SET_PDEATHSIG = 1
+"""What prctl(2) calls a child's wish to be sent a signal when the thread that made it ends."""
+
+
+OUT_OF_MEMORY = 3
+"""The exit code of a child that had too little memory to say so."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use."""
+    """What a child may use: seconds of processor time, bytes of memory that it writes beyond what it starts with."""
 
-    seconds: int  # of processor time
-    memory: int  # bytes of address space beyond those that it starts with
+    seconds: int
+    memory: int
+    says: bool = False  # whether it may write to the terminal; libraries that fail write much there
+
+    def __str__(self) -> str:
+        return f"{self.seconds} s or {self.memory >> 20} MiB"
 
     def obey(self) -> None:
-        """Puts the calling process under these limits. If memory runs out, the kernel kills it before others."""
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (held + self.memory, held + self.memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (self.seconds, self.seconds))
+        """Puts the calling process under these limits, and in front of others where memory runs out."""
+        # what is written, and not what is mapped: a model's file may be many times as large as the memory
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        _lower(resource.RLIMIT_DATA, held + self.memory)
+        _lower(resource.RLIMIT_CPU, self.seconds)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
+        if not self.says:
+            with Path(os.devnull).open("wb") as silent:
+                os.dup2(silent.fileno(), 2)
+
+
+def _lower(kind: int, to: int) -> None:
+    """A process may have a limit of its own already, which it may not raise."""
+    hard = resource.getrlimit(kind)[1]
+    most = to if hard == resource.RLIM_INFINITY else min(to, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 class ChildDied(FlashdError):
     """The child ended without a result. Most likely it was killed because memory or time ran out."""
 
 
-def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Result:
-    """Calls `action` in a forked child and returns its result.
+def in_child(action: Callable[[], Result], limits: Limits) -> Result:
+    """What `action` returns, computed in a forked child that has limits and ends when its parent does.
 
     A process with threads may do this if `action` is plain Python: fork copies only the calling thread, and Python
     and glibc's allocator make their locks anew. `action` must not use a library that has started threads of its own,
@@ -58,18 +82,21 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
     """
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
+    parent = os.getpid()
 
     def run() -> None:
+        _die_with(parent)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
         gc.disable()  # the child must not finalise the parent's objects
         _let_go_of_pins()
         send.send(None)
         try:
-            if limits:
-                limits.obey()
+            limits.obey()
             send.send((action(), None))
         except FlashdError as error:
             send.send((None, error))
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
 
     child = context.Process(target=run)
     try:
@@ -80,14 +107,20 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
         result, error = receive.recv()
     except EOFError:
         child.join()
-        killed = "; is there enough memory?" if limits or (child.exitcode or 0) < 0 else ""
-        raise ChildDied(f"a child process died (exit {child.exitcode}){killed}") from None
+        raise ChildDied(f"a child process died (exit {child.exitcode}); it may use {limits}") from None
     finally:
         receive.close()
     child.join()
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def _die_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent ends, even if that was killed."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we had asked
+        os._exit(os.EX_UNAVAILABLE)
 
 
 def _let_go_of_pins() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import re
 from collections.abc import Callable
@@ -24,16 +23,25 @@ class NewFile:
     Such a file is removed when the block is left, or by the next NewFile of that path if the process was killed. If
     writing is interrupted, the old file stays as it is.
 
-    Raises CannotWrite if the disk is full or the folder cannot be written.
+    Args:
+        path: where it will be.
+        mode: its permissions, less the umask.
+        folder: a descriptor of the folder, from who must not be led elsewhere by a path; else it is that of `path`.
+
+    Raises CannotWrite when the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, path: Path, mode: int = 0o644) -> None:
+    def __init__(self, path: Path, mode: int = 0o644, folder: int | None = None) -> None:
         self.path = path
         self._mode = mode
-        self._folder = path.absolute().parent
-        self._temporary = self._folder / f".{path.name}.{os.getpid()}.partial"
+        self._temporary = f".{path.name}.{os.getpid()}.partial"
         self._named = False
-        self._fd = self._guard(self._open)
+        self._folder = self._guard(lambda: self._open_folder(folder))
+        try:
+            self._fd = self._guard(self._open)
+        except BaseException:
+            os.close(self._folder)
+            raise
 
     def __enter__(self) -> NewFile:
         return self
@@ -44,7 +52,12 @@ class NewFile:
         os.close(self._fd)
         if self._named:
             with suppress(OSError):
-                self._temporary.unlink()
+                os.unlink(self._temporary, dir_fd=self._folder)
+        os.close(self._folder)
+
+    def fileno(self) -> int:
+        """The descriptor, for who reads what was written."""
+        return self._fd
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Writes `data` at byte `offset`. Raises CannotWrite."""
@@ -59,39 +72,42 @@ class NewFile:
             n = os.pwrite(self._fd, data, offset)
             data, offset = data[n:], offset + n
 
+    def _open_folder(self, folder: int | None) -> int:
+        if folder is not None:
+            return os.dup(folder)
+        return os.open(self.path.absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
     def _open(self) -> int:
         self._sweep()
         try:
-            return os.open(self._folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, self._mode)
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, self._mode, dir_fd=self._folder)
         except OSError as error:
             # FAT, which USB sticks have, has no unnamed files
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-        fd = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, self._mode)
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        fd = os.open(self._temporary, flags, self._mode, dir_fd=self._folder)
         self._named = True
         return fd
 
     def _sweep(self) -> None:
-        """Removes temporary files of the same path that killed processes have left."""
-        for left in self._folder.glob(f".{glob.escape(self.path.name)}.*.partial"):
-            owner = re.fullmatch(r"(\d+)\.partial", left.name.removeprefix(f".{self.path.name}."))
+        """Removes what a killed process has left of the same file."""
+        for name in os.listdir(self._folder):  # noqa: PTH208 (a descriptor)
+            owner = re.fullmatch(rf"\.{re.escape(self.path.name)}\.(\d+)\.partial", name)
             if owner and (int(owner[1]) == os.getpid() or not Path(f"/proc/{owner[1]}").exists()):
-                left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._folder)
 
     def _publish(self) -> None:
         os.fsync(self._fd)
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if not self._named:
-                # link(2) does not replace a file but rename(2) does, so the file first gets a temporary name.
-                # With dir_fd Python calls linkat(2), which follows the link in /proc to the file.
-                os.link(f"/proc/self/fd/{self._fd}", self._temporary.name, dst_dir_fd=folder)
-                self._named = True
-            self._temporary.rename(self.path)
-            self._named = False
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if not self._named:
+            # link(2) does not replace a file and rename(2) does: first a name, then the right one.
+            # The dir_fd makes Python call linkat(2), the one that follows /proc's link to the file.
+            os.link(f"/proc/self/fd/{self._fd}", self._temporary, dst_dir_fd=self._folder)
+            self._named = True
+        os.rename(self._temporary, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        self._named = False
+        os.fsync(self._folder)
 
     def _guard(self, action: Callable[[], R]) -> R:
         try:

@@ -85,4 +85,4 @@ def _within_limits(action: Callable[[], Result]) -> Result:
     try:
         return in_child(tried, LIMITS)
     except ChildDied:
-        raise TemplateFails(f"it takes more than {LIMITS.seconds} s or {LIMITS.memory >> 20} MiB") from None
+        raise TemplateFails(f"it takes more than {LIMITS}") from None

@@ -357,6 +357,7 @@ class Board:
         """a USB stick with an update, where 90-flashd-update.rules was copied into place: it is taken"""
         g = self.guest
         g.run("cp /mnt/medium/deploy/90-flashd-update.rules /etc/udev/rules.d/ && udevadm control --reload")
+        g.run(f"echo '{image.KEY.public_text().strip()}' >/etc/flashd/update-keys/tests.pub")
         self._put_stick("The emulated board", "The updated board")
         g.wait(STATUS, '"title":"The updated board"', 120)
         said = g.wait(f"journalctl {UPDATES}", r"updated; the old one is flashd\.yaml\.old", 60)
@@ -460,10 +461,12 @@ class Board:
 
     def _cut_update(self) -> None:
         """What a power cut leaves between an update's switch and flashd's start with it."""
+        record = '[{\\"path\\":\\"/etc/flashd/flashd.yaml\\",\\"nbytes\\":$(stat -c %s flashd.yaml),'
+        record += '\\"sha256\\":\\"$sum\\",\\"replaces\\":true}]'
         self.guest.run(
             "cd /etc/flashd && cp flashd.yaml new && sed -i 's/^model:.*/model: none/' new"
             " && sum=$(sha256sum <new | cut -d' ' -f1) && mv flashd.yaml flashd.yaml.old && mv new flashd.yaml"
-            ' && echo "[[\\"/etc/flashd/flashd.yaml\\",\\"$sum\\"]]" >/var/lib/flashd/update.unfinished && sync'
+            f' && echo "{record}" >/var/lib/flashd-update/unfinished && sync'
         )
 
     def _expect(self, line: Any, pattern: str, seconds: float = 120) -> str:

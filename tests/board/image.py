@@ -8,6 +8,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashd.update.manifest import MANIFEST, SIGNATURE
+from flashd.update.signature import SecretKey
+
+KEY = SecretKey.new()
+"""What the tests' sticks are signed with."""
+
 CHECKOUT = Path(__file__).parents[2]
 
 PYTHON = {"bookworm": "3.11", "trixie": "3.13"}
@@ -126,9 +132,8 @@ def stick(configuration: str, work: Path) -> Path:
     tree, path = _emptied(work / "stick-tree"), work / "stick.ext4"
     (tree / "flashd.yaml").write_text(configuration)
     sha256 = hashlib.sha256(configuration.encode()).hexdigest()
-    (tree / "flashd-update.yaml").write_text(
-        f"needs: '0.1'\nconfiguration: {{file: flashd.yaml, sha256: '{sha256}'}}\n"
-    )
+    (tree / MANIFEST).write_text(f"needs: '0.1'\nconfiguration: {{file: flashd.yaml, sha256: '{sha256}'}}\n")
+    (tree / SIGNATURE).write_text(KEY.sign((tree / MANIFEST).read_bytes(), "a stick of the tests"))
     disk(path, tree, "STICK", more_mib=8)
     return path
 

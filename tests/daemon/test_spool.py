@@ -14,8 +14,10 @@ from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
-from flashd.system.child import in_child
+from flashd.system.child import Limits, in_child
 from tests.daemon.clerk import request
+
+LITTLE = Limits(seconds=20, memory=64 << 20)
 
 
 def test_what_is_no_spool_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,10 +103,10 @@ def test_who_may_not_read_is_told_why(tmp_path: Path) -> None:
     try:
         for folder in tmp_path.parents[:2]:
             folder.chmod(0o755)
-        assert in_child(as_nobody) == 1
+        assert in_child(as_nobody, LITTLE) == 1
         path.chmod(0)
         with pytest.raises(InputMissing, match=r"only for the group flashd; sudo usermod -aG flashd \$USER"):
-            in_child(as_nobody)
+            in_child(as_nobody, LITTLE)
     finally:
         tmp_path.chmod(0o755)
 

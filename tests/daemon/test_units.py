@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashd.cli.main import main
+from flashd.update.places import Places
+from flashd.update.undo import RECORD
 
 pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
 
@@ -131,7 +133,9 @@ def test_a_serial_console_comes_with_its_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-@pytest.mark.parametrize("name", ["flashd.service", "flashd-serial@ttyUSB0.service"])
+@pytest.mark.parametrize(
+    "name", ["flashd.service", "flashd-serial@ttyUSB0.service", "flashd-update@sda.service", "flashd-undo.service"]
+)
 def test_the_sandbox_is_rated_safe(name: str, tmp_path: Path) -> None:
     unit = re.sub("@.*[.]", "@.", name)
     shutil.copy(DEPLOY / unit, tmp_path / name)
@@ -140,3 +144,24 @@ def test_the_sandbox_is_rated_safe(name: str, tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+def test_no_link_on_a_stick_or_card_is_followed() -> None:
+    (options,) = _values(DEPLOY / "media-flashd.mount", "Mount", "Options")
+    (mount,) = _values(DEPLOY / "flashd-update@.service", "Service", "ExecStartPre")
+    for words in (options, mount.split()[2]):
+        assert {"ro", "nosuid", "nodev", "noexec", "nosymfollow"} <= set(words.split(","))
+    assert mount.startswith("+/bin/mount")  # inside the sandbox the next command would not see it
+
+
+def test_updates_write_where_they_may_and_root_s_record_is_not_the_service_s() -> None:
+    places = Places()
+    for unit in ("flashd-update@.service", "flashd-undo.service"):
+        (writable,) = _values(DEPLOY / unit, "Service", "ReadWritePaths")
+        assert writable.split() == [f"-{places.models}", str(places.configuration.parent)]
+        assert _values(DEPLOY / unit, "Service", "StateDirectory") == [places.state.name]
+        assert _values(DEPLOY / unit, "Service", "StateDirectoryMode") == ["0700"]
+    (record,) = _values(DEPLOY / "flashd-undo.service", "Unit", "ConditionPathExists")
+    assert Path(record) == places.state / RECORD
+    folders = (DEPLOY / "flashd.tmpfiles").read_text()
+    assert f"d {places.state} 0700 root root" in folders and f"d {places.keys} 0755 root root" in folders

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
 
-from flashd.bundle.reader import Bundle
 from flashd.cli.main import main
-from flashd.config import settings
 from flashd.errors import CannotWrite, ConfigError, DataError, FlashdError, InputMissing
-from flashd.pack.pack import pack
-from flashd.update import stick as updates
-from flashd.update.stick import MANIFEST, read_manifest, undo, update
-from tests import tiny
+from flashd.update import install
+from flashd.update.folder import Folder
+from flashd.update.install import update
+from flashd.update.manifest import MANIFEST, read_manifest
 from tests.faults.test_newfile import killed_at
-
-
-def sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Board:
-    """A model and a configuration in use, and a stick that brings others."""
-
-    def __init__(self, root: Path, bundle: Path) -> None:
-        self.stick, home = root / "stick", root / "home"
-        for folder in (self.stick, home):
-            folder.mkdir()
-        self.config, self.model = home / "flashd.yaml", home / "model.flash"
-        self.unfinished = home / "update.unfinished"
-        self.model.write_bytes(bundle.read_bytes())
-        self.config.write_text(f"model: {self.model}\ncontext: 256\n")
-        pack(tiny.write(root / "new.gguf", "qwen2"), self.stick / "new.flash", "int4")
-        (self.stick / "flashd.yaml").write_text(f"model: {self.model}\ncontext: 512\n")
-        self.starts: list[tuple[str, int]] = []
-        self.broken = False
-        self.write()
-
-    def write(self, needs: str = "0.1", **sums: str) -> None:
-        new, settings = self.stick / "new.flash", self.stick / "flashd.yaml"
-        (self.stick / MANIFEST).write_text(
-            f"needs: '{needs}'\n"
-            f"bundle: {{file: new.flash, sha256: '{sums.get('bundle', sha(new))}'}}\n"
-            f"configuration: {{file: flashd.yaml, sha256: '{sums.get('configuration', sha(settings))}'}}\n"
-        )
-
-    def state(self) -> tuple[str, int]:
-        """The model's name and the configured context, both whole."""
-        with Bundle(self.model) as bundle:
-            bundle.verify()
-            return bundle.header.model.family, settings.load(self.config).context
-
-    def restart(self) -> None:
-        self.starts.append(self.state())
-        if self.broken and self.starts[-1] != OLD:
-            raise FlashdError("flashd does not start")
-
-    def update(self) -> list[Path]:
-        return update(self.stick, self.config, self.unfinished, self.restart)
-
-
-OLD, NEW = ("llama", 256), ("qwen2", 512)
+from tests.update.board import NEW, OLD, Board, sha
 
 
 class PowerCut(BaseException):
     """Nothing catches it."""
-
-
-@pytest.fixture
-def board(tmp_path: Path, tiny_bundle: Path) -> Board:
-    return Board(tmp_path, tiny_bundle)
 
 
 def test_an_update_is_taken_once_and_the_old_one_kept(board: Board) -> None:
@@ -99,11 +47,11 @@ def test_a_power_cut_before_the_new_has_started_is_undone(board: Board, monkeypa
         power.setattr(board, "restart", cut)
         board.update()
     assert board.state() == NEW
-    assert undo(board.unfinished) == [board.config, board.model]
+    assert board.undo() == [board.config, board.model]
     assert board.state() == OLD and sha(board.model) == before
-    assert undo(board.unfinished) == []
+    assert board.undo() == []
     assert board.update() and board.state() == NEW
-    assert undo(board.unfinished) == []  # one that came to its end stays
+    assert board.undo() == []  # one that came to its end stays
     assert board.state() == NEW
 
 
@@ -112,14 +60,14 @@ def test_what_was_not_there_is_gone_after_an_undo(board: Board) -> None:
     board.broken = True
     with pytest.raises(InputMissing, match=r"model\.flash"):  # from the second start, which has none again
         board.update()
-    assert not board.model.exists() and undo(board.unfinished) == []
+    assert not board.model.exists() and board.undo() == []
 
 
 @pytest.mark.parametrize("rot", [b"[[", b'[["/a\xff","b"]]'])
 def test_a_damaged_record_is_named(board: Board, rot: bytes) -> None:
     board.unfinished.write_bytes(rot)
-    with pytest.raises(DataError, match=r"update\.unfinished: damaged"):
-        undo(board.unfinished)
+    with pytest.raises(DataError, match=r"unfinished: damaged"):
+        board.undo()
 
 
 def test_what_is_damaged_changes_nothing(board: Board) -> None:
@@ -159,36 +107,38 @@ def test_what_is_damaged_changes_nothing(board: Board) -> None:
 )  # fmt: skip
 def test_manifests_that_are_refused(board: Board, text: str, error: str) -> None:
     (board.stick / MANIFEST).write_text(text)
-    with pytest.raises(DataError, match=error):
-        read_manifest(board.stick)
+    with Folder.at(board.stick) as stick, pytest.raises(DataError, match=error):
+        read_manifest(stick, board.places)
 
 
 def test_a_stick_without_an_update(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputMissing, match="not there; README says"):
-        update(tmp_path, board.config, board.unfinished, board.restart)
-    assert main(["update", str(tmp_path), "--config", str(board.config)]) == os.EX_NOINPUT
+        update(tmp_path, board.places, board.restart)
+    assert main(["update", str(tmp_path)]) == os.EX_NOINPUT
     assert "flashd-update.yaml" in capsys.readouterr().err
 
 
 def test_a_stick_pulled_while_it_is_copied_changes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep = updates._keep
+    read = install._parts
 
-    def pulled(path: Path) -> None:
-        keep(path)
-        (board.stick / "flashd.yaml").unlink(missing_ok=True)  # when the model has been copied
+    def pulled(file: BufferedReader, shown: Path, most: int) -> Iterator[bytes]:
+        if shown.suffix == ".flash":
+            with Path("/proc/self/mem").open("rb") as gone:  # whose first byte cannot be read
+                yield from read(gone, shown, 1)
+        yield from read(file, shown, most)
 
-    monkeypatch.setattr(updates, "_keep", pulled)
-    with pytest.raises(FlashdError, match=r"old one is in place again: .*flashd\.yaml: .*is the stick still in\?"):
+    monkeypatch.setattr(install, "_parts", pulled)
+    with pytest.raises(InputMissing, match=r"new\.flash: .*is the stick still in\?"):
         board.update()
-    assert board.state() == OLD and board.starts == [OLD] and not board.unfinished.exists()
+    assert board.state() == OLD and board.starts == [] and not board.unfinished.exists()
 
 
-def test_where_nothing_is_installed_nothing_is_undone(board: Board, tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere" / "update.unfinished"
-    with pytest.raises(InputMissing, match="nowhere: not there; updates are for a board"):
-        undo(nowhere)
-    with pytest.raises(InputMissing, match="nowhere: not there; updates are for a board"):
-        update(board.stick, board.config, nowhere, board.restart)
+def test_where_nothing_is_installed_nothing_is_undone(board: Board) -> None:
+    board.places.state.rmdir()
+    with pytest.raises(InputMissing, match="state: not there; updates are for a board"):
+        board.undo()
+    with pytest.raises(InputMissing, match="state: not there; updates are for a board"):
+        board.update()
     assert board.state() == OLD
 
 
@@ -212,13 +162,15 @@ def test_a_kill_at_each_write_leaves_whole_files_and_can_be_gone_on_with(board: 
         seen.add(found := board.state())
         if killed and number % 2:
             begun = board.unfinished.exists()
-            undo(board.unfinished)  # as the next boot does
+            board.undo()  # as the next boot does
             assert board.state() == (OLD if begun else found)
         board.update()
         assert board.state() == NEW
-        left = {p.name for p in board.model.parent.iterdir()}
+        left = {
+            p.name for folder in (board.model.parent, board.config.parent) for p in folder.iterdir() if p.is_file()
+        }
         assert left <= {"model.flash", "flashd.yaml", "model.flash.old", "flashd.yaml.old"}
-        for path in (*old, *board.model.parent.glob("*.old")):
+        for path in (*old, *board.config.parent.rglob("*.old")):
             path.unlink()
         if not killed:
             break

@@ -16,7 +16,8 @@ from device.appliance import _request, check
 from device.nodes import nodes
 from flashd.config.settings import LONGEST, Settings, load, parse, pins
 from flashd.errors import ConfigError, DataError, FlashdError
-from flashd.update.stick import MANIFEST, read_manifest
+from flashd.update.folder import Folder
+from flashd.update.manifest import MANIFEST, Manifest, manifest_bytes, parse_manifest
 from tests.fuzz.conftest import one_line, tries
 
 EXAMPLE = (Path(__file__).parents[2] / "deploy" / "flashd.example.yaml").read_text("utf-8")
@@ -99,6 +100,12 @@ def test_anything_in_a_yaml_file(tree: Any, flow: bool) -> None:
 @given(st.text(st.characters(codec=None), max_size=60) | st.lists(NEW, max_size=30).map("".join))
 def test_any_text(text: str) -> None:
     configured(text)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, of a stick whose signature was right."""
+    with Folder.at(folder) as stick:
+        return parse_manifest(stick, manifest_bytes(stick))
 
 
 UPDATE = f"needs: '0.1'\nbundle: {{file: new.flash, sha256: '{'0' * 64}'}}\nconfiguration: {{file: a, sha256: x}}\n"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashd.bundle.reader import Bundle
+from flashd.engine.decoding.apart import LIMITS
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Budget, Engine, Prompts, Speech
@@ -66,7 +67,7 @@ def main() -> None:
             return [asking.tokens([Message("user", question)]) for question in QUESTIONS]
 
         # a tokenizer is tens of megabytes, and no longer wanted
-        prompts = in_child(tokens)
+        prompts = in_child(tokens, LIMITS)
         with Engine(bundle, Budget(args.memory)) as engine:
             for at_once in args.at_once:
                 measure(engine, prompts, args.tokens, at_once)

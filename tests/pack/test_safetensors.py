@@ -108,7 +108,9 @@ def test_routers_weigh_as_their_folders_say() -> None:
 def test_queries_keys_and_values_of_groups_of_heads_are_taken_apart() -> None:
     falcon = hugging_face.CONVERSIONS["falcon"]
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    order = hugging_face.row_order(falcon, config, "blk.0.attn_qkv.weight")
+    order = hugging_face.row_order(falcon, config, "blk.0.attn_qkv.weight", 64)
+    with pytest.raises(DataError, match="has 63 rows where its heads make 64"):
+        hugging_face.row_order(falcon, config, "blk.0.attn_qkv.weight", 63)
     assert order is not None
     heads = (order.reshape(-1, 8)[:, 0] // 8).tolist()
     assert heads == [0, 1, 4, 5, 2, 6, 3, 7]

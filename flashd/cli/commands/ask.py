@@ -27,16 +27,14 @@ def ask(options: Ask, started: float) -> int:
     if daemon_answers(options):
         return ask_daemon.ask(options, text)
     from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Answer, Engine, Prompts
-    from flashd.system.child import in_child
 
     sampling = _sampling(options)
     messages = [Message("system", options.system)] if options.system else []
     with Bundle(bundle_of(options.model)) as bundle:
-        # In a child: a vocabulary of 151,000 tokens leaves some 40 MiB behind even when it is freed, in libraries and
-        # in holes of the heap. That memory pins neurons instead.
-        tokens = in_child(lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
+        tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
         kept = prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()

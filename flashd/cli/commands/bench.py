@@ -30,13 +30,13 @@ def bench(asked: options.Bench) -> None:
 
 def evaluate(asked: options.Eval) -> None:
     """Measures the perplexity of a text."""
+    from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.engine import Engine, Prompts
     from flashd.engine.evaluate import perplexity
-    from flashd.system.child import in_child
 
     text = read_text(asked.text)
     with Bundle(asked.bundle) as bundle:
-        tokens = in_child(lambda: Prompts(bundle).plain(text))
+        tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).plain(text))
         with Bar("reading", "tokens") as bar, Engine(bundle, budget(asked)) as engine:
             result = perplexity(engine.model, tokens, bar.show)
     header = bundle.header

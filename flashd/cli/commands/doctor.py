@@ -17,11 +17,11 @@ from typing import Literal
 from flashd.bundle.reader import Bundle
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Doctor
-from flashd.system.memory import MIB
 from flashd.engine.paging.card_speed import CardSpeed, measure, remember, remembered
 from flashd.errors import ConfigError, FlashdError
 from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
+from flashd.system.memory import MIB
 from flashd.system.paths import SERVICE
 
 HOT = 80.0  # degrees Celsius: a Raspberry Pi slows down at 85

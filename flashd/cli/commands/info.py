@@ -10,8 +10,8 @@ from flashd.bundle.reader import Bundle
 from flashd.cli.needs import need_pack
 from flashd.cli.options import Info, Verify
 from flashd.cli.printing import Fact, print_facts
-from flashd.system.memory import MIB
 from flashd.cli.progress import Bar
+from flashd.system.memory import MIB
 
 
 def info(options: Info) -> None:

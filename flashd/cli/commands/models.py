@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from flashd.cli.bundles import all_bundles, find, is_model
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Models, Rm, Use
-from flashd.system.memory import MIB
 from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTooSmall, UsageError
+from flashd.system.memory import MIB
 
 if TYPE_CHECKING:
     from flashd.config.settings import Settings
@@ -39,16 +39,20 @@ class Found:
     daemon: bool  # whether the daemon answers with it
 
 
+LOOKING = 120, 1 << 30
+"""Limits of a child that opens bundles: seconds of processor time, and bytes."""
+
+
 def models(options: Models) -> None:
     """Lists the bundles."""
-    from flashd.system.child import in_child
+    from flashd.system.child import Limits, in_child
 
     try:
         used = _configured(CONFIG)
     except ConfigError as error:
         print(f"flashd: {error}", file=sys.stderr)
         used = None
-    found = in_child(lambda: list(_found(used)))
+    found = in_child(lambda: list(_found(used)), Limits(*LOOKING))
     if options.json:
         print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
         return
@@ -85,7 +89,7 @@ def use(options: Use) -> None:
     check_appliance()
     from device.appliance import check
     from flashd.config.settings import load
-    from flashd.system.child import in_child
+    from flashd.system.child import Limits, in_child
 
     settings = load(options.config, check)
     path = find(options.name)
@@ -94,7 +98,7 @@ def use(options: Use) -> None:
         raise UsageError(f"{path} is not a bundle; make one of it with: flashd pack {path} --out {bundle}")
     if any(path.is_relative_to(folder) for folder in HIDDEN):
         raise UsageError(f"{path}: the service cannot see this folder; copy the bundle to /var/lib/flashd")
-    needs = in_child(lambda: _needs(path, settings))
+    needs = in_child(lambda: _needs(path, settings), Limits(*LOOKING))
     memory = _memory(path, needs, settings)
     _write(options.config, settings, path, memory)
     print(f"{options.config}: model is {path}, memory is {memory or 'what is free'}")

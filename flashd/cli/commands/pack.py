@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from flashd.cli.bundles import make_room, packed_path
 from flashd.cli.needs import need_pack, read_text
 from flashd.cli.options import Pack
-from flashd.system.memory import MIB
 from flashd.cli.progress import Bar
+from flashd.system.memory import MIB
 
 if TYPE_CHECKING:
     from flashd.bundle.header import Header

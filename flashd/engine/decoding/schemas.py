@@ -13,6 +13,7 @@ import numpy as np
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
+from flashd.bundle.tokenizer_json import check_numbers
 from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
@@ -38,8 +39,13 @@ class Schemas:
             raise InputMissing("a json_schema needs the schema extra: pip install 'flashd[schema]'") from error
         self._library = llguidance
         self._vocabulary = header.model.vocabulary
-        text = bundle.read("tokenizer").decode()
-        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocabulary, eos_token=header.text.eos[0])
+        data = bundle.read("tokenizer")
+        try:
+            check_numbers(data, self._vocabulary)
+            text, eos = data.decode(), header.text.eos[0]
+            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocabulary, eos_token=eos)
+        except (ValueError, DataError) as error:
+            raise DataError(f"{bundle.path}: its tokenizer follows no schema ({error}); pack it again") from error
         give_back_freed_memory()
 
     def compile(self, schema: dict[str, Any]) -> JsonAnswer:

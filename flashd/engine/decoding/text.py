@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
+from flashd.bundle.tokenizer_json import check_growth, ids_of
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
@@ -53,8 +54,11 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         try:
+            check_growth(tokenizer_json)
             self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        except ValueError as error:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+        except (ValueError, DataError) as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
         # the texts that chat templates know by these names
@@ -64,7 +68,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. What spells a control token becomes one: do not use this for a stranger's text."""
-        return self._first + list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._first + ids_of(self._tokenizer, text)
 
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of a text that a model says. It has no `bos` and no control tokens."""
@@ -89,7 +93,7 @@ class TextTokenizer:
     def encode_guarded(self, text: str) -> list[int]:
         """The tokens of a text with guarded parts. What spells a control token outside of these parts becomes one."""
         parts = text.split(BREAK)
-        ids = [i for p in parts for i in self._tokenizer.encode(p, add_special_tokens=False).ids]
+        ids = [i for p in parts for i in ids_of(self._tokenizer, p)]
         # many templates begin with this token themselves
         return ids if self._first and ids[:1] == self._first else self._first + ids
 
@@ -103,7 +107,7 @@ class TextTokenizer:
             return
         tokens = 0
         for part in parts:
-            tokens += max(0, len(self._tokenizer.encode(part, add_special_tokens=False).ids) - LOST_AT_A_CUT)
+            tokens += max(0, len(ids_of(self._tokenizer, part)) - LOST_AT_A_CUT)
             if tokens > room:
                 raise PromptTooLong(None, room)
 

@@ -20,6 +20,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.reader import dequantise
 from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.tokenizer_json import ids_of
 from flashd.graphs.products import activations, gates
 from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
@@ -43,7 +44,7 @@ def sample_tokens(tokenizer_json: bytes) -> Numbers:
 
 def text_tokens(tokenizer_json: bytes, text: str) -> Numbers:
     """[n]: the tokens of a text, without any that begin or end it."""
-    return np.array(Tokenizer.from_buffer(tokenizer_json).encode(text, add_special_tokens=False).ids, np.int64)
+    return np.array(ids_of(Tokenizer.from_buffer(tokenizer_json), text), np.int64)
 
 
 @dataclass(frozen=True)

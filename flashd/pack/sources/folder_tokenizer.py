@@ -10,11 +10,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from flashd.bundle import tokenizer_json
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, InputMissing
 from flashd.pack.sources.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
 
 Json = dict[str, Any]
+
+MOST_OBJECT = 16 << 20
+"""Bytes of a file of JSON beside the tokenizer; an index of 100,000 tensors takes 9 MB."""
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -30,8 +34,10 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
             f"{path}: no such file; make it with transformers: AutoTokenizer.from_pretrained(F).save_pretrained(F)"
         )
     try:
-        text = path.read_text("utf-8")
-        tokenizer, stated = Tokenizer.from_str(text), json.loads(text)
+        data = read_file(path, tokenizer_json.LONGEST)
+        tokenizer_json.check_growth(data)
+        tokenizer_json.check_numbers(data, size)
+        tokenizer, stated = Tokenizer.from_buffer(data), json.loads(data)
         spell = _spelling(stated)
     except Exception as error:
         raise DataError(f"{path}: not a tokenizer that is read ({error}); download it again") from error
@@ -58,13 +64,22 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
     )
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """A file of at most so many bytes. Raises OSError, DataError."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise DataError(f"{path}: more than {most} bytes")
+    return data
+
+
 def read_object(path: Path) -> Json:
     """An object of JSON, empty where there is no such file. Raises DataError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path, MOST_OBJECT))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: no JSON object")
@@ -102,7 +117,7 @@ def _adds_bos(tokenizer: Tokenizer, config: Json, bos: int | None) -> bool:
 def _chat_template(folder: Path, config: Json) -> str | None:
     """The template, from a file of its own or the configuration; of several, the one called default."""
     try:
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return read_file(folder / "chat_template.jinja", MOST_OBJECT).decode()
     except FileNotFoundError:
         template = config.get("chat_template")
     except (OSError, ValueError) as error:

@@ -134,6 +134,9 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Of each key, below the architecture's name, what the families call it in config.json."""
 
+MOST_WIDTH = 1 << 16
+"""Numbers of a head."""
+
 ENDS = (".weight", ".bias")
 
 NOT_READ = (
@@ -199,7 +202,13 @@ def hyper_parameters(config: Config, path: Path) -> dict[str, Any]:
 
 
 def head_dim(config: Config) -> int:
-    return int(config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)))
+    """Raises ValueError for what would be no head but a bomb."""
+    width = int(
+        config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+    )
+    if not 0 <= width <= MOST_WIDTH:
+        raise ValueError(f"heads of {width} numbers; {MOST_WIDTH} at the most")
+    return width
 
 
 def _window(config: Config) -> dict[str, Any]:
@@ -306,16 +315,26 @@ class Names:
         return found or name, int(expert[1]) if expert else None
 
 
-def row_order(conversion: Conversion, config: Config, name: str) -> Numbers | None:
-    """For each row of the GGUF tensor `name`, the row of the folder's; None where they agree."""
+def row_order(conversion: Conversion, config: Config, name: str, rows: int) -> Numbers | None:
+    """For each of so many rows of the GGUF tensor `name`, the row of the folder's; None where they agree.
+
+    Raises DataError if the heads make another number of rows.
+    """
     part, width, heads = f".{name}".split(".")[-2], head_dim(config), config.get("num_attention_heads", 0)
     shared = config.get("num_key_value_heads", heads)
     if conversion.permuted and part in ("attn_q", "attn_k"):
         n = heads if part == "attn_q" else shared
+        _check_rows(name, rows, n * width)
         return np.arange(n * width).reshape(n, 2, width // 2).swapaxes(1, 2).reshape(-1)
     if conversion.fused and part == "attn_qkv":
+        _check_rows(name, rows, (heads + 2 * shared) * width)
         # groups of heads that share a key and a value: [queries of the group, key, value]
         groups = np.arange((heads + 2 * shared) * width).reshape(shared, heads // shared + 2, width)
         parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
         return np.concatenate([p.reshape(-1) for p in parts])
     return None
+
+
+def _check_rows(name: str, rows: int, made: int) -> None:
+    if rows != made:
+        raise DataError(f"tensor {name!r} has {rows} rows where its heads make {made}")

@@ -188,7 +188,8 @@ class HfFolder(Source):
         if name in self._made:
             return _Stored(name, self._made[name], bits=32)
         if name in self._stored.four_bits:
-            order = hugging_face.row_order(self._conversion, self._config, name)
+            rows = self._stored.four_bits[name][".scales"].get_shape()[1]
+            order = hugging_face.row_order(self._conversion, self._config, name, rows)
             return FourBits(name, self._stored.four_bits[name], self._rounded, order)
         if name not in self._stored.parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
@@ -208,9 +209,7 @@ class HfFolder(Source):
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
-        order = hugging_face.row_order(self._conversion, self._config, name)
-        if order is not None and len(order) != rows:
-            raise DataError(f"{self.path}: tensor {name!r} has {rows} rows where its heads make {len(order)}")
+        order = hugging_face.row_order(self._conversion, self._config, name, rows)
         shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
         tensor = _Stored(name, part, BITS[kind], order, shift)
         online = self._rounded.get("quantization_mode") == "online"

@@ -1,0 +1,22 @@
+"""Starts the daemon anew, through systemd."""
+
+from __future__ import annotations
+
+import subprocess
+
+from flashd.errors import FlashdError
+
+UNIT = "flashd.service"
+
+
+def restart() -> None:
+    """Has systemd restart flashd and waits until it is ready. Raises FlashdError if it does not start."""
+    done = subprocess.run(["systemctl", "restart", UNIT], check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise FlashdError(f"flashd does not start: {said[0] if said else 'systemctl'}")
+
+
+def restart_if_running() -> None:
+    """Has systemd restart flashd if it runs. It waits for nothing, since at boot we come before flashd."""
+    subprocess.run(["systemctl", "try-restart", "--no-block", UNIT], check=False)

@@ -1,0 +1,161 @@
+"""Tokenizers and configurations that are made to take all memory or time: one line, and little of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from flashd.bundle.header import Header
+from flashd.bundle.reader import Bundle
+from flashd.bundle.tokenizer_json import check_growth, check_numbers
+from flashd.config import settings
+from flashd.engine.decoding.schemas import Schemas
+from flashd.errors import ConfigError, DataError
+from flashd.pack import pack as packing
+from flashd.pack.pack import pack
+from flashd.system.child import Limits
+from tests import tiny, tiny_folder
+from tests.fuzz.test_files import header_of, signed_again
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|a|aa|a)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """Of this process; a child has a limit of its own as well."""
+    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + (400 << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_folder.write(tmp_path / "folder", tiny.write(tmp_path / "m.gguf", "qwen2"))
+
+
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def asked(bundle: Path, prompt: str) -> tuple[int, list[str], int]:
+    """What `flashd ask` ends with and says, and the MiB that it and its children took."""
+    command = [sys.executable, "-m", "flashd", "ask", "--model", str(bundle), "--max-tokens", "2", prompt]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C"})
+    return done.returncode, done.stderr.splitlines(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+
+
+def with_tokenizer(whole: bytes, **values: Any) -> bytes:
+    """A bundle whose tokenizer is another, every checksum right: whoever forges one can count too."""
+    header, bent = msgspec.convert(header_of(whole), Header), bytearray(whole)
+    section = next(s for s in header.sections if s.name == "tokenizer")
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    new = json.dumps({"version": "1.0", "added_tokens": [], "model": model, **values}).encode()
+    bent[section.offset : section.end] = new.ljust(section.length)
+    return signed_again(bent, header)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 27}}, "makes a text 128 times as long"),
+        ({"pre_tokenizer": ENDLESS}, "the tokenizer fails on a text"),
+        ({"normalizer": DOUBLE | {"content": "a" * 900}}, "makes a text 900 times as long"),
+    ],
+)
+def test_a_bundle_s_tokenizer(tmp_path: Path, tiny_bundle: Path, values: dict[str, Any], words: str) -> None:
+    path = tmp_path / "m.flash"
+    path.write_bytes(with_tokenizer(tiny_bundle.read_bytes(), **values))
+    code, said, mib = asked(path, "a" * 40 + "b")
+    assert code == os.EX_DATAERR and len(said) == 1 and words in said[0], said
+    assert mib < 400
+
+
+def test_a_bundle_s_tokenizer_that_pads_each_text(tmp_path: Path, tiny_bundle: Path) -> None:
+    pad = {"strategy": {"Fixed": 1 << 28}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    path = tmp_path / "m.flash"
+    path.write_bytes(
+        with_tokenizer(tiny_bundle.read_bytes(), padding=pad | {"pad_type_id": 0, "pad_token": "a"}),
+    )
+    code, said, mib = asked(path, "ab")
+    assert code == 0 and mib < 400, said
+
+
+@pytest.mark.parametrize(("number", "words"), [(1 << 28, "a token has the number 268435456"), (0, "")])
+def test_a_token_s_number_and_schemas(tmp_path: Path, tiny_bundle: Path, number: int, words: str) -> None:
+    path = tmp_path / "m.flash"
+    model = {"type": "BPE", "vocab": {"a": number, "b": 1}, "merges": []}
+    path.write_bytes(with_tokenizer(tiny_bundle.read_bytes(), model=model))
+    with Bundle(path) as bundle, pytest.raises(DataError, match=f"its tokenizer follows no schema .{words}"):
+        Schemas(bundle)
+
+
+def test_a_token_s_number_is_no_room_for_as_many(folder: Path, tmp_path: Path) -> None:
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["model"]["vocab"]["zz"] = 1 << 28
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    with pytest.raises(DataError, match="a token has the number 268435456"):
+        pack(folder, tmp_path / "out.flash", "int4")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_attention_heads": 1 << 31, "head_dim": 64}, "2147483648 heads"),
+        ({"head_dim": 1 << 34}, "heads of 17179869184 "),
+        ({"num_hidden_layers": 1 << 40}, "layers; 1 to 1024 are possible"),
+        ({"rope_scaling": {"rope_type": "llama3"}, "head_dim": 1 << 33}, "numbers; 65536 at the most"),
+        ({"sliding_window": 4, "max_window_layers": -(1 << 62)}, ""),
+    ],
+)
+def test_a_folder_s_configuration(folder: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    changed(folder / "config.json", **values)
+    try:
+        pack(folder, tmp_path / "out.flash", "int4")
+    except DataError as error:
+        assert words in str(error) and len(str(error).splitlines()) == 1
+    else:
+        assert not words
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["deep", "long"])
+def test_a_folder_s_files(folder: Path, tmp_path: Path, name: str, kind: str) -> None:
+    with (folder / name).open("wb") as file:
+        file.write(b'{"a":' * 100_000) if kind == "deep" else file.truncate(1 << 40)
+    with pytest.raises(DataError, match=name) as error:
+        pack(folder, tmp_path / "out.flash", "int4")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_what_takes_too_much_all_the_same_is_ended(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nobody knows all bombs: reading what a model says of itself has a limit."""
+    monkeypatch.setattr(packing, "READING", Limits(seconds=20, memory=8 << 20))
+    names = {f"token{i:060}": i for i in range(100_000)}
+    changed(folder / "tokenizer_config.json", odd=names)
+    with pytest.raises(DataError, match="folder: what it says of itself takes more than 20 s or 8 MiB to read"):
+        pack(folder, tmp_path / "out.flash", "int4")
+
+
+def test_a_configuration_of_many_keys_is_not_read_to_its_end() -> None:
+    text = "".join(f"key{i}: 1\n" for i in range(90_000))
+    with pytest.raises(ConfigError, match="line 5000: more than 10000 keys and values"):
+        settings.parse(text)
+
+
+def test_real_tokenizers_are_within_bounds(packed: dict[str, Path]) -> None:
+    with Bundle(packed["int4"]) as bundle:
+        data = bundle.read("tokenizer")
+        check_growth(data)
+        check_numbers(data, bundle.header.model.vocabulary)

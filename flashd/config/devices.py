@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -24,6 +24,9 @@ from flashd.config.fields import (
 
 
 class Sensor(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What every sensor has. `needs`: kinds of devices that systemd is to allow, as DeviceAllow= names them."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
     name: Name
     unit: str = ""
     timeout: Positive = 2.0
@@ -47,13 +50,15 @@ class Light(Sensor, tag="light", frozen=True, kw_only=True):
 class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
     """A channel of an MCP3008. `low` and `high` are what 0 and full scale stand for."""
 
+    # gpiozero opens its pins' chip before the converter's bus, even if that selects the chip itself
+    needs: ClassVar[tuple[str, ...]] = ("char-gpiochip", "char-spi")
     channel: Annotated[int, msgspec.Meta(ge=0, le=7)]
     low: float = 0.0
     high: float = 1.0
 
 
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
-    """A DS18B20 thermometer on the 1-Wire bus. Degrees Celsius. Without an id the first that is found."""
+    """A thermometer on the 1-Wire bus: a DS18B20 or its kin. Degrees Celsius. Without an id the first one there is."""
 
     id: OneWireId | None = None
     unit: str = "°C"
@@ -158,7 +163,7 @@ class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.every is None) == (self.at is None):
-            raise ValueError("a schedule has either every: SECONDS or at: 'HH:MM'")
+            raise ValueError("a schedule has either every: SECONDS or at: HH:MM")
 
 
 class Manual(Trigger, tag="manual", frozen=True, kw_only=True):
@@ -171,43 +176,51 @@ AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
 # --- outputs ----------------------------------------------------------------------------------------------
 
 
-class Led(Strict, tag_field="kind", tag="led", frozen=True, kw_only=True):
+class Output(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What every output has. `needs`: kinds of devices that systemd is to allow, as DeviceAllow= names them."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+
+class Led(Output, tag="led", frozen=True, kw_only=True):
     """One LED that shows what the appliance does by how it blinks."""
 
     pin: Pin
     active_high: bool = True
 
 
-class RgbLed(Strict, tag_field="kind", tag="rgb", frozen=True, kw_only=True):
+class RgbLed(Output, tag="rgb", frozen=True, kw_only=True):
     red: Pin
     green: Pin
     blue: Pin
     active_high: bool = True
 
 
-class Buzzer(Strict, tag_field="kind", tag="buzzer", frozen=True, kw_only=True):
+class Buzzer(Output, tag="buzzer", frozen=True, kw_only=True):
     """Beeps once for an answer and three times for an error."""
 
     pin: Pin
 
 
-class Speech(Strict, tag_field="kind", tag="speech", frozen=True, kw_only=True):
+class Speech(Output, tag="speech", frozen=True, kw_only=True):
     """A program that is given a sentence on its standard input and says it."""
 
+    needs: ClassVar[tuple[str, ...]] = ("char-alsa",)
     command: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: ["espeak-ng", "--stdin"]
     )
 
 
-class Display(Strict, tag_field="kind", tag="display", frozen=True, kw_only=True):
+class Display(Output, tag="display", frozen=True, kw_only=True):
     """A small display of the luma.oled package, on I2C."""
 
+    needs: ClassVar[tuple[str, ...]] = ("char-i2c",)
     driver: Literal["ssd1306", "sh1106", "ssd1309"] = "ssd1306"
     port: Annotated[int, msgspec.Meta(ge=0, le=63)] = 1
     address: Annotated[int, msgspec.Meta(ge=3, le=119)] = 0x3C
 
 
-class Hook(Strict, tag_field="kind", tag="hook", frozen=True, kw_only=True):
+class Hook(Output, tag="hook", frozen=True, kw_only=True):
     """A program that is run when a job comes to `event`, with the job as JSON on its standard input."""
 
     event: Literal["accepted", "started", "done", "failed", "cancelled"] = "done"

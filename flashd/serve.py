@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 from device import demo as demonstration
 from device import kiosk
 from device.appliance import Appliance, check
-from device.front import Facts
+from device.controls import Facts
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings, load

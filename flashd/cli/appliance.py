@@ -339,11 +339,11 @@ def _safe(args: argparse.Namespace) -> None:
 def _allow(args: argparse.Namespace) -> None:
     """flashd allow: the unit runs it before each start and reload, so that its sandbox is what is configured."""
     _needs_appliance()
-    from device.nodes import nodes
+    from device.needed_devices import needed_devices
     from flashd.config.settings import load
 
     settings = load(args.config)
-    properties = ["DeviceAllow=", *(f"DeviceAllow={node} rw" for node in nodes(settings))]
+    properties = ["DeviceAllow=", *(f"DeviceAllow={device} rw" for device in needed_devices(settings))]
     if not args.devices:
         # the figure that the plan obeys binds the whole service; systemd writes sizes as we do
         properties.append(f"MemoryMax={settings.memory.upper() if settings.memory else 'infinity'}")

@@ -15,7 +15,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
 from flashd.system.child import in_child
-from tests.daemon.clerk import request
+from tests.daemon.fake_worker import request
 
 
 def test_what_is_no_spool_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from device.appliance import Appliance
-from device.console import Console
+from device.consoles.console import Console
+from device.consoles.port import MOST_BEHIND
 from device.demo import Cable
-from device.port import MOST_BEHIND
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.system import board
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.device.conftest import Terminal
 from tests.waiting import wait
 

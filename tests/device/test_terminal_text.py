@@ -7,8 +7,8 @@ import textwrap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.line_editor import MAX_LINE, Key, LineEditor, width
-from device.terminal_text import Wrap, to_ascii
+from device.consoles.line_editor import MAX_LINE, Key, LineEditor, width
+from device.consoles.terminal_text import Wrap, to_ascii
 
 WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), max_size=30)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from device.line_editor import width
+from device.consoles.line_editor import width
 
 ASCII = str.maketrans(
     {

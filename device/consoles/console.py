@@ -37,7 +37,8 @@ Type a question and press Enter. Ctrl-C stops an answer, Ctrl-D or /quit ends.
 /stats           what the last answer cost
 /trigger NAME    start a trigger; without a name, list them
 /mute            start nothing by itself and say nothing aloud, or undo that
-1 to 9           ask a preset question"""
+1, 2, ...        ask a preset question
+Enter alone      show the title and the preset questions"""
 
 
 class Console:
@@ -64,11 +65,10 @@ class Console:
                 self._say("Goodbye. Press Enter to begin anew.")
                 self._wait_for_enter()
                 self._greet()
-            elif isinstance(entry, str) and entry.strip():
-                self._line(entry.strip())
+            elif entry is Key.INTERRUPT:
                 self._editor.start()
             elif entry is not None:
-                self._editor.start()
+                self._line(entry.strip())
 
     # --- lines --------------------------------------------------------------------------------------------
 
@@ -83,25 +83,40 @@ class Console:
         if self._editor.full:
             self._port.note(f"a line of more than {MAX_LINE} characters; the rest of it is dropped")
         if self._editor.garbled:
-            self._port.note("bytes that are no UTF-8")
+            self._port.note("bytes that are not UTF-8")
         return entries[0] if entries else None
 
     def _line(self, line: str) -> None:
-        presets = self._controls.settings.kiosk.presets
-        if line.isascii() and line.isdigit() and 1 <= int(line) <= len(presets):
-            self._ask(presets[int(line) - 1])
-        elif not line.startswith("/"):
-            self._ask(line)
+        if not line:  # somebody who has just come to the cable sees what this is
+            self._greet()
+            return
+        if line.isascii() and line.isdigit():
+            self._preset(line)
+        elif line.startswith("/"):
+            self._command(line)
         else:
-            name, _, rest = line[1:].partition(" ")
-            command = self._commands.get(name)
-            if command is None:
-                self._say(f"/{name} is not known; /help lists what is")
-                return
-            try:
-                command(rest.strip())
-            except FlashdError as error:
-                self._say(f"{error}")
+            self._ask(line)
+        self._editor.start()
+
+    def _preset(self, number: str) -> None:
+        presets = self._controls.settings.kiosk.presets
+        found = presets[int(number) - 1 : int(number)] if 0 < len(number) < 4 and int(number) else []
+        if found:
+            self._ask(found[0])
+            return
+        there = f"there are 1 to {len(presets)}" if presets else "there are none"
+        self._say(f"no preset question has the number {number}; {there}")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            self._say(f"/{name} is not known; /help lists what is")
+            return
+        try:
+            command(rest.strip())
+        except FlashdError as error:
+            self._say(f"{error}")
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]

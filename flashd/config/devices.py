@@ -58,7 +58,7 @@ class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
 
 
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
-    """A thermometer on the 1-Wire bus: a DS18B20 or its kin. Degrees Celsius. Without an id the first one there is."""
+    """A thermometer on the 1-Wire bus: a DS18B20 or its kin. Degrees Celsius. Without an id the first found."""
 
     id: OneWireId | None = None
     unit: str = "°C"

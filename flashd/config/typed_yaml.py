@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import inspect
@@ -70,7 +70,7 @@ def parse(text: str, kind: type[T]) -> tuple[T, Document]:
         raise Wrong(str(error), error.line) from error
     value = {} if document.value is None else document.value
     try:
-        return msgspec.convert(_as_meant(_whole(kind), value, ()), kind), document
+        return msgspec.convert(_as_meant(_whole(cast(Any, kind)), value, ()), kind), document
     except _NotMeant as error:
         raise Wrong(_before(error.path, value) + str(error), document.line(error.path)) from error
     except msgspec.ValidationError as error:
@@ -186,7 +186,7 @@ class _Place(NamedTuple):
 
 
 @cache
-def _whole(kind: type) -> _Place:
+def _whole(kind: Any) -> _Place:
     """What a whole file may be."""
     return _Place.of(inspect.type_info(kind))
 

@@ -186,7 +186,7 @@ def _serve(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """flashd check-config"""
     _needs_appliance()
-    from device.appliance import check
+    from flashd.check_config import check
     from flashd.config.settings import load
 
     settings = load(args.config, check)

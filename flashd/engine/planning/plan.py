@@ -123,10 +123,7 @@ def make_plan(
         )  # fmt: skip
     least = smallest(header, context, base)
     if memory < least:
-        raise MemoryTooSmall(
-            f"{memory / MIB:.0f}M is too small for {m.name} with a context of {context};"
-            f" the smallest that works is --memory {-(-(least + MARGIN) // MIB)}M"
-        )
+        raise MemoryTooSmall(memory, least + MARGIN, f"{m.name} with a context of {context}")
     parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
     if rates is not None:
         return _selecting(header, rates, memory, context, threads, parts, least)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 from hypothesis import given
@@ -15,13 +17,16 @@ from hypothesis import strategies as st
 
 from device.appliance import check
 from device.triggers import next_time
+from flashd.config import plain_yaml
 from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Schedule
 from flashd.config.fields import Pin
+from flashd.config.json_schema import schema_text
 from flashd.config.pins import pins_in
 from flashd.config.settings import Settings, load, parse, pins
 from flashd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
+SCHEMA = EXAMPLE.parent / "flashd.schema.json"
 
 
 @pytest.mark.parametrize(
@@ -438,6 +443,30 @@ def test_no_text_fails_in_another_way(text: str) -> None:
         parse(text)
     except ConfigError as error:
         assert str(error).startswith("flashd.yaml")
+
+
+def valid(text: str) -> bool:
+    return bool(jsonschema.Draft202012Validator(json.loads(schema_text())).is_valid(plain_yaml.parse(text).value))
+
+
+def test_the_schema_for_editors_is_current() -> None:
+    """Made anew by: python -m flashd.config.json_schema deploy/flashd.schema.json"""
+    assert SCHEMA.read_text("utf-8") == schema_text()
+
+
+def test_the_schema_for_editors_knows_what_is_right() -> None:
+    jsonschema.Draft202012Validator.check_schema(json.loads(schema_text()))
+    for file in (EXAMPLE, EXAMPLE.parent / "flashd.yaml"):
+        text = file.read_text("utf-8")
+        assert valid(text), file
+        assert text.startswith(f"# yaml-language-server: $schema={SCHEMA.name}\n")
+    assert valid("outputs: [{kind: led, pin: GPIO17}]") and valid("mute_pin: 17")
+    for wrong in (
+        "modle: x", "context: 3", "outputs: [{kind: led}]", "outputs: [{kind: lid, pin: 3}]", "mute_pin: 99",
+        "outputs: [{kind: led, pin: BOARD11}]", "triggers: [{kind: button, name: a, prompt: p, pin: 3, press: soft}]",
+        "api: {loopback: 0.0.0.0}",
+    ):  # fmt: skip
+        assert not valid(wrong), wrong
 
 
 KEYS = st.sampled_from([*Settings.__struct_fields__, "kind", "name", "pin", "prompt", "x"])

@@ -265,7 +265,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from flashd.cli.doctor import examine
 
     found = []
-    for finding in examine(args.card or _configured_bundle()):
+    for finding in examine(args.card or _configured_bundle(), voices=_configured_voices()):
         found.append(finding)
         if not args.json:
             advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
@@ -273,6 +273,21 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
     return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
+
+
+def _configured_voices() -> list[str]:
+    """The programs that the configuration has speak. A wrong configuration is said by `_configured_bundle`."""
+    if not CONFIG.exists():
+        return []
+    _needs_appliance()
+    from flashd.config.devices import Speech
+    from flashd.config.settings import load
+
+    try:
+        outputs = load(CONFIG).outputs
+    except ConfigError:
+        return []
+    return [output.command[0] for output in outputs if isinstance(output, Speech)]
 
 
 def _configured_bundle() -> Path:

@@ -6,8 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,11 +47,18 @@ class Finding:
     advice: str = ""
 
 
-def examine(path: Path, roots: Roots | None = None) -> Iterator[Finding]:
-    """Looks at the board, and at the card that `path` lies on. `path`: a bundle, another large file, or a folder."""
+def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) -> Iterator[Finding]:
+    """Looks at the board, at the card that `path` lies on, and at sound if something is to speak.
+
+    Args:
+        path: a bundle, another large file, or a folder.
+        voices: the programs that are configured to speak.
+    """
     roots = roots or Roots()
     yield from (_board(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots), _pins(roots), _serial(roots))
     yield from (_supply(roots), _temperature(roots), _clock(roots))
+    if voices:
+        yield _sound(roots, voices)
     yield from _card(path, roots)
     yield from (_space(path), _written(path, roots), _systemd(roots), _onnxruntime())
 
@@ -105,6 +113,25 @@ def _serial(roots: Roots) -> Finding:
             "serial ports", "warn", f"{text}; closed to you: {', '.join(closed)}", "join the group dialout"
         )
     return Finding("serial ports", "ok", text)
+
+
+def _sound(roots: Roots, voices: Sequence[str]) -> Finding:
+    """Whether what is to speak is installed and has a sound card that plays."""
+    missing = [voice for voice in voices if not shutil.which(voice)]
+    if missing:
+        return Finding("sound", "fail", f"{missing[0]} is not installed", f"sudo apt install {Path(missing[0]).name}")
+    outputs = sorted(roots.dev.glob("snd/pcmC*D*p"))
+    names = re.findall(r"^ *[0-9]+ \[.*?\]: .* - (.*)$", _text(roots.proc / "asound/cards"), re.MULTILINE)
+    if not outputs:
+        return Finding(
+            "sound", "fail", f"speech is configured, and {'no card plays' if names else 'there is no sound card'}",
+            "plug in a USB sound card or speaker, or write dtparam=audio=on into /boot/firmware/config.txt and"
+            " reboot",
+        )  # fmt: skip
+    text = f"{', '.join(names) or outputs[0].name}, for {', '.join(voices)}"
+    if not any(os.access(output, os.R_OK | os.W_OK) for output in outputs):
+        return Finding("sound", "warn", f"{text}; closed to you", "join the group audio")
+    return Finding("sound", "ok", text)
 
 
 def _supply(roots: Roots) -> Finding:

@@ -450,8 +450,9 @@ def valid(text: str) -> bool:
 
 
 def test_the_schema_for_editors_is_current() -> None:
-    """Made anew by: python -m flashd.config.json_schema deploy/flashd.schema.json"""
-    assert SCHEMA.read_text("utf-8") == schema_text()
+    """And says how it is made anew if it is not."""
+    command = "python -m flashd.config.json_schema deploy/flashd.schema.json"
+    assert SCHEMA.read_text("utf-8") == schema_text(), f"run: {command}"
 
 
 def test_the_schema_for_editors_knows_what_is_right() -> None:

@@ -131,6 +131,7 @@ class Console:
             self._turns = [*turns, Turn("assistant", end.result.text)]
             if len(self._turns) > MOST_TURNS:
                 del self._turns[: MOST_TURNS // 2]
+                self._say("(the older half of this talk is forgotten)")
 
     # --- an answer as it comes ----------------------------------------------------------------------------
 

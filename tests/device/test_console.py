@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from device.appliance import Appliance
+from device.consoles import console
 from device.consoles.console import Console
 from device.consoles.port import MOST_BEHIND
 from device.demo import Cable
@@ -90,6 +91,22 @@ def test_an_empty_enter_greets_whoever_comes_late(
     terminal.type("2\r")
     terminal.expect("today.")
     assert [job.request.turns[-1].content for job in clerk.answered] == ["Will it rain?"]
+
+
+def test_a_long_talk_says_that_it_forgets(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "MOST_TURNS", 4)
+    appliance(settings(cable))
+    terminal.expect("> ")
+    for text in ("one", "two", "three"):
+        terminal.type(text + "\r")
+        shown = terminal.expect("\r\n\r> \x1b[K")
+    assert shown.endswith("It is warm today.\r\n(the older half of this talk is forgotten)\r\n\r> \x1b[K")
+    terminal.type("four\r")
+    terminal.expect("today.")
+    asked = [turn.content for turn in clerk.answered[-1].request.turns]
+    assert asked == ["two", "It is warm today.", "three", "It is warm today.", "four"]
 
 
 def test_without_preset_questions_a_number_has_none(appliance: Make, cable: Cable, terminal: Terminal) -> None:

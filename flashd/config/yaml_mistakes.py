@@ -12,6 +12,7 @@ ENTRY = re.compile(r"( *)(- +)?([^\s#\"'\[\]{},:][^\"'\[\]{},:]*):(?= |$)")
 
 CANNOT_START = re.compile(r"found character '(.+)' that cannot start any token")
 QUOTE = "put it in quotes"
+LINE_END = "\r\n|[\r\n\x85\u2028\u2029]"  # YAML's
 NO_COLON = "a line that is neither `key: value` nor an entry that begins with `- `"
 
 
@@ -22,7 +23,7 @@ def explained(text: str, error: yaml.YAMLError) -> tuple[int, str]:
     if mark is None:  # a character that PyYAML does not read; it counts characters, not lines
         position = getattr(error, "position", 0)
         return text.count("\n", 0, position) + 1, _unreadable(error, problem)
-    lines = text.split("\n")
+    lines = re.split(LINE_END, text)
     number = int(mark.line)
     line = lines[number] if number < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:

@@ -128,6 +128,8 @@ def test_manifests(tmp_path: Path, data: st.DataObject) -> None:
         ("\nmodel: 2001-99-99", "line 2: month must be in 1..12"),
         ("\ncontext: " + "9" * 5000, "line 2: Exceeds the limit"),
         ("model: " + "[" * 5000, "line 1: lists and mappings are too deep"),
+        ("0\r:", "line 2: "),
+        ("0\r\r0:", "line 3: "),
         ('"a\\nb": 1', "line 1: 'a\\nb' is not known"),
         ('sensors: [{kind: light, pin: 1, name: "a\\n"}]', "line 1: sensor 'a\\n', name: expected a name"),
     ],

@@ -12,14 +12,14 @@ from queue import Full, Queue
 
 import gpiozero
 
-from device.console import Console
+from device.consoles.console import Console
+from device.consoles.machine import Machine
+from device.consoles.port import Port, SerialLine
+from device.controls import Facts, Status
 from device.drives import Drives, letting_go, taking_pins
-from device.front import Facts, Status
-from device.machine import Machine
-from device.outputs import Panel
-from device.port import Port, SerialLine
+from device.outputs.panel import Panel
 from device.prompt import Prompt
-from device.sensors import Sensors
+from device.sensors.sensors import Sensors
 from device.triggers import Triggers
 from flashd.config.devices import AnyTrigger
 from flashd.config.settings import Serial, Settings
@@ -39,7 +39,7 @@ CLOSE_SECONDS = 5.0
 
 
 class Appliance:
-    """A Front. It shows `loading` from the start, listens from `open` on, until `close`.
+    """The `Controls` of everything. It shows `loading` from the start, listens from `open` on, until `close`.
 
     Args:
         settings: the configuration.

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from device.front import Front
+from device.controls import Controls
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -16,7 +16,7 @@ POLICY = (
 """The page is whole: it loads nothing from anywhere."""
 
 
-def routes(front: Front) -> list[Route]:
+def routes(controls: Controls) -> list[Route]:
     """The page, and the switch that mutes the appliance."""
     page = files("device").joinpath("kiosk.html").read_text("utf-8")
 
@@ -24,7 +24,7 @@ def routes(front: Front) -> list[Route]:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
 
     async def mute(http: Request) -> Response:
-        front.mute(http.path_params["state"] == "on")
-        return JSONResponse({"muted": front.muted})
+        controls.mute(http.path_params["state"] == "on")
+        return JSONResponse({"muted": controls.muted})
 
     return [Route("/", show), Route("/api/mute/{state:str}", mute, methods=["POST"])]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from device.sensors import Reading
+from device.sensors.reading import Reading
 from flashd.errors import ConfigError, UsageError
 from flashd.system.template import Template, TemplateFails
 
@@ -24,7 +24,7 @@ MAX_LENGTH = 64 << 10
 class Prompt:
     """One template.
 
-    Raises ConfigError where it is no template, names what is not there, or a sensor that is not configured.
+    Raises ConfigError if it is not a template, names what is not there, or a sensor that is not configured.
     """
 
     def __init__(self, source: str, trigger: str, sensors: list[str]) -> None:
@@ -33,26 +33,25 @@ class Prompt:
         try:
             unknown = self._template.names() - set(VALUES)
         except TemplateFails as error:
-            raise ConfigError(f"trigger {trigger!r}: the prompt is no template: {error}") from error
+            raise ConfigError(f"it is not a Jinja template: {error}") from error
         if unknown:
-            raise ConfigError(
-                f"trigger {trigger!r}: the prompt names {min(unknown)!r}; there are {', '.join(VALUES)}"
-            )
+            raise ConfigError(f"it names {min(unknown)!r}; there are {', '.join(VALUES)}")
         try:
-            self.render({name: Reading(None) for name in sensors}, "", {})
-        except UsageError as error:
+            self._render({name: Reading(None) for name in sensors}, "", {})
+        except TemplateFails as error:
             missing = NO_SENSOR.search(str(error))
             if missing:
                 there = f"there are {', '.join(sensors)}" if sensors else "there are none"
-                raise ConfigError(
-                    f"trigger {trigger!r}: no sensor is called {missing.group(1)!r}; {there}"
-                ) from error
-            raise ConfigError(str(error)) from error
+                raise ConfigError(f"no sensor is called {missing.group(1)!r}; {there}") from error
+            raise ConfigError(f"the template fails: {error}") from error
 
     def render(self, sensors: Mapping[str, Reading], last: str, values: Mapping[str, Any]) -> str:
-        """The prompt now. Raises UsageError where the template fails."""
-        names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
+        """The prompt now. Raises UsageError if the template fails."""
         try:
-            return self._template.render({**names, **values})
+            return self._render(sensors, last, values)
         except TemplateFails as error:
-            raise UsageError(f"trigger {self._trigger!r}: the prompt fails: {error}") from error
+            raise UsageError(f"trigger {self._trigger!r}: its prompt fails: {error}") from error
+
+    def _render(self, sensors: Mapping[str, Reading], last: str, values: Mapping[str, Any]) -> str:
+        names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
+        return self._template.render({**names, **values})

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import gpiozero
 
-from device.sensors import Sensors
+from device.sensors.sensors import Sensors
 from flashd.config.devices import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class Nearness(_Loop):
             return
         near = reading.value < self._trigger.below
         if near and not self._near:
-            self._fire(self._trigger.name, distance=reading.value)
+            self._fire(self._trigger.name, distance=round(reading.value, 2))
         self._near = near
 
 

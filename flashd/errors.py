@@ -58,9 +58,15 @@ class InputMissing(FlashdError):
 
 
 class MemoryTooSmall(FlashdError):
-    """The memory budget is below the smallest one that works."""
+    """The memory budget is below the smallest one that works, which is `smallest` bytes. `what` says for what."""
 
     exit_code = os.EX_CONFIG
+
+    def __init__(self, memory: int, smallest: int, what: str) -> None:
+        self.smallest, self.what = smallest, what
+        super().__init__(
+            f"{memory >> 20}M is too small for {what}; the smallest that works is --memory {-(-smallest >> 20)}M"
+        )
 
 
 class MemoryTaken(FlashdError):

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 from device import demo as demonstration
 from device import kiosk
 from device.appliance import Appliance, check
-from device.front import Facts
+from device.controls import Facts
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings, load
@@ -33,7 +33,7 @@ from flashd.daemon.worker import Worker
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.errors import FlashdError, MemoryTaken, MemoryTooSmall
+from flashd.errors import ConfigError, FlashdError, MemoryTaken, MemoryTooSmall
 from flashd.pack import default_model
 from flashd.system.memory import MIB, parse_size, peak
 from flashd.system.paths import snapshot_folder
@@ -118,9 +118,10 @@ class Daemon:
             return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
         except MemoryTooSmall as error:
             if s.memory is not None:
-                raise
+                raise ConfigError(f"memory: {too_small(s.memory, error)}") from error
             # what takes it may be gone at the next try
-            raise MemoryTaken(f"too little memory is free: {error}") from error
+            need = -(-error.smallest // MIB)
+            raise MemoryTaken(f"too little memory is free: {error.what} needs {need}M at the least") from error
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
@@ -173,6 +174,11 @@ class Daemon:
             self._worker.answering = settings.answer
         kept = [key for key in NEEDS_RESTART if getattr(settings, key) != getattr(self._settings, key)]
         log.info("reloaded" + (f"; {', '.join(kept)} will change with a restart" if kept else ""))
+
+
+def too_small(memory: str, error: MemoryTooSmall, more: int = 0) -> str:
+    """That a configuration's `memory` is too small; with `more` bytes it is enough for what is not counted yet."""
+    return f"{memory} is too small for {error.what}; the smallest that works is {-(-(error.smallest + more) // MIB)}M"
 
 
 def serve(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -26,6 +26,8 @@ from flashd.config.fields import (
 class Sensor(Strict, tag_field="kind", frozen=True, kw_only=True):
     """What prompts can name as {{ sensors.NAME }}. A sensor that does not answer reads unknown there."""
 
+    # kinds of devices that systemd is to allow, as DeviceAllow= names them
+    needs: ClassVar[tuple[str, ...]] = ()
     name: Name
     """The sensor's name in prompts."""
     unit: str = ""
@@ -57,6 +59,8 @@ class Light(Sensor, tag="light", frozen=True, kw_only=True):
 class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
     """A channel of an MCP3008 converter on SPI."""
 
+    # gpiozero opens its pins' chip before the converter's bus, even if that selects the chip itself
+    needs: ClassVar[tuple[str, ...]] = ("char-gpiochip", "char-spi")
     channel: Annotated[int, msgspec.Meta(ge=0, le=7)]
     """The channel's number."""
     low: float = 0.0
@@ -66,7 +70,7 @@ class Analog(Sensor, tag="mcp3008", frozen=True, kw_only=True):
 
 
 class OneWire(Sensor, tag="ds18b20", frozen=True, kw_only=True):
-    """A DS18B20 thermometer on the 1-Wire bus, in degrees Celsius."""
+    """A thermometer on the 1-Wire bus, a DS18B20 or its kin, in degrees Celsius."""
 
     id: OneWireId | None = None
     """The thermometer's number. Without this key it is the first one that is found."""
@@ -217,7 +221,7 @@ class Schedule(Trigger, tag="schedule", frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.every is None) == (self.at is None):
-            raise ValueError("a schedule has either every: SECONDS or at: 'HH:MM'")
+            raise ValueError("a schedule has either every: SECONDS or at: HH:MM")
 
 
 class Manual(Trigger, tag="manual", frozen=True, kw_only=True):
@@ -230,7 +234,14 @@ AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
 # --- outputs ----------------------------------------------------------------------------------------------
 
 
-class Led(Strict, tag_field="kind", tag="led", frozen=True, kw_only=True):
+class Output(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What shows or says the state and the answers."""
+
+    # kinds of devices that systemd is to allow, as DeviceAllow= names them
+    needs: ClassVar[tuple[str, ...]] = ()
+
+
+class Led(Output, tag="led", frozen=True, kw_only=True):
     """One LED: it blinks slowly when idle and fast while the model thinks, and is lit while it answers."""
 
     pin: Pin
@@ -239,7 +250,7 @@ class Led(Strict, tag_field="kind", tag="led", frozen=True, kw_only=True):
     """Whether the LED lights at 3.3 V. With false it lights at 0 V."""
 
 
-class RgbLed(Strict, tag_field="kind", tag="rgb", frozen=True, kw_only=True):
+class RgbLed(Output, tag="rgb", frozen=True, kw_only=True):
     """An LED of three colours: yellow loads, green is idle, blue thinks, red is an error."""
 
     red: Pin
@@ -252,25 +263,27 @@ class RgbLed(Strict, tag_field="kind", tag="rgb", frozen=True, kw_only=True):
     """Whether the LED lights at 3.3 V. With false it lights at 0 V."""
 
 
-class Buzzer(Strict, tag_field="kind", tag="buzzer", frozen=True, kw_only=True):
+class Buzzer(Output, tag="buzzer", frozen=True, kw_only=True):
     """A buzzer: one beep for an answer, three for an error."""
 
     pin: Pin
     """The pin."""
 
 
-class Speech(Strict, tag_field="kind", tag="speech", frozen=True, kw_only=True):
+class Speech(Output, tag="speech", frozen=True, kw_only=True):
     """A program that says the answer. It gets one sentence after another on standard input."""
 
+    needs: ClassVar[tuple[str, ...]] = ("char-alsa",)
     command: Annotated[list[str], msgspec.Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: ["espeak-ng", "--stdin"]
     )
     """The program and its arguments."""
 
 
-class Display(Strict, tag_field="kind", tag="display", frozen=True, kw_only=True):
+class Display(Output, tag="display", frozen=True, kw_only=True):
     """A small display on I2C, through the luma.oled package."""
 
+    needs: ClassVar[tuple[str, ...]] = ("char-i2c",)
     driver: Literal["ssd1306", "sh1106", "ssd1309"] = "ssd1306"
     """The display's chip."""
     port: Annotated[int, msgspec.Meta(ge=0, le=63)] = 1
@@ -279,7 +292,7 @@ class Display(Strict, tag_field="kind", tag="display", frozen=True, kw_only=True
     """The display's address on the bus."""
 
 
-class Hook(Strict, tag_field="kind", tag="hook", frozen=True, kw_only=True):
+class Hook(Output, tag="hook", frozen=True, kw_only=True):
     """A program that is run at an event of a job. It gets the job as JSON on standard input."""
 
     event: Literal["accepted", "started", "done", "failed", "cancelled"] = "done"

@@ -1,15 +1,19 @@
 """YAML that anybody may have written -> plain values, each with its line.
 
 What YAML can do and a configuration has no use for is refused: aliases, which make a short file a large tree; tags,
-which have the library construct what the text is not; a key given twice; characters that no text has.
+which have the library construct what the text is not; a key given twice; characters that no text has. A number is
+what people take for one: 017 is not 15, and 17:30 is not 1050; both are texts here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import yaml
+
+from flashd.config import yaml_mistakes
 
 MOST_NODES = 10_000
 """Keys, values, lists and mappings of a text: the library takes a second for as many on a small board."""
@@ -53,11 +57,8 @@ def parse(text: str) -> Document:
         tree = loader.get_single_node()
         return Document(None if tree is None else loader.construct_document(tree), tree)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-        if what == "mapping values are not allowed here":
-            what = "a text with a colon: put it in quotes"
-        raise YamlError(mark.line + 1 if mark else 1, what) from error
+        line, what = yaml_mistakes.explained(text, error)
+        raise YamlError(line, what) from error
     except RecursionError as error:
         raise YamlError(1, "lists and mappings are too deep in one another") from error
     except (ValueError, OverflowError) as error:
@@ -65,8 +66,22 @@ def parse(text: str) -> Document:
         raise YamlError(line, "an escape that is no character") from error
 
 
+NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+}
+"""PyYAML's, without octal numbers and those of base 60."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Raises yaml.MarkedYAMLError where it refuses something."""
+    """Raises yaml.MarkedYAMLError if it refuses something."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class has it without ClassVar
+        first: [(tag, NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     nodes = 0
 

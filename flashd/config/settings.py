@@ -6,16 +6,17 @@ Every struct refuses unknown keys. msgspec checks types and ranges; what it cann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from flashd.config import typed_yaml
 from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Distance, Near
-from flashd.config.fields import Count, Name, Pin, Seconds, Size, Strict, Temperature, TopP
-from flashd.config.typed_yaml import Wrong, dotted
+from flashd.config.fields import Absolute, Count, Loopback, Name, Pin, Seconds, Size, Strict, Temperature, TopP
+from flashd.config.pins import PinUse, pins_in
+from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
 from flashd.system.memory import parse_size
 
@@ -63,9 +64,9 @@ class Answering(Strict, frozen=True, kw_only=True):
 class Api(Strict, frozen=True, kw_only=True):
     """Where programs on this machine reach the daemon."""
 
-    socket: str = "/run/flashd/flashd.sock"
+    socket: Absolute = "/run/flashd/flashd.sock"
     """The socket of the HTTP API, which OpenAI's clients can speak. Members of group flashd may use it."""
-    loopback: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    loopback: Loopback | None = None
     """A port on 127.0.0.1 for the API and the kiosk's page.
 
     Without this key there is none. The service gets the port from flashd-loopback.socket, which
@@ -161,7 +162,7 @@ class Settings(Strict, frozen=True, kw_only=True):
 
 def pins(settings: Settings) -> list[int]:
     """The pins of everything configured; one that two entries use is there twice."""
-    return [pin for _, entry in _entries(settings) for pin in _pins(entry)] + _mute(settings)
+    return [use.pin for use in pins_in(settings)]
 
 
 def _check_fit(settings: Settings) -> None:
@@ -176,10 +177,10 @@ def _check_fit(settings: Settings) -> None:
     for i, trigger in enumerate(settings.triggers):
         at = ("triggers", i)
         if trigger.json_schema is not None and not settings.schemas:
-            raise Misfit((*at, "json_schema"), f"trigger {trigger.name!r} has one, which needs schemas: true")
+            raise Misfit((*at, "json_schema"), "answers of a schema need `schemas: true` in the file")
         if isinstance(trigger, Near) and trigger.sensor not in distances:
-            wanted = f"a distance sensor called {trigger.sensor!r}"
-            raise Misfit((*at, "sensor"), f"trigger {trigger.name!r} needs {wanted}")
+            there = f"there are {', '.join(sorted(distances))}" if distances else "there are none"
+            raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there}")
     _check_pins(settings)
 
 
@@ -188,46 +189,30 @@ def _check_names(settings: Settings) -> None:
         names: list[str] = []
         for i, entry in enumerate(getattr(settings, what)):
             if entry.name in names:
-                raise Misfit((what, i, "name"), f"two {what} are called {entry.name!r}")
+                raise Misfit((what, i, "name"), f"two entries of {what} are called {entry.name!r}")
             names.append(entry.name)
 
 
 def _check_pins(settings: Settings) -> None:
     """Each pin has one user, but for a button that is pressed in several ways."""
-    users: dict[int, list[Any]] = {pin: [None] for pin in _mute(settings)}
-    for path, entry in _entries(settings):
-        for pin in _pins(entry):
-            others = users.setdefault(pin, [])
-            if others and not all(_same_button(entry, other) for other in others):
-                raise Misfit(path, f"pin {pin} is used twice")
-            others.append(entry)
+    users: dict[int, list[PinUse]] = {}
+    for use in pins_in(settings):
+        others = users.setdefault(use.pin, [])
+        for other in others:
+            if not _same_button(use, other):
+                where = place_words(other.path, settings)
+                raise Misfit(use.path, f"pin {use.pin} is used twice: here and at {where}")
+        others.append(use)
 
 
-def _same_button(one: Any, other: Any) -> bool:
+def _same_button(use: PinUse, other: PinUse) -> bool:
+    one, two = use.owner, other.owner
     return (
         isinstance(one, Button)
-        and isinstance(other, Button)
-        and one.press != other.press
-        and (one.pull_up, one.bounce) == (other.pull_up, other.bounce)
+        and isinstance(two, Button)
+        and one.press != two.press
+        and (one.pull_up, one.bounce) == (two.pull_up, two.bounce)
     )
-
-
-def _entries(settings: Settings) -> Iterator[tuple[tuple[str, int], Any]]:
-    """What may have pins, each with the path to it."""
-    for what in ("sensors", "triggers", "outputs"):
-        for i, entry in enumerate(getattr(settings, what)):
-            yield (what, i), entry
-
-
-def _mute(settings: Settings) -> list[int]:
-    return [] if settings.mute_pin is None else [settings.mute_pin]
-
-
-def _pins(entry: Any) -> list[int]:
-    names = ("pin", "echo", "trigger", "a", "b", "button", "red", "green", "blue")
-    pins = [value for name in names if isinstance(value := getattr(entry, name, None), int)]
-    drive = getattr(entry, "drive", None)
-    return pins + ([drive.pin] if drive else [])
 
 
 LONGEST = 1 << 20
@@ -270,5 +255,6 @@ def parse(text: str, name: str = "flashd.yaml", check: Check = _no_more) -> Sett
         _check_fit(settings)
         check(settings)
     except Misfit as error:
-        raise ConfigError(f"{name}, line {document.line(error.path)}: {dotted(error.path)}{error}") from error
+        where = place_words(error.path, document.value)
+        raise ConfigError(f"{name}, line {document.line(error.path)}: {where}: {error}") from error
     return settings

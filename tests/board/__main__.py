@@ -67,7 +67,7 @@ PINS = f"""\
 OURS = (
     "/opt/flashd /usr/local/bin/flashd /etc/sysusers.d/flashd.conf /etc/tmpfiles.d/flashd.conf /run/flashd"
     " /etc/modules-load.d/flashd.conf /etc/udev/rules.d/*flashd* /etc/systemd/system/*flashd*"
-    " /etc/systemd/system/*.wants/*flashd* /var/cache/flashd /etc/flashd/flashd.example.yaml"
+    " /etc/systemd/system/*.wants/*flashd* /var/cache/flashd /etc/flashd/flashd.*.yaml /etc/flashd/flashd.schema.json"
     " /usr/local/share/man/man1/flashd.1 /usr/local/share/man/man5/flashd.yaml.5"
 )
 """Where the installer puts what is not data."""

@@ -103,6 +103,60 @@ def test_flags_of_the_supply(tiny_bundle: Path, tmp_path: Path, flags: str, leve
     assert levels(list(examine(tiny_bundle, roots)))["supply"] == level
 
 
+CARD = " 0 [Headphones     ]: bcm2835_headpho - bcm2835 Headphones\n                      bcm2835 Headphones\n"
+
+
+@pytest.mark.parametrize(
+    ("voice", "files", "finding"),
+    [
+        (
+            "no-such-voice", {},
+            ("fail", "no-such-voice is not installed", "sudo apt install no-such-voice"),
+        ),
+        (
+            "sh", {"proc/asound/cards": "--- no soundcards ---\n"},
+            (
+                "fail", "speech is configured, and there is no sound card",
+                "plug in a USB sound card or speaker, or write dtparam=audio=on into /boot/firmware/config.txt and"
+                " reboot",
+            ),
+        ),
+        (
+            "sh", {"proc/asound/cards": CARD, "dev/snd/pcmC0D0c": ""},  # a microphone alone
+            (
+                "fail", "speech is configured, and no card plays",
+                "plug in a USB sound card or speaker, or write dtparam=audio=on into /boot/firmware/config.txt and"
+                " reboot",
+            ),
+        ),
+        (
+            "sh", {"proc/asound/cards": CARD, "dev/snd/pcmC0D0p": ""},
+            ("ok", "bcm2835 Headphones, for sh", ""),
+        ),
+    ],
+)  # fmt: skip
+def test_sound_is_looked_at_if_something_is_to_speak(
+    tmp_path: Path, voice: str, files: dict[str, str], finding: tuple[str, str, str]
+) -> None:
+    roots = tree(tmp_path, files)
+    (found,) = [f for f in examine(tmp_path, roots, [voice]) if f.name == "sound"]
+    assert (found.level, found.text, found.advice) == finding
+    assert not [f for f in examine(tmp_path, roots) if f.name == "sound"]
+
+
+def test_the_command_looks_at_the_sound_of_what_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "flashd.yaml"
+    monkeypatch.setattr("flashd.cli.appliance.CONFIG", config)
+    config.write_text("outputs: [{kind: speech, command: [no-such-voice]}]")
+    assert main(["doctor", "--card", str(tmp_path)]) == os.EX_CONFIG
+    assert "fail  sound          no-such-voice is not installed -> sudo apt install" in capsys.readouterr().out
+    config.write_text("outputs: []")
+    main(["doctor", "--card", str(tmp_path)])
+    assert "sound" not in capsys.readouterr().out
+
+
 def test_a_damaged_bundle_fails_and_an_empty_board_says_so(tmp_path: Path) -> None:
     (tmp_path / "m.flash").write_bytes(b"no bundle")
     found = {f.name: f for f in examine(tmp_path / "m.flash", tree(tmp_path / "none", {}))}

@@ -15,7 +15,7 @@ import pexpect
 import pytest
 from pexpect import fdpexpect
 
-from device.port import Port
+from device.consoles.port import Port
 from flashd.config.settings import Serial
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait

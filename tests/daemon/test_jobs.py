@@ -13,7 +13,7 @@ from flashd.daemon.job import State
 from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.waiting import wait
 
 

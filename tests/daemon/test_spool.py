@@ -15,7 +15,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import CannotWrite, DataError, InputMissing
 from flashd.system.child import Limits, in_child
-from tests.daemon.clerk import request
+from tests.daemon.fake_worker import request
 
 LITTLE = Limits(seconds=20, memory=64 << 20)
 

@@ -22,7 +22,7 @@ from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.planning.plan import smallest
 from flashd.errors import CardError
 from flashd.system.memory import MIB, resident_now
-from tests.daemon.clerk import request
+from tests.daemon.fake_worker import request
 from tests.waiting import wait
 
 

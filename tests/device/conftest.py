@@ -13,12 +13,12 @@ import serial
 from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockTriggerPin
 
 from device.appliance import Appliance
+from device.controls import Facts
 from device.demo import Cable
-from device.front import Facts
 from flashd.config.settings import parse
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
-from tests.daemon.clerk import Clerk
+from tests.daemon.fake_worker import Clerk
 
 
 class Echo:

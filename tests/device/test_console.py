@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from device.appliance import Appliance
-from device.console import Console
+from device.consoles import console
+from device.consoles.console import Console
+from device.consoles.port import MOST_BEHIND
 from device.demo import Cable
-from device.port import MOST_BEHIND
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.system import board
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.device.conftest import Terminal
 from tests.waiting import wait
 
@@ -62,7 +63,10 @@ def test_whatever_is_typed_leaves_a_console(
 ) -> None:
     appliance(settings(cable))
     terminal.expect("2  Will it rain?\r\n")
-    for typed in ("²", "٣", "0", "99999999999999999999999999"):  # no preset's number
+    for typed in ("0", "3", "99999999999999999999999999"):
+        terminal.type(typed + "\r")
+        terminal.expect(f"no preset question has the number {typed}; there are 1 to 2\r\n")
+    for typed in ("²", "٣"):  # no numbers of a preset, and texts of their own
         terminal.type(typed + "\r")
         terminal.expect("today.")
         assert clerk.answered[-1].request.turns[-1].content == typed
@@ -72,6 +76,44 @@ def test_whatever_is_typed_leaves_a_console(
     monkeypatch.undo()
     terminal.type("hello\r")
     terminal.expect("today.")
+
+
+def test_an_empty_enter_greets_whoever_comes_late(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk
+) -> None:
+    appliance(settings(cable))
+    terminal.expect("2  Will it rain?\r\n")
+    for typed in ("\r", "   \r"):
+        terminal.type(typed)
+        terminal.expect(
+            "Weather box - flashd. /help lists the commands.\r\n1  Is it warm?\r\n2  Will it rain?\r\n\r> "
+        )
+    terminal.type("2\r")
+    terminal.expect("today.")
+    assert [job.request.turns[-1].content for job in clerk.answered] == ["Will it rain?"]
+
+
+def test_a_long_talk_says_that_it_forgets(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "MOST_TURNS", 4)
+    appliance(settings(cable))
+    terminal.expect("> ")
+    for text in ("one", "two", "three"):
+        terminal.type(text + "\r")
+        shown = terminal.expect("\r\n\r> \x1b[K")
+    assert shown.endswith("It is warm today.\r\n(the older half of this talk is forgotten)\r\n\r> \x1b[K")
+    terminal.type("four\r")
+    terminal.expect("today.")
+    asked = [turn.content for turn in clerk.answered[-1].request.turns]
+    assert asked == ["two", "It is warm today.", "three", "It is warm today.", "four"]
+
+
+def test_without_preset_questions_a_number_has_none(appliance: Make, cable: Cable, terminal: Terminal) -> None:
+    appliance(f"kiosk: {{title: Box, presets: []}}\nserial: [{{name: console, port: {cable.ours}}}]")
+    terminal.expect("> ")
+    terminal.type("1\r")
+    terminal.expect("no preset question has the number 1; there are none\r\n")
 
 
 def test_commands(appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk) -> None:
@@ -161,7 +203,8 @@ def test_what_comes_in_one_read_is_taken_line_by_line(
     appliance(settings(cable))
     terminal.expect("2  Will it rain?\r\n")
     terminal.type("\rIs it warm?\rAnd n")
-    terminal.expect("\r> \x1b[K\r\n\r> \x1b[KIs it warm?\r\nIt is warm today.\r\n\r> \x1b[KAnd n")
+    terminal.expect("\r> \x1b[K\r\n\r\nWeather box")
+    terminal.expect("2  Will it rain?\r\n\r> \x1b[KIs it warm?\r\nIt is warm today.\r\n\r> \x1b[KAnd n")
     terminal.type("ow?\r")
     terminal.expect("ow?\r\nIt is warm today.\r\n")
     assert [job.request.turns[-1].content for job in clerk.answered] == ["Is it warm?", "And now?"]
@@ -236,7 +279,7 @@ def test_garbage_a_megabyte_and_breaks(
     terminal.type("still there?\r")
     terminal.expect("It is warm today.", 60)
     assert clerk.answered[-1].request.turns[-1].content == "still there?"
-    for what in ("a break, or noise, on the line", "bytes that are no UTF-8", "a line of more than 4096 characters"):
+    for what in ("a break, or noise, on the line", "bytes that are not UTF-8", "a line of more than 4096 characters"):
         assert caplog.text.count(what) == 1, what
 
 

@@ -18,7 +18,7 @@ from flashd.daemon.api import Api
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.server import Server
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.waiting import wait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -60,7 +60,7 @@ def page(
     def open_page() -> Appliance:
         thermometer = tmp_path / "bus/w1/devices/28-0123456789ab"
         thermometer.mkdir(parents=True)
-        (thermometer / "w1_slave").write_text("crc=a1 YES\nt=21750\n")
+        (thermometer / "w1_slave").write_text("5c 01 4b 46 7f ff 04 10 a1 : crc=a1 YES\nt=21750\n")
         zone = tmp_path / "class/thermal/thermal_zone0"
         zone.mkdir(parents=True)
         (zone / "temp").write_text("48312\n")
@@ -182,7 +182,8 @@ def test_a_question_is_typed_by_touch_alone(browser: Any, page: Callable[[], App
 def test_what_is_sensed_now_is_on_the_page(browser: Any, page: Callable[[], Appliance], tmp_path: Path) -> None:
     page()
     wait(lambda: text(browser, "senses") == "soil heat 21.75 °C\nair unknown")
-    (tmp_path / "bus/w1/devices/28-0123456789ab/w1_slave").write_text("crc=a1 YES\nt=-500\n")
+    thermometer = tmp_path / "bus/w1/devices/28-0123456789ab/w1_slave"
+    thermometer.write_text("f8 ff 4b 46 7f ff 08 10 e8 : crc=e8 YES\nt=-500\n")
     wait(lambda: "soil heat -0.5 °C" in text(browser, "senses"))
 
 

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device.appliance import Appliance
+from device.consoles.machine import MAX_LINE
 from device.demo import Cable
-from device.machine import MAX_LINE
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
-from tests.daemon.clerk import Clerk
+from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Terminal
 
 Make = Callable[..., Appliance]

@@ -9,22 +9,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from gpiozero import BadPinFactory
 from gpiozero.pins.mock import MockFactory
 
-from device import drives, outputs
+from device import drives
 from device.appliance import Appliance
-from device.outputs import InTurn, Output, Panel, Phase
+from device.outputs import kinds
+from device.outputs.display import Screen
+from device.outputs.output import InTurn, Output, Phase
+from device.outputs.panel import Panel
 from flashd.cli.main import main
+from flashd.config.devices import AnyOutput, Display
 from flashd.config.settings import parse
 from flashd.daemon.job import Event, Job, State
 from flashd.daemon.jobs import Jobs
 from flashd.errors import CannotWrite, ConfigError
 from flashd.system.new_file import NewFile
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.waiting import wait
 
 Make = Callable[..., Appliance]
@@ -136,6 +140,10 @@ def test_it_shows_that_it_thinks_as_long_as_one_of_several_does(pins: MockFactor
     panel.close()
 
 
+def test_every_kind_of_output_has_what_opens_it() -> None:
+    assert set(kinds.KINDS) == set(get_args(AnyOutput))
+
+
 class _Loose(Output):
     """Nothing answers on its wires, from the second phase on."""
 
@@ -150,7 +158,7 @@ class _Loose(Output):
 def test_an_output_that_fails_leaves_the_others_going(
     pins: MockFactory, jobs: Jobs, clerk: Clerk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(outputs, "_display", lambda settings: _Loose())
+    monkeypatch.setitem(kinds.KINDS, Display, lambda settings, around: _Loose())
     panel = Panel(parse("outputs: [{kind: display}, {kind: led, pin: 2}]").outputs, jobs)
     panel.ready()
     for _ in range(2):
@@ -263,10 +271,25 @@ def test_a_voice_that_fails_is_said_once(jobs: Jobs, caplog: pytest.LogCaptureFi
     panel = Panel(parse("outputs: [{kind: speech, command: [sh, -c, 'cat; exit 3']}]").outputs, jobs)
     clerk = Clerk(jobs, words=["One. ", "Two. ", "Three."])
     jobs.submit(request())
-    wait(lambda: "speech: sh ended with 3" in caplog.text)
+    wait(lambda: "speech: sh ended with 3; flashd doctor looks at the sound card" in caplog.text)
     clerk.close()
     panel.close()
     assert caplog.text.count("ended with 3") == 1
+
+
+def test_a_voice_that_fails_now_and_then_is_said_once(
+    tmp_path: Path, jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that is killed from outside is a voice that failed too."""
+    said = tmp_path / "said"
+    script = f"read line; echo >> {said}; case $line in O*) exit 3;; K*) kill -9 $$;; esac"
+    panel = Panel(parse(f"outputs: [{{kind: speech, command: [sh, -c, '{script}']}}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["One. ", "Two. ", "One. ", "Kill. ", "Two. ", "Kill. ", "Two."])
+    jobs.submit(request())
+    wait(lambda: said.exists() and len(said.read_text()) == 7)
+    clerk.close()
+    panel.close()
+    assert caplog.text.count("speech: sh ended with 3") == 1 and caplog.text.count("speech: sh ended with -9") == 1
 
 
 def test_a_hook_that_takes_too_long_ends_with_all_it_started(
@@ -296,10 +319,9 @@ def test_a_hook_is_given_the_job(tmp_path: Path, jobs: Jobs, clerk: Clerk) -> No
 def test_a_display_shows_the_answer(jobs: Jobs) -> None:
     """luma's own dummy device draws into an image."""
     luma = pytest.importorskip("luma.core.device")
-    from device.outputs import _Display
 
     screen = luma.dummy(width=128, height=64, mode="1")
-    display = _Display(screen)
+    display = Screen(screen)
     display.show(Phase.THINKING)
     blank = screen.image.tobytes()
     for event in (happens("started", 1), happens("text", 1, "Hello")):

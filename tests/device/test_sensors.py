@@ -6,12 +6,15 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from gpiozero.pins.mock import MockFactory, MockPin, MockSPIDevice
 
 from device.prompt import Prompt
-from device.sensors import Reading, Sensors
+from device.sensors.kinds import KINDS
+from device.sensors.reading import Reading
+from device.sensors.sensors import Sensors
 from flashd.config.devices import AnySensor
 from flashd.config.settings import parse
 from flashd.errors import ConfigError, UsageError
@@ -19,17 +22,25 @@ from flashd.system import board
 from tests.device.conftest import Echo
 from tests.waiting import wait
 
-W1 = "5c 01 4b 46 7f ff 04 10 a1 : crc=a1 {crc}\n5c 01 4b 46 7f ff 04 10 a1 t={milli}\n"
+W1 = "{bytes} : crc=xx {crc}\n{bytes} t={milli}\n"
+"""What the kernel says of a thermometer: its scratchpad, whether the checksum is right, thousandths of a degree."""
+
+MEASURED, POWER_ON, TRUE_85, ZEROS = (
+    "5c 01 4b 46 7f ff 04 10 a1", "50 05 4b 46 7f ff 0c 10 1c", "50 05 4b 46 7f ff 10 10 c1",
+    "00 00 00 00 00 00 00 00 00",
+)  # fmt: skip
 
 
 def sensors(text: str) -> list[AnySensor]:
     return parse(f"sensors: [{text}]").sensors
 
 
-def one_wire(sysfs: Path, crc: str = "YES", milli: int = 21750, number: str = "28-0123456789ab") -> None:
+def one_wire(
+    sysfs: Path, crc: str = "YES", milli: int = 21750, number: str = "28-0123456789ab", scratchpad: str = MEASURED
+) -> None:
     folder = sysfs / "bus/w1/devices" / number
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "w1_slave").write_text(W1.format(crc=crc, milli=milli))
+    (folder / "w1_slave").write_text(W1.format(bytes=scratchpad, crc=crc, milli=milli))
 
 
 def iio(sysfs: Path, name: str, **files: str) -> None:
@@ -56,9 +67,70 @@ def test_one_wire(tmp_path: Path) -> None:
     assert read(wanted, tmp_path)["t"].value == -1.25
     one_wire(tmp_path, crc="NO")
     assert not read(wanted, tmp_path)["t"].known
-    one_wire(tmp_path, milli=85000)  # it lost its power and has not measured
-    assert not read(wanted, tmp_path)["t"].known
     assert not read(sensors("{kind: ds18b20, name: t, id: 28-000000000001}"), tmp_path)["t"].known
+
+
+@pytest.mark.parametrize(
+    ("scratchpad", "milli", "says", "why"),
+    [
+        (POWER_ON, 85000, "unknown", "the thermometer lost its power and has not measured since"),
+        (TRUE_85, 85000, "85 °C", ""),
+        (ZEROS, 0, "unknown", "the thermometer says nothing but zeros; is its data line shorted to ground?"),
+        ("00 00 4b 46 7f ff 10 10 6f", 0, "0 °C", ""),
+    ],
+)
+def test_a_thermometer_that_did_not_measure_is_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scratchpad: str, milli: int, says: str, why: str
+) -> None:
+    one_wire(tmp_path, milli=milli, scratchpad=scratchpad)
+    assert str(read(sensors("{kind: ds18b20, name: t}"), tmp_path)["t"]) == says
+    assert caplog.messages == ([f"sensor t is unknown: ValueError: {why}"] if why else [])
+
+
+@pytest.mark.parametrize("family", ["10", "22", "28", "3b", "42"])
+def test_every_family_of_thermometers_is_read(tmp_path: Path, family: str) -> None:
+    one_wire(tmp_path, number="00-000000000001", milli=1000)  # something else on the bus
+    one_wire(tmp_path, number=f"{family}-0123456789ab")
+    for more in ("", f", id: {family}-0123456789ab"):
+        assert str(read(sensors(f"{{kind: ds18b20, name: t{more}}}"), tmp_path)["t"]) == "21.75 °C"
+
+
+def test_iio_channels_with_a_modifier_share_scale_and_offset(tmp_path: Path) -> None:
+    """An MLX90614, whose object and ambient temperatures have both in common; an accelerometer; a light sensor."""
+    iio(
+        tmp_path, "mlx90614", in_temp_object_raw="15482", in_temp_ambient_raw="15000", in_temp_scale="20",
+        in_temp_offset="-13657.5",
+    )  # fmt: skip
+    iio(tmp_path, "adxl345", in_accel_x_raw="100", in_accel_scale="0.038312")
+    iio(tmp_path, "tsl2591", in_intensity0_ir_raw="90000", in_intensity_ir_scale="2", in_intensity_scale="7")
+    wanted = sensors(
+        "{kind: iio, name: object, device: mlx90614, channel: temp_object},"
+        "{kind: iio, name: ambient, device: mlx90614, channel: temp_ambient},"
+        "{kind: iio, name: x, device: adxl345, channel: accel_x},"
+        "{kind: iio, name: ir, device: tsl2591, channel: intensity0_ir}"
+    )
+    found = {name: str(reading) for name, reading in read(wanted, tmp_path).items()}
+    assert found == {"object": "36.49 °C", "ambient": "26.85 °C", "x": "3.831 m/s²", "ir": "180000"}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (15482.0, "15482"), (101325.4, "101325"), (9999.96, "10000"), (1013.25, "1013"), (48.2115, "48.21"),
+        (0.00001234, "0.00001234"), (-0.5, "-0.5"), (-0.0, "0"), (85.0, "85"), (1e12, "1000000000000"),
+    ],
+)  # fmt: skip
+def test_numbers_are_never_in_scientific_form(value: float, words: str) -> None:
+    assert str(Reading(value)) == words
+
+
+def test_what_is_not_a_number_is_unknown(tmp_path: Path) -> None:
+    iio(tmp_path, "odd", in_temp_input="nan")
+    assert str(read(sensors("{kind: iio, name: t, device: odd, channel: temp}"), tmp_path)["t"]) == "unknown"
+
+
+def test_every_kind_of_sensor_has_a_class_that_reads_it() -> None:
+    assert set(KINDS) == set(get_args(AnySensor))
 
 
 def test_iio(tmp_path: Path) -> None:
@@ -94,7 +166,7 @@ def test_a_sensor_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     # not one thread more for each try
     assert sum(t.name == "sensor hung" for t in threading.enumerate()) == 1
     opened.close()
-    pipe.write_text(W1.format(crc="YES", milli=1))
+    pipe.write_text(W1.format(bytes=MEASURED, crc="YES", milli=1))
 
 
 def test_sensors_that_hang_are_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +193,9 @@ def test_sensors_that_hang_are_waited_for_once(tmp_path: Path, monkeypatch: pyte
         monkeypatch.undo()
         opened.close()
         for n in range(4):
-            (tmp_path / f"bus/w1/devices/28-{n:012x}/w1_slave").write_text(W1.format(crc="YES", milli=1))
+            (tmp_path / f"bus/w1/devices/28-{n:012x}/w1_slave").write_text(
+                W1.format(bytes=MEASURED, crc="YES", milli=1)
+            )
 
 
 def test_pins(pins: MockFactory) -> None:
@@ -197,12 +271,12 @@ def test_prompts_name_what_is_unknown() -> None:
     prompt = Prompt("Soil {{ sensors.soil }}{% if sensors.soil.known %}, wet{% endif %}. {{ last }}", "t", ["soil"])
     assert prompt.render({"soil": Reading(None)}, "", {}) == "Soil unknown. "
     assert prompt.render({"soil": Reading(0.41, "%")}, "Before.", {}) == "Soil 0.41 %, wet. Before."
-    with pytest.raises(UsageError, match="trigger 't': the prompt fails"):
+    with pytest.raises(UsageError, match="trigger 't': its prompt fails"):
         prompt.render({}, "", {})
     with pytest.raises(ConfigError, match="characters"):
         Prompt("{{ 'x' * 100000 }}", "long", [])
     endless = "{% set r = range(90000) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}"
-    with pytest.raises(ConfigError, match="trigger 'endless': the prompt fails: it takes more than"):
+    with pytest.raises(ConfigError, match="the template fails: it takes more than"):
         Prompt(endless, "endless", [])
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from gpiozero.pins.mock import MockFactory
 
-from device import outputs
 from device.appliance import Appliance
-from device.sensors import Sensors
+from device.outputs import display
+from device.sensors.sensors import Sensors
 from device.triggers import Triggers, next_time
 from flashd.config.settings import parse
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError
-from tests.daemon.clerk import Clerk
+from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Echo
 from tests.waiting import wait
 
@@ -133,7 +133,7 @@ def test_what_a_menu_stands_at_is_on_the_display(
 ) -> None:
     luma = pytest.importorskip("luma.core.device")
     screen = luma.dummy(width=128, height=64, mode="1")
-    monkeypatch.setattr(outputs, "_open_display", lambda settings: screen)
+    monkeypatch.setattr(display, "luma_device", lambda settings: screen)
     appliance(
         "triggers: [{kind: rotary, name: r, a: 5, b: 6, button: 7, bounce: 0, prompt: p, menu: [one, two, three]}]\n"
         "outputs: [{kind: display}]"

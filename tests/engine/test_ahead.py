@@ -22,7 +22,7 @@ from flashd.engine.decoding.drafts import Pace
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.forward.paged import PagedModel
-from tests.engine.alone import generate
+from tests.engine.one_text import generate
 from tests.engine.test_decode import PROMPTS, begun, said
 from tests.engine.test_paths import plan, tokens_of
 

@@ -24,7 +24,7 @@ from flashd.engine.model.sizes import NODES
 from flashd.engine.paging.card import READ_BYTES
 from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
 from flashd.errors import UsageError
-from tests.engine.alone import generate
+from tests.engine.one_text import generate
 from tests.engine.test_paths import opened, tokens_of
 from tests.reference import relative
 

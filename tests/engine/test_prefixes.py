@@ -34,7 +34,7 @@ from flashd.engine.paging.card import READ_BYTES
 from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
 from flashd.pack.pack import pack
 from tests import tiny
-from tests.engine.alone import generate
+from tests.engine.one_text import generate
 from tests.engine.test_paths import plan
 from tests.faults.test_newfile import killed_at
 from tests.reference import relative

@@ -28,7 +28,7 @@ from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.pack import pack
 from flashd.pack.rounding.rows import encode_neurons, encode_rows
 from tests import tiny
-from tests.engine.alone import generate
+from tests.engine.one_text import generate
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS
 from tests.lab.replay import LastTokens, Trace, replay

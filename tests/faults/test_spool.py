@@ -18,7 +18,7 @@ from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.faults.layers import fuse
 from tests.faults.power import cuts, read_log
 from tests.waiting import wait

@@ -20,7 +20,7 @@ from flashd.daemon.worker import Worker
 from flashd.engine import engine as engines
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.planning.plan import Plan
-from tests.daemon.clerk import request
+from tests.daemon.fake_worker import request
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card
 from tests.waiting import wait

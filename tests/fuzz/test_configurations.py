@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.appliance import _request, check
-from device.nodes import nodes
+from device.needed_devices import needed_devices
 from flashd.config.settings import LONGEST, Settings, load, parse, pins
 from flashd.errors import ConfigError, DataError, FlashdError
 from flashd.update.folder import Folder
@@ -46,7 +46,7 @@ def configured(text: str) -> Settings | None:
         one_line(error)
         assert str(error).startswith("flashd.yaml, line ")
         return None
-    nodes(settings), pins(settings)
+    needed_devices(settings), pins(settings)
     for trigger in settings.triggers:
         msgspec.json.encode(_request(trigger, trigger.prompt))
     msgspec.json.encode(settings)
@@ -135,8 +135,10 @@ def test_manifests(tmp_path: Path, data: st.DataObject) -> None:
         ("\nmodel: 2001-99-99", "line 2: month must be in 1..12"),
         ("\ncontext: " + "9" * 5000, "line 2: Exceeds the limit"),
         ("model: " + "[" * 5000, "line 1: lists and mappings are too deep"),
+        ("0\r:", "line 2: "),
+        ("0\r\r0:", "line 3: "),
         ('"a\\nb": 1', "line 1: 'a\\nb' is not known"),
-        ('sensors: [{kind: light, pin: 1, name: "a\\n"}]', "line 1: sensors[0].name: expected a name"),
+        ('sensors: [{kind: light, pin: 1, name: "a\\n"}]', "line 1: sensor 'a\\n', name: expected a name"),
     ],
 )
 def test_found_by_the_fuzzer(text: str, words: str) -> None:

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.front import Facts
-from device.machine import Machine
+from device.consoles.machine import Machine
+from device.controls import Facts
 from flashd.config.settings import Serial, Settings
 from flashd.daemon.api import Api
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
-from tests.daemon.clerk import Clerk, request
+from tests.daemon.fake_worker import Clerk, request
 from tests.fuzz.conftest import tries
 
 KEYS = st.sampled_from(

@@ -26,7 +26,7 @@ from flashd.engine.planning.plan import BUFFERS, make_plan, smallest
 from flashd.errors import DataError
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB, parse_size
-from tests.engine.alone import generate
+from tests.engine.one_text import generate
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
 from tests.lab.foresee import BASE, drawn, foresee, header_of
 

@@ -38,11 +38,11 @@ def safe(options: Safe) -> None:
 def allow(options: Allow) -> None:
     """The unit runs this before each start and reload, so that its sandbox fits the configuration."""
     check_appliance()
-    from device.nodes import nodes
+    from device.needed_devices import needed_devices
     from flashd.config.settings import load
 
     settings = load(options.config)
-    properties = ["DeviceAllow=", *(f"DeviceAllow={node} rw" for node in nodes(settings))]
+    properties = ["DeviceAllow=", *(f"DeviceAllow={device} rw" for device in needed_devices(settings))]
     if not options.devices:
         # the plan keeps to this figure, and systemd holds the whole service to it
         properties.append(f"MemoryMax={parse_size(settings.memory) if settings.memory else 'infinity'}")

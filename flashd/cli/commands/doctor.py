@@ -7,9 +7,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,7 +55,9 @@ class Finding:
 def doctor(options: Doctor) -> int:
     """Prints the findings. The exit code is EX_CONFIG if one of them is a failure."""
     found = []
-    for finding in examine(options.card or _configured_bundle()):
+    settings = _configured()
+    voices = [output.command[0] for output in settings.outputs if isinstance(output, Speech)] if settings else []
+    for finding in examine(options.card or _configured_bundle(settings), voices=voices):
         found.append(finding)
         if not options.json:
             advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
@@ -64,33 +67,42 @@ def doctor(options: Doctor) -> int:
     return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
 
 
-def _configured_bundle() -> Path:
+def _configured_bundle(settings: Settings | None) -> Path:
     """The bundle that the daemon would answer with, or the folder in which its default bundle would be."""
     from flashd.pack import default_model
 
-    model = _configured_model() if CONFIG.exists() else None
-    if model:
-        return Path(model)
+    if settings and settings.model:
+        return Path(settings.model)
     own = default_model.bundle_path()
     return next((path for path in (SERVICE / "flashd" / own.name, own) if path.exists()), Path.cwd())
 
 
-def _configured_model() -> str | None:
+def _configured() -> Settings | None:
+    """The daemon's configuration, if there is one and it is right."""
+    if not CONFIG.exists():
+        return None
     check_appliance()
     from flashd.config.settings import load
 
     try:
-        return load(CONFIG).model
+        return load(CONFIG)
     except ConfigError as error:
         print(f"flashd: {error}", file=sys.stderr)
         return None
 
 
-def examine(path: Path, roots: Roots | None = None) -> Iterator[Finding]:
-    """Looks at the board, and at the card that `path` lies on. `path`: a bundle, another large file, or a folder."""
+def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) -> Iterator[Finding]:
+    """Looks at the board, at the card that `path` lies on, and at sound if something is to speak.
+
+    Args:
+        path: a bundle, another large file, or a folder.
+        voices: the programs that are configured to speak.
+    """
     roots = roots or Roots()
     yield from (_board(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots), _pins(roots), _serial(roots))
     yield from (_supply(roots), _temperature(roots), _clock(roots))
+    if voices:
+        yield _sound(roots, voices)
     yield from _card(path, roots)
     yield from (_space(path), _written(path, roots), _systemd(roots), _onnxruntime())
 
@@ -150,6 +162,25 @@ def _serial(roots: Roots) -> Finding:
             "sudo usermod -aG dialout $USER, then log in again",
         )
     return Finding("serial ports", "ok", text)
+
+
+def _sound(roots: Roots, voices: Sequence[str]) -> Finding:
+    """Whether what is to speak is installed and has a sound card that plays."""
+    missing = [voice for voice in voices if not shutil.which(voice)]
+    if missing:
+        return Finding("sound", "fail", f"{missing[0]} is not installed", f"sudo apt install {Path(missing[0]).name}")
+    outputs = sorted(roots.dev.glob("snd/pcmC*D*p"))
+    names = re.findall(r"^ *[0-9]+ \[.*?\]: .* - (.*)$", _text(roots.proc / "asound/cards"), re.MULTILINE)
+    if not outputs:
+        return Finding(
+            "sound", "fail", f"speech is configured, and {'no card plays' if names else 'there is no sound card'}",
+            "plug in a USB sound card or speaker, or write dtparam=audio=on into /boot/firmware/config.txt and"
+            " reboot",
+        )  # fmt: skip
+    text = f"{', '.join(names) or outputs[0].name}, for {', '.join(voices)}"
+    if not any(os.access(output, os.R_OK | os.W_OK) for output in outputs):
+        return Finding("sound", "warn", f"{text}; closed to you", "join the group audio")
+    return Finding("sound", "ok", text)
 
 
 def _supply(roots: Roots) -> Finding:

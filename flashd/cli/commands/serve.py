@@ -30,7 +30,7 @@ def serve(options: Serve) -> None:
 def check_config(options: CheckConfig) -> None:
     """Says that a configuration is right, with warnings about this machine. Raises ConfigError if it is wrong."""
     check_appliance()
-    from device.appliance import check
+    from flashd.check_config import check
     from flashd.config.settings import load
 
     settings = load(options.config, check)

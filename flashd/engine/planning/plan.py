@@ -97,10 +97,7 @@ def make_plan(
     if whole is not None and whole <= memory:
         return _whole(header, base, plan, arithmetic)
     if memory < least:
-        raise MemoryTooSmall(
-            f"{memory / MIB:.0f}M is too small for {m.name} with a context of {context};"
-            f" the smallest that works is --memory {-(-(least + MARGIN) // MIB)}M"
-        )
+        raise MemoryTooSmall(memory, least + MARGIN, f"{m.name} with a context of {context}")
     if rates is not None:
         return _selecting(header, rates, base, plan)
     return _paging(header, base, plan)

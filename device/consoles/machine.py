@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from device.front import Front
-from device.port import Port
+from device.consoles.port import Port
+from device.controls import Controls
 from flashd.config.fields import Priority, Temperature
 from flashd.config.settings import Serial
 from flashd.daemon.job import (
@@ -61,8 +61,8 @@ class _In(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Machine:
     """A session in machine mode. Raises port.GONE when the port goes away."""
 
-    def __init__(self, front: Front, settings: Serial) -> None:
-        self._front, self._settings = front, settings
+    def __init__(self, controls: Controls, settings: Serial) -> None:
+        self._controls, self._settings = controls, settings
         self._open: list[tuple[Id | None, Job, Watch]] = []
 
     def run(self, port: Port, stopping: threading.Event) -> None:
@@ -103,13 +103,13 @@ class Machine:
 
     def _do(self, wish: _In) -> None:
         if wish.status:
-            self._send("status", wish.id, **msgspec.structs.asdict(self._front.status()))
+            self._send("status", wish.id, **msgspec.structs.asdict(self._controls.status()))
         elif wish.cancel is not None:
             jobs = [job for number, job, _ in self._open if number == wish.cancel]
             if not jobs:
                 self._refuse(wish.cancel, "nothing under way has this id")
             for job in jobs:
-                self._front.jobs.cancel(job.id)
+                self._controls.jobs.cancel(job.id)
         elif (wish.prompt is None) == (wish.trigger is None):
             self._refuse(wish.id, "a line needs one of prompt, trigger, cancel, status")
         elif len(self._open) >= MOST_OPEN:
@@ -117,7 +117,7 @@ class Machine:
         elif wish.trigger is not None:
             self._start(wish.id, wish.trigger)
         else:
-            job, watch = self._front.jobs.ask(self._request(wish))
+            job, watch = self._controls.jobs.ask(self._request(wish))
             self._accept(wish.id, job, watch)
 
     def _request(self, wish: _In) -> Request:
@@ -130,11 +130,11 @@ class Machine:
 
     def _start(self, number: Id | None, name: str) -> None:
         try:
-            job = self._front.start(name)
+            job = self._controls.start(name)
         except KeyError:
             self._refuse(number, f"no trigger is called {name!r}")
             return
-        self._accept(number, job, self._front.jobs.watch(job.id))
+        self._accept(number, job, self._controls.jobs.watch(job.id))
 
     def _accept(self, number: Id | None, job: Job, watch: Watch) -> None:
         number = job.id if number is None else number

@@ -35,7 +35,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last: dict[str, float]
 
 
-class Front(Protocol):
+class Controls(Protocol):
     """The appliance as a console, a trigger or the kiosk sees it."""
 
     jobs: Jobs

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from device.front import Front
-from device.line_editor import MAX_LINE, Key, LineEditor
-from device.port import Port
-from device.terminal_text import Wrap, to_ascii
+from device.consoles.line_editor import MAX_LINE, Key, LineEditor
+from device.consoles.port import Port
+from device.consoles.terminal_text import Wrap, to_ascii
+from device.controls import Controls
 from flashd.config.settings import Serial
 from flashd.daemon.job import Event, Job, Request, State, Turn
 from flashd.daemon.jobs import Watch
@@ -37,14 +37,15 @@ Type a question and press Enter. Ctrl-C stops an answer, Ctrl-D or /quit ends.
 /stats           what the last answer cost
 /trigger NAME    start a trigger; without a name, list them
 /mute            start nothing by itself and say nothing aloud, or undo that
-1 to 9           ask a preset question"""
+1, 2, ...        ask a preset question
+Enter alone      show the title and the preset questions"""
 
 
 class Console:
     """One person's session on one port. Raises port.GONE when the port goes away."""
 
-    def __init__(self, front: Front, settings: Serial) -> None:
-        self._front, self._settings = front, settings
+    def __init__(self, controls: Controls, settings: Serial) -> None:
+        self._controls, self._settings = controls, settings
         self._turns: list[Turn] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self._say(HELP), "status": self._status, "reset": self._reset, "model": self._model,
@@ -64,11 +65,10 @@ class Console:
                 self._say("Goodbye. Press Enter to begin anew.")
                 self._wait_for_enter()
                 self._greet()
-            elif isinstance(entry, str) and entry.strip():
-                self._line(entry.strip())
+            elif entry is Key.INTERRUPT:
                 self._editor.start()
             elif entry is not None:
-                self._editor.start()
+                self._line(entry.strip())
 
     # --- lines --------------------------------------------------------------------------------------------
 
@@ -83,31 +83,46 @@ class Console:
         if self._editor.full:
             self._port.note(f"a line of more than {MAX_LINE} characters; the rest of it is dropped")
         if self._editor.garbled:
-            self._port.note("bytes that are no UTF-8")
+            self._port.note("bytes that are not UTF-8")
         return entries[0] if entries else None
 
     def _line(self, line: str) -> None:
-        presets = self._front.settings.kiosk.presets
-        if line.isascii() and line.isdigit() and 1 <= int(line) <= len(presets):
-            self._ask(presets[int(line) - 1])
-        elif not line.startswith("/"):
-            self._ask(line)
+        if not line:  # somebody who has just come to the cable sees what this is
+            self._greet()
+            return
+        if line.isascii() and line.isdigit():
+            self._preset(line)
+        elif line.startswith("/"):
+            self._command(line)
         else:
-            name, _, rest = line[1:].partition(" ")
-            command = self._commands.get(name)
-            if command is None:
-                self._say(f"/{name} is not known; /help lists what is")
-                return
-            try:
-                command(rest.strip())
-            except FlashdError as error:
-                self._say(f"{error}")
+            self._ask(line)
+        self._editor.start()
+
+    def _preset(self, number: str) -> None:
+        presets = self._controls.settings.kiosk.presets
+        found = presets[int(number) - 1 : int(number)] if 0 < len(number) < 4 and int(number) else []
+        if found:
+            self._ask(found[0])
+            return
+        there = f"there are 1 to {len(presets)}" if presets else "there are none"
+        self._say(f"no preset question has the number {number}; {there}")
+
+    def _command(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            self._say(f"/{name} is not known; /help lists what is")
+            return
+        try:
+            command(rest.strip())
+        except FlashdError as error:
+            self._say(f"{error}")
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]
         request = Request(turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY, forget=True)
         try:
-            job, watch = self._front.jobs.ask(request)
+            job, watch = self._controls.jobs.ask(request)
         except FlashdError as error:
             self._say(f"{error}")
             return
@@ -116,6 +131,7 @@ class Console:
             self._turns = [*turns, Turn("assistant", end.result.text)]
             if len(self._turns) > MOST_TURNS:
                 del self._turns[: MOST_TURNS // 2]
+                self._say("(the older half of this talk is forgotten)")
 
     # --- an answer as it comes ----------------------------------------------------------------------------
 
@@ -146,7 +162,7 @@ class Console:
         data = self._port.read(POLL_SECONDS)
         if b"\x03" in data:
             self._port.discard()
-            self._front.jobs.cancel(job.id)
+            self._controls.jobs.cancel(job.id)
             data = data.rpartition(b"\x03")[2]
             self._ahead = b""
         self._ahead = (self._ahead + data)[:MAX_LINE]
@@ -165,7 +181,7 @@ class Console:
     # --- commands -----------------------------------------------------------------------------------------
 
     def _status(self, _: str) -> None:
-        status = self._front.status()
+        status = self._controls.status()
         rows = [f"{status.phase}, {status.waiting} waiting" + (", muted" if status.muted else "")]
         rows += [f"{name}: {value}" for name, value in status.sensors.items()]
         if status.temperature is not None:
@@ -175,11 +191,11 @@ class Console:
         self._say("\n".join(rows))
 
     def _model(self, _: str) -> None:
-        model = self._front.status().model
+        model = self._controls.status().model
         self._say("\n".join(f"{name}: {value}" for name, value in model.items()))
 
     def _stats(self, _: str) -> None:
-        last = self._front.status().last
+        last = self._controls.status().last
         if not last:
             self._say("nothing was answered yet")
             return
@@ -195,22 +211,22 @@ class Console:
         self._say("forgotten")
 
     def _mute(self, _: str) -> None:
-        self._front.mute(not self._front.muted)
-        self._say("muted" if self._front.muted else "no longer muted")
+        self._controls.mute(not self._controls.muted)
+        self._say("muted" if self._controls.muted else "no longer muted")
 
     def _trigger(self, name: str) -> None:
-        known = [t.name for t in self._front.settings.triggers]
+        known = [t.name for t in self._controls.settings.triggers]
         if name not in known:
             self._say(("no such trigger; " if name else "") + f"there are: {', '.join(known) or 'none'}")
             return
-        job = self._front.start(name)
-        self._follow(job, self._front.jobs.watch(job.id))
+        job = self._controls.start(name)
+        self._follow(job, self._controls.jobs.watch(job.id))
 
     # --- out ----------------------------------------------------------------------------------------------
 
     def _greet(self) -> None:
-        presets = self._front.settings.kiosk.presets
-        rows = [f"{self._front.settings.kiosk.title} - flashd. /help lists the commands."]
+        presets = self._controls.settings.kiosk.presets
+        rows = [f"{self._controls.settings.kiosk.title} - flashd. /help lists the commands."]
         rows += [f"{i}  {text}" for i, text in enumerate(presets[:9], 1)]
         self._send("\r\n")
         self._say("\n".join(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from device.nodes import nodes
+from device.needed_devices import needed_devices
 from flashd.config.settings import parse
 
 
@@ -19,22 +19,22 @@ sensors: [{kind: mcp3008, name: light, channel: 0}]
 triggers: [{kind: door, name: door, pin: 4, prompt: p}]
 outputs: [{kind: display}, {kind: speech}]
 """)
-    assert nodes(settings) == [
+    assert needed_devices(settings) == [
         "/dev/tty1", "char-alsa", "char-gpiochip", "char-i2c", "char-spi", "char-ttyACM", "char-ttyUSB",
     ]  # fmt: skip
 
 
 def test_a_converter_needs_the_chip_of_its_select_pin_too() -> None:
     settings = parse("sensors: [{kind: mcp3008, name: light, channel: 0}]")
-    assert nodes(settings) == ["char-gpiochip", "char-spi"]
+    assert needed_devices(settings) == ["char-gpiochip", "char-spi"]
 
 
 def test_nothing_configured_needs_nothing() -> None:
-    assert nodes(parse("")) == []
+    assert needed_devices(parse("")) == []
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
     """/dev/serial0 is one; what is no device needs no permission."""
     (tmp_path / "serial0").symlink_to("/dev/ttyS7")
     settings = parse(f"serial: [{{name: a, port: {tmp_path}/serial0}}, {{name: b, port: 'loop://'}}]")
-    assert nodes(settings) == ["/dev/ttyS7"]
+    assert needed_devices(settings) == ["/dev/ttyS7"]

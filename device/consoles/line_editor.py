@@ -2,20 +2,25 @@
 
 Our own rather than prompt_toolkit: that costs 17 MiB of RAM (measured), and asks the terminal questions to which
 a microcontroller or a bare terminal program has no answer. One row of the terminal is used; a longer line
-scrolls in it.
+scrolls in it. The cursor goes from cluster to cluster: an accent or a family of emoji is never cut in two.
 """
 
 from __future__ import annotations
 
 import codecs
-import unicodedata
 from collections.abc import Callable
 from enum import Enum
+
+from device.consoles.characters import REPLACEMENT, as_shown, clusters, fitting, width
+from device.consoles.escapes import Escapes
 
 MAX_LINE = 4096
 """Characters of a line; what comes beyond is not taken, with one bell."""
 
 MAX_HISTORY = 100
+
+MAX_CLUSTER = 32
+"""Characters of a cluster: so far is looked for its ends."""
 
 ESCAPES = {
     "[A": "up", "[B": "down", "[C": "right", "[D": "left", "[H": "home", "[F": "end", "OH": "home", "OF": "end",
@@ -28,12 +33,8 @@ CONTROLS = {
 }  # fmt: skip
 
 
-REPLACEMENT = "\ufffd"
-"""What the decoder makes of bytes that are no UTF-8."""
-
-
 class Key(Enum):
-    """What is no line."""
+    """What is not a line."""
 
     INTERRUPT = "Ctrl-C"
     END = "Ctrl-D on an empty line"
@@ -48,10 +49,10 @@ class LineEditor:
         self._history: list[str] = []
         self._shown = 0  # the entry of the history that is shown; len(history) is the line being written
         self._draft = ""
-        self._escape: str | None = None
+        self._escapes = Escapes()
         self._after_return = False
         self.full = False  # characters beyond MAX_LINE came
-        self.garbled = False  # bytes came that are no UTF-8
+        self.garbled = False  # bytes came that are not UTF-8
         self._stale = False  # the row is not what it should be
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -73,8 +74,10 @@ class LineEditor:
         return done
 
     def _character(self, c: str) -> str | Key | None:
-        if self._escape is not None:
-            self._continue_escape(c)
+        sequence = self._escapes.take(c)
+        if sequence is not None:
+            if sequence in ESCAPES:
+                self._action(ESCAPES[sequence])
             return None
         after_return, self._after_return = self._after_return, c == "\r"
         if c == "\n" and after_return:
@@ -90,22 +93,11 @@ class LineEditor:
             return Key.END if not self._text else None
         if c == REPLACEMENT:
             self.garbled = True
-        elif c == "\x1b":
-            self._escape = ""
         elif c in CONTROLS:
             self._action(CONTROLS[c])
-        elif c.isprintable():
-            self._insert(c)
+        elif c >= " " or c == "\t":  # other keys with Ctrl mean nothing
+            self._insert(as_shown(c))
         return None
-
-    def _continue_escape(self, c: str) -> None:
-        assert self._escape is not None
-        self._escape += c
-        if self._escape in ("[", "O") or (self._escape[0] == "[" and c in "0123456789;" and len(self._escape) < 8):
-            return
-        action, self._escape = ESCAPES.get(self._escape), None
-        if action:
-            self._action(action)
 
     def _enter(self) -> str:
         line = self._text
@@ -133,10 +125,11 @@ class LineEditor:
 
     def _action(self, name: str) -> None:
         text, at = self._text, self._at
-        if name == "backspace" and at:
-            self._text, self._at = text[: at - 1] + text[at:], at - 1
+        left, right = self._neighbours()
+        if name == "backspace":
+            self._text, self._at = text[:left] + text[at:], left
         elif name == "delete":
-            self._text = text[:at] + text[at + 1 :]
+            self._text = text[:at] + text[right:]
         elif name == "word":
             start = len(text[:at].rstrip().rpartition(" ")[0])
             start += start > 0
@@ -148,9 +141,14 @@ class LineEditor:
         elif name in ("up", "down"):
             self._recall(-1 if name == "up" else 1)
         else:
-            moves = {"left": max(0, at - 1), "right": min(len(text), at + 1), "home": 0, "end": len(text)}
-            self._at = moves.get(name, at)
+            self._at = {"left": left, "right": right, "home": 0, "end": len(text)}.get(name, at)
         self._stale = True
+
+    def _neighbours(self) -> tuple[int, int]:
+        """Where the cluster before the cursor begins, and where the one behind it ends."""
+        before = clusters(self._text[max(0, self._at - MAX_CLUSTER) : self._at])
+        behind = clusters(self._text[self._at : self._at + MAX_CLUSTER])
+        return self._at - len("".join(before[-1:])), self._at + len("".join(behind[:1]))
 
     def _recall(self, step: int) -> None:
         to = self._shown + step
@@ -172,16 +170,12 @@ class LineEditor:
         """The row anew: the prompt, the part of the line round the cursor, the cursor in its place."""
         self._stale = False
         room = self._columns - width(self._prompt) - 1
-        start = self._at
-        while start > 0 and width(self._text[start - 1 : self._at]) <= room:
-            start -= 1
-        stop = self._at
-        while stop < len(self._text) and width(self._text[start : stop + 1]) <= room:
-            stop += 1
-        back = width(self._text[self._at : stop])
-        self._write(f"\r{self._prompt}{self._text[start:stop]}\x1b[K" + (f"\x1b[{back}D" if back else ""))
-
-
-def width(text: str) -> int:
-    """Columns that a text takes on a terminal."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+        before, after = self._text[: self._at], self._text[self._at :]
+        shown = ""
+        for cluster in reversed(clusters(before[-MAX_CLUSTER * room :])):
+            if width(cluster + shown) > room:
+                break
+            shown = cluster + shown
+        behind = fitting(after[: MAX_CLUSTER * room], room - width(shown)) if room > width(shown) else ""
+        back = width(behind)
+        self._write(f"\r{self._prompt}{shown}{behind}\x1b[K" + (f"\x1b[{back}D" if back else ""))

@@ -5,26 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flashd.config.devices import Analog, Display, Speech
 from flashd.config.settings import Settings, pins
 
 PLUGGED = re.compile(r"^tty(USB|ACM)\d+$")
 """Adapters, which come back under another number when they are plugged in again: their whole kind is needed."""
 
 
-def nodes(settings: Settings) -> list[str]:
+def needed_devices(settings: Settings) -> list[str]:
     """Paths below /dev, and char-KIND for every device of a kind."""
     wanted = {name for entry in settings.serial for name in _of_port(Path(entry.port))}
-    analog = any(isinstance(sensor, Analog) for sensor in settings.sensors)
-    # gpiozero opens its pins' chip before the converter's bus, even where that selects the chip itself
-    if pins(settings) or analog:
+    if pins(settings):
         wanted.add("char-gpiochip")
-    if analog:
-        wanted.add("char-spi")
-    if any(isinstance(output, Display) for output in settings.outputs):
-        wanted.add("char-i2c")
-    if any(isinstance(output, Speech) for output in settings.outputs):
-        wanted.add("char-alsa")
+    for entry in (*settings.sensors, *settings.outputs):
+        wanted.update(entry.needs)
     return sorted(wanted)
 
 

@@ -1,0 +1,1 @@
+"""Outputs: one class for each kind, and `kinds.py`, which names them all."""

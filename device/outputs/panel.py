@@ -1,0 +1,112 @@
+"""The panel: all outputs, which follow the jobs' events in a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from device.outputs.kinds import KINDS
+from device.outputs.output import Output, Phase, Surroundings
+from flashd.config.devices import AnyOutput
+from flashd.daemon.job import Event, State
+from flashd.daemon.jobs import Jobs, Watch
+
+log = logging.getLogger(__name__)
+
+ERROR_SECONDS = 5.0
+"""How long a failure is shown before the appliance looks idle again."""
+
+
+class Panel:
+    """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError if a pin cannot be had."""
+
+    def __init__(self, settings: list[AnyOutput], jobs: Jobs) -> None:
+        self._lock = threading.RLock()
+        self._base = Phase.LOADING
+        self._muted = False
+        self.phase = Phase.LOADING
+        self._outputs: list[Output] = []
+        self._failing: set[Output] = set()
+        self._running: set[int] = set()  # jobs, one after the other or together
+        self._timer: threading.Timer | None = None
+        self._watch: Watch = jobs.watch()
+        around = Surroundings(jobs, lambda: self._muted)
+        try:
+            self._outputs = [KINDS[type(s)](s, around) for s in settings]
+        except BaseException:
+            self.close()
+            raise
+        self._show()
+        self._thread = threading.Thread(target=self._follow, name="outputs", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._watch.close()
+        with self._lock:  # an event that is shown meanwhile would have an LED blink that is closed
+            if self._timer is not None:
+                self._timer.cancel()
+            for output in self._outputs:
+                output.close()
+            self._outputs = []
+
+    def ready(self) -> None:
+        """The model is loaded."""
+        self._enter(Phase.IDLE)
+
+    def mute(self, muted: bool) -> None:
+        with self._lock:
+            self._muted = muted
+            self._show()
+
+    def notice(self, text: str) -> None:
+        """Something to be read at once: what a menu stands at."""
+        self._each(lambda output: output.notice(text))
+
+    def _follow(self) -> None:
+        for event in self._watch:
+            if event.kind == "started":
+                self._running.add(event.job)
+                self._enter(Phase.THINKING)
+            elif event.kind == "text":
+                self._enter(Phase.ANSWERING)
+            elif event.end is not None or event.kind == "restarted":
+                self._running.discard(event.job)
+                failed = event.end is not None and event.end.state in (State.FAILED, State.EXPIRED)
+                self._enter(Phase.ERROR if failed else self._rest())
+            self._each(partial(_pass_on, event))
+
+    def _each(self, do: Callable[[Output], None]) -> None:
+        for output in list(self._outputs):
+            try:
+                do(output)
+            except Exception:  # an LED's driver must not stop the display's
+                if output not in self._failing:
+                    log.exception("an output failed")
+                self._failing.add(output)
+
+    def _enter(self, phase: Phase) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if phase is Phase.ERROR:
+                self._timer = threading.Timer(ERROR_SECONDS, lambda: self._enter(self._rest()))
+                self._timer.daemon = True
+                self._timer.start()
+            self._base = phase
+            self._show()
+
+    def _rest(self) -> Phase:
+        """What it shows when nothing happens."""
+        return Phase.THINKING if self._running else Phase.IDLE
+
+    def _show(self) -> None:
+        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._base
+        self.phase = phase
+        self._each(lambda output: output.show(phase))
+
+
+def _pass_on(event: Event, output: Output) -> None:
+    output.event(event)

@@ -1,0 +1,1 @@
+"""Sensors: one class for each kind, and `kinds.py`, which names them all."""

@@ -1,0 +1,62 @@
+"""Whether the service would start with a configuration: what it would say, before anybody starts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from device import appliance
+from flashd import serve
+from flashd.bundle.reader import Bundle
+from flashd.config.settings import Settings
+from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.engine import Budget, Prompts, plan_for
+from flashd.errors import FlashdError, MemoryTooSmall, Misfit
+from flashd.pack import default_model
+from flashd.system.memory import MIB, parse_size
+from flashd.system.paths import SERVICE
+
+STARTED = 2 * MIB
+"""What the service holds beside when it plans: its queue, its devices, the threads of both."""
+
+
+def check(settings: Settings) -> None:
+    """Looks at templates, at the bundle and at what it needs of `memory`. Raises Misfit.
+
+    This module has imported what the service imports, so that this process holds what the service would hold.
+    """
+    appliance.check(settings)
+    path = bundle_path(settings)
+    if not path.exists() or path.suffix == ".gguf":  # a card that is not in yet; a model that is not packed yet
+        return
+    try:
+        with Bundle(path) as bundle:
+            _check_memory(settings, bundle)
+    except Misfit:
+        raise
+    except FlashdError as error:
+        raise Misfit(("model",), str(error)) from error
+
+
+def bundle_path(settings: Settings) -> Path:
+    """The bundle that the service would answer with."""
+    if settings.model:
+        return Path(settings.model)
+    own = default_model.bundle_path()
+    services = SERVICE / "flashd" / own.name
+    return services if services.exists() else own
+
+
+def _check_memory(settings: Settings, bundle: Bundle) -> None:
+    held: list[object] = [Prompts(bundle)]
+    if settings.schemas:
+        try:
+            held.append(Schemas(bundle))
+        except FlashdError as error:
+            raise Misfit(("schemas",), str(error)) from error
+    if settings.memory is None:  # what is free when it starts
+        return
+    budget = Budget(parse_size(settings.memory) - STARTED, settings.context, settings.threads)
+    try:
+        plan_for(bundle, budget)
+    except MemoryTooSmall as error:
+        raise Misfit(("memory",), serve.too_small(settings.memory, error, STARTED)) from error

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from flashd.update.stick import Manifest
 
 from device.appliance import check
 from flashd.cli.main import _parser
 from flashd.config import typed_yaml
 from flashd.config.settings import parse
 from flashd.errors import UsageError
-from flashd.update.stick import Manifest
 from tests.documents import ROOT, Block, Document, commands, documents
 from tests.pictures import speed
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flashd.bundle.reader import Bundle
 from flashd.cli.needs import check_appliance
@@ -24,6 +24,9 @@ from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
 from flashd.system.memory import MIB
 from flashd.system.paths import SERVICE
+
+if TYPE_CHECKING:
+    from flashd.config.settings import Settings
 
 HOT = 80.0  # degrees Celsius: a Raspberry Pi slows down at 85
 LITTLE_SPACE = 256 * MIB
@@ -56,7 +59,7 @@ def doctor(options: Doctor) -> int:
     """Prints the findings. The exit code is EX_CONFIG if one of them is a failure."""
     found = []
     settings = _configured()
-    voices = [output.command[0] for output in settings.outputs if isinstance(output, Speech)] if settings else []
+    voices = _voices(settings) if settings else []
     for finding in examine(options.card or _configured_bundle(settings), voices=voices):
         found.append(finding)
         if not options.json:
@@ -65,6 +68,13 @@ def doctor(options: Doctor) -> int:
     if options.json:
         print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
     return os.EX_CONFIG if any(f.level == "fail" for f in found) else os.EX_OK
+
+
+def _voices(settings: Settings) -> list[str]:
+    """The programs that are to speak."""
+    from flashd.config.devices import Speech
+
+    return [output.command[0] for output in settings.outputs if isinstance(output, Speech)]
 
 
 def _configured_bundle(settings: Settings | None) -> Path:

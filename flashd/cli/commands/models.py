@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flashd.cli.bundles import all_bundles, find, is_model
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Models, Rm, Use
-from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTooSmall, UsageError
+from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTaken, UsageError
 from flashd.system.memory import MIB
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _memory(path: Path, needs: int, settings: Settings) -> str | None:
     from flashd.system.memory import available_memory, parse_size
 
     if needs > available_memory():
-        raise MemoryTooSmall(
+        raise MemoryTaken(
             f"{path.stem} needs {needs // MIB}M with a context of {settings.context}, and"
             f" {available_memory() // MIB}M are free; lower context, end other programs, or use a smaller model"
         )

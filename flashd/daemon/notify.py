@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
-
-from flashd.errors import InputMissing
+from contextlib import suppress
 
 
 class Notifier:
-    """sd_notify(3) through the systemd-python package.
+    """sd_notify(3): each message is a datagram to the socket that systemd names.
 
     The watchdog is fed by `alive`, which those call who did something: a layer computed, a read returned, the
     queue looked at. No timer feeds it, so a hang is noticed and a slow card is not taken for one.
     """
 
     def __init__(self) -> None:
-        self._send = None
+        name = os.environ.get("NOTIFY_SOCKET", "")
+        self._to = f"\0{name[1:]}" if name.startswith("@") else name  # "@" stands for an abstract socket's null byte
         self._interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._fed = 0.0
         self._status = ""
-        if os.environ.get("NOTIFY_SOCKET"):
-            try:
-                from systemd import daemon
-            except ImportError as error:
-                raise InputMissing("running under systemd needs: pip install 'flashd[systemd]'") from error
-            self._send = daemon.notify
 
     def ready(self) -> None:
         """A prompt can be answered now."""
@@ -51,8 +46,11 @@ class Notifier:
             self._notify("WATCHDOG=1")
 
     def _notify(self, message: str) -> None:
-        if self._send is not None:
-            self._send(message)
+        if not self._to:
+            return
+        # a manager that went away is no reason to answer nobody
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
+            to.sendto(message.encode(), self._to)
 
 
 def log_to_journal() -> None:

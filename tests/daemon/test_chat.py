@@ -20,8 +20,6 @@ from flashd.config.settings import Serial
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
-
 STORY = "Write a long story about a lighthouse keeper and his daughter, with many details."
 
 

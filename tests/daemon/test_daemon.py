@@ -34,8 +34,6 @@ from flashd.serve import Daemon
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
-
 TRIGGERS = """
 schemas: true
 triggers:
@@ -417,6 +415,7 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.systemd
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
 @pytest.mark.parametrize("loopback", [True, False])
 def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Path) -> None:

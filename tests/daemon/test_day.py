@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import pytest
 import serial
 
 from device.demo import Cable
 from flashd.daemon import spool
 from tests.daemon.running import PATIENCE, Running
-
-pytest.importorskip("systemd", reason="needs the systemd extra")
 
 JOBS = 200
 MOST_WAITING = 24

@@ -12,7 +12,10 @@ import pytest
 
 from flashd.cli.main import main
 
-pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
+pytestmark = [
+    pytest.mark.systemd,
+    pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl"),
+]
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 UNITS = Path("etc/systemd/system")

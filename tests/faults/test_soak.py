@@ -13,11 +13,8 @@ import time
 from pathlib import Path
 
 import httpx2 as httpx
-import pytest
 
 from tests.daemon.running import Running
-
-pytest.importorskip("systemd", reason="needs the systemd extra")
 
 SECONDS = float(os.environ.get("FLASHD_SOAK", "6"))
 WARM_UP = 60  # things done before anything is compared

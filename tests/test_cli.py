@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import pytest
 
 from flashd.cli.appliance import daemon_serves
 from flashd.cli.main import _parser
-from flashd.cli.progress import for_terminal
 from flashd.cli.talk import MOST_TURNS, Turns, talk
+from flashd.system.printable import plain_output
 from tests import tiny
 
 FLASHD = [sys.executable, "-m", "flashd"]
@@ -146,9 +147,15 @@ def test_a_talk_says_what_it_does_not_know(tiny_bundle: Path) -> None:
 
 def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b]52;c;eA==\x07\x9b2J\rb\n\tgrün 👩\u200d🌾"
-    assert for_terminal(text) == text  # piped
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert for_terminal(text) == "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾"
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    with redirect_stdout(plain_output()):
+        print(text, end="")  # piped
+    assert shown.getvalue() == text
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    with redirect_stdout(plain_output()):
+        print(text, end="")
+    assert shown.getvalue() == text + "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾"
 
 
 def test_bad_model_files(tmp_path: Path, tiny_bundle: Path) -> None:

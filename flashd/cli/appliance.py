@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from flashd.cli.client import Client, socket_path
 from flashd.cli.figures import as_json, in_words
-from flashd.cli.progress import Waiting, for_terminal, say_cut
+from flashd.cli.progress import Waiting, say_cut
 from flashd.cli.talk import Turns, talk
 from flashd.cli.tty import as_terminal
 from flashd.errors import INTERRUPTED, ConfigError, FlashdError, InputMissing, UsageError
 from flashd.system.paths import SERVICE, pins_record
+from flashd.system.printable import printable
 
 if TYPE_CHECKING:
     from flashd.config.settings import Settings
@@ -126,7 +127,7 @@ def chat_with_daemon(args: argparse.Namespace) -> int:
         except UsageError:
             raise
         except FlashdError as error:
-            print(f"flashd: {error}", file=sys.stderr, flush=True)
+            print(printable(f"flashd: {error}"), file=sys.stderr, flush=True)
             return None
 
     with as_terminal(args.port, args.speed) if args.port is not None else nullcontext():
@@ -155,7 +156,7 @@ def _say_daemons(args: argparse.Namespace, body: dict[str, Any], turns: Turns) -
                     piece = said.take(event)
                     if piece and not args.json:
                         waiting.close()
-                        print(for_terminal(piece), end="", flush=True)
+                        print(piece, end="", flush=True)
         except KeyboardInterrupt:
             said.finish = STOPPED
         except FlashdError:
@@ -191,7 +192,7 @@ def _check(args: argparse.Namespace) -> None:
 
     settings = load(args.config, check)
     for doubt in _doubts(settings):
-        print(f"warning: {doubt}", file=sys.stderr)
+        print(printable(f"warning: {doubt}"), file=sys.stderr)
     print(
         f"{args.config}: right; {len(settings.serial)} serial, {len(settings.sensors)} sensors,"
         f" {len(settings.triggers)} triggers, {len(settings.outputs)} outputs"
@@ -231,7 +232,7 @@ def _jobs(args: argparse.Namespace) -> None:
         return
     for job in jobs:
         when = datetime.fromtimestamp(job.created).strftime("%Y-%m-%d %H:%M:%S")
-        text = " ".join(for_terminal(job.result.text).split())
+        text = " ".join(job.result.text.split())
         print(f"{job.id:6}  {when}  {job.state:9}  {job.request.source:20}  {text[:60]}")
 
 
@@ -249,10 +250,10 @@ def _show(args: argparse.Namespace) -> None:
         print(msgspec.json.encode(job).decode())
         return
     for turn in job.request.turns:
-        print(for_terminal(f"{turn.role}: {turn.content}"))
-    print(for_terminal(f"{job.state} ({job.result.finish}): {job.result.text}"))
+        print(f"{turn.role}: {turn.content}")
+    print(f"{job.state} ({job.result.finish}): {job.result.text}")
     for choice, probability in job.result.probabilities.items():
-        print(for_terminal(f"{probability:9.4f} {choice}"))
+        print(f"{probability:9.4f} {choice}")
     if job.result.figures:
         print(in_words(job.result.finish, job.result.figures))
 
@@ -286,7 +287,7 @@ def _configured_bundle() -> Path:
         try:
             model = load(CONFIG).model
         except ConfigError as error:
-            print(f"flashd: {error}", file=sys.stderr)
+            print(printable(f"flashd: {error}"), file=sys.stderr)
             model = None
         if model:
             return Path(model)
@@ -320,12 +321,14 @@ def _safe(args: argparse.Namespace) -> None:
     _needs_appliance()
     from device.drives import held, read_record, turn_off
     from flashd.config.settings import Settings, load
+    from flashd.daemon.last_run import note_death
 
     wrong: ConfigError | None = None
     try:
         settings = load(args.config)
     except ConfigError as error:
         settings, wrong = Settings(), error
+    note_death(Path(settings.spool.path))
     record = pins_record(Path(settings.spool.path))
     pins = read_record(record)
     if pins is None:

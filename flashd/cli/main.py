@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +20,11 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import ROW_KINDS
 from flashd.cli import appliance
 from flashd.cli.figures import as_json, in_words
-from flashd.cli.progress import MIB, Bar, for_terminal, say_cut
+from flashd.cli.progress import MIB, Bar, say_cut
 from flashd.cli.talk import Turns, checked, talk
 from flashd.errors import INTERRUPTED, DataError, FlashdError, InputMissing, UsageError
 from flashd.pack import default_model
+from flashd.system.printable import PlainFormatter, plain_output, printable
 
 STARTED = time.perf_counter()
 MOST_THREADS = 256
@@ -32,12 +34,15 @@ MOST_TOKENS = 256
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, from sysexits.h."""
-    logging.basicConfig(format="flashd: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("flashd: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
-        args = _parser().parse_args(argv)
-        return int(args.run(args) or 0)
+        with redirect_stdout(plain_output()):
+            args = _parser().parse_args(argv)
+            return int(args.run(args) or 0)
     except FlashdError as error:
-        print(f"flashd: {error}", file=sys.stderr)
+        print(printable(f"flashd: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -298,7 +303,7 @@ def _say(
                 bar.close()
                 bar = None
             if not args.json:
-                print(for_terminal(piece), end="", flush=True)
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
         answer.figures.finish, code = "interrupted", INTERRUPTED
     finally:

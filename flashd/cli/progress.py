@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-import unicodedata
 from types import TracebackType
 
 from tqdm import tqdm
+
+from flashd.system.printable import printable
 
 MIB = 1 << 20
 CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
@@ -16,13 +17,6 @@ CUT = {"length": "--max-tokens allows more", "context": "the context is full"}
 
 CLEAR = "\x1b[K"
 """What takes away the rest of a terminal's row."""
-
-
-def for_terminal(text: str) -> str:
-    """A stranger's text without what a terminal would obey; as it is where standard output is none."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def say_cut(finish: str) -> None:
@@ -81,7 +75,12 @@ class Waiting:
         if self._closed or now - self._shown < self.SECONDS:
             return
         self._shown = now
-        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}{CLEAR}", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{printable(text, kept='')[: shutil.get_terminal_size().columns - 1]}{CLEAR}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         """Takes the row away."""

@@ -46,6 +46,7 @@ class Answering(Strict, frozen=True, kw_only=True):
 class Api(Strict, frozen=True, kw_only=True):
     socket: str = "/run/flashd/flashd.sock"
     loopback: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    loopback_jobs: bool = False  # /api/jobs there too, for every user of the machine
 
 
 class Serial(Strict, frozen=True, kw_only=True):

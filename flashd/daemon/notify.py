@@ -8,6 +8,8 @@ import socket
 import time
 from contextlib import suppress
 
+from flashd.system.printable import PlainFormatter, is_journal
+
 
 class Notifier:
     """sd_notify(3): each message is a datagram to the socket that systemd names.
@@ -56,20 +58,15 @@ class Notifier:
 def log_to_journal() -> None:
     """Sends log records to the journal with their fields where systemd reads our output, to stderr elsewhere."""
     handler: logging.Handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("flashd: %(message)s"))
-    if _stderr_is_the_journal():
+    handler.setFormatter(PlainFormatter("flashd: %(message)s"))
+    if is_journal(2):
         try:
             from systemd.journal import JournalHandler
 
             handler = JournalHandler(SYSLOG_IDENTIFIER="flashd")
+            handler.setFormatter(PlainFormatter())
         except ImportError:
             pass  # plain lines on stderr reach the journal too, without fields
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-
-
-def _stderr_is_the_journal() -> bool:
-    """systemd.exec(5): JOURNAL_STREAM names the device and inode of the stream, if it was not redirected since."""
-    here = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}"

@@ -33,6 +33,7 @@ class Budget:
     memory: int | None = None  # bytes
     context: int = DEFAULT_CONTEXT  # tokens
     threads: int | None = None
+    clients: int = 0  # bytes that a service's clients may make it hold
 
 
 class Prompts:
@@ -73,6 +74,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         context=min(budget.context, bundle.header.model.context),
         threads=budget.threads or len(os.sched_getaffinity(0)),
         base=resident_now(),
+        clients=budget.clients,
         rates=rates_of(bundle),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -63,6 +64,7 @@ def in_child(action: Callable[[], Result], limits: Limits | None = None) -> Resu
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
         gc.disable()  # what the parent has made is not for the child to undo
         _let_go_of_pins()
+        faulthandler.disable()  # a death of this process is not one of the parent
         send.send(None)
         try:
             if limits:

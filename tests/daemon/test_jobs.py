@@ -10,7 +10,7 @@ import pytest
 
 from flashd.daemon import spool as spool_module
 from flashd.daemon.job import State
-from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
+from flashd.daemon.jobs import MOST_DEATHS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
 from tests.daemon.clerk import Clerk, request
@@ -161,12 +161,57 @@ def test_what_was_accepted_outlives_the_process(jobs: Jobs, spool: Spool) -> Non
 
 def test_a_job_that_kills_the_daemon_is_given_up(jobs: Jobs, spool: Spool) -> None:
     deadly = jobs.submit(request())
-    for _ in range(MOST_ATTEMPTS):
+    for _ in range(MOST_DEATHS):
         assert jobs.take(0) is not None
-        jobs = Jobs(spool, most_waiting=4)
+        jobs = Jobs(spool, most_waiting=4, died=True)
     assert jobs.take(0) is None
     kept = jobs.get(deadly.id)
     assert kept is not None and kept.state is State.FAILED and "died 3 times" in kept.result.finish
+
+
+def test_no_job_is_charged_with_a_kill_from_outside(jobs: Jobs, spool: Spool) -> None:
+    job = jobs.submit(request())
+    for _ in range(10):
+        assert jobs.take(0) is not None
+        jobs = Jobs(spool, most_waiting=4, died=False)
+    taken = jobs.take(0)
+    assert taken is not None and taken.id == job.id
+
+
+def test_of_jobs_that_ran_together_only_the_deadly_one_is_given_up(jobs: Jobs, spool: Spool) -> None:
+    """The daemon dies whenever the first job runs; the second is beside it as often as the queue allows."""
+    deadly, other = jobs.submit(request("deadly", priority=9)), jobs.submit(request("harmless"))
+    for _ in range(2 * MOST_DEATHS + 2):
+        job = jobs.take(0)
+        if job is None:
+            break
+        together = [job]
+        while (beside := jobs.next) is not None and jobs.take_beside(beside):
+            together.append(beside)
+        if deadly.id in [j.id for j in together]:
+            jobs = Jobs(spool, most_waiting=4, died=True)
+        else:
+            jobs.finish(job, State.DONE, "stop")
+    states = {job.id: (job.state, job.result.finish) for job in jobs.recent(10)}
+    assert states == {
+        other.id: (State.DONE, "stop"), deadly.id: (State.FAILED, f"flashd died {MOST_DEATHS} times answering it")
+    }  # fmt: skip
+
+
+def test_a_suspect_waits_for_all_others_and_runs_alone(jobs: Jobs, spool: Spool) -> None:
+    suspect = jobs.submit(request(priority=9))
+    assert jobs.take(0) is not None
+    jobs = Jobs(spool, most_waiting=4, died=True)
+    other = jobs.submit(request(priority=0))
+    first = jobs.take(0)
+    assert first is not None and first.id == other.id
+    last = jobs.next
+    assert last is not None and last.id == suspect.id and not jobs.take_beside(last)
+    jobs.finish(first, State.DONE, "stop")
+    last = jobs.take(0)
+    late = jobs.submit(request(priority=9))
+    beside = jobs.next
+    assert last is not None and beside is not None and beside.id == late.id and not jobs.take_beside(beside)
 
 
 def test_old_jobs_are_forgotten(tmp_path: Path) -> None:

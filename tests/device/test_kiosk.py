@@ -77,7 +77,8 @@ def page(
         def start(name: str) -> Job:
             raise KeyError(name)
 
-        server.start(Api(jobs, "a model", one.status, start, lambda: b"").application([*kiosk.routes(one)]))
+        routes = Api(jobs, "a model", one.status, start, lambda: b"", lambda asked: asked)
+        server.start(routes.application([*kiosk.routes(one)]))
         browser.get(f"http://127.0.0.1:{port}/")
         return one
 

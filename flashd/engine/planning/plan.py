@@ -98,7 +98,14 @@ class Plan:
 
 
 def make_plan(
-    header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None
+    header: Header,
+    *,
+    memory: int,
+    context: int,
+    threads: int,
+    base: int,
+    rates: Floats | None = None,
+    clients: int = 0,
 ) -> Plan:
     """The plan for a bundle.
 
@@ -106,16 +113,19 @@ def make_plan(
         memory: bytes that the process may hold.
         context: tokens that the KV cache must have room for.
         base: bytes that the process holds now.
+        clients: bytes that a service's clients may make it hold.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
 
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
     m, form = header.model, header.group
+    held = {"interpreter, libraries, tokenizer": base, **({"clients": clients} if clients else {})}
+    base += clients
     cache = cache_bytes(m, context)
     resident = _resident_parts(header, context)
     whole = None if resident is None else base + cache + sum(resident.values())
     if resident and whole and whole <= memory:
-        parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **resident}
+        parts = {**held, "KV cache": cache, **resident}
         return Plan(
             memory=memory, context=context, threads=threads, resident=True, pinned_groups=m.groups,
             groups=m.groups, lent_groups=0, head_rows=m.vocabulary, passing_groups=0, buffers=0, parts=parts,
@@ -127,7 +137,7 @@ def make_plan(
             f"{memory / MIB:.0f}M is too small for {m.name} with a context of {context};"
             f" the smallest that works is --memory {-(-(least + MARGIN) // MIB)}M"
         )
-    parts = {"interpreter, libraries, tokenizer": base, "KV cache": cache, **_paged_parts(header, context)}
+    parts = {**held, "KV cache": cache, **_paged_parts(header, context)}
     if rates is not None:
         return _selecting(header, rates, memory, context, threads, parts, least)
     a_group_a_layer = m.layers * form.nbytes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import pytest
 from flashd.cli.appliance import daemon_serves
 from flashd.cli.main import _parser
 from flashd.cli.talk import MOST_TURNS, Turns, talk
+from flashd.daemon.job import Request, Result, State, Turn
+from flashd.daemon.spool import Spool
 from flashd.system.printable import plain_output
 from tests import tiny
 
@@ -401,3 +404,19 @@ def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, ca
     assert json.loads(run(*ask, "--json", "--no-snapshots").stdout)["reused_tokens"] == 0
     kept = list((cache / "flashd" / "snapshots").iterdir())
     assert len(kept) == 2 and all(p.stat().st_mode & 0o077 == 0 for p in kept)
+
+
+def test_what_others_wrote_reaches_a_terminal_plain(tmp_path: Path) -> None:
+    """A job of a client, and the name of a file, on a real terminal."""
+    hostile = "a\x1b]0;owned\x07\x9b2Jb"
+    with closing(Spool(tmp_path / "spool.db", keep=5)) as spool:
+        job = spool.add(Request(turns=(Turn("user", hostile),), source="api"))
+        job.state, job.ended, job.result = State.DONE, 1.0, Result(text=hostile, finish=hostile)
+        spool.end(job)
+    for arguments in (
+        ["show", "1", "--spool", tmp_path / "spool.db"], ["jobs", "--spool", tmp_path / "spool.db"],
+        ["show", "1", "--json", "--spool", tmp_path / "spool.db"], ["info", tmp_path / hostile],
+        ["jobs", "--spool", tmp_path / hostile],
+    ):  # fmt: skip
+        shown = pexpect.run(" ".join(shlex.quote(str(word)) for word in [*FLASHD, *arguments]), timeout=60).decode()
+        assert "owned" in shown and not set(shown) & {"\x1b", "\x07", "\x9b"}, (arguments, shown)

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flashd.daemon.connections import MOST_CONNECTIONS, WRITE_BYTES
 from flashd.daemon.job import WAITING_BYTES
 
-MOST_WAITING = 224
+MOST_WAITING = 320
 """Requests that wait for a place. Fewer than there are connections, so that /health always has one."""
 
 MOST_ASKING = 32

@@ -108,7 +108,7 @@ class Api:
     ) -> None:  # fmt: skip
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
         self._fitting = fitting
-        self._large = asyncio.Semaphore(1)
+        self._large, self._accepting = asyncio.Lock(), asyncio.Lock()  # one at a time, the first one first
 
     def application(self, more: list[BaseRoute], loopback_jobs: bool = False) -> Starlette:
         routes = [
@@ -148,7 +148,8 @@ class Api:
         async with self._large if _length(http) > SMALL_BODY else nullcontext():
             asking = await _decoded(http, kind)
             stream = asking.stream
-            job, watch = await asyncio.to_thread(self._accept, asked(asking), events.put)
+            async with self._accepting:
+                job, watch = await asyncio.to_thread(self._accept, asked(asking), events.put)
             del asking
         head = {"id": f"flashd-{job.id}", "created": int(job.created), "model": self._model}
         if stream:

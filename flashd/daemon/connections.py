@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_CONNECTIONS = 288
+MOST_CONNECTIONS = 384
 READ_BYTES = 16 << 10
 """Bytes of a body that a connection holds before the API asks for more."""
 

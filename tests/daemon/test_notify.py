@@ -81,3 +81,14 @@ def test_the_journal_gets_a_job_s_fields() -> None:
     assert {k: entry[k] for k in ("JOB_ID", "TOKENS", "CARD_BYTES", "SYSLOG_IDENTIFIER", "MESSAGE")} == {
         "JOB_ID": "7", "TOKENS": "5", "CARD_BYTES": "9", "SYSLOG_IDENTIFIER": "flashd", "MESSAGE": "job 7 done",
     }  # fmt: skip
+
+
+def test_the_log_says_nothing_that_a_terminal_would_obey() -> None:
+    program = "import logging; from flashd.daemon.notify import log_to_journal; log_to_journal();"
+    hostile = r"'a\x1b]0;owned\x07\x9b2J\rb\nflashd: a line of its own'"
+    raised = f"try:\n raise ValueError({hostile})\nexcept ValueError: logging.exception('%s', {hostile})"
+    said = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{raised}"], stderr=subprocess.PIPE, check=True
+    ).stderr.decode()
+    assert not set(said) & {"\x1b", "\x07", "\x9b", "\r"}
+    assert said.startswith("flashd: a]0;owned2Jb flashd: a line of its own\nTraceback")

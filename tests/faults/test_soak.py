@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import httpx2 as httpx
+import pytest
 
 from tests.daemon.running import Running
+
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("FLASHD_SOAK", "6"))
 WARM_UP = 60  # things done before anything is compared

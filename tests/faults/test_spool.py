@@ -23,6 +23,8 @@ from tests.faults.layers import fuse
 from tests.faults.power import cuts, read_log
 from tests.waiting import wait
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.fuse
 def test_a_power_cut_at_any_write_loses_no_accepted_job(tmp_path: Path) -> None:

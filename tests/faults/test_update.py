@@ -18,6 +18,8 @@ from flashd.update.stick import MANIFEST, read_manifest, undo, update
 from tests import tiny
 from tests.faults.test_newfile import killed_at
 
+pytestmark = pytest.mark.slow
+
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

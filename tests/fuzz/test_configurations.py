@@ -19,6 +19,8 @@ from flashd.errors import ConfigError, DataError, FlashdError
 from flashd.update.stick import MANIFEST, read_manifest
 from tests.fuzz.conftest import one_line, tries
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = (Path(__file__).parents[2] / "deploy" / "flashd.example.yaml").read_text("utf-8")
 PLAIN = re.sub(r"^#.*\n| +#.*", "", EXAMPLE, flags=re.MULTILINE)
 PARTS = [part for part in re.split(r"^(?=[a-z])", PLAIN, flags=re.MULTILINE) if part.strip()]

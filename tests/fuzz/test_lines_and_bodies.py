@@ -25,6 +25,8 @@ from flashd.daemon.spool import Spool
 from tests.daemon.clerk import Clerk, request
 from tests.fuzz.conftest import tries
 
+pytestmark = pytest.mark.slow
+
 KEYS = st.sampled_from(
     [
         "prompt", "messages", "role", "content", "id", "max_tokens", "choose", "json_schema", "priority", "trigger",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashd.daemon import spool as spool_module
-from flashd.daemon.job import State
+from flashd.daemon.job import MAX_TEXT, WAITING_BYTES, State
 from flashd.daemon.jobs import MOST_DEATHS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
@@ -82,6 +82,26 @@ def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:
     with pytest.raises(UsageError, match="empty"):
         jobs.submit(request("  \n"))
     assert jobs.waiting == 4
+
+
+def test_clients_leave_room_for_the_board_s_own(jobs: Jobs) -> None:
+    for _ in range(3):
+        jobs.submit(request(source="api"))
+    with pytest.raises(Busy, match="no room for another job: 3 waiting"):
+        jobs.submit(request(source="api"))
+    jobs.submit(request(source="trigger:door"))
+    with pytest.raises(Busy, match="4 waiting"):
+        jobs.submit(request(source="serial:console"))
+
+
+def test_prompts_that_wait_are_bounded_in_bytes(spool: Spool) -> None:
+    jobs = Jobs(spool, most_waiting=100)
+    most = WAITING_BYTES // MAX_TEXT - 1
+    for _ in range(most):
+        jobs.submit(request("x" * MAX_TEXT))
+    with pytest.raises(Busy, match=f"no room for this prompt beside {most} waiting ones"):
+        jobs.submit(request("x" * MAX_TEXT))
+    jobs.submit(request("a short one"))
 
 
 def test_a_sensor_that_fires_ten_times_asks_once(jobs: Jobs) -> None:

@@ -21,7 +21,7 @@ WRITE_BYTES = 32 << 10
 HEAD_SECONDS = 10.0
 """How long a client may take to send a request's head, or leave an open connection unused."""
 
-READ_SECONDS = 20.0
+READ_SECONDS = 10.0
 """How long a client may let an answer lie."""
 
 

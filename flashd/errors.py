@@ -95,6 +95,12 @@ class Busy(FlashdError):
     exit_code = os.EX_TEMPFAIL
 
 
+class SpoolTaken(FlashdError):
+    """Another daemon answers the jobs of this spool."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
 class NotStarted(Busy):
     """A trigger started nothing: it is muted or cools down."""
 

@@ -9,7 +9,7 @@ import queue
 import signal
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -23,12 +23,14 @@ from device.controls import Facts
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings, load
+from flashd.daemon import last_run
+from flashd.daemon.admission import CLIENTS
 from flashd.daemon.api import Api
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.metrics import metrics_text
 from flashd.daemon.notify import Notifier, log_to_journal
 from flashd.daemon.server import Server
-from flashd.daemon.spool import Spool
+from flashd.daemon.spool import Spool, held_alone
 from flashd.daemon.worker import Worker
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.schemas import Schemas
@@ -66,8 +68,13 @@ class Daemon:
 
     def run(self, when_ready: Callable[[], None]) -> None:
         """Serves until SIGTERM or SIGINT. Raises FlashdError where it cannot start."""
-        with suppress(_Stopped):
+        before = os.umask(0o007)  # prompts and answers are for the service and its group, whoever starts it
+        try:
             self._run(when_ready)
+        except _Stopped:
+            log.info("stopped before the model was loaded")
+        finally:
+            os.umask(before)
 
     def _run(self, when_ready: Callable[[], None]) -> None:
         s = self._settings
@@ -76,11 +83,14 @@ class Daemon:
         bundle_path = Path(s.model) if s.model else default_model.ensure_apart(lambda done, total: None)
         with ExitStack() as stack:
             self._take_signals(stack)
+            spool_path = Path(s.spool.path)
+            stack.enter_context(held_alone(spool_path))
+            died = stack.enter_context(last_run.watched(spool_path))
             server = Server(Path(s.api.socket), s.api.loopback)
             stack.callback(server.close)
-            spool = Spool(Path(s.spool.path), s.spool.keep)
+            spool = Spool(spool_path, s.spool.keep)
             stack.callback(spool.close)
-            jobs = Jobs(spool, s.spool.most_waiting)
+            jobs = Jobs(spool, s.spool.most_waiting, died)
             appliance = Appliance(s, jobs, self._facts)
             stack.callback(appliance.close)
             bundle = stack.enter_context(Bundle(bundle_path, Patience(s.card.wait)))
@@ -102,6 +112,7 @@ class Daemon:
             when_ready()
             self._wait(appliance)
             self._notify.stopping()
+            log.info("stopping")
 
     def _load(self, bundle: Bundle) -> Engine:
         s = self._settings
@@ -113,7 +124,7 @@ class Daemon:
             self._notify.status(f"loading {100 * done // total} %")
 
         self._notify.status("loading")
-        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads)
+        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads, clients=CLIENTS)
         try:
             return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
         except MemoryTooSmall as error:
@@ -124,8 +135,9 @@ class Daemon:
             raise MemoryTaken(f"too little memory is free: {error.what} needs {need}M at the least") from error
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
-        api = Api(jobs, self._name, appliance.status, appliance.start, metrics_text(jobs, worker))
-        return api.application([*kiosk.routes(appliance), *self._more])
+        metrics = metrics_text(jobs, worker)
+        api = Api(jobs, self._name, appliance.status, appliance.start, metrics, worker.fitting)
+        return api.application([*kiosk.routes(appliance), *self._more], self._settings.api.loopback_jobs)
 
     def _facts(self) -> Facts:
         """What the appliance's status says of the model and its last answer."""

@@ -18,6 +18,13 @@ from tests.update.board import Board
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that loads the real model is slow: to pack it alone takes longer than all others together."""
+    for item in items:
+        if {"smollm", "packed"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """A test that leaves a descriptor open or a card thread running fails."""

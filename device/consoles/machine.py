@@ -30,6 +30,7 @@ from flashd.daemon.job import (
 )
 from flashd.daemon.jobs import Watch
 from flashd.errors import NOT_JSON, FlashdError
+from flashd.system.printable import printable_json
 
 MAX_LINE = 64 << 10
 """Bytes of a line."""
@@ -170,6 +171,8 @@ class Machine:
         text = msgspec.json.encode(fields).decode()
         if self._settings.charset == "ascii":
             text = "".join(c if c < "\x7f" else _escaped(c) for c in text)
+        else:
+            text = printable_json(text)  # a person may watch the line
         self._port.write(text + "\n")
 
 

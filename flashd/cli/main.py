@@ -7,22 +7,27 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import assert_never
 
 from flashd.cli import options as o
 from flashd.cli.parser import parse
 from flashd.errors import INTERRUPTED, FlashdError
+from flashd.system.printable import PlainFormatter, plain_output, printable
 
 STARTED = time.perf_counter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code, from sysexits.h."""
-    logging.basicConfig(format="flashd: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("flashd: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
-        return _run(parse(argv))
+        with redirect_stdout(plain_output()):
+            return _run(parse(argv))
     except FlashdError as error:
-        print(f"flashd: {error}", file=sys.stderr)
+        print(printable(f"flashd: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

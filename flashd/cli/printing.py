@@ -25,13 +25,6 @@ def print_facts(facts: Mapping[str, Fact], as_json: bool) -> None:
         print(f"{name.replace('_', ' '):18} {value}")
 
 
-def for_terminal(text: str) -> str:
-    """A stranger's text without the characters that a terminal would obey, if it goes to a terminal."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 def say_cut(finish: str) -> None:
     """Tells a person that an answer was cut, and why."""
     if finish in CUT and sys.stderr.isatty():

@@ -10,6 +10,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from flashd.system.memory import MIB
+from flashd.system.printable import printable
 
 CLEAR = "\x1b[K"
 """Erases the rest of a terminal's row."""
@@ -66,7 +67,12 @@ class Waiting:
         if self._closed or now - self._shown < self.SECONDS:
             return
         self._shown = now
-        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}{CLEAR}", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r{printable(text, kept='')[: shutil.get_terminal_size().columns - 1]}{CLEAR}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         """Removes the row."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from flashd.errors import DataError, UsageError
+from flashd.system.printable import printable
 
 MOST_TURNS = 64
 """A talk keeps this many messages, since a console may be left on for years."""
@@ -29,13 +30,14 @@ def talk(system: str | None, answer: Callable[[Turns], str | None]) -> None:
         if line == "/reset":
             turns = []
         elif line.startswith("/") and len(line.split()) == 1:
-            print(f"{line} is not a command; the commands are /reset and /quit", file=sys.stderr, flush=True)
+            text = f"{line} is not a command; the commands are /reset and /quit"
+            print(printable(text), file=sys.stderr, flush=True)
         elif line:
             asked = [*turns, ("user", line)]
             try:
                 said = answer([*first, *asked])
             except UsageError as error:
-                print(f"flashd: {error}; /reset starts a new talk", file=sys.stderr, flush=True)
+                print(printable(f"flashd: {error}; /reset starts a new talk"), file=sys.stderr, flush=True)
                 continue
             if said is not None:
                 turns = [*asked, ("assistant", said)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashd.errors import Busy, InputMissing, UsageError
+from flashd.system.printable import plain
 
 SPEEDS = sorted(int(name[1:]) for name in dir(termios) if name[0] == "B" and name[1:].isdigit() and name != "B0")
 """The speeds that a terminal can have, in bits a second."""
@@ -67,7 +68,12 @@ def as_terminal(port: Path, speed: int) -> Iterator[None]:
     # new text streams, so that neither the locale nor the old streams' kind of file matters
     text: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "closefd": False}
     try:
-        with open(0, **text) as asked, open(1, "w", **text) as said, redirect_stdout(said), redirect_stderr(said):
+        with (
+            open(0, **text) as asked,
+            open(1, "w", **text) as said,
+            redirect_stdout(plain(said)),
+            redirect_stderr(said),
+        ):
             before, sys.stdin = sys.stdin, asked
             try:
                 yield

@@ -72,6 +72,8 @@ class Api(Strict, frozen=True, kw_only=True):
     Without this key there is none. The service gets the port from flashd-loopback.socket, which
     flashd-kiosk.service starts.
     """
+    loopback_jobs: bool = False
+    """Whether that port also lists jobs. Every user of the machine can then read what others asked."""
 
 
 class Serial(Strict, frozen=True, kw_only=True):

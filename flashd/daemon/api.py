@@ -1,7 +1,7 @@
 """The HTTP API: what OpenAI's clients expect, and what the kiosk and the command line need beside it.
 
-https://platform.openai.com/docs/api-reference/chat. Bodies are a stranger's: bounded in size, decoded into
-structs, refused in the API's own error shape.
+Requests are a stranger's: bounded in what they hold and in time, refused in the API's own error shape. Answers are
+sent in pieces, each when the client has read the one before.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import nullcontext, suppress
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,94 +25,67 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashd.config.fields import Priority, Temperature, TopP
-from flashd.daemon.job import Choices, Deadline, Draw, Event, Job, MaxTokens, Request, Role, Seed, State, Turn
-from flashd.daemon.jobs import Jobs, Watch
+from flashd.daemon.admission import MAX_BODY, SMALL_BODY, Admission
+from flashd.daemon.connections import READ_BYTES
+from flashd.daemon.job import Event, Job, Request, State
+from flashd.daemon.jobs import Jobs, Sink, Watch
+from flashd.daemon.openai_words import (
+    Body,
+    Chat,
+    Completion,
+    chat_answer,
+    chat_chunk,
+    more,
+    of_chat,
+    of_completion,
+    reason,
+    text_answer,
+    text_chunk,
+    usage,
+)  # fmt: skip
 from flashd.errors import BAD_REQUEST, NOT_JSON, Busy, FlashdError, UsageError
 
-MAX_BODY = 1 << 20
-"""Bytes of a request's body."""
+BODY_SECONDS = 10.0
+"""How long a client may take to send a body."""
+
+MOST_HEADS = 100
+"""Jobs of one page of a list."""
+
+LATEST = 10**18 - 1
+"""No job has a higher number."""
+
+B = TypeVar("B", bound=Body)
 
 OBJECT = "flashd"
+OTHERS = "only for this machine's own pages and programs"
+JOBS_HIDDEN = "jobs are shown on the socket alone; set api: {loopback_jobs: true} to show them here"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class _Part(msgspec.Struct):
-    type: str
-    text: str = ""
-
-
-class _Message(msgspec.Struct):
-    role: Role
-    content: str | list[_Part]
-
-    def turn(self) -> Turn:
-        if isinstance(self.content, str):
-            return Turn(self.role, self.content)
-        other = next((p.type for p in self.content if p.type != "text"), None)
-        if other:
-            raise UsageError(f"content of type {other!r} is not understood; send text")
-        return Turn(self.role, "".join(p.text for p in self.content))
-
-
-class _Schema(msgspec.Struct):
-    schema: dict[str, Any]
-    name: str = ""
-
-
-class _Format(msgspec.Struct):
-    type: Literal["text", "json_schema"]
-    json_schema: _Schema | None = None
-
-
-class _Body(msgspec.Struct, kw_only=True):
-    """What completions and chat completions share. `choose`, `priority`, `deadline` and `forget` are our own."""
-
-    model: str | None = None
-    stream: bool = False
-    max_tokens: MaxTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    seed: Seed | None = None
-    stop: str | list[str] | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=1)] | None = None
-    choose: Choices = []
-    priority: Priority = 5
-    deadline: Deadline | None = None
-    forget: bool = False
-
-    def request(self, turns: tuple[Turn, ...], plain: bool, schema: dict[str, Any] | None) -> Request:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Request(
-            turns=turns, source="api", plain=plain, priority=self.priority, deadline=self.deadline,
-            max_tokens=self.max_tokens, forget=self.forget, stop=stop, choose=tuple(self.choose), json_schema=schema,
-            draw=Draw(temperature=self.temperature, top_p=self.top_p, seed=self.seed),
-        )  # fmt: skip
-
-
-class _Chat(_Body, kw_only=True):
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=1000)]
-    max_completion_tokens: MaxTokens | None = None
-    response_format: _Format | None = None
-
-
-class _Completion(_Body, kw_only=True):
-    prompt: str
-
-
 class _FromHere:
-    """On loopback, refuses what a browser sends for a page of somebody else's, or by a name that leads here."""
+    """On loopback, refuses what a browser sends for a page of somebody else's, or by a name that leads here.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    There every user of the machine can ask, so other people's prompts are shown only if `jobs` allows it.
+    """
+
+    def __init__(self, app: ASGIApp, jobs: bool) -> None:
+        self._app, self._jobs = app, jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         server = scope.get("server")
         if scope["type"] == "http" and server is not None and server[1] is not None:  # a Unix socket has no port
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
-            if urlsplit(f"//{host}").hostname not in LOOPBACK or origin not in (None, f"http://{host}"):
-                await _error(403, "only for this machine's own pages and programs")(scope, receive, send)
+            refusal = None
+            try:
+                if urlsplit(f"//{host}").hostname not in LOOPBACK or origin not in (None, f"http://{host}"):
+                    refusal = _error(403, OTHERS)
+                elif scope["path"].startswith("/api/jobs") and not self._jobs:
+                    refusal = _error(403, JOBS_HIDDEN)
+            except ValueError:
+                refusal = _error(400, "the Host header is malformed")
+            if refusal is not None:
+                await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -126,15 +99,18 @@ class Api:
         status: what /api/status gives.
         trigger: starts the trigger of a name; raises KeyError.
         metrics: the Prometheus text of /metrics.
+        fitting: a request without what would not fit; raises UsageError if the rest does not fit either.
     """
 
     def __init__(
         self, jobs: Jobs, model: str, status: Callable[[], msgspec.Struct], trigger: Callable[[str], Job],
-        metrics: Callable[[], bytes],
+        metrics: Callable[[], bytes], fitting: Callable[[Request], Request],
     ) -> None:  # fmt: skip
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
+        self._fitting = fitting
+        self._large, self._accepting = asyncio.Lock(), asyncio.Lock()  # one at a time, the first one first
 
-    def application(self, more: list[BaseRoute]) -> Starlette:
+    def application(self, more: list[BaseRoute], loopback_jobs: bool = False) -> Starlette:
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
@@ -144,35 +120,37 @@ class Api:
             Route("/metrics", self._show_metrics),
             Route("/api/status", self._show_status),
             Route("/api/jobs", self._recent),
-            Route("/api/jobs/{number:int}", self._one, methods=["GET"]),
-            Route("/api/jobs/{number:int}", self._cancel, methods=["DELETE"]),
+            Route("/api/jobs/{number}", self._one, methods=["GET"]),
+            Route("/api/jobs/{number}", self._cancel, methods=["DELETE"]),
             Route("/api/triggers/{name:str}", self._start, methods=["POST"]),
             *more,
         ]
         return Starlette(
             routes=routes,
             exception_handlers={FlashdError: _refused, ClientDisconnect: _gone, 404: _no_such, 405: _no_such},
-            middleware=[Middleware(_FromHere)],
+            middleware=[
+                Middleware(_FromHere, jobs=loopback_jobs),
+                Middleware(Admission, asking=self._jobs.most_of_clients),
+            ],
         )  # fmt: skip
 
     async def _chat(self, http: HttpRequest) -> Response:
-        body = await _decoded(http, _Chat)
-        body.max_tokens = body.max_completion_tokens or body.max_tokens
-        schema = body.response_format.json_schema if body.response_format else None
-        request = body.request(tuple(m.turn() for m in body.messages), False, schema.schema if schema else None)
-        return await self._respond(http, request, body.stream, _chat_chunk, _chat_answer)
+        return await self._respond(http, Chat, of_chat, chat_chunk, chat_answer)
 
     async def _completion(self, http: HttpRequest) -> Response:
-        body = await _decoded(http, _Completion)
-        request = body.request((Turn("user", body.prompt),), True, None)
-        return await self._respond(http, request, body.stream, _text_chunk, _text_answer)
+        return await self._respond(http, Completion, of_completion, text_chunk, text_answer)
 
     async def _respond(
-        self, http: HttpRequest, request: Request, stream: bool,
+        self, http: HttpRequest, kind: type[B], asked: Callable[[B], Request],
         chunk: Callable[[str, str | None, bool], dict[str, Any]], whole: Callable[[str, str], dict[str, Any]],
     ) -> Response:  # fmt: skip
         events = _Events()
-        job, watch = await asyncio.to_thread(self._jobs.ask, request, events.put)
+        async with self._large if _length(http) > SMALL_BODY else nullcontext():
+            asking = await _decoded(http, kind)
+            stream = asking.stream
+            async with self._accepting:
+                job, watch = await asyncio.to_thread(self._accept, asked(asking), events.put)
+            del asking
         head = {"id": f"flashd-{job.id}", "created": int(job.created), "model": self._model}
         if stream:
             lines = self._stream(job, watch, events, head, chunk)
@@ -183,14 +161,17 @@ class Api:
         if end.state is not State.DONE:
             status = 400 if end.result.refused else 503 if end.state is State.EXPIRED else 500
             return _error(status, end.result.finish)
-        body = whole(end.result.text, _reason(end))
+        body = whole(end.result.text, reason(end))
         return JSONResponse(
             {
-                **head, **body, "usage": _usage(end),
-                OBJECT: _more(end),
+                **head, **body, "usage": usage(end),
+                OBJECT: more(end),
             },
             headers={"X-Job": str(job.id)},
         )  # fmt: skip
+
+    def _accept(self, request: Request, sink: Sink) -> tuple[Job, Watch]:
+        return self._jobs.ask(self._fitting(request), sink)
 
     async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: _Events) -> Job | None:
         """The job when it has ended, None if the daemon stops before; it is cancelled if the client goes away."""
@@ -237,8 +218,8 @@ class Api:
             if end is None:
                 yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})
             elif end.state is State.DONE:
-                last = head | chunk("", _reason(end), False) | {"usage": _usage(end)}
-                yield _event(last | {OBJECT: _more(end)})
+                last = head | chunk("", reason(end), False) | {"usage": usage(end)}
+                yield _event(last | {OBJECT: more(end)})
             else:
                 kind = BAD_REQUEST if end.result.refused else str(end.state)
                 yield _event({"error": {"message": end.result.finish, "type": kind}})
@@ -269,18 +250,20 @@ class Api:
         return _struct_response(await asyncio.to_thread(self._status))
 
     async def _recent(self, http: HttpRequest) -> Response:
-        most = http.query_params.get("most", "20")
-        jobs = await asyncio.to_thread(
-            self._jobs.recent, min(int(most), 1000) if re.fullmatch("[0-9]{1,9}", most) else 20
+        most, before = (
+            _number(http.query_params.get("most", "20")),
+            _number(http.query_params.get("before", str(LATEST))),
         )
-        return _struct_response(jobs)
+        heads = await asyncio.to_thread(self._jobs.heads, min(most, MOST_HEADS), before)
+        return _in_pieces(msgspec.json.encode(heads))
 
     async def _one(self, http: HttpRequest) -> Response:
-        job = await asyncio.to_thread(self._jobs.get, http.path_params["number"])
-        return _struct_response(job) if job else _error(404, f"no job {http.path_params['number']}")
+        number = _number(http.path_params["number"])
+        job = await asyncio.to_thread(self._jobs.get, number)
+        return _in_pieces(msgspec.json.encode(job)) if job else _error(404, f"no job {number}")
 
     async def _cancel(self, http: HttpRequest) -> Response:
-        cancelled = await asyncio.to_thread(self._jobs.cancel, http.path_params["number"])
+        cancelled = await asyncio.to_thread(self._jobs.cancel, _number(http.path_params["number"]))
         return JSONResponse({"cancelled": cancelled})
 
     async def _start(self, http: HttpRequest) -> Response:
@@ -314,16 +297,45 @@ class _Events:
         return event
 
 
-async def _decoded(http: HttpRequest, kind: type[Any]) -> Any:
+def _length(http: HttpRequest) -> int:
+    """Bytes of the body; the most that one may have if its client does not say. Raises UsageError."""
+    length = http.headers.get("content-length", str(MAX_BODY))
+    if not re.fullmatch("[0-9]{1,18}", length) or int(length) > MAX_BODY:
+        raise UsageError(f"a body of more than {MAX_BODY} bytes")
+    return int(length)
+
+
+async def _decoded(http: HttpRequest, kind: type[B]) -> B:
     data = bytearray()
-    async for chunk in http.stream():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise UsageError(f"a body of more than {MAX_BODY} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in http.stream():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    raise UsageError(f"a body of more than {MAX_BODY} bytes")
+    except TimeoutError as error:
+        raise UsageError(f"the body did not come within {BODY_SECONDS:g} s") from error
     try:
         return msgspec.json.decode(data, type=kind)
     except NOT_JSON as error:
         raise UsageError(str(error)) from error
+
+
+def _number(text: str) -> int:
+    """Raises UsageError if it is none."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UsageError(f"{text[:40]!r} is not a number")
+    return int(text)
+
+
+def _in_pieces(data: bytes) -> Response:
+    pieces = (data[at : at + READ_BYTES] for at in range(0, len(data), READ_BYTES))
+    return StreamingResponse(_each(pieces), media_type="application/json", headers={"Content-Length": str(len(data))})
+
+
+async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
 
 
 async def _refused(_: HttpRequest, error: Exception) -> Response:
@@ -338,7 +350,7 @@ async def _gone(_: HttpRequest, __: Exception) -> Response:
 
 async def _no_such(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return _error(status, f"{http.method} {http.url.path} is not served here")
+    return _error(status, f"{http.method} {http.scope['path']} is not served here")
 
 
 def _error(status: int, message: str) -> Response:
@@ -352,42 +364,3 @@ def _struct_response(value: Any) -> Response:
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def _reason(job: Job) -> str:
-    return "length" if job.result.cut else "stop"
-
-
-def _more(job: Job) -> dict[str, Any]:
-    """What OpenAI's answers have no place for."""
-    result = job.result
-    return {"finish": result.finish, "probabilities": result.probabilities, "figures": result.figures}
-
-
-def _usage(job: Job) -> dict[str, Any]:
-    f = job.result.figures
-    reused, said = int(f.get("reused_tokens", 0)), int(f.get("tokens", 0))
-    prompt = int(f.get("prompt_tokens", 0)) + reused
-    return {
-        "prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said,
-        "prompt_tokens_details": {"cached_tokens": reused},
-    }  # fmt: skip
-
-
-def _chat_chunk(text: str, reason: str | None, first: bool) -> dict[str, Any]:
-    delta: dict[str, str] = {"role": "assistant", "content": text} if first else {"content": text} if text else {}
-    choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return {"object": "chat.completion.chunk", "choices": [choice]}
-
-
-def _chat_answer(text: str, reason: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": reason}]}
-
-
-def _text_chunk(text: str, reason: str | None, _: bool) -> dict[str, Any]:
-    return {"object": "text_completion", "choices": [{"index": 0, "text": text, "finish_reason": reason}]}
-
-
-def _text_answer(text: str, reason: str) -> dict[str, Any]:
-    return _text_chunk(text, reason, False)

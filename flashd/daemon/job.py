@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,15 @@ import msgspec
 Role = Literal["system", "user", "assistant"]
 MAX_TEXT = 256 << 10
 """Characters of one message."""
+
+API = "api"
+"""The source of what clients ask over HTTP."""
+
+WAITING_BYTES = 4 << 20
+"""Bytes of the prompts that wait in the queue."""
+
+HEAD = 200
+"""Characters of a prompt or answer in a list."""
 
 Choices = Annotated[list[str], msgspec.Meta(max_length=64)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1)]
@@ -97,6 +107,34 @@ class Job(msgspec.Struct, kw_only=True):
 
     def __str__(self) -> str:
         return f"job {self.id} of {self.request.source}"
+
+
+def weight(request: Request) -> int:
+    """Bytes of RAM that a request's texts take."""
+    return sum(sys.getsizeof(text) for text in (*(turn.content for turn in request.turns), *request.choose))
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job begins with: a line of a list."""
+
+    id: int
+    source: str
+    state: State
+    created: float
+    attempts: int
+    ended: float | None
+    prompt: str  # of the last message, the first HEAD characters
+    answer: str
+    finish: str
+
+    @classmethod
+    def of(cls, job: Job) -> Head:
+        request, result = job.request, job.result
+        return cls(
+            id=job.id, source=request.source, state=job.state, created=job.created, attempts=job.attempts,
+            ended=job.ended, prompt=request.turns[-1].content[:HEAD], answer=result.text[:HEAD],
+            finish=result.finish[:HEAD],
+        )  # fmt: skip
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

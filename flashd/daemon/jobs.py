@@ -15,14 +15,17 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
 
-from flashd.daemon.job import MAX_TEXT, Event, Job, Request, State
+from flashd.daemon.job import API, MAX_TEXT, WAITING_BYTES, Event, Head, Job, Request, State, weight
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite, UsageError
 
 log = logging.getLogger(__name__)
 
-MOST_ATTEMPTS = 3
-"""Starts after which a job that the daemon never survived is given up."""
+MOST_DEATHS = 3
+"""Deaths of the daemon, each while it answered one job alone, after which that job is given up."""
+
+LAST = 10
+"""Where a suspect stands in the queue: behind every priority."""
 
 
 Sink = Callable[[Event | None], None]
@@ -58,15 +61,20 @@ class Watch:
 
 
 class Jobs:
-    """The queue. `most_waiting` bounds what waits; each ended job is in the spool until it is among the oldest."""
+    """The queue. `most_waiting` bounds what waits; each ended job is in the spool until it is among the oldest.
 
-    def __init__(self, spool: Spool, most_waiting: int) -> None:
+    `died`: the last run ended by something in the process itself. What ran then is suspect: it is answered when
+    nothing else waits, and alone, so that a further death is its own.
+    """
+
+    def __init__(self, spool: Spool, most_waiting: int, died: bool = False) -> None:
         self._spool = spool
         self._most = most_waiting
         self._changed = threading.Condition(threading.RLock())
         self._waiting: list[tuple[int, int, Job]] = []  # a heap: (-priority, id, job)
         self._running: dict[int, Job] = {}
         self._interrupted: set[int] = set()
+        self._suspects: set[int] = set()
         self._cancelled: set[int] = set()
         self._watches: list[Watch] = []
         self._recent: dict[str, deque[float]] = {}
@@ -74,7 +82,7 @@ class Jobs:
         self._unkept: deque[Job] = deque()  # ended, and not in the spool so yet: the disk is full
         self._closed = False
         self.last_text = ""
-        self._recover()
+        self._recover(died)
 
     # --- for those who ask --------------------------------------------------------------------------------
 
@@ -94,8 +102,7 @@ class Jobs:
             if same is not None:
                 return same
             self._check_rate(request)
-            if len(self._waiting) >= self._most:
-                raise Busy(f"no room for another job: {len(self._waiting)} waiting; try again later")
+            self._check_room(request)
             job = self._spool.add(request)
             self._note_rate(request)
             self._monotonic[job.id] = time.monotonic()
@@ -154,12 +161,21 @@ class Jobs:
     def recent(self, most: int) -> list[Job]:
         return self._spool.recent(most)
 
+    def heads(self, most: int, before: int) -> list[Head]:
+        """What the latest jobs before a number begin with, newest first."""
+        return self._spool.heads(most, before)
+
     def position(self, number: int) -> int:
         """How many jobs go before a waiting one."""
         with self._changed:
             order = sorted(entry[:2] for entry in self._waiting)
             before = next((i for i, entry in enumerate(order) if entry[1] == number), 0)
             return before + len(self._running)
+
+    @property
+    def most_of_clients(self) -> int:
+        """Jobs of the API that may wait; a quarter of the places is for the board's own consoles and triggers."""
+        return self._most - self._most // 4
 
     @property
     def waiting(self) -> int:
@@ -200,9 +216,9 @@ class Jobs:
         return None
 
     def take_beside(self, job: Job) -> bool:
-        """Takes a job beside those that run, if it is still the next. Raises CannotWrite."""
+        """Takes a job beside those that run, if it is still the next and none is suspect. Raises CannotWrite."""
         with self._changed:
-            if self.next is not job:
+            if self.next is not job or self._suspects & {job.id, *self._running}:
                 return False
             self._start(job)
             return True
@@ -258,11 +274,18 @@ class Jobs:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _recover(self) -> None:
-        for job in self._spool.waiting():
-            if job.attempts >= MOST_ATTEMPTS:
-                log.error("%s given up: flashd died %d times answering it", job, job.attempts, extra=_fields(job))
-                self._end(job, State.FAILED, f"flashd died {job.attempts} times answering it")
+    def _recover(self, died: bool) -> None:
+        waiting = self._spool.waiting()
+        ran = [job for job in waiting if job.state is State.RUNNING] if died else []
+        if len(ran) == 1:
+            self._spool.charge(ran[0])
+        self._spool.nothing_runs()
+        deaths = self._spool.deaths()
+        self._suspects = {job.id for job in ran} | set(deaths)
+        for job in waiting:
+            if (times := deaths.get(job.id, 0)) >= MOST_DEATHS:
+                log.error("%s given up: flashd died %d times answering it", job, times, extra=_fields(job))
+                self._end(job, State.FAILED, f"flashd died {times} times answering it")
                 continue
             job.state = State.QUEUED
             # the clock may have jumped while the power was off: a deadline counts from now at the latest
@@ -292,7 +315,15 @@ class Jobs:
         return Event(kind=kind, job=job.id, position=self.position(job.id))
 
     def _enqueue(self, job: Job) -> None:
-        heapq.heappush(self._waiting, (-job.request.priority, job.id, job))
+        heapq.heappush(self._waiting, (LAST if job.id in self._suspects else -job.request.priority, job.id, job))
+
+    def _check_room(self, request: Request) -> None:
+        waiting = [job.request for _, _, job in self._waiting]
+        most = self.most_of_clients if request.source == API else self._most
+        if len(waiting) >= most:
+            raise Busy(f"no room for another job: {len(waiting)} waiting; try again later")
+        if sum(weight(other) for other in waiting) + weight(request) > WAITING_BYTES:
+            raise Busy(f"no room for this prompt beside {len(waiting)} waiting ones; try again later")
 
     def _same(self, request: Request) -> Job | None:
         if not request.coalesce:
@@ -326,6 +357,7 @@ class Jobs:
     def _end(self, job: Job, state: State, finish: str) -> None:
         job.state, job.result.finish, job.ended = state, finish, time.time()
         self._cancelled.discard(job.id)
+        self._suspects.discard(job.id)
         self._monotonic.pop(job.id, None)
         if state is State.DONE:
             self.last_text = job.result.text

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
+from contextlib import suppress
 
-from flashd.errors import InputMissing
+from flashd.system.printable import PlainFormatter, is_journal
 
 
 class Notifier:
-    """sd_notify(3) through the systemd-python package.
+    """sd_notify(3): each message is a datagram to the socket that systemd names.
 
     The watchdog is fed by `alive`, which those call who did something: a layer computed, a read returned, the
     queue looked at. No timer feeds it, so a hang is noticed and a slow card is not taken for one.
     """
 
     def __init__(self) -> None:
-        self._send = None
+        name = os.environ.get("NOTIFY_SOCKET", "")
+        self._to = f"\0{name[1:]}" if name.startswith("@") else name  # "@" stands for an abstract socket's null byte
         self._interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         self._fed = 0.0
         self._status = ""
-        if os.environ.get("NOTIFY_SOCKET"):
-            try:
-                from systemd import daemon
-            except ImportError as error:
-                raise InputMissing("running under systemd needs: pip install 'flashd[systemd]'") from error
-            self._send = daemon.notify
 
     def ready(self) -> None:
         """A prompt can be answered now."""
@@ -51,27 +48,25 @@ class Notifier:
             self._notify("WATCHDOG=1")
 
     def _notify(self, message: str) -> None:
-        if self._send is not None:
-            self._send(message)
+        if not self._to:
+            return
+        # a manager that went away is no reason to answer nobody
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
+            to.sendto(message.encode(), self._to)
 
 
 def log_to_journal() -> None:
     """Sends log records to the journal with their fields where systemd reads our output, to stderr elsewhere."""
     handler: logging.Handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("flashd: %(message)s"))
-    if _stderr_is_the_journal():
+    handler.setFormatter(PlainFormatter("flashd: %(message)s"))
+    if is_journal(2):
         try:
             from systemd.journal import JournalHandler
 
             handler = JournalHandler(SYSLOG_IDENTIFIER="flashd")
+            handler.setFormatter(PlainFormatter())
         except ImportError:
             pass  # plain lines on stderr reach the journal too, without fields
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-
-
-def _stderr_is_the_journal() -> bool:
-    """systemd.exec(5): JOURNAL_STREAM names the device and inode of the stream, if it was not redirected since."""
-    here = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}"

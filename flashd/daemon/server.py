@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
+from flashd.daemon.connections import Connection
 from flashd.errors import CannotWrite
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Server:
     def start(self, application: Starlette) -> None:
         config = uvicorn.Config(
             application, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2,
-            server_header=False, limit_concurrency=64,
+            server_header=False, http=Connection, loop="asyncio", log_level="error",
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=(self._sockets,), name="api")

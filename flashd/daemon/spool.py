@@ -6,6 +6,7 @@ begun, ended) are all that is written; what an answer says while it grows stays 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import sqlite3
 import threading
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from flashd.daemon.job import Job, Request, Result, State
-from flashd.errors import MAY_NOT, NOT_JSON, CannotWrite, DataError, InputMissing
+from flashd.daemon.job import Head, Job, Request, Result, State
+from flashd.errors import MAY_NOT, NOT_JSON, CannotWrite, DataError, InputMissing, SpoolTaken
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ ON CONFLICT (id) DO UPDATE SET state = excluded.state, ended = excluded.ended, r
 """Both of a job that may have been accepted before a spool had to be put aside: the new one knows nothing of it."""
 
 ONE, LATEST = "WHERE id = ?", "ORDER BY id DESC LIMIT ?"
+BEFORE = "WHERE id < ? ORDER BY id DESC LIMIT ?"
 
 
 class Spool:
@@ -98,6 +100,22 @@ class Spool:
                 BEGIN, (job.id, State.RUNNING, job.request.source, job.created, msgspec.json.encode(job.request))
             )
 
+    def nothing_runs(self) -> None:
+        """A new daemon begins: what was being answered waits again."""
+        with self._lock, self._guard():
+            self._connection.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+
+    def charge(self, job: Job) -> None:
+        """Notes that the daemon died while it answered this job and no other."""
+        with self._lock, self._guard():
+            self._connection.execute("UPDATE jobs SET deaths = deaths + 1 WHERE id = ?", (job.id,))
+
+    def deaths(self) -> dict[int, int]:
+        """How often the daemon died while it answered a job alone, of those jobs that wait."""
+        with self._lock, self._guard():
+            rows = self._connection.execute("SELECT id, deaths FROM jobs WHERE ended IS NULL AND deaths > 0")
+            return dict(rows.fetchall())
+
     def put_back(self, job: Job) -> None:
         """The job was interrupted through no fault of its own and waits again."""
         with self._lock, self._guard():
@@ -137,6 +155,11 @@ class Spool:
         """The latest jobs, newest first."""
         return self._select(LATEST, most)
 
+    def heads(self, most: int, before: int) -> list[Head]:
+        """What the latest jobs before a number begin with, newest first; one job at a time is in RAM."""
+        with self._lock, self._guard():
+            return [Head.of(job) for job in _each_job(self._connection, BEFORE, before, most)]
+
     def _select(self, where: str, *values: int) -> list[Job]:
         with self._lock, self._guard():
             return _jobs(self._connection, where, *values)
@@ -147,11 +170,16 @@ class Spool:
         return self._db
 
     def _opened(self) -> sqlite3.Connection:
+        self.path.touch()
+        with suppress(PermissionError):  # another user's
+            self.path.chmod(0o660)  # prompts are not for everybody; SQLite gives its other files the same mode
         db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             db.executescript(SCHEMA)
+            if "deaths" not in [column[1] for column in db.execute("PRAGMA table_info(jobs)")]:
+                db.execute("ALTER TABLE jobs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0")
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise DataError(
@@ -193,6 +221,24 @@ class Spool:
         raise _PutAside(f"{self.path}: {error}; a new one is begun, try again") from error
 
 
+@contextmanager
+def held_alone(path: Path) -> Iterator[None]:
+    """Keeps other daemons from a spool: two would answer each job twice. Raises SpoolTaken, CannotWrite."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("ab")
+    except OSError as error:
+        raise CannotWrite(f"{lock}: {error.strerror}") from error
+    with file:
+        try:
+            # not flock: a child that outlives the daemon would go on holding that
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SpoolTaken(f"{path}: another flashd serves from this spool; stop it first") from error
+        yield
+
+
 class _PutAside(CannotWrite):
     """What was there had rotted."""
 
@@ -232,10 +278,13 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
 
 
 def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
+    return list(_each_job(db, where, *values))
+
+
+def _each_job(db: sqlite3.Connection, where: str, *values: int) -> Iterator[Job]:
     if any(value >= 1 << 63 for value in values):
-        return []  # SQLite has no such number, so no job has it
+        return  # SQLite has no such number, so no job has it
     rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
-    jobs = []
     for number, state, created, attempts, ended, request, result in rows:
         try:
             job = Job(
@@ -246,5 +295,4 @@ def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
         except (ValueError, *NOT_JSON) as error:
             log.error("job %d is damaged and left out: %s", number, error)
         else:
-            jobs.append(job)
-    return jobs
+            yield job

@@ -11,6 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 
+import msgspec
+from msgspec.structs import replace
+
 from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
@@ -20,7 +23,7 @@ from flashd.engine.decoding.sampling import Constraint, Sampling
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
-from flashd.errors import FlashdError, PromptTooLong, UsageError
+from flashd.errors import NOT_JSON, FlashdError, PromptTooLong, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +243,8 @@ class Worker:
         if state is State.DONE and job.request.json_schema is not None and finish != "stop":
             larger = "max_tokens" if finish == "length" else "the context"
             state, finish = State.FAILED, f"the answer was cut before its JSON was whole; raise {larger}"
+        elif state is State.DONE and job.request.json_schema is not None and not _is_json(job.result.text):
+            state, finish = State.FAILED, "the answer is not JSON; simplify the schema"
         self._note(running)
         if state is State.CANCELLED and (self._stopping.is_set() or self._jobs.preempted(job)):
             self._jobs.put_back(job)
@@ -259,36 +264,57 @@ class Worker:
             self._asked = job, self._prompt(job.request)
         return self._asked[1]
 
+    def fitting(self, request: Request) -> Request:
+        """The request without the messages that are to be forgotten. For any thread.
+
+        Raises PromptTooLong, DataError.
+        """
+        left_out, tokens = self._fit(request, lambda: None)  # only the worker's own thread feeds the watchdog
+        if len(tokens) > self._room:
+            raise PromptTooLong(len(tokens), self._room)
+        if not left_out:
+            return request
+        first = 1 if request.turns[0].role == "system" else 0
+        return replace(request, turns=request.turns[:first] + request.turns[first + left_out :])
+
     def _prompt(self, request: Request) -> list[int]:
+        return self._fit(request, self._notify.alive)[1]
+
+    def _fit(self, request: Request, alive: Callable[[], None]) -> tuple[int, list[int]]:
+        """How many of the oldest messages are left out, and the tokens of the others."""
         if request.plain:
-            return self._prompts.plain("".join(turn.content for turn in request.turns), self._room)
+            return 0, self._prompts.plain("".join(turn.content for turn in request.turns), self._room)
         messages = [Message(turn.role, turn.content) for turn in request.turns]
         if self.answering.system and all(message.role != "system" for message in messages):
             messages.insert(0, Message("system", self.answering.system))
-        return self._shortened(messages, request) if request.forget else self._tokens(messages)
+        return self._shortened(messages, request, alive) if request.forget else (0, self._tokens(messages))
 
-    def _shortened(self, messages: list[Message], request: Request) -> list[int]:
-        """The tokens of a talk without its oldest messages where they leave no room for an answer."""
+    def _shortened(
+        self, messages: list[Message], request: Request, alive: Callable[[], None]
+    ) -> tuple[int, list[int]]:
+        """A talk without its oldest messages if they leave no room for an answer: how many, and the tokens left."""
         first, room = (1 if messages[0].role == "system" else 0), self._room + 1
         room -= min(self._limit(request), room // 2)
 
+        def left_out(times: int) -> int:
+            return min(times * FORGET, len(messages) - 1 - first)  # the last one always stays
+
         @cache
         def tokens(times: int) -> list[int] | None:
-            """Those of FORGET messages less, so many times; the last one always stays. None where they do not fit."""
-            self._notify.alive()
-            kept = messages[:first] + messages[min(first + times * FORGET, len(messages) - 1) :]
+            """Those of FORGET messages less, so many times. None if they do not fit."""
+            alive()
             try:
-                found = self._prompts.tokens(kept, room)
+                found = self._prompts.tokens(messages[:first] + messages[first + left_out(times) :], room)
             except PromptTooLong:
                 return None
             return found if len(found) <= room else None
 
         if (whole := tokens(0)) is not None:
-            return whole
+            return 0, whole
         most = -(-(len(messages) - 1 - first) // FORGET)
         times = bisect_left(range(most), True, lo=1, key=lambda times: tokens(times) is not None)
         # the last message alone may leave less room than was asked for
-        return tokens(times) or self._tokens([*messages[:first], messages[-1]])
+        return left_out(times), tokens(times) or self._tokens([*messages[:first], messages[-1]])
 
     def _tokens(self, messages: list[Message]) -> list[int]:
         return self._prompts.tokens(messages, self._room)
@@ -332,3 +358,11 @@ class Worker:
             t.card_bytes + card - self._counted + f.snapshot_bytes, t.seconds + seconds,
         )  # fmt: skip
         self._counted = card
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except NOT_JSON:
+        return False
+    return True

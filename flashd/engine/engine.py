@@ -35,6 +35,7 @@ class Budget:
     context: int = DEFAULT_CONTEXT  # tokens
     threads: int | None = None
     arithmetic: Arithmetic = "int8"  # the fastest that is allowed, see graphs.constant
+    clients: int = 0  # bytes that a service's clients may make it hold
 
 
 class Prompts:
@@ -79,6 +80,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         context=min(budget.context, bundle.header.model.context),
         threads=budget.threads or len(os.sched_getaffinity(0)),
         base=resident_now(),
+        clients=budget.clients,
         rates=rates_of(bundle),
         arithmetic=budget.arithmetic,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -89,6 +90,7 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the parent to answer
         gc.disable()  # the child must not finalise the parent's objects
         _let_go_of_pins()
+        faulthandler.disable()  # a death of this process is not one of the parent
         send.send(None)
         try:
             limits.obey()

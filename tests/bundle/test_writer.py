@@ -33,6 +33,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.root
 def test_a_full_disk_is_said_and_nothing_is_left(full_disk: Path, smollm: Path) -> None:
     with pytest.raises(CannotWrite, match="disk is full"):
         pack(smollm, full_disk / "m.flash", "int4")

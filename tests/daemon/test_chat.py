@@ -20,8 +20,6 @@ from flashd.config.settings import Serial
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
-
 STORY = "Write a long story about a lighthouse keeper and his daughter, with many details."
 
 
@@ -44,12 +42,13 @@ def states(daemon: Running) -> list[tuple[str, str]]:
     """Of all jobs, the first one first, how they stand and the last thing that was asked."""
     with daemon.http() as http:
         jobs = http.get("/api/jobs").json()
-    return [(job["state"], job["request"]["turns"][-1]["content"]) for job in reversed(jobs)]
+    return [(job["state"], job["prompt"]) for job in reversed(jobs)]
 
 
 def last_turns(daemon: Running) -> list[str]:
     with daemon.http() as http:
-        return [turn["content"] for turn in http.get("/api/jobs").json()[0]["request"]["turns"]]
+        latest = daemon.job(http, http.get("/api/jobs").json()[0]["id"])
+    return [turn["content"] for turn in latest["request"]["turns"]]
 
 
 @pytest.fixture

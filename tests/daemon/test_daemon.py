@@ -34,8 +34,6 @@ from flashd.system.memory import MIB
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
-
 TRIGGERS = """
 schemas: true
 triggers:
@@ -130,8 +128,10 @@ def test_who_goes_away_in_the_middle_of_a_request_is_no_fault(daemon: Running, h
 
 
 def test_a_prompt_that_does_not_fit_fails_in_words(http: httpx.Client) -> None:
+    before = http.get("/api/jobs").json()
     reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "word " * 800}]})
     error = reply.json()["error"]
+    assert http.get("/api/jobs").json() == before  # it is refused before it is kept
     assert reply.status_code == 400 and "the context room for 511" in error["message"]
     assert error["type"] == "invalid_request_error"
 
@@ -153,6 +153,7 @@ def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, htt
     assert "context room" in http.post("/v1/chat/completions", json=body).text
     reply = http.post("/v1/chat/completions", json=body | {"forget": True})
     assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]
+    assert len(daemon.job(http, int(reply.headers["X-Job"]))["request"]["turns"]) == 6  # no more than that is kept
     used = reply.json()["usage"]["prompt_tokens"]
     two = http.post("/v1/chat/completions", json=body | {"messages": [talk[0], *talk[9:], *ASK]}).json()["usage"]
     assert used == two["prompt_tokens"]  # four exchanges went at once, the system's words stayed
@@ -221,7 +222,7 @@ def test_the_command_asks_the_daemon(daemon: Running) -> None:
     refused = flashd(daemon, "ask", "word " * 800)
     assert refused.returncode == os.EX_USAGE and "the context room for 511" in refused.stderr
     spool = ["--spool", str(daemon.folder / "spool.db")]
-    line = flashd(daemon, "jobs", *spool).stdout.splitlines()[1]
+    line = flashd(daemon, "jobs", *spool).stdout.splitlines()[0]
     assert "The capital of France is Paris." in line
     number = line.split()[0]
     shown = flashd(daemon, "show", number, *spool).stdout
@@ -348,11 +349,16 @@ def test_a_stop_waits_for_a_hook_and_a_kill_leaves_it_the_whole_job(packed: dict
     begun, told = tmp_path / "begun", tmp_path / "told"
     slow = f"touch {begun}; sleep 1; cat > {told}.part && mv {told}.part {told}"
     settings = f"outputs: [{{kind: hook, event: failed, timeout: 120, command: [sh, -c, '{slow}']}}]"
-    too_long = [{"role": "user", "content": "more than a pipe holds " * 4000}]
+    # no schemas here; and more than a pipe holds
+    schema = {"type": "object", "description": "long " * 13_000}
+    asked = {
+        "messages": [{"role": "user", "content": "word " * 400}],
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+    }
     with Running(tmp_path, packed["int4"], settings) as daemon, daemon.http() as http:
         for number in (signal.SIGTERM, signal.SIGKILL):
             daemon.start()
-            assert http.post("/v1/chat/completions", json={"messages": too_long}).status_code == 400
+            assert http.post("/v1/chat/completions", json=asked).status_code == 400
             wait(begun.exists, PATIENCE)
             daemon.stop(number)
             if number == signal.SIGKILL:
@@ -417,6 +423,7 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.systemd
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
 @pytest.mark.parametrize("loopback", [True, False])
 def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Path) -> None:

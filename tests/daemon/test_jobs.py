@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashd.daemon import spool as spool_module
-from flashd.daemon.job import State
-from flashd.daemon.jobs import MOST_ATTEMPTS, Jobs
+from flashd.daemon.job import MAX_TEXT, WAITING_BYTES, State
+from flashd.daemon.jobs import MOST_DEATHS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
 from tests.daemon.fake_worker import Clerk, request
@@ -82,6 +82,26 @@ def test_the_queue_is_bounded_and_an_empty_prompt_refused(jobs: Jobs) -> None:
     with pytest.raises(UsageError, match="empty"):
         jobs.submit(request("  \n"))
     assert jobs.waiting == 4
+
+
+def test_clients_leave_room_for_the_board_s_own(jobs: Jobs) -> None:
+    for _ in range(3):
+        jobs.submit(request(source="api"))
+    with pytest.raises(Busy, match="no room for another job: 3 waiting"):
+        jobs.submit(request(source="api"))
+    jobs.submit(request(source="trigger:door"))
+    with pytest.raises(Busy, match="4 waiting"):
+        jobs.submit(request(source="serial:console"))
+
+
+def test_prompts_that_wait_are_bounded_in_bytes(spool: Spool) -> None:
+    jobs = Jobs(spool, most_waiting=100)
+    most = WAITING_BYTES // MAX_TEXT - 1
+    for _ in range(most):
+        jobs.submit(request("x" * MAX_TEXT))
+    with pytest.raises(Busy, match=f"no room for this prompt beside {most} waiting ones"):
+        jobs.submit(request("x" * MAX_TEXT))
+    jobs.submit(request("a short one"))
 
 
 def test_a_sensor_that_fires_ten_times_asks_once(jobs: Jobs) -> None:
@@ -161,12 +181,57 @@ def test_what_was_accepted_outlives_the_process(jobs: Jobs, spool: Spool) -> Non
 
 def test_a_job_that_kills_the_daemon_is_given_up(jobs: Jobs, spool: Spool) -> None:
     deadly = jobs.submit(request())
-    for _ in range(MOST_ATTEMPTS):
+    for _ in range(MOST_DEATHS):
         assert jobs.take(0) is not None
-        jobs = Jobs(spool, most_waiting=4)
+        jobs = Jobs(spool, most_waiting=4, died=True)
     assert jobs.take(0) is None
     kept = jobs.get(deadly.id)
     assert kept is not None and kept.state is State.FAILED and "died 3 times" in kept.result.finish
+
+
+def test_no_job_is_charged_with_a_kill_from_outside(jobs: Jobs, spool: Spool) -> None:
+    job = jobs.submit(request())
+    for _ in range(10):
+        assert jobs.take(0) is not None
+        jobs = Jobs(spool, most_waiting=4, died=False)
+    taken = jobs.take(0)
+    assert taken is not None and taken.id == job.id
+
+
+def test_of_jobs_that_ran_together_only_the_deadly_one_is_given_up(jobs: Jobs, spool: Spool) -> None:
+    """The daemon dies whenever the first job runs; the second is beside it as often as the queue allows."""
+    deadly, other = jobs.submit(request("deadly", priority=9)), jobs.submit(request("harmless"))
+    for _ in range(2 * MOST_DEATHS + 2):
+        job = jobs.take(0)
+        if job is None:
+            break
+        together = [job]
+        while (beside := jobs.next) is not None and jobs.take_beside(beside):
+            together.append(beside)
+        if deadly.id in [j.id for j in together]:
+            jobs = Jobs(spool, most_waiting=4, died=True)
+        else:
+            jobs.finish(job, State.DONE, "stop")
+    states = {job.id: (job.state, job.result.finish) for job in jobs.recent(10)}
+    assert states == {
+        other.id: (State.DONE, "stop"), deadly.id: (State.FAILED, f"flashd died {MOST_DEATHS} times answering it")
+    }  # fmt: skip
+
+
+def test_a_suspect_waits_for_all_others_and_runs_alone(jobs: Jobs, spool: Spool) -> None:
+    suspect = jobs.submit(request(priority=9))
+    assert jobs.take(0) is not None
+    jobs = Jobs(spool, most_waiting=4, died=True)
+    other = jobs.submit(request(priority=0))
+    first = jobs.take(0)
+    assert first is not None and first.id == other.id
+    last = jobs.next
+    assert last is not None and last.id == suspect.id and not jobs.take_beside(last)
+    jobs.finish(first, State.DONE, "stop")
+    last = jobs.take(0)
+    late = jobs.submit(request(priority=9))
+    beside = jobs.next
+    assert last is not None and beside is not None and beside.id == late.id and not jobs.take_beside(beside)
 
 
 def test_old_jobs_are_forgotten(tmp_path: Path) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import httpx2 as httpx
 import msgspec
 import pytest
 
 from flashd.cli.client import Client
+from flashd.daemon import api, connections
+from flashd.daemon.admission import MOST_WAITING
 from flashd.daemon.api import Api
+from flashd.daemon.connections import MOST_CONNECTIONS
+from flashd.daemon.job import MAX_TEXT, Request, Turn
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
+from tests.daemon import clerk
+from tests.daemon.clerk import Clerk
 from tests.waiting import wait
 
 ASK = {"messages": [{"role": "user", "content": "Hello?"}]}
@@ -29,12 +36,25 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         yield jobs
 
 
+def made(jobs: Jobs) -> Api:
+    return Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked: asked)
+
+
+def read_answer(client: socket.socket) -> bytes:
+    """What is answered with JSON."""
+    client.settimeout(60)
+    said = b""
+    while not said.endswith(b"}") and (piece := client.recv(4096)):
+        said += piece
+    return said
+
+
 @pytest.fixture
 def served(tmp_path: Path, jobs: Jobs) -> Iterator[Path]:
     """The socket of an API."""
     server = Server(tmp_path / "api.sock", None)
-    api = Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"")
-    server.start(api.application([]))
+    routes = made(jobs)
+    server.start(routes.application([]))
     yield tmp_path / "api.sock"
     jobs.close()
     server.stop()
@@ -62,17 +82,152 @@ def test_who_goes_away_is_seen_while_the_answer_is_worked_on(served: Path, jobs:
     wait(lambda: not goes_on())
 
 
-def test_one_connection_too_many_is_told_so(served: Path) -> None:
+def idle(stack: ExitStack, served: Path, count: int, sends: bytes = b"") -> list[socket.socket]:
+    """Connections whose clients send nothing more."""
+    clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(count)]
+    for client in clients:
+        client.connect(str(served))
+        client.sendall(sends)
+    return clients
+
+
+def http(served: Path) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(served)), base_url="http://localhost", timeout=60)
+
+
+HALF_A_BODY = request("/v1/chat/completions", ASK)[:-9]
+
+
+@pytest.mark.parametrize("sends", [b"", b"GET /health HTTP/1.1\r\n", HALF_A_BODY])
+def test_clients_that_send_nothing_more_lock_nobody_out(sends: bytes, served: Path) -> None:
+    """None of them, half a head, half a body: more of them than there are connections."""
     with ExitStack() as stack:
-        for _ in range(64):
-            client = stack.enter_context(socket.socket(socket.AF_UNIX))
-            client.connect(str(served))
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        idle(stack, served, MOST_CONNECTIONS + 20, sends)
+        for _ in range(10):
+            with http(served) as client:
+                assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_sends_no_head_is_dropped(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    with ExitStack() as stack:
+        for client in idle(stack, served, 3, b"GET /health HTTP/1.1\r\n"):
+            client.settimeout(30)
+            assert client.recv(100) == b""
+        (kept,) = idle(stack, served, 1, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in read_answer(kept)
+        assert kept.recv(100) == b""  # and one that asks no more
+
+
+def test_a_body_that_does_not_come_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.2)
+    with ExitStack() as stack:
+        for client in idle(stack, served, 8, HALF_A_BODY):  # more than there are places
+            said = read_answer(client)
+            assert b" 400 " in said and b"the body did not come within 0.2 s" in said
+
+
+def test_a_burst_waits_its_turn_in_order(served: Path, jobs: Jobs) -> None:
+    """Many more prompts than the queue has places: all are answered, the first one first."""
+    count = 60
+    with ExitStack() as stack:
+        clients = []
+        for i in range(count):
+            asked = {"messages": [{"role": "user", "content": f"number {i}"}]}
+            clients += idle(stack, served, 1, request("/v1/chat/completions", asked))
+            with http(served) as other:
+                other.get("/health")  # so that the next one comes later
+        answering = Clerk(jobs)
+        for client in clients:
+            assert b" 200 OK" in read_answer(client)
+        answering.close()
+    assert [job.request.turns[0].content for job in answering.answered] == [f"number {i}" for i in range(count)]
+
+
+def test_more_than_may_wait_are_refused_at_once(served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        idle(stack, served, MOST_WAITING + 3, HALF_A_BODY)  # three have a place
         with (
             closing(Client(served)) as one_more,
-            pytest.raises(Busy, match="the daemon refuses: Service Unavailable; try again later"),
+            pytest.raises(Busy, match="too many requests wait already; try again later"),
         ):
             list(one_more.ask(ASK))
+        with http(served) as client:
+            assert client.get("/health").json() == {"status": "ok"}
+    assert not caplog.records  # and a line each would fill the journal
+
+
+def test_a_client_that_does_not_read_is_dropped(served: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+    turns = tuple(Turn("user", "x" * MAX_TEXT) for _ in range(4))  # more than the kernel holds for a socket
+    number = jobs.submit(Request(turns=turns, source="test")).id
+    with ExitStack() as stack:
+        asked = f"GET /api/jobs/{number} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        client, *_ = idle(stack, served, 5, asked)  # more than may read at once
+        with http(served) as other:
+            assert other.get(f"/api/jobs/{number}").json()["id"] == number  # all those before were dropped
+        client.settimeout(30)
+        read = b""
+        while piece := client.recv(1 << 16):
+            read += piece
+        assert 0 < len(read) < 4 * MAX_TEXT
+
+
+def test_lists_have_pages_and_heads(served: Path, jobs: Jobs) -> None:
+    for i in range(3):
+        jobs.submit(clerk.request(f"{i} " + "long " * 1000))
+    with http(served) as client:
+        first = client.get("/api/jobs?most=2").json()
+        assert [head["id"] for head in first] == [3, 2]
+        assert first[0]["prompt"].startswith("2 long") and len(first[0]["prompt"]) == 200
+        assert [head["id"] for head in client.get("/api/jobs?most=2&before=2").json()] == [1]
+        assert len(client.get("/api/jobs/1").json()["request"]["turns"][0]["content"]) == 5002
+
+
+def test_what_is_no_number_is_refused(served: Path) -> None:
+    with http(served) as client:
+        for path in ("/api/jobs/" + "9" * 5000, "/api/jobs/x", "/api/jobs?most=-1", "/api/jobs?before=" + "9" * 30):
+            reply = client.get(path)
+            assert reply.status_code == 400 and "is not a number" in reply.json()["error"]["message"], path
+        assert client.delete("/api/jobs/" + "9" * 5000).status_code == 400
+        assert client.get("/api/jobs/" + "9" * 18).status_code == 404
+
+
+@pytest.fixture
+def loopback(tmp_path: Path, jobs: Jobs) -> Iterator[Callable[[bool], str]]:
+    """Serves on loopback; gives the address."""
+    with ExitStack() as stack:
+
+        def serve(loopback_jobs: bool) -> str:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = int(probe.getsockname()[1])
+            server = Server(tmp_path / f"loop-{port}.sock", port)
+            stack.callback(server.close)
+            stack.callback(server.stop)
+            routes = made(jobs)
+            server.start(routes.application([], loopback_jobs))
+            return f"http://127.0.0.1:{port}"
+
+        yield serve
+
+
+def test_a_malformed_host_is_refused(loopback: Callable[[bool], str], served: Path) -> None:
+    at = loopback(False)
+    for host in ("[", "[::1", "[x]", "a]b"):
+        reply = httpx.get(f"{at}/health", headers={"Host": host})
+        assert reply.status_code == 400 and "Host header is malformed" in reply.json()["error"]["message"], host
+        with http(served) as client:
+            assert client.get("/nowhere", headers={"Host": host}).status_code == 404
+
+
+def test_jobs_are_the_socket_s_alone_unless_configured(loopback: Callable[[bool], str], jobs: Jobs) -> None:
+    number = jobs.submit(clerk.request("a secret")).id
+    at = loopback(False)
+    for method, path in (("GET", "/api/jobs"), ("GET", f"/api/jobs/{number}"), ("DELETE", f"/api/jobs/{number}")):
+        reply = httpx.request(method, at + path)
+        assert reply.status_code == 403 and "loopback_jobs" in reply.text and "secret" not in reply.text
+    assert httpx.get(f"{loopback(True)}/api/jobs").json()[0]["prompt"] == "a secret"
 
 
 def test_why_a_socket_cannot_be_had(served: Path, tmp_path: Path) -> None:

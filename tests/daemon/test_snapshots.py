@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 
 from tests.daemon.running import Running
 from tests.waiting import wait
+
+pytestmark = pytest.mark.slow
 
 SYSTEM = {"role": "system", "content": "You are a thoughtful gardener, and brief."}
 

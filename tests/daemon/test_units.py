@@ -14,7 +14,10 @@ from flashd.cli.main import main
 from flashd.update.places import Places
 from flashd.update.undo import RECORD
 
-pytestmark = pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl")
+pytestmark = [
+    pytest.mark.systemd,
+    pytest.mark.skipif(not shutil.which("systemctl"), reason="needs systemctl"),
+]
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 UNITS = Path("etc/systemd/system")

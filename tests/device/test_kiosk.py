@@ -22,7 +22,10 @@ from tests.daemon.fake_worker import Clerk, request
 from tests.waiting import wait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
+]
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -74,7 +77,8 @@ def page(
         def start(name: str) -> Job:
             raise KeyError(name)
 
-        server.start(Api(jobs, "a model", one.status, start, lambda: b"").application([*kiosk.routes(one)]))
+        routes = Api(jobs, "a model", one.status, start, lambda: b"", lambda asked: asked)
+        server.start(routes.application([*kiosk.routes(one)]))
         browser.get(f"http://127.0.0.1:{port}/")
         return one
 

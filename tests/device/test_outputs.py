@@ -169,6 +169,7 @@ def test_an_output_that_fails_leaves_the_others_going(
     assert len([r for r in caplog.records if "an output failed" in r.message]) == 1
 
 
+@pytest.mark.display
 def test_a_display_that_is_not_there_is_left_out(
     appliance: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,6 +317,7 @@ def test_a_hook_is_given_the_job(tmp_path: Path, jobs: Jobs, clerk: Clerk) -> No
     panel.close()
 
 
+@pytest.mark.display
 def test_a_display_shows_the_answer(jobs: Jobs) -> None:
     """luma's own dummy device draws into an image."""
     luma = pytest.importorskip("luma.core.device")

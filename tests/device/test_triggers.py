@@ -128,6 +128,7 @@ def turn(first: Any, second: Any) -> None:
         pin.drive_low() if low else pin.drive_high()
 
 
+@pytest.mark.display
 def test_what_a_menu_stands_at_is_on_the_display(
     pins: MockFactory, appliance: Callable[..., Appliance], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.faults.layers import Card, Seam, fuse
 
 
-@pytest.fixture(params=["fuse", "seam"])
+@pytest.fixture(params=[pytest.param("fuse", marks=pytest.mark.fuse), "seam"])
 def card(
     request: pytest.FixtureRequest, tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Card]:

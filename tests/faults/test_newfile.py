@@ -103,6 +103,7 @@ def _pack(source: Path, path: Path) -> None:
     pack(source, path, "int4")
 
 
+@pytest.mark.fuse
 def test_a_power_cut_at_each_write(tmp_path: Path) -> None:
     with fuse(tmp_path) as layer:
         path = layer.folder / "file"

@@ -17,7 +17,7 @@ import pytest
 
 from tests.daemon.running import Running
 
-pytest.importorskip("systemd", reason="needs the systemd extra")
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("FLASHD_SOAK", "6"))
 WARM_UP = 60  # things done before anything is compared

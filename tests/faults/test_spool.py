@@ -23,7 +23,10 @@ from tests.faults.layers import fuse
 from tests.faults.power import cuts, read_log
 from tests.waiting import wait
 
+pytestmark = pytest.mark.slow
 
+
+@pytest.mark.fuse
 def test_a_power_cut_at_any_write_loses_no_accepted_job(tmp_path: Path) -> None:
     """Jobs are accepted, begun, put back and ended; then the power is cut before each change of the files."""
     accepted: dict[int, int] = {}  # job -> changes that had been made when it was
@@ -105,7 +108,7 @@ def full_by_limit(folder: Path) -> Iterator[Callable[[bool], None]]:
 Disk = Callable[[Path], AbstractContextManager[Callable[[bool], None]]]
 
 
-@pytest.mark.parametrize("disk", [full_tmpfs, full_by_limit])
+@pytest.mark.parametrize("disk", [pytest.param(full_tmpfs, marks=pytest.mark.root), full_by_limit])
 def test_a_full_disk_refuses_what_it_cannot_keep_and_goes_on(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,8 @@ from flashd.update.manifest import MANIFEST, read_manifest
 from tests.faults.test_newfile import killed_at
 from tests.update.board import NEW, OLD, Board, sha
 
+pytestmark = pytest.mark.slow
+
 
 class PowerCut(BaseException):
     """Nothing catches it."""

@@ -20,6 +20,8 @@ from flashd.update.folder import Folder
 from flashd.update.manifest import MANIFEST, Manifest, manifest_bytes, parse_manifest
 from tests.fuzz.conftest import one_line, tries
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = (Path(__file__).parents[2] / "deploy" / "flashd.example.yaml").read_text("utf-8")
 PLAIN = re.sub(r"^#.*\n| +#.*", "", EXAMPLE, flags=re.MULTILINE)
 PARTS = [part for part in re.split(r"^(?=[a-z])", PLAIN, flags=re.MULTILINE) if part.strip()]

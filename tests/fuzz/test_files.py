@@ -26,6 +26,8 @@ from flashd.pack.pack import pack
 from tests import tiny
 from tests.fuzz.conftest import one_line, tries
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 7, 31, 32, 63, 64, 4096, 1 << 20, 1 << 31, 1 << 40, 1 << 62, 1 << 64])
 ODD: st.SearchStrategy[Any] = (
     NUMBERS | st.none() | st.booleans() | st.floats() | st.text(max_size=20) | st.just([]) | st.just({})

@@ -25,6 +25,8 @@ from flashd.daemon.spool import Spool
 from tests.daemon.fake_worker import Clerk, request
 from tests.fuzz.conftest import tries
 
+pytestmark = pytest.mark.slow
+
 KEYS = st.sampled_from(
     [
         "prompt", "messages", "role", "content", "id", "max_tokens", "choose", "json_schema", "priority", "trigger",
@@ -99,7 +101,7 @@ def serve(jobs: Jobs, data: bytes) -> None:
 
 def call(jobs: Jobs, method: str, path: str, body: bytes) -> None:
     """One request to the API."""
-    application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"").application([])
+    application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"", lambda asked: asked).application([])
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=application)  # an error in it is raised here

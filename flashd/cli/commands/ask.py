@@ -11,7 +11,7 @@ from flashd.cli.client import socket_path
 from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.own_model import budget, bundle_of, prefixes
-from flashd.cli.printing import answer_as_json, cost_in_words, for_terminal, say_cut
+from flashd.cli.printing import answer_as_json, cost_in_words, say_cut
 from flashd.cli.progress import Bar
 from flashd.cli.talk import Turns, checked, talk
 from flashd.errors import INTERRUPTED, DataError, UsageError
@@ -116,7 +116,7 @@ def _stream(engine: Engine, tokens: list[int], sampling: Sampling, options: Answ
         for piece in engine.pieces(speech, bar.show_pass):
             bar.close()
             if not options.json:
-                print(for_terminal(piece), end="", flush=True)
+                print(piece, end="", flush=True)
 
 
 def _sampling(options: Answering) -> Sampling:

@@ -10,10 +10,11 @@ from typing import Any
 
 from flashd.cli.client import Client, socket_path
 from flashd.cli.options import Answering, Ask, Chat
-from flashd.cli.printing import answer_as_json, cost_in_words, for_terminal, say_cut
+from flashd.cli.printing import answer_as_json, cost_in_words, say_cut
 from flashd.cli.progress import Waiting
 from flashd.cli.talk import Turns, talk
 from flashd.cli.tty import as_terminal
+from flashd.system.printable import printable
 from flashd.errors import INTERRUPTED, FlashdError, UsageError
 
 STOPPED = "interrupted"
@@ -58,7 +59,7 @@ def chat(options: Chat) -> int:
         except UsageError:
             raise
         except FlashdError as error:
-            print(f"flashd: {error}", file=sys.stderr, flush=True)
+            print(printable(f"flashd: {error}"), file=sys.stderr, flush=True)
             return None
 
     with as_terminal(options.port, options.speed) if options.port is not None else nullcontext():
@@ -90,7 +91,7 @@ def _say(options: Answering, body: dict[str, Any], turns: Turns) -> Said:
                     piece = said.take(event)
                     if piece and not options.json:
                         waiting.close()
-                        print(for_terminal(piece), end="", flush=True)
+                        print(piece, end="", flush=True)
         except KeyboardInterrupt:
             said.finish = STOPPED
         except FlashdError:

@@ -19,12 +19,14 @@ def safe(options: Safe) -> None:
     check_appliance()
     from device.drives import held, read_record, turn_off
     from flashd.config.settings import Settings, load
+    from flashd.daemon.last_run import note_death
 
     wrong: ConfigError | None = None
     try:
         settings = load(options.config)
     except ConfigError as error:
         settings, wrong = Settings(), error
+    note_death(Path(settings.spool.path))
     record = pins_record(Path(settings.spool.path))
     pins = read_record(record)
     if pins is None:

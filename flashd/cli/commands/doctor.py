@@ -23,6 +23,7 @@ from flashd.errors import ConfigError, FlashdError
 from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
 from flashd.system.memory import MIB
+from flashd.system.printable import printable
 from flashd.system.paths import SERVICE
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _configured() -> Settings | None:
     try:
         return load(CONFIG)
     except ConfigError as error:
-        print(f"flashd: {error}", file=sys.stderr)
+        print(printable(f"flashd: {error}"), file=sys.stderr)
         return None
 
 

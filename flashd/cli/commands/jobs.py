@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import Jobs, Show, SpoolOptions
-from flashd.cli.printing import cost_in_words, for_terminal
+from flashd.cli.printing import cost_in_words
 from flashd.errors import InputMissing
 
 
@@ -23,7 +23,7 @@ def jobs(options: Jobs) -> None:
         return
     for job in jobs:
         when = datetime.fromtimestamp(job.created).strftime("%Y-%m-%d %H:%M:%S")
-        text = " ".join(for_terminal(job.result.text).split())
+        text = " ".join(job.result.text.split())
         print(f"{job.id:6}  {when}  {job.state:9}  {job.request.source:20}  {text[:60]}")
 
 
@@ -41,10 +41,10 @@ def show(options: Show) -> None:
         print(msgspec.json.encode(job).decode())
         return
     for turn in job.request.turns:
-        print(for_terminal(f"{turn.role}: {turn.content}"))
-    print(for_terminal(f"{job.state} ({job.result.finish}): {job.result.text}"))
+        print(f"{turn.role}: {turn.content}")
+    print(f"{job.state} ({job.result.finish}): {job.result.text}")
     for choice, probability in job.result.probabilities.items():
-        print(for_terminal(f"{probability:9.4f} {choice}"))
+        print(f"{probability:9.4f} {choice}")
     if job.result.figures:
         print(cost_in_words(job.result.finish, job.result.figures))
 

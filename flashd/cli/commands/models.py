@@ -13,6 +13,7 @@ from flashd.cli.bundles import all_bundles, find, is_model
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Models, Rm, Use
 from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTaken, UsageError
+from flashd.system.printable import printable
 from flashd.system.memory import MIB
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def models(options: Models) -> None:
     try:
         used = _configured(CONFIG)
     except ConfigError as error:
-        print(f"flashd: {error}", file=sys.stderr)
+        print(printable(f"flashd: {error}"), file=sys.stderr)
         used = None
     found = in_child(lambda: list(_found(used)), Limits(*LOOKING))
     if options.json:
@@ -71,7 +72,7 @@ def _found(used: Path | None) -> Iterator[Found]:
         try:
             yield _look(path, used)
         except FlashdError as error:
-            print(f"flashd: {error}", file=sys.stderr)
+            print(printable(f"flashd: {error}"), file=sys.stderr)
 
 
 def _look(path: Path, used: Path | None) -> Found:

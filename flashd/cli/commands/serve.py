@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashd.cli.needs import check_appliance
+from flashd.system.printable import printable
 from flashd.cli.options import CheckConfig, Serve
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def check_config(options: CheckConfig) -> None:
 
     settings = load(options.config, check)
     for warning in _warnings(settings):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     counts = {
         "serial line": len(settings.serial), "sensor": len(settings.sensors),
         "trigger": len(settings.triggers), "output": len(settings.outputs),

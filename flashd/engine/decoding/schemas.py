@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -50,7 +51,11 @@ class Schemas:
 
     def compile(self, schema: dict[str, Any]) -> JsonAnswer:
         """The constraint of one answer. Raises UsageError if the schema is too large or cannot be followed."""
-        text = json.dumps(schema)
+        try:
+            _refuse_endless(schema)
+            text = json.dumps(schema)
+        except RecursionError as error:
+            raise UsageError("the schema is nested too deeply") from error
         if len(text) > MAX_SCHEMA:
             raise UsageError(f"a schema of {len(text)} bytes; allowed are {MAX_SCHEMA}")
         # no free whitespace: a model with nothing to say would fill the answer with it
@@ -63,6 +68,49 @@ class Schemas:
         if matcher.is_error():
             raise UsageError(f"the schema cannot be followed: {matcher.get_error().splitlines()[0]}")
         return JsonAnswer(matcher, self._vocabulary)
+
+
+VALUES = ("const", "enum", "default", "examples")
+"""Keys of a schema that hold no schemas."""
+
+
+def _refuse_endless(schema: dict[str, Any]) -> None:
+    """Raises UsageError if a part of the schema refers to what it is a part of: an answer to it may have no end."""
+    seen: set[int] = set()
+    open_nodes: set[int] = set()
+
+    def visit(node: Any) -> None:
+        if not isinstance(node, dict | list) or id(node) in seen:
+            return
+        open_nodes.add(id(node))
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if key == "$ref" and isinstance(value, str):
+                target = _referred(schema, value)
+                if id(target) in open_nodes:
+                    raise UsageError(
+                        f"the schema refers to itself ({value}); write out as many levels as the answer may have"
+                    )
+                visit(target)
+            elif key not in VALUES:
+                visit(value)
+        open_nodes.remove(id(node))
+        seen.add(id(node))
+
+    visit(schema)
+
+
+def _referred(schema: dict[str, Any], reference: str) -> Any:
+    """What "#/$defs/name" leads to; None if that is not in the schema, which the library then says."""
+    node: Any = schema
+    if reference in ("#", "#/"):
+        return node
+    for step in reference.removeprefix("#/").split("/"):
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and name.isdecimal() and int(name[:9]) < len(node):
+            node = node[int(name[:9])]
+        else:
+            node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 class JsonAnswer:

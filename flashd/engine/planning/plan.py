@@ -30,6 +30,10 @@ MARGIN = 2 * MIB
 """What the libraries' measured share varies by from one start to the next."""
 
 
+LIBRARIES = "interpreter, libraries, tokenizer"
+"""The part of a plan that is there already."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a budget buys. Sizes in bytes. The engine obeys it to the group."""
@@ -72,7 +76,7 @@ class Plan:
 
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
-    arithmetic: Arithmetic = "int8",
+    clients: int = 0, arithmetic: Arithmetic = "int8",
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
 
@@ -80,12 +84,14 @@ def make_plan(
         memory: bytes that the process may hold.
         context: tokens that the KV cache must have room for.
         base: bytes that the process holds now.
+        clients: bytes that a service's clients may make it hold.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
         arithmetic: the fastest that a model may have which stays whole.
 
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
     m = header.model
+    base += clients
     least, whole = smallest(header, context, base), None
     if _can_be_whole(header):
         whole = sum(_whole_parts(header, context, base, 0, False).values())
@@ -95,12 +101,21 @@ def make_plan(
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
     )  # fmt: skip
     if whole is not None and whole <= memory:
-        return _whole(header, base, plan, arithmetic)
+        return _with_clients(_whole(header, base, plan, arithmetic), clients)
     if memory < least:
         raise MemoryTooSmall(memory, least + MARGIN, f"{m.name} with a context of {context}")
     if rates is not None:
-        return _selecting(header, rates, base, plan)
-    return _paging(header, base, plan)
+        return _with_clients(_selecting(header, rates, base, plan), clients)
+    return _with_clients(_paging(header, base, plan), clients)
+
+
+def _with_clients(plan: Plan, clients: int) -> Plan:
+    """The same plan; what clients may make a service hold has a line of its own."""
+    if not clients:
+        return plan
+    held = dict(plan.parts)
+    held[LIBRARIES] -= clients
+    return replace(plan, parts={LIBRARIES: held.pop(LIBRARIES), "clients": clients, **held})
 
 
 def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Plan:
@@ -196,7 +211,7 @@ def _needed(m: Architecture) -> int:
 def _common(header: Header, context: int, base: int) -> dict[str, int]:
     # the rows behind the last token, see graphs.constant
     return {
-        "interpreter, libraries, tokenizer": base,
+        LIBRARIES: base,
         "KV cache": cache_bytes(header.model, context + SPARE),
         "graphs": parts.SESSIONS,
         "texts of tokens": parts.section_bytes(header, "token_bytes"),

@@ -1,0 +1,94 @@
+"""What one connection may hold and how long it may keep us waiting.
+
+A connection owes us something while we wait for a request's head or for its client to read. If that takes too long,
+it is dropped; if there are too many connections, the one that has owed the longest makes room for the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST_CONNECTIONS = 384
+READ_BYTES = 16 << 10
+"""Bytes of a body that a connection holds before the API asks for more."""
+
+WRITE_BYTES = 32 << 10
+"""Bytes of an answer that a connection holds before its client reads on."""
+
+HEAD_SECONDS = 10.0
+"""How long a client may take to send a request's head, or leave an open connection unused."""
+
+READ_SECONDS = 10.0
+"""How long a client may let an answer lie."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol with bounds."""
+
+    _due: asyncio.TimerHandle | None = None
+    _since = 0.0
+
+    if TYPE_CHECKING:
+        transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio reads 256 KiB at once
+        transport.set_write_buffer_limits(high=WRITE_BYTES)
+        self._owes(HEAD_SECONDS)
+        self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owes_nothing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._answering and not self.flow.write_paused:
+            self._owes_nothing()
+        if self._answering and self.cycle.more_body:
+            self.flow.pause_reading()  # until the API asks for more of the body
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._answering:
+            self._owes(HEAD_SECONDS)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._owes(READ_SECONDS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._answering:
+            self._owes_nothing()
+        else:
+            self._owes(HEAD_SECONDS)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _owes(self, seconds: float) -> None:
+        self._owes_nothing()
+        self._since = self.loop.time()
+        self._due = self.loop.call_later(seconds, self._drop)
+
+    def _owes_nothing(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _drop(self) -> None:
+        self._owes_nothing()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _make_room(self) -> None:
+        if len(self.connections) <= MOST_CONNECTIONS:
+            return
+        owing = [c for c in self.connections if isinstance(c, Connection) and c._due is not None]
+        min(owing, key=lambda c: c._since)._drop()

@@ -1,0 +1,65 @@
+"""How the last run of the daemon ended: whether something in the process itself killed it.
+
+Python's faulthandler writes down a fatal signal (a crash, a lost watchdog) in a file beside the spool. `flashd safe`,
+which systemd runs after each stop, adds a death for want of memory, of which the process knows nothing. A signal from
+a person and a lost supply leave the file empty.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashd.errors import CannotWrite
+
+log = logging.getLogger(__name__)
+
+LONGEST = 64 << 10
+"""Characters of what is told of a death."""
+
+KILLED_BY_ITSELF = ("oom-kill", "watchdog", "core-dump")
+"""systemd.exec(5): what $SERVICE_RESULT says if the cause is in the process."""
+
+
+def death_file(spool: Path) -> Path:
+    return spool.with_name(f"{spool.name}.death")
+
+
+@contextmanager
+def watched(spool: Path) -> Iterator[bool]:
+    """Writes down a crash from here on; gives whether the last run died of something in the process.
+
+    Raises CannotWrite if the file cannot be written.
+    """
+    path = death_file(spool)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CannotWrite(f"{path}: {error.strerror}") from error
+    with file:
+        file.seek(0)
+        told = file.read(LONGEST).strip()
+        for line in told.splitlines():
+            log.error("the last run died: %s", line)
+        file.truncate(0)
+        faulthandler.enable(file)
+        try:
+            yield bool(told)
+        finally:
+            faulthandler.enable()  # from here on to standard error
+
+
+def note_death(spool: Path, environment: Mapping[str, str] = os.environ) -> None:
+    """Writes down what systemd says of a death, if it is in the process and not written down yet.
+
+    systemd calls this after the service's end.
+    """
+    path = death_file(spool)
+    result = environment.get("SERVICE_RESULT", "")
+    if result in KILLED_BY_ITSELF and path.exists() and not path.stat().st_size:
+        path.write_text(f"systemd says: {result}\n", "utf-8")

@@ -11,9 +11,9 @@ from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.pack.lossy.calibration import hottest, neurons_of
 from flashd.pack.lossy.narrow_groups import Weigh
+from flashd.pack.open_model import Grid
 from flashd.pack.rounding.gptq import encode_fed
 from flashd.pack.rounding.rows import encode_groups, encode_neurons, encode_rows
-from flashd.pack.sources.source import Grid
 from flashd.pack.weights import Ffn, Matrix, Numbers
 
 ROWS_AT_ONCE = 1024

@@ -11,13 +11,15 @@ from pathlib import Path
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Formats
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.pack.families.properties import check_layers, model_of
+from flashd.pack.families.registry import family_of
+from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration
+from flashd.pack.open_model import OpenModel
 from flashd.pack.rounding.rows import is_ternary
-from flashd.pack.shapes import check_layers, check_shapes
-from flashd.pack.sources.families import family_of, model_of, rope_tables
+from flashd.pack.shapes import check_shapes
 from flashd.pack.sources.gguf import GgufModel
 from flashd.pack.sources.safetensors import HfFolder
-from flashd.pack.sources.source import Source
 from flashd.pack.weights import Matrix, Numbers, Weights
 
 log = logging.getLogger(__name__)
@@ -33,16 +35,16 @@ class Original:
     """An open model whose parts fit together."""
 
     path: Path
-    source: Source
+    source: OpenModel
     model: Architecture
-    rope: Floats  # see families.rope_tables
+    rope: Floats  # see families.rope.rope_tables
     weights: Weights
     formats: Formats  # of its bundle
 
     @classmethod
     def open(cls, path: Path, rows: RowKind) -> Original:
         """The model at `path`, a GGUF file or a Hugging Face folder. Raises InputMissing, DataError."""
-        source: Source = HfFolder(path) if path.is_dir() else GgufModel(path)
+        source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path)
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
         model = model_of(source, family)

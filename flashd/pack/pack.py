@@ -27,7 +27,7 @@ from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
 from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)

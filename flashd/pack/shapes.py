@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
-
-MOST_LAYERS = 1024
-
-
-def check_layers(layers: int, path: Path) -> None:
-    """Raises DataError where a file claims more layers than a bundle may have, or none."""
-    if not 1 <= layers <= MOST_LAYERS:
-        raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
 def check_shapes(weights: Weights, model: Architecture) -> None:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
-from flashd.pack.sources.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
+from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.rope import rotary_order, rotary_width
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -81,7 +82,7 @@ class Ffn:
 class Weights:
     """The weights of a model file by what they do. Raises DataError where one is missing or of another size."""
 
-    def __init__(self, source: Source, family: Family, model: Architecture) -> None:
+    def __init__(self, source: OpenModel, family: Family, model: Architecture) -> None:
         self._source, self._family, self._model = source, family, model
         self._rotary = rotary_width(source) if family.rotary else 0
 

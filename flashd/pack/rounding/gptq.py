@@ -13,8 +13,8 @@ from flashd.bundle.bits import pack_bits
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.bundle.slots import QuantRows
+from flashd.pack.open_model import Grid
 from flashd.pack.rounding.rows import coded, fitted, levels
-from flashd.pack.sources.source import Grid
 
 DOUBT = np.float32(0.25)
 """How far correlations are taken back to none: a text has some that others lack. Measured on layers 5, 13 and 21 of

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, InputMissing
-from flashd.pack.sources.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
 
 Json = dict[str, Any]
 

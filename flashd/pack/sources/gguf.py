@@ -16,9 +16,9 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle import header
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError, InputMissing
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 from flashd.pack.sources.gguf_tokenizer import read_vocabulary
-from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.vocabulary import Vocabulary
 
 
 class GgufTensor(Tensor):
@@ -116,7 +116,7 @@ class _Reader(gguf.GGUFReader):
 LONG_LISTS = tuple(f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type"))
 
 
-class GgufModel(Source):
+class GgufModel(OpenModel):
     """An open GGUF file.
 
     Raises:

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError
-from flashd.pack.sources.source import Source
-from flashd.pack.sources.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+from flashd.pack.open_model import OpenModel
+from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
@@ -55,7 +55,7 @@ COMPOSED = ("qwen2", "stablelm2", "deepseek-r1-qwen")
 """Those that compose letters and accents first, as NFC does."""
 
 
-def read_vocabulary(source: Source) -> Vocabulary:
+def read_vocabulary(source: OpenModel) -> Vocabulary:
     """The vocabulary of a GGUF file. Raises DataError where its tokenizer is of an unknown kind or incomplete."""
     texts = _texts(source, "tokenizer.ggml.tokens")
     types = source.metadata("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
@@ -97,14 +97,14 @@ def _spelled(spell: Callable[[str], bytes], text: str, kind: int) -> bytes:
     return byte_token(text) if kind == BYTE else spell(text)
 
 
-def _texts(source: Source, key: str) -> list[str]:
+def _texts(source: OpenModel, key: str) -> list[str]:
     value = source.metadata(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise DataError(f"{source.path}: {key!r} is missing or no list of texts")
     return value
 
 
-def _byte_level(source: Source, texts: list[str]) -> Tokenizer:
+def _byte_level(source: OpenModel, texts: list[str]) -> Tokenizer:
     pre_value = source.metadata("tokenizer.ggml.pre")
     pre = pre_value if isinstance(pre_value, str) else "default"
     splits = SPLITS.get(SAME_SPLITS.get(pre, pre))
@@ -126,7 +126,7 @@ def _byte_level(source: Source, texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _sentence_piece(source: Source, texts: list[str], types: list[int]) -> Tokenizer:
+def _sentence_piece(source: OpenModel, texts: list[str], types: list[int]) -> Tokenizer:
     """SentencePiece BPE: pairs merge in the order of their product's score."""
     scores = source.metadata("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(texts):
@@ -155,7 +155,7 @@ def _sentence_piece(source: Source, texts: list[str], types: list[int]) -> Token
     return tokenizer
 
 
-def _adds_bos(source: Source, kind: str) -> bool:
+def _adds_bos(source: OpenModel, kind: str) -> bool:
     """What the file says; where it says nothing, what its kind of tokenizer does."""
     stated = source.metadata("tokenizer.ggml.add_bos_token")
     if stated is None:
@@ -163,7 +163,7 @@ def _adds_bos(source: Source, kind: str) -> bool:
     return stated is True
 
 
-def _end_tokens(source: Source, texts: list[str], types: list[int]) -> list[int]:
+def _end_tokens(source: OpenModel, texts: list[str], types: list[int]) -> list[int]:
     """Every token that ends an answer: the file's own, and the well-known ones that are control tokens here."""
     ends = [source.metadata(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     ends += [i for i, t in enumerate(texts) if t in END_TEXTS and types[i] == CONTROL]

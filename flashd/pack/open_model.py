@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flashd.bundle import header
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.vocabulary import Vocabulary
 
 Number = TypeVar("Number", int, float)
 
@@ -51,7 +51,7 @@ class Tensor(Protocol):
         return None
 
 
-class Source(Protocol):
+class OpenModel(Protocol):
     """An open model."""
 
     path: Path

@@ -1,0 +1,13 @@
+"""Nemotron and Minitron."""
+
+from __future__ import annotations
+
+from flashd.pack.families.family import Family, Folder
+
+FAMILIES = (
+    Family(
+        "nemotron", "Nemotron, Minitron", "tiny",
+        norm="layer", gated=False, activation="relu2", may_have=("qkv", "output", "inputs", "down"),
+        folders=(Folder("nemotron", shift=1.0, defaults={"partial_rotary_factor": 0.5}),),
+    ),
+)  # fmt: skip

@@ -56,7 +56,7 @@ def run_pack(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputMissing(f"packing needs the pack extra ({error.name}): pip install 'flashd[pack]'") from error
     with Bar("packing", "weights") as bar:
-        header = pack(args.source, args.out, args.rows, bar.show, _allowed(args))
+        header = pack(args.source, args.out, args.rows, bar.show, _allowed(args), args.pre)
     print(f"{args.out}: {header.model.name}, {args.out.stat().st_size / MIB:.0f} MiB, {args.rows} rows")
     if s := header.selection:
         who = "a predictor" if s.kind == "predictor" else "the gate"
@@ -442,6 +442,7 @@ def _parser() -> argparse.ArgumentParser:
         " predictor, in gated ones by their gates, which stay in RAM",
     )  # fmt: skip
     pack.add_argument("--text", type=Path, metavar="T.txt", help="text like that to come, to measure the loss on")
+    pack.add_argument("--pre", metavar="NAME", help="how a GGUF's tokenizer splits words, if the file does not say")
     pack.set_defaults(run=run_pack)
 
     info = commands.add_parser("info", help="what is in a bundle, or which families can be packed")

@@ -73,6 +73,10 @@ class OpenModel(Protocol):
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.Source:
         """Name, size and SHA-256 of what the model is kept in."""
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+
     def has(self, key: str) -> bool:
         return self.metadata(key) is not None
 
@@ -85,12 +89,21 @@ class OpenModel(Protocol):
 
     def number(self, key: str, kind: type[Number], default: Number | None = None) -> Number:
         """A number of the architecture's metadata. Raises DataError where it is missing or no number."""
-        value = self.metadata(f"{self.architecture}.{key}")
+        value = _of_every_layer(self.metadata(f"{self.architecture}.{key}"))
         if value is None and default is not None:
             return default
+        if isinstance(value, list):
+            raise DataError(
+                f"{self.path}: '{self.architecture}.{key}' differs from layer to layer, which is not supported"
+            )
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise DataError(f"{self.path}: '{self.architecture}.{key}' is missing or no number")
         try:
             return kind(value)
         except (ValueError, OverflowError) as error:
             raise DataError(f"{self.path}: '{self.architecture}.{key}' is {value}, which is no number") from error
+
+
+def _of_every_layer(value: Any) -> Any:
+    """A list of one number a layer stands for that number if all are alike."""
+    return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value

@@ -11,6 +11,7 @@ from pathlib import Path
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Formats
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.errors import UsageError
 from flashd.pack.families.properties import check_layers, model_of
 from flashd.pack.families.registry import family_of
 from flashd.pack.families.rope import rope_tables
@@ -19,6 +20,7 @@ from flashd.pack.open_model import OpenModel
 from flashd.pack.rounding.rows import is_ternary
 from flashd.pack.shapes import check_shapes
 from flashd.pack.sources.gguf import GgufModel
+from flashd.pack.sources.gguf_tokenizer import check_pre
 from flashd.pack.sources.safetensors import HfFolder
 from flashd.pack.weights import Matrix, Numbers, Weights
 
@@ -42,9 +44,16 @@ class Original:
     formats: Formats  # of its bundle
 
     @classmethod
-    def open(cls, path: Path, rows: RowKind) -> Original:
-        """The model at `path`, a GGUF file or a Hugging Face folder. Raises InputMissing, DataError."""
-        source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path)
+    def open(cls, path: Path, rows: RowKind, pre: str | None = None) -> Original:
+        """The model at `path`, a GGUF file or a Hugging Face folder. Raises InputMissing, DataError, UsageError.
+
+        `pre`: the pre-tokenizer of a GGUF file, whatever the file says.
+        """
+        if pre is not None:
+            check_pre(pre)
+            if path.is_dir():
+                raise UsageError(f"--pre {pre}: {path} is a folder, whose tokenizer.json says how words are split")
+        source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path, pre)
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
         model = model_of(source, family)

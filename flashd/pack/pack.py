@@ -46,22 +46,24 @@ def pack(
     rows: RowKind,
     on_progress: Progress = lambda done, total: None,
     allowed: Allowed | None = None,
+    pre: str | None = None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`, replacing it at the end or not at all.
 
     Where a loss is allowed: with Selecting a predictor says which neurons take part, unless whole experts are read
     about as soon; with Gating their gates do, unless all are needed or read about as soon; with Narrowing what
-    matters least has fewer bits on the card, unless all of it matters too much.
+    matters least has fewer bits on the card, unless all of it matters too much. `pre` is the pre-tokenizer of a GGUF
+    file, whatever the file says.
 
     Raises:
-        UsageError: `out` is something else than a bundle.
+        UsageError: `out` is something else than a bundle, or flashd does not know `pre`.
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
             neurons costs as little as was asked.
         CannotWrite: the disk is full or the folder cannot be written.
     """
     _check_out(out)
     try:
-        original = Original.open(source_path, rows)
+        original = Original.open(source_path, rows, pre)
         _check(original, allowed)
         return _write(original, out, on_progress, allowed)
     except BENT as error:

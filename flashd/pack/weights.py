@@ -40,7 +40,7 @@ class Matrix:
 
     def rows(self, which: slice | Numbers) -> Floats:
         """Rows [n, K] float32."""
-        rows = self.tensor.rows(self.order[which])
+        rows = _finite(self.tensor, self.tensor.rows(self.order[which]))
         return rows if self.projection is None else rows @ self.projection
 
     def grid(self, which: slice | Numbers) -> Grid | None:
@@ -76,7 +76,8 @@ class Ffn:
     def filled(self, neurons: int) -> tuple[Floats, Floats]:
         """down_proj [H, n] and the biases [n, M] with so many neurons: those that only fill a block are zero."""
         filling = neurons - self.neurons
-        return np.pad(self.down.rows(), ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
+        down = _finite(self.down, self.down.rows())
+        return np.pad(down, ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
 
 
 class Weights:
@@ -194,7 +195,15 @@ class Weights:
         ]  # fmt: skip
 
     def _vector(self, name: str) -> Floats:
-        return self._source.tensor(name).rows()
+        tensor = self._source.tensor(name)
+        return _finite(tensor, tensor.rows())
+
+
+def _finite(tensor: Tensor, values: Floats) -> Floats:
+    """The values as they are. Raises DataError if one is infinite or not a number."""
+    if not np.isfinite(values).all():
+        raise DataError(f"tensor {tensor.name!r} has weights that are not finite; download the model again")
+    return values
 
 
 def _whole(tensor: Tensor) -> Matrix:

@@ -70,6 +70,11 @@ class ConfigSource(OpenModel):
         )
         return stub  # type: ignore[no-any-return]
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+        return set(self._metadata)
+
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
         return self._metadata.get(key)

@@ -44,30 +44,48 @@ def rotary_width(model: OpenModel) -> int:
 def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, base: float) -> None:
     """Stretches a table for contexts longer than those of the first training."""
     if "rope_freqs.weight" in model.names:  # Llama 3: a divisor for each pair
-        table[0, :half] /= model.tensor("rope_freqs.weight").rows()
-    kind = model.metadata(f"{model.architecture}.rope.scaling.type")
-    if kind in (None, "none"):
+        divisors = model.tensor("rope_freqs.weight").rows()
+        if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+            raise DataError(f"{model.path}: rope_freqs.weight has divisors that are not positive numbers")
+        table[0, :half] /= divisors
+    factor = model.number("rope.scaling.factor", float, 0.0) or model.number("rope.scale_linear", float, 0.0)
+    # llama.cpp, too, takes a factor without a kind for a linear one
+    kind = model.metadata(f"{model.architecture}.rope.scaling.type") or ("linear" if factor else "none")
+    if kind == "none":
         return
-    factor = model.number("rope.scaling.factor", float)
+    if kind not in ("linear", "yarn"):
+        raise DataError(f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, yarn")
+    if not 0 < factor < math.inf:
+        raise DataError(f"{model.path}: a rotary scaling of kind {kind!r} by a factor of {factor}")
     if kind == "linear":
         table[0] /= factor
-    elif kind == "yarn":
-        table[0, :half] *= _yarn(model, half, base, factor)
-        table[1, :half] = model.number("rope.scaling.attn_factor", float, 0.0) or 0.1 * math.log(factor) + 1
-    else:
-        raise DataError(f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, yarn")
+        return
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
+        if (value := model.number(key, float, 1.0)) != 1.0:
+            raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
+    table[0, :half] *= _yarn(model, half, base, factor)
+    # the factor that a file states multiplies the usual one
+    table[1, :half] = yarn_length(factor) * model.number("rope.scaling.attn_factor", float, 1.0)
+
+
+def yarn_length(factor: float, scale: float = 1.0) -> float:
+    """How long YaRN makes queries and keys that it stretches by a factor (arXiv 2309.00071)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
 
 def _yarn(model: OpenModel, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
     """What each pair's angle is multiplied by (arXiv 2309.00071): 1 for the fastest, 1 / factor for the slowest."""
-    trained = model.number("rope.scaling.original_context_length", int)
+    trained = model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
 
     def pair_of(turns: float) -> float:
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(base)
 
     fast = model.number("rope.scaling.yarn_beta_fast", float, 32.0)
     slow = model.number("rope.scaling.yarn_beta_slow", float, 1.0)
-    low, high = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), 2 * half - 1)
+    low, high = pair_of(fast), pair_of(slow)
+    if model.metadata(f"{model.architecture}.rope.scaling.yarn_truncate") is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
     slowed = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
     return np.asarray(1 - slowed + slowed / factor)
 

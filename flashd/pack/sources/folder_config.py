@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flashd.errors import DataError
 from flashd.pack.families.family import Config, Folder
 from flashd.pack.families.registry import FOLDERS, SEEING
-from flashd.pack.sources.folder_rope import rotary_keys
+from flashd.pack.sources.folder_rope import check_rope, rotary_keys
 
 KEYS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
@@ -35,6 +37,18 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Of each key, below the architecture's name, what most families call it in config.json."""
 
+READ = frozenset((
+    "rope_theta", "rope_parameters", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor",
+    "original_max_position_embeddings", "query_pre_attn_scalar", "tie_word_embeddings",
+))  # fmt: skip
+"""Other names of config.json that are read."""
+
+CHANGES_ANSWERS = re.compile(r"rope|rotary|scal(e|ing|ar)|multiplier|softcap|clip|alibi")
+"""What the names of such properties have in them. Thousands of others say nothing of answers."""
+
+INERT = (None, 0, 1)
+"""Values of a scale, a bound or a flag that change nothing."""
+
 
 @dataclass(frozen=True)
 class FolderModel:
@@ -58,11 +72,31 @@ def folder_model(stated: Config, path: Path) -> FolderModel:
     """The model of a config.json; one of an unknown type is left for the families to refuse. Raises DataError."""
     config = _text_part(stated)
     kind = str(config.get("model_type"))
-    architecture, folder = FOLDERS.get(kind, (kind, Folder(kind)))
+    if kind not in FOLDERS:
+        return FolderModel(kind, Folder(kind), config)
+    architecture, folder = FOLDERS[kind]
     full = {**folder.defaults, **{key: value for key, value in config.items() if value is not None}}
     if "hidden_act" in full:
         full["hidden_act"] = folder.activations.get(full["hidden_act"], full["hidden_act"])
-    return FolderModel(architecture, folder, folder.adapt(full, path))
+    model = FolderModel(architecture, folder, folder.adapt(_of_every_layer(full), path))
+    _check_names(model, path)
+    check_rope(model.config, path)
+    return model
+
+
+def _of_every_layer(config: Config) -> Config:
+    """Numbers that are lists of one a layer, all alike, as that one number."""
+    names = {name for known in KEYS.values() for name in known}
+    alike = {n: v[0] for n, v in config.items() if n in names and isinstance(v, list) and len(set(map(str, v))) == 1}
+    return {**config, **alike}
+
+
+def _check_names(model: FolderModel, path: Path) -> None:
+    """Raises DataError for a property that changes answers and that nothing reads."""
+    known = {name for names in KEYS.values() for name in names} | READ | set(model.folder.keys.values())
+    for name, value in model.config.items():
+        if name not in known and CHANGES_ANSWERS.search(name) and value not in INERT:
+            raise DataError(f"{path}: flashd does not know what {name!r} means (its value: {str(value)[:60]})")
 
 
 def _text_part(config: Config) -> Config:

@@ -218,6 +218,11 @@ class HfFolder(OpenModel):
         online = self._rounded.get("quantization_mode") == "online"
         return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+        return set(self._metadata)
+
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
         return self._metadata.get(key)

@@ -27,6 +27,7 @@ from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
 from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original
+from flashd.pack.templates import try_chat_template
 from flashd.pack.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
 
@@ -107,6 +108,7 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
     vocabulary = original.source.vocabulary()
+    try_chat_template(vocabulary, original.path)
     with BundleWriter(out) as bundle:  # before what takes long: whether it can be written is known then
         choice = _choose(original, vocabulary.tokenizer_json, allowed)
         selection = choice.selection if isinstance(choice, Selected | Gated) else None

@@ -36,7 +36,7 @@ from flashd.pack.families.properties import model_of
 from flashd.pack.families.registry import family_of
 from flashd.pack.open_model import OpenModel, Tensor
 from flashd.pack.sources.folder_config import folder_model, model_keys
-from flashd.pack.sources.folder_tokenizer import read_object
+from flashd.pack.sources.json_file import read_object
 from flashd.pack.vocabulary import Vocabulary
 from flashd.system.memory import MIB, parse_size
 

@@ -38,14 +38,13 @@ class Folder:
     """How the Hugging Face folders of one `model_type` become what a GGUF file holds; the defaults change nothing."""
 
     model_type: str
-    also: tuple[str, ...] = ()  # other model types of the same kind
     seeing: tuple[str, ...] = ()  # types of models that also see; their `text_config` is of this type
     permuted: bool = False  # GGUF has the rows of q and k in rotary pairs (2i, 2i + 1), the folder in halves
     fused: bool = False  # the folder has q, k and v by group of heads in one matrix, GGUF one after the other
     shift: float = 0.0  # GGUF has the weights of norms with this added
     tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
     keys: Mapping[str, str] = field(default_factory=dict)  # GGUF's key -> config.json's, beside the common ones
-    defaults: Config = field(default_factory=dict)  # what config.json may leave out
+    defaults: Config = field(default_factory=dict)  # what transformers takes if config.json leaves it out
     activations: Mapping[str, str] = field(default_factory=dict)  # that config.json calls by another's name
     adapt: Adapt = as_it_is
 

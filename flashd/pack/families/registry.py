@@ -25,10 +25,7 @@ FAMILIES: dict[str, Family] = {family.architecture: family for family in _found(
 """By GGUF's name of the architecture."""
 
 FOLDERS: dict[str, tuple[str, Folder]] = {
-    model_type: (family.architecture, folder)
-    for family in FAMILIES.values()
-    for folder in family.folders
-    for model_type in (folder.model_type, *folder.also)
+    folder.model_type: (family.architecture, folder) for family in FAMILIES.values() for folder in family.folders
 }
 """By the `model_type` of a folder: the architecture in GGUF, and how the folder is read."""
 

@@ -37,8 +37,10 @@ class Names:
             for i in range(model.layers)
             for end in ENDS
         }
-        known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(model.architecture)
-        self._table = None if known is None else gguf.get_tensor_name_map(known, model.layers)
+        known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        # most that the package does not know are named as Llama is
+        kind = known.get(model.architecture, gguf.MODEL_ARCH.LLAMA)
+        self._table = gguf.get_tensor_name_map(kind, model.layers)
 
     def find(self, name: str) -> tuple[str, int | None] | None:
         """(GGUF's name, number of the expert in its stack) of a tensor, its own where GGUF has none for it.
@@ -53,7 +55,7 @@ class Names:
             return None
         expert = _EXPERT.search(name)
         merged = _EXPERT.sub(".experts.", name)
-        found = self._known.get(merged) or (self._table and self._table.get_name(merged, ENDS))
+        found = self._known.get(merged) or self._table.get_name(merged, ENDS)
         return found or name, int(expert[1]) if expert else None
 
 

@@ -6,15 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, InputMissing
+from flashd.pack.sources.folder_templates import folder_template
+from flashd.pack.sources.json_file import Json, read_object
 from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
-
-Json = dict[str, Any]
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -54,21 +53,8 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
         eos=list(dict.fromkeys(i for i in ends if i < size)),
         bos=bos,
         add_bos=_adds_bos(tokenizer, beside[0], bos),
-        chat_template=_chat_template(folder, beside[0]),
+        chat_template=folder_template(folder, beside[0]),
     )
-
-
-def read_object(path: Path) -> Json:
-    """An object of JSON, empty where there is no such file. Raises DataError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: no JSON object")
-    return value
 
 
 def _spelling(stated: Json) -> Callable[[str], bytes]:
@@ -97,16 +83,3 @@ def _adds_bos(tokenizer: Tokenizer, config: Json, bos: int | None) -> bool:
     """What the configuration says; where it says nothing, what the tokenizer itself does."""
     stated = config.get("add_bos_token")
     return stated if isinstance(stated, bool) else bos is not None and tokenizer.encode("a").ids[:1] == [bos]
-
-
-def _chat_template(folder: Path, config: Json) -> str | None:
-    """The template, from a file of its own or the configuration; of several, the one called default."""
-    try:
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    except FileNotFoundError:
-        template = config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'chat_template.jinja'}: cannot be read ({error})") from error
-    if isinstance(template, list):
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
-    return template if isinstance(template, str) else None

@@ -86,6 +86,8 @@ def read_vocabulary(source: OpenModel, size: int, pre: str | None) -> Vocabulary
     _add_tokens(tokenizer, texts, types)
     bos = source.metadata("tokenizer.ggml.bos_token_id")
     template = source.metadata("tokenizer.chat_template")
+    if template is None and (named := sorted(k for k in source.keys if k.startswith("tokenizer.chat_template."))):
+        log.warning("%s: it has no default chat template, and of %s none is taken", source.path, ", ".join(named))
     return Vocabulary(
         tokenizer_json=tokenizer.to_str().encode(),
         # rows that only fill the table are no text

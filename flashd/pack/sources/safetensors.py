@@ -23,8 +23,9 @@ from flashd.pack.sources import four_bits
 from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.pack.sources.folder_rope import rope_divisors
 from flashd.pack.sources.folder_tensors import Names, Numbers, row_order
-from flashd.pack.sources.folder_tokenizer import read_object, read_tokenizer_json
+from flashd.pack.sources.folder_tokenizer import read_tokenizer_json
 from flashd.pack.sources.four_bits import FourBits, StoredTensor
+from flashd.pack.sources.json_file import read_object
 from flashd.pack.vocabulary import Vocabulary
 
 BITS = {"BF16": 16, "F16": 16, "F32": 32}

@@ -25,7 +25,10 @@ def adapt(config: Config, path: Path) -> Config:
 FOLDER = Folder(
     "falcon", fused=True, adapt=adapt,
     keys={"block_count": "n_layer", "feed_forward_length": "ffn_hidden_size", "attention.head_count": "n_head"},
-    defaults={"max_position_embeddings": 2048, "layer_norm_epsilon": 1e-5, "activation": "gelu"},
+    defaults={
+        "max_position_embeddings": 2048, "layer_norm_epsilon": 1e-5, "activation": "gelu",
+        "tie_word_embeddings": True,
+    },
 )  # fmt: skip
 
 TWO_NORMS = Family(

@@ -30,7 +30,7 @@ FAMILIES = (
             Folder(
                 "opt", tensors=TENSORS,
                 keys={"feed_forward_length": "ffn_dim", "norm_before": "do_layer_norm_before"},
-                defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+                defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 2048},
             ),
         ),
     ),

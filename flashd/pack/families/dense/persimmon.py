@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashd.pack.families.family import Family, Folder
 
+DEFAULTS = {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "max_position_embeddings": 16384}
 TENSORS = {
     "model.embed_tokens": "token_embd",
     "model.final_layernorm": "output_norm",
@@ -23,6 +24,6 @@ FAMILIES = (
         "persimmon", "Persimmon", "tiny",
         norm="layer", norms=("attention", "query", "key", "ffn", "final"), gated=False, activation="relu2",
         biases=("qkv", "output", "inputs", "down"),
-        folders=(Folder("persimmon", fused=True, tensors=TENSORS, defaults={"partial_rotary_factor": 0.5}),),
+        folders=(Folder("persimmon", fused=True, tensors=TENSORS, defaults=DEFAULTS),),
     ),
 )  # fmt: skip

@@ -25,7 +25,10 @@ FAMILIES = (
         folders=(
             Folder(
                 "smollm3", permuted=True, adapt=adapt,
-                defaults={"use_sliding_window": False, "tie_word_embeddings": True},
+                defaults={
+                    "use_sliding_window": False, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+                    "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+                },
             ),
         ),
     ),

@@ -101,7 +101,8 @@ def test_a_pre_tokenizer_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureF
     new = variants.write(tmp_path / "new.gguf", {"tokenizer.ggml.pre": "new"})
     refused(new, "pre-tokenizer 'new' is not supported; --pre NAME")
     assert measured(new, "gpt-2") == pytest.approx(PERPLEXITIES["llama.cpp"]["base"], rel=CLOSE)
-    refused(model, "--pre new: not known; known are .*gpt-2", UsageError, pre="new")
+    other = variants.write(tmp_path / "other.gguf", {})
+    refused(other, "--pre new: not known; known are .*gpt-2", UsageError, pre="new")
     refused(variants.write_folder(tmp_path / "f", {}), "is a folder", UsageError, pre="gpt-2")
 
 

@@ -99,6 +99,7 @@ class Pack:
     max_loss: float | None
     select: Select | None
     text: Path | None
+    pre: str | None
 
     def __post_init__(self) -> None:
         holds = 0 < (self.max_loss or 0) < 1

@@ -179,6 +179,9 @@ def _pack(commands: Commands) -> None:
         "--text", type=Path, metavar="FILE.txt",
         help="Measure the loss on this text. It should be like the texts that the model will meet.",
     )  # fmt: skip
+    pack.add_argument(
+        "--pre", metavar="NAME", help="Split words as this pre-tokenizer of GGUF does, if the file does not name one."
+    )
 
 
 def _info(commands: Commands) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 

@@ -9,14 +9,16 @@ import numpy as np
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
+from flashd.errors import DataError
 from flashd.pack.lossy.calibration import hottest, neurons_of
 from flashd.pack.lossy.narrow_groups import Weigh
 from flashd.pack.rounding.gptq import encode_fed
 from flashd.pack.rounding.rows import encode_groups, encode_neurons, encode_rows
-from flashd.pack.sources.source import Grid
+from flashd.pack.open_model import Grid
 from flashd.pack.weights import Ffn, Matrix, Numbers
 
 ROWS_AT_ONCE = 1024
+MOST_F16 = float(np.finfo(np.float16).max)
 
 
 def nobody(weights: int) -> None:
@@ -100,6 +102,10 @@ class Encoder:
         """[n, row bytes]: the records of some rows of a matrix."""
         weights = matrix.rows(which)  # [n, K]
         self._count(weights.size)
+        if form.kind == "f16" and np.abs(weights).max(initial=0) > MOST_F16:
+            raise DataError(
+                f"tensor {matrix.tensor.name!r} has weights above {MOST_F16:.0f}, which f16 rows cannot hold"
+            )
         if factor is not None:
             return encode_fed(weights, form, factor)
         return encode_rows(weights, form, matrix.grid(which), centred)

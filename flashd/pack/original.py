@@ -11,13 +11,17 @@ from pathlib import Path
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Formats
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.errors import UsageError
+from flashd.pack.families.properties import check_layers, model_of
+from flashd.pack.families.registry import family_of
+from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration
+from flashd.pack.open_model import OpenModel
 from flashd.pack.rounding.rows import is_ternary
-from flashd.pack.shapes import check_heads, check_layers, check_shapes
-from flashd.pack.sources.families import family_of, model_of, rope_tables
+from flashd.pack.shapes import check_heads, check_shapes
 from flashd.pack.sources.gguf import GgufModel
+from flashd.pack.sources.gguf_tokenizer import check_pre
 from flashd.pack.sources.safetensors import HfFolder
-from flashd.pack.sources.source import Source
 from flashd.pack.weights import Matrix, Numbers, Weights
 
 log = logging.getLogger(__name__)
@@ -33,19 +37,28 @@ class Original:
     """An open model whose parts have been checked to fit together."""
 
     path: Path
-    source: Source
+    source: OpenModel
     model: Architecture
-    rope: Floats  # [ropes, 2, D / 2], see families.rope_tables
+    rope: Floats  # [ropes, 2, D / 2], see families.rope.rope_tables
     weights: Weights
     formats: Formats  # the kinds of rows of its bundle
 
     @classmethod
-    def open(cls, path: Path, rows: RowKind) -> Original:
-        """Opens the model at `path`, a GGUF file or a Hugging Face folder. `rows` is what the user asked for.
+    def open(cls, path: Path, rows: RowKind, pre: str | None = None) -> Original:
+        """Opens the model at `path`, a GGUF file or a Hugging Face folder.
 
-        Raises InputMissing, DataError.
+        Args:
+            path: the file or folder.
+            rows: the kind of rows that the user asked for.
+            pre: the pre-tokenizer of a GGUF file, whatever the file says.
+
+        Raises InputMissing, DataError, UsageError.
         """
-        source: Source = HfFolder(path) if path.is_dir() else GgufModel(path)
+        if pre is not None:
+            check_pre(pre)
+            if path.is_dir():
+                raise UsageError(f"--pre {pre}: {path} is a folder, whose tokenizer.json says how words are split")
+        source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path, pre)
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
         model = model_of(source, family)

@@ -28,7 +28,8 @@ from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
 from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.templates import try_chat_template
+from flashd.pack.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
 from flashd.system.child import ChildDied, Limits, in_child
 
@@ -53,6 +54,7 @@ def pack(
     rows: RowKind,
     on_progress: Progress = lambda done, total: None,
     allowed: Allowed | None = None,
+    pre: str | None = None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`. An existing bundle is replaced at the very end.
 
@@ -65,27 +67,28 @@ def pack(
             which neurons take part, unless whole experts are read about as fast. With Gating the neurons' gates say
             it, unless all neurons are needed or read about as fast. With Narrowing the groups that matter least have
             fewer bits on the card, unless all of them matter too much.
+        pre: the pre-tokenizer of a GGUF file, whatever the file says.
 
     Raises:
-        UsageError: `out` is something else than a bundle.
+        UsageError: `out` is something else than a bundle, or flashd does not know `pre`.
         InputMissing, DataError: the model file is missing, damaged or of an unknown kind; or no predictor of its
             neurons costs as little as was asked.
         CannotWrite: the disk is full or the folder cannot be written.
     """
     _check_out(out)
     try:
-        _within_limits(lambda: _look(source_path, rows), source_path, READING)
-        original = Original.open(source_path, rows)
+        _within_limits(lambda: _look(source_path, rows, pre), source_path, READING)
+        original = Original.open(source_path, rows, pre)
         _check(original, allowed)
         return _write(original, out, on_progress, allowed)
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
 
-def _look(source_path: Path, rows: RowKind) -> None:
+def _look(source_path: Path, rows: RowKind, pre: str | None) -> None:
     """Opens a model and lets go of it again, for what its numbers may ask for."""
     try:
-        Original.open(source_path, rows)
+        Original.open(source_path, rows, pre)
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
@@ -141,6 +144,7 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
     vocabulary = _within_limits(original.source.vocabulary, original.path, READING)
+    try_chat_template(vocabulary, original.path)
     with BundleWriter(out) as bundle:  # opened first: an error of the disk comes before the long search
         choice = _choose(original, vocabulary.tokenizer_json, allowed)
         selection = choice.selection if isinstance(choice, Selected | Gated) else None

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
 
-MOST_LAYERS, MOST_HEADS = 1024, 4096
+MOST_HEADS = 4096
 
-
-def check_layers(layers: int, path: Path) -> None:
-    """Raises DataError if a file claims more layers than a bundle may have, or none."""
-    if not 1 <= layers <= MOST_LAYERS:
-        raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
 def check_heads(model: Architecture, path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
-from flashd.pack.sources.families import Family, rotary_order, rotary_width, tensor_name
-from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
+from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.rope import rotary_order, rotary_width
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -38,8 +39,8 @@ class Matrix:
         return self.tensor.bits
 
     def rows(self, which: slice | Numbers) -> Floats:
-        """Some of the matrix's rows, [n, K] float32."""
-        rows = self.tensor.rows(self.order[which])  # [n, P]
+        """Some of the matrix's rows, [n, K] float32. Raises DataError if one is not finite."""
+        rows = _finite(self.tensor, self.tensor.rows(self.order[which]))  # [n, P]
         return rows if self.projection is None else rows @ self.projection
 
     def grid(self, which: slice | Numbers) -> Grid | None:
@@ -75,13 +76,14 @@ class Ffn:
     def filled(self, neurons: int) -> tuple[Floats, Floats]:
         """(down_proj [H, n], biases [n, M]) with n = `neurons` neurons. Those beyond the FFN's own are zero."""
         filling = neurons - self.neurons
-        return np.pad(self.down.rows(), ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
+        down = _finite(self.down, self.down.rows())
+        return np.pad(down, ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
 
 
 class Weights:
     """The weights of a model file by what they do. Raises DataError if one is missing or has another size."""
 
-    def __init__(self, source: Source, family: Family, model: Architecture) -> None:
+    def __init__(self, source: OpenModel, family: Family, model: Architecture) -> None:
         self._source, self._family, self._model = source, family, model
         self._rotary = rotary_width(source) if family.rotary else 0
 
@@ -196,7 +198,15 @@ class Weights:
         ]  # fmt: skip
 
     def _vector(self, name: str) -> Floats:
-        return self._source.tensor(name).rows()
+        tensor = self._source.tensor(name)
+        return _finite(tensor, tensor.rows())
+
+
+def _finite(tensor: Tensor, values: Floats) -> Floats:
+    """The values as they are. Raises DataError if one is infinite or not a number."""
+    if not np.isfinite(values).all():
+        raise DataError(f"tensor {tensor.name!r} has weights that are not finite; download the model again")
+    return values
 
 
 def _whole(tensor: Tensor) -> Matrix:

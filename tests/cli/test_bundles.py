@@ -32,7 +32,7 @@ def test_pack_says_what_fewer_bits_cost(tmp_path: Path, tiny_bundle: Path) -> No
 
 
 def test_info_says_which_families_can_be_packed() -> None:
-    from flashd.pack.sources.families import FAMILIES
+    from flashd.pack.families.registry import FAMILIES
 
     rows = json.loads(run("info", "--families", "--json").stdout)
     assert [row["architecture"] for row in rows] == list(FAMILIES)
@@ -42,7 +42,7 @@ def test_info_says_which_families_can_be_packed() -> None:
 
 
 def test_the_readme_says_of_every_family_what_its_answers_were_compared_on() -> None:
-    from flashd.pack.sources.families import FAMILIES
+    from flashd.pack.families.registry import FAMILIES
 
     lines = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8").splitlines()
     start = lines.index("| architecture | models | answers compared on |") + 2

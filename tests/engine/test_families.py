@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flashd.engine.model.branches import Branches, behind
+from flashd.pack.families.registry import FAMILIES
 from flashd.pack.pack import pack
-from flashd.pack.sources.families import FAMILIES
 from tests.engine.test_head import model as with_head
 from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS, Floats

@@ -210,3 +210,28 @@ def test_what_a_template_may_do_is_as_it_was_afterwards() -> None:
 def children_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        # what transformers 5.24 makes of them
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}c", "ahic"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{% endgeneration %}{{ x }}", "1"),
+        ("{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ documents is none }}", "True"),
+        ("{{ {'b': 'é', 'a': 1} | tojson }}", '{"b": "é", "a": 1}'),
+        ("{{ {'b': 'é', 'a': [1]} | tojson(ensure_ascii=True, sort_keys=True) }}", '{"a": [1], "b": "\\u00e9"}'),
+        ("{{ {'a': [1]} | tojson(indent=1, separators=(',', ':')) }}", '{\n "a":[\n  1\n ]\n}'),
+        ("{{ [1, 2] | tojson(False, none, (';', ':')) }}", "[1;2]"),
+        ("{{ strftime_now('%Y') | length }}{{ bos_token }}{{ eos_token }}{{ unk_token }}", "4<b><e><u>"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% if i == 3 %}{% break %}{% endif %}"
+         "{% endfor %}", "013"),
+    ],
+)  # fmt: skip
+def test_templates_are_rendered_as_transformers_does(source: str, expected: str) -> None:
+    assert ChatTemplate(source).render([Message("user", "hi")], "<b>", "<e>", "<u>") == expected
+
+
+def test_a_template_s_own_refusal_is_passed_on() -> None:
+    with pytest.raises(DataError, match="the bundle's chat template fails: no system role"):
+        ChatTemplate("{{ raise_exception('no system role') }}").render([Message("user", "hi")])

@@ -32,11 +32,12 @@ from flashd.engine.paging.card import Extent, pages_of, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan, make_plan
 from flashd.errors import MemoryTooSmall
-from flashd.pack.sources import hugging_face
-from flashd.pack.sources.families import family_of, model_of
-from flashd.pack.sources.folder_tokenizer import read_object
-from flashd.pack.sources.source import Source, Tensor
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.families.properties import model_of
+from flashd.pack.families.registry import family_of
+from flashd.pack.open_model import OpenModel, Tensor
+from flashd.pack.sources.folder_config import folder_model, model_keys
+from flashd.pack.sources.json_file import read_object
+from flashd.pack.vocabulary import Vocabulary
 from flashd.system.memory import MIB, parse_size
 
 BASE = 58 * MIB
@@ -46,29 +47,33 @@ ROUTED_TOKENS = 512
 """Of a mixture that was not traced, tokens whose experts are drawn; the first half only fills the windows."""
 
 
-class ConfigSource(Source):
+class ConfigSource(OpenModel):
     """A model of which only config.json is there. Raises DataError where it is of no family that is known."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        stated = hugging_face.flattened(read_object(path))
-        conversion = hugging_face.conversion_of(stated)
-        self.architecture = conversion.architecture
-        self._config = hugging_face.completed(stated, conversion)
-        keys = hugging_face.hyper_parameters(self._config, path)
+        self._model = folder_model(read_object(path), path)
+        self.architecture = self._model.architecture
+        keys = model_keys(self._model)
         self._metadata: dict[str, Any] = {f"{self.architecture}.{key}": value for key, value in keys.items()}
 
     @property
     def names(self) -> set[str]:
-        tied = self._config.get("tie_word_embeddings") is True
+        tied = self._model.config.get("tie_word_embeddings") is True
         return {"token_embd.weight"} | (set() if tied else {"output.weight"})
 
     def tensor(self, name: str) -> Tensor:
         """No more than its shape."""
-        width = hugging_face.head_dim(self._config)
         rows = {"token_embd.weight": "vocab_size", "position_embd.weight": "max_position_embeddings"}.get(name)
-        stub: Any = SimpleNamespace(name=name, shape=(self._config[rows] if rows else width,), bits=16.0)
+        stub: Any = SimpleNamespace(
+            name=name, shape=(self._model.config[rows] if rows else self._model.head_dim,), bits=16.0
+        )
         return stub  # type: ignore[no-any-return]
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+        return set(self._metadata)
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""

@@ -15,8 +15,9 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import RowKind
 from flashd.errors import DataError, InputMissing
+from flashd.pack.families.properties import model_of
+from flashd.pack.families.registry import family_of
 from flashd.pack.pack import pack
-from flashd.pack.sources.families import family_of, model_of
 from flashd.pack.sources.gguf import GgufModel, GgufTensor
 from tests import tiny
 from tests.goldens.models import GOLDENS

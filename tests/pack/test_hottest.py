@@ -14,9 +14,11 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.arrays import PlainGroups
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.pack.families.properties import model_of
+from flashd.pack.families.registry import family_of
+from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration, Numbers, hottest, sample_tokens
 from flashd.pack.pack import pack
-from flashd.pack.sources.families import family_of, model_of, rope_tables
 from flashd.pack.sources.gguf import GgufModel
 from flashd.pack.weights import Weights
 from tests import tiny

@@ -15,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 from flashd.bundle.reader import Bundle
 from flashd.errors import DataError, InputMissing
 from flashd.pack.pack import pack
-from flashd.pack.sources import hugging_face
+from flashd.pack.sources.folder_config import FolderModel, folder_model, model_keys
+from flashd.pack.sources.folder_rope import rope_divisors
+from flashd.pack.sources.folder_tensors import Names, row_order
 from flashd.pack.sources.safetensors import HfFolder
 from tests import tiny, tiny_folder
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, USED, WINDOW
@@ -106,14 +108,10 @@ def test_routers_weigh_as_their_folders_say() -> None:
 
 
 def test_queries_keys_and_values_of_groups_of_heads_are_taken_apart() -> None:
-    falcon = hugging_face.CONVERSIONS["falcon"]
-    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    order = hugging_face.row_order(falcon, config, "blk.0.attn_qkv.weight", 64)
-    with pytest.raises(DataError, match="has 63 rows where its heads make 64"):
-        hugging_face.row_order(falcon, config, "blk.0.attn_qkv.weight", 63)
+    heads = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}
+    order = row_order(model_of(model_type="falcon", **heads, hidden_size=32), "blk.0.attn_qkv.weight")
     assert order is not None
-    heads = (order.reshape(-1, 8)[:, 0] // 8).tolist()
-    assert heads == [0, 1, 4, 5, 2, 6, 3, 7]
+    assert (order.reshape(-1, 8)[:, 0] // 8).tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
 
 
 def test_norms_get_what_their_models_add(tmp_path: Path) -> None:
@@ -124,10 +122,12 @@ def test_norms_get_what_their_models_add(tmp_path: Path) -> None:
         assert (gemma.tensor(name).rows() == llama.tensor(name).rows() + 1).all()
 
 
+def model_of(**config: Any) -> FolderModel:
+    return folder_model({"hidden_size": 64, "num_hidden_layers": 4, **config}, Path("folder"))
+
+
 def parameters(**config: Any) -> dict[str, Any]:
-    stated = hugging_face.flattened({"hidden_size": 64, "num_hidden_layers": 4, **config})
-    full = hugging_face.completed(stated, hugging_face.conversion_of(stated))
-    return hugging_face.hyper_parameters(full, Path("folder"))
+    return model_keys(model_of(**config))
 
 
 def test_windows_are_those_of_the_layers_that_have_one() -> None:
@@ -145,9 +145,7 @@ def test_windows_are_those_of_the_layers_that_have_one() -> None:
 def test_the_part_that_speaks_of_a_model_that_also_sees() -> None:
     inner = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 2, "sliding_window": 1024}
     config = {"model_type": "gemma3", "vision_config": {}, "text_config": inner}
-    stated = hugging_face.flattened(config)
-    conversion = hugging_face.conversion_of(stated)
-    names = hugging_face.Names(conversion, hugging_face.completed(stated, conversion))
+    names = Names(model_of(**config))
     for before in ("language_model.model.", "model.language_model."):  # of earlier and of later releases
         assert names.find(f"{before}layers.1.pre_feedforward_layernorm.weight") == ("blk.1.ffn_norm.weight", None)
     assert names.find("vision_tower.x.weight") is None and names.find("language_model.lm_head.weight") is None
@@ -160,11 +158,10 @@ def test_llama_3_s_divisors_are_those_of_transformers() -> None:
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }  # fmt: skip
-    config = {"rope_parameters": rope, "head_dim": 16}
-    divisors = hugging_face.rope_divisors(config)
+    divisors = rope_divisors({"rope_parameters": rope}, 16)
     assert divisors is not None
     assert np.allclose(divisors, [1, 1.293976, 7.667385, 8, 8, 8, 8, 8], rtol=1e-5)
-    assert hugging_face.rope_divisors({"rope_theta": 10000.0, "head_dim": 16}) is None
+    assert rope_divisors({"rope_theta": 10000.0}, 16) is None
 
 
 # --- folders that cannot be packed ------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import pytest
 
 from flashd.engine.decoding.text import TextTokenizer
 from flashd.errors import DataError
-from flashd.pack.sources import gguf_tokenizer
 from flashd.pack.sources.gguf import GgufModel
 from tests import tiny
 
@@ -26,7 +25,7 @@ PIECES = json.loads((Path(__file__).parent / "data" / "sentence_piece.json").rea
 
 
 def check(path: Path, ids: list[int]) -> None:
-    vocabulary = gguf_tokenizer.read_vocabulary(GgufModel(path))
+    vocabulary = GgufModel(path).vocabulary()
     encoder = TextTokenizer(vocabulary.tokenizer_json, vocabulary.bos, vocabulary.add_bos)
     assert encoder.encode(GOLDEN["text"]) == ids
     spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()
@@ -44,14 +43,14 @@ def test_qwen2() -> None:
     check(Path(os.environ["FLASHD_QWEN_GGUF"]), GOLDEN["qwen2"])
 
 
-def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(gguf_tokenizer.SPLITS, "gpt-2")
-    with pytest.raises(DataError, match=r"'gpt-2' is not supported; known are .*llama-bpe.*qwen2.*smollm"):
-        gguf_tokenizer.read_vocabulary(GgufModel(tiny.write(tmp_path / "m.gguf")))
+def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
+    model = Changed(tiny.write(tmp_path / "m.gguf"), {"tokenizer.ggml.pre": "new"})
+    with pytest.raises(DataError, match=r"'new' is not supported; --pre NAME .*known are .*llama-bpe.*qwen2.*smollm"):
+        model.vocabulary()
 
 
 def test_end_tokens_are_found_by_number_and_by_name(smollm: Path) -> None:
-    assert gguf_tokenizer.read_vocabulary(GgufModel(smollm)).eos == [2, 0]
+    assert GgufModel(smollm).vocabulary().eos == [2, 0]
 
 
 class Changed(GgufModel):
@@ -67,14 +66,14 @@ class Changed(GgufModel):
 
 @pytest.mark.parametrize("pre", GOLDEN["words"]["ids"])
 def test_words_are_cut_as_llama_cpp_cuts_them(smollm: Path, pre: str) -> None:
-    vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, {"tokenizer.ggml.pre": pre}))
+    vocabulary = Changed(smollm, {"tokenizer.ggml.pre": pre}).vocabulary()
     encoder = TextTokenizer(vocabulary.tokenizer_json, None, False)
     assert encoder.encode(GOLDEN["words"]["text"]) == GOLDEN["words"]["ids"][pre]
 
 
 @pytest.mark.parametrize("golden", PIECES["vocabularies"], ids=["llama", "gemma"])
 def test_pieces_are_those_of_sentencepiece(smollm: Path, golden: dict[str, Any]) -> None:
-    vocabulary = gguf_tokenizer.read_vocabulary(Changed(smollm, golden))
+    vocabulary = Changed(smollm, golden).vocabulary()
     encoder = TextTokenizer(vocabulary.tokenizer_json, None, False)
     for text, ids in zip(PIECES["texts"], golden["ids"], strict=True):
         assert encoder.encode(text) == ids

@@ -14,8 +14,8 @@ from flashd.cli.printing import answer_as_json, cost_in_words, say_cut
 from flashd.cli.progress import Waiting
 from flashd.cli.talk import Turns, talk
 from flashd.cli.tty import as_terminal
-from flashd.system.printable import printable
 from flashd.errors import INTERRUPTED, FlashdError, UsageError
+from flashd.system.printable import printable
 
 STOPPED = "interrupted"
 """How an answer ended that Ctrl-C cut short."""

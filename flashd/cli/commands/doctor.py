@@ -23,8 +23,8 @@ from flashd.errors import ConfigError, FlashdError
 from flashd.system import board
 from flashd.system.board import SINCE_START, SLOWED, UNDER_VOLTAGE
 from flashd.system.memory import MIB
-from flashd.system.printable import printable
 from flashd.system.paths import SERVICE
+from flashd.system.printable import printable
 
 if TYPE_CHECKING:
     from flashd.config.settings import Settings

@@ -77,7 +77,7 @@ def _measured_facts(m: Measured) -> dict[str, Fact]:
 
 def _print_families(as_json: bool) -> None:
     try:
-        from flashd.pack.sources.families import FAMILIES
+        from flashd.pack.families.registry import FAMILIES
     except ImportError as error:
         raise need_pack(error) from error
     rows = [{"architecture": f.architecture, "models": f.models, "checked": f.checked} for f in FAMILIES.values()]

@@ -13,8 +13,8 @@ from flashd.cli.bundles import all_bundles, find, is_model
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Models, Rm, Use
 from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTaken, UsageError
-from flashd.system.printable import printable
 from flashd.system.memory import MIB
+from flashd.system.printable import printable
 
 if TYPE_CHECKING:
     from flashd.config.settings import Settings

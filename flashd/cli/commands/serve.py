@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashd.cli.needs import check_appliance
-from flashd.system.printable import printable
 from flashd.cli.options import CheckConfig, Serve
+from flashd.system.printable import printable
 
 if TYPE_CHECKING:
     from flashd.config.settings import Settings

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import check_growth, ids_of
@@ -63,6 +60,7 @@ class TextTokenizer:
         self._first = [bos] if add_bos and bos is not None else []
         # the texts that chat templates know by these names
         self.bos_token, self.eos_token = self._spelt(bos), self._spelt(next(iter(eos), None))
+        self.unk_token = str(getattr(self._tokenizer.model, "unk_token", None) or "")
         self._controls = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         give_back_freed_memory()
 
@@ -115,54 +113,35 @@ class TextTokenizer:
         return (self._tokenizer.id_to_token(token) or "") if token is not None else ""
 
 
-LONGEST_PROMPT = 1 << 20
-"""The most characters that a chat template may make. A request may have as many bytes."""
-
-
 class ChatTemplate:
     """A model's chat template in Jinja's sandbox. Raises DataError if it is broken or reaches out of the sandbox."""
 
     def __init__(self, source: str) -> None:
-        from flashd.system.template import Template, TemplateFails
+        from flashd.system.chat_template import chat_template, chat_values
+        from flashd.system.template import TemplateFails
 
-        self._template = Template(
-            source, LONGEST_PROMPT,
-            {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]},
-            {"tojson": _to_json}, {"raise_exception": _refuse, "strftime_now": _now},
-        )  # fmt: skip
-        self._error = TemplateFails
+        self._template, self._values, self._error = chat_template(source), chat_values, TemplateFails
         try:
             self._template.names()
         except TemplateFails as error:
             raise DataError(f"the bundle's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "") -> str:
+    def render(
+        self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "", unk_token: str = ""
+    ) -> str:
         """The text that asks the model for the next answer. Raises DataError if the template fails."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        values = {"messages": turns, "add_generation_prompt": True, "bos_token": bos_token, "eos_token": eos_token}
         try:
-            return self._template.render(values)
+            return self._template.render(self._values(turns, bos_token, eos_token, unk_token))
         except self._error as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
     def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
         """The tokens of the rendered messages. Only what the template itself spells becomes a control token."""
         guarded = [Message(m.role, tokenizer.guarded(m.content)) for m in messages]
-        return tokenizer.encode_guarded(self.render(guarded, tokenizer.bos_token, tokenizer.eos_token))
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+        return tokenizer.encode_guarded(
+            self.render(guarded, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+        )
 
 
 class Detokenizer:

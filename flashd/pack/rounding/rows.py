@@ -27,7 +27,7 @@ from flashd.bundle.row_kinds import (
     RowKind,
     largest_centre,
 )
-from flashd.pack.sources.source import Grid
+from flashd.pack.open_model import Grid
 
 SHRINK: dict[RowKind, tuple[float, ...]] = {
     "int4": (1.0, 0.95, 0.9, 0.84), "int8": (1.0,), "int3": (1.0, 0.8), "int2": (0.9, 0.7),

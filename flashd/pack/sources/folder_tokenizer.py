@@ -6,19 +6,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from flashd.bundle import tokenizer_json
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, InputMissing
-from flashd.pack.sources.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
-
-Json = dict[str, Any]
-
-MOST_OBJECT = 16 << 20
-"""Bytes of a file of JSON beside the tokenizer; an index of 100,000 tensors takes 9 MB."""
+from flashd.pack.sources.folder_templates import folder_template
+from flashd.pack.sources.json_file import Json, read_file, read_object
+from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -60,30 +56,8 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
         eos=list(dict.fromkeys(i for i in ends if i < size)),
         bos=bos,
         add_bos=_adds_bos(tokenizer, beside[0], bos),
-        chat_template=_chat_template(folder, beside[0]),
+        chat_template=folder_template(folder, beside[0]),
     )
-
-
-def read_file(path: Path, most: int) -> bytes:
-    """A file of at most so many bytes. Raises OSError, DataError."""
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise DataError(f"{path}: more than {most} bytes")
-    return data
-
-
-def read_object(path: Path) -> Json:
-    """An object of JSON, empty where there is no such file. Raises DataError."""
-    try:
-        value = json.loads(read_file(path, MOST_OBJECT))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: no JSON object")
-    return value
 
 
 def _spelling(stated: Json) -> Callable[[str], bytes]:
@@ -112,16 +86,3 @@ def _adds_bos(tokenizer: Tokenizer, config: Json, bos: int | None) -> bool:
     """What the configuration says; where it says nothing, what the tokenizer itself does."""
     stated = config.get("add_bos_token")
     return stated if isinstance(stated, bool) else bos is not None and tokenizer.encode("a").ids[:1] == [bos]
-
-
-def _chat_template(folder: Path, config: Json) -> str | None:
-    """The template, from a file of its own or the configuration; of several, the one called default."""
-    try:
-        return read_file(folder / "chat_template.jinja", MOST_OBJECT).decode()
-    except FileNotFoundError:
-        template = config.get("chat_template")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'chat_template.jinja'}: cannot be read ({error})") from error
-    if isinstance(template, list):
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
-    return template if isinstance(template, str) else None

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
-from flashd.pack.sources.source import ALL, Grid, Tensor, Which
+from flashd.pack.open_model import ALL, Grid, Tensor, Which
 
 Numbers = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ def check_method(path: Path, stated: Mapping[str, Any]) -> None:
         )
 
 
-class Part(Protocol):
+class StoredTensor(Protocol):
     """A tensor of a safetensors file; a slice of it is read when it is cut."""
 
     def get_shape(self) -> list[int]: ...
@@ -55,7 +55,7 @@ class FourBits(Tensor):
     """A matrix of such parts, in an order of rows of its own. Raises DataError where they do not fit together."""
 
     def __init__(
-        self, name: str, parts: Mapping[str, Part], stated: Mapping[str, Any], order: Numbers | None
+        self, name: str, parts: Mapping[str, StoredTensor], stated: Mapping[str, Any], order: Numbers | None
     ) -> None:
         missing = [part for part in PARTS[:3] if part not in parts]
         if missing:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle import header
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
-from flashd.errors import DataError, InputMissing
+from flashd.errors import DataError
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
+from flashd.pack.sources.gguf_parts import read_parts
 from flashd.pack.sources.gguf_tokenizer import read_vocabulary
-from flashd.pack.sources.source import ALL, Grid, Source, Tensor, Which
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.vocabulary import Vocabulary
 
 
 class GgufTensor(Tensor):
@@ -82,69 +81,24 @@ def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
 
 
-MOST_ENTRIES = 1 << 21
-"""Of a list in a model's metadata. The longest there are, of merges, have some hundred thousand."""
-
-
-class _Reader(gguf.GGUFReader):
-    """Its arrays, two for each token and merge, are plain ones: as views of a numpy.memmap they take 400 MB more.
-
-    Its base takes numbers behind the end of the file for nothing, as many as a list says. Raises ValueError there.
-    """
-
-    @property
-    def data(self) -> Any:
-        return self._data
-
-    @data.setter
-    def data(self, value: np.memmap[Any, Any]) -> None:
-        self._data = value.view(np.ndarray)
-
-    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
-        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError(f"cut short at {len(self.data)} bytes")
-        return super()._get(offset, dtype, count, override_order)
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type == gguf.GGUFValueType.ARRAY:
-            entries = int(self._get(orig_offs + 4, np.uint64)[0])
-            if entries > MOST_ENTRIES:
-                raise ValueError(f"a list of {entries} entries")
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
 LONG_LISTS = tuple(f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "scores", "token_type"))
 
 
-class GgufModel(Source):
-    """An open GGUF file.
+class GgufModel(OpenModel):
+    """An open GGUF file, or the first of its parts with all others. Raises what `read_parts` does."""
 
-    Raises:
-        InputMissing: no such file.
-        DataError: not a GGUF file, cut short, or with tensors outside the file.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pre: str | None = None) -> None:
+        """`pre`: the pre-tokenizer, whatever the file says."""
         self.path = path
-        if not path.is_file():
-            raise InputMissing(f"{path}: no such file")
-        try:
-            self.reader = _Reader(path)
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
-            if "GGMLQuantizationType" in str(error):
-                raise DataError(
-                    f"{path}: a tensor is of a type that is not read ({error}); of bitnet.cpp's models take the"
-                    " safetensors folder, or a GGUF of TQ1_0 or TQ2_0"
-                ) from error
-            raise DataError(f"{path}: not a whole GGUF file ({error}); download it again") from error
-        except OSError as error:
-            raise InputMissing(f"{path}: {error.strerror}") from error
-        size = path.stat().st_size
-        for tensor in self.reader.tensors:
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise DataError(f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again")
-        self._tensors = {t.name: t for t in self.reader.tensors}
+        self._parts, self._pre = read_parts(path), pre
+        self.reader = self._parts[path]
+        self._tensors = {t.name: t for reader in self._parts.values() for t in reader.tensors}
         self.architecture = self.text("general.architecture")
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+        return set(self.reader.fields)
 
     @property
     def names(self) -> set[str]:
@@ -169,17 +123,19 @@ class GgufModel(Source):
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer, which can be had once. Raises DataError where it is of an unknown kind or incomplete."""
-        vocabulary = read_vocabulary(self)
+        vocabulary = read_vocabulary(self, self.tensor("token_embd.weight").shape[0], self._pre)
         for key in LONG_LISTS:
             # an array of its own for each entry: with 151,000 tokens half a gigabyte
             self.reader.fields.pop(key, None)
         return vocabulary
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
-        """Name, size and SHA-256 of the file."""
+        """Name, size and SHA-256 of the file, or of its parts one after the other."""
         sha = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while part := file.read(4 << 20):
-                sha.update(part)
-                on_progress(len(part))
-        return header.PackedFrom(name=self.path.name, nbytes=self.path.stat().st_size, sha256=sha.hexdigest())
+        for path in self._parts:
+            with path.open("rb") as file:
+                while data := file.read(4 << 20):
+                    sha.update(data)
+                    on_progress(len(data))
+        size = sum(path.stat().st_size for path in self._parts)
+        return header.PackedFrom(name=self.path.name, nbytes=size, sha256=sha.hexdigest())

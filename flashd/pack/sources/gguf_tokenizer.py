@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.errors import DataError
-from flashd.pack.sources.source import Source
-from flashd.pack.sources.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+from flashd.errors import DataError, UsageError
+from flashd.pack.open_model import OpenModel
+from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+
+log = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of tokenizer.ggml.token_type."""
@@ -38,6 +41,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-4o": (GPT4O,),
     "tekken": (TEKKEN,),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),  # llama.cpp's
 }
 """Patterns that cut a text into words, each within what those before it left."""
 
@@ -48,6 +52,8 @@ SAME_SPLITS = {
 }  # fmt: skip
 """Other values of tokenizer.ggml.pre, and those whose splits are theirs."""
 
+KNOWN = sorted({*SPLITS, *SAME_SPLITS})
+
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 """Those in which a word that is a token is not put together from its parts."""
 
@@ -55,15 +61,24 @@ COMPOSED = ("qwen2", "stablelm2", "deepseek-r1-qwen")
 """Those that compose letters and accents first, as NFC does."""
 
 
-def read_vocabulary(source: Source) -> Vocabulary:
-    """The vocabulary of a GGUF file. Raises DataError where its tokenizer is of an unknown kind or incomplete."""
+def read_vocabulary(source: OpenModel, size: int, pre: str | None) -> Vocabulary:
+    """The vocabulary of a GGUF file whose model has `size` rows of embeddings.
+
+    `pre`: the pre-tokenizer, whatever the file says. Raises UsageError if flashd does not know it, DataError if the
+    file's tokenizer is of an unknown kind or incomplete.
+    """
     texts = _texts(source, "tokenizer.ggml.tokens")
     types = source.metadata("tokenizer.ggml.token_type") or [NORMAL] * len(texts)
     if not isinstance(types, list) or len(types) != len(texts):
         raise DataError(f"{source.path}: {len(texts)} tokens but not as many token types")
+    if len(texts) > size:
+        raise DataError(f"{source.path}: {len(texts)} tokens but only {size} rows of embeddings")
     kind = source.text("tokenizer.ggml.model")
+    if pre is not None and kind != "gpt2":
+        raise UsageError(f"--pre {pre}: only tokenizers of kind gpt2 have a pre-tokenizer, and this one is {kind!r}")
     if kind == "gpt2":
-        tokenizer, spell = _byte_level(source, texts), byte_level_bytes
+        pre = pre or _pre_tokenizer(source)
+        tokenizer, spell = _byte_level(source, texts, pre), byte_level_bytes
     elif kind == "llama":
         tokenizer, spell = _sentence_piece(source, texts, types), sentence_piece_bytes
     else:
@@ -71,9 +86,14 @@ def read_vocabulary(source: Source) -> Vocabulary:
     _add_tokens(tokenizer, texts, types)
     bos = source.metadata("tokenizer.ggml.bos_token_id")
     template = source.metadata("tokenizer.chat_template")
+    if template is None and (named := sorted(k for k in source.keys if k.startswith("tokenizer.chat_template."))):
+        log.warning("%s: it has no default chat template, and of %s none is taken", source.path, ", ".join(named))
     return Vocabulary(
         tokenizer_json=tokenizer.to_str().encode(),
-        token_bytes=TokenBytes.of([_spelled(spell, *token) for token in zip(texts, types, strict=True)]),
+        # rows that only fill the table are no text
+        token_bytes=TokenBytes.of(
+            [_spelled(spell, *token) for token in zip(texts, types, strict=True)] + [b""] * (size - len(texts))
+        ),
         eos=_end_tokens(source, texts, types),
         bos=bos if isinstance(bos, int) else None,
         add_bos=_adds_bos(source, kind),
@@ -97,20 +117,39 @@ def _spelled(spell: Callable[[str], bytes], text: str, kind: int) -> bytes:
     return byte_token(text) if kind == BYTE else spell(text)
 
 
-def _texts(source: Source, key: str) -> list[str]:
+def _texts(source: OpenModel, key: str) -> list[str]:
     value = source.metadata(key)
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
         raise DataError(f"{source.path}: {key!r} is missing or no list of texts")
     return value
 
 
-def _byte_level(source: Source, texts: list[str]) -> Tokenizer:
-    pre_value = source.metadata("tokenizer.ggml.pre")
-    pre = pre_value if isinstance(pre_value, str) else "default"
-    splits = SPLITS.get(SAME_SPLITS.get(pre, pre))
-    if splits is None:
-        known = ", ".join(sorted({*SPLITS, *SAME_SPLITS}))
-        raise DataError(f"{source.path}: pre-tokenizer {pre!r} is not supported; known are {known}")
+def check_pre(pre: str) -> None:
+    """Raises UsageError for a pre-tokenizer that flashd does not know."""
+    if pre not in KNOWN:
+        raise UsageError(f"--pre {pre}: not known; known are {', '.join(KNOWN)}")
+
+
+def _pre_tokenizer(source: OpenModel) -> str:
+    """The name of the file's own. Raises DataError if flashd does not know it."""
+    stated = source.metadata("tokenizer.ggml.pre")
+    if stated is None:
+        log.warning(
+            "%s: the file does not say how its tokenizer splits words (tokenizer.ggml.pre); the default is taken, as"
+            " llama.cpp does, and answers may be worse. --pre NAME says it; known are %s",
+            source.path, ", ".join(KNOWN),
+        )  # fmt: skip
+        return "default"
+    if stated not in KNOWN:
+        raise DataError(
+            f"{source.path}: pre-tokenizer {stated!r} is not supported; --pre NAME takes another one, if you know"
+            f" that it splits words alike; known are {', '.join(KNOWN)}"
+        )
+    return str(stated)
+
+
+def _byte_level(source: OpenModel, texts: list[str], pre: str) -> Tokenizer:
+    splits = SPLITS[SAME_SPLITS.get(pre, pre)]
     merges: list[Any] = [tuple(m.split(" ", 1)) for m in _texts(source, "tokenizer.ggml.merges")]
     vocab = {t: i for i, t in enumerate(texts)}
     try:
@@ -126,7 +165,7 @@ def _byte_level(source: Source, texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _sentence_piece(source: Source, texts: list[str], types: list[int]) -> Tokenizer:
+def _sentence_piece(source: OpenModel, texts: list[str], types: list[int]) -> Tokenizer:
     """SentencePiece BPE: pairs merge in the order of their product's score."""
     scores = source.metadata("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(texts):
@@ -155,7 +194,7 @@ def _sentence_piece(source: Source, texts: list[str], types: list[int]) -> Token
     return tokenizer
 
 
-def _adds_bos(source: Source, kind: str) -> bool:
+def _adds_bos(source: OpenModel, kind: str) -> bool:
     """What the file says; where it says nothing, what its kind of tokenizer does."""
     stated = source.metadata("tokenizer.ggml.add_bos_token")
     if stated is None:
@@ -163,7 +202,7 @@ def _adds_bos(source: Source, kind: str) -> bool:
     return stated is True
 
 
-def _end_tokens(source: Source, texts: list[str], types: list[int]) -> list[int]:
+def _end_tokens(source: OpenModel, texts: list[str], types: list[int]) -> list[int]:
     """Every token that ends an answer: the file's own, and the well-known ones that are control tokens here."""
     ends = [source.metadata(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     ends += [i for i, t in enumerate(texts) if t in END_TEXTS and types[i] == CONTROL]

@@ -16,13 +16,17 @@ from safetensors import SafetensorError, safe_open
 from flashd.bundle import header
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError, InputMissing
-from flashd.pack.shapes import check_layers
-from flashd.pack.sources import four_bits, hugging_face
-from flashd.pack.sources.folder_tokenizer import read_object, read_tokenizer_json
-from flashd.pack.sources.four_bits import FourBits, Part
-from flashd.pack.sources.hugging_face import Numbers
-from flashd.pack.sources.source import ALL, Source, Tensor, Which
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.families.family import Config
+from flashd.pack.families.properties import check_layers
+from flashd.pack.open_model import ALL, OpenModel, Tensor, Which
+from flashd.pack.sources import four_bits
+from flashd.pack.sources.folder_config import folder_model, model_keys
+from flashd.pack.sources.folder_rope import rope_divisors
+from flashd.pack.sources.folder_tensors import Names, Numbers, row_order
+from flashd.pack.sources.folder_tokenizer import read_tokenizer_json
+from flashd.pack.sources.four_bits import FourBits, StoredTensor
+from flashd.pack.sources.json_file import read_object
+from flashd.pack.vocabulary import Vocabulary
 
 BITS = {"BF16": 16, "F16": 16, "F32": 32}
 """Bits a weight of the types that are read."""
@@ -34,7 +38,7 @@ class _Stored(Tensor):
     """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
 
     def __init__(
-        self, name: str, data: Part | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0
+        self, name: str, data: StoredTensor | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0
     ) -> None:
         self.name, self.bits = name, bits
         self.shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
@@ -69,7 +73,7 @@ class _Packed(Tensor):
 
     bits = 2.0
 
-    def __init__(self, name: str, data: Part, scale: float) -> None:
+    def __init__(self, name: str, data: StoredTensor, scale: float) -> None:
         self.name, self._data, self._scale = name, data, np.float32(scale)
         self._quarter, width = data.get_shape()
         self.shape = (4 * self._quarter, width)
@@ -121,11 +125,11 @@ class _Stack(Tensor):
 class _Parts:
     """What the files of weights have of each tensor, by its GGUF name."""
 
-    parts: dict[str, dict[int, Part]] = field(default_factory=dict)  # one, or one an expert
-    four_bits: dict[str, dict[str, Part]] = field(default_factory=dict)  # GPTQ's or AWQ's, by the ends of their names
+    parts: dict[str, dict[int, StoredTensor]] = field(default_factory=dict)  # one, or one an expert
+    four_bits: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)  # GPTQ's or AWQ's, by their ends
     scales: dict[str, float] = field(default_factory=dict)  # BitNet's
 
-    def add(self, stored: str, part: Part, names: hugging_face.Names) -> None:
+    def add(self, stored: str, part: StoredTensor, names: Names) -> None:
         """Takes the tensor that its file calls `stored`, unless it is no weight."""
         if stored.endswith(".weight_scale") and (found := names.find(stored.removesuffix("_scale"))):
             self.scales[found[0]] = float(np.asarray(part[...], np.float32).reshape(-1)[0])
@@ -137,7 +141,7 @@ class _Parts:
             self.parts.setdefault(found[0], {})[found[1] or 0] = part
 
 
-def _find_parts(files: list[Path], names: hugging_face.Names) -> _Parts:
+def _find_parts(files: list[Path], names: Names) -> _Parts:
     """What the files hold, none of it read yet. Raises DataError."""
     out = _Parts()
     for file in files:
@@ -150,7 +154,7 @@ def _find_parts(files: list[Path], names: hugging_face.Names) -> _Parts:
     return out
 
 
-class HfFolder(Source):
+class HfFolder(OpenModel):
     """An open Hugging Face folder.
 
     Raises:
@@ -162,19 +166,18 @@ class HfFolder(Source):
         self.path = path
         if not (path / "config.json").is_file():
             raise InputMissing(f"{path}: no config.json in it; a model is a GGUF file or a Hugging Face folder")
-        stated = hugging_face.flattened(read_object(path / "config.json"))
+        stated = read_object(path / "config.json")
         self._rounded = _rounded(path, stated)
-        self._conversion = hugging_face.conversion_of(stated)
-        self.architecture = self._conversion.architecture
         try:
-            self._config = hugging_face.completed(stated, self._conversion)
-            check_layers(int(self._config.get("num_hidden_layers", 1)), path / "config.json")
-            keys = hugging_face.hyper_parameters(self._config, path)
-            divisors = hugging_face.rope_divisors(self._config)
+            self._model = folder_model(stated, path)
+            check_layers(int(self._model.config.get("num_hidden_layers", 1)), path / "config.json")
+            keys = model_keys(self._model)
+            divisors = rope_divisors(self._model.config, self._model.head_dim)
             self._files = _weight_files(path)
-            self._stored = _find_parts(self._files, hugging_face.Names(self._conversion, self._config))
+            self._stored = _find_parts(self._files, Names(self._model))
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
+        self.architecture = self._model.architecture
         self._made = {} if divisors is None else {"rope_freqs.weight": divisors}
         self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
         self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
@@ -189,7 +192,7 @@ class HfFolder(Source):
             return _Stored(name, self._made[name], bits=32)
         if name in self._stored.four_bits:
             rows = self._stored.four_bits[name][".scales"].get_shape()[1]
-            order = hugging_face.row_order(self._conversion, self._config, name, rows)
+            order = row_order(self._model, name, rows)
             return FourBits(name, self._stored.four_bits[name], self._rounded, order)
         if name not in self._stored.parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
@@ -200,7 +203,7 @@ class HfFolder(Source):
             raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
         return _Stack(name, parts)
 
-    def _matrix(self, name: str, part: Part) -> Tensor:
+    def _matrix(self, name: str, part: StoredTensor) -> Tensor:
         """A tensor, or one expert's."""
         kind, rows = part.get_dtype(), part.get_shape()[0]
         if kind == "U8" and name in self._stored.scales:
@@ -209,11 +212,16 @@ class HfFolder(Source):
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
-        order = hugging_face.row_order(self._conversion, self._config, name, rows)
-        shift = self._conversion.shift if name.endswith("norm.weight") else 0.0
+        order = row_order(self._model, name, rows)
+        shift = self._model.folder.shift if name.endswith("norm.weight") else 0.0
         tensor = _Stored(name, part, BITS[kind], order, shift)
         online = self._rounded.get("quantization_mode") == "online"
         return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+        return set(self._metadata)
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
@@ -235,7 +243,7 @@ class HfFolder(Source):
         return header.PackedFrom(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
 
 
-def _rounded(path: Path, config: hugging_face.Config) -> hugging_face.Config:
+def _rounded(path: Path, config: Config) -> Config:
     """How the weights were rounded; empty where they were not. Raises DataError for a way that is not read."""
     stated = config.get("quantization_config")
     if not stated:

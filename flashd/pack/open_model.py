@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flashd.bundle import header
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
-from flashd.pack.sources.vocabulary import Vocabulary
+from flashd.pack.vocabulary import Vocabulary
 
 Number = TypeVar("Number", int, float)
 
@@ -51,7 +51,7 @@ class Tensor(Protocol):
         return None
 
 
-class Source(Protocol):
+class OpenModel(Protocol):
     """An open model."""
 
     path: Path
@@ -73,6 +73,10 @@ class Source(Protocol):
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of what the model is kept in."""
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all metadata."""
+
     def has(self, key: str) -> bool:
         return self.metadata(key) is not None
 
@@ -85,12 +89,21 @@ class Source(Protocol):
 
     def number(self, key: str, kind: type[Number], default: Number | None = None) -> Number:
         """A number of the architecture's metadata. Raises DataError where it is missing or no number."""
-        value = self.metadata(f"{self.architecture}.{key}")
+        value = _of_every_layer(self.metadata(f"{self.architecture}.{key}"))
         if value is None and default is not None:
             return default
+        if isinstance(value, list):
+            raise DataError(
+                f"{self.path}: '{self.architecture}.{key}' differs from layer to layer, which is not supported"
+            )
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise DataError(f"{self.path}: '{self.architecture}.{key}' is missing or no number")
         try:
             return kind(value)
         except (ValueError, OverflowError) as error:
             raise DataError(f"{self.path}: '{self.architecture}.{key}' is {value}, which is no number") from error
+
+
+def _of_every_layer(value: Any) -> Any:
+    """A list of one number a layer stands for that number if all are alike."""
+    return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value

@@ -1,0 +1,50 @@
+"""The kinds of attention that a model has, and which layer is of which."""
+
+from __future__ import annotations
+
+from flashd.bundle.architecture import AttentionKind
+from flashd.errors import DataError
+from flashd.pack.families.family import Family
+from flashd.pack.open_model import OpenModel
+
+MOST_HEAD_DIM = 4096
+
+
+def head_dim(model: OpenModel) -> int:
+    fallback = model.number("embedding_length", int) // max(1, model.number("attention.head_count", int))
+    width = model.number("attention.key_length", int, fallback)
+    if not 1 <= width <= MOST_HEAD_DIM:
+        raise DataError(f"{model.path}: heads of {width} values; 1 to {MOST_HEAD_DIM} are possible")
+    if model.number("attention.value_length", int, width) != width:
+        raise DataError(f"{model.path}: keys and values of different lengths are not supported")
+    return width
+
+
+def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:
+    """The kinds of attention of a model, and each layer's."""
+    window = model.number("attention.sliding_window", int, 0)
+    local_rope = 1 if family.local_base else 0
+    kinds: list[AttentionKind] = []
+    layer_kinds = []
+    for local, turned in zip(_local(model, family, layers), _turned(family, layers), strict=True):
+        turned = turned and not (family.global_unturned and window and not local)
+        rope = (local_rope if local else 0) if turned else None
+        kind = AttentionKind(window=window if local else 0, rope=rope)
+        if kind not in kinds:
+            kinds.append(kind)
+        layer_kinds.append(kinds.index(kind))
+    return kinds, layer_kinds
+
+
+def _local(model: OpenModel, family: Family, layers: int) -> list[bool]:
+    """Which layers see a window."""
+    pattern = model.metadata(f"{model.architecture}.attention.sliding_window_pattern")
+    if isinstance(pattern, list) and len(pattern) == layers:
+        return [bool(p) for p in pattern]
+    every = pattern if isinstance(pattern, int) else family.global_every
+    return [not every or (i + (not family.global_first)) % every != 0 for i in range(layers)]
+
+
+def _turned(family: Family, layers: int) -> list[bool]:
+    every = family.unturned_every
+    return [family.rotary and not (every and (i + 1) % every == 0) for i in range(layers)]

@@ -1,0 +1,113 @@
+"""What a model family is: how it differs from Llama, in a GGUF file and in a Hugging Face folder.
+
+Names of tensors and keys are GGUF's. What a file may or may not have (biases, norms of queries and keys, one
+tensor for queries, keys and values) is read from the file; the family says what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashd.bundle.architecture import Activation, Bias, Block, Norm, Place
+
+Config = Mapping[str, Any]
+"""What a folder's config.json says."""
+
+Adapt = Callable[[Config, Path], Config]
+"""Puts a configuration into the common words. Raises DataError, naming the path, for what is not supported."""
+
+
+def as_it_is(config: Config, path: Path) -> Config:  # noqa: ARG001
+    """Nothing is to be adapted."""
+    return config
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How a family's router weighs the experts that a token uses, if the file does not say."""
+
+    normalised: bool = True
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Folder:
+    """How the Hugging Face folders of one `model_type` become what a GGUF file holds; the defaults change nothing."""
+
+    model_type: str
+    seeing: tuple[str, ...] = ()  # types of models that also see; their `text_config` is of this type
+    permuted: bool = False  # GGUF has the rows of q and k in rotary pairs (2i, 2i + 1), the folder in halves
+    fused: bool = False  # the folder has q, k and v by group of heads in one matrix, GGUF one after the other
+    shift: float = 0.0  # GGUF has the weights of norms with this added
+    tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
+    keys: Mapping[str, str] = field(default_factory=dict)  # GGUF's key -> config.json's, beside the common ones
+    defaults: Config = field(default_factory=dict)  # what transformers takes if config.json leaves it out
+    activations: Mapping[str, str] = field(default_factory=dict)  # that config.json calls by another's name
+    adapt: Adapt = as_it_is
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs from one architecture to the next; the defaults are Llama's."""
+
+    architecture: str  # GGUF's general.architecture
+    models: str  # what people call them
+    checked: str  # the weights on which answers were compared with a reference; tiny: random ones, of tests/goldens
+    folders: tuple[Folder, ...] = ()
+    block: Block = "sequential"
+    norm: Norm = "rms"
+    norms: tuple[Place, ...] = ("attention", "ffn", "final")
+    biases: tuple[Bias, ...] = ()
+    may_have: tuple[Place | Bias, ...] = ()  # norms and biases that some models of the family have
+    gated: bool = True
+    activation: Activation = "silu"
+    permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
+    rotary: bool = True
+    unturned_every: int = 0  # each so manyth layer does not turn queries and keys
+    global_every: int = 0  # each so manyth layer sees all tokens, the others a window
+    global_first: bool = False  # and of each so many it is the first
+    global_unturned: bool = False  # if others see a window, those that see all tokens do not turn queries and keys
+    local_base: float = 0.0  # the rotary base of layers that see a window, if it is another one
+    scaled_embeddings: bool = False  # by the root of the hidden size
+    scale_by_width: tuple[int, ...] = ()  # models of so many layers scale queries by hidden size / heads
+    norms_neurons: bool = False  # activations are normed before the down product
+    mixture: Mixture | None = None  # of experts, if the file counts some
+    position_offset: int = 0  # rows of the table of learned positions that stand for nothing
+    names: Mapping[str, str] = field(default_factory=dict)  # tensors that are called otherwise than in TENSORS
+    variant: tuple[str, Family] | None = None  # a tensor that tells models of another table, and that table
+
+
+TENSORS = {
+    "attention_norm": "attn_norm",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "heads_norm": "attn_sub_norm",
+    "neurons_norm": "ffn_sub_norm",
+    "attention_branch_norm": "post_attention_norm",
+    "ffn_norm": "ffn_norm",
+    "ffn_branch_norm": "post_ffw_norm",
+    "final_norm": "output_norm",
+    "qkv": "attn_qkv",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "gate": "ffn_gate",
+    "inputs": "ffn_up",
+    "down": "ffn_down",
+    "router": "ffn_gate_inp",
+    "head": "output",
+}
+"""What most files call a part of the model or of a layer."""
+
+EXPERTS = {"gate": "ffn_gate_exps", "inputs": "ffn_up_exps", "down": "ffn_down_exps"}
+"""What the stacks of a mixture's matrices are called."""
+
+
+def tensor_name(family: Family, part: str, layer: int | None = None) -> str:
+    """What the file calls a part of the model or of a layer, without `.weight` or `.bias`."""
+    name = family.names.get(part, TENSORS[part])
+    return name if layer is None else f"blk.{layer}.{name}"

@@ -1,0 +1,157 @@
+"""Reads a model's properties, as flashd.bundle.architecture has them, by its family from its keys and tensors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from flashd.bundle.architecture import LAYER_NORMS, Activation, Architecture, Bias, Block, Experts, Scores
+from flashd.bundle.row_kinds import BLOCK
+from flashd.errors import DataError
+from flashd.pack.families.attention import attention_kinds, head_dim
+from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.rope import rope_tables
+from flashd.pack.groups import group_neurons
+from flashd.pack.open_model import OpenModel
+
+MOST_LAYERS = 1024
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "drelu": "drelu", "fatrelu": "fatrelu",
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+"""Hugging Face's names of activations, and those of the models made sparse afterwards."""
+
+SCORES: dict[int, Scores] = {1: "softmax", 2: "sigmoid"}
+"""The gguf package's ExpertGatingFuncType."""
+
+
+def check_layers(layers: int, path: Path) -> None:
+    """Raises DataError if a file claims more layers than a bundle may have, or none."""
+    if not 1 <= layers <= MOST_LAYERS:
+        raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
+
+
+def model_of(model: OpenModel, family: Family) -> Architecture:
+    """The model that a file holds. Raises DataError where something is missing or does not fit."""
+    heads, hidden = model.number("attention.head_count", int), model.number("embedding_length", int)
+    if heads < 1 or hidden < 1:
+        raise DataError(f"{model.path}: {heads} heads and a hidden size of {hidden} make no model")
+    width = head_dim(model)
+    for name, size in (("hidden size", hidden), ("width of all heads", heads * width)):
+        if size % BLOCK:
+            raise DataError(f"{model.path}: {name} {size} is not a multiple of {BLOCK}")
+    if family.rotary and width % 16:
+        raise DataError(f"{model.path}: heads of {width} are not a multiple of 16, which rotary embedding needs")
+    layers, experts = model.number("block_count", int), _experts(model, family)
+    neurons = model.number("feed_forward_length", int)
+    if experts:
+        neurons = model.number("expert_feed_forward_length", int, neurons)
+    norms = [p for p in (*LAYER_NORMS, "final") if p in family.norms or _has(model, family, p, "weight", "_norm")]
+    kinds, layer_kinds = attention_kinds(model, family, layers)
+    block: Block = family.block
+    if model.metadata(f"{family.architecture}.norm_before") is False:
+        block, norms = "post", [p for p in norms if p != "final"]
+    scaled = hidden // heads if layers in family.scale_by_width else width
+    activation, threshold = _activation(model, family)
+    filled = -(-neurons // BLOCK) * BLOCK
+    return Architecture(
+        family=family.architecture,
+        name=model.text("general.name") if model.has("general.name") else model.path.stem,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=model.number("attention.head_count_kv", int, heads),
+        head_dim=width,
+        neurons=filled * (experts.count if experts else 1),
+        group_neurons=group_neurons(filled, hidden, 2 if family.gated else 1, bool(experts)),
+        experts=experts,
+        vocabulary=model.tensor("token_embd.weight").shape[0],
+        context=_context(model),
+        block=block,
+        norm=family.norm,
+        norm_epsilon=_norm_epsilon(model, family),
+        norm_bias=family.norm == "layer" and _has(model, family, "attention", "bias", "_norm"),
+        norms=norms,
+        norm_heads="query" in norms and _size(model, family, "query_norm") == width,
+        biases=[b for b in _BIASES if b in family.biases or _has_bias(model, family, b)],
+        gated=family.gated,
+        activation=activation,
+        threshold=threshold,
+        normed_neurons=neurons if family.norms_neurons else 0,
+        attention=kinds,
+        layer_kinds=layer_kinds,
+        ropes=len(rope_tables(model, family)),
+        attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
+        attention_cap=model.number("attn_logit_softcapping", float, 0.0),
+        embedding_scale=math.sqrt(hidden) if family.scaled_embeddings else 1.0,
+        positions=_positions(model, family),
+        logit_cap=model.number("final_logit_softcapping", float, 0.0),
+    )
+
+
+_BIASES: tuple[Bias, ...] = ("qkv", "output", "inputs", "down", "head")
+
+
+def _norm_epsilon(model: OpenModel, family: Family) -> float:
+    key = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
+    return model.number(key, float)
+
+
+def _activation(model: OpenModel, family: Family) -> tuple[Activation, float]:
+    """(activation, its threshold): the file's own where it names one."""
+    key = f"{model.architecture}.hidden_activation"
+    name = model.metadata(key)
+    if name is None:
+        return family.activation, 0.0
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise DataError(f"{model.path}: activation {name!r} ({key}) is not supported; known are {known}")
+    return ACTIVATIONS[name], model.number("hidden_activation_threshold", float, 0.0)
+
+
+def _experts(model: OpenModel, family: Family) -> Experts | None:
+    if family.mixture is None:
+        return None
+    count, used = model.number("expert_count", int), model.number("expert_used_count", int)
+    if not 1 <= used <= count:
+        raise DataError(f"{model.path}: a token uses {used} experts of {count}, which makes no model")
+    kind = model.number("expert_gating_func", int, 0) or 1
+    if kind not in SCORES:
+        raise DataError(
+            f"{model.path}: experts chosen by scores of kind {kind} ({model.architecture}.expert_gating_func) are"
+            f" not supported; known are {', '.join(f'{n} ({name})' for n, name in SCORES.items())}"
+        )
+    stated = model.metadata(f"{model.architecture}.expert_weights_norm")
+    return Experts(
+        count=count,
+        used=used,
+        scores=SCORES[kind],
+        normalised=family.mixture.normalised if stated is None else bool(stated),
+        scale=model.number("expert_weights_scale", float, 0.0) or 1.0,
+        early=family.mixture.early,
+    )
+
+
+def _positions(model: OpenModel, family: Family) -> int:
+    return model.tensor("position_embd.weight").shape[0] - family.position_offset if family.position_offset else 0
+
+
+def _has(model: OpenModel, family: Family, part: str, kind: str, suffix: str = "") -> bool:
+    layer = None if part in ("final", "head") else 0
+    return f"{tensor_name(family, part + suffix, layer)}.{kind}" in model.names
+
+
+def _has_bias(model: OpenModel, family: Family, bias: Bias) -> bool:
+    return any(_has(model, family, part, "bias") for part in ([bias, "query"] if bias == "qkv" else [bias]))
+
+
+def _size(model: OpenModel, family: Family, part: str) -> int:
+    return model.tensor(f"{tensor_name(family, part, 0)}.weight").shape[0]
+
+
+def _context(model: OpenModel) -> int:
+    context = model.number("context_length", int)
+    if context < 1:
+        raise DataError(f"{model.path}: a context of {context} tokens makes no model")
+    return context

@@ -1,0 +1,54 @@
+"""Finds the family of a model. Every module of the folders beside this one that has FAMILIES is found by itself."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+
+from flashd.errors import DataError
+from flashd.pack import families
+from flashd.pack.families.family import EXPERTS, Family, Folder
+from flashd.pack.families.tensors import check_keys, check_tensors
+from flashd.pack.open_model import OpenModel
+
+
+def _found() -> Iterator[Family]:
+    for folder in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+        if folder.ispkg:
+            for module in pkgutil.iter_modules(import_module(folder.name).__path__, f"{folder.name}."):
+                yield from import_module(module.name).FAMILIES
+
+
+FAMILIES: dict[str, Family] = {family.architecture: family for family in _found()}
+"""By GGUF's name of the architecture."""
+
+FOLDERS: dict[str, tuple[str, Folder]] = {
+    folder.model_type: (family.architecture, folder) for family in FAMILIES.values() for folder in family.folders
+}
+"""By the `model_type` of a folder: the architecture in GGUF, and how the folder is read."""
+
+SEEING: dict[str, str] = {
+    seeing: folder.model_type for family in FAMILIES.values() for folder in family.folders for seeing in folder.seeing
+}
+"""By the `model_type` of a model that also sees: that of the part that speaks."""
+
+
+def family_of(model: OpenModel) -> Family:
+    """The family of a model. Raises DataError naming what is not supported."""
+    family = FAMILIES.get(model.architecture)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise DataError(f"{model.path}: architecture {model.architecture!r} is not supported; known are {known}")
+    if family.variant and family.variant[0] in model.names:
+        family = family.variant[1]
+    if model.number("expert_count", int, 0):
+        if family.mixture is None:
+            raise DataError(f"{model.path}: a mixture of experts is not supported for {model.architecture!r} yet")
+        family = replace(family, names={**family.names, **EXPERTS})
+    else:
+        family = replace(family, mixture=None)
+    check_keys(model)
+    check_tensors(model, family)
+    return family

@@ -1,0 +1,101 @@
+"""The rotary tables of a model: how far each pair of a head turns by a position, and how long it becomes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from flashd.errors import DataError
+from flashd.pack.families.attention import head_dim
+from flashd.pack.families.family import Family
+from flashd.pack.open_model import OpenModel
+
+
+def rope_tables(model: OpenModel, family: Family) -> npt.NDArray[np.float32]:
+    """[tables, 2, D / 2] float32: for each pair of a head the angle of one position, and the length it gets.
+
+    Raises DataError for a way of scaling that is not known.
+    """
+    if not family.rotary:
+        return np.zeros((0, 2, head_dim(model) // 2), np.float32)
+    bases = [model.number("rope.freq_base", float, 10000.0)]
+    if family.local_base:
+        bases.append(model.number("rope.freq_base_swa", float, family.local_base))
+    tables = np.zeros((len(bases), 2, head_dim(model) // 2), np.float64)
+    tables[:, 1] = 1
+    half = rotary_width(model) // 2
+    for table, base in zip(tables, bases, strict=True):
+        table[0, :half] = base ** (-np.arange(half) / half)
+    _scale_rope(model, tables[0], half, bases[0])
+    return tables.astype(np.float32)
+
+
+def rotary_width(model: OpenModel) -> int:
+    """How many of a head's dimensions are turned."""
+    whole = head_dim(model)
+    width = model.number("rope.dimension_count", int, whole)
+    if not 2 <= width <= whole:
+        raise DataError(f"{model.path}: {width} of a head's {whole} dimensions cannot be turned")
+    return width
+
+
+def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, base: float) -> None:
+    """Stretches a table for contexts longer than those of the first training."""
+    if "rope_freqs.weight" in model.names:  # Llama 3: a divisor for each pair
+        divisors = model.tensor("rope_freqs.weight").rows()
+        if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+            raise DataError(f"{model.path}: rope_freqs.weight has divisors that are not positive numbers")
+        table[0, :half] /= divisors
+    factor = model.number("rope.scaling.factor", float, 0.0) or model.number("rope.scale_linear", float, 0.0)
+    # llama.cpp, too, takes a factor without a kind for a linear one
+    kind = model.metadata(f"{model.architecture}.rope.scaling.type") or ("linear" if factor else "none")
+    if kind == "none":
+        return
+    if kind not in ("linear", "yarn"):
+        raise DataError(f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, yarn")
+    if not 0 < factor < math.inf:
+        raise DataError(f"{model.path}: a rotary scaling of kind {kind!r} by a factor of {factor}")
+    if kind == "linear":
+        table[0] /= factor
+        return
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
+        if (value := model.number(key, float, 1.0)) != 1.0:
+            raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
+    table[0, :half] *= _yarn(model, half, base, factor)
+    # the factor that a file states multiplies the usual one
+    table[1, :half] = yarn_length(factor) * model.number("rope.scaling.attn_factor", float, 1.0)
+
+
+def yarn_length(factor: float, scale: float = 1.0) -> float:
+    """How long YaRN makes queries and keys that it stretches by a factor (arXiv 2309.00071)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
+
+
+def _yarn(model: OpenModel, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
+    """What each pair's angle is multiplied by (arXiv 2309.00071): 1 for the fastest, 1 / factor for the slowest."""
+    trained = model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
+
+    def pair_of(turns: float) -> float:
+        return half * math.log(trained / (turns * 2 * math.pi)) / math.log(base)
+
+    fast = model.number("rope.scaling.yarn_beta_fast", float, 32.0)
+    slow = model.number("rope.scaling.yarn_beta_slow", float, 1.0)
+    low, high = pair_of(fast), pair_of(slow)
+    if model.metadata(f"{model.architecture}.rope.scaling.yarn_truncate") is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    slowed = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+    return np.asarray(1 - slowed + slowed / factor)
+
+
+def rotary_order(family: Family, heads: int, head_dim: int, rotary: int) -> npt.NDArray[np.int64]:
+    """For each row of q or k as the engine wants it, the row of the file that holds it.
+
+    The engine turns dimension i with i + D / 2; of a head that is turned in part, the rest is put between.
+    """
+    pairs = np.arange(rotary).reshape(-1, 2).T if family.permuted else np.arange(rotary).reshape(2, -1)
+    rest = np.arange(rotary, head_dim).reshape(2, -1)
+    head = np.concatenate([pairs, rest], axis=1).reshape(-1)
+    return np.asarray(np.arange(heads)[:, None] * head_dim + head).reshape(-1)

@@ -1,0 +1,96 @@
+"""What a file of a family may hold; a file that holds anything else is refused by name."""
+
+from __future__ import annotations
+
+from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
+from flashd.errors import DataError
+from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.open_model import OpenModel
+
+READ = frozenset((
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "hidden_activation",
+    "hidden_activation_threshold", "norm_before", "attn_logit_softcapping", "final_logit_softcapping",
+    *(f"attention.{key}" for key in (
+        "head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon", "layer_norm_epsilon",
+        "sliding_window", "sliding_window_pattern", "scale",
+    )),
+    *(f"expert_{key}" for key in (
+        "count", "used_count", "feed_forward_length", "gating_func", "weights_norm", "weights_scale",
+    )),
+    *(f"rope.{key}" for key in (
+        "dimension_count", "freq_base", "freq_base_swa", "scale_linear", "scaling.type", "scaling.factor",
+        "scaling.attn_factor", "scaling.original_context_length", "scaling.yarn_ext_factor",
+        "scaling.yarn_attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_truncate",
+    )),
+))  # fmt: skip
+"""The keys below the architecture's name that the recipe reads."""
+
+NEEDLESS = frozenset((
+    "vocab_size", "tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned", "attention.causal",
+    "expert_group_count", "moe_every_n_layers", "pooling_type",
+))  # fmt: skip
+"""Keys that say nothing that is not known from elsewhere."""
+
+OF_OTHER_PARTS = ("vision.", "mm.", "audio.")
+"""Beginnings of the keys of what a model has beside its text part."""
+
+INERT: tuple[object, ...] = (None, 0, 1.0, "none", [])
+"""Values of scales, counts and flags that change nothing."""
+
+UNSUPPORTED_KEYS = {
+    "expert_shared_count": "an expert that every token uses",
+    "expert_group_used_count": "experts chosen by groups",
+    "attention.clamp_kqv": "a bound on queries, keys and values",
+}
+
+
+def check_keys(model: OpenModel) -> None:
+    """Raises DataError for a property that changes answers and is not supported."""
+    for key, what in UNSUPPORTED_KEYS.items():
+        name = f"{model.architecture}.{key}"
+        if model.metadata(name) not in (None, 0, "none"):
+            raise DataError(f"{model.path}: {what} ({name}) is not supported for {model.architecture!r} yet")
+    before = f"{model.architecture}."
+    for name in sorted(model.keys):
+        key = name.removeprefix(before)
+        if key == name or key in READ or key in NEEDLESS or key.startswith(OF_OTHER_PARTS):
+            continue
+        if (value := model.metadata(name)) not in INERT:
+            raise DataError(f"{model.path}: flashd does not know what {name} means (its value: {str(value)[:60]})")
+
+
+def check_tensors(model: OpenModel, family: Family) -> None:
+    """Raises DataError for a tensor that nothing reads."""
+    unknown = model.names - _expected(family, model.number("block_count", int))
+    if unknown:
+        raise DataError(
+            f"{model.path}: tensor {min(unknown)!r} has no place in {model.architecture!r} as flashd knows it"
+        )
+
+
+def _expected(family: Family, layers: int) -> set[str]:
+    allowed = (*family.norms, *family.biases, *family.may_have)
+    names = {"token_embd.weight", "output.weight", "rope_freqs.weight"}
+    if family.position_offset:
+        names |= {"position_embd.weight", "project_in.weight", "project_out.weight"}
+    if "head" in allowed:
+        names.add("output.bias")
+    norms = {place: f"{place}_norm" for place in (*LAYER_NORMS, "final") if place in allowed}
+    names |= {f"{tensor_name(family, norms['final'])}.{kind}" for kind in ("weight", "bias")}
+    if family.norms_neurons:
+        names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
+    for i in range(layers):
+        parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
+        for part in parts + ["gate"] * family.gated + ["router"] * (family.mixture is not None):
+            names.add(f"{tensor_name(family, part, i)}.weight")
+        for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:
+            names |= {f"{tensor_name(family, part, i)}.{kind}" for kind in ("weight", "bias")}
+    return names
+
+
+def _biased_parts(family: Family, biases: tuple[Place | Bias, ...]) -> list[str]:
+    parts = {
+        "qkv": ["qkv", "query", "key", "value"], "output": ["output"], "down": ["down"],
+        "inputs": ["gate", "inputs"] if family.gated else ["inputs"],
+    }  # fmt: skip
+    return [part for bias in biases for part in parts.get(bias, [])]

@@ -1,0 +1,107 @@
+"""The rotary parameters of a Hugging Face folder, in the keys and the tensor that a GGUF file has for them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashd.bundle.row_kinds import Floats
+from flashd.errors import DataError
+from flashd.pack.families.family import Config
+from flashd.pack.families.rope import yarn_length
+
+COMMON = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+PARAMETERS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    # it stretches only what is longer than max_position_embeddings, and flashd's context never is
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate", "finetuned",
+    },
+}  # fmt: skip
+"""The kinds of rotary scaling that are supported, and the parameters that each may have beside the common ones."""
+
+
+def _rope(config: Config, layers: str = "full_attention") -> Config:
+    """Rotary parameters, which may differ between layers that see all tokens and those that see a window."""
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    own = stated.get(layers) or {} if {"full_attention", "sliding_attention"} & set(stated) else stated
+    return {key: value for key, value in own.items() if value is not None}
+
+
+def _kind(rope: Config) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def check_rope(config: Config, path: Path) -> None:
+    """Raises DataError for a kind of rotary scaling, or a parameter of it, that is not supported."""
+    rope, local = _rope(config), _rope(config, "sliding_attention")
+    for parameters in (rope, local):
+        if (kind := _kind(parameters)) not in PARAMETERS:
+            known = ", ".join(PARAMETERS)
+            raise DataError(f"{path}: rotary scaling of kind {kind!r} is not supported; known are {known}")
+        if unknown := set(parameters) - COMMON - PARAMETERS[kind]:
+            raise DataError(f"{path}: flashd does not know the rotary parameter {min(unknown)!r} of kind {kind!r}")
+    if local != rope and _kind(local) != "default":
+        raise DataError(f"{path}: rotary scaling ({_kind(local)}) of layers that see a window is not supported")
+
+
+def rotary_keys(config: Config, head_dim: int) -> dict[str, Any]:
+    """GGUF's keys. Raises KeyError if a parameter is missing."""
+    rope, local = _rope(config), _rope(config, "sliding_attention")
+    out: dict[str, Any] = {"rope.freq_base": rope.get("rope_theta", config.get("rope_theta"))}
+    out["rope.freq_base_swa"] = config.get("rope_local_base_freq") or (
+        local.get("rope_theta") if local != rope else None
+    )
+    if part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor")):
+        out["rope.dimension_count"] = int(part * head_dim)
+    kind = _kind(rope)
+    if kind == "linear":
+        return out | {"rope.scaling.type": kind, "rope.scaling.factor": rope["factor"]}
+    return out | (_yarn_keys(config, rope) if kind == "yarn" else {})  # llama3 is in a tensor
+
+
+def _yarn_keys(config: Config, rope: Config) -> dict[str, Any]:
+    trained = _trained(config, rope)
+    factor = rope.get("factor") or config["max_position_embeddings"] / trained
+    mscale, all_dim, length = rope.get("mscale"), rope.get("mscale_all_dim"), rope.get("attention_factor")
+    if length is None and mscale and all_dim:
+        length = yarn_length(factor, mscale) / yarn_length(factor, all_dim)
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": trained,
+        "rope.scaling.attn_factor": None if length is None else length / yarn_length(factor),
+        "rope.scaling.yarn_beta_fast": rope.get("beta_fast") or None,
+        "rope.scaling.yarn_beta_slow": rope.get("beta_slow") or None,
+        "rope.scaling.yarn_truncate": rope.get("truncate"),  # GGUF has no key for it
+    }
+
+
+def _trained(config: Config, rope: Config) -> int:
+    """The tokens of the first training."""
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return int(stated or config["max_position_embeddings"])
+
+
+def rope_divisors(config: Config, head_dim: int) -> Floats | None:
+    """[D / 2] what Llama 3 divides the angle of each pair by, which GGUF keeps as `rope_freqs.weight`.
+
+    Slow pairs by `factor`, fast ones not at all, by a smooth step between (transformers, modeling_rope_utils).
+    Raises KeyError if a parameter is missing.
+    """
+    rope = _rope(config)
+    if _kind(rope) != "llama3":
+        return None
+    half = int(head_dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) // 2
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    turns = _trained(config, rope) * base ** (-np.arange(half) / half) / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    fast = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(1 / (fast + (1 - fast) / rope["factor"]), np.float32)

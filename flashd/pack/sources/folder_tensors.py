@@ -1,0 +1,85 @@
+"""What a Hugging Face folder's tensors are called in a GGUF file of the same model, and the order of their rows."""
+
+from __future__ import annotations
+
+import re
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from flashd.pack.sources.folder_config import FolderModel
+
+Numbers = npt.NDArray[np.int64]
+
+ENDS = (".weight", ".bias")
+
+NOT_READ = (
+    ".rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".weight_scale",
+    ".mlp.predictor.fc1.weight", ".mlp.predictor.fc2.weight",
+)  # fmt: skip
+"""Ends of names that are no weights of their own, or a predictor's of which neurons fire: flashd fits its own."""
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_SPEAKING = re.compile(r"^(model\.)?language_model\.(model\.)?")
+
+
+class Names:
+    """GGUF's names of a folder's tensors."""
+
+    def __init__(self, model: FolderModel) -> None:
+        self._tied = model.config.get("tie_word_embeddings") is True
+        self._sees = "vision_config" in model.config
+        self._known = {
+            theirs.format(bid=i) + end: ours.format(bid=i) + end
+            for theirs, ours in model.folder.tensors.items()
+            for i in range(model.layers)
+            for end in ENDS
+        }
+        known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        # most that the package does not know are named as Llama is
+        kind = known.get(model.architecture, gguf.MODEL_ARCH.LLAMA)
+        self._table = gguf.get_tensor_name_map(kind, model.layers)
+
+    def find(self, name: str) -> tuple[str, int | None] | None:
+        """(GGUF's name, number of the expert in its stack) of a tensor, its own where GGUF has none for it.
+
+        None for what is no weight, or a part of a model that also sees.
+        """
+        if self._sees:
+            name = _SPEAKING.sub("model.", name).replace("model.lm_head", "lm_head")
+            if _SEEING.match(name):
+                return None
+        if name.endswith(NOT_READ) or (self._tied and name == "lm_head.weight"):
+            return None
+        expert = _EXPERT.search(name)
+        merged = _EXPERT.sub(".experts.", name)
+        found = self._known.get(merged) or self._table.get_name(merged, ENDS)
+        return found or name, int(expert[1]) if expert else None
+
+
+def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
+    """For each of so many rows of the GGUF tensor `name`, the row of the folder's; None if they agree.
+
+    Raises DataError if the heads make another number of rows.
+    """
+    part, width, heads = f".{name}".split(".")[-2], model.head_dim, model.config.get("num_attention_heads", 0)
+    shared = model.config.get("num_key_value_heads", heads)
+    if model.folder.permuted and part in ("attn_q", "attn_k"):
+        n = heads if part == "attn_q" else shared
+        _check_rows(name, rows, n * width)
+        return np.arange(n * width).reshape(n, 2, width // 2).swapaxes(1, 2).reshape(-1)
+    if model.folder.fused and part == "attn_qkv":
+        _check_rows(name, rows, (heads + 2 * shared) * width)
+        # groups of heads that share a key and a value: [queries of the group, key, value]
+        groups = np.arange((heads + 2 * shared) * width).reshape(shared, heads // shared + 2, width)
+        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        return np.concatenate([p.reshape(-1) for p in parts])
+    return None
+
+
+def _check_rows(name: str, rows: int, made: int) -> None:
+    """Raises DataError before a row is numbered for each head that a file claims."""
+    if rows != made:
+        raise DataError(f"tensor {name!r} has {rows} rows where its heads make {made}")

@@ -1,0 +1,252 @@
+"""Files as they are found: flashd makes of the variants of one tiny model what other programs make of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from flashd.bundle.header import Header
+from flashd.bundle.reader import Bundle
+from flashd.engine.evaluate import perplexity
+from flashd.errors import DataError, InputMissing, UsageError
+from flashd.pack.pack import pack
+from tests.engine.test_paths import opened, tokens_of
+from tests.pack import variants
+from tests.pack.variants import DATA, FOLDERS, GGUF, TEXT, YARN, Arrays, Keys
+
+PERPLEXITIES: dict[str, dict[str, float]] = json.loads((DATA / "perplexities.json").read_text())
+CLOSE = 2e-4
+"""Of a perplexity: float16 rows of the float32 weights."""
+
+
+def measured(model: Path, pre: str | None = None) -> float:
+    """The perplexity of the text, of a model packed with f16 rows."""
+    out = model.with_suffix(".flash")
+    pack(model, out, "f16", pre=pre)
+    with opened(out, None, 400) as engine:
+        return perplexity(engine, tokens_of(out, TEXT.read_text())).perplexity
+
+
+def refused(model: Path, match: str, error: type[Exception] = DataError, **how: Any) -> None:
+    with pytest.raises(error, match=match) as caught:
+        pack(model, model.with_suffix(".flash"), "f16", **how)
+    assert "\n" not in str(caught.value)
+    assert not model.with_suffix(".flash").exists()
+
+
+@pytest.mark.parametrize("name", PERPLEXITIES["llama.cpp"])
+def test_a_file_is_what_llama_cpp_makes_of_it(tmp_path: Path, name: str) -> None:
+    model = variants.write(tmp_path / "m.gguf", GGUF[name])
+    assert measured(model) == pytest.approx(PERPLEXITIES["llama.cpp"][name], rel=CLOSE)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_what_transformers_makes_of_it(tmp_path: Path, name: str) -> None:
+    model = variants.write_folder(tmp_path / "m", FOLDERS[name])
+    assert measured(model) == pytest.approx(PERPLEXITIES["transformers"][name], rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("linear", "linear"), ("factor_without_a_type", "linear"), ("none", "plain"), ("heads_array", "plain"),
+        ("no_pre", "plain"), ("yarn_betas", "yarn_betas"),
+    ],
+)  # fmt: skip
+def test_a_file_is_what_a_folder_is_that_says_the_same(tmp_path: Path, name: str, folder: str) -> None:
+    model = variants.write(tmp_path / "m.gguf", GGUF[name])
+    assert measured(model) == pytest.approx(PERPLEXITIES["transformers"][folder], rel=CLOSE)
+
+
+# --- what is understood ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 20])
+def test_the_first_part_of_a_split_file_packs_all(tmp_path: Path, parts: int) -> None:
+    whole = variants.write(tmp_path / "whole.gguf", {})
+    first = variants.write(tmp_path / "m.gguf", {}, parts=parts)
+    pack(whole, tmp_path / "whole.flash", "int8")
+    header = pack(first, tmp_path / "split.flash", "int8")
+    files = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(files) == parts and header.source.nbytes == sum(file.stat().st_size for file in files)
+    with Bundle(tmp_path / "whole.flash") as a, Bundle(tmp_path / "split.flash") as b:
+        assert all(a.read(s.name) == b.read(s.name) for s in a.header.sections)
+
+
+def test_rows_that_only_fill_the_table_of_embeddings_say_nothing(tmp_path: Path) -> None:
+    def pad(tensors: Arrays) -> None:
+        tensors["token_embd.weight"] = np.pad(tensors["token_embd.weight"], ((0, 26), (0, 0)))
+
+    model = variants.write(tmp_path / "m.gguf", {}, variants.arrays(pad))
+    header = pack(model, tmp_path / "m.flash", "f16")
+    assert header.model.vocabulary == 262 + 26
+    with opened(tmp_path / "m.flash", None, 400) as engine:
+        # a row of zeros has the logit 0: they are counted, and the text's own tokens are as they were
+        found = perplexity(engine, tokens_of(tmp_path / "m.flash", TEXT.read_text())).perplexity
+    assert found > PERPLEXITIES["llama.cpp"]["base"]
+
+
+def test_a_pre_tokenizer_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = variants.write(tmp_path / "m.gguf", GGUF["no_pre"])
+    assert measured(model, "gpt-2") == pytest.approx(PERPLEXITIES["llama.cpp"]["base"], rel=CLOSE)
+    assert not caplog.records
+    pack(model, tmp_path / "n.flash", "f16")
+    assert "tokenizer.ggml.pre" in caplog.text and "--pre NAME" in caplog.text
+    new = variants.write(tmp_path / "new.gguf", {"tokenizer.ggml.pre": "new"})
+    refused(new, "pre-tokenizer 'new' is not supported; --pre NAME")
+    assert measured(new, "gpt-2") == pytest.approx(PERPLEXITIES["llama.cpp"]["base"], rel=CLOSE)
+    other = variants.write(tmp_path / "other.gguf", {})
+    refused(other, "--pre new: not known; known are .*gpt-2", UsageError, pre="new")
+    refused(variants.write_folder(tmp_path / "f", {}), "is a folder", UsageError, pre="gpt-2")
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_a_big_endian_file_is_refused_in_words(tmp_path: Path) -> None:
+    refused(variants.write(tmp_path / "m.gguf", {}, order=gguf.GGUFEndian.BIG), "big-endian .* gguf-convert-endian")
+
+
+def test_parts_that_are_not_there_or_not_the_first_are_named(tmp_path: Path) -> None:
+    first = variants.write(tmp_path / "m.gguf", {}, parts=3)
+    second = first.with_name("m-00002-of-00003.gguf")
+    refused(second, "part 2 of 3; name the first one, m-00001-of-00003.gguf")
+    moved = first.rename(tmp_path / "renamed.gguf")
+    refused(moved, "one of 3 parts, whose names end in -00001-of-00003.gguf")
+    moved.rename(first)
+    data = second.read_bytes()
+    second.unlink()
+    refused(first, r"m-00002-of-00003.gguf: no such file; it is part 2 of the 3", InputMissing)
+    second.write_bytes(first.with_name("m-00003-of-00003.gguf").read_bytes())
+    refused(first, "m-00002-of-00003.gguf: not part 2 of the 3")
+    second.write_bytes(data[: len(data) // 2])
+    refused(first, "m-00002-of-00003.gguf: .*download it again")
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"llama.attention.head_count_kv": [2, 4]}, "'llama.attention.head_count_kv' differs from layer to layer"),
+        ({"llama.rope.dimension_sections": [2, 3, 3, 0]}, "what llama.rope.dimension_sections means"),
+        ({"llama.logit_scale": 0.5}, "what llama.logit_scale means"),
+        ({"llama.attention.relative_buckets_count": 8}, "what llama.attention.relative_buckets_count means"),
+        ({"llama.rope.scaling.type": "longrope"}, "rotary scaling of kind 'longrope' is not supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "a rotary scaling of kind 'yarn' by a factor of 0.0"),
+        (
+            {**YARN, "llama.rope.scaling.yarn_log_multiplier": 0.1},
+            "what llama.rope.scaling.yarn_log_multiplier means",
+        ),
+        ({**YARN, "llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5"),
+    ],
+)
+def test_a_key_that_is_not_understood_is_refused_by_name(tmp_path: Path, keys: Keys, match: str) -> None:
+    refused(variants.write(tmp_path / "m.gguf", keys), match)
+
+
+def test_keys_that_change_nothing_are_no_hindrance(tmp_path: Path) -> None:
+    keys = {"llama.vocab_size": 262, "llama.logit_scale": 1.0, "llama.expert_shared_count": 0, "llama.vision.x": 3}
+    pack(variants.write(tmp_path / "m.gguf", keys), tmp_path / "m.flash", "f16")
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rotary scaling of kind 'longrope'"),
+        ({"rope_scaling": {"type": "su"}, "rope_parameters": None}, "rotary scaling of kind 'su'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2]}}, "rotary parameter 'mrope_section'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 9}}, "rotary parameter 'alpha'"),
+        ({"logits_scaling": 8.0}, "what 'logits_scaling' means"),
+        ({"residual_multiplier": 0.2}, "what 'residual_multiplier' means"),
+        ({"num_key_value_heads": [2, 4]}, "differs from layer to layer|makes no sense"),
+    ],
+)
+def test_a_property_that_is_not_understood_is_refused_by_name(tmp_path: Path, config: Keys, match: str) -> None:
+    refused(variants.write_folder(tmp_path / "m", config), match)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.ffn_down.weight", "blk.0.attn_norm.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    def spoil(tensors: Arrays) -> None:
+        tensors[name].reshape(-1)[17] = value
+
+    refused(
+        variants.write(tmp_path / "m.gguf", {}, variants.arrays(spoil)), f"{name}' has weights that are not finite"
+    )
+
+
+def test_a_weight_that_f16_rows_cannot_hold_is_refused(tmp_path: Path) -> None:
+    def spoil(tensors: Arrays) -> None:
+        tensors["blk.1.attn_v.weight"][3, 5] = 1e5
+
+    refused(
+        variants.write(tmp_path / "m.gguf", {}, variants.arrays(spoil)), r"blk.1.attn_v.weight' has weights above"
+    )
+
+
+# --- chat templates ----------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+
+
+def folder_with(path: Path, files: dict[str, Any]) -> Header:
+    """What is packed of a folder with more files, texts or objects."""
+    folder = variants.write_folder(path, {})
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return pack(folder, path.with_suffix(".flash"), "f16")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": TEMPLATE},
+        {"chat_template.json": {"chat_template": TEMPLATE}},
+        {"chat_template.json": {"chat_template": NAMED}},
+        {"tokenizer_config.json": {"chat_template": NAMED}},
+        {"tokenizer_config.json": {"chat_template": TEMPLATE}, "chat_template.json": {"chat_template": "older"}},
+        {"chat_template.jinja": TEMPLATE, "tokenizer_config.json": {"chat_template": "older"}},
+        {"chat_template.jinja": TEMPLATE, "additional_chat_templates/rag.jinja": "other"},
+        {"additional_chat_templates/default.jinja": TEMPLATE},
+    ],
+)
+def test_a_template_is_found_wherever_it_is_kept(
+    tmp_path: Path, files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert folder_with(tmp_path / "m", files).text.chat_template == TEMPLATE
+    assert not caplog.records
+
+
+def test_templates_none_of_which_is_taken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    others = {"additional_chat_templates/rag.jinja": "a", "additional_chat_templates/tool_use.jinja": "b"}
+    assert folder_with(tmp_path / "m", others).text.chat_template is None
+    assert "none of its chat templates (rag, tool_use) is called default" in caplog.text
+    caplog.clear()
+    keys = {"tokenizer.chat_template": None, "tokenizer.chat_template.tool_use": "b"}
+    pack(variants.write(tmp_path / "n.gguf", keys), tmp_path / "n.flash", "f16")
+    assert "tokenizer.chat_template.tool_use none is taken" in caplog.text
+    with pytest.raises(DataError, match="neither a text nor a list"):
+        folder_with(tmp_path / "o", {"tokenizer_config.json": {"chat_template": [1]}})
+
+
+def test_pack_says_what_a_template_cannot_render(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refuses = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    caplog.set_level(logging.WARNING)
+    pack(variants.write(tmp_path / "m.gguf", {"tokenizer.chat_template": refuses}), tmp_path / "m.flash", "f16")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "fails for a system prompt and a question: System role not supported" in said
+    caplog.clear()
+    broken = variants.write(tmp_path / "b.gguf", {"tokenizer.chat_template": "{% for m in %}"})
+    pack(broken, tmp_path / "b.flash", "f16")
+    assert len(caplog.records) == 3

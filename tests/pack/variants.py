@@ -1,0 +1,145 @@
+"""Variants of one tiny model, `data/base.gguf`: its keys, tensors and parts changed, or as a Hugging Face folder.
+
+Its weights are random. `data/make_perplexities.py` measures what other programs make of the variants.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from flashd.pack.sources.gguf import GgufModel
+from tests.goldens.folders import halves
+from tests.tiny_folder import NAMES
+
+DATA = Path(__file__).parent / "data"
+BASE, TEXT = DATA / "base.gguf", DATA / "perplexity.txt"
+
+Floats = npt.NDArray[np.float32]
+Keys = Mapping[str, Any]
+Arrays = dict[str, npt.NDArray[Any]]
+
+YARN = {
+    "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 128,
+}  # fmt: skip
+GGUF: dict[str, Keys] = {
+    "base": {},
+    "scale_linear": {"llama.rope.scale_linear": 4.0},
+    "factor_without_a_type": {"llama.rope.scaling.factor": 4.0},
+    "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    "none": {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+    "yarn": YARN,
+    "yarn_attn_factor_1": {**YARN, "llama.rope.scaling.attn_factor": 1.0},
+    "yarn_attn_factor": {**YARN, "llama.rope.scaling.attn_factor": 1.25},
+    "yarn_betas": {**YARN, "llama.rope.scaling.yarn_beta_fast": 4.0, "llama.rope.scaling.yarn_beta_slow": 0.25},
+    "kv_array": {"llama.attention.head_count_kv": [2, 2]},
+    "heads_array": {"llama.attention.head_count": [4, 4], "llama.feed_forward_length": [128, 128]},
+    "no_pre": {"tokenizer.ggml.pre": None},
+}
+"""Files: keys that are added, changed, or left out if None."""
+
+ROPE = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FOLDERS: dict[str, Keys] = {
+    "plain": {},
+    "yarn_mscale": {"rope_parameters": {**ROPE, "mscale": 0.8, "mscale_all_dim": 0.5}},
+    "yarn_attention_factor": {"rope_parameters": {**ROPE, "attention_factor": 1.25}},
+    "yarn_betas": {"rope_parameters": {**ROPE, "beta_fast": 4, "beta_slow": 0.25}},
+    "yarn_truncate": {"rope_parameters": {**ROPE, "truncate": False}},
+    "linear": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}},
+    "llama3": {"rope_parameters": LLAMA3},
+    "llama3_of_transformers_4": {
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}, "rope_theta": 10000.0,
+        "rope_parameters": None,
+    },
+    "no_eps": {"rms_norm_eps": None, "max_position_embeddings": None},
+}  # fmt: skip
+"""Folders: what config.json says beside `CONFIG`, or leaves out if None."""
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
+    "vocab_size": 262, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "eos_token_id": 261, "bos_token_id": None,
+}  # fmt: skip
+
+
+def arrays(change: Callable[[Arrays], None] = lambda tensors: None) -> Arrays:
+    """The model's tensors, changed in place."""
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(BASE).tensors}
+    change(tensors)
+    return tensors
+
+
+def write(
+    path: Path, changes: Keys, tensors: Arrays | None = None, order: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+    parts: int = 0,
+) -> Path:  # fmt: skip
+    """A file like the base with some keys changed, its tensors in so many parts; the first part's path."""
+    tensors = arrays() if tensors is None else tensors
+    w = gguf.GGUFWriter(
+        path, "llama", endianess=order, split_max_tensors=-(-len(tensors) // parts) if parts else 0
+    )  # fmt: skip
+    for field in gguf.GGUFReader(BASE).fields.values():
+        if field.name.startswith("GGUF.") or field.name in changes or field.name == "general.architecture":
+            continue
+        kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
+        w.add_key_value(field.name, field.contents(), kind, sub)
+    for key, value in changes.items():
+        _add(w, key, value)
+    for name, values in tensors.items():
+        w.add_tensor(name, values if order == gguf.GGUFEndian.LITTLE else values.byteswap())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts else path
+
+
+def _add(w: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case None:
+            """Left out."""
+        case bool():
+            w.add_bool(key, value)
+        case int():
+            w.add_uint32(key, value)
+        case float():
+            w.add_float32(key, value)
+        case str():
+            w.add_string(key, value)
+        case _:
+            w.add_array(key, value)
+
+
+def write_folder(path: Path, changes: Keys) -> Path:
+    """The model as a folder, its config.json changed."""
+    find = halves(lambda name, tensors: tensors[_ours(name)])
+    tensors = arrays()
+    theirs = {_theirs(name): np.float32(0) for name in tensors}
+    path.mkdir()
+    save_file({n: np.ascontiguousarray(find(n, tensors), np.float32) for n in theirs}, path / "model.safetensors")
+    config = {key: value for key, value in (CONFIG | dict(changes)).items() if value is not None}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_bytes(GgufModel(BASE).vocabulary().tokenizer_json)
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    return path
+
+
+def _theirs(name: str) -> str:
+    *layer, part, kind = name.split(".")
+    return ".".join([*(["model.layers", layer[1]] if layer else []), NAMES[part], kind])
+
+
+def _ours(name: str) -> str:
+    return next(ours for ours in arrays() if _theirs(ours) == name)

@@ -12,9 +12,9 @@ from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import hottest, neurons_of
 from flashd.pack.lossy.narrow_groups import Weigh
+from flashd.pack.open_model import Grid
 from flashd.pack.rounding.gptq import encode_fed
 from flashd.pack.rounding.rows import encode_groups, encode_neurons, encode_rows
-from flashd.pack.open_model import Grid
 from flashd.pack.weights import Ffn, Matrix, Numbers
 
 ROWS_AT_ONCE = 1024

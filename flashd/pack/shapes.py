@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.row_kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
 
 MOST_HEADS = 4096
-
 
 
 def check_heads(model: Architecture, path: Path) -> None:

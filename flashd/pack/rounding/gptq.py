@@ -12,8 +12,8 @@ import numpy as np
 from flashd.bundle.arrays import QuantRows
 from flashd.bundle.formats import RowFormat
 from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
-from flashd.pack.rounding.rows import coded, fitted, levels, write
 from flashd.pack.open_model import Grid
+from flashd.pack.rounding.rows import coded, fitted, levels, write
 
 DOUBT = np.float32(0.25)
 """Correlations of inputs are reduced by this share: a text has correlations that others lack. Measured on layers 5,

@@ -18,10 +18,15 @@ from tests.update.board import Board
 DATA = Path(__file__).parent / "data"
 
 
+SLOW = ("families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "cli", "ends")
+"""Files of tests that pack many models, or start many processes."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that loads the real model is slow: to pack it alone takes longer than all others together."""
     for item in items:
-        if {"smollm", "packed"} & set(getattr(item, "fixturenames", ())):
+        real = {"smollm", "packed"} & set(getattr(item, "fixturenames", ()))
+        if real or item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -22,6 +22,7 @@ from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.stages import vectors_behind_ffn
 from flashd.system.onnx_session import open_session
 
 Initialisers = dict[str, npt.NDArray[Any]]
@@ -72,7 +73,9 @@ class Constants:
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention."""
-        arrays, centred = self._of_attention(i, qkv, output, vectors)
+        behind = vectors_behind_ffn(self._model)
+        own = {name: vector for name, vector in vectors.items() if name not in behind}
+        arrays, centred = self._of_attention(i, qkv, output, own)
         graph = constant.attention(self._model, self._formats.attention, self._arithmetic, i, centred)
         return open_session(graph, arrays)
 

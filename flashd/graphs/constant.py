@@ -135,8 +135,10 @@ class Layers:
             a = gated(g, m, *g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2))
         else:
             a = activated(g, m, a)
-        a = g.node("Reshape", a, g.shape(1, -1, n))  # [1, T groups, N]
-        squared, width = a, n
+        squared = a = g.node("Reshape", a, g.shape(1, -1, groups * n))  # [1, T, groups N]
+        if m.normed_neurons:
+            a = g.node("Mul", a, g.external(f"{at}neurons_norm", T.FLOAT, [groups * n]))
+        a, width = g.node("Reshape", a, g.shape(1, -1, n)), n  # [1, T groups, N]
         if f"{at}down" in self._products.centred:
             a, width = self._products.with_sums(a, n), n + digits(n)
         a = g.node("Reshape", a, g.shape(1, -1, groups * width))  # [1, T, groups width]
@@ -146,8 +148,7 @@ class Layers:
             for number, part in enumerate(parts)
         ]
         if m.normed_neurons:  # the sum of each group's squares goes with its share
-            flat = g.node("Reshape", squared, g.shape(1, -1, groups * n))
-            squares = g.nodes_out("Split", flat, outputs=groups, axis=2, num_outputs=groups)
+            squares = g.nodes_out("Split", squared, outputs=groups, axis=2, num_outputs=groups)
             shares = [share(g, m, part, one) for part, one in zip(squares, shares, strict=True)]
         y = before
         for one in shares:

@@ -103,18 +103,21 @@ def test_digits_fill_whole_blocks() -> None:
     assert (digits[:, :, 33:] == 8).all() and (digits[:, :, :33] != 8).any()
 
 
-@pytest.mark.parametrize("neurons", [32, 96])
+@pytest.mark.parametrize(("neurons", "normed"), [(32, False), (96, False), (96, True)])
 @pytest.mark.parametrize("inputs", [1, 2])
 @pytest.mark.parametrize("kind", [*KINDS, "ternary", *NARROW])
-def test_groups_lay_out_each_kind_of_array_in_one_piece(kind: RowKind, inputs: int, neurons: int) -> None:
+def test_groups_lay_out_each_kind_of_array_in_one_piece(
+    kind: RowKind, inputs: int, neurons: int, normed: bool
+) -> None:  # fmt: skip
     random = np.random.default_rng(2)
     hidden, groups = 64, 3
-    form = GroupFormat(kind, hidden, inputs, inputs, neurons)
+    form = GroupFormat(kind, hidden, inputs, inputs, neurons, normed)
     sizes = (inputs, groups * neurons, hidden), (hidden, groups * neurons)
     matrices, down = (drawn(random, kind, size) for size in sizes)
     bias = random.standard_normal((groups * neurons, inputs)).astype(np.float32)
     records = [encode_rows(w, form.row) for w in matrices]
-    raw = encode_groups(records, down, bias, form, None)
+    norm = random.standard_normal(groups * neurons * normed).astype(np.float32)
+    raw = encode_groups(records, down, bias, norm, form, None)
     assert raw.shape == (groups, form.nbytes) and form.nbytes % 64 == 0
     found = form.views(raw)
     # group 1: the rows of gate, then of up, as they are by themselves
@@ -125,8 +128,9 @@ def test_groups_lay_out_each_kind_of_array_in_one_piece(kind: RowKind, inputs: i
     of_down = encode_rows(np.ascontiguousarray(down[:, its]), form.column)
     assert same(found.down[1:2].joined(), form.column.views(of_down))
     assert (found.bias[1].reshape(inputs, neurons) == bias[its].T).all()
+    assert (found.norm[1] == norm[its]).all()
     # the planes lie one behind the other, without gaps
-    planes = [*found.inputs.arrays(), *found.down.arrays(), found.bias]
+    planes = [*found.inputs.arrays(), *found.down.arrays(), found.bias, found.norm]
     together = b"".join(np.ascontiguousarray(plane[1]).tobytes() for plane in planes)
     assert raw[1, : len(together)].tobytes() == together and not raw[1, len(together) :].any()
     assert form.nbytes - len(together) < 64

@@ -120,6 +120,8 @@ class Constants:
         arrays = inputs.named(f"{at}inputs")
         if groups.bias.size:
             arrays[f"{at}inputs.bias"] = groups.bias.reshape(-1)
+        if groups.norm.size:
+            arrays[f"{at}neurons_norm"] = groups.norm.reshape(-1)
         with_centres = _centred(groups.down, kind, m.group_neurons)
         for number in range(len(groups)):
             down = groups.down[number : number + 1].joined()

@@ -120,8 +120,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def share_width(self) -> int:
         """Width of what a group adds to an FFN's output: H, or H + 1 if activations are normed.
 
-        The last number is then the sum of the squares of activations. The norm's weights are in the columns of
-        down_proj. Its division comes when all groups have been added.
+        The last number is then the sum of the squares of activations. The norm's weights are in the groups. Its
+        division comes when all groups have been added.
         """
         return self.hidden + bool(self.normed_neurons)
 

@@ -75,20 +75,21 @@ class Groups:
     inputs: Rows  # the arrays of rows of H weights, [n, M N, ...]: all of the first matrix, then of the next
     down: Rows  # of rows of N weights, [n, H, ...]
     bias: Floats  # [n, M N], or [n, 0] if the inputs have none
+    norm: Floats  # [n, N]: activations are multiplied by it in models that norm them; else [n, 0]
 
     def __len__(self) -> int:
         return len(self.bias)
 
     def __getitem__(self, part: slice) -> Groups:
-        return Groups(self.inputs[part], self.down[part], self.bias[part])
+        return Groups(self.inputs[part], self.down[part], self.bias[part], self.norm[part])
 
     def arrays(self) -> list[npt.NDArray[Any]]:
-        return [*self.inputs.arrays(), *self.down.arrays(), self.bias]
+        return [*self.inputs.arrays(), *self.down.arrays(), self.bias, self.norm]
 
     def of(self, arrays: list[Any]) -> Groups:
         """Groups of the same kinds of rows, of arrays in the order of `arrays`."""
         rows = len(self.inputs.arrays())
-        return Groups(type(self.inputs)(*arrays[:rows]), type(self.down)(*arrays[rows:-1]), arrays[-1])
+        return Groups(type(self.inputs)(*arrays[:rows]), type(self.down)(*arrays[rows:-2]), *arrays[-2:])
 
 
 @dataclass(frozen=True)

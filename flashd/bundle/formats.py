@@ -122,8 +122,9 @@ class RowFormat:
 class GroupFormat:
     """Groups of `neurons` neurons, a record each: what is read, checked and multiplied as one.
 
-    [rows of gate | rows of up | rows of down_proj | biases of gate and up], each kind of array in one piece: q of all
-    input rows, their scale codes, their steps, and then the same of down_proj's rows [H, neurons]. So a group is one
+    [rows of gate | rows of up | rows of down_proj | biases of gate and up | weights of the activations' norm], each
+    kind of array in one piece: q of all input rows, their scale codes, their steps, and then the same of down_proj's
+    rows [H, neurons]. Biases and a norm are there if the model has them. So a group is one
     contiguous read (section 3.2 of "LLM in a flash"), and its arrays go into a product as they lie in the record.
     """
 
@@ -132,6 +133,7 @@ class GroupFormat:
     inputs: int = 2  # M
     biases: int = 0  # M or none
     neurons: int = BLOCK  # N
+    normed: bool = False  # the model norms activations
 
     @property
     def row(self) -> RowFormat:
@@ -146,7 +148,7 @@ class GroupFormat:
     @property
     def planes(self) -> list[Plane]:
         rows = self.row.planes(self.inputs * self.neurons) + self.column.planes(self.hidden)
-        return [*rows, (np.float32, (self.biases * self.neurons,))]
+        return [*rows, *((np.float32, (each * self.neurons,)) for each in (self.biases, int(self.normed)))]
 
     @cached_property
     def nbytes(self) -> int:
@@ -156,13 +158,13 @@ class GroupFormat:
     def views(self, raw: Bytes) -> Groups:
         """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
         arrays = _carve(raw, self.planes)
-        of_rows = (len(arrays) - 1) // 2
-        return Groups(self.row.rows(arrays[:of_rows]), self.column.rows(arrays[of_rows:-1]), arrays[-1])
+        of_rows = (len(arrays) - 2) // 2
+        return Groups(self.row.rows(arrays[:of_rows]), self.column.rows(arrays[of_rows:-2]), *arrays[-2:])
 
     def groups(self, raw: Bytes) -> Groups:
         """Records as products take them: in place, or narrow ones with 4 bits a weight."""
         groups = self.views(raw)
-        return Groups(self.row.wide(groups.inputs), self.column.wide(groups.down), groups.bias)
+        return Groups(self.row.wide(groups.inputs), self.column.wide(groups.down), groups.bias, groups.norm)
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,8 @@ def layer_ffn_sections(layer: int, form: GroupFormat, ends: Sequence[int]) -> li
 def group_format(model: Architecture, formats: Formats) -> GroupFormat:
     """The format of a model's groups."""
     biases = model.inputs if "inputs" in model.biases else 0
-    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases, model.group_neurons)
+    normed = bool(model.normed_neurons)
+    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases, model.group_neurons, normed)
 
 
 def neuron_format(model: Architecture, formats: Formats) -> NeuronFormat:

@@ -140,8 +140,9 @@ class Layers:
             a = gated(g, m, *g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2))
         else:
             a = activated(g, m, a)
-        a = g.node("Reshape", a, g.shape(1, -1, n))  # [1, T groups, N]
-        squared, width = a, n
+        squared = a = g.node("Reshape", a, g.shape(1, -1, groups * n))  # [1, T, groups N]
+        a = self._weighed("", a, groups)
+        a, width = g.node("Reshape", a, g.shape(1, -1, n)), n  # [1, T groups, N]
         if "down" in self._products.centred:
             a, width = self._products.with_sums(a, n), n + digits(n)
         a = g.node("Reshape", a, g.shape(1, -1, groups * width))  # [1, T, groups width]
@@ -151,8 +152,7 @@ class Layers:
             for number, part in enumerate(parts)
         ]
         if m.normed_neurons:  # the sum of each group's squares goes with its share
-            flat = g.node("Reshape", squared, g.shape(1, -1, groups * n))
-            squares = g.nodes_out("Split", flat, outputs=groups, axis=2, num_outputs=groups)
+            squares = g.nodes_out("Split", squared, outputs=groups, axis=2, num_outputs=groups)
             shares = [share(g, m, part, one) for part, one in zip(squares, shares, strict=True)]
         y = before
         for one in shares:
@@ -168,12 +168,19 @@ class Layers:
         g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
         a = self._inputs(at, h, m.groups)  # [1, T, M F]
         a = gated(g, m, *g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2)) if m.gated else activated(g, m, a)
-        activations, width = a, m.neurons
+        activations, a, width = a, self._weighed(at, a, m.groups), m.neurons
         if f"{at}down" in self._products.centred:
             by_group = self._products.with_sums(g.node("Reshape", a, g.shape(1, -1, n)), n, filled=True)
             width = m.groups * (n + 2 * (digits(n) - n // BLOCK))
             a = g.node("Reshape", by_group, g.shape(1, -1, width))
         return share(g, m, activations, self._products.of_wide(a, self._ffn_kind, f"{at}down", m.hidden, width))
+
+    def _weighed(self, at: str, a: str, groups: int) -> str:
+        """Activations [1, T, groups N], times their norm's weights in models that norm them."""
+        if not self._model.normed_neurons:
+            return a
+        norm = self._g.external(f"{at}neurons_norm", T.FLOAT, [groups * self._group])
+        return self._g.node("Mul", a, norm)
 
     def _inputs(self, at: str, h: str, groups: int) -> str:
         """The products of h with rows of gate and up, and their biases."""

@@ -88,6 +88,12 @@ def present(g: Graph, model: Architecture, name: str, value: str) -> None:
     g.named_output(name, T.FLOAT, [1, model.kv_heads, "C", model.head_dim], value)
 
 
+def vectors_behind_ffn(model: Architecture) -> set[str]:
+    """The layer's vectors that `leave` takes, behind the FFN. The attention's graph has no place for them."""
+    norms = model.norm_vectors("ffn_branch") | (model.norm_vectors("ffn") if model.block == "post" else {})
+    return {"down.bias", *norms}
+
+
 class LayerStages:
     """Adds the stages of one layer to a graph. Each method returns the names of its outputs."""
 

@@ -50,7 +50,7 @@ class Encoder:
 
     def neurons(self, ffn: Ffn, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
         """The records of an FFN's neurons in the order [F] of the card, chunk by chunk."""
-        down, bias = ffn.filled(self._model.expert_neurons)  # [H, F], [F, M]
+        down, bias, _ = ffn.filled(self._model.expert_neurons)  # [H, F], [F, M]
         for at in range(0, len(order), ROWS_AT_ONCE):
             neurons = order[at : at + ROWS_AT_ONCE]
             records = [self._filled(matrix, form.row, neurons) for matrix in ffn.inputs]
@@ -65,7 +65,7 @@ class Encoder:
     def groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
         """Neurons in their order. If every 32 of them are a group of the source, its grid moves over."""
         every = self._model.expert_neurons
-        (down, bias), grid = ffn.filled(every), ffn.down.grid()
+        (down, bias, norm), grid = ffn.filled(every), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, every - ffn.neurons)) if weigh else None
         factor = weigh.inputs if weigh else None
         for at in range(0, len(order), form.neurons):
@@ -73,8 +73,9 @@ class Encoder:
             records = [self._filled(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
             self._count(form.hidden * len(neurons))
             some = None if columns is None else columns[neurons]
+            of_norm = norm[neurons] if form.normed else norm
             yield encode_groups(
-                records, down[:, neurons], bias[neurons], form, _grid_of(grid, neurons), some
+                records, down[:, neurons], bias[neurons], of_norm, form, _grid_of(grid, neurons), some
             ).tobytes()
 
     def order(self, ffn: Ffn, sizes: Floats) -> Numbers:

@@ -41,7 +41,7 @@ def _check_ffn(ffn: Ffn, m: Architecture) -> None:
     neurons, name = ffn.down.shape[-1], ffn.down.name
     _check(name, ffn.down.shape, (m.hidden, neurons))
     if -(-neurons // BLOCK) * BLOCK != m.expert_neurons:
-        raise DataError(f"tensor {name!r} has {neurons} neurons, the model needs {m.expert_neurons}")
+        raise DataError(f"tensor {name!r} has {neurons} neurons, but the model needs {m.expert_neurons}")
     for part in ffn.inputs:
         _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
 

@@ -12,7 +12,7 @@ from flashd.bundle.row_kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width
-from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
+from flashd.pack.open_model import Grid, OpenModel, Tensor
 
 Numbers = npt.NDArray[np.int64]
 
@@ -48,18 +48,6 @@ class Matrix:
         return self.tensor.grid(self.order[which]) if self.projection is None else None
 
 
-class _Scaled(Tensor):
-    """A matrix [R, K] whose columns are multiplied by the numbers `columns` [K]."""
-
-    def __init__(self, tensor: Tensor, columns: Floats) -> None:
-        self.name, self.shape, self.bits = tensor.name, tensor.shape, tensor.bits
-        self._tensor, self._columns = tensor, columns
-
-    def rows(self, which: Which = ALL) -> Floats:
-        """Rows [n, K] float32."""
-        return self._tensor.rows(which) * self._columns
-
-
 @dataclass(frozen=True)
 class Ffn:
     """The weights of a layer's FFN, or of one of its experts."""
@@ -67,17 +55,26 @@ class Ffn:
     inputs: list[Matrix]  # gate and up, or up alone, each [F, H]
     biases: Floats  # of the input rows, [F, M], or [F, 0] if there are none
     down: Tensor  # [H, F]
+    norm: Floats  # [F], the weights of the activations' norm, or [0] if they are not normed
 
     @property
     def neurons(self) -> int:
         """F"""
         return self.down.shape[-1]
 
-    def filled(self, neurons: int) -> tuple[Floats, Floats]:
-        """(down_proj [H, n], biases [n, M]) with n = `neurons` neurons. Those beyond the FFN's own are zero."""
+    def columns(self) -> Floats:
+        """[H, F]: what an activation adds to the output, by the norm's weights too."""
+        return self.down.rows() * self.norm if len(self.norm) else self.down.rows()
+
+    def filled(self, neurons: int) -> tuple[Floats, Floats, Floats]:
+        """(down_proj [H, n], biases [n, M], norm [n] or [0]) with n = `neurons` neurons.
+
+        Those beyond the FFN's own are zero.
+        """
         filling = neurons - self.neurons
+        norm = np.pad(self.norm, (0, filling)) if len(self.norm) else self.norm
         down = _finite(self.down, self.down.rows())
-        return np.pad(down, ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0)))
+        return np.pad(down, ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0))), norm
 
 
 class Weights:
@@ -149,10 +146,10 @@ class Weights:
             biases = np.stack([self._vector(f"{name}.bias") for name in names[:-1]], axis=1)
         else:
             biases = np.zeros((ffns[0][0].shape[0], 0), np.float32)
+        norm = np.zeros(0, np.float32)
         if self._model.normed_neurons:
             norm = self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight")
-            ffns = [[*inputs, _Scaled(down, norm)] for *inputs, down in ffns]
-        return [Ffn([_whole(tensor) for tensor in inputs], biases, down) for *inputs, down in ffns]
+        return [Ffn([_whole(tensor) for tensor in inputs], biases, down, norm) for *inputs, down in ffns]
 
     def router(self, i: int) -> Matrix:
         """[E, H]"""

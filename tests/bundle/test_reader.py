@@ -53,6 +53,14 @@ def _twice(header: Any) -> None:
     header["sections"].insert(0, {**first, "length": 0})
 
 
+def _strange(header: Any) -> None:
+    """An empty section of a name that the format does not know, behind the others."""
+    last = header["sections"][-1]
+    pages = -(-(last["offset"] + last["length"]) // 4096) * 4096
+    first = last["first"] + -(-last["length"] // last["run"])
+    header["sections"].append({"name": "graph.ffn", "offset": pages, "length": 0, "run": 1 << 20, "first": first})
+
+
 def poke(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
@@ -125,6 +133,9 @@ NARROWED = {
 }  # fmt: skip
 
 
+EXPERTS = {"count": 7, "used": 8, "scores": "softmax", "normalised": True}
+
+
 def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
     def change(header: dict[str, object]) -> None:
         at: object = header
@@ -145,6 +156,12 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("model", "layers", to=1000), DamagedHeader),
         (_set("model", "vocabulary", to=1 << 20), BadSection),
         (_set("model", "kv_heads", to=3), DamagedHeader),
+        (_set("model", "group_neurons", to=0), DamagedHeader),
+        (_set("model", "group_neurons", to=33), DamagedHeader),
+        (_set("model", "group_neurons", to=128), DamagedHeader),
+        (_set("model", "group_neurons", to=224), BadSection),
+        (_set("model", "experts", to=EXPERTS), DamagedHeader),
+        (_set("model", "experts", to=EXPERTS | {"count": 2, "used": 1}), DamagedHeader),
         (_set("model", "attention_scale", to=0), DamagedHeader),
         (_set("model", "layer_kinds", 0, to=1), DamagedHeader),
         (_set("model", "attention", 0, "rope", to=1), DamagedHeader),
@@ -177,6 +194,24 @@ def test_a_forged_header_is_refused_by_rule(
 ) -> None:
     rewrite(copy, change)
     with pytest.raises(error):
+        Bundle(copy)
+
+
+def test_a_section_that_the_format_does_not_know_is_refused_by_name(copy: Path) -> None:
+    rewrite(copy, _strange)
+    with pytest.raises(BadSection, match=r"section 'graph\.ffn' is not known"):
+        Bundle(copy)
+
+
+def test_a_group_that_does_not_share_out_a_layer_is_refused_in_words(copy: Path) -> None:
+    rewrite(copy, _set("model", "group_neurons", to=128))
+    with pytest.raises(DamagedHeader, match="224 neurons do not make whole groups of 128"):
+        Bundle(copy)
+
+
+def test_an_expert_is_whole_groups(copy: Path) -> None:
+    rewrite(copy, _set("model", "experts", to=EXPERTS | {"count": 2, "used": 1}))
+    with pytest.raises(DamagedHeader, match="224 neurons do not share out to 2 experts in groups"):
         Bundle(copy)
 
 

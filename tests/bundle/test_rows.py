@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashd.bundle.arrays import QuantRows, Rows
 from flashd.bundle.bits import pack_bits, unpack
 from flashd.bundle.formats import GroupFormat, RowFormat
-from flashd.bundle.reader import dequantise
-from flashd.bundle.row_kinds import BLOCK, RowKind
-from flashd.pack.rounding.rows import encode_groups, encode_rows, is_ternary
+from flashd.bundle.reader import dequantise, steps
+from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, NARROW, Floats, RowKind, largest_centre, unit_steps
+from flashd.pack.rounding.rows import Coded, encode_groups, encode_rows, is_ternary, write
 
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
 
@@ -57,27 +58,110 @@ def test_rows_of_zeros_stay_zero() -> None:
     assert not dequantise(form.views(encode_rows(np.zeros((3, 64), np.float32), form)), "int4").any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_groups_lay_out_each_neuron_as_one_run(kind: RowKind) -> None:
+@given(st.sampled_from(list(CENTRE_BITS)), st.integers(1, 70), st.integers(0, 1 << 30), st.floats(1e-3, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_centres_come_back_within_half_a_code(kind: RowKind, blocks: int, seed: int, size: float) -> None:
+    random = np.random.default_rng(seed)
+    centre = (random.standard_normal((3, blocks)) * size).astype(np.float32)
+    weights = np.repeat(centre, BLOCK, axis=1)  # all weights of a block are its centre
+    form = RowFormat(kind, blocks * BLOCK)
+    rows = form.views(encode_rows(weights, form))
+    assert isinstance(rows, QuantRows)
+    _, back = steps(rows, kind)
+    largest = np.abs(centre).max(1, keepdims=True)
+    assert (np.abs(back - centre) <= (0.5 / largest_centre(kind) + 6e-4) * largest).all()  # 6e-4: float16
+
+
+@pytest.mark.parametrize("kind", CENTRE_BITS)
+def test_every_code_of_a_centre_comes_back_exactly(kind: RowKind) -> None:
+    most = largest_centre(kind)
+    assert most == {8: 32639, 4: 119}[CENTRE_BITS[kind]]
+    every = np.arange(-most, most + 1, dtype=np.int32)
+    codes = np.pad(every, (0, -len(every) % 64)).reshape(-1, 64)
+    form, zeros = RowFormat(kind, 64 * BLOCK), np.zeros((len(codes), 64, BLOCK), np.uint8)
+    raw = np.zeros((len(codes), form.nbytes), np.uint8)
+    rows = form.views(raw)
+    assert isinstance(rows, QuantRows)
+    # the largest centre is as many units as it has codes, so that a code stands for itself
+    step = np.broadcast_to(np.array([1, most], np.float16), (len(codes), 2))
+    write(rows, Coded(zeros, zeros[:, :, 0], codes, step, np.zeros(len(codes), np.float32)), form)
+    digits = unpack(rows.q[:, form.weight_bytes :], CENTRE_BITS[kind]).astype(np.int32).reshape(-1, 2, 64)
+    radix = 1 << CENTRE_BITS[kind]
+    assert (radix * (digits[:, 0] - radix // 2) + digits[:, 1] - radix // 2 == codes).all()
+    _, back = steps(rows, kind)
+    unit = np.float32(np.float16(most)) * unit_steps(kind)[1]
+    assert (back == codes.astype(np.float32) * unit).all()
+
+
+def test_digits_fill_whole_blocks() -> None:
+    """A row of one block has two blocks of digits, and of what fills them all stands for nothing."""
+    form = RowFormat("int4", 33 * BLOCK)
+    assert (RowFormat("int4", BLOCK).digits, form.digits) == (64, 128)
+    rows = form.views(encode_rows(np.random.default_rng(4).standard_normal((5, form.width)).astype(np.float32), form))
+    assert isinstance(rows, QuantRows)
+    digits = unpack(rows.q[:, form.weight_bytes :], 4).reshape(5, 2, 64)
+    assert (digits[:, :, 33:] == 8).all() and (digits[:, :, :33] != 8).any()
+
+
+@pytest.mark.parametrize(("neurons", "normed"), [(32, False), (96, False), (96, True)])
+@pytest.mark.parametrize("inputs", [1, 2])
+@pytest.mark.parametrize("kind", [*KINDS, "ternary", *NARROW])
+def test_groups_lay_out_each_kind_of_array_in_one_piece(
+    kind: RowKind, inputs: int, neurons: int, normed: bool
+) -> None:  # fmt: skip
     random = np.random.default_rng(2)
     hidden, groups = 64, 3
-    form = GroupFormat(kind, hidden)
-    gate, up = (random.standard_normal((groups * BLOCK, hidden)).astype(np.float32) for _ in range(2))
-    down = random.standard_normal((hidden, groups * BLOCK)).astype(np.float32)
-    records = [encode_rows(w, form.row) for w in (gate, up)]
-    raw = encode_groups(records, down, np.zeros((down.shape[1], 0), np.float32), form, None)
-    assert raw.shape == (groups, form.nbytes)
-    # neuron 5 of group 1: its gate row, its up row, its down column, one after the other
-    at = 5 * form.bundle_bytes
-    assert (raw[1, at : at + form.row.nbytes] == records[0][BLOCK + 5]).all()
-    assert (raw[1, at + form.row.nbytes : at + 2 * form.row.nbytes] == records[1][BLOCK + 5]).all()
-    column = raw[1, at + 2 * form.row.nbytes : at + form.bundle_bytes]
-    if kind == "f16":
-        assert np.allclose(column.view(np.float16), down[:, BLOCK + 5], atol=2e-3)
-    else:
-        # the levels follow the weights: the largest of the column is where the largest weight is, nearly
-        levels = unpack(column, form.row.bits).astype(float)
-        assert np.corrcoef(levels, down[:, BLOCK + 5])[0, 1] > 0.9
+    form = GroupFormat(kind, hidden, inputs, inputs, neurons, normed)
+    sizes = (inputs, groups * neurons, hidden), (hidden, groups * neurons)
+    matrices, down = (drawn(random, kind, size) for size in sizes)
+    bias = random.standard_normal((groups * neurons, inputs)).astype(np.float32)
+    records = [encode_rows(w, form.row) for w in matrices]
+    norm = random.standard_normal(groups * neurons * normed).astype(np.float32)
+    raw = encode_groups(records, down, bias, norm, form, None)
+    assert raw.shape == (groups, form.nbytes) and form.nbytes % 64 == 0
+    found = form.views(raw)
+    # group 1: the rows of gate, then of up, as they are by themselves
+    its = slice(neurons, 2 * neurons)
+    of_inputs = np.concatenate([r[its] for r in records])
+    assert same(found.inputs[1:2].joined(), form.row.views(of_inputs))
+    # an output is a row: what it takes of the group's neurons
+    of_down = encode_rows(np.ascontiguousarray(down[:, its]), form.column)
+    assert same(found.down[1:2].joined(), form.column.views(of_down))
+    assert (found.bias[1].reshape(inputs, neurons) == bias[its].T).all()
+    assert (found.norm[1] == norm[its]).all()
+    # the planes lie one behind the other, without gaps
+    planes = [*found.inputs.arrays(), *found.down.arrays(), found.bias, found.norm]
+    together = b"".join(np.ascontiguousarray(plane[1]).tobytes() for plane in planes)
+    assert raw[1, : len(together)].tobytes() == together and not raw[1, len(together) :].any()
+    assert form.nbytes - len(together) < 64
+
+
+def drawn(random: np.random.Generator, kind: RowKind, size: tuple[int, ...]) -> Floats:
+    """Weights; ternary ones have one size a row."""
+    values = random.standard_normal(size).astype(np.float32)
+    return np.asarray(np.sign(values) * 0.25 if kind == "ternary" else values, np.float32)
+
+
+def same(a: Rows, b: Rows) -> bool:
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a.arrays(), b.arrays(), strict=True))
+
+
+@given(st.sampled_from(NARROW), st.integers(1, 40), st.integers(0, 1 << 30))
+@settings(max_examples=30, deadline=None)
+def test_narrow_rows_stand_for_as_much_when_they_are_widened(kind: RowKind, blocks: int, seed: int) -> None:
+    weights = np.random.default_rng(seed).standard_normal((4, blocks * BLOCK)).astype(np.float32)
+    form, wide = RowFormat(kind, blocks * BLOCK), RowFormat("int4", blocks * BLOCK)
+    rows = form.views(encode_rows(weights, form))
+    widened = form.wide(rows)
+    assert [a.shape[1:] for a in widened.arrays()] == [shape for _, shape in wide.planes()]
+    assert (dequantise(widened, "int4") == dequantise(rows, kind)).all()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "f16", "ternary"])
+def test_rows_that_are_not_narrow_are_not_copied(kind: RowKind) -> None:
+    form = RowFormat(kind, 64)
+    rows = form.views(np.zeros((2, form.nbytes), np.uint8))
+    assert form.wide(rows) is rows
 
 
 @given(

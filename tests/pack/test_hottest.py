@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.arrays import PlainGroups
+from flashd.bundle.arrays import PlainRows
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import BLOCK, Floats
 from flashd.pack.families.properties import model_of
@@ -38,7 +38,7 @@ def test_every_neuron_has_its_place_and_hotter_ones_come_first(model: Architectu
     assert sorted(alone) == list(range(model.neurons)) and (np.diff(filled[alone]) <= 0).all()
     whole = hottest(sizes, model, whole=True).reshape(-1, BLOCK)
     assert (np.diff(filled[whole].sum(1)) <= 0).all()
-    assert sorted(whole[:, 0] // BLOCK) == list(range(model.groups)) and (np.diff(whole, axis=1) == 1).all()
+    assert sorted(whole[:, 0] // BLOCK) == list(range(model.neurons // BLOCK)) and (np.diff(whole, axis=1) == 1).all()
     assert not (whole[:, 0] % BLOCK).any()
 
 
@@ -67,10 +67,10 @@ def written_order(source: Path, bundle_path: Path) -> tuple[Numbers, Floats]:
     with Bundle(bundle_path) as bundle:
         m = bundle.header.model
         weights = Weights(file, family, m)
-        (groups,) = [groups for _, groups in bundle.groups(0, m.groups)]
+        inputs = bundle.all_groups(0).inputs
         tokens = sample_tokens(bundle.read("tokenizer"))[: m.context]
-    assert isinstance(groups, PlainGroups)
-    gates = groups.w[:, :, 0].reshape(m.neurons, -1).astype(np.float32)
+    assert isinstance(inputs, PlainRows)
+    gates = inputs.w.reshape(m.groups, m.inputs, m.group_neurons, m.hidden)[:, 0].reshape(m.neurons, m.hidden)
     theirs = weights.ffns(0)[0].inputs[0].rows(slice(None))
     real = np.abs(gates).max(1) > 0
     nearest = np.abs(gates[real, None] - theirs[None]).sum(2).argmin(1)

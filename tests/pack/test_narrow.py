@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle import prefix
-from flashd.bundle.arrays import QuantGroups, QuantRows
+from flashd.bundle.arrays import QuantRows
 from flashd.bundle.bits import pack_bits, unpack
 from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.row_kinds import NARROW, Bytes, Floats, RowKind
+from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.paged import PagedModel
+from flashd.engine.forward.products import use_threads
 from flashd.errors import DataError
 from flashd.pack.lossy import narrow_groups as narrowing
 from flashd.pack.lossy.calibration import Seen
 from flashd.pack.lossy.narrow_groups import ErrorBudget, Narrowing, Starts, Weigh, cut, floats, starts
 from flashd.pack.pack import pack
 from flashd.pack.rounding.gptq import DOUBT, encode_fed, factor
-from flashd.pack.rounding.rows import quantise
+from flashd.pack.rounding.rows import encode_groups, encode_rows
 from tests import tiny
 from tests.engine.test_paths import all_logits, opened, plan
 from tests.goldens.models import GOLDENS
@@ -49,18 +51,23 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.data())
 def test_fewer_bits_widen_to_nibbles_that_stand_for_as_much(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(NARROW))
-    form = GroupFormat(kind, 32)
+    form = GroupFormat(kind, 32, neurons=data.draw(st.sampled_from([32, 96])))
     bits, zero = form.row.bits, 1 << (form.row.bits - 1)
     random = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     raw = random.integers(0, 256, (2, form.nbytes), dtype=np.uint8)
-    q = random.integers(0, 1 << bits, (2, 32, 2, 32), dtype=np.uint8)
-    views = form.views(raw)
-    assert isinstance(views, QuantGroups)
-    views.q[:] = pack_bits(q, bits)
+    groups = form.views(raw)
+    for rows, row in ((groups.inputs, form.row), (groups.down, form.column)):
+        assert isinstance(rows, QuantRows)
+        q = random.integers(0, 1 << bits, (*rows.q.shape[:2], row.width), dtype=np.uint8)
+        rows.q[..., : row.weight_bytes] = pack_bits(q, bits)
     wide = form.groups(raw)
-    assert isinstance(wide, QuantGroups)
-    assert (unpack(wide.q, 4).astype(int) - 8 == q.astype(int) - zero).all()
-    assert (wide.scale == views.scale).all() and (wide.down_step.tobytes() == views.down_step.tobytes())
+    for rows, to, row in ((groups.inputs, wide.inputs, form.row), (groups.down, wide.down, form.column)):
+        assert isinstance(rows, QuantRows) and isinstance(to, QuantRows)
+        weights = to.q[..., : row.width // 2]
+        was = unpack(rows.q[..., : row.weight_bytes], bits)
+        assert (unpack(weights, 4).astype(int) - 8 == was.astype(int) - zero).all()
+        assert (to.q[..., row.width // 2 :] == rows.q[..., row.weight_bytes :]).all()  # digits have 4 bits anyway
+        assert (to.scale == rows.scale).all() and to.step.tobytes() == rows.step.tobytes()
 
 
 @pytest.mark.parametrize("kind", NARROW)
@@ -111,8 +118,7 @@ def uncorrelated(counts: np.ndarray) -> Floats:
 def decoded(raw: Bytes, form: RowFormat) -> Floats:
     """Narrow rows as what they stand for."""
     rows = form.views(raw)
-    assert isinstance(rows, QuantRows)
-    return dequantise(QuantRows(widened(rows.q, form.bits), rows.scale, rows.centre, rows.step), "int4")
+    return dequantise(form.wide(rows), "int4")
 
 
 def mixed(tokens: int, width: int) -> Floats:
@@ -142,12 +148,9 @@ def test_of_uncorrelated_inputs_each_weight_is_rounded_by_itself(kind: RowKind) 
     weights = np.random.default_rng(6).standard_normal((64, 128)).astype(np.float32)
     counts = np.random.default_rng(7).uniform(0.5, 2, 128).astype(np.float32)
     form, by = RowFormat(kind, 128), uncorrelated(counts)
-    rows = form.views(encode_fed(weights, form, by))
-    assert isinstance(rows, QuantRows)
+    raw = encode_fed(weights, form, by)
     once = (1 / np.square(np.diag(by))).reshape(1, 4, 32).astype(np.float32)
-    q, scale, centre, step = quantise(weights.reshape(64, 4, 32), kind, weigh=once)
-    assert (rows.q == pack_bits(q.reshape(64, 128), form.bits)).all()
-    assert (rows.scale == scale).all() and (rows.centre == centre).all() and (rows.step == step).all()
+    assert (raw == encode_rows(weights, form, weigh=once)).all()
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
@@ -168,35 +171,38 @@ def test_a_plain_ffn_with_biases_and_a_last_group_that_is_not_full(tmp_path: Pat
         bundle.verify()
     with opened(tmp_path / "m.flash", 0.0, 64) as part, opened(tmp_path / "m.flash", 1.0, 64) as whole:
         ids, last = np.arange(2, 20), np.array([17])
-        assert relative(whole.forward(ids, last), part.forward(ids, last)) <= 1e-3
+        assert np.array_equal(whole.forward(ids, last), part.forward(ids, last))
 
 
-def widened(q: np.ndarray, bits: int) -> np.ndarray:
-    return pack_bits((unpack(q, bits) + 8 - (1 << (bits - 1))).astype(np.uint8), 4)
-
-
-def test_matrices_are_those_of_the_groups(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("kind", ["int4", *NARROW])
+def test_matrices_are_those_of_the_groups(tiny_bundle: Path, kind: RowKind) -> None:
+    """The floats on which errors are measured are what the engine multiplies, whatever the bits on the card."""
     with Bundle(tiny_bundle) as bundle:
-        ((_, groups),) = bundle.groups(0, 3)
-        assert isinstance(groups, QuantGroups)
-        dense = floats(groups)
-        model = PagedModel(bundle, plan(bundle, 0.0, 64))
-        try:
-            h = np.random.default_rng(0).standard_normal((2, dense.down.shape[0])).astype(np.float32)
-            gate, up = (h @ m.T for m in dense.inputs)
-            expected = (gate / (1 + np.exp(-gate)) * up) @ dense.down.T
-            assert relative(expected, model._ffn._product(h, groups)) < 1e-4  # type: ignore[attr-defined]
-        finally:
-            model.close()
+        header = bundle.header
+    form = replace(header.group, kind=kind)
+    random = np.random.default_rng(0)
+    shape = (2 * form.neurons, form.hidden)
+    matrices = [random.standard_normal(shape).astype(np.float32) for _ in range(form.inputs)]
+    down = random.standard_normal(shape[::-1]).astype(np.float32)
+    records = [encode_rows(w, form.row) for w in matrices]
+    none = np.zeros((len(down.T), 0), np.float32), np.zeros(0, np.float32)
+    groups = form.groups(encode_groups(records, down, *none, form, None))
+    dense = floats(groups, form)
+    use_threads(2)
+    h = random.standard_normal((3, form.hidden)).astype(np.float32)
+    gate, up = (h @ m.T for m in dense.inputs)
+    expected = (gate / (1 + np.exp(-gate)) * up) @ dense.down.T
+    session = Constants(header, "float32").groups(groups)
+    assert relative(expected, multiplied(session, h=h, before=np.zeros_like(h))) < 1e-4
 
 
 def test_every_path_computes_the_same(narrow: Path) -> None:
     tokens = list(range(2, 40))
-    with opened(narrow, None) as model:
+    with opened(narrow, None, arithmetic="float32") as model:
         resident = all_logits(model, tokens, 16)
     for pinned in (0.0, 0.4, 1.0):
         with opened(narrow, pinned) as model:
-            assert relative(resident, all_logits(model, tokens, 16)) <= 1e-2  # a tiny model's rounded head
+            assert relative(resident, all_logits(model, tokens, 16)) <= 1e-4
 
 
 def test_a_pass_reads_fewer_bytes(narrow: Path, tiny_bundle: Path) -> None:
@@ -214,7 +220,8 @@ def test_a_pass_reads_fewer_bytes(narrow: Path, tiny_bundle: Path) -> None:
         assert ffn <= read < 1.3 * ffn  # some of the next pass is read ahead
         return int(read), ffn
 
-    assert bytes_of_a_pass(narrow)[1] < 0.85 * bytes_of_a_pass(tiny_bundle)[1]
+    # more than half of a row of 64 weights is digits and scales, which stay
+    assert bytes_of_a_pass(narrow)[1] < 0.87 * bytes_of_a_pass(tiny_bundle)[1]
 
 
 def test_what_was_measured_is_in_the_bundle(narrow: Path) -> None:
@@ -222,8 +229,6 @@ def test_what_was_measured_is_in_the_bundle(narrow: Path) -> None:
         bundle.verify()
         n = bundle.header.narrowed
         assert n and abs(n.loss) <= 0.9 and 0.001 < n.divergence < 0.5 and n.tokens > 1000
-    version = prefix.PREFIX.unpack(narrow.read_bytes()[: prefix.PREFIX.size])[1]
-    assert version == prefix.VERSION > prefix.PLAIN_VERSION
 
 
 def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +236,8 @@ def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         header = pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(-0.99, TEXT))
     assert header.narrowed is None and "packed exact" in caplog.text
-    assert prefix.PREFIX.unpack((tmp_path / "m.flash").read_bytes()[: prefix.PREFIX.size])[1] == prefix.PLAIN_VERSION
+    with Bundle(tmp_path / "m.flash") as bundle:
+        assert {part.form.kind for part in bundle.header.ffn_sections} == {"int4"}
 
 
 def test_rows_of_other_bits_and_short_texts_are_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.stages import vectors_behind_ffn
 from flashd.system.onnx_session import open_session
 
 Initialisers = dict[str, npt.NDArray[Any]]
@@ -76,7 +77,9 @@ class Constants:
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention."""
-        arrays, centred = self._of_attention(i, qkv, output, vectors)
+        behind = vectors_behind_ffn(self._model)
+        own = {name: vector for name, vector in vectors.items() if name not in behind}
+        arrays, centred = self._of_attention(i, qkv, output, own)
         graph = constant.attention(self._model, self._formats.attention, self._arithmetic, i, centred)
         return open_session(graph, arrays)
 
@@ -124,6 +127,8 @@ class Constants:
         arrays = inputs.named(f"{at}inputs")
         if groups.bias.size:
             arrays[f"{at}inputs.bias"] = by_matrix(groups.bias[..., None], m.inputs)[:, 0]
+        if groups.norm.size:
+            arrays[f"{at}neurons_norm"] = groups.norm.reshape(-1)
         with_centres = _centred(groups.down, kind, m.group_neurons)
         downs = [
             self._product(groups.down[g : g + 1].joined(), kind, m.group_neurons, with_centres).arrays
@@ -141,6 +146,8 @@ class Constants:
         arrays = inputs.named("inputs")
         if groups.bias.size:
             arrays["inputs.bias"] = groups.bias.reshape(-1)
+        if groups.norm.size:
+            arrays["neurons_norm"] = groups.norm.reshape(-1)
         with_centres = _centred(groups.down, kind, m.group_neurons)
         for number in range(len(groups)):
             down = groups.down[number : number + 1].joined()

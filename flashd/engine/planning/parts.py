@@ -67,7 +67,7 @@ def while_opening(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
 def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
     """Bytes of a group in an open session."""
     rows = held(form.row, form.inputs * form.neurons, arithmetic) + held(form.column, form.hidden, arithmetic)
-    return rows + 4 * form.biases * form.neurons
+    return rows + 4 * (form.biases + form.normed) * form.neurons
 
 
 def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:

@@ -246,7 +246,7 @@ class Calibration:
 
     def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
         """(activations [N, F] of an FFN's neurons for h [N, H], their columns [H, F])."""
-        return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases), ffn.down.rows()
+        return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases), ffn.columns()
 
     def activate(self, ffn: Dense, h: Floats) -> Floats:
         """Activations [N, F] of an FFN's neurons for h [N, H]."""

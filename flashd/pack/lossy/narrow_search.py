@@ -132,7 +132,7 @@ def _try_layer(
 
 def _dense(ffn: Ffn, order: Numbers) -> Dense:
     """An FFN's exact weights, its neurons in the given order. Neurons that only fill its last block are zero."""
-    down, bias = ffn.filled(len(order))
+    down, bias, _ = ffn.filled(len(order))
     filling = len(order) - ffn.neurons
     inputs = [np.pad(matrix.rows(slice(None)), ((0, filling), (0, 0)))[order] for matrix in ffn.inputs]
     return Dense(inputs, bias[order], down[:, order])

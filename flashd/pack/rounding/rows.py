@@ -68,14 +68,16 @@ def write(to: QuantRows, coded: Coded, form: RowFormat) -> None:
 
 
 def encode_groups(
-    inputs: list[Bytes], down: Floats, bias: Floats, form: GroupFormat, grid: Grid | None, weigh: Floats | None = None
-) -> Bytes:
+    inputs: list[Bytes], down: Floats, bias: Floats, norm: Floats, form: GroupFormat, grid: Grid | None,
+    weigh: Floats | None = None,
+) -> Bytes:  # fmt: skip
     """Records [g, nbytes] uint8 of g groups of N neurons.
 
     Args:
         inputs: for each input matrix (gate, up) the records [g N, row bytes] of its rows.
         down: the same neurons' columns of down_proj, [H, g N] float32.
         bias: the biases of the input rows, [g N, M] or [g N, 0] float32.
+        norm: the weights of the norm of activations, [g N] or [0] float32.
         grid: the source's own grid of `down`, each part [H, g N / 32].
         weigh: of narrow groups, how much a squared error of each neuron's column counts, [g N].
     """
@@ -89,7 +91,7 @@ def encode_groups(
         counts = None if weigh is None else weigh[part].reshape(1, -1, BLOCK)
         rows = encode_rows(np.ascontiguousarray(down[:, part]), column, own, weigh=counts)
         to.down.joined().take(column.views(rows))
-        to.bias[:] = bias[part].T.reshape(1, -1)
+        to.bias[:], to.norm[:] = bias[part].T.reshape(1, -1), norm[part]
     return raw
 
 

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from flashd.errors import DataError
 from flashd.pack.sources.folder_config import FolderModel
 
 Numbers = npt.NDArray[np.int64]

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from flashd.update.stick import Manifest
+from flashd.update.manifest import Manifest
 
 from device.appliance import check
-from flashd.cli.main import _parser
+from flashd.cli.parser import build as _parser
 from flashd.config import typed_yaml
 from flashd.config.settings import parse
 from flashd.errors import UsageError

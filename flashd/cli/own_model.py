@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
     from flashd.engine.cache.prefixes import Prefixes
     from flashd.engine.engine import Budget
+    from flashd.engine.planning.plan import Plan
 
 
 PACKING = 24 * 3600, 8 << 30, True
@@ -40,6 +41,20 @@ def bundle_of(model: Path | None) -> Path:
         with Bar(f"packing {model.name}, once", "weights") as bar:
             in_child(lambda: bundles.pack_into_cache(model, bar.show), Limits(*PACKING))
     return path
+
+
+def plan_for_answers(bundle: Bundle, budget: Budget) -> Plan:
+    """What a budget buys for `flashd ask`. Raises MemoryTooSmall.
+
+    A plan counts the RAM that this process holds. So what `ask` has loaded has to be loaded here too. Else the
+    least that works would be a few MiB less than `ask` needs.
+    """
+    import flashd.cli.commands.ask
+    import flashd.engine.cache.prefixes
+    import flashd.system.child  # noqa: F401
+    from flashd.engine.engine import plan_for
+
+    return plan_for(bundle, budget)
 
 
 def budget(options: Budgeted) -> Budget:

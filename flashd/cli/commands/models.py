@@ -77,11 +77,12 @@ def _found(used: Path | None) -> Iterator[Found]:
 
 def _look(path: Path, used: Path | None) -> Found:
     from flashd.bundle.reader import Bundle
-    from flashd.engine.engine import Budget, plan_for
+    from flashd.cli.own_model import plan_for_answers
+    from flashd.engine.engine import Budget
 
     with Bundle(path) as bundle:
         model = bundle.header.model
-        least = plan_for(bundle, Budget(memory=1 << 40)).smallest
+        least = plan_for_answers(bundle, Budget(memory=1 << 40)).smallest
     return Found(path.stem, str(path), model.name, model.family, path.stat().st_size, least, path.resolve() == used)
 
 

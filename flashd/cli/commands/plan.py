@@ -7,16 +7,14 @@ from dataclasses import asdict
 
 from flashd.bundle.reader import Bundle
 from flashd.cli.options import Plan
-from flashd.cli.own_model import budget, bundle_of
+from flashd.cli.own_model import budget, bundle_of, plan_for_answers
 from flashd.system.memory import MIB
 
 
 def plan(options: Plan) -> None:
     """Prints the parts of the budget, and what has to be read from the card."""
-    from flashd.engine.engine import plan_for
-
     with Bundle(bundle_of(options.bundle)) as bundle:
-        plan = plan_for(bundle, budget(options))
+        plan = plan_for_answers(bundle, budget(options))
     if options.json:
         print(json.dumps(asdict(plan) | {"total": plan.total}))
         return

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from flashd.update.manifest import Manifest
 
 from device.appliance import check
 from flashd.cli.parser import build as _parser
 from flashd.config import typed_yaml
 from flashd.config.settings import parse
 from flashd.errors import UsageError
+from flashd.update.manifest import Manifest
 from tests.documents import ROOT, Block, Document, commands, documents
 from tests.pictures import speed
 

@@ -24,7 +24,7 @@ from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
 from tests.daemon import clerk
-from tests.daemon.clerk import Clerk
+from tests.daemon.fake_worker import Clerk
 from tests.waiting import wait
 
 ASK = {"messages": [{"role": "user", "content": "Hello?"}]}

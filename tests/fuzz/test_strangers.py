@@ -165,7 +165,7 @@ def test_hugging_face_folders(folder: Path, tmp_path: Path, data: st.DataObject)
 
 def read(path: Path) -> None:
     """What packing does with what a model says of itself."""
-    _look(path, "int4")
+    _look(path, "int4", None)
     _within_limits(lambda: vocabulary(path), path, READING)
 
 

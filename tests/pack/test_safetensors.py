@@ -109,7 +109,10 @@ def test_routers_weigh_as_their_folders_say() -> None:
 
 def test_queries_keys_and_values_of_groups_of_heads_are_taken_apart() -> None:
     heads = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}
-    order = row_order(model_of(model_type="falcon", **heads, hidden_size=32), "blk.0.attn_qkv.weight")
+    falcon = model_of(model_type="falcon", **heads, hidden_size=32)
+    order = row_order(falcon, "blk.0.attn_qkv.weight", 64)
+    with pytest.raises(DataError, match="has 63 rows where its heads make 64"):
+        row_order(falcon, "blk.0.attn_qkv.weight", 63)
     assert order is not None
     assert (order.reshape(-1, 8)[:, 0] // 8).tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
 

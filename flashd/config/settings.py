@@ -105,9 +105,10 @@ class Kiosk(Strict, frozen=True, kw_only=True):
 
 
 class Updates(Strict, frozen=True, kw_only=True):
-    """Whether `flashd update` takes what nobody has signed."""
+    """What `flashd update` takes from a stick."""
 
     unsigned: bool = False
+    """Whether it takes a stick that nobody has signed. Whoever can plug one in can then change what the board does."""
 
 
 class Settings(Strict, frozen=True, kw_only=True):

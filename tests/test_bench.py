@@ -13,7 +13,7 @@ from flashd.bench.compare import DRAFTS, HYBRID, NAIVE, PEER, Row
 from flashd.bundle.reader import Bundle
 from flashd.cli.main import main
 from flashd.engine.paging.card import READ_BYTES
-from flashd.engine.planning.plan import BUFFERS
+from flashd.engine.planning.parts import BUFFERS
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests.board.shorten import shorten

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flashd.engine.paging.card import READ_BYTES
-from flashd.engine.planning.plan import BUFFERS
+from flashd.engine.planning.parts import BUFFERS
 from tests.board import image
 from tests.board.guest import CARD_SPEED, UART, Guest
 from tests.board.shorten import shorten

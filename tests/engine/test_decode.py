@@ -22,7 +22,7 @@ from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Guesses, Model, Tokens
 from flashd.engine.model.sizes import NODES
 from flashd.engine.paging.card import READ_BYTES
-from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
+from flashd.engine.planning.parts import BUFFERS, PREFILL_TOKENS
 from flashd.errors import UsageError
 from tests.engine.one_text import generate
 from tests.engine.test_paths import opened, tokens_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashd.engine.evaluate import perplexity
-from flashd.engine.planning.plan import PREFILL_TOKENS
+from flashd.engine.planning.parts import PREFILL_TOKENS
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB
 from tests.conftest import DATA
@@ -59,8 +59,8 @@ def test_who_stops_in_the_middle_leaves_the_next_pass_right(tmp_path: Path) -> N
 
 EVAL = """
 import sys
-from flashd.cli import main
-from flashd.engine.plan import peak
+from flashd.cli.main import main
+from flashd.system.memory import peak
 code = main(sys.argv[1:])
 print(peak())
 sys.exit(code)

@@ -18,9 +18,11 @@ from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.reader import Bundle
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.branches import Branches, behind
-from flashd.engine.planning.plan import BUFFERS, Plan, make_plan, smallest
+from flashd.engine.planning import parts
+from flashd.engine.planning import plan as planning
+from flashd.engine.planning.parts import BUFFERS
+from flashd.engine.planning.plan import make_plan, smallest
 from flashd.pack.pack import pack
-from flashd.system import memory as planning
 from tests import tiny
 from tests.engine.test_paths import plan
 
@@ -80,28 +82,35 @@ def test_a_draft_chooses_among_the_rows_in_ram(bundle: Path) -> None:
 
 
 def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "LIKELY", KEPT)
-    monkeypatch.setattr(planning, "_resident_parts", lambda header, context: None)
-    with Bundle(bundle) as opened:
-        header = opened.header
-    least, a_group = smallest(header, 64, 0), header.model.layers * header.group.nbytes
-    row, m = header.row_format("head").nbytes, header.model
-
-    def of(memory: int) -> Plan:
-        return make_plan(header, memory=memory, context=64, threads=1, base=0)
-
-    assert (of(least).head_rows, of(least).pinned_groups) == (KEPT, 0)
-    assert (of(least + a_group).head_rows, of(least + a_group).pinned_groups) == (KEPT, 1)
-    full = of(least + m.groups * a_group + ROWS_OF_A_RUN * row)
-    assert (full.head_rows, full.pinned_groups) == (KEPT + ROWS_OF_A_RUN, m.groups)
-    assert full.card_bytes == (m.vocabulary - full.head_rows) * row
-    everything = of(1 << 40)
-    assert (everything.head_rows, everything.card_bytes) == (m.vocabulary, 0)
-    for made in (of(least), full, everything):
-        assert made.total <= made.memory
-        assert made.parts["head"] == made.head_rows * row
+    # a model of f16 rows is never held as a whole
+    header = pack(tiny.write(tmp_path / "tiny.gguf"), tmp_path / "tiny.flash", "f16")
+    least, m = smallest(header, 64, 0), header.model
+    form, size = header.row_format("head"), parts.group_held(header.group, "float32")
+    head_bytes = parts.held(form, m.vocabulary, "float32")
+    seen = set()
+    for more in range(0, 4 * (m.layers * m.groups * size + head_bytes), size // 2):
+        made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
+        pinned = sum(made.pinned)
+        assert not made.resident and made.total <= made.memory
+        # over all layers, the first getting one more, and what is left is not worth another group
+        assert max(made.pinned) - min(made.pinned) <= 1 and list(made.pinned) == sorted(made.pinned, reverse=True)
+        assert made.parts["pinned neurons"] == pinned * size
+        if pinned < m.layers * m.groups:
+            assert made.head_rows == KEPT
+        else:
+            assert made.head_rows == m.vocabulary or (made.head_rows - KEPT) % ROWS_OF_A_RUN == 0
+        assert made.parts["head"] == parts.held(form, made.head_rows, "float32")
+        passing = (m.layers * m.groups - pinned) * header.group.nbytes
+        assert made.card_bytes == passing + (m.vocabulary - made.head_rows) * form.nbytes
+        seen.add((pinned, made.head_rows))
+    # whatever is given is used, from nothing to everything, and never less of it for more memory
+    order = sorted(seen)
+    assert order[0] == (0, KEPT) and order[-1] == (m.layers * m.groups, m.vocabulary)
+    assert [pinned for pinned, rows in order if rows == KEPT] == list(range(m.layers * m.groups + 1))
+    assert len([rows for _, rows in order if rows > KEPT]) > 5
 
 
 def test_a_head_that_is_not_checked_by_rows_is_refused(bundle: Path) -> None:
@@ -115,5 +124,5 @@ def test_a_head_that_is_not_checked_by_rows_is_refused(bundle: Path) -> None:
     checksums = msgspec.structs.replace(header.checksums, length=8 * first)
     forged = msgspec.structs.replace(header, sections=sections, checksums=checksums)
     body = encode(forged, 1 << 40)[PREFIX.size :]
-    with pytest.raises(BadSection, match="'head' has runs of 2432 bytes, not 1216"):
+    with pytest.raises(BadSection, match="'head' has runs of 4352 bytes, not 2176"):
         decode_header(body, digest(body), 1 << 40)

@@ -31,7 +31,7 @@ from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Model
 from flashd.engine.paging.card import READ_BYTES
-from flashd.engine.planning.plan import BUFFERS, PREFILL_TOKENS
+from flashd.engine.planning.parts import BUFFERS, PREFILL_TOKENS
 from flashd.pack.pack import pack
 from tests import tiny
 from tests.engine.one_text import generate

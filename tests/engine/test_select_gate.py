@@ -16,7 +16,7 @@ import pytest
 from flashd.bundle import codec, header, prefix
 from flashd.bundle.arrays import PlainNeurons
 from flashd.bundle.errors import BadSection, DamagedHeader
-from flashd.bundle.formats import PairFormat
+from flashd.bundle.formats import NeuronFormat
 from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
@@ -159,7 +159,7 @@ def test_the_plan_counts_gates(gated: Path) -> None:
         plan = planned(least + 100 * bundle.header.unit_bytes)
         assert sum(plan.slots) == 100 and plan.total <= plan.memory
         sections = {s.name: s.length for s in bundle.header.sections}
-        held = sum(sections[f"layer.{i}.{p}"] for i in range(LAYERS) for p in ("gate", "floors", "steps", "groups"))
+        held = sum(sections[f"layer.{i}.{p}"] for i in range(LAYERS) for p in ("gate", "floors"))
         assert plan.parts["gates"] == held > LAYERS * FILLED * bundle.header.row_format("gate").nbytes
         model = PagedModel(bundle, plan)
         try:
@@ -407,13 +407,6 @@ def test_a_header_with_other_gates_than_the_file_is_refused(
         codec.decode_header(body, prefix.digest(body), gated.stat().st_size)
 
 
-@pytest.mark.parametrize("number", [-1, FILLED // BLOCK, 1 << 30])
-def test_a_neuron_in_no_group_is_refused(gated: Path, tmp_path: Path, number: int) -> None:
-    (tmp_path / "m.flash").write_bytes(signed(gated, "layer.2.groups", np.full(1, number, "<i4").tobytes()))
-    with pytest.raises(BadSection, match="not one of the layer's 7"), model_of(tmp_path / "m.flash", 9):
-        pass
-
-
 def test_floors_that_are_no_numbers_choose_nothing(gated: Path, tmp_path: Path) -> None:
     floors: Floats = np.full(FILLED, np.nan, np.float32)
     (tmp_path / "m.flash").write_bytes(signed(gated, "layer.1.floors", floors.tobytes()))
@@ -436,7 +429,9 @@ def test_one_format_for_the_file_and_the_window(gated: Path) -> None:
     with Bundle(gated) as bundle:
         form = bundle.header.neuron
         raw = np.frombuffer(bundle.read("layer.0.ffn"), np.uint8).reshape(-1, form.nbytes)
-    assert isinstance(form, PairFormat) and len(raw) == FILLED
+    # the row of up, and the column of down as a row of its own
+    assert isinstance(form, NeuronFormat) and (form.inputs, form.biases, len(raw)) == (1, 0, FILLED)
     slots = form.empty(3)
     slots.take(form.views(raw)[:3])
-    assert slots.nbytes == 3 * form.nbytes and np.array_equal(slots.down, form.views(raw)[:3].down)
+    assert slots.nbytes == 3 * form.nbytes == 3 * 2 * form.row.nbytes
+    assert all(np.array_equal(a, b) for a, b in zip(slots.arrays(), form.views(raw)[:3].arrays(), strict=True))

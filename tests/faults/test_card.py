@@ -167,7 +167,7 @@ def test_what_failed_while_nobody_asked_is_read_again(card: Card, error: type[Ex
         card.pull(after=0)
         stream.read_ahead()
         for read in stream._reads:
-            assert isinstance(read.groups.exception(), error)
+            assert isinstance(read.made.exception(), error)
         card.put_back()
         assert [data.shape[0] for i in range(2) for _, data in stream.section(i)] == [2, 2]
         stream.close()
@@ -199,7 +199,7 @@ def test_a_slow_card_is_waited_for_and_work_is_seen_to_go_on(card: Card, expecte
 
 SECTIONS = [
     "tokenizer",
-    "graph.ffn",
+    "rope",
     "vectors",
     "head",
     "layer.0.vectors",

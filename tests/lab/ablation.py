@@ -20,13 +20,15 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
 from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
+from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.selected_ffn import SelectedFfn, ignore
 from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model.contract import CardStats
 from flashd.engine.paging.eviction import Frequency, Mask, shares
-from flashd.engine.planning.plan import BUFFERS, Plan, make_plan, passing_groups, rates_of
+from flashd.engine.planning.parts import BUFFERS
+from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.pack import pack
 from tests.lab import corpus
@@ -133,12 +135,12 @@ def judge(made: dict[str, Path], tokens: list[int]) -> None:
 def plan_of(bundle: Bundle, ram: float) -> Plan:
     """A plan with room for so much of the FFN, predictors included."""
     header, rates = bundle.header, rates_of(bundle)
-    full = make_plan(header, memory=1 << 40, context=header.model.context, threads=1, base=0, rates=rates)
+    full = make_plan(
+        header, memory=1 << 40, context=header.model.context, threads=1, base=0, rates=rates, arithmetic="float32"
+    )
     if rates is None:
-        pinned = int(ram * header.model.groups)
-        return replace(
-            full, resident=False, pinned_groups=pinned, passing_groups=passing_groups(header), buffers=BUFFERS
-        )
+        pinned = (int(ram * header.model.groups),) * header.model.layers
+        return replace(full, resident=False, pinned=pinned, buffers=BUFFERS)
     room = ram * rates.size * header.unit_bytes - full.parts["predictors"]
     return replace(full, slots=tuple(shares(rates, int(room / header.unit_bytes)) if ram < 1 else full.slots))
 
@@ -184,11 +186,11 @@ def table(made: dict[str, Path], path: Path, tokens: list[int], ram: float) -> l
 
 def _dense(bundle: Bundle, name: str, ram: float, tokens: list[int]) -> Row:
     plan = plan_of(bundle, ram)
-    with opened(bundle, plan, StreamedFfn(bundle, plan)) as model:
+    with opened(bundle, plan, StreamedFfn(bundle, Constants(bundle.header, "float32"), plan)) as model:
         for token in tokens[:DENSE_PASSES]:  # each costs the same
             model.forward(np.array([token]), np.array([0]))
-        layers = bundle.header.model.layers
-        a_pass = (bundle.header.model.groups - plan.pinned_groups) * bundle.header.group.nbytes * layers
+        m = bundle.header.model
+        a_pass = (m.layers * m.groups - sum(plan.pinned)) * bundle.header.group.nbytes
         card = model.card
     # read ahead counts too: what of it belongs to a pass is what a pass wants
     passes = card.bytes_wanted / a_pass

@@ -27,7 +27,7 @@ from flashd.bundle.prefix import PLAIN_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import ROW_KINDS, RowKind
 from flashd.engine.forward.streamed_ffn import stream_past
-from flashd.engine.model.kv_cache import lendable_bytes
+from flashd.engine.model.kv_cache import SPARE, lendable_bytes
 from flashd.engine.paging.card import Extent, pages_of, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan, make_plan
@@ -146,17 +146,17 @@ def foresee(
     if m.experts:
         assert routing is not None
         mixture = _mixture(header, plan, routing)
-        passing = [_cost(header, e) for e in stream_past(header, m.groups, plan.head_rows)]
+        passing = [_cost(header, e) for e in stream_past(header, (m.groups,) * m.layers, plan.head_rows)]
         return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
-    pinned = plan.groups_beside(lendable_bytes(m, context - text), m.layers * header.group.nbytes)
+    pinned = plan.pinned_beside(lendable_bytes(m, context + SPARE - text))
     passing = [_cost(header, e) for e in stream_past(header, pinned, plan.head_rows)]
-    return Forecast(plan, pinned / m.groups, sum(passing), len(passing))
+    return Forecast(plan, sum(pinned) / (m.layers * m.groups), sum(passing), len(passing))
 
 
 def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:
     """(bytes, reads) a token of the later half of the tokens: experts that are not in RAM are read, none guessed."""
     m, size = header.model, header.model.expert_groups
-    capacity, most = plan.pinned_groups // size, units_of_a_read(header.group.nbytes)
+    capacity, most = plan.pinned[0] // size, units_of_a_read(header.group.nbytes)
     recent = [LeastRecentlyUsed(m.groups // size) for _ in range(m.layers)]
     here = [set(range(capacity)) for _ in range(m.layers)]
     nbytes = reads = 0

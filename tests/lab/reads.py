@@ -20,7 +20,7 @@ import numpy as np
 from flashd.bundle.reader import Bundle
 from flashd.engine.forward.streamed_ffn import stream_past
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, CardPicks, CardStream, pages_of
-from flashd.engine.planning.plan import BUFFERS
+from flashd.engine.planning.parts import BUFFERS
 
 SECONDS = 8
 """Of each measurement."""
@@ -37,7 +37,7 @@ class Rate:
 def streamed(bundle: Bundle) -> Rate:
     """All of a pass for which nothing is pinned."""
     header = bundle.header
-    stream = CardStream(bundle, stream_past(header, 0, header.model.vocabulary), BUFFERS)
+    stream = CardStream(bundle, stream_past(header, (0,) * header.model.layers, header.model.vocabulary), BUFFERS)
     started = time.perf_counter()
     for _ in chain.from_iterable(map(stream.section, range(len(header.ffn_sections)))):
         if time.perf_counter() - started > SECONDS:

@@ -22,7 +22,8 @@ from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.sizes import NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
-from flashd.engine.planning.plan import BUFFERS, make_plan, smallest
+from flashd.engine.planning.parts import BUFFERS
+from flashd.engine.planning.plan import make_plan, smallest
 from flashd.errors import DataError
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB, parse_size

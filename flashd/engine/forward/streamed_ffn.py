@@ -19,15 +19,23 @@ from flashd.engine.paging.card import CardStream, Extent, extents
 from flashd.engine.planning.plan import Plan
 
 
-def stream_past(header: Header, here: tuple[int, ...], head_rows: int) -> list[Extent]:
+def stream_past(
+    header: Header, here: tuple[int, ...], head_rows: int, to_stay: tuple[int, ...] | None = None
+) -> list[Extent]:
     """What a pass that needs everything finds on the card: the groups that are not here, then rows of the head.
 
-    `here`: of each layer, so many first groups are in RAM.
+    Args:
+        here: of each layer, so many first groups are in RAM.
+        to_stay: of each layer, so many first groups will be. Those that come are read one by one, so that each can
+            stay, and go again, by itself. None: as many as are here.
     """
     schedule = []
     for section, part in enumerate(header.ffn_sections):
-        groups = range(min(max(here[part.layer] - part.first, 0), part.count), part.count)
-        schedule += extents(section, groups, part.form.nbytes)
+        first, later = (
+            min(max(groups[part.layer] - part.first, 0), part.count) for groups in (here, to_stay or here)
+        )
+        schedule += [Extent(section, group, 1) for group in range(first, later)]
+        schedule += extents(section, range(max(first, later), part.count), part.form.nbytes)
     runs = range(-(-head_rows // ROWS_OF_A_RUN), -(-header.model.vocabulary // ROWS_OF_A_RUN))
     return schedule + extents(len(header.ffn_sections), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
 
@@ -57,7 +65,8 @@ class StreamedFfn:
             for layer in range(self._model.layers)
         ]
         self._pinned: list[list[_Pinned]] = []  # of each layer, its first groups, in order
-        self._goal = self._scheduled = plan.pinned
+        self._goal = plan.pinned
+        self._scheduled = plan.pinned, plan.pinned
         self.stream = CardStream(
             bundle, stream_past(bundle.header, plan.pinned, plan.head_rows), plan.buffers, self._session
         )
@@ -89,6 +98,7 @@ class StreamedFfn:
         parts = self._bundle.groups(layer, count, at_once=max(count, 1))
         self._pinned.append([_Pinned(self._constants.groups(groups), len(groups)) for _, groups in parts])
         if len(self._pinned) == self._model.layers:
+            self._settle()
             self.stream.read_ahead()
 
     def enter(self, layer: int, x: Floats) -> None:
@@ -126,10 +136,10 @@ class StreamedFfn:
 
     def _settle(self) -> None:
         """Has the card give what no longer is in RAM, and no more what now is."""
-        here = self._here
-        if here != self._scheduled:
-            self.stream.restart(stream_past(self._bundle.header, here, self._plan.head_rows))
-            self._scheduled = here
+        here, goal = self._here, self._goal
+        if (here, goal) != self._scheduled:
+            self.stream.restart(stream_past(self._bundle.header, here, self._plan.head_rows, goal))
+            self._scheduled = here, goal
 
     def _session(self, extent: Extent, raw: Bytes) -> Any:
         """A session of what was read, groups or rows of the head; called in the thread that read it."""

@@ -108,7 +108,7 @@ class Updates(Strict, frozen=True, kw_only=True):
     """What `flashd update` takes from a stick."""
 
     unsigned: bool = False
-    """Whether it takes a stick that nobody has signed. Whoever can plug one in can then change what the board does."""
+    """Whether it takes a stick that nobody has signed. Anybody who can plug one in can then change the board."""
 
 
 class Settings(Strict, frozen=True, kw_only=True):

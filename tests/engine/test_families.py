@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flashd.bundle.row_kinds import RowKind
 from flashd.engine.model.branches import Branches, behind
 from flashd.graphs.constant import Arithmetic
 from flashd.pack.families.registry import FAMILIES
 from flashd.pack.pack import pack
 from tests.engine.test_head import model as with_head
-from tests.engine.test_paths import ARITHMETICS, all_logits, opened
+from tests.engine.test_paths import all_logits, opened
 from tests.goldens.models import GOLDENS, TOKENS, Floats
 from tests.reference import kl, relative
 
@@ -28,15 +28,23 @@ def test_f16_rows_agree_with_transformers(tmp_path: Path, name: str) -> None:
     golden = GOLDENS[name]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
     expected, tokens = golden.logits(name), TOKENS.tolist()
-    # float16 rounds products: of embeddings with projections, of columns with the weights of the neurons' norm
-    folded = "project_in.weight" in golden.model or "ffn_sub_norm.weight" in golden.layer
-    limit = 1e-3 if folded else 2e-5
-    found = []
+    # float16 rounds products of embeddings with projections
+    limit = 1e-3 if "project_in.weight" in golden.model else 2e-5
     for pinned in (0.0, 0.5, 1.0):
         with opened(tmp_path / "m.flash", pinned, 64) as model:
-            found += [all_logits(model, tokens, chunk) for chunk in (20, 1)]
-    assert farthest(expected, found[0]) < limit
-    assert all(np.array_equal(found[0], logits) for logits in found)
+            assert farthest(expected, all_logits(model, tokens, 20)) < limit
+            assert farthest(expected, all_logits(model, tokens, 1)) < limit
+
+
+@pytest.mark.parametrize("rows", ["int4", "f16"])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_what_is_pinned_changes_no_bit(tmp_path: Path, name: str, rows: RowKind) -> None:
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", rows)
+    found = []
+    for pinned, chunk in ((0.0, 20), (0.5, 48), (1.0, 1)):
+        with opened(tmp_path / "m.flash", pinned, 64) as model:
+            found.append(all_logits(model, TOKENS.tolist(), chunk))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -46,12 +54,10 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
     expected, tokens = golden.logits(name), TOKENS.tolist()
     with opened(tmp_path / "m.flash", 0.3, 64) as model:
         streamed = all_logits(model, tokens, 20)
-        assert np.array_equal(streamed, all_logits(model, tokens, 1))
-    for arithmetic, chunk in itertools.product(ARITHMETICS, (48, 1)):
-        with opened(tmp_path / "m.flash", None, 64, arithmetic) as model:
+    with opened(tmp_path / "m.flash", None, 64, "float32") as model:
+        for chunk in (48, 1):
             resident = all_logits(model, tokens, chunk)
-            if arithmetic == "float32":
-                assert relative(streamed, resident) < 1e-3
+            assert relative(streamed, resident) < 1e-4
             if "expert_count" in golden.keys:
                 # where rounding changes which expert a random router chooses, what looks at it is another
                 apart = [relative(e, r) for e, r in zip(expected, resident, strict=True)]
@@ -61,17 +67,18 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
 
 
 def test_ternary_rows_agree_with_transformers(tmp_path: Path) -> None:
-    """Only the head is rounded, and in a whole model what goes into products, in blocks of 32. BitNet's training
-    rounds that to 8 bits a token, which flashd does not: all of a layer's activations would have to be there."""
+    """Only the head is rounded. BitNet's training rounds what goes into each product of its layers to 8 bits a
+    token, which flashd does not: the whole of a layer's activations would have to be there first."""
     golden = GOLDENS["bitnet"]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
-    paged: list[tuple[float | None, Arithmetic]] = [(0.0, "float32"), (0.5, "float32"), (1.0, "float32")]
-    for pinned, arithmetic in [*paged, (None, "int8"), (None, "float32")]:
+    # int8 rounds what goes into products to 8 bits too, as that training does, though block by block
+    paged: list[tuple[float | None, Arithmetic, float]] = [(p, "float32", 0.012) for p in (0.0, 0.5, 1.0)]
+    for pinned, arithmetic, limit in [*paged, (None, "float32", 0.012), (None, "int8", 0.02)]:
         with opened(tmp_path / "m.flash", pinned, 64, arithmetic) as model:
             for chunk in (20, 1):
                 logits = all_logits(model, TOKENS.tolist(), chunk)
-                assert farthest(golden.logits("bitnet"), logits) < 0.012
-                assert kl(golden.logits("bitnet"), logits) < 1e-4
+                assert farthest(golden.logits("bitnet"), logits) < limit
+                assert kl(golden.logits("bitnet"), logits) < (4e-4 if arithmetic == "int8" else 1e-4)
                 assert kl(golden.logits("bitnet", "rounded"), logits) < 5e-4
 
 

@@ -24,6 +24,7 @@ from flashd.graphs.onnx_bytes import MICROSOFT
 from flashd.graphs.products import linear
 from flashd.graphs.stages import stages
 from flashd.pack.pack import pack
+from flashd.system.onnx_session import open_session
 from tests.engine.test_paths import opened
 from tests.goldens.models import GOLDENS, TOKENS
 
@@ -95,7 +96,7 @@ def check(graph: bytes) -> onnx.ModelProto:
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bytes, dict[str, Any]]]]:
     """The graphs with constants that sessions are opened of, with their constants."""
     graphs: list[tuple[bytes, dict[str, Any]]] = []
-    real = constants.open_session
+    real = open_session
 
     def opening(graph: bytes, initialisers: dict[str, Any]) -> Any:
         graphs.append((graph, initialisers))

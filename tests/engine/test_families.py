@@ -9,6 +9,7 @@ import pytest
 
 from flashd.bundle.row_kinds import RowKind
 from flashd.engine.model.branches import Branches, behind
+from flashd.graphs.constant import Arithmetic
 from flashd.pack.pack import pack
 from flashd.pack.sources.families import FAMILIES
 from tests.engine.test_head import model as with_head
@@ -71,9 +72,11 @@ def test_ternary_rows_agree_with_transformers(tmp_path: Path) -> None:
     golden = GOLDENS["bitnet"]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     # int8 rounds what goes into products to 8 bits too, as that training does, though block by block
-    for pinned, arithmetic, limit in (
-        *((pinned, None, 0.012) for pinned in (0.0, 0.5, 1.0)), (None, "float32", 0.012), (None, "int8", 0.02),
-    ):  # fmt: skip
+    whole: list[tuple[Arithmetic, float]] = [("float32", 0.012), ("int8", 0.02)]
+    for pinned, arithmetic, limit in [
+        *((pinned, None, 0.012) for pinned in (0.0, 0.5, 1.0)),
+        *((None, *w) for w in whole),
+    ]:
         with opened(tmp_path / "m.flash", pinned, 64, arithmetic) as model:
             for chunk in (20, 1):
                 logits = all_logits(model, TOKENS.tolist(), chunk)

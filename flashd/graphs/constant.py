@@ -4,14 +4,16 @@ Four kinds: the attention of a layer, some units of a layer's FFN, whole layers 
 A constant takes 5 to 7 bits a weight in RAM and is multiplied 20 to 50 times as fast as rows that are widened first.
 
 There are two arithmetics. *int8* rounds what goes into a product to 8 bits in blocks of 32, as llama.cpp does:
-MatMulNBits at accuracy level 4. Its sums do not depend on how many tokens a pass has, and everything here keeps to
-that, so an answer is the same to the bit whatever is in RAM and however many tokens share a pass:
+MatMulNBits at accuracy level 4, for models that stay whole. *float32* rounds nothing: level 1, for models that page
+and where RAM is scarce. A paged model's logits are the same to the bit whatever is in RAM and however many tokens
+share a pass:
 
-- a unit's share in an FFN is a product of its own, and shares are added in the units' order;
-- attention gets one row more than there are tokens, because its products of one row add up in another order;
-- a block's centre meets the sum of the input's block, rounded to 8 bits like all input.
+- a group's share in an FFN is a product of its own, and shares are added in the groups' order;
+- a single row is doubled, because products of one row add up in another order than those of several;
+- attention gets one row more than there are tokens, for the same reason.
 
-*float32* (accuracy level 1) rounds nothing. It is slower, and its last bits depend on the number of tokens.
+The centres of a row's blocks are digits behind its weights. So what goes into a product is followed by the means of
+its blocks, twice, if any centre is not zero.
 """
 
 from __future__ import annotations

@@ -42,7 +42,19 @@ from flashd.system.paths import snapshot_folder
 
 log = logging.getLogger(__name__)
 
-NEEDS_RESTART = ("model", "memory", "context", "threads", "card", "schemas", "snapshots", "api", "spool", "serial")
+NEEDS_RESTART = (
+    "model",
+    "memory",
+    "context",
+    "threads",
+    "arithmetic",
+    "card",
+    "schemas",
+    "snapshots",
+    "api",
+    "spool",
+    "serial",
+)
 """What a reload does not change."""
 
 
@@ -124,7 +136,7 @@ class Daemon:
             self._notify.status(f"loading {100 * done // total} %")
 
         self._notify.status("loading")
-        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads, clients=CLIENTS)
+        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads, s.arithmetic, CLIENTS)
         try:
             return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
         except MemoryTooSmall as error:

@@ -34,7 +34,7 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
     [
         (
             "context: 1024\nmodle: x",
-            "line 2: 'modle' is not known; allowed are model, memory, context, threads, card, answer, api, "
+            "line 2: 'modle' is not known; allowed are model, memory, context, threads, arithmetic, card, answer, api, "
             "spool, kiosk, mute_pin, schemas, snapshots, serial, sensors, triggers, outputs",
         ),
         (

@@ -28,6 +28,9 @@ def check_range(option: str, value: float | None, holds: bool, allowed: str) -> 
         raise UsageError(f"{option} {value:g} is out of range; allowed is {allowed}")
 
 
+Arithmetic = Literal["int8", "float32"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budgeted:
     """Options of every command that loads or plans a model."""
@@ -35,6 +38,7 @@ class Budgeted:
     memory: int | None  # bytes; None: what is free
     context: int | None  # tokens; None: CONTEXT
     threads: int | None  # None: all processors
+    arithmetic: Arithmetic
 
     def __post_init__(self) -> None:
         check_range("--context", self.context, (self.context or 0) >= 2, "2 or more")
@@ -70,6 +74,7 @@ class Answering(Budgeted):
         """The options given that ask for a model or a budget of this process's own."""
         given = {
             "--model": self.model, "--memory": self.memory, "--context": self.context, "--threads": self.threads,
+            "--arithmetic": self.arithmetic != "int8",
             "--ignore-eos": self.ignore_eos, "--no-drafts": self.no_drafts, "--no-snapshots": self.no_snapshots,
         }  # fmt: skip
         return [option for option, value in given.items() if value]

@@ -61,7 +61,8 @@ def budget(options: Budgeted) -> Budget:
     """What the command may use."""
     from flashd.engine.engine import Budget
 
-    return Budget(options.memory, CONTEXT if options.context is None else options.context, options.threads)
+    context = CONTEXT if options.context is None else options.context
+    return Budget(options.memory, context, options.threads, options.arithmetic)
 
 
 def prefixes(bundle: Bundle, no_snapshots: bool) -> Prefixes | None:

@@ -125,6 +125,12 @@ class Settings(Strict, frozen=True, kw_only=True):
     """Tokens of a prompt and its answer together."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     """Processors to use. Without this key all are used."""
+    arithmetic: Literal["int8", "float32"] = "int8"
+    """How a model that fits in RAM is multiplied.
+
+    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. A model that does not fit is
+    always multiplied in float32.
+    """
     card: Card = Card()
     """What happens while the card is pulled."""
     answer: Answering = Answering()

@@ -8,6 +8,7 @@ from flashd.bundle.arrays import Rows
 from flashd.bundle.reader import Bundle
 from flashd.bundle.row_kinds import Floats
 from flashd.engine.forward import products, stages
+from flashd.engine.forward.constants import at_least_two
 from flashd.engine.paging.eviction import Numbers
 from flashd.graphs.in_place import graph
 
@@ -30,5 +31,6 @@ class Router:
 
     def __call__(self, layer: int, x: Floats) -> tuple[Numbers, Floats]:
         """x [T, H] -> (numbers of the K experts that each token uses [T, K] int64, their weights [T, K] float32)."""
-        used, weights = self._route({}, scores=self._product(x, self._rows[layer]))
+        scores = self._product(at_least_two(x), self._rows[layer])[: len(x)]
+        used, weights = self._route({}, scores=scores)
         return np.asarray(used, np.int64), weights

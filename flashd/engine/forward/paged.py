@@ -171,7 +171,7 @@ class PagedModel:
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
-        x, parts = self._embed(tokens, places.positions[0]), places.parts(sizes.TOKENS_AT_ONCE)
+        x, parts = self._embed(tokens, places.positions[0, : len(tokens)]), places.parts(sizes.TOKENS_AT_ONCE)
         for i, vectors in enumerate(self._layers):
             if exact:
                 self._ffn.enter(i, x)

@@ -78,7 +78,7 @@ def silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("silu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flashd.pack.lossy.gate_search.WORTH", 9.0)
-        patch.setattr(gates, "LEVELS", (0.4,))
+        patch.setattr("flashd.pack.lossy.gate_search.LEVELS", (0.4,))
         pack(GOLDENS["llama3"].write(folder / "m.gguf"), folder / "m.flash", "f16", allowed=Gating(0.9, LIKE_TO_COME))
     return folder / "m.flash"
 

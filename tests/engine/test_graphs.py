@@ -68,6 +68,10 @@ def parts_of_the_smallest(header: Header) -> int:
 # --- what is written is ONNX ------------------------------------------------------------------------------
 
 
+OF_ONNXRUNTIME = {"SimplifiedLayerNormalization"}
+"""Operators in onnx's own domain that onnx itself does not know."""
+
+
 def check(graph: bytes) -> onnx.ModelProto:
     """The graph as onnx reads it, checked by it. Operators of Microsoft's are not known to it."""
     model = onnx.load_model_from_string(graph)
@@ -78,9 +82,9 @@ def check(graph: bytes) -> onnx.ModelProto:
     known = {*(i.name for i in model.graph.input), *(i.name for i in model.graph.initializer), ""}
     for node in model.graph.node:
         assert set(node.input) <= known, f"{node.op_type} of what comes later"
-        if node.domain != MICROSOFT:
+        if node.domain != MICROSOFT and node.op_type not in OF_ONNXRUNTIME:
             onnx.checker.check_node(node, context)
-        assert not known & set(node.output), f"{node.op_type} gives what is there already"
+        assert not known & (set(node.output) - {""}), f"{node.op_type} gives what is there already"
         known |= set(node.output)
     for value in (*model.graph.input, *model.graph.output):
         onnx.checker.check_value_info(value, context)
@@ -192,5 +196,5 @@ def test_a_session_takes_what_the_plan_counts(tiny_bundle: Path, kind: RowKind, 
     asked = [str(tiny_bundle), kind, arithmetic, str(ROWS), str(WIDTH), str(SESSIONS)]
     done = subprocess.run([sys.executable, "-c", HOLD, *asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    counted = SESSIONS * parts.held(RowFormat(kind, WIDTH), ROWS, arithmetic)
+    counted = SESSIONS * (parts.held(RowFormat(kind, WIDTH), ROWS, arithmetic) + parts.SESSION)
     assert int(done.stdout) == pytest.approx(counted, rel=0.02)

@@ -36,8 +36,10 @@ def use_small_pages() -> None:
     Large arrays stay out of the C library's heap, where they would leave gaps. Huge pages, which numpy asks for, are
     switched off: with them a token in the KV cache would hold 2 MiB.
     """
-    mmap_threshold, set_thp_disable = -3, 41
-    for name, arguments in (("mallopt", (mmap_threshold, LARGE)), ("prctl", (set_thp_disable, 1, 0, 0, 0))):
+    mmap_threshold, arena_max, set_thp_disable = -3, -8, 41
+    for name, arguments in (
+        ("mallopt", (mmap_threshold, LARGE)), ("mallopt", (arena_max, 1)), ("prctl", (set_thp_disable, 1, 0, 0, 0)),
+    ):  # fmt: skip
         if hasattr(_libc(), name):  # with another C library it works, but takes more memory
             getattr(_libc(), name)(*arguments)
 

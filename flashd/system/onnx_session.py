@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +19,32 @@ BROKEN: tuple[type[Exception], ...] = (
 """What onnxruntime raises. Its errors have no base class of their own, and may quote bytes that are not text."""
 
 
-def start_pool(threads: int) -> None:
-    """Makes one pool of `threads` threads and one arena for all graphs of this process. Only the first call counts.
+class Threads(NamedTuple):
+    """How the graphs of this process are computed."""
 
-    A pool for each graph would have more threads than there are processors.
+    number: int
+    shared: bool  # one pool for all graphs, whose idle threads spin; else each graph has threads, which sleep
+
+
+def start_pool(threads: int, shared: bool = True) -> None:
+    """Says how many threads compute, and makes one arena for all graphs of this process. Only the first call counts.
+
+    Args:
+        threads: that compute together.
+        shared: they are a pool of all graphs, and spin while they wait, which is fastest if nothing else has to be
+            done. Without it they sleep: threads that spin would take a processor from those that read the card and
+            open sessions of what they read.
     """
-    if not _pool_made:
+    if _made:
+        return
+    if shared:
         ort.set_global_thread_pool_sizes(threads, 1)
-        ort.set_default_logger_severity(3)
-        ort.create_and_register_allocator(
-            ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
-            ort.OrtArenaCfg(_ARENA),
-        )
-        _pool_made.append(threads)
+    ort.set_default_logger_severity(3)
+    ort.create_and_register_allocator(
+        ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT),
+        ort.OrtArenaCfg(_ARENA),
+    )
+    _made.append(Threads(threads, shared))
 
 
 _ARENA = {
@@ -42,16 +55,21 @@ _ARENA = {
 """The arena for the temporaries of all graphs. On the C library's heap they left gaps of up to 40 MiB, which differed
 from start to start."""
 
-_pool_made: list[int] = []
+_made: list[Threads] = []
 
 
-def open_session(graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None) -> ort.InferenceSession:
+def open_session(
+    graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None, alone: bool = False
+) -> ort.InferenceSession:
     """A session of a serialised graph. Call `start_pool` first. Raises DataError if it cannot be loaded.
 
-    `initialisers` are the graph's external constants, by name.
+    Args:
+        graph: a ModelProto.
+        initialisers: the graph's external constants, by name.
+        alone: it is used once, and need not have threads of its own.
     """
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    _give_threads(options, 1 if alone or not initialisers else _made[0].number)
     options.enable_mem_pattern = False
     if initialisers:
         values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in initialisers.values()]
@@ -66,3 +84,11 @@ def open_session(graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | No
         raise DataError(
             f"a graph of the bundle cannot be loaded ({str(error).splitlines()[0]}); pack it again"
         ) from error
+
+
+def _give_threads(options: ort.SessionOptions, count: int) -> None:
+    if _made[0].shared:
+        options.use_per_session_threads = False
+        return
+    options.intra_op_num_threads = count
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")

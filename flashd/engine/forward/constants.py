@@ -61,19 +61,22 @@ class Constants:
         self._model, self._formats, self._arithmetic = header.model, header.formats, arithmetic
         self._graphs: dict[tuple[Any, ...], bytes] = {}
 
-    def rows(self, rows: Rows, kind: RowKind, k: int) -> ort.InferenceSession:
-        """x [1, R, K] -> y [1, R, n], the product with rows [n, K]."""
+    def rows(self, rows: Rows, kind: RowKind, k: int, once: bool = False) -> ort.InferenceSession:
+        """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
         product = self._product(rows, kind, k)
         centred = frozenset({"rows"} if product.centred else ())
         graph = self._graph(constant.rows, kind, self._arithmetic, len(rows), k, centred)
-        return open_session(graph, product.named("rows"))
+        return open_session(graph, product.named("rows"), alone=once)
 
-    def groups(self, groups: Groups) -> ort.InferenceSession:
-        """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer."""
+    def groups(self, groups: Groups, once: bool = False) -> ort.InferenceSession:
+        """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer.
+
+        `once`: they stream past, or others are computed beside them; one thread is enough.
+        """
         arrays, centred = self._of_groups(groups)
         kind = self._formats.ffn
         graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, len(groups), centred)
-        return open_session(graph, arrays)
+        return open_session(graph, arrays, alone=once)
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention."""

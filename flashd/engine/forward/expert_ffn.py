@@ -9,6 +9,8 @@ input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,7 @@ class ExpertFfn:
         self._layers: list[_LayerExperts] = []
         most = min(self._size, self._most)
         self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._session)
+        self._workers = ThreadPoolExecutor(plan.threads, thread_name_prefix="experts")
         self._routed: _Routed | None = None
         self._needed = self._found = 0
 
@@ -90,13 +93,13 @@ class ExpertFfn:
         capacity = self._plan.pinned[layer] // self._size
         kept: dict[int, list[Any]] = {expert: [] for expert in range(capacity)}
         for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
-            kept[first // self._size].append(self._constants.groups(groups))
+            kept[first // self._size].append(self._constants.groups(groups, once=True))
         self._router.load(layer)
         self._layers.append(_LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity))
 
     def _session(self, _: Extent, raw: Bytes) -> Any:
         """A session of the groups that were read; called in the thread that read them."""
-        return self._constants.groups(self._form.groups(raw))
+        return self._constants.groups(self._form.groups(raw), once=True)
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -108,14 +111,14 @@ class ExpertFfn:
         routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
         shares = np.zeros((*routed.used.shape, h.shape[1]), np.float32)  # [T, K, H]
-        for expert in routed.here:
-            for session in kept[expert]:
-                _add(shares, h, routed, expert, session)
+        here = [self._workers.submit(_add, shares, h, routed, expert, kept[expert]) for expert in routed.here]
+        for done in here:
+            done.result()
         stay = self._make_room(layer, routed)
         come: dict[int, list[Any]] = {expert: [] for expert in stay & set(routed.missing)}
         for extent, session in self._queue.take():
             expert = extent.first // self._size
-            _add(shares, h, routed, expert, session)
+            _add(shares, h, routed, expert, [session])
             if expert in come:
                 come[expert].append(session)
             on_step(layer, self._model.layers, self.card.bytes_read)
@@ -136,6 +139,7 @@ class ExpertFfn:
 
     def close(self) -> None:
         self._queue.close()
+        self._workers.shutdown()
 
     def _choose(self, index: int, routed: Floats) -> None:
         """Asks a layer's router for `routed` [T, H], reads what is missing, then what the next layer may need."""
@@ -194,7 +198,11 @@ class ExpertFfn:
         return out
 
 
-def _add(shares: Floats, h: Floats, routed: _Routed, expert: int, session: Any) -> None:
-    """Adds the share that some groups of an expert have in the output of those tokens that use it."""
+def _add(shares: Floats, h: Floats, routed: _Routed, expert: int, sessions: Sequence[Any]) -> None:
+    """Adds the share that some groups of an expert have in the output of those tokens that use it.
+
+    No two experts write to the same of shares [T, K, H], so several threads may do this.
+    """
     tokens, place = np.nonzero(routed.used == expert)
-    shares[tokens, place] = multiplied(session, h=h[tokens], before=shares[tokens, place])
+    for session in sessions:
+        shares[tokens, place] = multiplied(session, h=h[tokens], before=shares[tokens, place])

@@ -62,7 +62,7 @@ class PagedModel:
     ) -> None:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
-        products.use_threads(plan.threads)
+        products.use_threads(plan.threads, shared=False)
         constants = Constants(bundle.header)
         self._embed = stages.Embedder(bundle)
         self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))

@@ -20,9 +20,9 @@ Vectors = dict[str, Floats]
 
 
 @cache
-def use_threads(threads: int) -> None:
-    """Makes the process ready to compute with so many threads."""
-    start_pool(threads)
+def use_threads(threads: int, shared: bool = True) -> None:
+    """Makes the process ready to compute with so many threads, see start_pool."""
+    start_pool(threads, shared)
     use_small_pages()
 
 

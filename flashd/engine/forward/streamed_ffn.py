@@ -144,9 +144,9 @@ class StreamedFfn:
     def _session(self, extent: Extent, raw: Bytes) -> Any:
         """A session of what was read, groups or rows of the head; called in the thread that read it."""
         if extent.section < len(self._forms):
-            return self._constants.groups(self._forms[extent.section].groups(raw))
+            return self._constants.groups(self._forms[extent.section].groups(raw), once=True)
         form = self._bundle.header.row_format("head")
-        return self._constants.rows(form.views(raw), form.kind, form.width)
+        return self._constants.rows(form.views(raw), form.kind, form.width, once=True)
 
     def restart(self) -> None:
         self.stream.restart()

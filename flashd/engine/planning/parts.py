@@ -31,8 +31,8 @@ BUFFERS = 3
 SESSIONS = 10 * MIB
 """The thread pool and the small graphs, measured 5 to 10 MiB on x86-64 with onnxruntime 1.32."""
 
-SESSION = 96 << 10
-"""A session, whatever is in it."""
+SESSION = 160 << 10
+"""A session, whatever is in it, and a thread of its own."""
 
 SLACK = 8 * MIB
 """What the allocators hold beyond what was asked of them."""
@@ -81,7 +81,7 @@ def attention_held(header: Header, arithmetic: Arithmetic) -> int:
     layer = held(header.row_format("qkv"), m.qkv_width, arithmetic)
     layer += held(header.row_format("output"), m.hidden, arithmetic) + 4 * sum(m.layer_vectors().values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
-    return m.layers * (layer + routers + SESSION)
+    return m.layers * (layer + routers + 2 * SESSION)  # one for what is pinned of the FFN
 
 
 def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
@@ -94,6 +94,11 @@ def head_part(header: Header) -> int:
     """Rows of the head in one session, whole runs."""
     rows = HEAD_WEIGHTS // header.model.hidden // ROWS_OF_A_RUN * ROWS_OF_A_RUN
     return min(max(rows, ROWS_OF_A_RUN), header.model.vocabulary)
+
+
+def head_held(header: Header, rows: int, arithmetic: Arithmetic) -> int:
+    """Bytes of the head's first rows, in their sessions."""
+    return held(header.row_format("head"), rows, arithmetic) + -(-rows // head_part(header)) * SESSION
 
 
 def layers_together(header: Header) -> int:

@@ -224,7 +224,7 @@ def _paged_parts(header: Header, context: int, base: int, pinned: int, head: int
     each = -(-pinned // m.layers)
     held = _common(header, context, base) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
-        "head": parts.held(header.row_format("head"), head, "float32"),
+        "head": parts.head_held(header, head, "float32"),
         "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1)),
         **parts.reading(header, "float32", head, pinned == m.layers * m.groups),
     }
@@ -253,7 +253,7 @@ def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8
     """The parts of a model that stays whole."""
     m, head = header.model, header.row_format("head")
     of_head: Arithmetic = "int8" if int8_head else "float32"
-    weights, opening = parts.held(head, m.vocabulary, of_head), 0
+    weights, opening = parts.head_held(header, m.vocabulary, of_head), 0
     kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
     for kind, count in kinds.items():
         layer = m.groups * parts.group_held(header.group, kind) + parts.attention_held(header, kind) // m.layers

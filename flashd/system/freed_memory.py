@@ -26,7 +26,7 @@ def give_back(array: npt.NDArray[np.generic]) -> None:
         raise OSError(ctypes.get_errno(), "madvise")
 
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Arrays of at least so many bytes have pages of their own, which go back to the system when the array is freed."""
 
 

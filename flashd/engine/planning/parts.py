@@ -34,8 +34,8 @@ SESSIONS = 10 * MIB
 SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
 
-SLACK = 8 * MIB
-"""What the allocators hold beyond what was asked of them."""
+SLACK, PAGED_SLACK = 8 * MIB, 18 * MIB
+"""What the allocators hold beyond what was asked of them, for a model that stays whole and for one that pages."""
 
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
@@ -151,7 +151,7 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     logits = 4 * rows * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
     logits += 4 * rows * head_part(header)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
-    return activations + scores(m, tokens, context) + logits + shares + SLACK
+    return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
 
 
 def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: bool) -> dict[str, int]:

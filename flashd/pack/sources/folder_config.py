@@ -14,6 +14,9 @@ from flashd.pack.families.family import Config, Folder
 from flashd.pack.families.registry import FOLDERS, SEEING
 from flashd.pack.sources.folder_rope import check_rope, rotary_keys
 
+MOST_WIDTH = 1 << 16
+"""Numbers of a head."""
+
 KEYS: dict[str, tuple[str, ...]] = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -64,8 +67,12 @@ class FolderModel:
 
     @property
     def head_dim(self) -> int:
+        """The width of a head. Raises ValueError for one that no model has, before a table of it is made."""
         heads = max(1, self.config.get("num_attention_heads", 1))
-        return int(self.config.get("head_dim") or self.config.get("hidden_size", 0) // heads)
+        width = int(self.config.get("head_dim") or self.config.get("hidden_size", 0) // heads)
+        if not 0 <= width <= MOST_WIDTH:
+            raise ValueError(f"heads of {width} numbers; {MOST_WIDTH} at the most")
+        return width
 
 
 def folder_model(stated: Config, path: Path) -> FolderModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import logging
 import multiprocessing
 import os
 import resource
@@ -77,7 +78,7 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
 
     A process with threads may do this if `action` is plain Python: fork copies only the calling thread, and Python
     and glibc's allocator make their locks anew. `action` must not use a library that has started threads of its own,
-    such as onnxruntime.
+    such as onnxruntime. What it logs is logged here, when it has ended.
 
     Raises the FlashdError that the action raised, or ChildDied.
     """
@@ -91,12 +92,13 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
         gc.disable()  # the child must not finalise the parent's objects
         _let_go_of_pins()
         faulthandler.disable()  # a death of this process is not one of the parent
+        noted = _noted_logs()
         send.send(None)
         try:
             limits.obey()
-            send.send((action(), None))
+            send.send((action(), None, noted))
         except FlashdError as error:
-            send.send((None, error))
+            send.send((None, error, noted))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
 
@@ -106,16 +108,31 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
             child.start()
             send.close()
             receive.recv()
-        result, error = receive.recv()
+        result, error, noted = receive.recv()
     except EOFError:
         child.join()
         raise ChildDied(f"a child process died (exit {child.exitcode}); it may use {limits}") from None
     finally:
         receive.close()
     child.join()
+    for record in noted:
+        logging.getLogger(record.name).handle(record)
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def _noted_logs() -> list[logging.LogRecord]:
+    """The list to which all log records go from now on, ready to be sent to another process."""
+    noted: list[logging.LogRecord] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            record.msg, record.args, record.exc_info = record.getMessage(), None, None
+            noted.append(record)
+
+    logging.getLogger().handlers[:] = [Noting()]
+    return noted
 
 
 def _die_with(parent: int) -> None:

@@ -230,7 +230,7 @@ def test_a_tensor_is_missing_or_of_another_type(folder: Path) -> None:
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"model_type": "llama", "num_hidden_layers": "x"}', b"\xff"])
 def test_a_config_that_makes_no_sense(folder: Path, text: bytes) -> None:
     (folder / "config.json").write_bytes(text)
-    refused(folder, "not JSON|no JSON object|makes no sense")
+    refused(folder, "not JSON|not a JSON object|makes no sense")
 
 
 @pytest.mark.parametrize("layers", [0, -1, 200_000_000])

@@ -63,9 +63,14 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     return path
 
 
-def add_vocabulary(w: gguf.GGUFWriter) -> int:
-    """Writes a tokenizer of bytes and a few merges, and a chat template; returns how many tokens there are."""
+def add_vocabulary(w: gguf.GGUFWriter, size: int = 0) -> int:
+    """Writes a tokenizer of bytes and a few merges, and a chat template; returns how many tokens there are.
+
+    If `size` is more than these, words that no text is cut into fill the vocabulary.
+    """
     texts, merges = _vocabulary()
+    words = [f"Ġw{i}" for i in range(len(texts), size)]
+    texts[256:256] = words
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
     w.add_token_list(texts)

@@ -81,45 +81,49 @@ class Bench:
 
         Raises UsageError; FlashdError, which names the contender that failed.
         """
-        if self.repeat < 1 or self.tokens < 2:
-            raise UsageError("--repeat 1 and --tokens 2 are the least that can be measured")
-        wrap = _command(self.wrap)
+        self.check()
+        wrap = command(self.wrap, "--wrap")
         contenders = self._contenders()
         runs: dict[Contender, list[Figures]] = {contender: [] for contender in contenders}
         for _ in range(self.repeat):
             # in turns, so that a slow minute of the machine affects all of them
             for contender in contenders:
-                runs[contender].append(self._one(contender, wrap))
-        return [Row(c.name, c.memory, _medians(results)) for c, results in runs.items()]
+                runs[contender].append(self.measured(contender, wrap))
+        return [Row(c.name, c.memory, medians(results)) for c, results in runs.items()]
+
+    def check(self) -> None:
+        """Raises UsageError if there is nothing to measure."""
+        if self.repeat < 1 or self.tokens < 2:
+            raise UsageError("--repeat 1 and --tokens 2 are the least that can be measured")
 
     def _contenders(self) -> list[Contender]:
-        prompt = tokens_apart(self.bundle, self._prompt_tokens)
-        out = []
-        if self.model:
-            # llama.cpp gets the same tokens as flashd
-            peer = (
-                "-m",
-                "flashd.bench.llama_cpp",
-                str(self.model),
-                json.dumps(prompt),
-                str(self.tokens),
-                str(self.threads),
-            )
-            out.append(Contender(PEER, "", (sys.executable, *peer)))
-        plans = {memory: self._plan(memory) for memory in self.memory or ("",)}
+        prompt = self.prompt_tokens()
+        out = self.peer(prompt)
+        plans = {memory: self.plan(memory) for memory in self.memory or ("",)}
         paged = {memory for memory, plan in plans.items() if not plan["resident"]} if self._needs_all() else set()
         if paged:
             # a KV cache that is just large enough lends no memory to neurons
             context = str(len(prompt) + self.tokens + 1)
-            least = f"{int(self._plan('', context)['smallest']) + MARGIN}"
-            out.append(self._ask(NAIVE, least, "--context", context, "--no-drafts"))
+            least = f"{int(self.plan('', context)['smallest']) + MARGIN}"
+            out.append(self.ask(NAIVE, least, "--context", context, "--no-drafts"))
         for memory in plans:
             if memory in paged:
-                out.append(self._ask(HYBRID, memory, "--no-drafts"))
-            out.append(self._ask(DRAFTS, memory))
+                out.append(self.ask(HYBRID, memory, "--no-drafts"))
+            out.append(self.ask(DRAFTS, memory))
         return out
 
-    def _ask(self, name: str, memory: str, *more: str) -> Contender:
+    def prompt_tokens(self) -> list[int]:
+        return tokens_apart(self.bundle, self._prompt_tokens)
+
+    def peer(self, prompt: list[int]) -> list[Contender]:
+        """llama.cpp, if a model file is given. It gets the same tokens as flashd."""
+        if self.model is None:
+            return []
+        asked = (str(self.model), json.dumps(prompt), str(self.tokens), str(self.threads))
+        return [Contender(PEER, "", (sys.executable, "-m", "flashd.bench.llama_cpp", *asked))]
+
+    def ask(self, name: str, memory: str, *more: str) -> Contender:
+        """flashd with a budget."""
         command = (
             sys.executable, "-m", "flashd", "ask", self.prompt, "--model", str(self.bundle), "--json", "--ignore-eos",
             "--no-snapshots", "--max-tokens", str(self.tokens), "--threads", str(self.threads), *more,
@@ -131,7 +135,7 @@ class Bench:
         with Bundle(self.bundle) as bundle:
             return bundle.header.model.experts is None and bundle.header.selection is None
 
-    def _plan(self, memory: str, context: str = "") -> dict[str, Any]:
+    def plan(self, memory: str, context: str = "") -> dict[str, Any]:
         """The plan that `flashd plan` prints for a budget and a context."""
         command = [sys.executable, "-m", "flashd", "plan", str(self.bundle), "--json"]
         command += ["--memory", memory] if memory else []
@@ -143,7 +147,8 @@ class Bench:
         with Bundle(self.bundle) as bundle:
             return Prompts(bundle).tokens([Message("user", self.prompt)])
 
-    def _one(self, contender: Contender, wrap: list[str]) -> Figures:
+    def measured(self, contender: Contender, wrap: list[str]) -> Figures:
+        """The figures of one run under a command. Raises FlashdError, which names the contender."""
         figures = self._run(contender.name, [*wrap, *contender.command])
         figures["to_first_token_seconds"] = figures["load_seconds"] + figures["first_token_seconds"]
         speed = remembered(self.bundle)
@@ -161,18 +166,19 @@ class Bench:
         return said
 
 
-def _command(wrap: str) -> list[str]:
-    """The words of `--wrap`. Raises UsageError if they are not a command."""
+def command(wrap: str, option: str) -> list[str]:
+    """The words of a command that others run under. Raises UsageError, which names the option."""
     try:
         words = shlex.split(wrap)
     except ValueError as error:
-        raise UsageError(f"--wrap {wrap}: {error}") from error
+        raise UsageError(f"{option} {wrap}: {error}") from error
     if words and not shutil.which(words[0]):
-        raise UsageError(f"--wrap {wrap}: {words[0]} is not a command on this machine")
+        raise UsageError(f"{option} {wrap}: {words[0]} is not a command on this machine")
     return words
 
 
-def _medians(runs: list[Figures]) -> Figures:
+def medians(runs: list[Figures]) -> Figures:
+    """The median of each figure that all runs have."""
     return {key: median(run[key] for run in runs) for key in COLUMNS if all(key in run for run in runs)}
 
 

@@ -157,8 +157,15 @@ class Bench:
     memory: list[str]  # budgets as they were typed: rows of the table are named after them
     threads: int
     wrap: str
+    grid: list[str]  # cards, each as NAME=COMMAND
     json: bool
     plot: Path | None
+
+    def __post_init__(self) -> None:
+        if self.grid and self.wrap:
+            raise UsageError("--grid names a command for each card: leave out --wrap")
+        if self.grid and not self.memory:
+            raise UsageError("--grid measures each budget on each card: give the budgets with --memory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,6 +239,11 @@ def _bench(commands: Commands) -> None:
         "--wrap", default="", metavar="COMMAND",
         help="Run everything that is measured under this command, such as one that limits its RAM.",
     )  # fmt: skip
+    bench.add_argument(
+        "--grid", metavar="CARD=COMMAND", nargs="+", default=[],
+        help="Measure flashd and llama.cpp with every budget on every card. Each command runs what is measured on the"
+        " card that it is named for. {memory} in it stands for the budget, so that both have the same limit.",
+    )  # fmt: skip
     _json(bench)
     bench.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw a plot too: .svg, .png or .pdf.")
 

@@ -26,8 +26,9 @@ def give_back(array: npt.NDArray[np.generic]) -> None:
         raise OSError(ctypes.get_errno(), "madvise")
 
 
-LARGE = 1 << 18
-"""Arrays of at least so many bytes have pages of their own, which go back to the system when the array is freed."""
+LARGE = 64 << 10
+"""Arrays of at least so many bytes have pages of their own, which go back to the system when the array is freed. The
+scales of an expert's session have 96 KiB or more."""
 
 
 def use_small_pages() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from flashd.bundle.bits import pack_bits, unpack
 from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import dequantise, steps
 from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, NARROW, Floats, RowKind, largest_centre, unit_steps
+from flashd.pack.rounding import rows
 from flashd.pack.rounding.rows import Coded, encode_groups, encode_rows, is_ternary, write
 
 KINDS: list[RowKind] = ["int4", "int8", "f16"]
@@ -51,6 +54,28 @@ def test_a_source_s_own_grid_moves_over_without_loss() -> None:
     )
     assert np.abs(with_grid - weights).max() < 0.05
     assert np.linalg.norm(with_grid - weights) < 0.2 * np.linalg.norm(without - weights)
+
+
+def test_only_rows_whose_grid_moves_over_badly_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    levels = random.integers(-8, 8, (3, 4, BLOCK)).astype(np.float32)
+    scale = random.uniform(0.5, 1, (3, 4)).astype(np.float32)
+    centre = np.float32(0.5) * scale
+    centre[1, 0] = 1000  # its row's codes of centres are too coarse for the others
+    weights = (levels * scale[:, :, None] + centre[:, :, None]).reshape(3, -1)
+    fitted: list[int] = []
+    real = rows.fitted
+
+    def counted(blocks: Floats, *more: Any) -> Any:
+        fitted.append(len(blocks))
+        return real(blocks, *more)
+
+    monkeypatch.setattr(rows, "fitted", counted)
+    form = RowFormat("int4", 4 * BLOCK)
+    raw = encode_rows(weights, form, (scale, centre))
+    assert fitted == [1]
+    monkeypatch.setattr(rows, "KEPT", 0)
+    assert np.array_equal(encode_rows(weights, form, (scale, centre)), raw) and fitted == [1, 3]
 
 
 def test_rows_of_zeros_stay_zero() -> None:

@@ -14,18 +14,27 @@ from flashd.cli.progress import Bar
 
 
 def bench(asked: options.Bench) -> None:
-    """Measures the contenders and prints a table."""
-    from flashd.bench.compare import Bench, check_plot, plot, table
+    """Measures the contenders, or all points of a grid, and prints a table."""
+    from flashd.bench import compare, grid
 
     if asked.plot:
-        check_plot(asked.plot)
-    rows = Bench(
+        compare.check_plot(asked.plot)
+    bench = compare.Bench(
         asked.bundle, asked.gguf, asked.prompt, asked.tokens, asked.repeat, tuple(asked.memory), asked.threads,
         asked.wrap,
-    ).run()  # fmt: skip
-    print(json.dumps([asdict(row) for row in rows]) if asked.json else table(rows))
+    )  # fmt: skip
+    if asked.grid:
+        cards = grid.cards(asked.grid)
+        with Bar("measuring", "runs") as bar:
+            points = grid.run(bench, cards, bar.show)
+        print(json.dumps([asdict(point) for point in points]) if asked.json else grid.table(points))
+        if asked.plot:
+            grid.plot(points, asked.plot)
+        return
+    rows = bench.run()
+    print(json.dumps([asdict(row) for row in rows]) if asked.json else compare.table(rows))
     if asked.plot:
-        plot(rows, asked.plot)
+        compare.plot(rows, asked.plot)
 
 
 def evaluate(asked: options.Eval) -> None:

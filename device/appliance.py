@@ -61,6 +61,7 @@ class Appliance:
         self._lock = threading.RLock()
         self._mute_button: gpiozero.Button | None = None
         self._serial: list[SerialLine] = []
+        self._phase_sinks: list[Callable[[str], None]] = []
         self._watch: Watch | None = None
         self._fired: Queue[tuple[str, dict[str, str | float]] | None] = Queue(MOST_FIRED)
         self._starting = threading.Thread(target=self._start_fired, name="triggers", daemon=True)
@@ -139,6 +140,11 @@ class Appliance:
             triggers=[t.name for t in self._settings.triggers], model=facts.model, last=facts.last,
         )  # fmt: skip
 
+    def watch_phase(self, sink: Callable[[str], None]) -> Callable[[], None]:
+        self._phase_sinks.append(sink)
+        sink(str(self._panel.phase))
+        return lambda: self._phase_sinks.remove(sink)
+
     # --- inside -------------------------------------------------------------------------------------------
 
     def _build(self, settings: Settings, prompts: dict[str, Prompt]) -> None:
@@ -153,7 +159,7 @@ class Appliance:
             with taking_pins("a pin cannot be used"):
                 self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
-                self._panel = Panel(settings.outputs, self.jobs)
+                self._panel = Panel(settings.outputs, self.jobs, self._entered)
             undo.pop_all()
         self._panel.mute(self._muted)
         if self._is_open:
@@ -173,6 +179,10 @@ class Appliance:
                 with letting_go():
                     each.close()
         self._listening = self._mute_button = None
+
+    def _entered(self, phase: str) -> None:
+        for sink in list(self._phase_sinks):
+            sink(phase)
 
     def _fire(self, name: str, **values: str | float) -> None:
         """A trigger went off. It comes from a driver's thread, which all pins have in common and no error may end."""

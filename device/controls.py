@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -54,3 +55,9 @@ class Controls(Protocol):
 
     def status(self) -> Status:
         """How things stand; the sensors are read for it."""
+
+    def watch_phase(self, sink: Callable[[str], None]) -> Callable[[], None]:
+        """Tells `sink` the phase now and whenever it changes, until the function that this returns is called.
+
+        It is told in whatever thread that happens, and must not wait.
+        """

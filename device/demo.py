@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flashd.config.settings import Settings, parse
+from flashd.errors import UsageError
 
 PRESS_SECONDS = 0.2
 
@@ -108,9 +109,17 @@ Ctrl-C ends the demo."""
 
 
 def press(pin: int) -> None:
-    """Presses the button on a mock pin for a moment: the contact pulls it to ground, as a real one does."""
-    mock = gpiozero.Device.pin_factory.pin(pin)
+    """Presses the button on a mock pin for a moment: the contact pulls it to ground, as a real one does.
+
+    Raises UsageError if there is no such pin, or if it is an output.
+    """
+    try:
+        mock = gpiozero.Device.pin_factory.pin(pin)
+    except gpiozero.PinInvalidPin as error:
+        raise UsageError(f"there is no pin {pin}") from error
     assert isinstance(mock, MockPin)
+    if mock.function != "input":
+        raise UsageError(f"pin {pin} is an output; only a pin with a button or a contact can be pressed")
     mock.drive_low()
     time.sleep(PRESS_SECONDS)
     mock.drive_high()
@@ -123,8 +132,8 @@ def routes() -> list[Route]:
         pin = http.path_params["pin"]
         try:
             await asyncio.to_thread(press, pin)
-        except gpiozero.PinInvalidPin:
-            return JSONResponse({"error": f"there is no pin {pin}"}, 404)
+        except UsageError as error:
+            return JSONResponse({"error": str(error)}, 404)
         return JSONResponse({"pressed": pin})
 
     return [Route("/demo/press/{pin:int}", pressed, methods=["POST"])]

@@ -20,9 +20,15 @@ ERROR_SECONDS = 5.0
 
 
 class Panel:
-    """All outputs. `phase` is what they show. Raises gpiozero.GPIOZeroError if a pin cannot be had."""
+    """All outputs. `phase` is what they show; `entered` is told each one.
 
-    def __init__(self, settings: list[AnyOutput], jobs: Jobs) -> None:
+    Raises gpiozero.GPIOZeroError if a pin cannot be had.
+    """
+
+    def __init__(
+        self, settings: list[AnyOutput], jobs: Jobs, entered: Callable[[Phase], None] = lambda _: None
+    ) -> None:
+        self._entered = entered
         self._lock = threading.RLock()
         self._base = Phase.LOADING
         self._muted = False
@@ -105,6 +111,7 @@ class Panel:
     def _show(self) -> None:
         phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._base
         self.phase = phase
+        self._entered(phase)
         self._each(lambda output: output.show(phase))
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashd.daemon.admission import MAX_BODY, SMALL_BODY, Admission
 from flashd.daemon.connections import READ_BYTES
+from flashd.daemon.events import Events
 from flashd.daemon.job import Event, Job, Request, State
 from flashd.daemon.jobs import Jobs, Sink, Watch
 from flashd.daemon.openai_words import (
@@ -144,7 +145,7 @@ class Api:
         self, http: HttpRequest, kind: type[B], asked: Callable[[B], Request],
         chunk: Callable[[str, str | None, bool], dict[str, Any]], whole: Callable[[str, str], dict[str, Any]],
     ) -> Response:  # fmt: skip
-        events = _Events()
+        events = Events[Event]()
         async with self._large if _length(http) > SMALL_BODY else nullcontext():
             asking = await _decoded(http, kind)
             stream = asking.stream
@@ -173,7 +174,7 @@ class Api:
     def _accept(self, request: Request, sink: Sink) -> tuple[Job, Watch]:
         return self._jobs.ask(self._fitting(request), sink)
 
-    async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: _Events) -> Job | None:
+    async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: Events[Event]) -> Job | None:
         """The job when it has ended, None if the daemon stops before; it is cancelled if the client goes away."""
         looked = time.monotonic()
         try:
@@ -190,7 +191,7 @@ class Api:
             watch.close()
 
     async def _stream(
-        self, job: Job, watch: Watch, events: _Events, head: dict[str, Any],
+        self, job: Job, watch: Watch, events: Events[Event], head: dict[str, Any],
         chunk: Callable[[str, str | None, bool], dict[str, Any]],
     ) -> AsyncIterator[str]:  # fmt: skip
         end: Job | None = None
@@ -273,28 +274,6 @@ class Api:
         except KeyError:
             return _error(404, f"no trigger is called {name!r}")
         return JSONResponse({"job": job.id})
-
-
-class _Events:
-    """A watch's events, brought from the threads in which they happen into this loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self.over = False  # the daemon stops: nothing more will come
-
-    def put(self, event: Event | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-    async def next(self, timeout: float) -> Event | None:
-        """The next event; None where none came in `timeout` seconds."""
-        try:
-            event = await asyncio.wait_for(self._queue.get(), timeout)
-        except TimeoutError:
-            return None
-        self.over = event is None
-        return event
 
 
 def _length(http: HttpRequest) -> int:

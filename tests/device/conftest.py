@@ -19,6 +19,9 @@ from flashd.config.settings import parse
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool
 from tests.daemon.fake_worker import Clerk
+from tests.device.kiosk_page import browser, page
+
+__all__ = ["browser", "page"]  # fixtures of the tests with a browser
 
 
 class Echo:

@@ -1,282 +1,316 @@
-"""The kiosk in a real browser: Chromium without a screen, clicked and typed at, over a queue with a clerk."""
+"""The kiosk's page, clicked and typed at and touched, over a queue with a clerk."""
 
 from __future__ import annotations
 
-import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
+from hashlib import sha256
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from device import kiosk
-from device.appliance import Appliance
-from flashd.daemon.api import Api
-from flashd.daemon.job import Job
+from device.demo import press
+from device.feed import MOST_PAGES
+from device.kiosk import PAGE
+from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
-from flashd.daemon.server import Server
 from tests.daemon.fake_worker import Clerk, request
+from tests.device.kiosk_page import NEEDED, Page
 from tests.waiting import wait
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
-]
+pytestmark = NEEDED
 
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-quic", "--window-size=1024,600",
-)  # fmt: skip
-SETTINGS = """
-kiosk: {title: Greenhouse, presets: ["Is it warm?", "<b>Bold?</b>"]}
-sensors: [{kind: ds18b20, name: soil_heat}, {kind: iio, name: air, device: bme280, channel: temp}]
-"""
 SMALL = (800, 480)
 """The Raspberry Pi's own touch screen."""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def listen(page: Page) -> HTTPResponse:
+    """The stream of what happens, as another page has it."""
+    connection = HTTPConnection("127.0.0.1", urlsplit(page.browser.current_url).port, timeout=30)
+    connection.request("GET", "/api/events")
+    return connection.getresponse()
 
 
-@pytest.fixture
-def page(
-    browser: Any, jobs: Jobs, appliance: Callable[..., Appliance], tmp_path: Path
-) -> Iterator[Callable[[], Appliance]]:
-    """Opens the page over an appliance."""
-    servers: list[Server] = []
-
-    def open_page() -> Appliance:
-        thermometer = tmp_path / "bus/w1/devices/28-0123456789ab"
-        thermometer.mkdir(parents=True)
-        (thermometer / "w1_slave").write_text("5c 01 4b 46 7f ff 04 10 a1 : crc=a1 YES\nt=21750\n")
-        zone = tmp_path / "class/thermal/thermal_zone0"
-        zone.mkdir(parents=True)
-        (zone / "temp").write_text("48312\n")
-        one = appliance(SETTINGS, sysfs=tmp_path)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        server = Server(tmp_path / "api.sock", port)
-        servers.append(server)
-
-        def start(name: str) -> Job:
-            raise KeyError(name)
-
-        routes = Api(jobs, "a model", one.status, start, lambda: b"", lambda asked: asked)
-        server.start(routes.application([*kiosk.routes(one)]))
-        browser.get(f"http://127.0.0.1:{port}/")
-        return one
-
-    yield open_page
-    for server in servers:
-        server.stop()
-        server.close()
+def test_a_preset_is_asked_by_touch(page: Page, clerk: Clerk) -> None:
+    wait(lambda: len(page.all("#presets button")) == 2)
+    assert page.text("#title") == "Greenhouse"
+    assert [b.text for b in page.all("#presets button")] == ["Is it warm?", "<b>Bold?</b>"]
+    page.all("#presets button")[0].click()
+    wait(lambda: page.text(".answer") == "It is warm today.")
+    assert page.text(".asked") == "You: Is it warm?"
+    wait(lambda: page.all("#again"))
+    page.find("#again").click()
+    assert len(page.all("#presets button")) == 2
+    assert not [e for e in page.browser.get_log("browser") if e["level"] == "SEVERE"]
 
 
-def text(browser: Any, name: str) -> str:
-    return str(browser.find_element("id", name).text).strip()
-
-
-@contextmanager
-def small(browser: Any) -> Iterator[None]:
-    """A touch screen of 800 by 480 points."""
-    size = {"width": SMALL[0], "height": SMALL[1], "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    yield
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-def touch(browser: Any, what: Any) -> None:
-    """A finger on an element, or on what a selector finds."""
-    element = browser.find_element("css selector", what) if isinstance(what, str) else what
-    box = element.rect
-    point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
-    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-
-
-def keys(browser: Any) -> dict[str, Any]:
-    """The keys on the screen, by what is written on them."""
-    return {key.text: key for key in browser.find_elements("css selector", "#keys button") if key.is_displayed()}
-
-
-def plot(browser: Any, name: str) -> str:
-    """The points of a figure's line."""
-    line = browser.find_elements("css selector", f"svg[aria-label^='{name}'] polyline")
-    return line[0].get_attribute("points") if line else ""
-
-
-def buttons(browser: Any) -> list[Any]:
-    return list(browser.find_elements("css selector", "#presets button"))
-
-
-def test_a_preset_is_asked_by_touch(browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:
-    page()
-    wait(lambda: len(buttons(browser)) == 2)
-    assert text(browser, "title") == "Greenhouse"
-    assert [b.text for b in buttons(browser)] == ["Is it warm?", "<b>Bold?</b>"]
-    buttons(browser)[0].click()
-    wait(lambda: text(browser, "answer") == "It is warm today.")
-    assert text(browser, "question") == "Is it warm?"
-    wait(browser.find_element("id", "again").is_displayed)
-    browser.find_element("id", "again").click()
-    assert buttons(browser)[0].is_displayed()
-    assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
-
-
-def test_a_question_is_typed_and_the_talk_goes_on(browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:
-    page()
-    for question in ("Why?", "And then?"):
-        wait(lambda: browser.find_element("id", "ask").is_enabled())
-        browser.find_element("id", "text").send_keys(question + "\n")
-        wait(lambda q=question: text(browser, "question") == q and text(browser, "answer") == "It is warm today.")  # type: ignore[misc]
-    wait(lambda: len(clerk.answered) == 2)
+def test_a_question_is_typed_and_the_talk_stays(page: Page, clerk: Clerk) -> None:
+    for count, question in enumerate(("Why?", "And then?"), 1):
+        wait(lambda: page.all("#ask"))
+        page.ask(question)
+        wait(lambda n=count: len(page.all(".turn:not([aria-busy])")) == n)  # type: ignore[misc]
+    assert [e.text for e in page.all(".asked")] == ["You: Why?", "You: And then?"]
+    assert [e.text for e in page.all(".answer")] == ["It is warm today."] * 2
     assert [t.content for t in clerk.answered[1].request.turns] == ["Why?", "It is warm today.", "And then?"]
 
 
-@pytest.mark.parametrize("how", ["New", "left alone"])
-def test_whoever_comes_next_begins_anew(how: str, browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:
-    page()
-    browser.find_element("id", "text").send_keys("My secret?\n")
-    wait(browser.find_element("id", "again").is_displayed)
-    if how == "New":
-        browser.find_element("id", "again").click()
+@pytest.mark.parametrize("how", ["New talk", "left alone"])
+def test_whoever_comes_next_begins_anew(how: str, page: Page, clerk: Clerk) -> None:
+    page.ask("My secret?")
+    wait(lambda: page.all("#again"))
+    if how == "New talk":
+        page.find("#again").click()
     else:
-        browser.execute_script("touched -= LEFT_ALONE")
-    wait(lambda: not browser.find_element("id", "talk").is_displayed())
-    browser.find_element("id", "text").send_keys("Who are you?\n")
+        page.run("const now = Date.now; Date.now = () => now() + 181000")
+    wait(lambda: not page.all(".turn"))
+    page.ask("Who are you?")
     wait(lambda: len(clerk.answered) == 2)
     assert [t.content for t in clerk.answered[1].request.turns] == ["Who are you?"]
 
 
-def test_a_question_is_typed_by_touch_alone(browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:
-    page()
-    with small(browser):
-        touch(browser, "#text")
-        wait(lambda: len(keys(browser)) > 40)
-        for name in ("⇧", "W", "h", "x", "Delete", "y", "space", "ü", "?"):
-            touch(browser, f"#keys [aria-label='{name}']" if name == "Delete" else keys(browser)[name])
-        assert browser.find_element("id", "text").get_property("value") == "Why ü?"
-        targets = browser.find_elements("css selector", "button")
-        for each in [t for t in targets if t.is_displayed()]:
-            size, place = each.size, each.location
-            assert min(size.values()) >= 44, (each.text, size)  # WCAG 2.2, 2.5.5
-            assert place["x"] + size["width"] <= SMALL[0] and place["y"] + size["height"] <= SMALL[1], each.text
-        touch(browser, keys(browser)["Ask"])
-        wait(lambda: clerk.answered)
-        assert clerk.answered[0].request.turns[0].content == "Why ü?"
-        wait(lambda: not keys(browser))
+def test_a_question_is_typed_by_touch_alone(page: Page, clerk: Clerk) -> None:
+    page.resize(*SMALL)
+
+    def key(name: str) -> None:
+        page.touch(next(k for k in page.all("#keys button") if name in (k.text, k.get_attribute("aria-label"))))
+
+    page.touch("#text")
+    wait(lambda: len(page.all("#keys button")) > 30)
+    page.run("const l = document.querySelector('#keys select'); l.value = 'de'; l.dispatchEvent(new Event('change'))")
+    for name in ("Shift", "W", "h", "x", "Delete", "y", "Space", "ü", "?12", "!", ":", '"', "(", ")", "7",
+                 "abc", "?"):  # fmt: skip
+        key(name)
+    assert page.find("#text").get_property("value") == 'Why ü!:"()7?'
+    for each in page.all("button"):
+        size, place = each.size, each.location
+        assert min(size.values()) >= 44, (each.text, size)  # WCAG 2.2, 2.5.5
+        assert place["x"] + size["width"] <= SMALL[0] and place["y"] + size["height"] <= SMALL[1], each.text
+    key("Ask")
+    wait(lambda: clerk.answered)
+    assert clerk.answered[0].request.turns[0].content == 'Why ü!:"()7?'
+    wait(lambda: not page.all("#keys button"))
 
 
-def test_what_is_sensed_now_is_on_the_page(browser: Any, page: Callable[[], Appliance], tmp_path: Path) -> None:
-    page()
-    wait(lambda: text(browser, "senses") == "soil heat 21.75 °C\nair unknown")
+def test_the_field_grows_with_what_is_written(page: Page) -> None:
+    page.resize(1280, 800)
+    before = page.find("#text").size["height"]
+    page.run(
+        "const t = document.getElementById('text'); t.value = 'a\\n'.repeat(3); t.dispatchEvent(new Event('input'))"
+    )
+    assert page.find("#text").size["height"] > 2 * before
+    assert page.run("const t = document.getElementById('text'); return t.scrollHeight <= t.clientHeight")
+
+
+def test_what_is_sensed_now_is_on_the_page(page: Page, tmp_path: Path) -> None:
+    wait(lambda: page.text("#senses") == "soil heat 21.75 °C\nair unknown")
     thermometer = tmp_path / "bus/w1/devices/28-0123456789ab/w1_slave"
     thermometer.write_text("f8 ff 4b 46 7f ff 08 10 e8 : crc=e8 YES\nt=-500\n")
-    wait(lambda: "soil heat -0.5 °C" in text(browser, "senses"))
+    wait(lambda: "soil heat -0.5 °C" in page.text("#senses"))
 
 
-def test_a_long_answer_is_followed_to_its_end(browser: Any, page: Callable[[], Appliance], jobs: Jobs) -> None:
-    page()
-    with small(browser):
-        clerk = Clerk(jobs, words=["a row\n"] * 60)
-        browser.find_element("id", "text").send_keys("talk\n")
-        wait(lambda: text(browser, "answer").count("row") == 60)
-        left = browser.execute_script(
-            "const m = document.getElementById('main'); return m.scrollHeight - m.scrollTop - m.clientHeight"
-        )
-        clerk.close()
+def test_a_long_answer_is_followed_to_its_end(page: Page, jobs: Jobs) -> None:
+    page.resize(*SMALL)
+    clerk = Clerk(jobs, words=["a row\n"] * 60)
+    page.ask("talk")
+    wait(lambda: page.text(".answer").count("row") == 60)
+    wait(lambda: not page.all(".turn[aria-busy]"))
+    left = page.run("const m = document.getElementById('main'); return m.scrollHeight - m.scrollTop - m.clientHeight")
+    clerk.close()
     assert left < 80
 
 
-def test_who_waits_is_told_why(browser: Any, page: Callable[[], Appliance], jobs: Jobs) -> None:
-    page()
+def test_who_waits_is_told_why(page: Page, jobs: Jobs) -> None:
     for _ in range(2):
         jobs.submit(request(priority=9))
-    browser.find_element("id", "text").send_keys("when?\n")
-    wait(lambda: text(browser, "answer") == "… waiting, 2 before this")
+    page.ask("when?")
+    wait(lambda: page.text(".note").startswith("Waiting: 2 questions are before this one · "))
     clerk = Clerk(jobs, paced=True)
     assert clerk.permits is not None
     clerk.permits.release(3)
-    wait(lambda: text(browser, "answer") == "… waiting, 1 before this")
+    wait(lambda: page.text(".note").startswith("Waiting: 1 question is before this one · "))
     clerk.permits.release(3)
     wait(lambda: [j.request.source for j in jobs.running] == ["api"])
     (running,) = jobs.running
     jobs.progress(running, 7, 28, 130 << 20)
-    wait(lambda: text(browser, "answer") == "… thinking, layer 7 of 28, 130 MiB read")
+    wait(lambda: page.text(".note").startswith("Reading: layer 7 of 28, 130 MiB from the card · "))
+    bar = page.find("#bar")
+    assert (bar.get_attribute("aria-valuenow"), bar.get_attribute("aria-valuemax")) == ("7", "28")
+    assert page.run("return new DOMMatrix(getComputedStyle(document.getElementById('done')).transform).a") <= 0.26
     clerk.close()
 
 
-def test_an_answer_streams_and_is_stopped(browser: Any, page: Callable[[], Appliance], jobs: Jobs) -> None:
-    page()
+def test_an_answer_streams_and_is_stopped(page: Page, jobs: Jobs) -> None:
     clerk = Clerk(jobs, words=["word "] * 50, paced=True)
     assert clerk.permits is not None
-    browser.find_element("id", "text").send_keys("talk\n")
+    page.ask("talk")
     clerk.permits.release(2)
-    wait(lambda: text(browser, "answer") == "word word")
-    browser.find_element("id", "stop").click()
-    wait(lambda: "(stopped)" in text(browser, "answer"))
+    wait(lambda: page.text(".answer") == "word word")
+    page.find("#stop").click()
+    wait(lambda: page.text(".note") == "You stopped it.")
     wait(lambda: not jobs.running)
     clerk.close()
     assert jobs.recent(1)[0].state == "cancelled"
 
 
-def test_a_failure_is_shown_in_words(browser: Any, page: Callable[[], Appliance], jobs: Jobs) -> None:
-    page()
+def test_a_cut_answer_goes_on(page: Page, jobs: Jobs) -> None:
+    page.ask("Tell me a tale.")
+    wait(lambda: jobs.waiting)
+    job = jobs.take(1)
+    assert job is not None
+    jobs.say(job, "Once upon a")
+    jobs.finish(job, State.DONE, "length")
+    wait(lambda: page.text(".note") == "The answer was cut short.")
+    page.find(".on").click()
+    wait(lambda: jobs.waiting)
+    more = jobs.take(1)
+    assert more is not None
+    assert [t.content for t in more.request.turns] == ["Tell me a tale.", "Once upon a", "Go on."]
+    assert not page.all(".on")
+    jobs.finish(more, State.DONE, "stop")
+
+
+# --- what others ask ------------------------------------------------------------------------------------------
+
+
+def test_what_a_button_asks_and_is_answered_comes_by_itself(page: Page, clerk: Clerk) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    press(17)
+    wait(lambda: page.text(".asked") == "The button “front”: Say hello to the visitor.")
+    wait(lambda: page.text(".answer") == "It is warm today.")
+    wait(lambda: not page.all(".turn[aria-busy]"))
+    assert page.run(
+        "const r = document.querySelector('.turn').getBoundingClientRect(), m = document.getElementById('main');"
+        "return r.bottom <= m.getBoundingClientRect().bottom + 1"
+    )
+
+
+def test_a_decision_is_shown_with_what_it_did(page: Page, jobs: Jobs) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    page.appliance.start("door")
+    job = jobs.take(1)
+    assert job is not None
+    jobs.say(job, "yes")
+    job.result.probabilities = {"yes": 0.91, "no": 0.09}
+    jobs.finish(job, State.DONE, "stop")
+    wait(lambda: page.text(".asked") == "The door: Should the light be on?")
+    wait(lambda: page.text(".answer") == "yes")
+    wait(lambda: page.text(".note").startswith("Decided"))
+    assert page.text(".note") == "Decided: yes (yes 91 %, no 9 %). Pin 5 is switched on, for 4 seconds at most."
+
+
+def test_what_a_person_asks_elsewhere_is_not_told(page: Page, jobs: Jobs) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    jobs.submit(request("my secret", source="serial:console"))
+    job = jobs.take(1)
+    assert job is not None
+    jobs.say(job, "a secret answer")
+    wait(lambda: page.text("#state") == "Answering")
+    assert page.text("#doing") == "Somebody at the console “console”"
+    with closing(listen(page)) as stream:
+        heard = b""
+        while b"console" not in heard:
+            heard += stream.readline()
+        jobs.say(job, "more of the secret")
+        jobs.finish(job, State.DONE, "stop")
+        while b"ended" not in heard:
+            heard += stream.readline()
+    assert b'"kind":"text"' in heard and b"secret" not in heard
+    assert not page.all(".turn")
+
+
+def test_an_answer_that_begins_anew_is_shown_once(page: Page, jobs: Jobs) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    page.appliance.start("front")
+    job = jobs.take(1)
+    assert job is not None
+    jobs.say(job, "Hel")
+    wait(lambda: page.text(".answer") == "Hel")
+    jobs.put_back(job)
+    wait(lambda: page.text(".answer") == "" and "more urgent" in page.text(".note"))
+    again = jobs.take(1)
+    assert again is not None
+    jobs.say(again, "Hello.")
+    wait(lambda: page.text(".answer") == "Hello.")
+    jobs.finish(again, State.DONE, "stop")
+    wait(lambda: not page.all(".turn[aria-busy]"))
+    assert len(page.all(".turn")) == 1
+
+
+def test_only_so_many_pages_listen_at_once(page: Page) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(listen(page))) for _ in range(MOST_PAGES - 1)]
+        assert {stream.status for stream in streams} == {200}
+        with closing(listen(page)) as refused:
+            assert refused.status == 429 and b"16 pages are open already" in refused.read()
+
+    def has_place() -> bool:
+        with closing(listen(page)) as stream:
+            return stream.status == 200
+
+    wait(has_place)
+
+
+# --- what a failure is called ---------------------------------------------------------------------------------
+
+
+def test_no_room_is_said_in_words(page: Page, jobs: Jobs) -> None:
     for _ in range(8):
         jobs.submit(request())
-    browser.find_element("id", "text").send_keys("one too many\n")
-    wait(lambda: "no room for another job: 8 waiting" in text(browser, "answer"))
+    page.ask("one too many")
+    wait(lambda: page.text(".note.bad").startswith("Many questions are waiting. Please ask again in a moment."))
+    assert "no room for another job: 8 waiting" in page.text(".note.bad small")
 
 
-def test_the_drawer_shows_the_figures(browser: Any, page: Callable[[], Appliance], clerk: Clerk) -> None:
-    one = page()
-    browser.find_element("id", "status").click()
-    wait(lambda: "tokens/s" in text(browser, "figures"))
-    shown = text(browser, "figures").replace("\n", " ")
+def test_a_machine_that_starts_again_is_called_so(page: Page) -> None:
+    wait(lambda: page.text("#state") == "Ready")
+    page.server.stop()
+    page.server.close()
+    wait(lambda: page.text("#state") == "Starting")
+    page.ask("Are you there?")
+    wait(lambda: page.text(".note.bad") == "The machine is starting again. Please ask once more in a moment.")
+
+
+def test_a_failed_answer_is_a_sentence(page: Page, jobs: Jobs) -> None:
+    page.ask("Why?")
+    wait(lambda: jobs.waiting)
+    job = jobs.take(1)
+    assert job is not None
+    jobs.finish(job, State.FAILED, "an error in flashd: OSError: 5")
+    wait(lambda: page.text(".note.bad").startswith("Something went wrong in the machine. Please ask again."))
+    assert page.text(".note.bad small") == "an error in flashd: OSError: 5"
+    wait(lambda: page.text("#state") == "It failed")
+
+
+# --- the drawer and the files ---------------------------------------------------------------------------------
+
+
+def test_the_drawer_says_how_it_is_doing(page: Page, clerk: Clerk) -> None:
+    page.find("#more").click()
+    wait(lambda: "How fast it writes" in page.text("#figures"))
+    shown = page.text("#figures").replace("\n", " ")
     for words in (
-        "tokens/s 2.00", "card MiB/token 3.0", "found in RAM 25 %", "processor 48 °C", "throttled no", "name a model",
+        "2.00 tokens a second", "Read from the card for each token 3.0 MiB", "Found in memory, so not read 25 %",
+        "Temperature of the processor 48 °C", "Is it slowed down? the board does not say", "The model a model",
     ):  # fmt: skip
         assert words in shown, shown
-    # the temperature is taken every two seconds: its plot runs along the top, since it is its own maximum
-    wait(lambda: plot(browser, "processor").startswith("0,1 "), 20)
-    browser.find_element("id", "mute").click()
-    wait(lambda: one.muted and "muted" in text(browser, "phase"))
-    browser.find_element("id", "shut").click()
-    assert not browser.find_element("id", "drawer").is_displayed()
+    # the temperature is taken every two seconds; its axis goes from 0 to 50 °C, of which 48.3 is 96.6 %
+    wait(lambda: page.all("svg[aria-label^='Temperature']"), 20)
+    texts = [t.text for t in page.all("svg[aria-label^='Temperature'] text")]
+    assert texts[:3] == ["50", "0", "°C"] and texts[3].endswith("s ago") and texts[4] == "now"
+    height = float(page.find("svg[aria-label^='Temperature'] circle").get_attribute("cy"))
+    assert abs((96 - height) / (96 - 14) - 0.966) < 0.01
+    page.find("#mute").click()
+    wait(lambda: page.appliance.muted and page.text("#state") == "Muted")
+    page.find("#shut").click()
+    assert not page.all("#drawer")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable(browser: Any, page: Callable[[], Appliance], scheme: str) -> None:
-    """Ink and paper differ by a contrast of 7 or more (WCAG 2.2, 1.4.6)."""
-    page()
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    time.sleep(0.1)
-    colours = [
-        browser.execute_script(f"return getComputedStyle(document.body).{name}")
-        for name in ("color", "backgroundColor")
-    ]
-    bright, dim = sorted((_luminance(c) for c in colours), reverse=True)
-    assert (bright + 0.05) / (dim + 0.05) >= 7
-
-
-def _luminance(colour: str) -> float:
-    parts = [int(p) / 255 for p in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def test_the_files_of_others_are_as_they_published_them() -> None:
+    table = (PAGE / "vendor/README.md").read_text("utf-8")
+    scripts = sorted((PAGE / "vendor").glob("*.js"))
+    assert len(scripts) == 2
+    for script in scripts:
+        assert sha256(script.read_bytes()).hexdigest() in table, script.name
+        assert script.with_name(script.name.split(".")[0] + ".LICENSE").exists()

@@ -23,7 +23,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
-from tests.daemon import clerk
+from tests.daemon import fake_worker as clerk
 from tests.daemon.fake_worker import Clerk
 from tests.waiting import wait
 

@@ -15,12 +15,19 @@ import msgspec
 import openai
 import pytest
 
+from flashd.bundle.reader import Bundle
+from flashd.config.settings import Answering
 from flashd.daemon.admission import MOST_SCORED
 from flashd.daemon.api import Api
 from flashd.daemon.jobs import Jobs
+from flashd.daemon.notify import Notifier
 from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
-from tests.daemon.fake_worker import Clerk
+from flashd.daemon.worker import Worker
+from flashd.engine.engine import Budget, Engine, Prompts, plan_for
+from flashd.errors import BadField
+from flashd.system.memory import MIB
+from tests.daemon.fake_worker import Clerk, request
 from tests.daemon.running import Running
 from tests.waiting import wait
 
@@ -330,6 +337,24 @@ def test_json_needs_no_switch(wanted: Any, http: httpx.Client) -> None:
         assert wanted["type"] == "json_object" and "raise max_tokens" in reply.json()["error"]["message"]
     else:
         assert isinstance(json.loads(said(reply.json())[0]), dict)
+
+
+def test_a_plan_without_room_for_a_grammar_says_what_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    asked = request(json_schema={"type": "object"})
+    with ExitStack() as stack:
+        jobs = Jobs(stack.enter_context(closing(Spool(tmp_path / "spool.db", keep=10))), most_waiting=4)
+        bundle = stack.enter_context(Bundle(tiny_bundle))
+        prompts, whole = Prompts(bundle), plan_for(bundle, Budget(1 << 40, 64, 1)).whole
+        assert whole is not None
+        with Engine(bundle, Budget(whole + MIB, 64, 1)) as engine:
+            worker = Worker(jobs, engine, prompts, None, Answering(), Notifier())
+            words = r"needs 4 MiB of RAM, and the plan leaves [0-2]; set schemas: true"
+            with pytest.raises(BadField, match=words) as error:
+                worker.fitting(asked)
+            assert error.value.param == "response_format"
+        with Engine(bundle, Budget(whole + 64 * MIB, 64, 1)) as engine:
+            assert Worker(jobs, engine, prompts, None, Answering(), Notifier()).fitting(asked) == asked
 
 
 def test_openai_s_client(client: openai.OpenAI) -> None:

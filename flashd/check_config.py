@@ -8,6 +8,7 @@ from device import appliance
 from flashd import serve
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings
+from flashd.daemon.admission import CLIENTS
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Prompts, plan_for
 from flashd.errors import FlashdError, MemoryTooSmall, Misfit
@@ -46,17 +47,32 @@ def bundle_path(settings: Settings) -> Path:
     return services if services.exists() else own
 
 
+def least_memory(settings: Settings, bundle: Bundle) -> int:
+    """The smallest `memory` with which the service answers. Raises FlashdError."""
+    held = _held(settings, bundle)
+    plan = plan_for(bundle, _budget(settings, 1 << 40))
+    del held
+    return plan.least + STARTED
+
+
 def _check_memory(settings: Settings, bundle: Bundle) -> None:
-    held: list[object] = [Prompts(bundle)]
-    if settings.schemas:
-        try:
-            held.append(Schemas(bundle))
-        except FlashdError as error:
-            raise Misfit(("schemas",), str(error)) from error
+    try:
+        held = _held(settings, bundle)
+    except FlashdError as error:
+        raise Misfit(("schemas",) if settings.schemas else ("model",), str(error)) from error
     if settings.memory is None:  # what is free when it starts
         return
-    budget = Budget(parse_size(settings.memory) - STARTED, settings.context, settings.threads)
     try:
-        plan_for(bundle, budget)
+        plan_for(bundle, _budget(settings, parse_size(settings.memory) - STARTED))
     except MemoryTooSmall as error:
         raise Misfit(("memory",), serve.too_small(settings.memory, error, STARTED)) from error
+    del held
+
+
+def _held(settings: Settings, bundle: Bundle) -> list[object]:
+    """What the service holds of a bundle when it plans."""
+    return [Prompts(bundle), *([Schemas(bundle)] if settings.schemas else [])]
+
+
+def _budget(settings: Settings, memory: int) -> Budget:
+    return Budget(memory, settings.context, settings.threads, clients=CLIENTS)

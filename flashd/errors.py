@@ -31,6 +31,14 @@ class UsageError(FlashdError):
     exit_code = os.EX_USAGE
 
 
+class BadField(UsageError):
+    """A field of a client's request cannot be honoured. `param` is its name, `code` a word for programs."""
+
+    def __init__(self, param: str, text: str, code: str = "invalid_value") -> None:
+        super().__init__(f"{param}: {text}")
+        self.param, self.code = param, code
+
+
 class PromptTooLong(UsageError):
     """A prompt has more tokens than the context has room for."""
 

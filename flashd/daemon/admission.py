@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashd.daemon.connections import MOST_CONNECTIONS, WRITE_BYTES
 from flashd.daemon.job import WAITING_BYTES
+from flashd.daemon.openai.refusals import body_of
 
 MOST_WAITING, MOST_WAITING_READERS = 256, 64
 """Requests that wait for a place. Fewer than there are connections, so that /health always has one."""
@@ -24,6 +25,9 @@ MOST_ASKING = 32
 
 MOST_READING = 2
 """Requests that read jobs of the spool, each of which may be large."""
+
+MOST_SCORED, SCORED_BYTES = 2, 1 << 20
+"""Requests that ask for logprobs, and what the probabilities of each take."""
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -42,6 +46,7 @@ CLIENTS = (
     + MOST_ASKING * (SMALL_BODY + WRITE_BYTES)
     + COPIES * MAX_BODY
     + WAITING_BYTES
+    + MOST_SCORED * SCORED_BYTES
     + MOST_READING * COPIES * MAX_BODY
 )
 """Bytes that all clients together may make the service hold."""
@@ -116,8 +121,7 @@ class Admission:
 
 
 def _refusal(message: str) -> JSONResponse:
-    error = {"message": message, "type": "server_error", "code": 503}
-    return JSONResponse({"error": error}, 503, {"Retry-After": "10"})
+    return JSONResponse(body_of(503, message), 503, {"Retry-After": "10"})
 
 
 _full = _refusal("too many requests wait already; try again later")

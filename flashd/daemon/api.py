@@ -7,13 +7,12 @@ sent in pieces, each when the client has read the one before.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import msgspec
 from starlette.applications import Starlette
@@ -25,26 +24,16 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashd.daemon.admission import MAX_BODY, SMALL_BODY, Admission
+from flashd.daemon.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
 from flashd.daemon.connections import READ_BYTES
 from flashd.daemon.events import Events
-from flashd.daemon.job import Event, Job, Request, State
-from flashd.daemon.jobs import Jobs, Sink, Watch
-from flashd.daemon.openai_words import (
-    Body,
-    Chat,
-    Completion,
-    chat_answer,
-    chat_chunk,
-    more,
-    of_chat,
-    of_completion,
-    reason,
-    text_answer,
-    text_chunk,
-    usage,
-)  # fmt: skip
-from flashd.errors import BAD_REQUEST, NOT_JSON, Busy, FlashdError, UsageError
+from flashd.daemon.job import Event, Job, Request
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.openai.answers import Answers, Growing, leave
+from flashd.daemon.openai.bodies import Asked, Chat, Completion
+from flashd.daemon.openai.forms import ChatForm, Form, TextForm
+from flashd.daemon.openai.refusals import explained, refusal, refusal_of
+from flashd.errors import NOT_JSON, Busy, FlashdError, PromptTooLong, UsageError
 
 BODY_SECONDS = 10.0
 """How long a client may take to send a body."""
@@ -55,9 +44,8 @@ MOST_HEADS = 100
 LATEST = 10**18 - 1
 """No job has a higher number."""
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=Chat | Completion)
 
-OBJECT = "flashd"
 OTHERS = "only for this machine's own pages and programs"
 JOBS_HIDDEN = "jobs are shown on the socket alone; set api: {loopback_jobs: true} to show them here"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -77,16 +65,16 @@ class _FromHere:
         if scope["type"] == "http" and server is not None and server[1] is not None:  # a Unix socket has no port
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
-            refusal = None
+            refused = None
             try:
                 if urlsplit(f"//{host}").hostname not in LOOPBACK or origin not in (None, f"http://{host}"):
-                    refusal = _error(403, OTHERS)
+                    refused = refusal(403, OTHERS)
                 elif scope["path"].startswith("/api/jobs") and not self._jobs:
-                    refusal = _error(403, JOBS_HIDDEN)
+                    refused = refusal(403, JOBS_HIDDEN)
             except ValueError:
-                refusal = _error(400, "the Host header is malformed")
-            if refusal is not None:
-                await refusal(scope, receive, send)
+                refused = refusal(400, "the Host header is malformed")
+            if refused is not None:
+                await refused(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -110,6 +98,7 @@ class Api:
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
         self._fitting = fitting
         self._large, self._accepting = asyncio.Lock(), asyncio.Lock()  # one at a time, the first one first
+        self._scored: WeakSet[Events[Event]] = WeakSet()  # those of requests that ask for logprobs
 
     def application(self, more: list[BaseRoute], loopback_jobs: bool = False) -> Starlette:
         routes = [
@@ -136,107 +125,46 @@ class Api:
         )  # fmt: skip
 
     async def _chat(self, http: HttpRequest) -> Response:
-        return await self._respond(http, Chat, of_chat, chat_chunk, chat_answer)
+        return await self._respond(http, Chat, ChatForm())
 
     async def _completion(self, http: HttpRequest) -> Response:
-        return await self._respond(http, Completion, of_completion, text_chunk, text_answer)
+        return await self._respond(http, Completion, TextForm())
 
-    async def _respond(
-        self, http: HttpRequest, kind: type[B], asked: Callable[[B], Request],
-        chunk: Callable[[str, str | None, bool], dict[str, Any]], whole: Callable[[str, str], dict[str, Any]],
-    ) -> Response:  # fmt: skip
+    async def _respond(self, http: HttpRequest, kind: type[Chat | Completion], form: Form) -> Response:
         events = Events[Event]()
         async with self._large if _length(http) > SMALL_BODY else nullcontext():
-            asking = await _decoded(http, kind)
-            stream = asking.stream
-            async with self._accepting:
-                job, watch = await asyncio.to_thread(self._accept, asked(asking), events.put)
-            del asking
-        head = {"id": f"flashd-{job.id}", "created": int(job.created), "model": self._model}
-        if stream:
-            lines = self._stream(job, watch, events, head, chunk)
-            return StreamingResponse(lines, media_type="text/event-stream", headers={"X-Job": str(job.id)})
-        end = await self._end(http, job, watch, events)
-        if end is None:
-            return _error(503, f"flashd is stopping; job {job.id} is kept and answered when it runs again")
-        if end.state is not State.DONE:
-            status = 400 if end.result.refused else 503 if end.state is State.EXPIRED else 500
-            return _error(status, end.result.finish)
-        body = whole(end.result.text, reason(end))
-        return JSONResponse(
-            {
-                **head, **body, "usage": usage(end),
-                OBJECT: more(end),
-            },
-            headers={"X-Job": str(job.id)},
-        )  # fmt: skip
+            asked = (await _decoded(http, kind)).asked()
+            try:
+                async with self._accepting:
+                    growing = await asyncio.to_thread(self._accept, asked, events)
+            except PromptTooLong as error:
+                return refusal(400, str(error), form.prompt, "context_length_exceeded")
+        answers = Answers(self._jobs, self._model, form, asked, growing, events)
+        return answers.pieces() if asked.stream else await answers.whole(http)
 
-    def _accept(self, request: Request, sink: Sink) -> tuple[Job, Watch]:
-        return self._jobs.ask(self._fitting(request), sink)
-
-    async def _end(self, http: HttpRequest, job: Job, watch: Watch, events: Events[Event]) -> Job | None:
-        """The job when it has ended, None if the daemon stops before; it is cancelled if the client goes away."""
-        looked = time.monotonic()
+    def _accept(self, asked: Asked, events: Events[Event]) -> list[Growing]:
+        """The jobs of a request: all of them or none. Raises Busy, UsageError."""
+        if asked.requests[0].logprobs is not None:
+            if len(self._scored) >= MOST_SCORED:
+                raise Busy(f"{MOST_SCORED} requests with logprobs are answered already; try again later")
+            self._scored.add(events)
+        growing: list[Growing] = []
         try:
-            while not events.over:
-                event = await events.next(1.0)
-                if event is not None and event.end is not None:
-                    return event.end
-                if time.monotonic() - looked >= 1.0:
-                    looked = time.monotonic()
-                    if await http.is_disconnected():
-                        await asyncio.to_thread(self._jobs.cancel, job.id)
-            return None
-        finally:
-            watch.close()
-
-    async def _stream(
-        self, job: Job, watch: Watch, events: Events[Event], head: dict[str, Any],
-        chunk: Callable[[str, str | None, bool], dict[str, Any]],
-    ) -> AsyncIterator[str]:  # fmt: skip
-        end: Job | None = None
-        said = 0
-        try:
-            yield _event(head | chunk("", None, True))
-            text = ""
-            while end is None and not events.over:
-                event = await events.next(10.0)
-                if event is None:
-                    yield ": waiting\n\n"
-                elif event.kind == "restarted":
-                    text = ""
-                elif event.kind == "text":
-                    text += event.text
-                    # after a restart the same text comes anew: only what was not sent yet is sent
-                    if len(text) > said:
-                        yield _event(head | chunk(text[said:], None, False))
-                        said = len(text)
-                elif event.kind in ("queued", "moved"):
-                    yield f": waiting, {event.position} before this\n\n" if event.position else ": next\n\n"
-                elif event.kind == "progress":
-                    yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
-                end = event.end if event else None
-            if end is None:
-                yield _event({"error": {"message": f"flashd is stopping; job {job.id} is kept", "type": "stopping"}})
-            elif end.state is State.DONE:
-                last = head | chunk("", reason(end), False) | {"usage": usage(end)}
-                yield _event(last | {OBJECT: more(end)})
-            else:
-                kind = BAD_REQUEST if end.result.refused else str(end.state)
-                yield _event({"error": {"message": end.result.finish, "type": kind}})
-            yield "data: [DONE]\n\n"
-        finally:
-            watch.close()
-            if end is None:
-                # a generator that is thrown away may not wait, and this takes no time
-                self._jobs.cancel(job.id)
+            for request in [self._fitting(request) for request in asked.requests]:
+                growing.append(Growing(*self._jobs.ask(request, events.put)))
+        except BaseException:
+            leave(self._jobs, growing)
+            raise
+        return growing
 
     async def _models(self, _: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})
 
     async def _one_model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
-        return JSONResponse(self._described()) if name == self._model else _error(404, f"no model is called {name!r}")
+        if name == self._model:
+            return JSONResponse(self._described())
+        return refusal(404, f"no model is called {name!r}", "model", "model_not_found")
 
     def _described(self) -> dict[str, str | int]:
         return {"id": self._model, "object": "model", "created": 0, "owned_by": "flashd"}
@@ -261,7 +189,7 @@ class Api:
     async def _one(self, http: HttpRequest) -> Response:
         number = _number(http.path_params["number"])
         job = await asyncio.to_thread(self._jobs.get, number)
-        return _in_pieces(msgspec.json.encode(job)) if job else _error(404, f"no job {number}")
+        return _in_pieces(msgspec.json.encode(job)) if job else refusal(404, f"no job {number}")
 
     async def _cancel(self, http: HttpRequest) -> Response:
         cancelled = await asyncio.to_thread(self._jobs.cancel, _number(http.path_params["number"]))
@@ -272,7 +200,7 @@ class Api:
         try:
             job = await asyncio.to_thread(self._trigger, name)
         except KeyError:
-            return _error(404, f"no trigger is called {name!r}")
+            return refusal(404, f"no trigger is called {name!r}")
         return JSONResponse({"job": job.id})
 
 
@@ -297,7 +225,7 @@ async def _decoded(http: HttpRequest, kind: type[B]) -> B:
     try:
         return msgspec.json.decode(data, type=kind)
     except NOT_JSON as error:
-        raise UsageError(str(error)) from error
+        raise explained(error) from error
 
 
 def _number(text: str) -> int:
@@ -318,8 +246,7 @@ async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _refused(_: HttpRequest, error: Exception) -> Response:
-    status = 429 if isinstance(error, Busy) else 400 if isinstance(error, UsageError) else 500
-    return _error(status, str(error))
+    return refusal_of(error)
 
 
 async def _gone(_: HttpRequest, __: Exception) -> Response:
@@ -329,17 +256,8 @@ async def _gone(_: HttpRequest, __: Exception) -> Response:
 
 async def _no_such(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return _error(status, f"{http.method} {http.scope['path']} is not served here")
-
-
-def _error(status: int, message: str) -> Response:
-    kind = BAD_REQUEST if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    return refusal(status, f"{http.method} {http.scope['path']} is not served here")
 
 
 def _struct_response(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -23,7 +23,7 @@ HEAD = 200
 
 Choices = Annotated[list[str], msgspec.Meta(max_length=64)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1)]
-Seed = Annotated[int, msgspec.Meta(ge=0)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Deadline = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -57,7 +57,13 @@ class Draw(msgspec.Struct, frozen=True, kw_only=True):
 
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}  # tokens -> what is added to their logits
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +83,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     draw: Draw = Draw()
     choose: tuple[str, ...] = ()  # the answer is one of these
     json_schema: dict[str, Any] | None = None  # the answer is JSON of this schema
+    logprobs: int | None = None  # each token comes with its probability, and with so many of the likeliest ones
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -137,16 +144,25 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         )  # fmt: skip
 
 
+class Scored(msgspec.Struct, frozen=True):
+    """A token of an answer: its bytes, the natural logarithm of its probability, and the likeliest tokens there."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a job.
 
     queued (position), moved (position, when the queue goes on), started, progress (done, total, card_bytes),
-    text (text), restarted (forget what was said), ended (the job as it ended).
+    text (text, scored), restarted (forget what was said), ended (the job as it ended).
     """
 
     kind: Literal["queued", "moved", "started", "progress", "text", "restarted", "ended"]
     job: int
     text: str = ""
+    scored: tuple[Scored, ...] = ()  # the tokens of `text`, if the job asks for them
     position: int = 0
     done: int = 0
     total: int = 0

@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
 
-from flashd.daemon.job import API, MAX_TEXT, WAITING_BYTES, Event, Head, Job, Request, State, weight
+from flashd.daemon.job import API, MAX_TEXT, WAITING_BYTES, Event, Head, Job, Request, Scored, State, weight
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite, UsageError
 
@@ -231,11 +231,11 @@ class Jobs:
         """Whether a running job only makes way: it was neither cancelled nor is it too late."""
         return job.id in self._interrupted and not self._given_up(job)
 
-    def say(self, job: Job, text: str) -> None:
+    def say(self, job: Job, text: str, scored: tuple[Scored, ...] = ()) -> None:
         """More of a running job's answer."""
         with self._changed:
             job.result.text += text
-            self._tell(Event(kind="text", job=job.id, text=text))
+            self._tell(Event(kind="text", job=job.id, text=text, scored=scored))
 
     def progress(self, job: Job, done: int, total: int, card_bytes: int) -> None:
         self._tell(Event(kind="progress", job=job.id, done=done, total=total, card_bytes=card_bytes))

@@ -5,34 +5,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 
 import msgspec
-from msgspec.structs import replace
 
 from flashd.config.settings import Answering
-from flashd.daemon.job import Job, Request, State
+from flashd.daemon.job import Job, Request, Scored, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
+from flashd.daemon.talks import Talks
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Constraint, Sampling
-from flashd.engine.decoding.schemas import Schemas
-from flashd.engine.decoding.text import Message
+from flashd.engine.decoding.schemas import Schemas, held_by_schemas
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
-from flashd.errors import NOT_JSON, FlashdError, PromptTooLong, UsageError
+from flashd.errors import NOT_JSON, BadField, DataError, FlashdError, InputMissing, UsageError
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
 """How long the worker waits for a job before it shows that it still could take one."""
 
-FORGET = 8
-"""Messages that a long talk is shortened by: so many, that what is left begins alike for some questions and its
-KV cache is kept."""
+MOST_SCORES = 4096
+"""Probabilities of tokens that one request may ask for."""
 
 PROGRESS_SECONDS = 0.25
 """Progress is told this often at the most."""
@@ -77,7 +73,8 @@ class Worker:
         self.totals = Totals()
         self._jobs, self._engine, self._prompts, self._notify = jobs, engine, prompts, notify
         self._stopping = threading.Event()
-        self._schemas = schemas
+        self._schemas, self._making = schemas, threading.Lock()
+        self._talks = Talks(prompts, engine.plan.context - 1, lambda: self.answering)
         self._running: list[_Running] = []
         self._asked: tuple[Job, list[int]] | None = None  # the job looked at last, and its prompt
         self._counted = engine.model.card.bytes_read
@@ -142,8 +139,8 @@ class Worker:
             self._finish(running, State.DONE, running.answer.figures.finish)
             return
         running.speech = self._engine.begin(
-            prompt, sampling, running.answer, limit=self._limit(request), stop=request.stop,
-            constraint=self._constraint(request),
+            prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
+            constraint=self._constraint(request), scores=request.logprobs,
         )  # fmt: skip
 
     def _choose(self, running: _Running, prompt: list[int], sampling: Sampling) -> None:
@@ -169,7 +166,7 @@ class Worker:
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
         try:
-            return self._engine.fits(self._prompt_of(job), self._limit(job.request))
+            return self._engine.fits(self._prompt_of(job), self._talks.limit(job.request))
         except FlashdError:
             return True  # it fails in words of its own, and holds nobody up
 
@@ -212,7 +209,15 @@ class Worker:
     def _say(self, speech: Speech, piece: str) -> None:
         running = next(r for r in self._running if r.speech is speech)
         if piece and not running.over:
-            self._jobs.say(running.job, piece)
+            self._jobs.say(running.job, piece, self._scored(speech))
+
+    def _scored(self, speech: Speech) -> tuple[Scored, ...]:
+        """The tokens of the text that is shown now, if the job asks for them."""
+        text = self._engine.token_bytes
+        return tuple(
+            Scored(text[s.token], s.logprob, tuple((text[token], logprob) for token, logprob in s.top))
+            for s in speech.scores()
+        )
 
     def _on_step(self, done: int, total: int, card_bytes: int) -> None:
         self._notify.alive()
@@ -243,6 +248,7 @@ class Worker:
         if state is State.DONE and job.request.json_schema is not None and finish != "stop":
             larger = "max_tokens" if finish == "length" else "the context"
             state, finish = State.FAILED, f"the answer was cut before its JSON was whole; raise {larger}"
+            job.result.refused = True  # the same would come of it again
         elif state is State.DONE and job.request.json_schema is not None and not _is_json(job.result.text):
             state, finish = State.FAILED, "the answer is not JSON; simplify the schema"
         self._note(running)
@@ -258,74 +264,30 @@ class Worker:
             if running.speech is not None:
                 self._engine.end(running.speech)
 
+    def fitting(self, request: Request) -> Request:
+        """The request without the messages that are to be forgotten, if it can be answered. For any thread.
+
+        Raises UsageError, which says why it cannot be answered; DataError.
+        """
+        request = self._talks.fitting(request)
+        vocabulary = self._engine.bundle.header.model.vocabulary
+        if (last := max(request.draw.logit_bias, default=0)) >= vocabulary:
+            raise BadField("logit_bias", f"there is no token {last}; the last one is {vocabulary - 1}")
+        if request.logprobs is not None:
+            most = MOST_SCORES // (request.logprobs + 1)
+            if min(self._talks.limit(request), self._talks.room) > most:
+                raise BadField("max_tokens", f"with these logprobs allowed is 1 to {most}")
+        try:
+            self._constraint(request)
+        except (UsageError, DataError, InputMissing) as error:
+            raise BadField("response_format", str(error), "unsupported_value") from error
+        return request
+
     def _prompt_of(self, job: Job) -> list[int]:
         """Its tokens, made once: one that waits for room is looked at before each pass."""
         if self._asked is None or self._asked[0] is not job:
-            self._asked = job, self._prompt(job.request)
+            self._asked = job, self._talks.tokens(job.request, self._notify.alive)
         return self._asked[1]
-
-    def fitting(self, request: Request) -> Request:
-        """The request without the messages that are to be forgotten. For any thread.
-
-        Raises PromptTooLong, DataError.
-        """
-        left_out, tokens = self._fit(request, lambda: None)  # only the worker's own thread feeds the watchdog
-        if len(tokens) > self._room:
-            raise PromptTooLong(len(tokens), self._room)
-        if not left_out:
-            return request
-        first = 1 if request.turns[0].role == "system" else 0
-        return replace(request, turns=request.turns[:first] + request.turns[first + left_out :])
-
-    def _prompt(self, request: Request) -> list[int]:
-        return self._fit(request, self._notify.alive)[1]
-
-    def _fit(self, request: Request, alive: Callable[[], None]) -> tuple[int, list[int]]:
-        """How many of the oldest messages are left out, and the tokens of the others."""
-        if request.plain:
-            return 0, self._prompts.plain("".join(turn.content for turn in request.turns), self._room)
-        messages = [Message(turn.role, turn.content) for turn in request.turns]
-        if self.answering.system and all(message.role != "system" for message in messages):
-            messages.insert(0, Message("system", self.answering.system))
-        return self._shortened(messages, request, alive) if request.forget else (0, self._tokens(messages))
-
-    def _shortened(
-        self, messages: list[Message], request: Request, alive: Callable[[], None]
-    ) -> tuple[int, list[int]]:
-        """A talk without its oldest messages if they leave no room for an answer: how many, and the tokens left."""
-        first, room = (1 if messages[0].role == "system" else 0), self._room + 1
-        room -= min(self._limit(request), room // 2)
-
-        def left_out(times: int) -> int:
-            return min(times * FORGET, len(messages) - 1 - first)  # the last one always stays
-
-        @cache
-        def tokens(times: int) -> list[int] | None:
-            """Those of FORGET messages less, so many times. None if they do not fit."""
-            alive()
-            try:
-                found = self._prompts.tokens(messages[:first] + messages[first + left_out(times) :], room)
-            except PromptTooLong:
-                return None
-            return found if len(found) <= room else None
-
-        if (whole := tokens(0)) is not None:
-            return 0, whole
-        most = -(-(len(messages) - 1 - first) // FORGET)
-        times = bisect_left(range(most), True, lo=1, key=lambda times: tokens(times) is not None)
-        # the last message alone may leave less room than was asked for
-        return left_out(times), tokens(times) or self._tokens([*messages[:first], messages[-1]])
-
-    def _tokens(self, messages: list[Message]) -> list[int]:
-        return self._prompts.tokens(messages, self._room)
-
-    @property
-    def _room(self) -> int:
-        """Tokens that a prompt may have."""
-        return self._engine.plan.context - 1
-
-    def _limit(self, request: Request) -> int:
-        return request.max_tokens or self.answering.max_tokens
 
     def _sampling(self, job: Job) -> Sampling:
         a, d = self.answering, job.request.draw
@@ -334,15 +296,33 @@ class Worker:
         return Sampling(
             temperature=a.temperature if d.temperature is None else d.temperature,
             top_p=a.top_p if d.top_p is None else d.top_p,
-            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty, seed=seed,
+            top_k=a.top_k if d.top_k is None else d.top_k,
+            min_p=a.min_p if d.min_p is None else d.min_p,
+            repeat_penalty=a.repeat_penalty if d.repeat_penalty is None else d.repeat_penalty,
+            seed=seed, frequency_penalty=d.frequency_penalty, presence_penalty=d.presence_penalty,
+            logit_bias=d.logit_bias,
         )  # fmt: skip
 
     def _constraint(self, request: Request) -> Constraint | None:
         if request.json_schema is None:
             return None
-        if self._schemas is None:
-            raise UsageError("answers by a schema are off; set schemas: true in flashd.yaml")
-        return self._schemas.compile(request.json_schema)
+        return self._grammars().compile(request.json_schema)
+
+    def _grammars(self) -> Schemas:
+        """Made at the first answer that needs them, if the plan has left room.
+
+        Raises UsageError, DataError, InputMissing.
+        """
+        with self._making:
+            if self._schemas is None:
+                plan, need = self._engine.plan, held_by_schemas(self._engine.bundle)
+                if plan.total + need > plan.memory:
+                    raise UsageError(
+                        f"the grammar of a schema needs {need >> 20} MiB of RAM, and the plan leaves"
+                        f" {(plan.memory - plan.total) >> 20}; set schemas: true in flashd.yaml, which plans for it"
+                    )
+                self._schemas = Schemas(self._engine.bundle)
+            return self._schemas
 
     def _note(self, running: _Running) -> None:
         """Keeps what the answer cost; what jobs read of the card together counts for each, and once in all."""

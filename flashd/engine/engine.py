@@ -14,7 +14,7 @@ from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
 from flashd.engine.decoding.line import Figures, Line
-from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling
+from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
@@ -100,8 +100,12 @@ class Speech:
     Several may be in progress at once.
     """
 
-    def __init__(self, line: Line, answer: Answer, token_bytes: TokenBytes, stop: Sequence[str]) -> None:
-        self.line = line
+    def __init__(
+        self, line: Line, sampler: Sampler, answer: Answer, token_bytes: TokenBytes, stop: Sequence[str]
+    ) -> None:
+        self.line, self._sampler = line, sampler
+        self._scored: list[Score] = []  # those of tokens whose text is held back
+        self._shown: list[Score] = []
         self._answer, self._words, self._stops = answer, Detokenizer(token_bytes), StopStrings(list(stop))
         self._whole = False
 
@@ -117,6 +121,9 @@ class Speech:
         """Takes the next token and returns the text that can be shown now. The text may be empty."""
         shown, stopped = self._stops.push(self._words.push(token))
         self._answer.text += shown
+        if self._sampler.score is not None:
+            self._scored.append(self._sampler.score)
+        self._show_scores(shown)
         if stopped:
             self._answer.figures.finish = "stop"
             self.stop()
@@ -130,7 +137,19 @@ class Speech:
         rest, _ = self._stops.push(self._words.finish())
         rest += self._stops.finish()
         self._answer.text += rest
+        self._show_scores(rest)
         return rest
+
+    def scores(self) -> list[Score]:
+        """The scores of the tokens whose text has been shown since the last call."""
+        shown, self._shown = self._shown, []
+        return shown
+
+    def _show_scores(self, text: str) -> None:
+        """What a token says is scored when its text is shown. Tokens of a stop string never are."""
+        if text:
+            self._shown += self._scored
+            self._scored = []
 
 
 class Engine:
@@ -186,6 +205,7 @@ class Engine:
         ignore_eos: bool = False,
         drafts: bool = True,
         constraint: Constraint | None = None,
+        scores: int | None = None,
     ) -> Speech:
         """Starts an answer. Other answers may be in progress: ask `fits` first. Call `end` when it is done.
 
@@ -197,14 +217,16 @@ class Engine:
             ignore_eos: go on behind the model's own end tokens.
             drafts: check several guessed tokens a pass, if the model gains by it.
             constraint: a grammar that says which tokens may come.
+            scores: so many of the likeliest tokens are in the score of each token. None: there are no scores.
 
         Raises UsageError for a prompt that is empty or too long.
         """
+        sampler = Sampler(sampling, constraint, scores)
         line = self._conversation.begin(
-            prompt, Sampler(sampling, constraint), limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
+            prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
             figures=answer.figures, drafts=drafts,
         )  # fmt: skip
-        speech = Speech(line, answer, self.token_bytes, stop)
+        speech = Speech(line, sampler, answer, self.token_bytes, stop)
         self._speeches.append(speech)
         return speech
 

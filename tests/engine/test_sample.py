@@ -90,3 +90,34 @@ def test_the_penalty_is_for_recent_tokens_only_and_leaves_the_logits_alone() -> 
 def test_an_option_out_of_range_is_named_with_what_is_allowed(options: dict[str, float], named: str) -> None:
     with pytest.raises(UsageError, match=f"{named}.*allowed is"):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_each_time_that_a_token_was_said_makes_it_less_likely() -> None:
+    logits = np.array([3.0, 2.0, 0.5], np.float32)
+    by_times, once = Sampler(Sampling(frequency_penalty=0.6)), Sampler(Sampling(presence_penalty=1.2))
+    assert [by_times.pick(logits, [0] * 9) for _ in range(6)] == [0, 0, 1, 0, 1, 0]  # the prompt does not count
+    assert [once.pick(logits, []) for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_a_bias_is_for_the_tokens_it_names_and_the_logits_stay() -> None:
+    logits = np.array([3.0, 2.0, 0.5], np.float32)
+    sampler = Sampler(
+        Sampling(logit_bias={2: 5.0, 0: -1.5, 9: 100.0}), scores=2
+    )  # a draft knows the first tokens only
+    assert sampler.pick(logits, []) == 2 and logits.tolist() == [3.0, 2.0, 0.5]
+    assert sampler.score is not None and [token for token, _ in sampler.score.top] == [0, 1]
+    p = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
+    assert abs(np.exp(sampler.score.logprob) - p[2]) < 1e-6  # the model's own, before the bias
+
+
+def test_a_twin_draws_the_same_and_leaves_the_scores_alone() -> None:
+    rng = np.random.default_rng(5)
+    steps = [rng.standard_normal(40).astype(np.float32) for _ in range(30)]
+    sampler = Sampler(Sampling(temperature=1.0, frequency_penalty=1.0, logit_bias={3: 2.0}, seed=1), scores=0)
+    for logits in steps[:10]:
+        sampler.pick(logits, [])
+    twin, score = sampler.twin(), sampler.score
+    assert twin is not None
+    ahead = [twin.pick(logits, []) for logits in steps[10:]]
+    assert sampler.score is score and twin.score == score
+    assert [sampler.pick(logits, []) for logits in steps[10:]] == ahead

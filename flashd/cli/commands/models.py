@@ -82,7 +82,7 @@ def _look(path: Path, used: Path | None) -> Found:
 
     with Bundle(path) as bundle:
         model = bundle.header.model
-        least = plan_for_answers(bundle, Budget(memory=1 << 40)).smallest
+        least = plan_for_answers(bundle, Budget(memory=1 << 40)).least
     return Found(path.stem, str(path), model.name, model.family, path.stat().st_size, least, path.resolve() == used)
 
 
@@ -109,15 +109,11 @@ def use(options: Use) -> None:
 
 def _needs(path: Path, settings: Settings) -> int:
     """Bytes of RAM with which the daemon can answer. Called in a child, which loads what the daemon has loaded."""
-    import flashd.serve  # noqa: F401
     from flashd.bundle.reader import Bundle
-    from flashd.engine.decoding.schemas import Schemas
-    from flashd.engine.engine import Budget, Prompts, plan_for
+    from flashd.check_config import least_memory
 
     with Bundle(path) as bundle:
-        held = Prompts(bundle), Schemas(bundle) if settings.schemas else None
-        least = plan_for(bundle, Budget(1 << 40, settings.context, settings.threads)).smallest
-        del held
+        least = least_memory(settings, bundle)
     return -(-int(least * SPARE) // STEP) * STEP
 
 

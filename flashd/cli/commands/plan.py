@@ -16,14 +16,14 @@ def plan(options: Plan) -> None:
     with Bundle(bundle_of(options.bundle)) as bundle:
         plan = plan_for_answers(bundle, budget(options))
     if options.json:
-        print(json.dumps(asdict(plan) | {"total": plan.total}))
+        print(json.dumps(asdict(plan) | {"total": plan.total, "smallest": plan.least, "whole": plan.whole_from}))
         return
     for name, size in plan.parts.items():
         _line(name, size / MIB, "MiB")
     _line("in all", plan.total / MIB, f"MiB of {plan.memory / MIB:.0f}")
-    _line("the least that works", plan.smallest / MIB, f"MiB with a context of {plan.context}")
-    if plan.whole is not None:
-        _line("the whole model fits from", plan.whole / MIB, "MiB on, and then answers many times as fast")
+    _line("the least that works", plan.least / MIB, f"MiB with a context of {plan.context}")
+    if plan.whole_from is not None:
+        _line("the whole model fits from", plan.whole_from / MIB, "MiB on, and then answers many times as fast")
     if plan.resident:
         print("The whole model fits: nothing is read from the card while it answers.")
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ PENALTY_TOKENS = 64
 class Sampling:
     """How a token is drawn. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0, repeat_penalty 1 are off.
 
+    For each time that the answer has a token already, `frequency_penalty` is taken from its logit, and
+    `presence_penalty` once. `logit_bias` is added to the logits of the tokens that it names.
+
     Raises UsageError, which names the option that is out of range.
     """
 
@@ -30,6 +34,9 @@ class Sampling:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rules = [
@@ -38,6 +45,8 @@ class Sampling:
             ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
             ("--min-p", self.min_p, 0 <= self.min_p < 1, "0 up to below 1"),
             ("--repeat-penalty", self.repeat_penalty, 0 < self.repeat_penalty <= 10, "above 0 up to 10"),
+            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "-2 to 2"),
             ("--seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
         ]
         for option, value, holds, allowed in rules:
@@ -55,17 +64,43 @@ class Constraint(Protocol):
         """Is told that `token` was drawn."""
 
 
-class Sampler:
-    """Draws tokens. It filters in llama.cpp's order: penalty, top-k, top-p, min-p, temperature."""
+@dataclass(frozen=True)
+class Score:
+    """A token that was drawn, the natural logarithm of its probability, and the likeliest tokens at its place.
 
-    def __init__(self, sampling: Sampling, constraint: Constraint | None = None) -> None:
+    The probabilities are the model's own, before penalties, biases, filters and temperature.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Draws tokens. It filters in llama.cpp's order: penalties, top-k, top-p, min-p, temperature.
+
+    Args:
+        sampling: how tokens are drawn.
+        constraint: a grammar that says which tokens may come.
+        scores: so many of the likeliest tokens are in the score of each token. None: there are no scores.
+    """
+
+    def __init__(self, sampling: Sampling, constraint: Constraint | None = None, scores: int | None = None) -> None:
         self._s = sampling
         self._constraint = constraint
         self._random = np.random.default_rng(sampling.seed)
+        self._said: Counter[int] = Counter()
+        self._bias = np.array(list(sampling.logit_bias.items()), np.float64).reshape(-1, 2)  # [n, (token, bias)]
+        self._scores = scores
+        self.score: Score | None = None  # that of the last token
 
     def twin(self) -> Sampler | None:
         """A copy that draws the same tokens from here on. None if there is a constraint, which cannot be copied."""
-        return None if self._constraint else deepcopy(self)
+        if self._constraint is not None:
+            return None
+        twin = deepcopy(self)
+        twin._scores = None
+        return twin
 
     def pick(self, logits: Floats, recent: Sequence[int]) -> int:
         """Draws the next token, given logits [V] and the tokens before it. It does not change the logits."""
@@ -81,6 +116,9 @@ class Sampler:
             token = min(at, int(ids.max()))
         if self._constraint is not None:
             self._constraint.advance(token)
+        self._said[token] += 1
+        if self._scores is not None:
+            self.score = score(logits, token, self._scores)
         return token
 
     def distribution(
@@ -101,8 +139,8 @@ class Sampler:
         return ids[keep], p
 
     def _allowed(self, logits: Floats, recent: Sequence[int]) -> Floats:
-        """Logits [V] after the penalty and the constraint."""
-        logits = self._penalised(logits, recent)
+        """Logits [V] after the penalties, the biases and the constraint."""
+        logits = self._biased(self._penalised(logits, recent))
         return logits if self._constraint is None else self._constraint.mask(logits)
 
     def _penalised(self, logits: Floats, recent: Sequence[int]) -> Floats:
@@ -112,6 +150,32 @@ class Sampler:
         seen = np.unique(np.array(recent[-PENALTY_TOKENS:], np.int64))
         out[seen] = np.where(out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty)
         return out
+
+    def _biased(self, logits: Floats) -> Floats:
+        """Logits [V] less the penalties for what was said, plus the biases."""
+        s = self._s
+        out = logits
+        if self._said and (s.frequency_penalty or s.presence_penalty):
+            said = np.array(list(self._said.items()), np.int64)  # [n, (token, times)]
+            out = _added(out, said[:, 0], -(s.frequency_penalty * said[:, 1] + s.presence_penalty))
+        return _added(out, self._bias[:, 0].astype(np.int64), self._bias[:, 1]) if len(self._bias) else out
+
+
+def _added(logits: Floats, tokens: npt.NDArray[np.int64], values: npt.NDArray[np.floating]) -> Floats:
+    """Logits [V] plus a value for each of some tokens. The logits may be those of the first tokens alone."""
+    there = tokens < len(logits)
+    out = logits.copy()
+    out[tokens[there]] += values[there].astype(np.float32)
+    return out
+
+
+def score(logits: Floats, token: int, most: int) -> Score:
+    """The score of a token by logits [V], with the `most` likeliest tokens."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    top = _largest(logits, most) if most else np.empty(0, np.int64)
+    return Score(token, float(values[token]), tuple((int(t), float(values[t])) for t in top))
 
 
 def _largest(logits: Floats, k: int) -> npt.NDArray[np.int64]:

@@ -63,6 +63,16 @@ class Plan:
         return _spread(sum(self.pinned) + more, len(self.pinned), self.groups)
 
     @property
+    def least(self) -> int:
+        """The smallest budget that works, as everybody names it who says so."""
+        return with_margin(self.smallest)
+
+    @property
+    def whole_from(self) -> int | None:
+        """The budget from which on the whole model stays, named likewise."""
+        return None if self.whole is None else with_margin(self.whole)
+
+    @property
     def total(self) -> int:
         return sum(self.parts.values())
 
@@ -92,9 +102,9 @@ def make_plan(
     """
     m = header.model
     base += clients
-    least, whole = smallest(header, context, base), None
-    if _can_be_whole(header):
-        whole = sum(_whole_parts(header, context, base, 0, False).values())
+    whole = sum(_whole_parts(header, context, base, 0, False).values()) if _can_be_whole(header) else None
+    paged = smallest(header, context, base)
+    least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=(m.groups,) * m.layers, groups=m.groups, group_bytes=_group_bytes(header), lent_groups=0,
@@ -103,7 +113,7 @@ def make_plan(
     if whole is not None and whole <= memory:
         return _with_clients(_whole(header, base, plan, arithmetic), clients)
     if memory < least:
-        raise MemoryTooSmall(memory, least + MARGIN, f"{m.name} with a context of {context}")
+        raise MemoryTooSmall(memory, with_margin(least), f"{m.name} with a context of {context}")
     if rates is not None:
         return _with_clients(_selecting(header, rates, base, plan), clients)
     return _with_clients(_paging(header, base, plan), clients)
@@ -166,8 +176,16 @@ def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:
     )  # fmt: skip
 
 
+def with_margin(least: int) -> int:
+    """What to name as the smallest budget, if a plan made now needs `least` bytes: whole MiB, as users write them.
+
+    A budget without the margin is not refused, so what one process names works in another one.
+    """
+    return -(-(least + MARGIN) // MIB) * MIB
+
+
 def smallest(header: Header, context: int, base: int) -> int:
-    """The smallest budget that works: nothing pinned, every group streams past."""
+    """The smallest budget with which a model pages: nothing pinned, every group streams past."""
     return sum(_paged_parts(header, context, base, pinned=0).values())
 
 

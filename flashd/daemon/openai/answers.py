@@ -1,0 +1,183 @@
+"""The answers to one request as they come, sent whole or in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from flashd.daemon.events import Events
+from flashd.daemon.job import Event, Job, Scored, State
+from flashd.daemon.jobs import Jobs, Watch
+from flashd.daemon.openai.bodies import Asked
+from flashd.daemon.openai.forms import Form, Piece, more, reason, usage
+from flashd.daemon.openai.refusals import body_of, refusal
+
+OBJECT = "flashd"
+
+
+@dataclass
+class Growing:
+    """One answer as it comes."""
+
+    job: Job
+    watch: Watch
+    text: str = ""
+    scored: list[Scored] = field(default_factory=list)
+    sent: int = 0  # characters of it
+    sent_scored: int = 0
+    end: Job | None = None
+
+    def take(self, event: Event) -> None:
+        if event.kind == "restarted":
+            self.text, self.scored = "", []
+        self.text += event.text
+        self.scored += event.scored
+        self.end = event.end or self.end
+
+
+class Answers:
+    """The answers to one request. `whole` or `pieces` sends them."""
+
+    def __init__(
+        self, jobs: Jobs, model: str, form: Form, asked: Asked, growing: Sequence[Growing], events: Events[Event]
+    ) -> None:
+        self._jobs, self._form, self._asked, self._growing, self._events = jobs, form, asked, growing, events
+        first = growing[0].job
+        self._head = {"id": f"flashd-{first.id}", "created": int(first.created), "model": model}
+        self._headers = {"X-Job": str(first.id)}
+
+    async def whole(self, http: HttpRequest) -> Response:
+        """Sends all answers when the last has come. They are cancelled if the client goes away before."""
+        try:
+            await self._all_ended(http)
+        finally:
+            self._leave()
+        for each in self._growing:
+            if each.end is None:
+                return refusal(503, _stopping(each.job))
+            if each.end.state is not State.DONE:
+                return refusal(_status(each.end), each.end.result.finish)
+        ends = self._ends
+        choices = [
+            self._form.choice(
+                Piece(i, self._echo(each) + end.result.text, self._scored(each, each.scored), reason=reason(end))
+            )
+            for i, (each, end) in enumerate(zip(self._growing, ends, strict=True))
+        ]
+        body = {"object": self._form.whole, "choices": choices, "usage": usage(ends, self._asked.of_each)}
+        return JSONResponse(self._head | body | {OBJECT: more(ends)}, headers=self._headers)
+
+    def pieces(self) -> Response:
+        """Sends each answer piece by piece."""
+        return StreamingResponse(self._stream(), media_type="text/event-stream", headers=self._headers)
+
+    async def _all_ended(self, http: HttpRequest) -> None:
+        """Waits until all answers have ended or one has failed, or the daemon stops."""
+        looked = time.monotonic()
+        while not self._over and not self._events.over:
+            event = await self._events.next(1.0)
+            if event is not None:
+                self._taken(event)
+            if time.monotonic() - looked >= 1.0:
+                looked = time.monotonic()
+                if await http.is_disconnected():
+                    for each in self._growing:
+                        await asyncio.to_thread(self._jobs.cancel, each.job.id)
+
+    async def _stream(self) -> AsyncIterator[str]:
+        try:
+            for i, each in enumerate(self._growing):
+                yield self._line([self._form.chunk(Piece(i, self._echo(each), first=True))])
+            while not self._over and not self._events.over:
+                event = await self._events.next(10.0)
+                for line in self._lines(event) if event else [": waiting\n\n"]:
+                    yield line
+            for line in self._last_lines():
+                yield line
+        finally:
+            self._leave()
+
+    def _lines(self, event: Event) -> Iterator[str]:
+        """What a client is told of an event. To a client that waits for text it is a comment, which it ignores."""
+        i, each = self._taken(event)
+        # after a restart the same text comes anew: only what was not sent yet is sent
+        if len(each.text) > each.sent:
+            scored = self._scored(each, each.scored[each.sent_scored :])
+            chunk = self._form.chunk(Piece(i, each.text[each.sent :], scored, each.sent))
+            each.sent, each.sent_scored = len(each.text), max(each.sent_scored, len(each.scored))
+            yield self._line([chunk])
+        elif event.kind in ("queued", "moved"):
+            yield f": waiting, {event.position} before this\n\n" if event.position else ": next\n\n"
+        elif event.kind == "progress":
+            yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
+        if each.end is not None and each.end.state is State.DONE:
+            last = self._form.chunk(Piece(i, reason=reason(each.end)))
+            yield self._line([last], more([each.end]))
+
+    def _last_lines(self) -> Iterator[str]:
+        failed = next((x.end for x in self._growing if x.end and x.end.state is not State.DONE), None)
+        if failed is not None:
+            yield _event(body_of(_status(failed), failed.result.finish))
+        elif not self._over:
+            yield _event(body_of(503, _stopping(self._growing[0].job)))
+        elif self._asked.usage:
+            yield self._line([], None, usage(self._ends, self._asked.of_each))
+        yield "data: [DONE]\n\n"
+
+    def _line(self, choices: list[dict[str, Any]], said: Any = None, cost: dict[str, Any] | None = None) -> str:
+        head = self._head | {"object": self._form.piece, "choices": choices}
+        if self._asked.usage:
+            head["usage"] = cost
+        return _event(head | ({OBJECT: said} if said is not None else {}))
+
+    @property
+    def _over(self) -> bool:
+        """Whether all have ended, or one that failed, which makes the others useless."""
+        ends = [each.end for each in self._growing]
+        return all(ends) or any(end is not None and end.state is not State.DONE for end in ends)
+
+    @property
+    def _ends(self) -> list[Job]:
+        return [each.end for each in self._growing if each.end is not None]
+
+    def _taken(self, event: Event) -> tuple[int, Growing]:
+        i = next(i for i, each in enumerate(self._growing) if each.job.id == event.job)
+        self._growing[i].take(event)
+        return i, self._growing[i]
+
+    def _echo(self, each: Growing) -> str:
+        return each.job.request.turns[0].content if self._asked.echo else ""
+
+    def _scored(self, each: Growing, scored: Sequence[Scored]) -> Sequence[Scored] | None:
+        return None if each.job.request.logprobs is None else scored
+
+    def _leave(self) -> None:
+        """Watches no longer. What has not ended is for nobody."""
+        leave(self._jobs, self._growing)
+
+
+def leave(jobs: Jobs, growing: Sequence[Growing]) -> None:
+    for each in growing:
+        each.watch.close()
+        if each.end is None:
+            # a generator that is thrown away may not wait, and this takes no time; if flashd stops, the job is kept
+            jobs.cancel(each.job.id)
+
+
+def _status(end: Job) -> int:
+    return 400 if end.result.refused else 503 if end.state is State.EXPIRED else 500
+
+
+def _stopping(job: Job) -> str:
+    return f"flashd is stopping; job {job.id} is kept and answered when it runs again"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

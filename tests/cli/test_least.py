@@ -1,0 +1,87 @@
+"""The smallest memory that is named works, whoever names it: plan, ask's refusal, check-config."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashd.bundle.row_kinds import RowKind
+from flashd.daemon.admission import CLIENTS
+from flashd.pack.pack import pack
+from flashd.system.memory import MIB
+from tests.daemon.test_check_config import serves
+from tests.goldens.models import GOLDENS
+
+FAMILIES = ("llama3", "qwen2-yarn", "gemma3", "opt", "mixtral")
+KINDS: tuple[RowKind, ...] = ("int8", "f16")
+"""A model of int8 rows may stay whole, one of f16 rows pages."""
+
+
+def flashd(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"FLASHD_SOCKET": "/nonexistent"}
+    command = [sys.executable, "-m", "flashd", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def answers(bundle: Path, mebibytes: int) -> bool:
+    """Asks with a budget, which must be enough. Whether the model stayed whole."""
+    done = flashd(
+        "ask", "--model", bundle, "--memory", f"{mebibytes}M", "--context", "64", "--max-tokens", "2",
+        "--no-snapshots", "--json", "Hi",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole: bool = json.loads(done.stdout)["resident"]
+    return whole
+
+
+def refusal(bundle: Path) -> int:
+    """MiB that ask names if it is given too few."""
+    done = flashd("ask", "--model", bundle, "--memory", "20M", "--context", "64", "--no-snapshots", "Hi")
+    assert done.returncode == os.EX_CONFIG
+    (mebibytes,) = re.findall(r"the smallest that works is --memory (\d+)M$", done.stderr.strip())
+    return int(mebibytes)
+
+
+def check_what_is_named(bundle: Path, folder: Path) -> tuple[bool, bool | None]:
+    """Whether the model was whole with the least memory, and with what plan says it is whole from."""
+    plan = json.loads(flashd("plan", bundle, "--context", "64", "--json").stdout)
+    words = flashd("plan", bundle, "--context", "64").stdout
+    (named,) = re.findall(r"the least that works +(\d+)\.0 MiB", words)
+    assert abs(int(named) * MIB - plan["smallest"]) <= MIB  # a start may take a little more than another
+    at_least = answers(bundle, int(named))
+    answers(bundle, refusal(bundle))
+    service = check_the_service(bundle, folder)
+    assert service * MIB > plan["smallest"] + CLIENTS  # what its clients may make it hold is in its figure
+    return at_least, None if plan["whole"] is None else answers(bundle, plan["whole"] // MIB)
+
+
+def check_the_service(bundle: Path, folder: Path) -> int:
+    """MiB that check-config names, with which the service has to start and check-config to be content."""
+    config = folder / "flashd.yaml"
+    text = f"model: {bundle}\nmemory: {{}}\ncontext: 64\nsnapshots: false\n"
+    text += f"api: {{{{socket: {folder}/s}}}}\nspool: {{{{path: {folder}/spool.db}}}}\n"
+    config.write_text(text.format("50M"))
+    (named,) = re.findall(r"the smallest that works is (\d+)M$", flashd("check-config", config).stderr.strip())
+    config.write_text(text.format(f"{named}M"))
+    assert flashd("check-config", config).returncode == 0
+    assert serves(config, folder)
+    return int(named)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_least_memory_of_a_tiny_model(family: str, kind: RowKind, tmp_path: Path) -> None:
+    pack(GOLDENS[family].write(tmp_path / "m.gguf"), tmp_path / "m.flash", kind)
+    _, from_there = check_what_is_named(tmp_path / "m.flash", tmp_path)
+    assert from_there is (None if kind == "f16" or "expert_count" in GOLDENS[family].keys else True)
+
+
+def test_the_least_memory_of_smollm2(packed: dict[str, Path], tmp_path: Path) -> None:
+    assert check_what_is_named(packed["int4"], tmp_path) == (False, True)

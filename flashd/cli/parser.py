@@ -71,7 +71,8 @@ def _chat(commands: Commands) -> None:
     chat = _command(
         commands, "chat", o.Chat, "Talk with the model, one line at a time.",
         "If the daemon runs, it answers, as with flashd ask. Ctrl-C stops an answer. Ctrl-D or /quit ends the talk."
-        " /reset forgets it.",
+        " /reset forgets it. /help lists the keys. If the talk outgrows the context, its oldest messages are"
+        " forgotten.",
     )  # fmt: skip
     _add_answering(chat)
     chat.add_argument(

@@ -107,7 +107,10 @@ def reason(job: Job) -> str:
 def more(job: Job) -> dict[str, Any]:
     """What OpenAI's answers have no place for."""
     result = job.result
-    return {"finish": result.finish, "probabilities": result.probabilities, "figures": result.figures}
+    return {
+        "finish": result.finish, "forgotten": result.forgotten, "probabilities": result.probabilities,
+        "figures": result.figures,
+    }  # fmt: skip
 
 
 def usage(job: Job) -> dict[str, Any]:

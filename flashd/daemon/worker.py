@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 
 import msgspec
 from msgspec.structs import replace
@@ -19,6 +17,7 @@ from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.engine.cost import cost
+from flashd.engine.decoding.forgetting import shortened
 from flashd.engine.decoding.sampling import Constraint, Sampling
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.decoding.text import Message
@@ -29,10 +28,6 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
 """How long the worker waits for a job before it shows that it still could take one."""
-
-FORGET = 8
-"""Messages that a long talk is shortened by: so many, that what is left begins alike for some questions and its
-KV cache is kept."""
 
 PROGRESS_SECONDS = 0.25
 """Progress is told this often at the most."""
@@ -261,7 +256,9 @@ class Worker:
     def _prompt_of(self, job: Job) -> list[int]:
         """Its tokens, made once: one that waits for room is looked at before each pass."""
         if self._asked is None or self._asked[0] is not job:
-            self._asked = job, self._prompt(job.request)
+            left_out, tokens = self._fit(job.request, self._notify.alive)
+            job.result.forgotten = job.request.forgotten + left_out
+            self._asked = job, tokens
         return self._asked[1]
 
     def fitting(self, request: Request) -> Request:
@@ -275,10 +272,7 @@ class Worker:
         if not left_out:
             return request
         first = 1 if request.turns[0].role == "system" else 0
-        return replace(request, turns=request.turns[:first] + request.turns[first + left_out :])
-
-    def _prompt(self, request: Request) -> list[int]:
-        return self._fit(request, self._notify.alive)[1]
+        return replace(request, turns=request.turns[:first] + request.turns[first + left_out :], forgotten=left_out)
 
     def _fit(self, request: Request, alive: Callable[[], None]) -> tuple[int, list[int]]:
         """How many of the oldest messages are left out, and the tokens of the others."""
@@ -287,34 +281,14 @@ class Worker:
         messages = [Message(turn.role, turn.content) for turn in request.turns]
         if self.answering.system and all(message.role != "system" for message in messages):
             messages.insert(0, Message("system", self.answering.system))
-        return self._shortened(messages, request, alive) if request.forget else (0, self._tokens(messages))
+        if not request.forget:
+            return 0, self._tokens(messages)
 
-    def _shortened(
-        self, messages: list[Message], request: Request, alive: Callable[[], None]
-    ) -> tuple[int, list[int]]:
-        """A talk without its oldest messages if they leave no room for an answer: how many, and the tokens left."""
-        first, room = (1 if messages[0].role == "system" else 0), self._room + 1
-        room -= min(self._limit(request), room // 2)
-
-        def left_out(times: int) -> int:
-            return min(times * FORGET, len(messages) - 1 - first)  # the last one always stays
-
-        @cache
-        def tokens(times: int) -> list[int] | None:
-            """Those of FORGET messages less, so many times. None if they do not fit."""
+        def encode(some: Sequence[Message], room: int) -> list[int]:
             alive()
-            try:
-                found = self._prompts.tokens(messages[:first] + messages[first + left_out(times) :], room)
-            except PromptTooLong:
-                return None
-            return found if len(found) <= room else None
+            return self._prompts.tokens(some, room)
 
-        if (whole := tokens(0)) is not None:
-            return 0, whole
-        most = -(-(len(messages) - 1 - first) // FORGET)
-        times = bisect_left(range(most), True, lo=1, key=lambda times: tokens(times) is not None)
-        # the last message alone may leave less room than was asked for
-        return left_out(times), tokens(times) or self._tokens([*messages[:first], messages[-1]])
+        return shortened(messages, encode, self._room, self._limit(request))
 
     def _tokens(self, messages: list[Message]) -> list[int]:
         return self._prompts.tokens(messages, self._room)

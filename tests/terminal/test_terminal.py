@@ -9,9 +9,9 @@ import wcwidth
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.consoles.characters import INVISIBLE, width
-from device.consoles.line_editor import MAX_LINE, Key, LineEditor
-from device.consoles.terminal_text import Wrap, to_ascii
+from flashd.terminal.characters import INVISIBLE, width
+from flashd.terminal.line_editor import MAX_LINE, Key, LineEditor
+from flashd.terminal.wrapping import Wrap, to_ascii
 
 WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), max_size=30)
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec.structs import replace
 
+from flashd.bundle.header import Drawing
 from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.engine.cost import cost
 from flashd.engine.decoding.forgetting import shortened
-from flashd.engine.decoding.sampling import Constraint, Sampling
+from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
@@ -305,11 +306,14 @@ class Worker:
         a, d = self.answering, job.request.draw
         # one that is interrupted says the same when it begins anew, and who was told a part of it gets the rest
         seed = int(job.created * 1e6) + job.id if d.seed is None else d.seed
-        return Sampling(
+        wished = Drawing(
             temperature=a.temperature if d.temperature is None else d.temperature,
             top_p=a.top_p if d.top_p is None else d.top_p,
-            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty, seed=seed,
+            top_k=a.top_k, min_p=a.min_p, repeat_penalty=a.repeat_penalty,
         )  # fmt: skip
+        if job.request.choose or job.request.json_schema is not None:
+            return greedy_unless(wished, seed)
+        return sampling_of(wished, self._engine.bundle.header.text.drawing, seed)
 
     def _constraint(self, request: Request) -> Constraint | None:
         if request.json_schema is None:

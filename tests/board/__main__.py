@@ -39,7 +39,7 @@ CONFIG = """\
 model: /media/flashd/model.flash
 memory: {memory}M
 context: 512
-answer: {{max_tokens: 1, system: Answer in one word.}}
+answer: {{max_tokens: 1, temperature: 0, system: Answer in one word.}}
 api: {{loopback: 8080}}
 kiosk: {{title: The emulated board}}
 serial:

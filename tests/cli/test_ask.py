@@ -104,7 +104,7 @@ def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
 
 
 def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -> None:
-    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512"]
+    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512", "--temperature", "0"]
     done = run(*question, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout
@@ -136,6 +136,7 @@ def test_nothing_is_reported_and_nothing_is_kept_for_it(tmp_path: Path, tiny_bun
 
 def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, cache: Path) -> None:
     ask: list[str | Path] = ["ask", "the thesis", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "4"]
+    ask += ["--temperature", "0"]
     once, twice, third = (json.loads(run(*ask, "--json").stdout) for _ in range(3))
     assert once["text"] == twice["text"] == third["text"]
     assert once["prompt_tokens"] == twice["prompt_tokens"] == third["reused_tokens"] > 0

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.bundle.header import Drawing
+from flashd.engine.decoding.sampling import Sampler, Sampling, greedy_unless, sampling_of
 from flashd.errors import UsageError
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=2, max_size=50).map(lambda v: np.array(v, np.float32))
@@ -90,3 +91,27 @@ def test_the_penalty_is_for_recent_tokens_only_and_leaves_the_logits_alone() -> 
 def test_an_option_out_of_range_is_named_with_what_is_allowed(options: dict[str, float], named: str) -> None:
     with pytest.raises(UsageError, match=f"{named}.*allowed is"):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wished", "recommended", "drawn"),
+    [
+        # nobody says anything: what small models do not loop with
+        (Drawing(), None, Sampling(0.3, 0.9, 0, 0.05, 1.1)),
+        # the makers do: as they say, and nothing else
+        (Drawing(), Drawing(temperature=0.7, top_k=20), Sampling(0.7, top_k=20)),
+        (Drawing(), Drawing(repeat_penalty=1.3), Sampling(0.3, 0.9, 0, 0.05, 1.3)),
+        # whoever asks or configures does: that wins
+        (Drawing(temperature=1.0, top_k=5), Drawing(temperature=0.7, top_p=0.8, top_k=20), Sampling(1.0, 0.8, 5)),
+        (Drawing(repeat_penalty=1.0), None, Sampling(0.3, 0.9, 0, 0.05, 1.0)),
+        (Drawing(temperature=0), Drawing(temperature=0.7, repeat_penalty=1.2), Sampling()),
+        (Drawing(temperature=0, repeat_penalty=1.2), None, Sampling(repeat_penalty=1.2)),
+    ],
+)
+def test_who_says_how_an_answer_is_drawn(wished: Drawing, recommended: Drawing | None, drawn: Sampling) -> None:
+    assert sampling_of(wished, recommended) == drawn
+
+
+def test_a_decision_takes_the_likeliest_unless_somebody_wishes_otherwise() -> None:
+    assert greedy_unless(Drawing(), 3) == Sampling(seed=3)
+    assert greedy_unless(Drawing(temperature=0.5)) == Sampling(0.5)

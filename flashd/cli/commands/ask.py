@@ -19,6 +19,7 @@ from flashd.cli.talking.talk import Talk, Turns
 from flashd.errors import INTERRUPTED, DataError, UsageError
 
 if TYPE_CHECKING:
+    from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.sampling import Sampling
     from flashd.engine.engine import Answer, Engine
 
@@ -33,9 +34,10 @@ def ask(options: Ask, started: float) -> int:
     from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Engine, Prompts
 
-    sampling, said, pipe = _sampling(options), Said(), Pipe()
+    said, pipe = Said(), Pipe()
     messages = [Message("system", options.system)] if options.system else []
     with Bundle(bundle_of(options.model)) as bundle:
+        sampling = _sampling(options, bundle)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
         kept = prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
@@ -59,8 +61,8 @@ def chat(options: Chat) -> int:
     from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Engine, Prompts
 
-    sampling = _sampling(options)
     with Bundle(bundle_of(options.model)) as bundle:
+        sampling = _sampling(options, bundle)
         prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()
@@ -128,13 +130,15 @@ def _stream(
                 show(piece)
 
 
-def _sampling(options: Answering) -> Sampling:
-    from flashd.engine.decoding.sampling import Sampling
+def _sampling(options: Answering, bundle: Bundle) -> Sampling:
+    from flashd.bundle.header import Drawing
+    from flashd.engine.decoding.sampling import sampling_of
 
-    return Sampling(
-        temperature=options.temperature or 0.0, top_p=1.0 if options.top_p is None else options.top_p,
-        top_k=options.top_k, min_p=options.min_p, repeat_penalty=options.repeat_penalty, seed=options.seed,
+    wished = Drawing(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty,
     )  # fmt: skip
+    return sampling_of(wished, bundle.header.text.drawing, options.seed)
 
 
 def _prompt(prompt: str) -> str:

@@ -44,7 +44,7 @@ def chat(options: Chat) -> int:
 
 def _body(options: Answering) -> dict[str, Any]:
     """What the daemon is asked beside the messages. It answers None with what its configuration says."""
-    if options.top_k or options.min_p or options.repeat_penalty != 1:
+    if any(given is not None for given in (options.top_k, options.min_p, options.repeat_penalty)):
         raise UsageError(
             "the daemon takes --temperature, --top-p and --seed only; add --model to use --top-k, --min-p or"
             " --repeat-penalty"

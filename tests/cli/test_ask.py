@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,12 @@ def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, ca
     assert json.loads(run(*ask, "--json", "--no-snapshots").stdout)["reused_tokens"] == 0
     kept = list((cache / "flashd" / "snapshots").iterdir())
     assert len(kept) == 2 and all(p.stat().st_mode & 0o077 == 0 for p in kept)
+
+
+def test_what_is_not_asked_for_does_not_loop(packed: dict[str, Path]) -> None:
+    """The likeliest tokens make one line again and again: so the default is another."""
+    ask: list[str | Path] = ["ask", "Write a haiku about the sea.", "--model", packed["int4"], "--max-tokens", "160"]
+    for options, loops in ((["--temperature", "0"], True), (["--seed", "1"], False), (["--seed", "2"], False)):
+        text = run(*ask, *options).stdout.decode()
+        times = max(Counter(text.splitlines()).values())
+        assert times > 4 if loops else times < 3, text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_what_is_typed_while_it_answers_is_kept(daemon: Running, chat: pexpect.s
     first, part, second, _ = *last_turns(daemon), ""
     assert first == STORY and part and second == "What is the capital of France?"
     chat.send("\x1b[A\x1b[A\r")  # the story again
-    chat.expect("many details.\r\n")
+    chat.expect("many details.\x1b\\[K\r\n")
     chat.expect("[A-Z][a-z]+ ")
     chat.send("What is 1 + 1?\r/help\r")  # two lines, which come one after the other when this has ended
     chat.expect("What is 1 \\+ 1\\?\r\n")
@@ -130,11 +131,10 @@ def test_a_talk_that_fills_the_context_forgets_its_oldest_messages_and_says_so(
         chat.expect("which colours are these.\r\n")
         chat.expect(PROMPT)
         said += chat.before
-    times = said.count("(the context is full: the oldest 8 messages are forgotten)")
-    times += said.count("(the context is full: the oldest 6 messages are forgotten)")
-    assert times >= 1 and "flashd: " not in said, said
+    assert re.search(r"\(the context is full: the oldest \d+ messages are forgotten\)", said), said
+    assert "flashd: " not in said
     # the client forgets what the daemon left out: it is not asked about it again
-    assert 1 <= len(last_turns(daemon)) <= 9 and said.count("the context is full") == times
+    assert 1 <= len(last_turns(daemon)) <= 9
 
 
 def test_a_daemon_that_dies_in_an_answer_is_said_and_the_next_one_answers(

@@ -6,22 +6,19 @@ import threading
 import time
 from collections.abc import Callable
 
-from device.consoles.line_editor import MAX_LINE, Key, LineEditor
 from device.consoles.port import Port
-from device.consoles.terminal_text import Wrap, to_ascii
 from device.controls import Controls
 from flashd.config.settings import Serial
 from flashd.daemon.job import Event, Job, Request, State, Turn
 from flashd.daemon.jobs import Watch
 from flashd.errors import FlashdError
+from flashd.terminal.line_editor import MAX_LINE, Key, LineEditor
+from flashd.terminal.wrapping import Wrap, to_ascii
 
 POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.5
 STATUS_SECONDS = 1.0
 """How often the line that stands in for a first token changes."""
-
-ENDS = b"\r\n\x03\x04"
-"""What an entry ends with: Enter, Ctrl-C, Ctrl-D."""
 
 MOST_TURNS = 64
 """Messages of a talk that are kept; the oldest half goes when there are more."""
@@ -76,15 +73,12 @@ class Console:
         data = self._ahead or self._port.read(IDLE_SECONDS)
         if b"\x03" in data:
             self._port.discard()
-        # one entry at a time: what was typed ahead is shown when its turn comes, behind a prompt of its own
-        end = next((i for i, byte in enumerate(data, 1) if byte in ENDS), len(data))
-        self._ahead = data[end:]
-        entries = self._editor.feed(data[:end])
+        entry, self._ahead = self._editor.next(data)
         if self._editor.full:
             self._port.note(f"a line of more than {MAX_LINE} characters; the rest of it is dropped")
         if self._editor.garbled:
             self._port.note("bytes that are not UTF-8")
-        return entries[0] if entries else None
+        return entry
 
     def _line(self, line: str) -> None:
         if not line:  # somebody who has just come to the cable sees what this is
@@ -128,7 +122,9 @@ class Console:
             return
         end = self._follow(job, watch)
         if end is not None and (end.state is State.DONE or end.result.text):
-            self._turns = [*turns, Turn("assistant", end.result.text)]
+            self._turns = [*turns, Turn("assistant", end.result.text)][end.result.forgotten :]
+            if end.result.forgotten:
+                self._say(f"(the context is full: the oldest {end.result.forgotten} messages are forgotten)")
             if len(self._turns) > MOST_TURNS:
                 del self._turns[: MOST_TURNS // 2]
                 self._say("(the older half of this talk is forgotten)")

@@ -37,13 +37,24 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.rounded_head and self.head == "int8")
 
 
-class Text(msgspec.Struct, frozen=True, kw_only=True):
+class Drawing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of an answer are drawn. None: whoever wrote this says nothing of it."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Count | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
+
+
+class Text(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine needs to turn text into tokens and back, apart from the tokenizer's own section."""
 
     eos: list[Count]  # the tokens that end an answer
     bos: Count | None  # the token that begins a text
     add_bos: bool  # whether it begins every text
     chat_template: str | None  # in Jinja's language
+    drawing: Drawing | None = None  # as the model's makers recommend it, if they do
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,16 +47,16 @@ class Budgeted:
 
 @dataclass(frozen=True, kw_only=True)
 class Answering(Budgeted):
-    """Options of `ask` and `chat`. None: as the daemon's configuration says, or the default."""
+    """Options of `ask` and `chat`. None: as the daemon's configuration says, else the model."""
 
     model: Path | None
     system: str | None
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
-    top_k: int
-    min_p: float
-    repeat_penalty: float
+    top_k: int | None
+    min_p: float | None
+    repeat_penalty: float | None
     seed: int | None
     stop: list[str]
     ignore_eos: bool

@@ -18,6 +18,7 @@ from flashd.system.memory import parse_size
 Number = type[int] | type[float]
 BUNDLE, YAML = "FILE.flash", "FILE.yaml"
 DAEMONS = "or what the daemon's configuration says"
+MODELS = "what the daemon's configuration says, else what the model's makers recommend"
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +72,8 @@ def _chat(commands: Commands) -> None:
     chat = _command(
         commands, "chat", o.Chat, "Talk with the model, one line at a time.",
         "If the daemon runs, it answers, as with flashd ask. Ctrl-C stops an answer. Ctrl-D or /quit ends the talk."
-        " /reset forgets it.",
+        " /reset forgets it. /help lists the keys. If the talk outgrows the context, its oldest messages are"
+        " forgotten.",
     )  # fmt: skip
     _add_answering(chat)
     chat.add_argument(
@@ -91,17 +93,17 @@ def _add_answering(parser: Parser) -> None:
     _number(parser, "--max-tokens", int, "End the answer after this many tokens.", "1 or more", None,
             f"{o.MOST_TOKENS}, {DAEMONS}")  # fmt: skip
     _number(parser, "--temperature", float, "Draw more freely the higher this is. 0 takes the likeliest token.",
-            "0 to 10", None, f"0, {DAEMONS}")  # fmt: skip
+            "0 to 10", None, MODELS)  # fmt: skip
     _number(parser, "--top-p", float, "Draw only from the likeliest tokens whose probabilities add up to this.",
-            "above 0 up to 1", None, f"1, {DAEMONS}")  # fmt: skip
+            "above 0 up to 1", None, MODELS)  # fmt: skip
     _number(parser, "--top-k", int, "Draw only from this many of the likeliest tokens. 0 turns this off.",
-            "0 or more", 0)  # fmt: skip
+            "0 or more", None, MODELS)  # fmt: skip
     _number(parser, "--min-p", float,
             "Never draw a token whose probability is below this share of the likeliest one's. 0 turns this off.",
-            "0 up to below 1", 0.0)  # fmt: skip
+            "0 up to below 1", None, MODELS)  # fmt: skip
     _number(parser, "--repeat-penalty", float,
             "Make tokens that were said lately less likely by this factor. 1 turns this off.",
-            "above 0 up to 10", 1.0)  # fmt: skip
+            "above 0 up to 10", None, MODELS)  # fmt: skip
     _number(parser, "--seed", int, "Draw the same answer again with the same number.", "0 or more", None,
             "a new one each time")  # fmt: skip
     parser.add_argument(

@@ -43,21 +43,29 @@ class Card(Strict, frozen=True, kw_only=True):
 
 
 class Answering(Strict, frozen=True, kw_only=True):
-    """How an answer is drawn if the job does not say so."""
+    """How an answer is drawn if the job does not say so.
+
+    A key of drawing that is left out is as the model's makers recommend it. If they say nothing, temperature is 0.3,
+    top_p 0.9, min_p 0.05 and repeat_penalty 1.1. Decisions and JSON take the likeliest token if temperature is left
+    out.
+    """
 
     system: str | None = None
     """The system prompt: how the model is to behave."""
     max_tokens: Count = 128
     """The answer ends after this many tokens."""
-    temperature: Temperature = 0.0
-    """Tokens are drawn more freely the higher this is. 0 takes the likeliest token."""
-    top_p: TopP = 1.0
+    temperature: Temperature | None = None
+    """Tokens are drawn more freely the higher this is.
+
+    0 takes the likeliest token. Of the other keys then only those count that are set here.
+    """
+    top_p: TopP | None = None
     """Tokens are drawn only from the likeliest ones whose probabilities add up to this. 1 turns it off."""
-    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Tokens are drawn only from this many of the likeliest ones. 0 turns it off."""
-    min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
     """A token is never drawn if its probability is below this share of the likeliest one's. 0 turns it off."""
-    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
     """Tokens that were said lately become less likely by this factor. 1 turns it off."""
 
 

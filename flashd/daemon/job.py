@@ -79,6 +79,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     per_minute: int | None = None  # jobs of this source
     max_tokens: int | None = None
     forget: bool = False  # of a talk that does not fit in the context the oldest messages are left out
+    forgotten: int = 0  # so many are left out of `turns` already
     stop: tuple[str, ...] = ()
     draw: Draw = Draw()
     choose: tuple[str, ...] = ()  # the answer is one of these
@@ -92,6 +93,7 @@ class Result(msgspec.Struct, kw_only=True):
     text: str = ""
     finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
+    forgotten: int = 0  # messages that were left out because the context is full
     probabilities: dict[str, float] = {}
     figures: dict[str, float] = {}
 

@@ -7,17 +7,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from flashd.bundle.header import Drawing
 from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, Scored, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.talks import Talks
 from flashd.engine.cost import cost
-from flashd.engine.decoding.sampling import Constraint, Sampling
+from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import Schemas, held_by_schemas
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.errors import NOT_JSON, BadField, DataError, FlashdError, InputMissing, UsageError
@@ -286,20 +287,26 @@ class Worker:
     def _prompt_of(self, job: Job) -> list[int]:
         """Its tokens, made once: one that waits for room is looked at before each pass."""
         if self._asked is None or self._asked[0] is not job:
-            self._asked = job, self._talks.tokens(job.request, self._notify.alive)
+            left_out, tokens = self._talks.tokens(job.request, self._notify.alive)
+            job.result.forgotten = job.request.forgotten + left_out
+            self._asked = job, tokens
         return self._asked[1]
 
     def _sampling(self, job: Job) -> Sampling:
         a, d = self.answering, job.request.draw
         # one that is interrupted says the same when it begins anew, and who was told a part of it gets the rest
         seed = int(job.created * 1e6) + job.id if d.seed is None else d.seed
-        return Sampling(
+        wished = Drawing(
             temperature=a.temperature if d.temperature is None else d.temperature,
             top_p=a.top_p if d.top_p is None else d.top_p,
             top_k=a.top_k if d.top_k is None else d.top_k,
             min_p=a.min_p if d.min_p is None else d.min_p,
             repeat_penalty=a.repeat_penalty if d.repeat_penalty is None else d.repeat_penalty,
-            seed=seed, frequency_penalty=d.frequency_penalty, presence_penalty=d.presence_penalty,
+        )  # fmt: skip
+        decides = job.request.choose or job.request.json_schema is not None
+        drawn = greedy_unless(wished) if decides else sampling_of(wished, self._engine.bundle.header.text.drawing)
+        return replace(
+            drawn, seed=seed, frequency_penalty=d.frequency_penalty, presence_penalty=d.presence_penalty,
             logit_bias=d.logit_bias,
         )  # fmt: skip
 

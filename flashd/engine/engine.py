@@ -134,7 +134,8 @@ class Speech:
         if self._whole:
             return ""
         self._whole = True
-        rest, _ = self._stops.push(self._words.finish())
+        cut = self._answer.figures.finish != "stop"
+        rest, _ = self._stops.push(self._words.finish(cut))
         rest += self._stops.finish()
         self._answer.text += rest
         self._show_scores(rest)

@@ -73,6 +73,10 @@ class OpenModel(Protocol):
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of what the model is kept in."""
 
+    def recommended(self) -> header.Drawing | None:
+        """How the model's makers recommend that answers are drawn. Raises DataError if that makes no sense."""
+        return None
+
     @property
     def keys(self) -> set[str]:
         """Of all metadata."""

@@ -160,19 +160,19 @@ def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowe
             case None:
                 writer.exact(vocabulary.tokenizer_json)
         return bundle.finish(
-            model=original.model, formats=original.formats, text=_text(vocabulary, original.model.vocabulary),
+            model=original.model, formats=original.formats, text=_text(vocabulary, original),
             source=original.source.source(), selection=selection,
             narrowed=choice.narrowed if isinstance(choice, FewBits) else None,
         )  # fmt: skip
 
 
-def _text(vocabulary: Vocabulary, rows: int) -> Text:
+def _text(vocabulary: Vocabulary, original: Original) -> Text:
     """The header's Text. Tokens that the head has no row for are left out."""
-    known = range(rows)
+    known = range(original.model.vocabulary)
     return Text(
         eos=[t for t in vocabulary.eos if t in known],
         bos=vocabulary.bos if vocabulary.bos in known else None, add_bos=vocabulary.add_bos,
-        chat_template=vocabulary.chat_template,
+        chat_template=vocabulary.chat_template, drawing=original.source.recommended(),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ CONFIG = """\
 model: /media/flashd/model.flash
 memory: {memory}M
 context: 512
-answer: {{max_tokens: 1, system: Answer in one word.}}
+answer: {{max_tokens: 1, temperature: 0, system: Answer in one word.}}
 api: {{loopback: 8080}}
 kiosk: {{title: The emulated board}}
 serial:
@@ -234,17 +234,17 @@ class Board:
         g, unit = self.guest, "flashd-serial@ttyUSB1"
         g.run(f"systemctl enable {unit}")
         g.put_adapter("second")
-        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        self._expect(g.second, r"/help says more\.\r\n\r> ")
         said = g.run(f"systemctl is-active {unit}; systemd-analyze security --no-pager {unit} | tail -1")
         exposure = float(re.findall(r"\d+\.\d", said)[-1])
         assert said.startswith("active") and exposure <= 1.5, said
         question = "What is the capital of Malta?"
         g.second.send(question + "\r")
         self._expect(g.second, re.escape(question) + r"\r\n")
-        shown = " ".join(re.sub(r"\r[^\r\n]*\x1b\[K", "", self._expect(g.second, r"\r\n> ")).split())
+        shown = " ".join(re.sub(r"\r[^\r\n]*\x1b\[K", "", self._expect(g.second, r"\r\n\r> ")).split())
         assert shown, "no answer"
         g.second.send("/quit\r")
-        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        self._expect(g.second, r"/help says more\.\r\n\r> ")
         gone = "journalctl -u flashd -b --no-pager -o cat | grep -c 'serial adapter: gone'"
         before = g.run(gone, check=False)
         g.run("systemctl start flashd-serial@ttyUSB0")
@@ -255,7 +255,7 @@ class Board:
         g.pull_adapter("second")
         g.wait(f"systemctl is-active {unit}", "inactive|failed", 60)
         g.put_adapter("second")
-        self._expect(g.second, r"/reset forgets\.\r\n> ")
+        self._expect(g.second, r"/help says more\.\r\n\r> ")
         g.pull_adapter("second")
         g.wait(f"systemctl is-active {unit}", "inactive|failed", 60)
         return f"exposure {exposure}; {question} {shown}; {other}"

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
 
 
 def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -> None:
-    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512"]
+    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512", "--temperature", "0"]
     done = run(*question, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout
@@ -136,6 +137,7 @@ def test_nothing_is_reported_and_nothing_is_kept_for_it(tmp_path: Path, tiny_bun
 
 def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, cache: Path) -> None:
     ask: list[str | Path] = ["ask", "the thesis", "--model", tiny_bundle, "--memory", "400M", "--max-tokens", "4"]
+    ask += ["--temperature", "0"]
     once, twice, third = (json.loads(run(*ask, "--json").stdout) for _ in range(3))
     assert once["text"] == twice["text"] == third["text"]
     assert once["prompt_tokens"] == twice["prompt_tokens"] == third["reused_tokens"] > 0
@@ -144,3 +146,12 @@ def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, ca
     assert json.loads(run(*ask, "--json", "--no-snapshots").stdout)["reused_tokens"] == 0
     kept = list((cache / "flashd" / "snapshots").iterdir())
     assert len(kept) == 2 and all(p.stat().st_mode & 0o077 == 0 for p in kept)
+
+
+def test_what_is_not_asked_for_does_not_loop(packed: dict[str, Path]) -> None:
+    """The likeliest tokens make one line again and again: so the default is another."""
+    ask: list[str | Path] = ["ask", "Write a haiku about the sea.", "--model", packed["int4"], "--max-tokens", "160"]
+    for options, loops in ((["--temperature", "0"], True), (["--seed", "1"], False), (["--seed", "2"], False)):
+        text = run(*ask, *options).stdout.decode()
+        times = max(Counter(text.splitlines()).values())
+        assert times > 4 if loops else times < 3, text

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import shlex
+import subprocess
 import sys
+import termios
+from collections.abc import Callable, Iterator
 from contextlib import closing, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -12,30 +17,179 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from flashd.cli.talk import MOST_TURNS, Turns, talk
+from flashd.cli.options import Chat
+from flashd.cli.parser import parse
+from flashd.cli.talking.said import Said
+from flashd.cli.talking.talk import MOST_TURNS, Talk, Turns
 from flashd.daemon.job import Request, Result, State, Turn
 from flashd.daemon.spool import Spool
+from flashd.errors import DataError
 from flashd.system.printable import plain_output
 from tests.cli.command import FLASHD, run
+from tests.waiting import wait
+
+PATIENCE = 180.0
+"""Seconds that a busy machine may take."""
 
 
-def test_of_a_long_talk_much_is_forgotten_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class Asker:
+    """Somebody who asks the same again and again."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines, self.notes = iter(lines), list[str]()
+
+    def next_line(self) -> str | None:
+        return next(self._lines, None)
+
+    def answer(self, said: Said, work: Callable[[], None]) -> None:  # noqa: ARG002
+        work()
+
+    def say(self, piece: str) -> None:  # noqa: ARG002
+        raise AssertionError("nobody calls this")
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_of_a_long_talk_much_is_forgotten_at_once() -> None:
     """So that questions begin alike for some time, and their KV cache is kept."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" * 80))
     asked: list[int] = []
 
-    def answer(turns: Turns) -> str:
+    def answer(turns: Turns, said: Said) -> None:
         asked.append(len(turns))
-        return "yes"
+        said.text = "yes"
 
-    talk("Be brief.", answer)
+    options = parse(["chat", "--system", "Be brief."])
+    assert isinstance(options, Chat)
+    asker = Asker(["hello"] * 80)
+    Talk(asker, options, answer).run()
     assert max(asked) == MOST_TURNS + 2  # with the system's words and the question
-    assert sum(later < earlier for earlier, later in pairwise(asked)) <= 3
+    times = sum(later < earlier for earlier, later in pairwise(asked))
+    assert 1 <= times <= 3 and asker.notes == ["(the older half of this talk is forgotten)"] * times
+
+
+def test_a_question_that_came_to_no_answer_is_no_part_of_the_talk() -> None:
+    asked: list[list[str]] = []
+
+    def answer(turns: Turns, said: Said) -> None:
+        asked.append([text for _, text in turns])
+        if len(asked) == 1:
+            raise DataError("the card is gone")
+        said.stopped, said.text = True, ("", "half", "whole")[len(asked) - 2]
+
+    options = parse(["chat"])
+    assert isinstance(options, Chat)
+    asker = Asker(["a", "b", "c", "d"])
+    Talk(asker, options, answer).run()
+    assert asked == [["a"], ["b"], ["c"], ["c", "half", "d"]]
+    assert asker.notes == ["flashd: the card is gone", *["(stopped)"] * 3]
 
 
 def test_a_talk_says_what_it_does_not_know(tiny_bundle: Path) -> None:
-    done = run("chat", "--model", tiny_bundle, "--max-tokens", "2", stdin=b"/help\n/quit\n")
-    assert done.returncode == 0 and b"/help is not a command; the commands are /reset and /quit" in done.stderr
+    done = run("chat", "--model", tiny_bundle, "--max-tokens", "2", stdin=b"/helo\n/help\n/quit\n")
+    assert done.returncode == 0 and b"/helo is not a command; /help lists what is" in done.stderr
+    assert b"/reset           forget what was said" in done.stderr and done.stdout == b""
+
+
+# --- at a terminal ----------------------------------------------------------------------------------------
+
+PROMPT = "\r\n\r> \x1b\\[K"
+UP, LEFT = "\x1b[A", "\x1b[D"
+
+
+@pytest.fixture
+def own(tiny_bundle: Path, cache: Path) -> Iterator[Callable[..., pexpect.spawn]]:
+    """Starts `flashd chat` with the tiny model, which answers in random letters."""
+    begun: list[pexpect.spawn] = []
+
+    def start(*more: str) -> pexpect.spawn:
+        args = [*FLASHD[1:], "chat", "--model", str(tiny_bundle), "--ignore-eos", *more]
+        child = pexpect.spawn(FLASHD[0], args, encoding="utf-8", codec_errors="replace", timeout=PATIENCE)
+        begun.append(child)
+        child.expect("/help says more." + PROMPT)
+        return child
+
+    yield start
+    for child in begun:
+        child.close(force=True)
+
+
+def test_the_editor_is_that_of_the_serial_console(own: Callable[..., pexpect.spawn]) -> None:
+    child = own("--max-tokens", "1", "--json")
+    child.send(f"/hexlp{LEFT}{LEFT}\x7f\r")  # the cursor goes back, and x is erased
+    child.expect("Up, Down         show the lines that you typed before" + ".*" + PROMPT)
+    child.send("the\r")
+    child.expect('{"text": .*' + PROMPT)
+    child.send(f"{UP}{UP}")  # the line before the last
+    child.expect("/help")
+    child.send("\x15/helo\r")
+    child.expect("/helo is not a command; /help lists what is" + PROMPT)
+    child.send("lost\x03")  # Ctrl-C empties the line, and ends nothing
+    child.expect(r"\^C" + PROMPT)
+    child.send("\x04")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_words_are_wrapped_as_wide_as_the_terminal_is(own: Callable[..., pexpect.spawn]) -> None:
+    child = own()
+    child.setwinsize(24, 40)
+    child.send("/help\r")
+    child.expect("during an answer.*" + PROMPT)
+    rows = (child.before + child.after).replace("\r\n\r>", "\n>").split("\r\n")
+    assert max(map(len, rows[1:])) <= 40 and "What you type during an answer is kept" in rows[-2]
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_typed_meanwhile_is_kept(own: Callable[..., pexpect.spawn]) -> None:
+    child = own("--max-tokens", "100000", "--context", "500000", "--memory", "3G", "--stats")
+    child.send("the other\r")
+    child.expect("the other\r\n")
+    child.expect(r"\S\S\S")  # the answer comes
+    child.send("/he")
+    child.expect(r"\S\S\S")
+    child.sendintr()
+    child.expect("\\(stopped\\)")
+    child.expect("ended by interrupted")
+    child.expect("> \x1b\\[K/he")  # at the prompt, in the editor
+    child.send("lp\r")
+    child.expect("/reset           forget")
+    child.expect(PROMPT)
+    child.send("the\r\x03")  # and at once, before anything has come
+    child.expect("\\(stopped\\)")
+    child.expect(PROMPT)
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a_talk_that_fills_the_context_forgets_its_oldest_messages(own: Callable[..., pexpect.spawn]) -> None:
+    child = own("--max-tokens", "4", "--context", "400", "--json")
+    said = ""
+    for i in range(12):
+        child.send(f"{i} the other the other the\r")
+        child.expect('{"text": ')
+        child.expect(PROMPT)
+        said += child.before
+    assert said.count("(the context is full: the oldest 8 messages are forgotten)") >= 1, said
+    assert "flashd: " not in said
+    child.send("the other " * 90 + "\r")
+    child.expect("flashd: the prompt has .* tokens and the context room for 399; shorten")
+    child.expect(PROMPT)
+
+
+def test_the_terminal_is_as_it_was_afterwards(tiny_bundle: Path, cache: Path) -> None:
+    master, slave = pty.openpty()
+    before = termios.tcgetattr(slave)
+    chat = [*FLASHD, "chat", "--model", str(tiny_bundle)]
+    with subprocess.Popen(chat, stdin=slave, stdout=slave, stderr=slave) as process:
+        wait(lambda: termios.tcgetattr(slave) != before, PATIENCE)
+        os.write(master, b"\x04")
+        assert process.wait(PATIENCE) == 0
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
 
 
 def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,20 +203,6 @@ def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.Monk
     with redirect_stdout(plain_output()):
         print(text, end="")
     assert shown.getvalue() == text + "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾"
-
-
-def test_chat_remembers_and_ends(packed: dict[str, Path]) -> None:
-    args = [*FLASHD[1:], "chat", "--model", str(packed["int4"]), "--max-tokens", "12"]
-    child = pexpect.spawn(FLASHD[0], args, encoding="utf-8", timeout=120)
-    child.expect("> ")
-    child.sendline("My name is Ada. Say hello.")
-    child.expect("> ")
-    child.sendline("/reset")
-    child.expect("> ")
-    child.sendline("/quit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
 
 
 def test_what_others_wrote_reaches_a_terminal_plain(tmp_path: Path) -> None:

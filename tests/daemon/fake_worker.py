@@ -20,6 +20,7 @@ class Clerk:
         self._jobs, self._words = jobs, words
         self.permits = threading.Semaphore(0) if paced else None
         self.answered: list[Job] = []
+        self.forgets = 0  # messages of each talk, as if the context were full
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -47,4 +48,5 @@ class Clerk:
                 return
             self._jobs.say(job, word)
         self.answered.append(job)
+        job.result.forgotten = self.forgets
         self._jobs.finish(job, State.DONE, "stop")

@@ -21,7 +21,7 @@ BASE = """
 model: {model}
 memory: 600M
 context: 512
-answer: {{max_tokens: 8}}
+answer: {{max_tokens: 8, temperature: 0}}
 api: {{socket: {folder}/flashd.sock}}
 spool: {{path: {folder}/spool.db, most_waiting: {most}}}
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from device.consoles.port import Port
 from flashd.config.settings import Serial
 from tests.daemon.running import PATIENCE, Running
 from tests.waiting import wait
+
+PROMPT = "\r\n\r> \x1b\\[K"
 
 STORY = "Write a long story about a lighthouse keeper and his daughter, with many details."
 
@@ -54,25 +57,30 @@ def last_turns(daemon: Running) -> list[str]:
 @pytest.fixture
 def chat(daemon: Running) -> Iterator[pexpect.spawn]:
     child = pexpect.spawn(
-        sys.executable, ["-m", "flashd", "chat"], encoding="utf-8", timeout=PATIENCE, env=environment(daemon)
+        sys.executable,
+        ["-m", "flashd", "chat"],
+        encoding="utf-8",
+        timeout=PATIENCE,
+        env=environment(daemon),
+        dimensions=(24, 250),
     )
-    child.expect("/reset forgets.*> ")
+    child.expect("/help says more." + PROMPT)
     yield child
     child.close(force=True)
 
 
 def test_a_talk_is_the_daemons(daemon: Running, chat: pexpect.spawn) -> None:
     chat.sendline("What is the capital of France?")
-    chat.expect("The capital of France is Paris.\r\n> ")
+    chat.expect("The capital of France is Paris." + PROMPT)
     chat.sendline("What is the capital of Italy?")
-    chat.expect("Rome.*\r\n> ")
+    chat.expect("Rome.*" + PROMPT)
     assert last_turns(daemon)[-3:] == [
         "What is the capital of France?", "The capital of France is Paris.", "What is the capital of Italy?",
     ]  # fmt: skip
     chat.sendline("/reset")
-    chat.expect("> ")
+    chat.expect(PROMPT)
     chat.sendline("What is the capital of France?")
-    chat.expect("The capital of France is Paris.\r\n> ")
+    chat.expect("The capital of France is Paris." + PROMPT)
     assert "What is the capital of Italy?" not in last_turns(daemon)
     chat.sendline("/quit")
     chat.expect(pexpect.EOF)
@@ -86,10 +94,47 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(daemon: Running, chat: pexpect
     chat.expect("waiting")
     chat.expect("[A-Z][a-z]+ ")
     chat.sendintr()
-    chat.expect("> ")
+    chat.expect(PROMPT)
     wait(lambda: states(daemon) == [("cancelled", STORY)], PATIENCE)
     chat.sendline("What is the capital of France?")
     chat.expect("Paris")
+
+
+def test_what_is_typed_while_it_answers_is_kept(daemon: Running, chat: pexpect.spawn) -> None:
+    chat.send(f"{STORY}\r")
+    chat.expect("many details.\r\n")
+    chat.expect("[A-Z][a-z]+ ")
+    chat.send("What is the capital of Frnce?\x1b[D\x1b[D\x1b[D\x1b[D")
+    chat.expect("[a-z]+ [a-z]+ ")
+    chat.sendintr()
+    chat.expect(r"\(stopped\)" + PROMPT)
+    wait(lambda: states(daemon) == [("cancelled", STORY)], PATIENCE)
+    chat.send("a\r")
+    chat.expect("Paris.*" + PROMPT)
+    first, part, second, _ = *last_turns(daemon), ""
+    assert first == STORY and part and second == "What is the capital of France?"
+    chat.send("\x1b[A\x1b[A\r")  # the story again
+    chat.expect("many details.\x1b\\[K\r\n")
+    chat.expect("[A-Z][a-z]+ ")
+    chat.send("What is 1 + 1?\r/help\r")  # two lines, which come one after the other when this has ended
+    chat.expect("What is 1 \\+ 1\\?\r\n")
+    chat.expect(PROMPT + "/help\r\n")
+    chat.expect("/reset           forget")
+
+
+def test_a_talk_that_fills_the_context_forgets_its_oldest_messages_and_says_so(
+    daemon: Running, chat: pexpect.spawn
+) -> None:
+    said = ""
+    for i in range(8):
+        chat.send(f"{i} {'red green blue ' * 12}: which colours are these?\r")
+        chat.expect("which colours are these.\r\n")
+        chat.expect(PROMPT)
+        said += chat.before
+    assert re.search(r"\(the context is full: the oldest \d+ messages are forgotten\)", said), said
+    assert "flashd: " not in said
+    # the client forgets what the daemon left out: it is not asked about it again
+    assert 1 <= len(last_turns(daemon)) <= 9
 
 
 def test_a_daemon_that_dies_in_an_answer_is_said_and_the_next_one_answers(
@@ -99,9 +144,9 @@ def test_a_daemon_that_dies_in_an_answer_is_said_and_the_next_one_answers(
     chat.expect("keeper")
     chat.expect("[a-z]+ [a-z]+ [a-z]+ ")
     daemon.stop(signal.SIGKILL)
-    chat.expect("\r\nflashd: the daemon went away in the middle of the answer[^\r\n]*\r\n> ")
+    chat.expect("\r\nflashd: the daemon went away in the middle of the answer[^\r\n]*" + PROMPT)
     chat.sendline("Are you there?")
-    chat.expect("flashd: [^\r\n]*no daemon answers[^\r\n]*\r\n> ")
+    chat.expect("flashd: [^\r\n]*no daemon answers[^\r\n]*" + PROMPT)
     daemon.start()
     chat.sendline("What is the capital of France?")
     chat.expect("Paris")
@@ -114,7 +159,7 @@ def test_a_busy_daemon_is_said_and_the_talk_goes_on(daemon: Running, chat: pexpe
         next(line for line in lines if '"delta": {"content"' in line)
         with daemon.http() as other, other.stream("POST", "/v1/chat/completions", json=story):
             chat.sendline("Are you there?")
-            chat.expect("flashd: [^\r\n]*wait[^\r\n]*\r\n> ")
+            chat.expect("flashd: [^\r\n]*wait[^\r\n]*" + PROMPT)
     wait(lambda: {state for state, _ in states(daemon)} == {"cancelled"}, PATIENCE)
     chat.sendline("What is the capital of France?")
     chat.expect("Paris")
@@ -187,26 +232,26 @@ def refused(process: subprocess.Popen[bytes], code: int, words: str) -> None:
 def test_a_console_on_a_line(daemon: Running, line: Line, start: Start) -> None:
     """Noise on the line and keys that suspend, quit or hold up a terminal are only text."""
     process = start("chat", "--port", line.port, "--speed", "9600")
-    line.far.expect("/reset forgets.\r\n> ")
+    line.far.expect("/help says more." + PROMPT)
     assert termios.tcgetattr(line.slave)[4:6] == [termios.B9600] * 2
     os.write(line.far.child_fd, b"\xff\xfe\x1a\x1c\x13\x11\x12 Is this noise?\r")
     line.far.expect("Is this noise.\r\n")
     line.far.expect("waiting")
     line.far.expect("[A-Z][a-z]+")
     line.far.send("\x03")
-    line.far.expect("\r\n> ")
+    line.far.expect(PROMPT)
     wait(lambda: states(daemon)[-1][0] == "cancelled", PATIENCE)  # with one that waits there is no room for two
     line.far.send("/reset\r")  # how much was said before is chance, and what is said to that too
-    line.far.expect("/reset\r\n> ")
+    line.far.expect("/reset" + PROMPT)
     line.far.send(STORY[:10] + "é\x7f\x7f\x7f" + STORY[8:] + "\r")
     line.far.expect("waiting")
     line.far.expect("[A-Z][a-z]+ ")
     line.far.send("\x03")
-    line.far.expect("\r\n> ")
+    line.far.expect(PROMPT)
     wait(lambda: states(daemon)[-1] == ("cancelled", STORY), PATIENCE)
     daemon.stop()
     line.far.send("Are you there?\r")
-    line.far.expect("flashd: .*no daemon answers.*\r\n> ")
+    line.far.expect(r"flashd:.*no\s+daemon\s+answers.*" + PROMPT)
     assert process.poll() is None
     line.far.send("/quit\r")
     assert process.wait(PATIENCE) == 0
@@ -220,7 +265,7 @@ def test_a_line_that_goes_away_ends_it(line: Line, start: Start, on_hangup: sign
         process = start("chat", "--port", line.port)
     finally:
         signal.signal(signal.SIGHUP, before)
-    line.far.expect("> ")
+    line.far.expect(PROMPT)
     line.close()
     assert process.wait(PATIENCE) == (-signal.SIGHUP if on_hangup == signal.SIG_DFL else 0)
 
@@ -236,7 +281,7 @@ def test_a_line_has_one_user(line: Line, start: Start) -> None:
     line.far.expect("still here")
     port.close()
     start("chat", "--port", line.port)
-    line.far.expect("> ")
+    line.far.expect(PROMPT)
     with pytest.raises(OSError):
         Port(Serial(name="console", port=line.port))
 

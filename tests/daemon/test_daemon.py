@@ -154,6 +154,7 @@ def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, htt
     reply = http.post("/v1/chat/completions", json=body | {"forget": True})
     assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]
     assert len(daemon.job(http, int(reply.headers["X-Job"]))["request"]["turns"]) == 6  # no more than that is kept
+    assert reply.json()["flashd"]["forgotten"] == 8
     used = reply.json()["usage"]["prompt_tokens"]
     two = http.post("/v1/chat/completions", json=body | {"messages": [talk[0], *talk[9:], *ASK]}).json()["usage"]
     assert used == two["prompt_tokens"]  # four exchanges went at once, the system's words stayed

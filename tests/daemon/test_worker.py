@@ -197,8 +197,10 @@ def test_a_talk_of_any_length_is_shortened_in_few_tries(
         o.steps.go_on.set()
         o.worker.start()
         ask = Request(turns=(*talk, Turn("user", "Hello?")), source="test", forget=True)
-        assert o.end(o.jobs.submit(ask)) == [State.DONE]
+        job = o.jobs.submit(ask)
+        assert o.end(job) == [State.DONE]
         assert len(tries) < 12 and tries[-1] < 10
+        assert job.result.forgotten == 902 - tries[-1]  # which a console tells the person
         tries.clear()
         said = (Turn("user", "Hello?"), Turn("assistant", "Hi."), Turn("user", "Who are you?"))
         short = Request(turns=(talk[0], *said), source="test", forget=True)

@@ -109,6 +109,23 @@ def test_a_long_talk_says_that_it_forgets(
     assert asked == ["two", "It is warm today.", "three", "It is warm today.", "four"]
 
 
+def test_a_talk_that_fills_the_context_says_that_it_forgets(
+    appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk
+) -> None:
+    appliance(settings(cable))
+    terminal.expect("2  Will it rain?\r\n")
+    terminal.type("one\r")
+    terminal.expect("today.")
+    clerk.forgets = 2
+    terminal.type("two\r")
+    terminal.expect("today.\r\n(the context is full: the oldest 2 messages are forgotten)\r\n")
+    clerk.forgets = 0
+    terminal.type("three\r")
+    terminal.expect("today.\r\n\r> ")
+    asked = [turn.content for turn in clerk.answered[-1].request.turns]
+    assert asked == ["two", "It is warm today.", "three"]  # the console does not ask about them again
+
+
 def test_without_preset_questions_a_number_has_none(appliance: Make, cable: Cable, terminal: Terminal) -> None:
     appliance(f"kiosk: {{title: Box, presets: []}}\nserial: [{{name: console, port: {cable.ours}}}]")
     terminal.expect("> ")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.bundle.header import Drawing
+from flashd.engine.decoding.sampling import Sampler, Sampling, greedy_unless, sampling_of
 from flashd.errors import UsageError
 
 LOGITS = st.lists(st.floats(-20, 20), min_size=2, max_size=50).map(lambda v: np.array(v, np.float32))
@@ -121,3 +122,27 @@ def test_a_twin_draws_the_same_and_leaves_the_scores_alone() -> None:
     ahead = [twin.pick(logits, []) for logits in steps[10:]]
     assert sampler.score is score and twin.score == score
     assert [sampler.pick(logits, []) for logits in steps[10:]] == ahead
+
+
+@pytest.mark.parametrize(
+    ("wished", "recommended", "drawn"),
+    [
+        # nobody says anything: what small models do not loop with
+        (Drawing(), None, Sampling(0.3, 0.9, 0, 0.05, 1.1)),
+        # the makers do: as they say, and nothing else
+        (Drawing(), Drawing(temperature=0.7, top_k=20), Sampling(0.7, top_k=20)),
+        (Drawing(), Drawing(repeat_penalty=1.3), Sampling(0.3, 0.9, 0, 0.05, 1.3)),
+        # whoever asks or configures does: that wins
+        (Drawing(temperature=1.0, top_k=5), Drawing(temperature=0.7, top_p=0.8, top_k=20), Sampling(1.0, 0.8, 5)),
+        (Drawing(repeat_penalty=1.0), None, Sampling(0.3, 0.9, 0, 0.05, 1.0)),
+        (Drawing(temperature=0), Drawing(temperature=0.7, repeat_penalty=1.2), Sampling()),
+        (Drawing(temperature=0, repeat_penalty=1.2), None, Sampling(repeat_penalty=1.2)),
+    ],
+)
+def test_who_says_how_an_answer_is_drawn(wished: Drawing, recommended: Drawing | None, drawn: Sampling) -> None:
+    assert sampling_of(wished, recommended) == drawn
+
+
+def test_a_decision_takes_the_likeliest_unless_somebody_wishes_otherwise() -> None:
+    assert greedy_unless(Drawing(), 3) == Sampling(seed=3)
+    assert greedy_unless(Drawing(temperature=0.5)) == Sampling(0.5)

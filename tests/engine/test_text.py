@@ -56,6 +56,42 @@ def test_bytes_that_make_no_character_are_shown_as_such() -> None:
     assert words.push(0) + words.finish() == "\ufffd"
 
 
+FAMILY, FLAG, THUMB, HEART = (
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea",
+    "\U0001f44d\U0001f3fd",
+    "\u2764\ufe0f",
+)
+EMOJI = (FAMILY, FLAG, THUMB, HEART, "\U0001f33e")
+BYTES = TokenBytes.of([bytes([b]) for b in range(256)])
+
+
+@given(st.lists(st.sampled_from([*EMOJI, "a", " ", "\u00e9", "\u6f22", "21 \u00b0C"]), max_size=12))
+def test_no_emoji_is_shown_in_two_halves(parts: list[str]) -> None:
+    words = Detokenizer(BYTES)
+    shown = [piece for b in "".join(parts).encode() if (piece := words.push(b))]
+    shown += [words.finish()]
+    assert "".join(shown) == "".join(parts)
+    for emoji in EMOJI:
+        assert sum(piece.count(emoji) for piece in shown) == "".join(parts).count(emoji)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        # an answer that is cut in the middle of an emoji ends before it, or with its whole beginning
+        ("ok \U0001f469\u200d", "ok \U0001f469"), ("ok \U0001f469", "ok \U0001f469"), ("ok \U0001f1e9", "ok "),
+        (f"ok {FLAG}", f"ok {FLAG}"), (f"ok {FAMILY}", f"ok {FAMILY}"), (f"ok {THUMB}", f"ok {THUMB}"), ("ok", "ok"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_cut_ends_with_a_whole_emoji(text: str, shown: str) -> None:
+    for missing in range(4 if text.endswith("\U0001f469") else 1):
+        data = text.encode()
+        words = Detokenizer(BYTES)
+        said = "".join(words.push(b) for b in (data[:-missing] if missing else data)) + words.finish(cut=True)
+        assert said == (shown if not missing else "ok "), missing
+
+
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_cut_where_find_says(text: str, stops: list[str], data: st.DataObject) -> None:
     watch, shown, rest = StopStrings(stops), "", text

@@ -51,7 +51,9 @@ class Desk:
         self.told = Told()
         self.engine = Engine(self._bundle, Budget(None, 128, 1))
         prompts = Prompts(self._bundle)
-        self._worker = Worker(self.jobs, self.engine, prompts, None, Answering(max_tokens=12), self.told)
+        self._worker = Worker(
+            self.jobs, self.engine, prompts, None, Answering(max_tokens=12, temperature=0), self.told
+        )
         self._worker.start()
 
     def close(self) -> None:

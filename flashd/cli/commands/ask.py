@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flashd.cli.client import socket_path
 from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.own_model import budget, bundle_of, prefixes
-from flashd.cli.printing import answer_as_json, cost_in_words, say_cut
 from flashd.cli.progress import Bar
-from flashd.cli.talk import Turns, checked, talk
+from flashd.cli.talking.desks import Pipe, checked, desk
+from flashd.cli.talking.said import STOPPED, Said, print_end
+from flashd.cli.talking.talk import Talk, Turns
 from flashd.errors import INTERRUPTED, DataError, UsageError
 
 if TYPE_CHECKING:
+    from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.sampling import Sampling
     from flashd.engine.engine import Answer, Engine
 
@@ -29,20 +32,24 @@ def ask(options: Ask, started: float) -> int:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Answer, Engine, Prompts
+    from flashd.engine.engine import Engine, Prompts
 
-    sampling = _sampling(options)
+    said, pipe = Said(), Pipe()
     messages = [Message("system", options.system)] if options.system else []
     with Bundle(bundle_of(options.model)) as bundle:
+        sampling = _sampling(options, bundle)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
         kept = prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()
             loaded = time.perf_counter() - started
-            code = _say(engine, tokens, sampling, options, Answer(), loaded)
-            if code == os.EX_OK:
+            pipe.answer(said, lambda: _say(engine, tokens, sampling, options, said, pipe.say))
+            if options.json:
+                said.figures |= {"load_seconds": loaded, "resident": engine.plan.resident}
+            print_end(options, said)
+            if not said.stopped:
                 engine.remember()
-            return code
+    return INTERRUPTED if said.stopped else os.EX_OK
 
 
 def chat(options: Chat) -> int:
@@ -50,21 +57,24 @@ def chat(options: Chat) -> int:
     if options.port is not None or daemon_answers(options):
         return ask_daemon.chat(options)
     from flashd.bundle.reader import Bundle
+    from flashd.engine.decoding.forgetting import shortened
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Answer, Engine, Prompts
+    from flashd.engine.engine import Engine, Prompts
 
-    sampling = _sampling(options)
     with Bundle(bundle_of(options.model)) as bundle:
+        sampling = _sampling(options, bundle)
         prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()
+            room = engine.plan.context - 1
 
-            def answer(turns: Turns) -> str:
-                said = Answer()
-                _say(engine, prompts.tokens([Message(*turn) for turn in turns]), sampling, options, said)
-                return said.text
+            def answer(turns: Turns, said: Said) -> None:
+                messages = [Message(*turn) for turn in turns]
+                said.forgotten, tokens = shortened(messages, prompts.tokens, room, options.limit)
+                _say(engine, tokens, sampling, options, said, here.say)
 
-            talk(options.system, answer)
+            with desk(at_once=False) as here:
+                Talk(here, options, answer).run()
             engine.remember()
     return os.EX_OK
 
@@ -83,49 +93,52 @@ def daemon_answers(options: Answering) -> bool:
 
 
 def _say(
-    engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, answer: Answer, loaded: float = 0.0
-) -> int:
-    """Streams one answer to standard output. Ctrl-C ends it and keeps what was said."""
+    engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, said: Said, show: Callable[[str], None]
+) -> None:
+    """Shows one answer piece by piece. Ctrl-C ends it and keeps what was said."""
     from flashd.engine.cost import cost
+    from flashd.engine.engine import Answer
 
-    code = os.EX_OK
+    answer = Answer()
     try:
-        _stream(engine, tokens, sampling, options, answer)
+        _stream(engine, tokens, sampling, options, answer, said, show)
     except KeyboardInterrupt:
-        answer.figures.finish, code = "interrupted", INTERRUPTED
-    figures, finish = cost(engine, answer), answer.figures.finish
-    if options.json:
-        more = {"load_seconds": loaded, "resident": engine.plan.resident}
-        print(answer_as_json(answer.text, finish, figures | more), flush=True)
-    else:
-        print(flush=True)
-        if not options.ignore_eos:
-            say_cut(finish)
-    if options.stats:
-        print(cost_in_words(finish, figures), file=sys.stderr)
-    return code
+        said.stopped, answer.figures.finish = True, STOPPED
+    said.text, said.finish, said.figures = answer.text, answer.figures.finish, cost(engine, answer)
 
 
-def _stream(engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, answer: Answer) -> None:
-    """Prints the pieces of an answer as they come. Until the first one there is a bar."""
+def _stream(
+    engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, answer: Answer, said: Said,
+    show: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Shows the pieces of an answer as they come. Until the first one there is a bar."""
     speech = engine.begin(
         tokens, sampling, answer, limit=options.limit, stop=options.stop, ignore_eos=options.ignore_eos,
         drafts=not options.no_drafts,
     )  # fmt: skip
     with Bar("thinking", "layers") as bar:
-        for piece in engine.pieces(speech, bar.show_pass):
+
+        def on_step(done: int, layers: int, card_bytes: int) -> None:
+            if said.stopped:  # here the engine is in a state that the next answer can go on from
+                raise KeyboardInterrupt
+            bar.show_pass(done, layers, card_bytes)
+
+        for piece in engine.pieces(speech, on_step):
             bar.close()
             if not options.json:
-                print(piece, end="", flush=True)
+                said.shown = True
+                show(piece)
 
 
-def _sampling(options: Answering) -> Sampling:
-    from flashd.engine.decoding.sampling import Sampling
+def _sampling(options: Answering, bundle: Bundle) -> Sampling:
+    from flashd.bundle.header import Drawing
+    from flashd.engine.decoding.sampling import sampling_of
 
-    return Sampling(
-        temperature=options.temperature or 0.0, top_p=1.0 if options.top_p is None else options.top_p,
-        top_k=options.top_k, min_p=options.min_p, repeat_penalty=options.repeat_penalty, seed=options.seed,
+    wished = Drawing(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty,
     )  # fmt: skip
+    return sampling_of(wished, bundle.header.text.drawing, options.seed)
 
 
 def _prompt(prompt: str) -> str:

@@ -106,9 +106,12 @@ def reason(job: Job) -> str:
 def more(jobs: Sequence[Job]) -> Any:
     """What OpenAI's answers have no place for; a list if there are several answers."""
     said = [
-        {"finish": job.result.finish, "probabilities": job.result.probabilities, "figures": job.result.figures}
+        {
+            "finish": job.result.finish, "forgotten": job.result.forgotten, "probabilities": job.result.probabilities,
+            "figures": job.result.figures,
+        }
         for job in jobs
-    ]
+    ]  # fmt: skip
     return said[0] if len(said) == 1 else said
 
 

@@ -10,7 +10,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import asdict
 
+from flashd.bundle.header import Drawing
 from flashd.bundle.row_kinds import Floats
 from flashd.errors import UsageError
 
@@ -52,6 +54,34 @@ class Sampling:
         for option, value, holds, allowed in rules:
             if not holds:
                 raise UsageError(f"{option} {value} is out of range; allowed is {allowed}")
+
+
+USUAL = Drawing(temperature=0.3, top_p=0.9, min_p=0.05, repeat_penalty=1.1)
+"""How answers are drawn if nobody says anything. Without a penalty small models repeat one phrase for ever."""
+
+
+def sampling_of(wished: Drawing, recommended: Drawing | None, seed: int | None = None) -> Sampling:
+    """How an answer is drawn: as somebody wishes, else as the model's makers recommend, else as usual.
+
+    Whoever wishes temperature 0 wants the likeliest token, and no recommendation changes which that is.
+    """
+    if wished.temperature == 0:
+        return _sampling([wished], seed)
+    said = [wished] if recommended is None else [wished, recommended]
+    if recommended is None or recommended.temperature is None:
+        said.append(USUAL)
+    return _sampling(said, seed)
+
+
+def greedy_unless(wished: Drawing, seed: int | None = None) -> Sampling:
+    """How a decision or JSON is drawn: the likeliest, unless somebody wishes otherwise."""
+    return _sampling([wished], seed)
+
+
+def _sampling(said: Sequence[Drawing], seed: int | None) -> Sampling:
+    """What the first of these says of each property. One that none speaks of is off."""
+    parts = [{name: value for name, value in asdict(one).items() if value is not None} for one in reversed(said)]
+    return Sampling(**{name: value for part in parts for name, value in part.items()}, seed=seed)
 
 
 class Constraint(Protocol):

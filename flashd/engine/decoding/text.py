@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import check_growth, ids_of
@@ -13,6 +16,15 @@ from flashd.system.freed_memory import give_back_freed_memory
 
 BREAK = "\ue000\ue001\ue000"
 """Private-use characters. They split text at places where a control token must not form."""
+
+JOINER = "\u200d"
+"""It joins emoji to one."""
+
+REGIONAL = frozenset(map(chr, range(0x1F1E6, 0x1F200)))
+"""Letters of which two are a flag."""
+
+LONGEST_EMOJI = 32
+"""Characters of an emoji with all that belongs to it."""
 
 PIECE, LOST_AT_A_CUT = 8192, 16
 """A long text's tokens are counted in pieces of PIECE characters. A cut adds at most LOST_AT_A_CUT tokens."""
@@ -145,19 +157,40 @@ class ChatTemplate:
 
 
 class Detokenizer:
-    """Turns tokens into text. It holds bytes back until they form whole characters."""
+    """Turns tokens into text. It holds bytes back until they form whole characters, and an emoji until it is whole.
+
+    An emoji may be several characters: a family is three people with joiners between them, a flag two letters.
+    """
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # the last emoji, to which more may belong
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that can be shown now."""
-        return self._decoder.decode(self._token_bytes[token])
+        text = self._held + self._decoder.decode(self._token_bytes[token])
+        self._held = _last_emoji(text)
+        return text.removesuffix(self._held)
 
-    def finish(self) -> str:
-        """The text that was held back. Bytes that form no character become U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+    def finish(self, cut: bool = False) -> str:
+        """The text that was held back.
+
+        Bytes that form no character become U+FFFD. If the answer was cut here, they are left out, and so is half an
+        emoji.
+        """
+        held, self._held = self._held, ""
+        if cut:
+            return "" if held in REGIONAL else held.rstrip(JOINER)
+        return held + self._decoder.decode(b"", final=True)
+
+
+def _last_emoji(text: str) -> str:
+    """The emoji that a text ends with, as far as it has come. Empty if the text ends with something else."""
+    if text.isascii():
+        return ""
+    last = list(wcwidth.iter_graphemes(text[-LONGEST_EMOJI:]))[-1]
+    return last if unicodedata.category(last[0]) == "So" else ""
 
 
 class StopStrings:

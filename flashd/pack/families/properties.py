@@ -12,6 +12,7 @@ from flashd.pack.families.attention import attention_kinds, head_dim
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import rope_tables
 from flashd.pack.groups import group_neurons
+from flashd.pack.names import name_of
 from flashd.pack.open_model import OpenModel
 
 MOST_LAYERS = 1024
@@ -57,7 +58,7 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
     filled = -(-neurons // BLOCK) * BLOCK
     return Architecture(
         family=family.architecture,
-        name=model.text("general.name") if model.has("general.name") else model.path.stem,
+        name=name_of(model),
         hidden=hidden,
         layers=layers,
         heads=heads,

@@ -17,6 +17,7 @@ from flashd.errors import DataError
 from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 from flashd.pack.sources.gguf_parts import read_parts
 from flashd.pack.sources.gguf_tokenizer import read_vocabulary
+from flashd.pack.sources.recommended import of_gguf
 from flashd.pack.vocabulary import Vocabulary
 
 
@@ -128,6 +129,10 @@ class GgufModel(OpenModel):
             # an array of its own for each entry: with 151,000 tokens half a gigabyte
             self.reader.fields.pop(key, None)
         return vocabulary
+
+    def recommended(self) -> header.Drawing | None:
+        """How the model's makers recommend that answers are drawn. Raises DataError if that makes no sense."""
+        return of_gguf(self.keys, self.metadata, self.path)
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of the file, or of its parts one after the other."""

@@ -26,6 +26,7 @@ from flashd.pack.sources.folder_tensors import Names, Numbers, row_order
 from flashd.pack.sources.folder_tokenizer import read_tokenizer_json
 from flashd.pack.sources.four_bits import FourBits, StoredTensor
 from flashd.pack.sources.json_file import read_object
+from flashd.pack.sources.recommended import of_folder
 from flashd.pack.vocabulary import Vocabulary
 
 BITS = {"BF16": 16, "F16": 16, "F32": 32}
@@ -230,6 +231,10 @@ class HfFolder(OpenModel):
     def vocabulary(self) -> Vocabulary:
         """The tokenizer. Raises InputMissing, DataError."""
         return read_tokenizer_json(self.path, self.tensor("token_embd.weight").shape[0])
+
+    def recommended(self) -> header.Drawing | None:
+        """How the model's makers recommend that answers are drawn. Raises DataError if that makes no sense."""
+        return of_folder(self.path)
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """The folder's name, and the size and SHA-256 of its files of weights, one after the other."""

@@ -6,12 +6,12 @@ import textwrap
 
 import pytest
 import wcwidth
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from device.consoles.characters import INVISIBLE, width
-from device.consoles.line_editor import MAX_LINE, Key, LineEditor
-from device.consoles.terminal_text import Wrap, to_ascii
+from flashd.terminal.characters import INVISIBLE, width
+from flashd.terminal.line_editor import MAX_LINE, Key, LineEditor
+from flashd.terminal.wrapping import Wrap, to_ascii
 
 WORDS = st.lists(st.text("abcdefghij", min_size=1, max_size=12), max_size=30)
 
@@ -173,6 +173,7 @@ def test_any_bytes_make_only_bounded_printable_lines(data: bytes) -> None:
 
 
 @given(st.lists(st.sampled_from([*EMOJI, "\x7f", "\x1b[D", "\x1b[C", "\x01", "\x1b[3~"]), max_size=80))
+@example([EMOJI[0]] * 9 + ["\x1b[D"])  # one column is left, and the emoji behind the cursor is two wide
 def test_the_row_of_a_prompt_is_never_too_long(keys: list[str]) -> None:
     written: list[str] = []
     editor = LineEditor(written.append, 20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from device.consoles.characters import as_shown, fitting, width
+from flashd.terminal.characters import as_shown, fitting, width
 
 ASCII = str.maketrans(
     {

@@ -34,7 +34,10 @@ def width(text: str) -> int:
 
 
 def fitting(text: str, columns: int) -> str:
-    """As much of the beginning of a text as so many columns have room for: whole clusters, or else characters."""
+    """As much of the beginning of a text as so many columns have room for: whole clusters, or else characters.
+
+    Empty if there is no room for the first character.
+    """
     for pieces in (clusters(text), list(text)):
         taken = ""
         for piece in pieces:
@@ -43,4 +46,4 @@ def fitting(text: str, columns: int) -> str:
             taken += piece
         if taken:
             return taken
-    return text[:1]
+    return ""

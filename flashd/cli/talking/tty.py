@@ -18,15 +18,6 @@ from flashd.system.printable import plain
 SPEEDS = sorted(int(name[1:]) for name in dir(termios) if name[0] == "B" and name[1:].isdigit() and name != "B0")
 """The speeds that a terminal can have, in bits a second."""
 
-IUTF8 = 0o40000
-"""With this flag Backspace erases a character and not a byte. Python's termios has no name for it."""
-
-KEYS = {
-    termios.VINTR: b"\x03", termios.VEOF: b"\x04", termios.VERASE: b"\x7f", termios.VKILL: b"\x15",
-    termios.VWERASE: b"\x17", termios.VMIN: b"\x01",
-}  # fmt: skip
-"""The keys that have a meaning. There are no others: noise on a line that looks like Ctrl-S would stop the talk."""
-
 
 @contextmanager
 def as_terminal(port: Path, speed: int) -> Iterator[None]:
@@ -95,16 +86,16 @@ def _take(fd: int, port: Path, speed: int) -> None:
         raise Busy(
             f"{port}: another program has it; look if /etc/flashd/flashd.yaml names it, or if a getty runs on it"
         ) from error
-    keys = [KEYS.get(i, b"\0") for i in range(len(termios.tcgetattr(fd)[6]))]
+    # no key has a meaning of its own: noise on a line that looks like Ctrl-S would stop the talk
+    keys = [b"\0"] * len(termios.tcgetattr(fd)[6])
     rate = getattr(termios, f"B{speed}")
     termios.tcsetattr(
         fd, termios.TCSANOW,
         [
-            termios.IGNBRK | termios.ICRNL | termios.IMAXBEL | IUTF8,
+            termios.IGNBRK | termios.ICRNL | termios.IMAXBEL,
             termios.OPOST | termios.ONLCR,
             termios.CS8 | termios.CREAD | termios.CLOCAL,
-            termios.ISIG | termios.ICANON | termios.IEXTEN | termios.ECHO | termios.ECHOE | termios.ECHOK
-            | termios.ECHOCTL | termios.ECHOKE,
+            0,
             rate, rate, keys,
         ],
     )  # fmt: skip

@@ -11,13 +11,16 @@ import codecs
 from collections.abc import Callable
 from enum import Enum
 
-from device.consoles.characters import REPLACEMENT, as_shown, clusters, fitting, width
-from device.consoles.escapes import Escapes
+from flashd.terminal.characters import REPLACEMENT, as_shown, clusters, fitting, width
+from flashd.terminal.escapes import Escapes
 
 MAX_LINE = 4096
 """Characters of a line; what comes beyond is not taken, with one bell."""
 
 MAX_HISTORY = 100
+
+ENDS = b"\r\n\x03\x04"
+"""What an entry ends with: Enter, Ctrl-C, Ctrl-D."""
 
 MAX_CLUSTER = 32
 """Characters of a cluster: so far is looked for its ends."""
@@ -44,7 +47,8 @@ class LineEditor:
     """Bytes in, whole lines out; the echo goes to `write`."""
 
     def __init__(self, write: Callable[[str], None], columns: int, prompt: str = "> ") -> None:
-        self._write, self._columns, self._prompt = write, columns, prompt
+        self.columns = columns  # of the terminal; whoever changes it calls `start`
+        self._write, self._prompt = write, prompt
         self._text, self._at = "", 0
         self._history: list[str] = []
         self._shown = 0  # the entry of the history that is shown; len(history) is the line being written
@@ -61,6 +65,15 @@ class LineEditor:
         self._set("")
         self._shown = len(self._history)
         self._draw()
+
+    def next(self, data: bytes) -> tuple[str | Key | None, bytes]:
+        """The first line or key that these bytes complete, and the bytes behind it.
+
+        What was typed ahead can so be shown when its turn comes, behind a prompt of its own.
+        """
+        end = next((i for i, byte in enumerate(data, 1) if byte in ENDS), len(data))
+        entries = self.feed(data[:end])
+        return (entries[0] if entries else None), data[end:]
 
     def feed(self, data: bytes) -> list[str | Key]:
         """The lines and keys that these bytes complete. The row is drawn anew once, however many they are."""
@@ -118,7 +131,7 @@ class LineEditor:
         at_end = self._at == len(self._text)
         self._text = self._text[: self._at] + c + self._text[self._at :]
         self._at += 1
-        if at_end and not self._stale and width(self._prompt + self._text) < self._columns:
+        if at_end and not self._stale and width(self._prompt + self._text) < self.columns:
             self._write(c)
         else:
             self._stale = True
@@ -169,7 +182,7 @@ class LineEditor:
     def _draw(self) -> None:
         """The row anew: the prompt, the part of the line round the cursor, the cursor in its place."""
         self._stale = False
-        room = self._columns - width(self._prompt) - 1
+        room = self.columns - width(self._prompt) - 1
         before, after = self._text[: self._at], self._text[self._at :]
         shown = ""
         for cluster in reversed(clusters(before[-MAX_CLUSTER * room :])):

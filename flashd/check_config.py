@@ -8,7 +8,7 @@ from device import appliance
 from flashd import serve
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings
-from flashd.daemon.admission import CLIENTS
+from flashd.daemon.http.admission import CLIENTS
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Prompts, plan_for
 from flashd.errors import FlashdError, MemoryTooSmall, Misfit

@@ -24,12 +24,12 @@ from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings, load
 from flashd.daemon import last_run
-from flashd.daemon.admission import CLIENTS
-from flashd.daemon.api import Api
+from flashd.daemon.http.admission import CLIENTS
+from flashd.daemon.http.api import Api
+from flashd.daemon.http.server import Server
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.metrics import metrics_text
 from flashd.daemon.notify import Notifier, log_to_journal
-from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool, held_alone
 from flashd.daemon.worker import Worker
 from flashd.engine.cache.prefixes import Prefixes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.bundle.row_kinds import RowKind
+from flashd.bundle.rows.kinds import RowKind
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests import tiny

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.row_kinds import Bytes, Codes, Floats
+from flashd.bundle.rows.kinds import Bytes, Codes, Floats
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from flashd.bundle.architecture import Architecture, Count, Positive
-from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.prefix import ROWS_OF_A_RUN
-from flashd.bundle.row_kinds import NARROW, RowKind
+from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
+from flashd.bundle.rows.kinds import NARROW, RowKind
 
 
 class Formats(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,15 +10,15 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle import codec
 from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
-from flashd.bundle.bits import unpack
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Section
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
-from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, RowKind, unit_steps
+from flashd.bundle.rows import codec
+from flashd.bundle.rows.bits import unpack
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BITS, BLOCK, CENTRE_BITS, RowKind, unit_steps
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 import flashd
-from flashd.bundle import codec, prefix
+from flashd.bundle import prefix
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Formats, Header, Narrowed, PackedFrom, Section, Selection, Text
 from flashd.bundle.prefix import PAGE, PLAIN_RUN
+from flashd.bundle.rows import codec
 from flashd.errors import CannotWrite
 from flashd.system.new_file import NewFile
 

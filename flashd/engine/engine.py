@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.conversation import Conversation

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from flashd.bundle.architecture import Architecture, AttentionKind
-from flashd.bundle.row_kinds import BLOCK, RowKind
+from flashd.bundle.rows.kinds import BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import activated, gated, share

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
-from flashd.bundle.row_kinds import ROW_KINDS
+from flashd.bundle.rows.kinds import ROW_KINDS
 from flashd.graphs.products import gates, linear, neurons
 from flashd.graphs.stages import stages
 

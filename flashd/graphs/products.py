@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.formats import RowFormat
-from flashd.bundle.row_kinds import BITS, BLOCK, RowKind
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BITS, BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
+from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import hottest, neurons_of
 from flashd.pack.lossy.narrow_groups import Weigh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashd.bundle.row_kinds import BLOCK
+from flashd.bundle.rows.kinds import BLOCK
 
 MOST_BYTES = 2 << 20
 """Of a group's weights in 4 bits: larger reads gain nothing on any card, and what waits to be used takes RAM."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle import header
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.vocabulary import Vocabulary
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Formats
-from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.bundle.rows.kinds import BLOCK, Floats, RowKind
 from flashd.errors import UsageError
 from flashd.pack.families.properties import check_layers, model_of
 from flashd.pack.families.registry import family_of

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Header, Text, group_format, layer_ffn_sections, neuron_format, pair_format
 from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
-from flashd.bundle.row_kinds import NARROW, Floats, RowKind
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError, UsageError
 from flashd.pack.encode import Encoder

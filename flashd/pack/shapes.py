@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.row_kinds import BLOCK
+from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.weights import Ffn, Weights
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width

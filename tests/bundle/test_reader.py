@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashd.bundle import codec, file
+from flashd.bundle import file
 from flashd.bundle.errors import (
     BadSection,
     DamagedHeader,
@@ -28,6 +28,7 @@ from flashd.bundle.errors import (
 from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.prefix import PREFIX, VERSION, digest, next_page
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import codec
 from flashd.errors import CardError, DataError, InputMissing
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashd.bundle.arrays import QuantRows, Rows
-from flashd.bundle.bits import pack_bits, unpack
-from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import dequantise, steps
-from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, NARROW, Floats, RowKind, largest_centre, unit_steps
+from flashd.bundle.rows.bits import pack_bits, unpack
+from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, NARROW, Floats, RowKind, largest_centre, unit_steps
 from flashd.pack.rounding import rows
 from flashd.pack.rounding.rows import Coded, encode_groups, encode_rows, is_ternary, write
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from flashd.bundle.row_kinds import ROW_KINDS
+from flashd.bundle.rows.kinds import ROW_KINDS
 from flashd.cli import options
 from flashd.cli.parser import Parser, build, parse
 from flashd.errors import UsageError

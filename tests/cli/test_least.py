@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flashd.bundle.row_kinds import RowKind
-from flashd.daemon.admission import CLIENTS
+from flashd.bundle.rows.kinds import RowKind
+from flashd.daemon.http.admission import CLIENTS
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB
 from tests.daemon.test_check_config import serves

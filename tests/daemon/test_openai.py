@@ -17,11 +17,11 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Answering
-from flashd.daemon.admission import MOST_SCORED
-from flashd.daemon.api import Api
+from flashd.daemon.http.admission import MOST_SCORED
+from flashd.daemon.http.api import Api
+from flashd.daemon.http.server import Server
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
-from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine.engine import Budget, Engine, Prompts, plan_for

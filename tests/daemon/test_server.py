@@ -14,13 +14,13 @@ import msgspec
 import pytest
 
 from flashd.cli.client import Client
-from flashd.daemon import api, connections
-from flashd.daemon.admission import MOST_WAITING
-from flashd.daemon.api import Api
-from flashd.daemon.connections import MOST_CONNECTIONS
+from flashd.daemon.http import api, connections
+from flashd.daemon.http.admission import MOST_WAITING
+from flashd.daemon.http.api import Api
+from flashd.daemon.http.connections import MOST_CONNECTIONS
+from flashd.daemon.http.server import Server
 from flashd.daemon.job import MAX_TEXT, Request, Turn
 from flashd.daemon.jobs import Jobs
-from flashd.daemon.server import Server
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
 from tests.daemon import fake_worker as clerk

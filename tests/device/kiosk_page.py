@@ -12,9 +12,9 @@ import pytest
 
 from device import kiosk
 from device.appliance import Appliance
-from flashd.daemon.api import Api
+from flashd.daemon.http.api import Api
+from flashd.daemon.http.server import Server
 from flashd.daemon.jobs import Jobs
-from flashd.daemon.server import Server
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NEEDED = [

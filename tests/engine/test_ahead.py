@@ -15,7 +15,7 @@ import pytest
 
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.drafts import Pace

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.decisions import decide
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.decoding.schemas import Schemas

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.drafts import BEAM, STEPS, Draft, Pace, lookup
 from flashd.engine.decoding.line import MOST_TEXTS, Figures, Line

@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import codec, prefix
+from flashd.bundle import prefix
 from flashd.bundle.errors import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows import codec
 from flashd.engine.forward import expert_ffn
 from flashd.engine.paging import card
 from flashd.engine.paging.card import CardQueue, Extent

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashd.bundle.row_kinds import RowKind
+from flashd.bundle.rows.kinds import RowKind
 from flashd.engine.model.branches import Branches, behind
 from flashd.graphs.constant import Arithmetic
 from flashd.pack.families.registry import FAMILIES

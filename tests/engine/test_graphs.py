@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import ROW_KINDS, RowKind
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import ROW_KINDS, RowKind
 from flashd.engine.forward import constants
 from flashd.engine.planning import parts
 from flashd.graphs import in_place
@@ -164,7 +164,7 @@ HOLD = """
 import sys, gc
 from pathlib import Path
 import numpy as np
-from flashd.bundle.formats import RowFormat
+from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.reader import Bundle
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.products import use_threads

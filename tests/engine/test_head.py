@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from flashd.bundle.codec import decode_header, encode
 from flashd.bundle.errors import BadSection
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.codec import decode_header, encode
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.planning import parts

@@ -13,7 +13,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import RowKind
+from flashd.bundle.rows.kinds import RowKind
 from flashd.engine.engine import Prompts
 from flashd.engine.forward import streamed_ffn
 from flashd.engine.forward.paged import PagedModel

@@ -20,7 +20,7 @@ import pytest
 
 from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache import prefixes as bounds
 from flashd.engine.cache.prefixes import MOST_BYTES_OF_NOTES, MOST_NOTED, MOST_NOTED_TOKENS, Noted, Notes, Prefixes
 from flashd.engine.cache.snapshot import RUN

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flashd.bundle.arrays import PlainRows, QuantRows
-from flashd.bundle.formats import NeuronFormat
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.row_kinds import Floats, RowKind
+from flashd.bundle.rows.formats import NeuronFormat
+from flashd.bundle.rows.kinds import Floats, RowKind
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling

@@ -17,13 +17,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import codec, prefix
+from flashd.bundle import prefix
 from flashd.bundle.arrays import PlainNeurons
 from flashd.bundle.errors import BadSection, DamagedHeader
-from flashd.bundle.formats import GroupFormat, NeuronFormat
 from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.rows import codec
+from flashd.bundle.rows.formats import GroupFormat, NeuronFormat
+from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.cli.main import main
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.router import Router

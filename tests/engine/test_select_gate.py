@@ -13,13 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from flashd.bundle import codec, header, prefix
+from flashd.bundle import header, prefix
 from flashd.bundle.arrays import PlainNeurons, PlainRows, QuantRows
 from flashd.bundle.errors import BadSection, DamagedHeader
-from flashd.bundle.formats import NeuronFormat
 from flashd.bundle.prefix import VERSION
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.row_kinds import BLOCK, Floats, RowKind
+from flashd.bundle.rows import codec
+from flashd.bundle.rows.formats import NeuronFormat
+from flashd.bundle.rows.kinds import BLOCK, Floats, RowKind
 from flashd.cli.main import main
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.selected_ffn import Gate, SelectedFfn

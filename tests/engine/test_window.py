@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flashd.bundle.arrays import NeuronArrays
-from flashd.bundle.formats import NeuronFormat
+from flashd.bundle.rows.formats import NeuronFormat
 from flashd.engine.paging.window import Window
 
 FORM = NeuronFormat("int4", 32, biases=2)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from device.consoles.machine import Machine
 from device.controls import Facts
 from flashd.config.settings import Serial, Settings
-from flashd.daemon.api import Api
+from flashd.daemon.http.api import Api
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.spool import Spool

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
 from flashd.engine.forward.constants import Constants

@@ -25,7 +25,7 @@ from flashd.bundle import header, prefix
 from flashd.bundle.header import Formats, Header, Section, Text
 from flashd.bundle.prefix import PLAIN_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import ROW_KINDS, RowKind
+from flashd.bundle.rows.kinds import ROW_KINDS, RowKind
 from flashd.engine.forward.streamed_ffn import stream_past
 from flashd.engine.model.kv_cache import SPARE, lendable_bytes
 from flashd.engine.paging.card import Extent, pages_of, units_of_a_read

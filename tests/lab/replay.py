@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.paging.card import extents, pages_of
 from flashd.engine.paging.eviction import Frequency, Mask, Policy, kept, shares
 from flashd.engine.planning.plan import rates_of

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.pack.pack import pack
 from flashd.pack.sources.gguf import GgufModel
 from tests.engine.test_paths import all_logits, opened

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.pack.families.registry import FAMILIES
 from flashd.pack.pack import pack
 from tests.goldens import folders

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.row_kinds import Bytes, Floats
+from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.errors import DataError
 from flashd.pack.pack import pack
 from flashd.pack.sources.safetensors import HfFolder

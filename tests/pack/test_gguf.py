@@ -13,7 +13,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import RowKind
+from flashd.bundle.rows.kinds import RowKind
 from flashd.errors import DataError, InputMissing
 from flashd.pack.families.properties import model_of
 from flashd.pack.families.registry import family_of

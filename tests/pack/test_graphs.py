@@ -12,7 +12,7 @@ import pytest
 
 from flashd.bundle.architecture import Activation
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.graphs.products import activations
 from flashd.system.onnx_session import open_session, start_pool
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.bundle.row_kinds import BLOCK
+from flashd.bundle.rows.kinds import BLOCK
 from flashd.pack.groups import LEAST_GROUPS, MOST_BYTES, group_neurons
 
 

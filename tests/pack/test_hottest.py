@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.arrays import PlainRows
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.pack.families.properties import model_of
 from flashd.pack.families.registry import family_of
 from flashd.pack.families.rope import rope_tables

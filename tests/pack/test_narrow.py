@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.arrays import QuantRows
-from flashd.bundle.bits import pack_bits, unpack
-from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.reader import Bundle, dequantise
-from flashd.bundle.row_kinds import NARROW, Bytes, Floats, RowKind
+from flashd.bundle.rows.bits import pack_bits, unpack
+from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.bundle.rows.kinds import NARROW, Bytes, Floats, RowKind
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.products import use_threads

@@ -19,7 +19,7 @@ import msgspec
 import xxhash
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache import snapshot
 from flashd.engine.cache.snapshot import RUN, BadSnapshot, Origin, SnapshotHeader, shared
 from flashd.engine.model.kv_cache import KvCache

@@ -27,7 +27,7 @@ import xxhash
 import flashd
 from flashd.bundle.prefix import PREFIX, Prefix, digest, sealed
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import KvCache
 from flashd.errors import NOT_JSON, DataError
 from flashd.system.new_file import NewFile

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.cache.snapshot import RUN, shared
 from flashd.engine.decoding.background import Background

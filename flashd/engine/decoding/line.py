@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
 from flashd.engine.model.branches import CacheSlots

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from msgspec.structs import asdict
 
 from flashd.bundle.header import Drawing
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import UsageError
 
 PENALTY_TOKENS = 64

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.bundle.tokenizer_json import check_numbers
 from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 from flashd.system.freed_memory import give_back_freed_memory

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, at_least_two
 from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.branches import Branches

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
-from flashd.bundle.bits import pack_bits, unpack
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import Header
-from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Floats, RowKind
+from flashd.bundle.rows.bits import pack_bits, unpack
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic

@@ -18,7 +18,7 @@ import numpy as np
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Bytes, Floats
+from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
 from flashd.engine.model.contract import CardStats, OnStep

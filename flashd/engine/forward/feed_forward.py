@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.contract import CardStats, OnStep
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.model.contract import Meanwhile, OnStep
 from flashd.engine.paging.card import CardStream

@@ -13,7 +13,7 @@ import numpy as np
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
 from flashd.engine.forward.constants import Constants

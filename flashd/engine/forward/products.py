@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.arrays import NeuronArrays, PlainNeurons, PlainRows, Rows, TernaryRows
-from flashd.bundle.formats import RowFormat
-from flashd.bundle.row_kinds import BLOCK, CENTRE_BITS, Codes, Floats, RowKind, unit_steps
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Codes, Floats, RowKind, unit_steps
 from flashd.engine.model.sizes import TEMPORARY_BYTES
 from flashd.system.freed_memory import use_small_pages
 from flashd.system.onnx_session import open_session, start_pool

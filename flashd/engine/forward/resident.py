@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from flashd.bundle.arrays import Groups, Rows
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.head import Head

@@ -6,7 +6,7 @@ import numpy as np
 
 from flashd.bundle.arrays import Rows
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products, stages
 from flashd.engine.forward.constants import at_least_two
 from flashd.engine.paging.eviction import Numbers

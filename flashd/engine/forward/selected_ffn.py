@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products, stages
 from flashd.engine.forward.router import Router
 from flashd.engine.model import sizes

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.products import Vectors
 from flashd.engine.model.contract import Tokens
 from flashd.engine.model.sizes import KEPT_ROWS

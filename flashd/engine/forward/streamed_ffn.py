@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.formats import GroupFormat
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Bytes, Floats
+from flashd.bundle.rows.formats import GroupFormat
+from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import TOKENS_AT_ONCE

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.branches import CacheSlots
 from flashd.system.freed_memory import PAGE, give_back
 

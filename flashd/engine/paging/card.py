@@ -23,7 +23,7 @@ from flashd.bundle.errors import DamagedRun
 from flashd.bundle.file import CardFile
 from flashd.bundle.prefix import GAP_BYTES, PAGE
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Bytes
+from flashd.bundle.rows.kinds import Bytes
 from flashd.engine.model.contract import CardStats
 from flashd.engine.paging.card_speed import CardSpeed
 from flashd.errors import CardError

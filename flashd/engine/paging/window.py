@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.arrays import NeuronArrays
-from flashd.bundle.formats import NeuronFormat
+from flashd.bundle.rows.formats import NeuronFormat
 
 Ids = npt.NDArray[np.int32]
 

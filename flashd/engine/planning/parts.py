@@ -8,9 +8,9 @@ holds its arrays, and the weights a second time.
 from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.formats import GroupFormat, RowFormat
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
+from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.sizes import KEPT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
 from flashd.graphs.constant import Arithmetic

@@ -17,7 +17,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes
 from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from flashd.bundle.architecture import LAYER_NORMS, Activation, Architecture, Bias, Block, Experts, Scores
-from flashd.bundle.row_kinds import BLOCK
+from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.attention import attention_kinds, head_dim
 from flashd.pack.families.family import Family, tensor_name

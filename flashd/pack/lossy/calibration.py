@@ -17,9 +17,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.reader import dequantise
-from flashd.bundle.row_kinds import BLOCK, Floats
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
 from flashd.graphs.products import activations, gates
 from flashd.graphs.stages import stages

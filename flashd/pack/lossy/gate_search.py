@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashd.bundle.header import Selection, pair_format
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Mask, Numbers
 from flashd.pack.lossy.gates import LEVELS, Asked, GatedLayer, Gating, fit, share_out

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.pack.lossy.calibration import Mask, Numbers, Seen
 from flashd.pack.lossy.card_order import card_order
 from flashd.pack.lossy.predictors import Cost, cost, spans

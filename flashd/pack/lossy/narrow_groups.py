@@ -15,9 +15,9 @@ from importlib.resources.abc import Traversable
 import numpy as np
 
 from flashd.bundle.arrays import Groups
-from flashd.bundle.formats import GroupFormat
 from flashd.bundle.reader import dequantise
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.formats import GroupFormat
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Dense, Numbers, Seen, text_tokens
 from flashd.pack.rounding.gptq import factor

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flashd.bundle.header import Narrowed, group_format
-from flashd.bundle.row_kinds import NARROW, Floats, RowKind
+from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.errors import DataError
 from flashd.pack.encode import Encoder
 from flashd.pack.lossy import narrow_groups

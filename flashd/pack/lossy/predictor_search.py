@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashd.bundle.header import Selection, group_format, neuron_format
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Seen, text_tokens
 from flashd.pack.lossy.card_order import card_order, filled

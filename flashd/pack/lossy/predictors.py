@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.formats import RowFormat
 from flashd.bundle.header import PREDICTOR_ROWS
 from flashd.bundle.prefix import GAP_BYTES, PAGE
 from flashd.bundle.reader import dequantise
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Mask, Numbers, Seen
 from flashd.pack.rounding.rows import encode_rows

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from flashd.bundle.arrays import QuantRows
-from flashd.bundle.formats import RowFormat
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats, RowKind
+from flashd.bundle.rows.formats import RowFormat
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats, RowKind
 from flashd.pack.open_model import Grid
 from flashd.pack.rounding.rows import coded, fitted, levels, write
 

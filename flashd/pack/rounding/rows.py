@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.arrays import PlainRows, QuantRows, TernaryRows
-from flashd.bundle.bits import centre_digits, pack_bits
-from flashd.bundle.formats import GroupFormat, NeuronFormat, RowFormat
-from flashd.bundle.row_kinds import (
+from flashd.bundle.rows.bits import centre_digits, pack_bits
+from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
+from flashd.bundle.rows.kinds import (
     BITS,
     BLOCK,
     CENTRE_BITS,

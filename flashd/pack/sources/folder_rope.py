@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Config
 from flashd.pack.families.rope import yarn_length

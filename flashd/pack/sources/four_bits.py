@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
 from flashd.pack.open_model import ALL, Grid, Tensor, Which
 

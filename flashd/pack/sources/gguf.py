@@ -12,7 +12,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle import header
-from flashd.bundle.row_kinds import BLOCK, Bytes, Floats
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
 from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 from flashd.pack.sources.gguf_parts import read_parts

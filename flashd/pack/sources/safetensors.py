@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flashd.bundle import header
-from flashd.bundle.row_kinds import Floats
+from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError, InputMissing
 from flashd.pack.families.family import Config
 from flashd.pack.families.properties import check_layers

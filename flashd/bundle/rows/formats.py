@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from flashd.bundle.arrays import Groups, PlainNeurons, PlainRows, QuantNeurons, QuantRows, Rows, TernaryRows
-from flashd.bundle.bits import as_nibbles
-from flashd.bundle.row_kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, NARROW, Bytes, RowKind
+from flashd.bundle.rows.bits import as_nibbles
+from flashd.bundle.rows.kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, NARROW, Bytes, RowKind
 
 Plane = tuple[Any, tuple[int, ...]]
 """The dtype and the shape of one array of a record."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from flashd.daemon.connections import Connection
+from flashd.daemon.http.connections import Connection
 from flashd.errors import CannotWrite
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.row_kinds import Bytes, Codes
+from flashd.bundle.rows.kinds import Bytes, Codes
 
 
 def pack_bits(q: Bytes, bits: int) -> Bytes:

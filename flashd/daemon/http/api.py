@@ -24,9 +24,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashd.daemon.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
-from flashd.daemon.connections import READ_BYTES
 from flashd.daemon.events import Events
+from flashd.daemon.http.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
+from flashd.daemon.http.connections import READ_BYTES
 from flashd.daemon.job import Event, Job, Request
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.answers import Answers, Growing, leave

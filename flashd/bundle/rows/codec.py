@@ -18,7 +18,7 @@ from flashd.bundle.prefix import (
     digest,
     sealed,
 )
-from flashd.bundle.row_kinds import BLOCK, NARROW
+from flashd.bundle.rows.kinds import BLOCK, NARROW
 from flashd.errors import NOT_JSON
 
 

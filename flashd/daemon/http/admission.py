@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashd.daemon.connections import MOST_CONNECTIONS, WRITE_BYTES
+from flashd.daemon.http.connections import MOST_CONNECTIONS, WRITE_BYTES
 from flashd.daemon.job import WAITING_BYTES
 from flashd.daemon.openai.refusals import body_of
 

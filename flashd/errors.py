@@ -12,8 +12,8 @@ NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises of bytes that are not JSON of the wanted kind: other, no text, or too deep."""
 
 
-MAY_NOT = "only for the group flashd; sudo usermod -aG flashd $USER, then log in again"
-"""What is said of the socket and the spool to who may not use them."""
+GROUP_ONLY = "only members of group flashd may use it; sudo usermod -aG flashd $USER, then log in again"
+"""What a user who may not use the socket or the spool is told."""
 
 
 class FlashdError(Exception):

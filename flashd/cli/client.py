@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashd.errors import BAD_REQUEST, MAY_NOT, Busy, FlashdError, NotRunning, UsageError
+from flashd.errors import BAD_REQUEST, GROUP_ONLY, Busy, FlashdError, NotRunning, UsageError
 
 SOCKET = "/run/flashd/flashd.sock"
 
@@ -38,7 +38,7 @@ class Client:
         try:
             self._connection.connect()
         except PermissionError as error:
-            raise NotRunning(f"{path}: {MAY_NOT}") from error
+            raise NotRunning(f"{path}: {GROUP_ONLY}") from error
         except OSError as error:
             raise NotRunning(
                 f"{path}: no daemon answers ({error.strerror}); start it with: sudo systemctl start flashd"

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from flashd.daemon.job import Head, Job, Request, Result, State
-from flashd.errors import MAY_NOT, NOT_JSON, CannotWrite, DataError, InputMissing, SpoolTaken
+from flashd.errors import GROUP_ONLY, NOT_JSON, CannotWrite, DataError, InputMissing, SpoolTaken
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
     except FileNotFoundError as error:
         raise InputMissing(f"{path}: no spool; has flashd serve run here?") from error
     except PermissionError as error:
-        raise InputMissing(f"{path}: {MAY_NOT}") from error
+        raise InputMissing(f"{path}: {GROUP_ONLY}") from error
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -105,7 +105,7 @@ class OpenModel(Protocol):
         try:
             return kind(value)
         except (ValueError, OverflowError) as error:
-            raise DataError(f"{self.path}: '{self.architecture}.{key}' is {value}, which is no number") from error
+            raise DataError(f"{self.path}: '{self.architecture}.{key}' is {value}, which is not a number") from error
 
 
 def _of_every_layer(value: Any) -> Any:

@@ -55,7 +55,7 @@ def test_pack_takes_the_place_of_bundles_alone(tmp_path: Path, tiny_bundle: Path
     model = tmp_path / "model.gguf"
     shutil.copy(tiny_bundle.with_name("tiny.gguf"), model)
     before = model.read_bytes()
-    refused(run("pack", model, "--out", model), os.EX_USAGE, f"--out {model}: is there and is no bundle")
+    refused(run("pack", model, "--out", model), os.EX_USAGE, "already exists and is not a flashd bundle")
     refused(run("pack", model, "--out", tmp_path), os.EX_USAGE, f"--out {tmp_path}: is a folder")
     assert model.read_bytes() == before
     refused(run("pack", model, "--out", tmp_path / "no" / "m.flash"), os.EX_CANTCREAT, "No such file or directory")

@@ -41,8 +41,8 @@ def perplexity(
             chunk = stretch[at : at + model.pass_tokens]  # [T]
             following = stretch[at + 1 : at + 1 + len(chunk)]  # [R], R = T or, at the end, T - 1
             surprise = _Surprise(following)
-            for first, logits in model.in_parts(chunk):
-                surprise.add(first, logits[: len(following)])
+            for rows, first, logits in model.in_parts(chunk):
+                surprise.add(rows, first, logits)
             lost += surprise.nats
             counted += len(following)
             on_progress(start + at + len(chunk), len(tokens))
@@ -59,16 +59,21 @@ class _Surprise:
         self._top = np.full(len(tokens), -np.inf)  # [R], the largest logits so far
         self._sum = np.zeros(len(tokens))  # [R], the sum of exp(logit - top) so far
 
-    def add(self, first: int, logits: Floats) -> None:
-        """Takes logits [R, n] of the n tokens from number `first` on. It overwrites them."""
-        place = self._tokens - first  # [R]
+    def add(self, rows: slice, first: int, logits: Floats) -> None:
+        """Takes logits [r, n] of some `rows` and of the n tokens from number `first` on. It overwrites them.
+
+        Rows behind the last token are left out.
+        """
+        own, top_now, sum_now = self._own[rows], self._top[rows], self._sum[rows]  # views [r]
+        logits = logits[: len(own)]
+        place = self._tokens[rows] - first  # [r]
         (here,) = np.nonzero((place >= 0) & (place < logits.shape[1]))
-        self._own[here] = logits[here, place[here]]
-        top = np.maximum(self._top, logits.max(1))  # [R]
+        own[here] = logits[here, place[here]]
+        top = np.maximum(top_now, logits.max(1))  # [r]
         logits -= top[:, None].astype(np.float32)
         np.exp(logits, out=logits)
-        self._sum = self._sum * np.exp(self._top - top) + logits.sum(1)  # [R]
-        self._top = top
+        sum_now[:] = sum_now * np.exp(top_now - top) + logits.sum(1)
+        top_now[:] = top
 
     @property
     def nats(self) -> float:

@@ -102,7 +102,7 @@ def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
             assert made.head_rows == KEPT
         else:
             assert made.head_rows == m.vocabulary or (made.head_rows - KEPT) % ROWS_OF_A_RUN == 0
-        assert made.parts["head"] == parts.held(form, made.head_rows, "float32")
+        assert made.parts["head"] == parts.head_held(header, made.head_rows, "float32")
         passing = (m.layers * m.groups - pinned) * header.group.nbytes
         assert made.card_bytes == passing + (m.vocabulary - made.head_rows) * form.nbytes
         seen.add((pinned, made.head_rows))

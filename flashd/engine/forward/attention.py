@@ -15,7 +15,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, at_least_two
 from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.branches import Branches
-from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.kv_cache import SPARE, KvCache
 
 
 class Rotary:
@@ -97,7 +97,7 @@ class Attention:
 
     def __init__(self, bundle: Bundle, constants: Constants, context: int) -> None:
         self._bundle, self._constants, self._model = bundle, constants, bundle.header.model
-        self._rotary = Rotary(bundle, context + 1)
+        self._rotary = Rotary(bundle, context + SPARE)
         self._sessions: list[tuple[Any, list[str]]] = []
 
     def load(self, layer: int) -> None:

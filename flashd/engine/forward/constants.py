@@ -137,9 +137,10 @@ class Constants:
             self._product(groups.down[g : g + 1].joined(), kind, m.group_neurons, with_centres).arrays
             for g in range(len(groups))
         ]
-        arrays |= {
-            f"{at}down.{end}": np.concatenate([d[end] for d in downs], axis=1 - (end == "w")) for end in downs[0]
-        }
+        joined = {end: np.concatenate([d[end] for d in downs], axis=1 - (end == "w")) for end in downs[0]}
+        if "zero" in joined:  # a byte holds those of two blocks, and a group may end with half a byte
+            joined["zero"] = _zeros(joined["scale"])
+        arrays |= _Product(joined, with_centres).named(f"{at}down")
         names = [f"{at}inputs"] * inputs.centred + [f"{at}down"] * with_centres
         return arrays, frozenset(names)
 
@@ -175,10 +176,19 @@ class Constants:
         if kind != "int8" or self._arithmetic == "int8":
             return _Product({"q": blocks, "scale": scale}, centred)
         high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (blocks >> 4, blocks & 15))
-        zero = np.zeros((len(rows), -(-scale.shape[1] // 2)), np.uint8)
-        return _Product(
-            {"q.high": high, "scale.high": 16 * scale, "q.low": low, "scale": scale, "zero": zero}, centred
-        )
+        arrays: Initialisers = {
+            "q.high": high,
+            "scale.high": 16 * scale,
+            "q.low": low,
+            "scale": scale,
+            "zero": _zeros(scale),
+        }
+        return _Product(arrays, centred)
+
+
+def _zeros(scale: Floats) -> npt.NDArray[np.uint8]:
+    """The zero points [n, blocks / 2] of nibbles that count from zero, for scales [n, blocks]."""
+    return np.zeros((len(scale), -(-scale.shape[1] // 2)), np.uint8)
 
 
 def by_matrix(array: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:

@@ -25,7 +25,7 @@ class Head:
     """
 
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
-        self._model, self._kept = bundle.header.model, plan.head_rows
+        self._header, self._model, self._kept = bundle.header, bundle.header.model, plan.head_rows
         self._stream, self._section = stream, len(bundle.header.ffn_sections)
         kind, hidden = bundle.header.formats.head, self._model.hidden
         self._parts = [
@@ -44,27 +44,30 @@ class Head:
                 out[:, first : first + logits.shape[1]] = logits
         return out
 
-    def in_parts(self, h: Floats, on_step: OnStep, bias: Floats | None) -> Iterator[tuple[int, Floats]]:
-        """Finished logits for some tokens of the vocabulary at a time: (the first one, logits [R, n]).
+    def in_parts(self, h: Floats, on_step: OnStep, bias: Floats | None) -> Iterator[tuple[slice, int, Floats]]:
+        """Finished logits of h [T, H], of some rows and tokens of the vocabulary at a time.
+
+        Each is (which rows, the first token, logits [R, n]).
 
         What follows the head is done to them, with its `bias` [V] if the model has one: the graph that does it takes
         the whole vocabulary. However many rows there are, no more is held at once than LOGIT_ROWS of it take.
         """
-        for first, logits in self._pieces(h, on_step):
+        for rows, first, logits in self._pieces(h, on_step):
             if bias is not None:
                 logits = logits + bias[first : first + logits.shape[1]]
             if cap := np.float32(self._model.logit_cap):
                 logits = cap * np.tanh(logits / cap)
-            yield first, logits
+            yield rows, first, logits
 
-    def _pieces(self, h: Floats, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
-        most = max(1, LOGIT_ROWS * self._model.vocabulary // max(len(h), 1))
-        for at, session in self._parts:
-            logits = multiplied(session, x=h)  # [R, n]
-            for first in range(0, logits.shape[1], most):
-                yield at + first, logits[:, first : first + most]
+    def _pieces(self, h: Floats, on_step: OnStep) -> Iterator[tuple[slice, int, Floats]]:
+        most = max(1, LOGIT_ROWS * self._model.vocabulary // head_part(self._header))
+        for first, session in self._parts:
+            for at in range(0, len(h), most):
+                rows = slice(at, min(at + most, len(h)))
+                yield rows, first, multiplied(session, x=h[rows])
         if self._stream is not None:
-            yield from self._of_others(h, self._stream, on_step)
+            for first, logits in self._of_others(h, self._stream, on_step):
+                yield slice(0, len(h)), first, logits
 
     def of_likely(self, h: Floats) -> Floats:
         """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""

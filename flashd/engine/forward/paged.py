@@ -118,8 +118,8 @@ class PagedModel:
         with self._passed(tokens, branches, on_step) as x:
             return self._said(x[wanted], on_step, meanwhile)
 
-    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
-        """The logits behind each of `tokens` [T] as (first token of the vocabulary, logits [T, n]), part by part.
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:
+        """Logits behind `tokens` [T], part by part: (which of them, first token of the vocabulary, logits [R, n]).
 
         A part takes no more memory than the logits of a pass that checks drafts. Raises CardError, DamagedRun.
         """

@@ -17,7 +17,7 @@ from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.head import Head
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
-from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.planning.parts import WHOLE_TOKENS, layers_together
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import changes_logits, graph
@@ -36,7 +36,7 @@ class ResidentModel:
         self.shares_reads = self.drafts = self.branches = False
         self.pass_tokens = WHOLE_TOKENS
         fast, sparing = (Constants(bundle.header, kind) for kind in ("int8", "float32"))
-        self._rotary = attention.Rotary(bundle, plan.context + 1)
+        self._rotary = attention.Rotary(bundle, plan.context + SPARE)
         self._embed = stages.Embedder(bundle)
         self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
@@ -71,7 +71,7 @@ class ResidentModel:
         on_step(self._model.layers, self._model.layers, 0)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
-    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:
         """As forward gives them behind each of `tokens` [T], those of some tokens of the vocabulary at a time."""
         yield from self._head.in_parts(self._passed(tokens), on_step, self._vectors.get("head.bias"))
 

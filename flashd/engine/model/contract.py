@@ -97,8 +97,8 @@ class Model(Protocol):
         Without `branches` the tokens follow all that is in the cache. Raises CardError, DamagedRun.
         """
 
-    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[int, Floats]]:
-        """The logits behind each of `tokens` [T] as (first token of the vocabulary, logits [T, n]), part by part."""
+    def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:
+        """Logits behind `tokens` [T], part by part: (which of them, first token of the vocabulary, logits [R, n])."""
 
     def close(self) -> None:
         """Closes what the model reads from. The bundle stays open."""

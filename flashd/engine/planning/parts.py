@@ -11,6 +11,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import KEPT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
 from flashd.graphs.constant import Arithmetic
@@ -117,7 +118,7 @@ def section_bytes(header: Header, name: str) -> int:
 
 def rotary(m: Architecture, context: int) -> int:
     """Its tables, see forward.attention.Rotary."""
-    return 4 * m.ropes * m.head_dim * (context + 1)
+    return 4 * m.ropes * m.head_dim * (context + SPARE)
 
 
 def scores(m: Architecture, tokens: int, context: int) -> int:

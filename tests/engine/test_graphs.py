@@ -197,4 +197,4 @@ def test_a_session_takes_what_the_plan_counts(tiny_bundle: Path, kind: RowKind, 
     done = subprocess.run([sys.executable, "-c", HOLD, *asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counted = SESSIONS * (parts.held(RowFormat(kind, WIDTH), ROWS, arithmetic) + parts.SESSION)
-    assert int(done.stdout) == pytest.approx(counted, rel=0.02)
+    assert 0.97 * counted <= int(done.stdout) <= 1.02 * counted

@@ -132,10 +132,10 @@ QUESTIONS = [
 ]
 
 
-def greedy_alike(bundle: Path, source: Path) -> int:
+def greedy_alike(bundle: Path, source: Path, arithmetic: Arithmetic) -> int:
     """On how many of the questions the first 32 greedy tokens are the reference's own."""
     reference, same = Reference(source), 0
-    with opened(bundle, None) as model:
+    with opened(bundle, None, arithmetic=arithmetic) as model:
         for question in QUESTIONS:
             prompt = tokens_of(bundle, f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
             model.cache.truncate(0)
@@ -148,8 +148,12 @@ def greedy_alike(bundle: Path, source: Path) -> int:
     return same
 
 
-def test_greedy_text_is_the_reference_s_own(packed: dict[str, Path], smollm: Path) -> None:
-    assert greedy_alike(packed["int8"], smollm) >= 8
+@pytest.mark.parametrize(("arithmetic", "least"), [("float32", 8), ("int8", 4)])
+def test_greedy_text_is_the_reference_s_own(
+    packed: dict[str, Path], smollm: Path, arithmetic: Arithmetic, least: int
+) -> None:
+    """Two likely words that are nearly as likely change places by the rounding of int8, and all that follows."""
+    assert greedy_alike(packed["int8"], smollm, arithmetic) >= least
 
 
 @pytest.mark.skipif("FLASHD_QWEN_GGUF" not in os.environ, reason="FLASHD_QWEN_GGUF names no file")
@@ -172,7 +176,7 @@ def test_qwen_is_close_to_the_reference(tmp_path: Path, prose: str, chat: str, k
         assert kl(expected, paged) <= limit
         assert relative(resident, paged) <= 1e-3
     if kind == "int8":
-        assert greedy_alike(out, source) >= 8
+        assert greedy_alike(out, source, "float32") >= 8
 
 
 def test_a_pass_reads_what_is_not_pinned_once(tiny_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -86,7 +87,8 @@ def pack(
 
 
 def _look(source_path: Path, rows: RowKind, pre: str | None) -> None:
-    """Opens a model and lets go of it again, for what its numbers may ask for."""
+    """Opens a model and lets go of it again, for what its numbers may ask for. In a child: it logs nothing."""
+    logging.disable()  # whoever opens it then logs the same
     try:
         Original.open(source_path, rows, pre)
     except BENT as error:

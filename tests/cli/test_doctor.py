@@ -148,7 +148,7 @@ def test_the_command_looks_at_the_sound_of_what_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "flashd.yaml"
-    monkeypatch.setattr("flashd.cli.appliance.CONFIG", config)
+    monkeypatch.setattr("flashd.cli.commands.doctor.CONFIG", config)
     config.write_text("outputs: [{kind: speech, command: [no-such-voice]}]")
     assert main(["doctor", "--card", str(tmp_path)]) == os.EX_CONFIG
     assert "fail  sound          no-such-voice is not installed -> sudo apt install" in capsys.readouterr().out

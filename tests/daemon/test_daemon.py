@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -142,7 +143,8 @@ def test_a_message_that_the_spool_would_not_give_back_is_refused(http: httpx.Cli
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * (MAX_TEXT + 1)}]}),
     ):
         reply = http.post(path, json=body)
-        assert reply.status_code == 400 and f"allowed is {MAX_TEXT}" in reply.json()["error"]["message"]
+        assert reply.status_code == 400
+        assert re.search(f"allowed is {MAX_TEXT}|shorten it", reply.json()["error"]["message"])
 
 
 def test_of_a_talk_that_is_too_long_the_oldest_is_forgotten(daemon: Running, http: httpx.Client) -> None:
@@ -238,7 +240,7 @@ def test_the_command_asks_the_daemon(daemon: Running) -> None:
         [sys.executable, "-m", "flashd", "ask", "x"], capture_output=True, text=True, check=False,
         env=os.environ | {"FLASHD_SOCKET": str(_dead_socket(daemon.folder))},
     )  # fmt: skip
-    assert dead.returncode == os.EX_UNAVAILABLE and "start it with: flashd serve" in dead.stderr
+    assert dead.returncode == os.EX_UNAVAILABLE and "start it with: sudo systemctl start flashd" in dead.stderr
 
 
 def test_what_an_answer_cost_is_the_daemon_s_to_say(daemon: Running) -> None:
@@ -349,11 +351,11 @@ triggers:
 def test_a_stop_waits_for_a_hook_and_a_kill_leaves_it_the_whole_job(packed: dict[str, Path], tmp_path: Path) -> None:
     begun, told = tmp_path / "begun", tmp_path / "told"
     slow = f"touch {begun}; sleep 1; cat > {told}.part && mv {told}.part {told}"
-    settings = f"outputs: [{{kind: hook, event: failed, timeout: 120, command: [sh, -c, '{slow}']}}]"
-    # no schemas here; and more than a pipe holds
+    settings = f"schemas: true\noutputs: [{{kind: hook, event: failed, timeout: 120, command: [sh, -c, '{slow}']}}]"
+    # it is cut after a few tokens; and it is more than a pipe holds
     schema = {"type": "object", "description": "long " * 13_000}
     asked = {
-        "messages": [{"role": "user", "content": "word " * 400}],
+        "messages": [{"role": "user", "content": "Name a sea."}],
         "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
     }
     with Running(tmp_path, packed["int4"], settings) as daemon, daemon.http() as http:
@@ -398,7 +400,7 @@ def test_memory_that_somebody_else_has_is_waited_for(
     monkeypatch.setattr("flashd.engine.engine.available_memory", lambda: 40 * MIB)
     with Bundle(packed["int4"]) as bundle:
         for text, error in (("", MemoryTaken), ("memory: 40M", MemoryTooSmall)):
-            with pytest.raises(error, match="the smallest that works is"):
+            with pytest.raises(error, match=r"the smallest that works is|at the least"):
                 Daemon(parse(text), lambda: parse(""), [])._load(bundle)
     unit = (Path(__file__).parents[2] / "deploy" / "flashd.service").read_text()
     (never,) = (line.split("=")[1].split() for line in unit.splitlines() if line.startswith("RestartPrevent"))
@@ -409,7 +411,7 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
     for text, code, words in (
         ("memory: 40M", os.EX_CONFIG, "the smallest that works is"),
         ("model: /none.flash", os.EX_NOINPUT, "/none.flash"),
-        ("triggers: [{kind: manual, name: a, prompt: '{{ x }}'}]", os.EX_CONFIG, "the prompt names 'x'"),
+        ("triggers: [{kind: manual, name: a, prompt: '{{ x }}'}]", os.EX_CONFIG, "prompt: it names 'x'"),
         ("nonsense: 1", os.EX_CONFIG, "line 1: 'nonsense' is not known"),
     ):
         config = tmp_path / "flashd.yaml"

@@ -44,7 +44,7 @@ def smallest(daemon: Running) -> int:
     module = ["-m", "tests.daemon.appliance_process", str(daemon.config)]
     refused = subprocess.run([sys.executable, *module], capture_output=True, text=True, check=False).stderr
     daemon.config.write_text(text)
-    (mebibytes,) = re.findall(r"the smallest that works is --memory (\d+)M", refused)
+    (mebibytes,) = re.findall(r"the smallest that works is (\d+)M", refused)
     return int(mebibytes)
 
 

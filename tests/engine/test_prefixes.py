@@ -70,7 +70,7 @@ class Process:
 @contextmanager
 def process(path: Path, folder: Path | None, pinned: float | None = 0.5, context: int = 512) -> Iterator[Process]:
     with Bundle(path) as bundle:
-        made = plan(bundle, pinned, context)
+        made = plan(bundle, pinned, context, "float32")
         model: Model = ResidentModel(bundle, made) if made.resident else PagedModel(bundle, made)
         passes: list[int] = []
         forward = model.forward

@@ -103,7 +103,7 @@ def test_what_is_damaged_changes_nothing(board: Board) -> None:
         ("needs: '0'\nbundle: {file: ../etc/passwd, sha256: x}", "line 2: bundle.file: expected the name of a file"),
         ("needs: '0'\nbundle:\n  file: a\n  sha256: 12", "line 4: bundle.sha256: expected 64 digits in quotes"),
         ("needs: '0'\nbundle: a", "line 2: bundle: expected keys with their values"),
-        ("\x00", "special characters"),
+        ("\x00", "a character that no text has"),
         ("needs: '0'\nrun: rm", "line 2: 'run' is not known; allowed are needs, bundle, configuration"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.sizes import NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
+from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.errors import DataError
@@ -55,7 +56,7 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
         assert {s.name: (s.length, s.run) for s in foreseen}.items() <= theirs.items()
 
 
-@pytest.mark.parametrize("memory", ["180M", "185M"])
+@pytest.mark.parametrize("memory", ["195M", "200M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +88,7 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
 
 def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dict[str, Path], tmp_path: Path) -> None:
     ask = [
-        sys.executable, "-m", "flashd", "ask", "Name some seas.", "--model", str(packed["int4"]), "--memory", "180M",
+        sys.executable, "-m", "flashd", "ask", "Name some seas.", "--model", str(packed["int4"]), "--memory", "200M",
         "--context", str(CONTEXT), "--max-tokens", str(TOKENS_OUT), "--ignore-eos", "--no-drafts", "--json",
     ]  # fmt: skip
     done = subprocess.run(ask, capture_output=True, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
@@ -95,7 +96,7 @@ def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dic
     # libraries take up to 2 MiB more on one machine than on another: here that is a group or two of every layer
     text = facts["prompt_tokens"] + TOKENS_OUT // 2
     least, most = (
-        foresee(header_of(config), parse_size("180M"), CONTEXT, text, base) for base in (BASE, BASE + 2 * MIB)
+        foresee(header_of(config), parse_size("200M"), CONTEXT, text, base) for base in (BASE, BASE + 2 * MIB)
     )
     assert 0.95 * least.bytes_read < facts["card_bytes_per_token"] < 1.05 * most.bytes_read
     assert 0.95 * least.reads < facts["card_reads_per_token"] < 1.05 * most.reads
@@ -113,7 +114,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)  # a guess that is wrong would be read too
     with Bundle(tmp_path / "m.flash") as bundle:
         header = bundle.header
-        of_all = LAYERS * header.model.expert_groups * header.group.nbytes
+        of_all = LAYERS * header.model.expert_groups * parts.group_held(header.group, "float32")
         counts = set()
         for capacity in (0, 2, 4, EXPERTS):
             memory = smallest(header, 64, 0) + capacity * of_all
@@ -146,7 +147,8 @@ def test_where_experts_are_used_unevenly_less_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     header = header_of(tmp_path / "config.json")
     m, expert = header.model, header.model.expert_groups * header.group.nbytes
-    memory = smallest(header, CONTEXT, 0) + 16 * m.layers * expert
+    held = m.expert_groups * parts.group_held(header.group, "float32")
+    memory = smallest(header, CONTEXT, 0) + 16 * m.layers * held
     even, uneven = (foresee(header, memory, CONTEXT, CONTEXT, 0, drawn(header, 200, skew)) for skew in (0.0, 1.5))
     assert even.bytes_read == pytest.approx(m.layers * 4 * expert / 2, rel=0.1)  # half of the experts are in RAM
     assert even.plan.card_bytes == pytest.approx(even.bytes_read, rel=0.1)
@@ -165,8 +167,8 @@ def test_a_seven_billion_model_at_two_and_four_gigabytes(tmp_path: Path) -> None
     ffn = sum(s.length for s in header.sections if s.name.endswith(".ffn"))
     two, four = (foresee(header, parse_size(memory), 256, 256) for memory in ("2G", "4G"))
     assert foresee(header, parse_size("2G"), 256, 64).bytes_read < two.bytes_read
-    assert 0.5 * ffn < two.bytes_read < 0.95 * ffn and two.plan.total <= 2048 * MIB
-    assert four.bytes_read < 0.05 * ffn
+    assert 0.5 * ffn < two.bytes_read < 0.99 * ffn and two.plan.total <= 2048 * MIB
+    assert four.bytes_read < 0.3 * ffn
     assert two.seconds(45e6, 2500) == pytest.approx(two.bytes_read / 45e6)
 
 

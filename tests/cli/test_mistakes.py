@@ -46,7 +46,7 @@ def test_a_mistyped_command_is_a_line(tmp_path: Path) -> None:
         (["eval", "m.flash"], "the following arguments are required: --text"), (["sing"], "invalid choice: 'sing'"),
         ([], "COMMAND"), (["bench", tmp_path, "--repeat", "0"], "--repeat 1 and --tokens 2 are the least"),
         (["bench", tmp_path, "--wrap", "'a"], "--wrap 'a: No closing quotation"),
-        (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is no command here"),
+        (["bench", tmp_path, "--wrap", "no-such-command x"], "no-such-command is not a command on this machine"),
     ):  # fmt: skip
         refused(run(*command), os.EX_USAGE, words)
 

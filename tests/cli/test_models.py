@@ -121,7 +121,7 @@ def test_use_refuses_what_cannot_work(
     assert "the service cannot see this folder" in capfd.readouterr().err
     monkeypatch.setattr(models, "HIDDEN", ())
     monkeypatch.setattr("flashd.system.memory.available_memory", lambda: 30 << 20)
-    assert main(["use", "two", "--config", str(config)]) == os.EX_CONFIG
+    assert main(["use", "two", "--config", str(config)]) == os.EX_TEMPFAIL
     assert "M are free" in capfd.readouterr().err
     assert config.read_text() == before
 
@@ -129,7 +129,7 @@ def test_use_refuses_what_cannot_work(
 def test_use_leaves_a_file_that_it_does_not_understand(board: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = board / "flashd.yaml"
     config.write_text(f"{{model: {board}/one.flash, context: 64}}\n")
-    assert main(["use", "two", "--config", str(config)]) == os.EX_CONFIG
+    assert main(["use", "two", "--config", str(config)]) == os.EX_TEMPFAIL
     assert f"change it yourself to model: {board}/two.flash" in capfd.readouterr().err
     assert config.read_text().startswith("{model")
 

@@ -129,7 +129,7 @@ def test_use_refuses_what_cannot_work(
 def test_use_leaves_a_file_that_it_does_not_understand(board: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = board / "flashd.yaml"
     config.write_text(f"{{model: {board}/one.flash, context: 64}}\n")
-    assert main(["use", "two", "--config", str(config)]) == os.EX_TEMPFAIL
+    assert main(["use", "two", "--config", str(config)]) == os.EX_CONFIG
     assert f"change it yourself to model: {board}/two.flash" in capfd.readouterr().err
     assert config.read_text().startswith("{model")
 

@@ -70,9 +70,13 @@ def test_plan_is_what_ask_does(packed: dict[str, Path]) -> None:
     ]
     facts = json.loads(run(*ask).stdout)
     assert not plan["resident"] and not facts["resident"]
-    assert abs(facts["window_hit_rate"] - plan["pinned_groups"] / plan["groups"]) < 0.1
+    groups = plan["groups"] * len(plan["pinned"])
+    pinned, lent = sum(plan["pinned"]) / groups, plan["lent_groups"] / groups
+    # a short text leaves room of its KV cache to more groups
+    assert pinned - 0.02 < facts["window_hit_rate"] < pinned + lent + 0.02
     # what is read ahead may be counted a token early or late
-    assert facts["card_bytes_per_token"] == pytest.approx(plan["card_bytes"], rel=0.25)
+    least = plan["card_bytes"] - plan["lent_groups"] * plan["group_bytes"]
+    assert 0.75 * least < facts["card_bytes_per_token"] < 1.25 * plan["card_bytes"]
 
 
 def test_eval_gives_the_perplexity_of_the_reference(packed: dict[str, Path], smollm: Path) -> None:

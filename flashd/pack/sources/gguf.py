@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle import header
 from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
-from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which, packed_from
 from flashd.pack.sources.gguf_parts import read_parts
 from flashd.pack.sources.gguf_tokenizer import read_vocabulary
 from flashd.pack.sources.recommended import of_gguf
@@ -136,11 +135,4 @@ class GgufModel(OpenModel):
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of the file, or of its parts one after the other."""
-        sha = hashlib.sha256()
-        for path in self._parts:
-            with path.open("rb") as file:
-                while data := file.read(4 << 20):
-                    sha.update(data)
-                    on_progress(len(data))
-        size = sum(path.stat().st_size for path in self._parts)
-        return header.PackedFrom(name=self.path.name, nbytes=size, sha256=sha.hexdigest())
+        return packed_from(self.path.name, self._parts, on_progress)

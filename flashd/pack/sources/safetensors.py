@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError, InputMissing
 from flashd.pack.families.family import Config
 from flashd.pack.families.properties import check_layers
-from flashd.pack.open_model import ALL, OpenModel, Tensor, Which
+from flashd.pack.open_model import ALL, OpenModel, Tensor, Which, packed_from
 from flashd.pack.sources import four_bits
 from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.pack.sources.folder_rope import rope_divisors
@@ -238,14 +237,7 @@ class HfFolder(OpenModel):
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """The folder's name, and the size and SHA-256 of its files of weights, one after the other."""
-        sha = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as file:
-                while data := file.read(4 << 20):
-                    sha.update(data)
-                    on_progress(len(data))
-        size = sum(file.stat().st_size for file in self._files)
-        return header.PackedFrom(name=self.path.resolve().name, nbytes=size, sha256=sha.hexdigest())
+        return packed_from(self.path.resolve().name, self._files, on_progress)
 
 
 def _rounded(path: Path, config: Config) -> Config:

@@ -143,6 +143,11 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         widths = {"qkv": self.qkv_width, "output": self.hidden, "down": self.hidden}
         return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether something follows the head: a cap or a bias."""
+        return bool(self.logit_cap) or "head" in self.biases
+
     def model_vectors(self) -> dict[str, int]:
         """The vectors of what follows the layers, in the order of the section named `vectors` alone."""
         head = {"head.bias": self.vocabulary} if "head" in self.biases else {}

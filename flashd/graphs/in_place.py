@@ -6,7 +6,6 @@ serves every layer. GatherBlockQuantized widens rows, Gemm multiplies them.
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.rows.kinds import ROW_KINDS
 from flashd.graphs.products import gates, linear, neurons
@@ -23,8 +22,3 @@ def graph(header: Header, name: str) -> bytes:
     if name == "gate":
         return gates(header.model)
     return stages(header.model)[name]
-
-
-def changes_logits(model: Architecture) -> bool:
-    """Whether something follows the head."""
-    return bool(model.logit_cap) or "head" in model.biases

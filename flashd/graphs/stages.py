@@ -44,7 +44,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
         out[name] = g.serialise(name)
-    if model.logit_cap or "head" in model.biases:
+    if model.changes_logits:
         g = Graph()
         logits = g.input("x", T.FLOAT, ["R", model.vocabulary])
         g.output("x_out", T.FLOAT, ["R", model.vocabulary], LayerStages(g, model, _vector_inputs(g)).logits(logits))

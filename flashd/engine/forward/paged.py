@@ -29,7 +29,7 @@ from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import pass_tokens
 from flashd.engine.planning.plan import Plan
-from flashd.graphs.in_place import changes_logits, graph
+from flashd.graphs.in_place import graph
 from flashd.system.freed_memory import give_back_freed_memory
 
 
@@ -66,7 +66,7 @@ class PagedModel:
         constants = Constants(bundle.header)
         self._embed = stages.Embedder(bundle)
         self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))
-        self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
+        self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
         self._layers: list[products.Vectors] = []

@@ -20,7 +20,7 @@ from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, 
 from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.planning.parts import WHOLE_TOKENS, layers_together
 from flashd.engine.planning.plan import Plan
-from flashd.graphs.in_place import changes_logits, graph
+from flashd.graphs.in_place import graph
 from flashd.system.freed_memory import give_back_freed_memory
 
 
@@ -39,7 +39,7 @@ class ResidentModel:
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)
         self._embed = stages.Embedder(bundle)
         self._finish = stages.Stage(graph(bundle.header, "finish"))
-        self._logits = stages.Stage(graph(bundle.header, "logits")) if changes_logits(self._model) else None
+        self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         layers = self._model.layers
         self._bindings: list[tuple[ort.InferenceSession, Any]] = []

@@ -149,7 +149,7 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
     # twice if a graph follows that caps them or adds a bias
-    logits = 4 * rows * m.vocabulary * (2 if m.logit_cap or "head" in m.biases else 1)
+    logits = 4 * rows * m.vocabulary * (2 if m.changes_logits else 1)
     logits += 4 * rows * head_part(header)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)

@@ -109,6 +109,11 @@ class RowFormat:
         """The parts of records in place. raw: [..., nbytes] uint8, unaligned parts included."""
         return self.rows(_carve(raw, self.planes()))
 
+    @property
+    def widened(self) -> RowFormat:
+        """The format of what `wide` gives."""
+        return RowFormat("int4", self.width) if self.kind in NARROW else self
+
     def wide(self, rows: Rows) -> Rows:
         """Rows as products take them: narrow ones with 4 bits a weight, others as they are."""
         if self.kind not in NARROW:

@@ -167,7 +167,7 @@ class Constants:
             nibbles = pack_bits(unpack(rows.q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
             blocks = nibbles.reshape(len(rows), -1, BLOCK // 2)
             return _Product({"q": blocks, "scale": rows.scale.repeat(blocks.shape[1], axis=1)}, False)
-        form = RowFormat("int4" if kind in ("int3", "int2") else kind, k)
+        form = RowFormat(kind, k).widened
         if centred is None:
             centred = _centred(rows, kind, k)
         q = rows.q if centred else rows.q[:, : form.weight_bytes]
@@ -203,5 +203,5 @@ def _centred(rows: Rows, kind: RowKind, k: int) -> bool:
     if not isinstance(rows, QuantRows):
         return False
     zero = 0x88 if CENTRE_BITS[kind] == 4 else 0x80
-    weights = RowFormat("int4" if kind in ("int3", "int2") else kind, k).weight_bytes
+    weights = RowFormat(kind, k).widened.weight_bytes
     return bool((rows.q[..., weights:] != zero).any())

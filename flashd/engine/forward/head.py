@@ -25,12 +25,12 @@ class Head:
     """
 
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
-        self._header, self._model, self._kept = bundle.header, bundle.header.model, plan.head_rows
+        self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
         self._stream, self._section = stream, len(bundle.header.ffn_sections)
         kind, hidden = bundle.header.formats.head, self._model.hidden
         self._parts = [
             (first, constants.rows(rows, kind, hidden))
-            for first, rows in bundle.table("head", plan.head_rows, head_part(bundle.header))
+            for first, rows in bundle.table("head", plan.head_rows, self._part)
         ]
 
     def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:
@@ -60,7 +60,7 @@ class Head:
             yield rows, first, logits
 
     def _pieces(self, h: Floats, on_step: OnStep) -> Iterator[tuple[slice, int, Floats]]:
-        most = max(1, LOGIT_ROWS * self._model.vocabulary // head_part(self._header))
+        most = max(1, LOGIT_ROWS * self._model.vocabulary // self._part)
         for first, session in self._parts:
             for at in range(0, len(h), most):
                 rows = slice(at, min(at + most, len(h)))

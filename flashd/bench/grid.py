@@ -102,13 +102,13 @@ def table(points: Sequence[Point]) -> str:
     at = {(point.card, point.memory, point.name): point for point in points}
     for card, memory in dict.fromkeys((point.card, point.memory) for point in points):
         peer, ours = at.get((card, memory, PEER)), at[card, memory, DRAFTS]
-        theirs = [_said(peer, RATE), _said(peer, "first_token_seconds")] if peer else []
+        theirs = [_said(peer, RATE), _said(peer, FIRST)] if peer else []
         cells = [
             card,
             memory,
             *theirs,
             _compared(ours, peer, RATE, 1),
-            _compared(ours, peer, "first_token_seconds", -1),
+            _compared(ours, peer, FIRST, -1),
         ]
         cells += [_said(ours, "tokens_per_pass"), _said(ours, "card_bytes_per_token"), _said(ours, "peak_bytes")]
         lines.append(f"|{'|'.join(cells)}|")

@@ -119,12 +119,3 @@ class NewFile:
                 else error.strerror
             )
             raise CannotWrite(f"{self.path}: {what}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder's names to the device."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -305,9 +305,7 @@ def _update(commands: Commands) -> None:
         commands, "update", o.Update, "Install a model or a configuration from a folder, such as a USB stick's.",
         "Give either a folder or --undo. The old files are kept beside the new ones.",
     )  # fmt: skip
-    update.add_argument(
-        "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
-    )
+    _add_stick(update)
     _flag(update, "--undo", "Put the old files back if the last update was interrupted.")
 
 
@@ -316,11 +314,15 @@ def _sign(commands: Commands) -> None:
         commands, "sign", o.Sign, "Sign an update, so that boards take it which have your public key.",
         "Make a key with --new-key first, and copy FILE.pub to each board's /etc/flashd/update-keys.",
     )  # fmt: skip
-    sign.add_argument(
-        "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
-    )
+    _add_stick(sign)
     sign.add_argument("--key", type=Path, metavar="FILE", help="Sign with this secret key.")
     sign.add_argument("--new-key", type=Path, metavar="FILE", help="Make a secret key, and FILE.pub for the boards.")
+
+
+def _add_stick(parser: Parser) -> None:
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="PATH", help="The folder that has a flashd-update.yaml."
+    )
 
 
 def _safe(commands: Commands) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -89,3 +90,20 @@ def _vocabulary() -> tuple[list[str], list[str]]:
         spelled.setdefault(b, chr(256 + b - sum(p < b for p in printable)))
     texts = [spelled[b] for b in range(256)] + ["th", "he", "the", "Ġthe"]
     return [*texts, "<|start|>", "<|end|>"], ["t h", "h e", "th e", "Ġ the"]
+
+
+def add_key(w: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Writes a key by the type of its value; None is left out."""
+    match value:
+        case None:
+            """Left out."""
+        case bool():
+            w.add_bool(key, value)
+        case int():
+            w.add_uint32(key, value)
+        case float():
+            w.add_float32(key, value)
+        case str():
+            w.add_string(key, value)
+        case _:
+            w.add_array(key, value)

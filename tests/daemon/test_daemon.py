@@ -51,20 +51,6 @@ def daemon(packed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     running.close()
 
 
-@pytest.fixture
-def http(daemon: Running) -> Iterator[httpx.Client]:
-    with daemon.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(daemon: Running) -> Iterator[openai.OpenAI]:
-    with daemon.http() as transport, openai.OpenAI(
-        base_url="http://flashd/v1", api_key="none", http_client=transport, max_retries=0
-    ) as client:  # fmt: skip
-        yield client
-
-
 ASK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 

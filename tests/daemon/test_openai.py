@@ -57,20 +57,6 @@ def daemon(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory, port: in
     running.close()
 
 
-@pytest.fixture
-def http(daemon: Running) -> Iterator[httpx.Client]:
-    with daemon.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(daemon: Running) -> Iterator[openai.OpenAI]:
-    with daemon.http() as transport, openai.OpenAI(
-        base_url="http://flashd/v1", api_key="none", http_client=transport, max_retries=0
-    ) as client:  # fmt: skip
-        yield client
-
-
 def chat(http: httpx.Client, **more: Any) -> Any:
     reply = http.post(CHAT, json={"messages": ASK, **FREE, **more})
     assert reply.status_code == 200, reply.text

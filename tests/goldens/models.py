@@ -59,7 +59,7 @@ class Golden:
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
         for key, value in self.keys.items():
-            _add(w, f"{self.architecture}.{key}", value)
+            tiny.add_key(w, f"{self.architecture}.{key}", value)
         assert tiny.add_vocabulary(w) == VOCABULARY
         for name, values in self.tensors().items():
             w.add_tensor(name, values if values.ndim == 1 else values.astype(np.float16))
@@ -72,20 +72,6 @@ class Golden:
     def logits(self, name: str, part: str = "logits") -> Floats:
         """[48, V] behind each of TOKENS, as transformers has them."""
         return np.asarray(np.load(HERE / f"{name}.npz")[part], np.float32)
-
-
-def _add(w: gguf.GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            w.add_bool(key, value)
-        case int():
-            w.add_uint32(key, value)
-        case float():
-            w.add_float32(key, value)
-        case str():
-            w.add_string(key, value)
-        case _:
-            w.add_array(key, value)
 
 
 def _drawn(name: str, shape: tuple[int, ...]) -> Floats:

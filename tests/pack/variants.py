@@ -16,6 +16,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from flashd.pack.sources.gguf import GgufModel
+from tests import tiny
 from tests.goldens.folders import halves
 from tests.tiny_folder import NAMES
 
@@ -96,7 +97,7 @@ def write(
         kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
         w.add_key_value(field.name, field.contents(), kind, sub)
     for key, value in changes.items():
-        _add(w, key, value)
+        tiny.add_key(w, key, value)
     for name, values in tensors.items():
         w.add_tensor(name, values if order == gguf.GGUFEndian.LITTLE else values.byteswap())
     w.write_header_to_file()
@@ -104,22 +105,6 @@ def write(
     w.write_tensors_to_file()
     w.close()
     return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts else path
-
-
-def _add(w: gguf.GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case None:
-            """Left out."""
-        case bool():
-            w.add_bool(key, value)
-        case int():
-            w.add_uint32(key, value)
-        case float():
-            w.add_float32(key, value)
-        case str():
-            w.add_string(key, value)
-        case _:
-            w.add_array(key, value)
 
 
 def write_folder(path: Path, changes: Keys) -> Path:

@@ -81,7 +81,7 @@ class Console:
         return entry
 
     def _line(self, line: str) -> None:
-        if not line:  # somebody who has just come to the cable sees what this is
+        if not line:  # Enter alone: a person who connects the cable presses it to see what is there
             self._greet()
             return
         if line.isascii() and line.isdigit():

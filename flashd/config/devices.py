@@ -118,13 +118,13 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     priority: Priority = 5
     """The job with the highest priority goes first."""
     deadline: Positive | None = None
-    """Seconds after which an answer is no longer wanted. Without this key there is no such time."""
+    """Seconds. If there is no answer by then, the job expires. Without this key it never does."""
     barge_in: bool = False
     """Whether the job interrupts one of lower priority."""
     coalesce: bool = True
     """Whether a job that waits stands for further starts of this trigger."""
     per_minute: PerMinute | None = None
-    """At most this many jobs a minute are started. Without this key there is no such limit."""
+    """The most jobs that are started in a minute. Without this key any number is started."""
     cooldown: Seconds = 0.0
     """Seconds after a start in which the trigger starts nothing."""
     max_tokens: Count | None = None

@@ -84,6 +84,10 @@ def _sampling(said: Sequence[Drawing], seed: int | None) -> Sampling:
     return Sampling(**{name: value for part in parts for name, value in part.items()}, seed=seed)
 
 
+_ROUNDING = 1e-3
+"""Of a logit, what a bound is widened by, so that float32 drops nothing that float64 would keep."""
+
+
 class Constraint(Protocol):
     """A grammar that follows an answer as it is drawn and says which tokens may come next."""
 
@@ -140,10 +144,9 @@ class Sampler:
             ids, probabilities = self.distribution(logits, recent)
             # Draw in the order of the tokens' numbers. The order of their odds depends on the last bits of the
             # logits, and these on which neurons are in RAM: the same seed would draw something else.
-            odds = np.zeros(len(logits))  # [V]
-            odds[ids] = probabilities
-            at = int(np.searchsorted(np.cumsum(odds), self._random.random(), side="right"))
-            token = min(at, int(ids.max()))
+            order = np.argsort(ids)
+            at = int(np.searchsorted(np.cumsum(probabilities[order]), self._random.random(), side="right"))
+            token = int(ids[order[min(at, len(ids) - 1)]])
         if self._constraint is not None:
             self._constraint.advance(token)
         self._said[token] += 1
@@ -159,14 +162,27 @@ class Sampler:
         logits = self._allowed(logits, recent)
         if s.temperature == 0:
             return np.array([np.argmax(logits)], np.int64), np.ones(1)
-        ids = _largest(logits, s.top_k)
+        ids, total = self._candidates(logits)
         values = logits[ids].astype(np.float64)
-        p = _softmax(values)
+        p = np.exp(values - values[0]) / total
         keep = np.cumsum(p) - p < s.top_p
         keep &= (p >= s.min_p * p[0]) & (p > 0)
         # subtract the largest first: a tiny temperature then makes zeros, not infinities
         p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p
+
+    def _candidates(self, logits: Floats) -> tuple[npt.NDArray[np.int64], float]:
+        """Tokens [n] that may be drawn by top-k and min-p, likeliest first, and the sum of the odds of all top-k.
+
+        Odds are given as multiples of the likeliest token's. Sorting a whole vocabulary takes longer than many a
+        small model's pass, so tokens that min-p drops are not sorted.
+        """
+        s, top = self._s, float(logits.max())
+        if s.top_k or not s.min_p:
+            ids = _largest(logits, s.top_k)
+            return ids, float(np.exp(logits[ids].astype(np.float64) - top).sum())
+        ids = np.flatnonzero(logits >= np.float32(top + np.log(s.min_p) - _ROUNDING))
+        return ids[np.argsort(-logits[ids])], float(np.exp(logits - np.float32(top)).sum(dtype=np.float64))
 
     def _allowed(self, logits: Floats, recent: Sequence[int]) -> Floats:
         """Logits [V] after the penalties, the biases and the constraint."""
@@ -211,7 +227,7 @@ def score(logits: Floats, token: int, most: int) -> Score:
 def _largest(logits: Floats, k: int) -> npt.NDArray[np.int64]:
     """[k]: the k likeliest tokens by logits [V], likeliest first. k = 0 means all."""
     ids = np.argpartition(-logits, k - 1)[:k] if 0 < k < len(logits) else np.arange(len(logits))
-    return ids[np.argsort(-logits[ids], kind="stable")]
+    return ids[np.argsort(-logits[ids])]
 
 
 def _softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

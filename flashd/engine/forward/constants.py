@@ -33,9 +33,12 @@ def at_least_two(x: Floats) -> Floats:
     return np.repeat(x, 2, axis=0) if len(x) == 1 else x
 
 
-def multiplied(session: Any, **inputs: Floats) -> Floats:
-    """The output [T, n] of a session for its inputs [T, ...], by name."""
-    (y,) = session.run(None, {name: at_least_two(x)[None] for name, x in inputs.items()})
+def multiplied(session: Any, doubled: bool = True, **inputs: Floats) -> Floats:
+    """The output [T, n] of a session for its inputs [T, ...], by name.
+
+    `doubled`: a single row is computed twice, see at_least_two. int8 products of one row need not be.
+    """
+    (y,) = session.run(None, {name: (at_least_two(x) if doubled else x)[None] for name, x in inputs.items()})
     return np.asarray(y[0, : len(next(iter(inputs.values())))], np.float32)
 
 
@@ -58,14 +61,14 @@ class Constants:
     """
 
     def __init__(self, header: Header, arithmetic: Arithmetic = "float32") -> None:
-        self._model, self._formats, self._arithmetic = header.model, header.formats, arithmetic
+        self._model, self._formats, self.arithmetic = header.model, header.formats, arithmetic
         self._graphs: dict[tuple[Any, ...], bytes] = {}
 
     def rows(self, rows: Rows, kind: RowKind, k: int, once: bool = False) -> ort.InferenceSession:
         """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
         product = self._product(rows, kind, k)
         centred = frozenset({"rows"} if product.centred else ())
-        graph = self._graph(constant.rows, kind, self._arithmetic, len(rows), k, centred)
+        graph = self._graph(constant.rows, kind, self.arithmetic, len(rows), k, centred)
         return open_session(graph, product.named("rows"), alone=once)
 
     def groups(self, groups: Groups, once: bool = False) -> ort.InferenceSession:
@@ -75,7 +78,7 @@ class Constants:
         """
         arrays, centred = self._of_groups(groups)
         kind = self._formats.ffn
-        graph = self._graph(constant.ffn, self._model, kind, self._arithmetic, len(groups), centred)
+        graph = self._graph(constant.ffn, self._model, kind, self.arithmetic, len(groups), centred)
         return open_session(graph, arrays, alone=once)
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
@@ -83,7 +86,7 @@ class Constants:
         behind = vectors_behind_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name not in behind}
         arrays, centred = self._of_attention(i, qkv, output, own)
-        graph = constant.attention(self._model, self._formats.attention, self._arithmetic, i, centred)
+        graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred)
         return open_session(graph, arrays)
 
     def whole(
@@ -100,7 +103,7 @@ class Constants:
                 arrays |= more
                 centred |= names
         kinds = self._formats.attention, self._formats.ffn
-        return open_session(constant.whole(self._model, kinds, self._arithmetic, layers, centred), arrays)
+        return open_session(constant.whole(self._model, kinds, self.arithmetic, layers, centred), arrays)
 
     def _graph(self, make: Any, *asked: Any) -> bytes:
         """A graph that is made once: what streams past asks for few different ones, over and over."""
@@ -173,7 +176,7 @@ class Constants:
         q = rows.q if centred else rows.q[:, : form.weight_bytes]
         scale = scales(rows.scale, rows.step, form, centred)
         blocks = q.reshape(*scale.shape, -1)
-        if kind != "int8" or self._arithmetic == "int8":
+        if kind != "int8" or self.arithmetic == "int8":
             return _Product({"q": blocks, "scale": scale}, centred)
         high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (blocks >> 4, blocks & 15))
         arrays: Initialisers = {

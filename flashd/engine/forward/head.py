@@ -27,6 +27,7 @@ class Head:
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
         self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
         self._stream, self._section = stream, len(bundle.header.ffn_sections)
+        self._doubled = constants.arithmetic == "float32"
         kind, hidden = bundle.header.formats.head, self._model.hidden
         self._parts = [
             (first, constants.rows(rows, kind, hidden))
@@ -64,7 +65,7 @@ class Head:
         for first, session in self._parts:
             for at in range(0, len(h), most):
                 rows = slice(at, min(at + most, len(h)))
-                yield rows, first, multiplied(session, x=h[rows])
+                yield rows, first, multiplied(session, self._doubled, x=h[rows])
         if self._stream is not None:
             for first, logits in self._of_others(h, self._stream, on_step):
                 yield slice(0, len(h)), first, logits
@@ -78,14 +79,14 @@ class Head:
     def _likely(self, h: Floats, out: Floats) -> None:
         """Writes the logits of the tokens whose rows are in RAM to out [R, at least as many]."""
         for at, session in self._parts:
-            logits = multiplied(session, x=h)
+            logits = multiplied(session, self._doubled, x=h)
             out[:, at : at + logits.shape[1]] = logits
 
     def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
         """The logits of the tokens whose rows stream past, in parts."""
         first, layers = self._kept, self._model.layers
         for _, session in stream.section(self._section):
-            logits = multiplied(session, x=h)
+            logits = multiplied(session, self._doubled, x=h)
             yield first, logits
             first += logits.shape[1]
             on_step(layers, layers, stream.stats.bytes_read)

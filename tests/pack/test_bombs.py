@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,17 +49,23 @@ def changed(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
+"""
+"""Runs a command in a small process. The peak of a child includes its parent's memory, and pytest's may be large."""
+
+
 def asked(bundle: Path, prompt: str) -> tuple[int, list[str], int]:
     """What `flashd ask` ends with and says, and the MiB that it and its children took."""
     command = [sys.executable, "-m", "flashd", "ask", "--model", str(bundle), "--max-tokens", "2", prompt]
-    with tempfile.TemporaryFile("w+") as said:
-        begun = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | {"LC_ALL": "C"},
-        )  # fmt: skip
-        _, status, used = os.wait4(begun.pid, 0)
-        begun.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        return begun.returncode, said.read().splitlines(), used.ru_maxrss >> 10
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, check=True,
+        env=os.environ | {"LC_ALL": "C"},
+    )  # fmt: skip
+    code, mib = map(int, done.stdout.split())
+    return code, done.stderr.splitlines(), mib
 
 
 def with_tokenizer(whole: bytes, **values: Any) -> bytes:

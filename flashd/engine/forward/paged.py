@@ -30,7 +30,7 @@ from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import pass_tokens
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import graph
-from flashd.system.freed_memory import give_back_freed_memory
+from flashd.system.freed_memory import give_back_freed_memory, reuse_freed_memory, use_small_pages
 
 
 def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForward:
@@ -81,6 +81,7 @@ class PagedModel:
             self.close()
             raise
         give_back_freed_memory()
+        self._reuses = False
         self.pass_tokens = pass_tokens(bundle.header)
         # attention with a sliding window would take a branch's slot in the cache for its position in the text
         self.branches = not any(kind.window for kind in self._model.attention)
@@ -149,6 +150,7 @@ class PagedModel:
         If the pass or the block breaks off, cache and FFNs are as they were before.
         """
         past = self.cache.length
+        self._reuse_memory(len(tokens) <= NODES + 1)
         self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
@@ -160,6 +162,16 @@ class PagedModel:
             self._ffn.restart()
             self.cache.truncate(past)
             raise
+
+    def _reuse_memory(self, few: bool) -> None:
+        """Passes over few tokens reuse what is freed. Those over many have arrays of many sizes, which leave gaps."""
+        if few and not self._reuses:
+            reuse_freed_memory()
+        if self._reuses:
+            give_back_freed_memory()
+        if self._reuses and not few:
+            use_small_pages()
+        self._reuses = few
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""

@@ -19,7 +19,6 @@ Vectors = dict[str, Floats]
 """The small vectors of a layer, or of the whole model, by the names of Architecture."""
 
 
-@cache
 def use_threads(threads: int, shared: bool = True) -> None:
     """Makes the process ready to compute with so many threads, see start_pool."""
     start_pool(threads, shared)

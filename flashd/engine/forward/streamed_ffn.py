@@ -17,6 +17,7 @@ from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import TOKENS_AT_ONCE
 from flashd.engine.paging.card import CardStream, Extent, extents
 from flashd.engine.planning.plan import Plan
+from flashd.system.freed_memory import give_back_freed_memory
 
 
 def stream_past(
@@ -130,9 +131,13 @@ class StreamedFfn:
     def lend(self, nbytes: int) -> None:
         """Fewer groups are let go at once; more stay when they next stream past."""
         self._goal = self._plan.pinned_beside(nbytes)
+        let_go = 0
         for pinned, goal, here in zip(self._pinned, self._goal, self._here, strict=False):
             while here > goal:
                 here -= pinned.pop().groups
+                let_go += 1
+        if let_go:
+            give_back_freed_memory()  # else it would be kept for other sessions, and not for the KV cache
 
     def _settle(self) -> None:
         """Has the card give what no longer is in RAM, and no more what now is."""

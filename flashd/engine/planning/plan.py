@@ -143,11 +143,11 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, size = header.model, plan.group_bytes
     held = _paged_parts(header, plan.context, base, pinned=0)
-    a_group_of_session = parts.workspace(header, plan.context, m.groups) - parts.workspace(header, plan.context, 1)
-    room = plan.memory - sum(held.values()) - (0 if m.experts else a_group_of_session)
-    pinned = max(0, min(m.layers * m.groups, room // size))
+    pinned = max(0, min(m.layers * m.groups, (plan.memory - sum(held.values())) // size))
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (m.layers * m.expert_groups)
+    while pinned and sum(_paged_parts(header, plan.context, base, pinned).values()) > plan.memory:
+        pinned -= 1  # the more groups share a session, the larger its temporaries
     each = _spread(pinned, m.layers, m.groups)
     head, row = _likely(header), header.row_format("head")
     if pinned == m.layers * m.groups:

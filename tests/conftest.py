@@ -18,15 +18,21 @@ from tests.update.board import Board
 DATA = Path(__file__).parent / "data"
 
 
-SLOW = ("families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "cli", "ends")
+SLOW = (
+    "families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "bombs", "ends",
+    "daemon", "chat", "load", "snapshots",
+)  # fmt: skip
 """Files of tests that pack many models, or start many processes."""
+
+SLOW_FOLDERS = ("cli", "faults", "fuzz", "update", "lab")
+"""Folders of such tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that loads the real model is slow: to pack it alone takes longer than all others together."""
     for item in items:
         real = {"smollm", "packed"} & set(getattr(item, "fixturenames", ()))
-        if real or item.path.stem.removeprefix("test_") in SLOW:
+        if real or item.path.stem.removeprefix("test_") in SLOW or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
 
 

@@ -87,16 +87,18 @@ def engine(packed: dict[str, Path]) -> Iterator[tuple[Engine, Prompts]]:
             yield engine, prompts
 
 
-def test_a_thousand_decisions_are_valid_and_as_likely_as_said(engine: tuple[Engine, Prompts]) -> None:
-    answerer, prompts = engine
-    tokens = prompts.tokens([Message("user", "The soil is a little dry. Should I water, wait, or wait longer?")])
-    choices = prompts.choices(["water", "wait", "wait longer"])
-    drawn: Counter[str] = Counter()
-    probabilities: dict[str, float] = {}
-    for seed in range(1000):
-        decision = answerer.choose(tokens, choices, Sampling(temperature=1.0, seed=seed), Answer())
-        drawn[decision.text] += 1
-        probabilities = decision.probabilities
+def test_a_thousand_decisions_are_valid_and_as_likely_as_said(tiny_bundle: Path) -> None:
+    with Bundle(tiny_bundle) as bundle:
+        prompts = Prompts(bundle)
+        tokens = prompts.tokens([Message("user", "The soil is dry. Should I water, wait, or wait longer?")])
+        choices = prompts.choices(["water", "wait", "wait longer"])
+        drawn: Counter[str] = Counter()
+        probabilities: dict[str, float] = {}
+        with Engine(bundle, Budget(None, 256, 2)) as engine:
+            for seed in range(1000):
+                decision = engine.choose(tokens, choices, Sampling(temperature=1.0, seed=seed), Answer())
+                drawn[decision.text] += 1
+                probabilities = decision.probabilities
     assert set(drawn) <= set(choices) and sum(drawn.values()) == 1000
     for name, p in probabilities.items():
         # five standard deviations of a count of a thousand

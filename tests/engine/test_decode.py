@@ -49,12 +49,12 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     question = "<|im_start|>user\nName the days of the week.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokens_of(packed["int4"], question)
     with opened(packed["int4"], 0.5) as model:
-        without, plain = said(model, prompt, sampling, drafts=False)
-        withs, figures = said(model, prompt, sampling, drafts=True)
+        without, plain = said(model, prompt, sampling, drafts=False, limit=20)
+        withs, figures = said(model, prompt, sampling, drafts=True, limit=20)
     assert withs == without
-    assert plain.drafted == 0 and plain.passes == 39
-    assert figures.drafted > 0 and figures.passes < 39
-    assert figures.passes + figures.accepted == 39
+    assert plain.drafted == 0 and plain.passes == 19
+    assert figures.drafted > 0 and figures.passes < 19
+    assert figures.passes + figures.accepted == 19
 
 
 PROMPTS = (
@@ -77,16 +77,16 @@ def test_texts_that_grow_together_say_what_each_says_alone(
     monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
     prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
     with opened(packed["int4"], 0.5, 256) as model:
-        alone = [said(model, p, s, drafts, 24) for p, s in zip(prompts, DRAWN, strict=True)]
+        alone = [said(model, p, s, drafts, 12) for p, s in zip(prompts, DRAWN, strict=True)]
         model.cache.truncate(0)
         talk, out = Conversation(model), [[], [], []]  # type: tuple[Conversation, list[list[int]]]
-        lines = [begun(talk, prompts[0], DRAWN[0], 24, drafts)]
+        lines = [begun(talk, prompts[0], DRAWN[0], 12, drafts)]
         passes, before = 0, model.card.bytes_read
         while talk.lines:
             if passes in joins:
                 at = len(lines)
-                assert talk.fits(prompts[at], 24)
-                lines.append(begun(talk, prompts[at], DRAWN[at], 24, drafts))
+                assert talk.fits(prompts[at], 12)
+                lines.append(begun(talk, prompts[at], DRAWN[at], 12, drafts))
             for line, token in talk.go_on():
                 out[lines.index(line)].append(token)
             passes += 1
@@ -101,7 +101,7 @@ def test_texts_that_grow_together_say_what_each_says_alone(
         assert nbytes < 0.6 * sum(apart)
         if not drafts:
             # the last of them begins behind so many passes, and ends them all
-            assert passes == joins[1] + 1 + 23
+            assert passes == joins[1] + 1 + 11
         # the cache has the last text, as if it had been alone
         assert talk.tokens == (prompts[last] + out[last])[:-1] and model.cache.length == len(talk.tokens)
         again = Figures()

@@ -91,7 +91,8 @@ class External:
     dims: Sequence[int]
 
     def encode(self) -> bytes:
-        where = [("location", "given"), ("offset", "0"), ("length", "0")]
+        # onnxruntime wants a path that exists below the working directory, and reads nothing there
+        where = [("location", "."), ("offset", "0"), ("length", "0")]
         entries = b"".join(_bytes(13, _text(1, key) + _text(2, value)) for key, value in where)
         return _packed(1, self.dims) + _integer(2, self.kind) + _text(8, self.name) + entries + _integer(14, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,31 +59,41 @@ _made: list[Threads] = []
 
 
 def open_session(
-    graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None, alone: bool = False
-) -> ort.InferenceSession:
+    graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None, alone: bool = False,
+    in_place: Collection[str] = (), unread: Collection[str] = (),
+) -> ort.InferenceSession:  # fmt: skip
     """A session of a serialised graph. Call `start_pool` first. Raises DataError if it cannot be loaded.
 
     Args:
         graph: a ModelProto.
         initialisers: the graph's external constants, by name.
         alone: it is used once, and need not have threads of its own.
+        in_place: the names of those that onnxruntime need not copy. They are contiguous, and stay as they are.
+        unread: of these, the names of those that it does not read any more once the session is open.
     """
     options = ort.SessionOptions()
     _give_threads(options, 1 if alone or not initialisers else _made[0].number)
     options.enable_mem_pattern = False
+    values: dict[str, ort.OrtValue] = {}
     if initialisers:
-        values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for v in initialisers.values()]
-        options.add_external_initializers(list(initialisers), values)
+        values = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in initialisers.items()}
+        for name in in_place:
+            options.add_initializer(name, values[name])
+        copied = [name for name in values if name not in in_place]
+        options.add_external_initializers(copied, [values[name] for name in copied])
         # repacking them would leave room for a second copy in the arena
         options.enable_cpu_mem_arena = False
     else:
         options.add_session_config_entry("session.use_env_allocators", "1")
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except BROKEN as error:
         raise DataError(
             f"a graph of the bundle cannot be loaded ({str(error).splitlines()[0]}); pack it again"
         ) from error
+    # onnxruntime reads them while it runs, and does not hold them
+    session.kept = [values[name] for name in in_place if name not in unread]
+    return session
 
 
 def _give_threads(options: ort.SessionOptions, count: int) -> None:

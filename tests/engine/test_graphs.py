@@ -102,9 +102,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bytes, dict[str
     graphs: list[tuple[bytes, dict[str, Any]]] = []
     real = open_session
 
-    def opening(graph: bytes, initialisers: dict[str, Any], alone: bool = False) -> Any:
+    def opening(graph: bytes, initialisers: dict[str, Any], **more: Any) -> Any:
         graphs.append((graph, initialisers))
-        return real(graph, initialisers, alone)
+        return real(graph, initialisers, **more)
 
     monkeypatch.setattr(constants, "open_session", opening)
     yield graphs

@@ -20,6 +20,7 @@ from flashd.bundle.rows.bits import pack_bits, unpack
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
+from flashd.engine.forward.unread import unread
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.stages import vectors_behind_ffn
@@ -63,13 +64,16 @@ class Constants:
     def __init__(self, header: Header, arithmetic: Arithmetic = "float32") -> None:
         self._model, self._formats, self.arithmetic = header.model, header.formats, arithmetic
         self._graphs: dict[tuple[Any, ...], bytes] = {}
+        self._unread = unread(
+            arithmetic, "int8" in {header.formats.ffn, header.formats.attention, header.formats.head}
+        )
 
     def rows(self, rows: Rows, kind: RowKind, k: int, once: bool = False) -> ort.InferenceSession:
         """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
         product = self._product(rows, kind, k)
         centred = frozenset({"rows"} if product.centred else ())
         graph = self._graph(constant.rows, kind, self.arithmetic, len(rows), k, centred)
-        return open_session(graph, product.named("rows"), alone=once)
+        return self._opened(graph, product.named("rows"), once)
 
     def groups(self, groups: Groups, once: bool = False) -> ort.InferenceSession:
         """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer.
@@ -79,7 +83,7 @@ class Constants:
         arrays, centred = self._of_groups(groups)
         kind = self._formats.ffn
         graph = self._graph(constant.ffn, self._model, kind, self.arithmetic, len(groups), centred)
-        return open_session(graph, arrays, alone=once)
+        return self._opened(graph, arrays, once)
 
     def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention."""
@@ -87,7 +91,7 @@ class Constants:
         own = {name: vector for name, vector in vectors.items() if name not in behind}
         arrays, centred = self._of_attention(i, qkv, output, own)
         graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred)
-        return open_session(graph, arrays)
+        return self._opened(graph, arrays)
 
     def whole(
         self, layers: range, parts: Sequence[tuple[Rows, Rows, dict[str, Floats], Groups]]
@@ -103,7 +107,13 @@ class Constants:
                 arrays |= more
                 centred |= names
         kinds = self._formats.attention, self._formats.ffn
-        return open_session(constant.whole(self._model, kinds, self.arithmetic, layers, centred), arrays)
+        return self._opened(constant.whole(self._model, kinds, self.arithmetic, layers, centred), arrays)
+
+    def _opened(self, graph: bytes, arrays: Initialisers, once: bool = False) -> ort.InferenceSession:
+        """A session that reads weights, scales and zero points in place, and holds what it reads while it runs."""
+        in_place = [name for name in arrays if _part(name)]
+        spare = [name for name in in_place if _part(name) in self._unread]
+        return open_session(graph, arrays, alone=once, in_place=in_place, unread=spare)
 
     def _graph(self, make: Any, *asked: Any) -> bytes:
         """A graph that is made once: what streams past asks for few different ones, over and over."""
@@ -187,6 +197,11 @@ class Constants:
             "zero": _zeros(scale),
         }
         return _Product(arrays, centred)
+
+
+def _part(name: str) -> str:
+    """Which part of a product an array is, by its name: "q", "scale" or "zero". Empty: another array."""
+    return next((part for part in name.split(".") if part in ("q", "scale", "zero")), "")
 
 
 def _zeros(scale: Floats) -> npt.NDArray[np.uint8]:

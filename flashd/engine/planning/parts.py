@@ -1,8 +1,8 @@
 """How many bytes each part of the engine holds, computed from the bundle's header.
 
 What a constant takes was measured with onnxruntime 1.32 on x86-64 and is exact to 0.1 %: the packed weights, their
-float32 scales, and at accuracy level 4 the scales once more and the sums of blocks. While a session is opened it
-holds its arrays, and the weights a second time.
+float32 scales, and at accuracy level 4 the sums of blocks. While a session is opened there are also the arrays that
+it is opened from. It reads them in place, see forward.unread.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def held(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
     if form.kind == "f16":
         return 4 * weights
     planes = 2 if form.kind == "int8" and arithmetic == "float32" else 1
-    return weights * (bits + (3 if arithmetic == "int8" else 1) * planes) // 8
+    return weights * (bits + (2 if arithmetic == "int8" else 1) * planes) // 8
 
 
 def while_opening(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
     """Bytes that opening a session of them takes beside what it then holds."""
     weights = rows * (form.width + form.digits)
-    return (
-        4 * weights if form.kind == "f16" else weights * (2 * max(form.bits, 4) + 2) // 8 + held(form, 0, arithmetic)
-    )
+    if form.kind == "f16":
+        return 4 * weights
+    return weights * (max(form.bits, 4) + (1 if arithmetic == "int8" else 0)) // 8
 
 
 def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:

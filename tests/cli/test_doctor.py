@@ -44,6 +44,7 @@ def pi4(root: Path, card: Path) -> Roots:
     """Raspberry Pi OS as it comes: the memory cgroup off; a weak supply, and hot."""
     return tree(root, {
         "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.5\0",
+        "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n",
         "proc/meminfo": "MemTotal:         948000 kB\nMemFree: 1 kB\nMemAvailable:     612000 kB\n",
         "proc/sys/kernel/osrelease": "6.12.25+rpt-rpi-v8\n", "proc/uptime": "86400.00 1.00\n",
         "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n",
@@ -57,6 +58,7 @@ def pi4(root: Path, card: Path) -> Roots:
 def pi5(root: Path, card: Path) -> Roots:
     return tree(root, {
         "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+        "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd crc32 atomics asimdhp cpuid asimdrdm asimddp\n",
         "proc/meminfo": "MemTotal:        8256000 kB\nMemAvailable:    7700000 kB\n",
         "proc/uptime": "864000.00 1.00\n", "sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory pids\n",
         "sys/devices/platform/soc/soc:firmware/get_throttled": "0\n",
@@ -74,6 +76,7 @@ def test_a_pi_4_as_it_comes(tiny_bundle: Path, tmp_path: Path) -> None:
     remember(tiny_bundle, SLOW, roots.sys)
     found = {f.name: f for f in examine(tiny_bundle, roots)}
     assert found["board"].text.startswith("Raspberry Pi 4 Model B Rev 1.5,")
+    assert found["processor"].text == "8-bit dot products no, products of matrices no"
     assert found["RAM"].text == "925 MiB, 597 available"
     assert found["memory cgroup"].level == "warn" and "cgroup_enable=memory" in found["memory cgroup"].advice
     assert found["supply"].level == "fail" and "cable" in found["supply"].advice
@@ -88,9 +91,21 @@ def test_a_pi_4_as_it_comes(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_a_pi_5_in_order(tiny_bundle: Path, tmp_path: Path) -> None:
     roots = pi5(tmp_path / "pi", tiny_bundle)
     remember(tiny_bundle, SLOW, roots.sys)
-    found = levels(list(examine(tiny_bundle, roots)))
-    quiet = {"board", "RAM", "kernel", "memory cgroup", "supply", "temperature", "bundle", "written", "card speed"}
-    assert {name for name in quiet if found[name] != "ok"} == set()
+    found = {f.name: f for f in examine(tiny_bundle, roots)}
+    assert found["processor"].text == "8-bit dot products yes, products of matrices no"
+    quiet = {
+        "board",
+        "processor",
+        "RAM",
+        "kernel",
+        "memory cgroup",
+        "supply",
+        "temperature",
+        "bundle",
+        "written",
+        "card speed",
+    }
+    assert {name for name in quiet if found[name].level != "ok"} == set()
 
 
 @pytest.mark.parametrize(
@@ -101,6 +116,22 @@ def test_flags_of_the_supply(tiny_bundle: Path, tmp_path: Path, flags: str, leve
     (roots.sys / "devices/platform/soc/soc:firmware/get_throttled").write_text(flags)
     remember(tiny_bundle, SLOW, roots.sys)
     assert levels(list(examine(tiny_bundle, roots)))["supply"] == level
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "text"),
+    [
+        ("flags : sse avx2 avx_vnni\n", "8-bit dot products yes, products of matrices no"),
+        ("flags : avx512_vnni amx_int8\nflags : avx2\n", "8-bit dot products yes, products of matrices yes"),
+        ("Features : asimddp i8mm\n", "8-bit dot products yes, products of matrices yes"),
+        ("model name : one that is silent\n", "it does not say which instructions it has"),
+    ],
+)
+def test_instructions_of_the_processor(tiny_bundle: Path, tmp_path: Path, cpuinfo: str, text: str) -> None:
+    roots = pi5(tmp_path / "pi", tiny_bundle)
+    (roots.proc / "cpuinfo").write_text(cpuinfo)
+    remember(tiny_bundle, SLOW, roots.sys)
+    assert next(f.text for f in examine(tiny_bundle, roots) if f.name == "processor") == text
 
 
 CARD = " 0 [Headphones     ]: bcm2835_headpho - bcm2835 Headphones\n                      bcm2835 Headphones\n"

@@ -110,7 +110,8 @@ def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) 
         voices: the programs that are configured to speak.
     """
     roots = roots or Roots()
-    yield from (_board(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots), _pins(roots), _serial(roots))
+    yield from (_board(roots), _processor(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots))
+    yield from (_pins(roots), _serial(roots))
     yield from (_supply(roots), _temperature(roots), _clock(roots))
     if voices:
         yield _sound(roots, voices)
@@ -121,6 +122,23 @@ def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) 
 def _board(roots: Roots) -> Finding:
     model = _text(roots.proc / "device-tree/model").rstrip("\0") or platform.machine()
     return Finding("board", "ok", f"{model}, {os.cpu_count()} processors")
+
+
+INSTRUCTIONS = {
+    "dot products": {"asimddp", "avx_vnni", "avx512_vnni"},
+    "products of matrices": {"i8mm", "amx_int8"},
+}
+"""What products of 8-bit numbers are fast with, and the kernel's names of it."""
+
+
+def _processor(roots: Roots) -> Finding:
+    """Which of INSTRUCTIONS the processor has."""
+    lines = (line.partition(":") for line in _text(roots.proc / "cpuinfo").splitlines())
+    flags = {flag for key, _, value in lines if key.strip() in ("flags", "Features") for flag in value.split()}
+    if not flags:
+        return Finding("processor", "ok", "it does not say which instructions it has")
+    said = [f"{name} {'yes' if flags & of else 'no'}" for name, of in INSTRUCTIONS.items()]
+    return Finding("processor", "ok", f"8-bit {', '.join(said)}")
 
 
 def _memory(roots: Roots) -> Finding:

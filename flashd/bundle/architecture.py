@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -24,6 +24,35 @@ class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
 
     window: Count = 0  # how many tokens a token attends to, itself included; 0: all
     rope: Count | None = None  # the number of the table that turns queries and keys; None: they are not turned
+
+
+class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="short_convolution"):
+    """A layer that has a gated short convolution in place of attention (LFM2, arXiv 2511.23404, section 2).
+
+    A product makes b, c and x of each token, H numbers each. The output is c times a causal convolution of b x,
+    channel by channel. The layer keeps no keys: its state is the last `taps - 1` values of b x.
+    """
+
+    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
+
+
+LayerKind = AttentionKind | ShortConvolution
+
+
+class LayerProduct(NamedTuple):
+    """A product with a large matrix that a layer has in front of its FFN. `name` is that of the layer's section."""
+
+    name: str
+    parts: tuple[int, ...]  # rows of each matrix that it is made of, one behind the other
+    width: int  # K, of a row
+
+    @property
+    def rows(self) -> int:
+        return sum(self.parts)
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.width
 
 
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,13 +100,23 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     threshold: float = 0.0  # fatrelu gives 0 below it
     normed_neurons: Count = 0  # so many activations are divided by their root mean square before the down product
     attention: list[AttentionKind]
-    layer_kinds: list[Count]  # of each layer: the number of its kind in `attention`
+    recurrent: list[ShortConvolution] = []  # kinds of layers that keep a state of fixed size in place of keys
+    layer_kinds: list[Count]  # of each layer: the number of its kind, first those of `attention`, then of `recurrent`
     ropes: Count  # how many rotary tables there are
     attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # the product of a query and a key is multiplied by it
     attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap); 0: no cap
     embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     positions: Count = 0  # how many learned positions are added to the embeddings
     logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as attention_cap, of logits
+
+    def kind(self, layer: int) -> LayerKind:
+        kinds: list[LayerKind] = [*self.attention, *self.recurrent]
+        return kinds[self.layer_kinds[layer]]
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that keep keys and values."""
+        return [i for i, kind in enumerate(self.layer_kinds) if kind < len(self.attention)]
 
     @property
     def query_width(self) -> int:
@@ -90,6 +129,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def qkv_width(self) -> int:
         return self.query_width + 2 * self.kv_width
+
+    def products(self, layer: int) -> list[LayerProduct]:
+        """The products of a layer in front of its FFN: what makes its inner values, and what makes its output."""
+        if isinstance(self.kind(layer), ShortConvolution):
+            return [
+                LayerProduct("in_proj", (3 * self.hidden,), self.hidden),
+                LayerProduct("out_proj", (self.hidden,), self.hidden),
+            ]
+        return [
+            LayerProduct("qkv", (self.query_width, self.kv_width, self.kv_width), self.hidden),
+            LayerProduct("output", (self.hidden,), self.query_width),
+        ]
 
     @property
     def groups(self) -> int:
@@ -135,12 +186,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         parts = ("weight", "bias") if self.norm_bias else ("weight",)
         return {f"{place}_norm.{part}": width for part in parts}
 
-    def layer_vectors(self) -> dict[str, int]:
+    def layer_vectors(self, layer: int) -> dict[str, int]:
         """The vectors of a layer and their lengths, by name, in the order of the layer's `vectors` section."""
         vectors: dict[str, int] = {}
+        kind = self.kind(layer)
+        attends = isinstance(kind, AttentionKind)
         for place in LAYER_NORMS:
-            vectors |= self.norm_vectors(place)
-        widths = {"qkv": self.qkv_width, "output": self.hidden, "down": self.hidden}
+            if attends or place not in OF_ATTENTION:
+                vectors |= self.norm_vectors(place)
+        if isinstance(kind, ShortConvolution):
+            vectors |= {f"conv.{tap}": self.hidden for tap in range(kind.taps)}
+        widths = {"qkv": self.qkv_width, "output": self.hidden} if attends else {}
+        widths |= {"down": self.hidden}
         return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
 
     @property
@@ -157,3 +214,6 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 LAYER_NORMS: tuple[Place, ...] = (
     "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch",
 )  # fmt: skip
+
+OF_ATTENTION: frozenset[Place] = frozenset(("query", "key", "heads"))
+"""Of these, those that only layers which attend have."""

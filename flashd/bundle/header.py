@@ -181,6 +181,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return RowFormat(PREDICTOR_ROWS, self.selection.ranks[int(name.split(".")[1])])
         kinds: dict[str, RowKind] = {
             "qkv": self.formats.attention,
+            "in_proj": self.formats.attention,
+            "out_proj": self.formats.attention,
             "head": self.formats.head,
             "embedding": self.formats.embedding,
             "positions": "f16",
@@ -232,11 +234,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.section_named("embedding"):
             lengths["embedding"] = m.vocabulary * self.row_format("embedding").nbytes
         for i in range(m.layers):
-            lengths[f"layer.{i}.qkv"] = m.qkv_width * self.row_format("qkv").nbytes
-            lengths[f"layer.{i}.output"] = m.hidden * self.row_format("output").nbytes
+            for product in m.products(i):
+                lengths[f"layer.{i}.{product.name}"] = product.rows * self.row_format(product.name).nbytes
             if m.experts:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
-            lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors().values())
+            lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors(i).values())
             if self.selection:
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
         if not self.selection:

@@ -1,7 +1,8 @@
 """Graphs whose weights are constants, which onnxruntime repacks once when it opens them.
 
-Four kinds: the attention of a layer, some units of a layer's FFN, whole layers one behind the other, and the head.
-A constant takes 5 to 6 bits a weight in RAM and is multiplied 20 to 50 times as fast as rows that are widened first.
+Four kinds: the attention of a layer or what is in its place, some units of a layer's FFN, whole layers one behind the
+other, and the head. A constant takes 5 to 6 bits a weight in RAM and is multiplied 20 to 50 times as fast as rows
+that are widened first.
 
 There are two arithmetics. *int8* rounds what goes into a product to 8 bits in blocks of 32, as llama.cpp does:
 MatMulNBits at accuracy level 4, for models that stay whole. *float32* rounds nothing: level 1, for models that page
@@ -21,12 +22,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from flashd.bundle.architecture import Architecture, AttentionKind
+from flashd.bundle.architecture import Architecture, AttentionKind, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import activated, gated, share
-from flashd.graphs.stages import LayerStages, Vector, present
+from flashd.graphs.stages import LayerStages, Vector, present, present_state
 
 Arithmetic = Literal["int8", "float32"]
 LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
@@ -119,16 +120,24 @@ class Layers:
 
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
-        g, m, at = self._g, self._model, f"layer.{i}."
-        block = LayerStages(g, m, _external_vectors(g, at))
+        m, at, kind = self._model, f"layer.{i}.", self._model.kind(i)
+        block = LayerStages(self._g, m, _external_vectors(self._g, at))
+        first, second = m.products(i)
         h = block.enter(x)
-        qkv = self._products(h, self._attention_kind, f"{at}qkv", m.qkv_width, m.hidden)
-        kind = m.attention[m.layer_kinds[i]]
-        heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
-        present(g, m, f"present_key{suffix}", key)
-        present(g, m, f"present_value{suffix}", value)
-        branch = self._products(heads, self._attention_kind, f"{at}output", m.hidden, m.query_width)
+        inner = self._products(h, self._attention_kind, f"{at}{first.name}", first.rows, first.width)
+        if isinstance(kind, ShortConvolution):
+            mixed, state = block.convolve(inner, kind, suffix)
+            present_state(self._g, m, kind, suffix, state)
+        else:
+            mixed = self._attended(block, inner, kind, suffix, tree)
+        branch = self._products(mixed, self._attention_kind, f"{at}{second.name}", second.rows, second.width)
         return *block.middle(x, h, branch), block
+
+    def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
+        heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
+        present(self._g, self._model, f"present_key{suffix}", key)
+        present(self._g, self._model, f"present_value{suffix}", value)
+        return heads
 
     def _one_more(
         self, block: LayerStages, qkv: str, kind: AttentionKind, tree: Sequence[str]
@@ -208,7 +217,9 @@ def attention(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int
     """x [1, T, H] of a layer -> `x_out`, `h_out` [1, T, H] behind its attention; tokens may stand in branches."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.hidden])
-    tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
+    tree = []
+    if isinstance(model.kind(i), AttentionKind):
+        tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
     x, h, _ = layers.attention(i, x, "", tree)
     g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place
+from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place, ShortConvolution
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
+
+REWIND = 16
+"""Inputs that a short convolution keeps beside those that the next token needs. So many tokens can be forgotten."""
 
 Vector = Callable[[str, int], str]
 """(name, length) -> the name of the value that holds this vector of the model."""
@@ -20,6 +23,8 @@ def stages(model: Architecture) -> dict[str, bytes]:
 
         enter      x -> h, the input of the attention's product
         attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
+        recurrent  inner [1, T, ...] (a layer's first product) -> y [1, T, ...], what its second product takes, and
+                   its state; one graph a kind of layer that has a state in place of keys
         middle     x, h, branch (the attention's output) -> x, h, the input of the FFN
         leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer
         finish     x -> h, the input of the head
@@ -30,6 +35,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
     Each graph also takes the vectors that it needs, by their names in Architecture.layer_vectors and model_vectors.
     """
     out = {f"attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
+    out |= {f"recurrent.{i}": _recurrent_stage(model, kind) for i, kind in enumerate(model.recurrent)}
     plan: list[tuple[str, Callable[..., str | tuple[str, str]], list[str], list[str]]] = [
         ("enter", LayerStages.enter, ["x"], ["h"]),
         ("middle", LayerStages.middle, ["x", "h", "branch"], ["x", "h"]),
@@ -81,6 +87,25 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     for name, kept in (("present_key", key), ("present_value", value)):
         present(g, model, name, kept)
     return g.serialise("attention")
+
+
+def _recurrent_stage(model: Architecture, kind: ShortConvolution) -> bytes:
+    g = Graph()
+    inner = g.input("inner", T.FLOAT, [1, "T", 3 * model.hidden])
+    out, state = LayerStages(g, model, _vector_inputs(g)).convolve(inner, kind, "")
+    g.output("y", T.FLOAT, [1, "T", model.hidden], out)
+    present_state(g, model, kind, "", state)
+    return g.serialise("recurrent")
+
+
+def state_shape(model: Architecture, kind: ShortConvolution) -> tuple[int, int, int]:
+    """[1, inputs, H]: the shape of the state of a layer of that kind."""
+    return 1, REWIND + kind.taps - 1, model.hidden
+
+
+def present_state(g: Graph, model: Architecture, kind: ShortConvolution, suffix: str, value: str) -> None:
+    """Gives the state behind a pass out."""
+    g.named_output(f"present_state{suffix}", T.FLOAT, list(state_shape(model, kind)), value)
 
 
 def present(g: Graph, model: Architecture, name: str, value: str) -> None:
@@ -171,6 +196,28 @@ class LayerStages:
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
         return self._normed(out, "heads"), keys, values
+
+    def convolve(self, inner: str, kind: ShortConvolution, suffix: str) -> tuple[str, str]:
+        """inner [1, T, 3 H] -> (output [1, T, H], the state behind the first `tokens` of the T rows).
+
+        Sums of products element by element, so that a token's values do not depend on how many share the pass. Only
+        one node reads the old state, before the new one is written, so both may be the same memory.
+        """
+        g, m = self._g, self._model
+        shape = state_shape(m, kind)
+        past = g.input(f"past_state{suffix}", T.FLOAT, shape)
+        b, c, x = g.nodes_out("Split", inner, outputs=3, axis=2, num_outputs=3)
+        every = g.node("Concat", past, g.node("Mul", b, x), axis=1)  # [1, inputs + T, H]
+        total = ""
+        for tap in range(kind.taps):
+            ahead = kind.taps - 1 - tap
+            end = g.shape(-ahead) if ahead else g.shape(1 << 30)
+            seen = g.node("Slice", every, g.shape(REWIND + tap), end, g.shape(1))  # [1, T, H]
+            one = g.node("Mul", seen, self._vector(f"conv.{tap}", m.hidden))
+            total = g.node("Add", total, one) if total else one
+        tokens = g.input("tokens", T.INT64, [1])
+        last = g.node("Add", tokens, g.shape(shape[1]))
+        return g.node("Mul", c, total), g.node("Slice", every, tokens, last, g.shape(1))
 
     def _biased(self, x: str, part: Bias) -> str:
         if part not in self._model.biases:

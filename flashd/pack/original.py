@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _finer(weights: Weights, model: Architecture) -> float:
     """
     finer = total = 0
     for i in range(model.layers):
-        tensors = [part.tensor for part in (*weights.qkv(i), weights.output(i))]
+        tensors = [part.tensor for parts in weights.products(i) for part in parts]
         tensors += [tensor for ffn in weights.ffns(i) for tensor in (*(part.tensor for part in ffn.inputs), ffn.down)]
         for tensor in tensors:
             total += prod(tensor.shape)
@@ -110,7 +111,7 @@ def _finer(weights: Weights, model: Architecture) -> float:
 def _ternary(weights: Weights, i: int) -> bool:
     """Whether all matrices of layer `i` are ternary. In most models their first rows show that they are not."""
     (ffn,) = weights.ffns(i)
-    for matrix in (*ffn.inputs, *weights.qkv(i), weights.output(i)):
+    for matrix in (*ffn.inputs, *chain.from_iterable(weights.products(i))):
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]
         if not all(is_ternary(matrix.rows(part)) for part in parts):
             return False

@@ -262,9 +262,9 @@ class _Writer:
         """Writes a layer's vectors and attention."""
         kind, add = self._formats.attention, self._bundle.add
         add(f"layer.{i}.vectors", self._encode.vectors(self._weights.layer_vectors(i)))
-        qkv = self._weights.qkv(i)
-        add(f"layer.{i}.qkv", (chunk for part in qkv for chunk in self._encode.rows(part, kind)))
-        add(f"layer.{i}.output", self._encode.rows(self._weights.output(i), kind))
+        for product, parts in zip(self._model.products(i), self._weights.products(i), strict=True):
+            chunks = chain.from_iterable(self._encode.rows(part, kind) for part in parts)
+            add(f"layer.{i}.{product.name}", chunks)
 
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
         """Writes a layer's groups, the hottest first, in a section for each number of bits."""

@@ -26,10 +26,9 @@ def check_shapes(weights: Weights, model: Architecture) -> None:
     for name, matrix in (("the embeddings", weights.embedding()), ("the head", weights.head())):
         _check(name, (len(matrix), matrix.width), (m.vocabulary, m.hidden))
     for i in range(m.layers):
-        for part, rows in zip(weights.qkv(i), (m.query_width, m.kv_width, m.kv_width), strict=True):
-            _check(part.tensor.name, (len(part), part.width), (rows, m.hidden))
-        output = weights.output(i)
-        _check(output.tensor.name, (len(output), output.width), (m.hidden, m.query_width))
+        for product, matrices in zip(m.products(i), weights.products(i), strict=True):
+            for part, rows in zip(matrices, product.parts, strict=True):
+                _check(part.tensor.name, (len(part), part.width), (rows, product.width))
         if m.experts:
             router = weights.router(i)
             _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))

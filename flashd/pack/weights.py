@@ -129,9 +129,13 @@ class Weights:
             _check_rows(matrix.tensor, len(matrix))
         return out
 
-    def output(self, i: int) -> Matrix:
-        """[H, heads * D]"""
-        return _whole(self._source.tensor(f"{tensor_name(self._family, 'output', i)}.weight"))
+    def products(self, i: int) -> list[list[Matrix]]:
+        """The matrices of each of Architecture.products of layer `i`."""
+        return [
+            self.qkv(i) if product.name == "qkv"
+            else [_whole(self._source.tensor(f"{tensor_name(self._family, product.name, i)}.weight"))]
+            for product in self._model.products(i)
+        ]  # fmt: skip
 
     def ffns(self, i: int) -> list[Ffn]:
         """The FFN of layer `i`, or in a mixture each of its experts."""
@@ -157,7 +161,7 @@ class Weights:
 
     def layer_vectors(self, i: int) -> dict[str, Floats]:
         """The vectors that Architecture.layer_vectors names, of layer `i`."""
-        return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors().items()}
+        return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors(i).items()}
 
     def model_vectors(self) -> dict[str, Floats]:
         """The vectors that Architecture.model_vectors names."""
@@ -165,11 +169,12 @@ class Weights:
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
         part, kind = name.split(".")
-        values = (
-            self._qkv_bias(layer)
-            if part == "qkv" and layer is not None
-            else self._vector(f"{tensor_name(self._family, part, layer)}.{kind}")
-        )
+        if part == "qkv" and layer is not None:
+            values = self._qkv_bias(layer)
+        elif part == "conv":
+            values = self._taps(f"{tensor_name(self._family, part, layer)}.weight")[:, int(kind)]
+        else:
+            values = self._vector(f"{tensor_name(self._family, part, layer)}.{kind}")
         if len(values) != length:
             raise DataError(f"{self._source.path}: {name} has {len(values)} numbers and should have {length}")
         if part in ("query_norm", "key_norm"):
@@ -177,6 +182,13 @@ class Weights:
                 rotary_order(self._family, length // self._model.head_dim, self._model.head_dim, self._rotary)
             ]
         return values
+
+    def _taps(self, name: str) -> Floats:
+        """[H, taps], whether or not the file has a 1 between the two."""
+        tensor, taps = self._source.tensor(name), self._model.recurrent[0].taps
+        if tensor.shape not in ((self._model.hidden, taps), (self._model.hidden, 1, taps)):
+            raise DataError(f"tensor {name!r} has the shape {tensor.shape}, not {(self._model.hidden, taps)}")
+        return np.ascontiguousarray(self._vector(name).reshape(-1, taps))
 
     def _qkv_bias(self, i: int) -> Floats:
         fused = f"{tensor_name(self._family, 'qkv', i)}.bias"

@@ -88,7 +88,11 @@ def _check_model(m: Architecture) -> None:
         ),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
         (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
-        (all(k < len(m.attention) for k in m.layer_kinds), "a layer's kind of attention does not exist"),
+        (
+            all(k < len(m.attention) + len(m.recurrent) for k in m.layer_kinds),
+            "a layer's kind of attention does not exist",
+        ),
+        (bool(m.attending), "no layer attends"),
         (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table does not exist"),
     ]
     for holds, what in rules:

@@ -89,7 +89,9 @@ class Places:
 
 
 class Attention:
-    """The attention of all layers, with what stands around it: norms, biases, rotary embedding.
+    """The attention of all layers, or what they have in its place, with what stands around it.
+
+    That is norms, biases, rotary embedding.
 
     Args:
         context: tokens that a text may have.
@@ -103,31 +105,46 @@ class Attention:
     def load(self, layer: int) -> None:
         """Opens the next layer's. Raises DamagedRun, CardError."""
         at = f"layer.{layer}."
-        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors())
-        qkv, output = self._bundle.rows(f"{at}qkv"), self._bundle.rows(f"{at}output")
-        session = self._constants.attention(layer, qkv, output, vectors)
+        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
+        products = [self._bundle.rows(f"{at}{product.name}") for product in self._model.products(layer)]
+        session = self._constants.attention(layer, products, vectors)
         self._sessions.append((session, input_names(session)))
 
     def __call__(self, layer: int, x: Floats, places: Places, cache: KvCache) -> tuple[Floats, Floats]:
-        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values are kept."""
+        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values, or the state, are kept."""
         session, names = self._sessions[layer]
         binding = session.io_binding()
         binding.bind_cpu_input("x", at_least_two(x)[None])
         self._rotary.bind(names, binding)
-        bind_positions(binding, places.past, places.positions.shape[1])
-        binding.bind_cpu_input("positions", places.positions)
-        binding.bind_cpu_input("bias", places.bias)
-        for part, value in zip(("key", "value"), cache.layer(layer), strict=True):
-            binding.bind_ortvalue_input(f"past_{part}", value)
-            binding.bind_ortvalue_output(f"present_{part}", value)
+        bind_positions(binding, names, places.past, places.tokens, places.positions.shape[1])
+        for name, value in (("positions", places.positions), ("bias", places.bias)):
+            if name in names:
+                binding.bind_cpu_input(name, value)
+        bind_kept(binding, cache, layer, "")
         binding.bind_output("x_out", "cpu")
         binding.bind_output("h_out", "cpu")
         session.run_with_iobinding(binding)
-        x, h = (v.numpy()[0, : places.tokens] for v in binding.get_outputs() if len(v.shape()) == 3)
+        x, h = (v.numpy()[0, : places.tokens] for v in binding.get_outputs()[-2:])
         return x, h
 
 
-def bind_positions(binding: Any, past: int, new: int) -> None:
-    """Tells GroupQueryAttention where `new` rows stand behind `past` ones."""
-    binding.bind_cpu_input("last", np.array([past + new - 1], np.int32))
-    binding.bind_cpu_input("total", np.array(past + new, np.int32))
+def bind_positions(binding: Any, names: Iterable[str], past: int, tokens: int, rows: int) -> None:
+    """Tells a graph, by those of these that are among the `names` of its inputs, where its rows stand.
+
+    GroupQueryAttention takes `rows` rows behind `past` ones. A state takes in the first `tokens` of them.
+    """
+    values = {
+        "last": np.array([past + rows - 1], np.int32),
+        "total": np.array(past + rows, np.int32),
+        "tokens": np.array([tokens], np.int64),
+    }
+    for name in names:
+        if name in values:
+            binding.bind_cpu_input(name, values[name])
+
+
+def bind_kept(binding: Any, cache: KvCache, layer: int, suffix: str) -> None:
+    """Gives a graph what a layer keeps of the tokens before: its keys and values, or its state."""
+    for part, past, present in cache.layer(layer):
+        binding.bind_ortvalue_input(f"past_{part}{suffix}", past)
+        binding.bind_ortvalue_output(f"present_{part}{suffix}", present)

@@ -85,23 +85,23 @@ class Constants:
         graph = self._graph(constant.ffn, self._model, kind, self.arithmetic, len(groups), centred)
         return self._opened(graph, arrays, once)
 
-    def attention(self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
-        """The attention of layer i, see graphs.constant.attention."""
+    def attention(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
+        """The attention of layer i, see graphs.constant.attention. `products`: the rows of Architecture.products."""
         behind = vectors_behind_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name not in behind}
-        arrays, centred = self._of_attention(i, qkv, output, own)
+        arrays, centred = self._of_attention(i, products, own)
         graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred)
         return self._opened(graph, arrays)
 
     def whole(
-        self, layers: range, parts: Sequence[tuple[Rows, Rows, dict[str, Floats], Groups]]
+        self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups]]
     ) -> ort.InferenceSession:
-        """Whole layers: of each the rows of qkv and output, the small vectors, and all groups."""
+        """Whole layers: of each the rows of Architecture.products, the small vectors, and all groups."""
         arrays: Initialisers = {}
         centred: frozenset[str] = frozenset()
-        for i, (qkv, output, vectors, groups) in zip(layers, parts, strict=True):
+        for i, (products, vectors, groups) in zip(layers, parts, strict=True):
             for more, names in (
-                self._of_attention(i, qkv, output, vectors),
+                self._of_attention(i, products, vectors),
                 self._of_ffn(f"layer.{i}.", groups),
             ):
                 arrays |= more
@@ -123,15 +123,15 @@ class Constants:
         return self._graphs[key]
 
     def _of_attention(
-        self, i: int, qkv: Rows, output: Rows, vectors: dict[str, Floats]
+        self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]
     ) -> tuple[Initialisers, frozenset[str]]:
         m, kind, at = self._model, self._formats.attention, f"layer.{i}."
         arrays: Initialisers = {f"{at}{name}": vector for name, vector in vectors.items()}
         centred = set()
-        for name, rows, k in ((f"{at}qkv", qkv, m.hidden), (f"{at}output", output, m.query_width)):
+        for (name, _, k), rows in zip(m.products(i), products, strict=True):
             product = self._product(rows, kind, k)
-            arrays |= product.named(name)
-            centred |= {name} if product.centred else set()
+            arrays |= product.named(f"{at}{name}")
+            centred |= {f"{at}{name}"} if product.centred else set()
         return arrays, frozenset(centred)
 
     def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:

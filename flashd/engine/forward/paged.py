@@ -83,8 +83,9 @@ class PagedModel:
         give_back_freed_memory()
         self._reuses = False
         self.pass_tokens = pass_tokens(bundle.header)
-        # attention with a sliding window would take a branch's slot in the cache for its position in the text
-        self.branches = not any(kind.window for kind in self._model.attention)
+        # attention with a sliding window would take a branch's slot in the cache for its position in the text, and a
+        # state follows one line of tokens
+        self.branches = not (any(kind.window for kind in self._model.attention) or self._model.recurrent)
 
     def close(self) -> None:
         self._ffn.close()
@@ -193,7 +194,7 @@ class PagedModel:
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _load_layer(self, i: int, on_step: OnStep) -> None:
-        self._layers.append(stages.named(self._bundle.floats(f"layer.{i}.vectors"), self._model.layer_vectors()))
+        self._layers.append(stages.named(self._bundle.floats(f"layer.{i}.vectors"), self._model.layer_vectors(i)))
         self._attend.load(i)
         self._ffn.load(i)
         on_step(i + 1, self._model.layers, 0)

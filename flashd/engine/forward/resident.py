@@ -42,7 +42,7 @@ class ResidentModel:
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         layers = self._model.layers
-        self._bindings: list[tuple[ort.InferenceSession, Any]] = []
+        self._bindings: list[tuple[ort.InferenceSession, Any, list[str], list[int]]] = []
         for some in _sessions(layers, plan.int8_layers, layers_together(bundle.header)):
             constants = fast if some.stop <= plan.int8_layers else sparing
             self._bindings.append(self._bound(constants.whole(some, [self._layer(i) for i in some]), some))
@@ -79,9 +79,11 @@ class ResidentModel:
         """[T, H] behind the last norm."""
         past = self.cache.length
         x = self._embed(tokens, np.arange(past, past + len(tokens)))[None]  # [1, T, H]
-        for session, binding in self._bindings:
+        for session, binding, names, with_states in self._bindings:
             binding.bind_cpu_input("x", x)
-            attention.bind_positions(binding, past, len(tokens))
+            attention.bind_positions(binding, names, past, len(tokens), len(tokens))
+            for i in with_states:
+                attention.bind_kept(binding, self.cache, i, f".{i}")
             out = np.empty_like(x)
             binding.bind_ortvalue_output("x_out", ort.OrtValue.ortvalue_from_numpy(out))
             session.run_with_iobinding(binding)
@@ -90,19 +92,22 @@ class ResidentModel:
         (h,) = self._finish(self._vectors, x=x[0])
         return h
 
-    def _layer(self, i: int) -> tuple[Rows, Rows, dict[str, Floats], Groups]:
+    def _layer(self, i: int) -> tuple[list[Rows], dict[str, Floats], Groups]:
         at, bundle = f"layer.{i}.", self._bundle
-        vectors = stages.named(bundle.floats(f"{at}vectors"), self._model.layer_vectors())
-        return bundle.rows(f"{at}qkv"), bundle.rows(f"{at}output"), vectors, bundle.all_groups(i)
+        vectors = stages.named(bundle.floats(f"{at}vectors"), self._model.layer_vectors(i))
+        products = [bundle.rows(f"{at}{product.name}") for product in self._model.products(i)]
+        return products, vectors, bundle.all_groups(i)
 
-    def _bound(self, session: ort.InferenceSession, layers: range) -> tuple[ort.InferenceSession, Any]:
-        binding = session.io_binding()
-        self._rotary.bind(stages.input_names(session), binding)
-        for i in layers:
-            for part, value in zip(("key", "value"), self.cache.layer(i), strict=True):
-                binding.bind_ortvalue_input(f"past_{part}.{i}", value)
-                binding.bind_ortvalue_output(f"present_{part}.{i}", value)
-        return session, binding
+    def _bound(
+        self, session: ort.InferenceSession, layers: range
+    ) -> tuple[ort.InferenceSession, Any, list[str], list[int]]:
+        """A session, its inputs, and those of its layers whose states are elsewhere in each pass."""
+        binding, names = session.io_binding(), stages.input_names(session)
+        self._rotary.bind(names, binding)
+        attending = set(self._model.attending)
+        for i in attending.intersection(layers):
+            attention.bind_kept(binding, self.cache, i, f".{i}")
+        return session, binding, names, [i for i in layers if i not in attending]
 
 
 def _sessions(layers: int, int8: int, together: int) -> list[range]:

@@ -1,8 +1,8 @@
-"""The KV cache: bounded buffers of keys and values for each layer. The attention graph writes them in place."""
+"""The KV cache: bounded buffers of keys and values for each layer that attends, written in place by its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -10,6 +10,7 @@ import onnxruntime as ort
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.branches import CacheSlots
+from flashd.engine.model.states import States
 from flashd.system.freed_memory import PAGE, give_back
 
 Lend = Callable[[int], None]
@@ -26,12 +27,12 @@ SPARE = 2
 
 
 def cache_bytes(model: Architecture, context: int) -> int:
-    """Bytes of the float32 keys and values of `context` tokens in all layers.
+    """Bytes of the float32 keys and values of `context` tokens in all layers that attend.
 
     With float16 the graph rounds its products too: the paged and the resident path then differ by 3e-3 of the
     logits, not 2e-4, and decoding is no faster.
     """
-    return 2 * model.layers * model.kv_width * context * 4
+    return 2 * len(model.attending) * model.kv_width * context * 4
 
 
 def lendable_bytes(model: Architecture, unused: int) -> int:
@@ -40,13 +41,14 @@ def lendable_bytes(model: Architecture, unused: int) -> int:
     Memory goes back in whole pages of the system. The pages at the two ends of each head's part stay, since they may
     hold something else too.
     """
-    return max(0, cache_bytes(model, unused) - 2 * PAGE * 2 * model.layers * model.kv_heads)
+    return max(0, cache_bytes(model, unused) - 2 * PAGE * 2 * len(model.attending) * model.kv_heads)
 
 
 class KvCache:
     """Keys and values of every layer, [1, kv heads, context, head dim] float32. The first `length` tokens are valid.
 
-    A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`.
+    A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`. If layers
+    have a state in place of keys, it is here too, and a text cannot be cut anywhere, see `truncate`.
     """
 
     def __init__(self, model: Architecture, context: int, lend: Lend = keep) -> None:
@@ -56,14 +58,28 @@ class KvCache:
         self.token_bytes = cache_bytes(model, 1)
         # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
         shape = (1, model.kv_heads, context + SPARE, model.head_dim)
-        self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * model.layers)]
+        self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * len(model.attending))]
         self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays]
+        self._place = {layer: 2 * i for i, layer in enumerate(model.attending)}
+        self._states = States(model)
         self._held = context + SPARE
         self.hold(0)
 
-    def layer(self, i: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """(keys, values) of a layer, each [1, kv heads, context, head dim]."""
-        return self._values[2 * i], self._values[2 * i + 1]
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states behind one token. 0 if no layer has one: a text can then be cut anywhere."""
+        return self._states.nbytes
+
+    def layer(self, i: int) -> list[tuple[str, ort.OrtValue, ort.OrtValue]]:
+        """What a layer keeps: (its name, what a pass reads, where it writes), by the names of its graph.
+
+        Keys and values are [1, kv heads, context, head dim] and written in place. A state is written beside the one
+        before.
+        """
+        if i in self._place:
+            at = self._place[i]
+            return [(name, v, v) for name, v in zip(("key", "value"), self._values[at : at + 2], strict=True)]
+        return [("state", *self._states.of_pass(i))]
 
     def hold(self, length: int) -> None:
         """Holds memory for the first `length` tokens and lends the rest. `length` is not below `self.length`."""
@@ -89,6 +105,28 @@ class KvCache:
     def advance(self, tokens: int) -> None:
         """Counts `tokens` more tokens as valid. Call this when every layer has written them."""
         self.length += tokens
+        self._states.advance(tokens)
+
+    def longest(self, length: int) -> int:
+        """The most tokens, up to `length`, that `truncate` can keep: all if no layer has a state."""
+        return self._states.longest(length)
+
+    def mark(self) -> None:
+        """Keeps the states behind the last token, so that the text may later be cut here."""
+        self._states.mark()
+
+    def states(self, length: int) -> list[Floats]:
+        """The states behind the first `length` tokens, contiguous. `length` is one that `longest` gives."""
+        return self._states.at(length) if self._states else []
+
+    def empty_states(self) -> list[Floats]:
+        """Arrays like those of `states`, to be filled for `resume`."""
+        return self._states.empty()
+
+    def resume(self, length: int, states: Sequence[Floats]) -> None:
+        """Counts `length` tokens as valid, whose keys and values are in `parts`. `states` are those behind them."""
+        self._states.resume(length, states)
+        self.length = length
 
     def keep(self, slots: CacheSlots) -> None:
         """Forgets all tokens but those at `slots` [n], ascending. They move to slots 0 to n - 1 in the same order."""
@@ -99,9 +137,16 @@ class KvCache:
             for array in self._arrays:
                 array[0, :, first:count] = array[0][:, slots[first:]]  # [kv heads, n - first, head dim]
         self.truncate(count)
+        if self.length < count:
+            raise ValueError(f"the states behind {count} tokens are gone")
 
     def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens. Raises ValueError if there are fewer."""
+        """Forgets all but the first `length` tokens. Raises ValueError if there are fewer.
+
+        If layers have states that are not known there, more tokens are forgotten: `self.length` says what stays. The
+        states before the last pass are known, those behind up to REWIND tokens before the last, and where `mark` was
+        called.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
-        self.length = length
+        self.length = self._states.forget(length)

@@ -78,17 +78,20 @@ def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
 
 def attention_held(header: Header, arithmetic: Arithmetic) -> int:
     """Bytes of the attention of all layers, their small vectors included."""
-    m = header.model
-    layer = held(header.row_format("qkv"), m.qkv_width, arithmetic)
-    layer += held(header.row_format("output"), m.hidden, arithmetic) + 4 * sum(m.layer_vectors().values())
+    m, total = header.model, 0
+    for i in range(m.layers):
+        total += sum(held(header.row_format(p.name), p.rows, arithmetic) for p in m.products(i))
+        total += 4 * sum(m.layer_vectors(i).values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
-    return m.layers * (layer + routers + 2 * SESSION)  # one for what is pinned of the FFN
+    return total + m.layers * (routers + 2 * SESSION)  # one for what is pinned of the FFN
 
 
 def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
     m = header.model
-    qkv = while_opening(header.row_format("qkv"), m.qkv_width, arithmetic)
-    return qkv + while_opening(header.row_format("output"), m.hidden, arithmetic)
+    return max(
+        sum(while_opening(header.row_format(p.name), p.rows, arithmetic) for p in m.products(i))
+        for i in range(m.layers)
+    )
 
 
 def head_part(header: Header) -> int:
@@ -105,9 +108,8 @@ def head_held(header: Header, rows: int, arithmetic: Arithmetic) -> int:
 def layers_together(header: Header) -> int:
     """Layers in one session of a model that stays whole."""
     m = header.model
-    weights = (
-        m.inputs * m.neurons * m.hidden + m.neurons * m.hidden + m.qkv_width * m.hidden + m.hidden * m.query_width
-    )
+    inner = max(sum(product.weights for product in m.products(i)) for i in range(m.layers))
+    weights = m.inputs * m.neurons * m.hidden + m.neurons * m.hidden + inner
     return max(1, min(m.layers, LAYER_WEIGHTS // weights))
 
 
@@ -145,7 +147,8 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
     rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
     inner = groups * m.group_neurons * (m.inputs + 2)
-    activations = 4 * tokens * (8 * m.hidden + 3 * m.qkv_width + inner) + 4 * KEPT_ROWS * m.hidden
+    first = max(m.products(i)[0].rows for i in range(m.layers))
+    activations = 4 * tokens * (8 * m.hidden + 3 * first + inner) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
     # twice if a graph follows that caps them or adds a bias

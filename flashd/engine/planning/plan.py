@@ -19,6 +19,7 @@ from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes
+from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS, LIKELY
@@ -227,10 +228,12 @@ def _needed(m: Architecture) -> int:
 
 
 def _common(header: Header, context: int, base: int) -> dict[str, int]:
-    # the rows behind the last token, see graphs.constant
+    states = states_bytes(header.model)
     return {
         LIBRARIES: base,
+        # the rows behind the last token, see graphs.constant
         "KV cache": cache_bytes(header.model, context + SPARE),
+        **({"states": states} if states else {}),
         "graphs": parts.SESSIONS,
         "texts of tokens": parts.section_bytes(header, "token_bytes"),
     }

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, ShortConvolution
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
 from flashd.graphs.products import activations, gates
-from flashd.graphs.stages import stages
+from flashd.graphs.stages import stages, state_shape
 from flashd.pack.rounding.rows import encode_rows
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.system.onnx_session import open_session, start_pool
@@ -171,17 +171,23 @@ class Calibration:
         """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
-        qkv = np.concatenate([_product(h, part) for part in self._weights.qkv(i)], axis=1)
-        kind = self._model.layer_kinds[i]
-        heads = [
-            self._run(f"attention.{kind}", vectors, qkv=qkv[None, part], **self._attended(part.stop - part.start))[0][
-                0
-            ]
-            for part in self._parts()
-        ]
-        branch = _product(np.concatenate(heads), self._weights.output(i))
+        first, (second,) = self._weights.products(i)
+        inner = np.concatenate([_product(h, part) for part in first], axis=1)
+        mixed = [self._mixed(i, vectors, inner[part]) for part in self._parts()]
+        branch = _product(np.concatenate(mixed), second)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
         return vectors, x, h
+
+    def _mixed(self, i: int, vectors: dict[str, Floats], inner: Floats) -> Floats:
+        """[n, ...]: what layer `i` makes of the products [n, ...] of the tokens of one text."""
+        kind, number, attending = self._model.kind(i), self._model.layer_kinds[i], len(self._model.attention)
+        if isinstance(kind, ShortConvolution):
+            state = np.zeros(state_shape(self._model, kind), np.float32)
+            stage, feed = f"recurrent.{number - attending}", {"inner": inner[None], "past_state": state}
+            out = self._run(stage, vectors, **feed, tokens=np.array([len(inner)]))[0]
+        else:
+            out = self._run(f"attention.{number}", vectors, qkv=inner[None], **self._attended(len(inner)))[0]
+        return np.asarray(out[0], np.float32)
 
     def replaced(self, i: int, ffn: Dense) -> None:
         """Takes the texts through layer `i` with other weights in its FFN."""

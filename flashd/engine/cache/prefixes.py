@@ -97,7 +97,7 @@ class Prefixes:
             return None, 0
         if best.header.usable(prompt) < cache.length + RUN and not best.header.answers(prompt):
             return None, 0
-        before, logits = cache.length // RUN * RUN, None
+        before, logits = 0 if best.header.states else cache.length // RUN * RUN, None
         try:
             logits = snapshot.restore(best.path, self._origin, prompt, cache)
             self._note_use(best.path)
@@ -105,7 +105,8 @@ class Prefixes:
             pass  # another process removed it
         except (BadSnapshot, OSError) as error:
             self._drop(best.path, error)
-        read = max(0, cache.length - before) * cache.token_bytes
+        came = max(0, cache.length - before)
+        read = came * cache.token_bytes + (cache.state_bytes if came else 0)
         return logits, read + (0 if logits is None else logits.nbytes)
 
     def learn(self, prompt: Sequence[int], cache: KvCache, logits: Floats) -> None:
@@ -116,13 +117,19 @@ class Prefixes:
         if len(prompt) > MOST_NOTED_TOKENS:
             return
         this, notes = Noted(self._origin.key, list(prompt)), self._read_notes()
-        # the next turn of a chat begins with all that was said. That is in RAM, and does not mean that it comes again
-        others = [p for p in notes.prompts if not _goes_on(p, this)]
-        common = max((shared(p.tokens, prompt) for p in others if p.source == this.source), default=0)
+        others = _others(this, notes)
+        common = _common(this, others)
         kept = self._keep(prompt[:common], cache, logits if common == len(prompt) else None, notes)
         if this not in others or kept:
             prompts = others if this in others else [*others[1 - MOST_NOTED :], this]
             self._write_notes(prompts, notes, kept)
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """How many tokens `prompt` has in common with the beginning of an earlier one, which `learn` will keep."""
+        if len(prompt) > MOST_NOTED_TOKENS:
+            return 0
+        this = Noted(self._origin.key, list(prompt))
+        return _common(this, _others(this, self._read_notes()))
 
     def keep(self, tokens: Sequence[int], cache: KvCache) -> None:
         """Keeps `tokens`, which the cache begins with, as far as the bounds allow."""
@@ -135,8 +142,9 @@ class Prefixes:
     def _keep(self, tokens: Sequence[int], cache: KvCache, logits: Floats | None, notes: Notes) -> int:
         """Writes a snapshot if that is worthwhile and allowed. Returns its bytes, or 0 if it wrote none."""
         fits = (MOST_BYTES_OF_ONE - snapshot.nbytes(0, cache, self._origin)) // cache.token_bytes
-        if len(tokens) > fits:
-            tokens, logits = tokens[:fits], None
+        known = cache.longest(min(len(tokens), fits))
+        if known < len(tokens):
+            tokens, logits = tokens[:known], None
         # a few tokens save little, unless the logits behind them save the whole pass
         if (len(tokens) < RUN and logits is None) or self._has(tokens, cache, logits is not None):
             return 0
@@ -241,6 +249,18 @@ class Prefixes:
             return True
         self._say(f"{self._folder}: {MOST_BYTES_A_DAY >> 20} MiB were written today; no more are until tomorrow")
         return False
+
+
+def _others(this: Noted, notes: Notes) -> list[Noted]:
+    """The prompts that were asked, without those that `this` is the next turn of.
+
+    The next turn of a chat begins with all that was said. That is in RAM, and does not mean that it comes again.
+    """
+    return [p for p in notes.prompts if not _goes_on(p, this)]
+
+
+def _common(this: Noted, others: list[Noted]) -> int:
+    return max((shared(p.tokens, this.tokens) for p in others if p.source == this.source), default=0)
 
 
 def _goes_on(earlier: Noted, later: Noted) -> bool:

@@ -8,9 +8,12 @@
     32     header              JSON, see Header
            runs                of 16 tokens each, the last may have fewer: for each layer the keys, then the values,
                                of each head [tokens, head dim] float32
+           states              of a model with layers that have a state in place of keys: those behind the last token,
+                               float32, layer by layer
            logits              [V] float32 behind the last token, if the header says so
 
-Each run has a checksum. A run is read whole, straight into the cache.
+Each run has a checksum, and so have the states. A run is read whole, straight into the cache. A snapshot with states
+is good for texts that begin with all of its tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from flashd.errors import NOT_JSON, DataError
 from flashd.system.new_file import NewFile
 
 MAGIC = b"\x93FLSNAP\n"
-VERSION = 1
+VERSION = 2
 RUN = 16
 """Tokens of a run."""
 MAX_HEADER = 1 << 20
@@ -61,12 +64,18 @@ class SnapshotHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     source: str  # Origin.key
     tokens: list[int]
-    checksums: list[int]  # XXH3-64 of each run, then of the logits
+    checksums: list[int]  # XXH3-64 of each run, then of the states, then of the logits
     logits: bool
+    states: bool = False
 
     def usable(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens the snapshot gives: those of whole runs, or all of its own."""
+        """How many of the prompt's first tokens the snapshot gives: those of whole runs, or all of its own.
+
+        With states it gives all or none.
+        """
         n = shared(self.tokens, prompt)
+        if self.states:
+            return n if n == len(self.tokens) else 0
         return n if n == len(self.tokens) else n // RUN * RUN
 
     def answers(self, prompt: Sequence[int]) -> bool:
@@ -81,20 +90,23 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def nbytes(tokens: int, cache: KvCache, origin: Origin) -> int:
     """Bytes of a snapshot of so many tokens with logits, without its header."""
-    return tokens * cache.token_bytes + 4 * origin.vocabulary
+    return tokens * cache.token_bytes + cache.state_bytes + 4 * origin.vocabulary
 
 
 def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logits: Floats | None) -> None:
     """Writes keys and values of `tokens`, which the cache begins with, and the logits [V] behind them if given.
 
-    Raises CannotWrite.
+    The cache knows the states behind them, see KvCache.longest. Raises CannotWrite.
     """
     data = list(_pieces(len(tokens), cache))
+    if cache.state_bytes:
+        data.append(cache.states(len(tokens)))
     if logits is not None:
         data.append([logits])
     header = SnapshotHeader(
-        source=origin.key, tokens=list(tokens), checksums=[_checksum(run) for run in data], logits=logits is not None
-    )
+        source=origin.key, tokens=list(tokens), checksums=[_checksum(run) for run in data], logits=logits is not None,
+        states=bool(cache.state_bytes),
+    )  # fmt: skip
     body = msgspec.json.encode(header)
     length = PREFIX.size + len(body) + sum(piece.nbytes for run in data for piece in run)
     at = PREFIX.size + len(body)
@@ -126,10 +138,13 @@ def read_header(file: BufferedReader, origin: Origin, cache: KvCache) -> Snapsho
     if header.source != origin.key:
         raise BadSnapshot("it belongs to another bundle or another version of flashd")
     start, tokens = file.tell(), len(header.tokens)
-    right = start + tokens * cache.token_bytes + 4 * origin.vocabulary * header.logits
+    if header.states != bool(cache.state_bytes):
+        raise BadSnapshot("it has states and the model has none, or the other way round")
+    right = start + tokens * cache.token_bytes + cache.state_bytes + 4 * origin.vocabulary * header.logits
+    checksums = -(-tokens // RUN) + header.states + header.logits
     there = file.seek(0, 2)
     file.seek(start)
-    if not there == prefix.file_length == right or len(header.checksums) != -(-tokens // RUN) + header.logits:
+    if not there == prefix.file_length == right or len(header.checksums) != checksums:
         raise BadSnapshot(f"it has {there} bytes of {prefix.file_length}, and its tokens need {right}")
     return header
 
@@ -143,20 +158,42 @@ def restore(path: Path, origin: Origin, prompt: Sequence[int], cache: KvCache) -
     """
     with path.open("rb") as file:
         header = read_header(file, origin, cache)
-        stop, start = header.usable(prompt), cache.length // RUN * RUN
-        cache.truncate(start)
-        cache.reserve(stop)
-        data = file.tell()
-        file.seek(data + start * cache.token_bytes)
-        for at in range(start, stop, RUN):
-            end = min(at + RUN, stop)
-            _fill(file, list(cache.parts(at, end)), header.checksums[at // RUN], f"tokens {at} to {end}")
-            cache.advance(end - at)
+        if header.states:
+            _resume(file, header, cache)
+        else:
+            stop, start = header.usable(prompt), cache.length // RUN * RUN
+            cache.truncate(start)
+            cache.reserve(stop)
+            file.seek(file.tell() + start * cache.token_bytes)
+            for at, end in _read_runs(file, header, cache, start, stop):
+                cache.advance(end - at)
         if not header.answers(prompt):
             return None
         logits = np.empty(origin.vocabulary, np.float32)
         _fill(file, [logits], header.checksums[-1], "the logits")
         return logits
+
+
+def _read_runs(
+    file: BufferedReader, header: SnapshotHeader, cache: KvCache, start: int, stop: int
+) -> Iterator[tuple[int, int]]:
+    """Reads the runs of tokens `start` to `stop` into the cache. Yields where each begins and ends."""
+    for at in range(start, stop, RUN):
+        end = min(at + RUN, stop)
+        _fill(file, list(cache.parts(at, end)), header.checksums[at // RUN], f"tokens {at} to {end}")
+        yield at, end
+
+
+def _resume(file: BufferedReader, header: SnapshotHeader, cache: KvCache) -> None:
+    """Fills the cache with all tokens of a snapshot with states. If it is damaged the cache is empty."""
+    stop = len(header.tokens)
+    cache.truncate(0)
+    cache.reserve(stop)
+    for _ in _read_runs(file, header, cache, 0, stop):
+        """They count when the states are there too."""
+    states = cache.empty_states()
+    _fill(file, states, header.checksums[-(-stop // RUN)], "the states")
+    cache.resume(stop, states)
 
 
 def _pieces(tokens: int, cache: KvCache) -> Iterator[list[Floats]]:

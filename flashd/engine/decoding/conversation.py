@@ -76,8 +76,12 @@ class Conversation:
             # from now on it holds what it shares with another text, which may end before the next pass
             line.found(self._shared(prompt))
         else:
+            parts_at = self._parts_at(prompt)
             logits = self._recall(prompt, figures)
             line.found(np.arange(len(self.tokens)))
+            # at the end of a pass, so that no pass is added
+            passes = max(0, parts_at - len(self.tokens)) // self.model.pass_tokens
+            line.mark = len(self.tokens) + passes * self.model.pass_tokens
             self.model.cache.hold(len(prompt))
             if logits is not None:
                 self._is_read(line, logits)
@@ -172,6 +176,8 @@ class Conversation:
         self._goes_on = bool(asked) and len(asked) + RUN <= len(prompt) and prompt[: len(asked)] == asked
         self._asked, self._behind = [], None
         cache.truncate(shared(self.tokens, prompt))
+        if cache.length < len(prompt):  # the states behind it are not known any more
+            logits = None
         try:
             if logits is None and self.prefixes is not None:
                 logits, read = self.prefixes.restore(prompt, cache)
@@ -181,6 +187,15 @@ class Conversation:
         finally:
             self.tokens[:] = prompt[: cache.length]
         return logits
+
+    def _parts_at(self, prompt: Sequence[int]) -> int:
+        """How many tokens `prompt` shares with texts before it. Where it parts from them others may part from it.
+
+        Only models whose texts cannot be cut anywhere ask for it.
+        """
+        if not self.model.cache.state_bytes:
+            return 0
+        return max(shared(self.tokens, prompt), self.prefixes.common(prompt) if self.prefixes else 0)
 
     def _shared(self, prompt: Sequence[int]) -> CacheSlots:
         """The slots of the longest beginning that `prompt`, without its last token, shares with a text that grows."""
@@ -193,6 +208,7 @@ class Conversation:
     def _is_read(self, line: Line, logits: Floats) -> None:
         """Notes that a prompt has been read, and the logits [V] behind it."""
         line.read(logits)
+        self.model.cache.mark()
         self._asked, self._behind, self._learnt = list(line.tokens), logits, False
 
     def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
@@ -209,6 +225,8 @@ class Conversation:
             end += len(chunk)
             if not line.pending:
                 self._is_read(line, logits[i])
+            elif len(line.slots) == line.mark:
+                self.model.cache.mark()
         for text, line in enumerate(speaking):
             # not earlier: the caller may stop in between, and a text that nothing was drawn of must be as it was
             line.append(past + trees.root(text))

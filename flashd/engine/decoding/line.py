@@ -93,6 +93,7 @@ class Line:
         self.behind: Floats | None = None  # [V] logits behind the prompt, until a token is drawn from them
         self.looked_up: list[int] = []  # the tokens that should come next, as long as those before were right
         self.done = False
+        self.mark = 0  # behind so many tokens of the prompt others are likely to part from it
         self._prompt, self._sampler, self._limit, self._eos = len(prompt), sampler, limit, eos
         self._card, self._started = card, time.perf_counter()
         self._before = card.bytes_read

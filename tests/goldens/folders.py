@@ -48,6 +48,8 @@ PERSIMMON = {
 
 BITNET = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
 
+LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)}
+
 EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
@@ -60,6 +62,7 @@ def found(name: str, golden: Golden) -> Rename:
         case "gemma" | "gemma2" | "gemma3" | "nemotron":
             find = less_one(by_map(golden))
         case "falcon":
+            assert isinstance(golden.kv_heads, int)
             find = by_group(by_map(golden), golden.kv_heads)
         case "persimmon":
             find = by_group(by_map(golden, PERSIMMON), HEADS)
@@ -67,6 +70,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = by_map(golden, PHI)
         case "opt":
             find = by_map(golden, OPT)
+        case "lfm2":
+            find = short_convolutions(by_map(golden, LFM2))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
         case _:
@@ -126,6 +131,16 @@ def by_group(find: Rename, kv_heads: int) -> Rename:
         return np.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(values.shape)
 
     return grouped
+
+
+def short_convolutions(find: Rename) -> Rename:
+    """transformers has a convolution's weights as Conv1d has them."""
+
+    def convolved(name: str, tensors: Tensors) -> Floats:
+        values = find(name, tensors)
+        return values[:, None] if name.endswith("conv.conv.weight") else values
+
+    return convolved
 
 
 def bitnet(golden: Golden) -> Rename:

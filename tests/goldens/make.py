@@ -33,6 +33,7 @@ from tests.goldens.models import (
     LAYERS,
     LLAMA3,
     NEURONS,
+    TAPS,
     TOKENS,
     USED,
     VOCABULARY,
@@ -76,7 +77,7 @@ def persimmon(golden: Golden) -> Any:
 
 
 def falcon(golden: Golden) -> Any:
-    two = golden.kv_heads > 1
+    two = golden.kv_heads != 1
     return transformers.FalconConfig(
         **COMMON, ffn_hidden_size=NEURONS, multi_query=not two, new_decoder_architecture=two, parallel_attn=True,
         num_kv_heads=golden.kv_heads, num_ln_in_parallel_attn=2 if two else None, bias=False, alibi=False,
@@ -119,6 +120,16 @@ def rounded(model: Any) -> Any:
         if isinstance(part, torch.nn.Linear) and name != "lm_head":
             part.register_forward_pre_hook(lambda _, args: (ActQuant.apply(args[0]),))
     return model
+
+
+def lfm2(golden: Golden) -> Any:
+    # two thirds of 300, up to whole blocks of 8, are 200
+    assert NEURONS == 200 and isinstance(golden.kv_heads, list)
+    return transformers.Lfm2Config(
+        **COMMON, intermediate_size=300, block_multiple_of=8, num_key_value_heads=KV_HEADS, norm_eps=1e-5,
+        conv_L_cache=TAPS, layer_types=["full_attention" if heads else "conv" for heads in golden.kv_heads],
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    )  # fmt: skip
 
 
 def sparser(golden: Golden, model: Any) -> None:
@@ -164,6 +175,7 @@ MAKERS: dict[str, Maker] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     ),
+    "lfm2": lfm2,
     "bitnet": llama_like(T.BitNetConfig, hidden_act="relu2"),
     "bitnet-silu": llama_like(T.BitNetConfig, hidden_act="silu"),
     "phi2": phi,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,14 +36,15 @@ class Golden:
     keys: dict[str, Any]
     layer: dict[str, tuple[int, ...]]
     model: dict[str, tuple[int, ...]]
-    kv_heads: int = KV_HEADS
+    kv_heads: int | list[int] = KV_HEADS
+    others: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # layers of another kind than `layer`
     ternary: bool = False  # matrices of layers are
 
     def tensors(self) -> dict[str, Floats]:
         """By GGUF name; matrices are float16 numbers, so that f16 rows hold them exactly."""
         shapes = dict(self.model)
         for i in range(LAYERS):
-            shapes |= {f"blk.{i}.{name}": shape for name, shape in self.layer.items()}
+            shapes |= {f"blk.{i}.{name}": shape for name, shape in self.others.get(i, self.layer).items()}
         drawn = {name: _drawn(name, shape) for name, shape in shapes.items()}
         if not self.ternary:
             return drawn
@@ -62,7 +63,8 @@ class Golden:
             tiny.add_key(w, f"{self.architecture}.{key}", value)
         assert tiny.add_vocabulary(w) == VOCABULARY
         for name, values in self.tensors().items():
-            w.add_tensor(name, values if values.ndim == 1 else values.astype(np.float16))
+            # llama.cpp has a convolution's weights in float32
+            w.add_tensor(name, values if values.ndim == 1 or "conv.conv" in name else values.astype(np.float16))
         w.write_header_to_file()
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
@@ -126,6 +128,16 @@ def mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
     return {
         "ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_gate_exps.weight": (EXPERTS, neurons, HIDDEN),
         "ffn_up_exps.weight": (EXPERTS, neurons, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, neurons),
+    }  # fmt: skip
+
+
+TAPS = 4
+
+
+def convolution() -> dict[str, tuple[int, ...]]:
+    return {
+        "shortconv.in_proj.weight": (3 * HIDDEN, HIDDEN), "shortconv.out_proj.weight": (HIDDEN, HIDDEN),
+        "shortconv.conv.weight": (HIDDEN, TAPS),
     }  # fmt: skip
 
 
@@ -205,6 +217,12 @@ GOLDENS = {
                "attention.sliding_window_pattern": [True, True, False, True],
                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         FOUR_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "lfm2": Golden(
+        "lfm2", RMS | {"shortconv.l_cache": TAPS, "rope.freq_base": 1e6},
+        TWO_NORMS | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED,
+        EMBEDDING | _norms("token_embd_norm"), [0, KV_HEADS, 0, 0],
+        dict.fromkeys((0, 2, 3), TWO_NORMS | convolution() | GATED),
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

@@ -49,6 +49,18 @@ def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
         model.vocabulary()
 
 
+@pytest.mark.parametrize(
+    ("pre", "begins"), [("llama-bpe", True), ("lfm2", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)]
+)
+def test_a_token_begins_every_text_if_llama_cpp_takes_the_pre_tokenizer_for_such(
+    tmp_path: Path, pre: str, begins: bool
+) -> None:
+    path = tiny.write(tmp_path / "m.gguf")
+    assert Changed(path, {"tokenizer.ggml.pre": pre}).vocabulary().add_bos is begins
+    stated = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": not begins}
+    assert Changed(path, stated).vocabulary().add_bos is not begins
+
+
 def test_end_tokens_are_found_by_number_and_by_name(smollm: Path) -> None:
     assert GgufModel(smollm).vocabulary().eos == [2, 0]
 

@@ -1,13 +1,14 @@
-"""The kinds of attention that a model has, and which layer is of which."""
+"""The kinds of attention that a model has, what layers have in its place, and which layer is of which kind."""
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import AttentionKind
+from flashd.bundle.architecture import AttentionKind, ShortConvolution
 from flashd.errors import DataError
 from flashd.pack.families.family import Family
 from flashd.pack.open_model import OpenModel
 
 MOST_HEAD_DIM = 4096
+MOST_TAPS = 64
 
 
 def head_dim(model: OpenModel) -> int:
@@ -18,6 +19,28 @@ def head_dim(model: OpenModel) -> int:
     if model.number("attention.value_length", int, width) != width:
         raise DataError(f"{model.path}: keys and values of different lengths are not supported")
     return width
+
+
+def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> tuple[int, list[bool]]:
+    """(heads of keys and values, which layers have them). Raises DataError if layers that have some have others."""
+    key = f"{model.architecture}.attention.head_count_kv"
+    stated = model.metadata(key)
+    if not family.convolves or not isinstance(stated, list):
+        return model.number("attention.head_count_kv", int, heads), [True] * layers
+    counts = {count for count in stated if count}
+    if len(stated) != layers or len(counts) != 1 or not isinstance(count := counts.pop(), int):
+        raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
+    return count, [bool(each) for each in stated]
+
+
+def short_convolutions(model: OpenModel, attends: list[bool]) -> list[ShortConvolution]:
+    """What the layers have that do not attend."""
+    if all(attends):
+        return []
+    taps = model.number("shortconv.l_cache", int)
+    if not 2 <= taps <= MOST_TAPS:
+        raise DataError(f"{model.path}: convolutions of {taps} tokens; 2 to {MOST_TAPS} are possible")
+    return [ShortConvolution(taps=taps)]
 
 
 def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:

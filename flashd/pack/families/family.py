@@ -66,6 +66,7 @@ class Family:
     activation: Activation = "silu"
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True
+    convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window
     global_first: bool = False  # and of each so many it is the first
@@ -99,6 +100,9 @@ TENSORS = {
     "inputs": "ffn_up",
     "down": "ffn_down",
     "router": "ffn_gate_inp",
+    "in_proj": "shortconv.in_proj",
+    "out_proj": "shortconv.out_proj",
+    "conv": "shortconv.conv",
     "head": "output",
 }
 """What most files call a part of the model or of a layer."""

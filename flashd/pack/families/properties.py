@@ -8,7 +8,7 @@ from pathlib import Path
 from flashd.bundle.architecture import LAYER_NORMS, Activation, Architecture, Bias, Block, Experts, Scores
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.families.attention import attention_kinds, head_dim
+from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, short_convolutions
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import rope_tables
 from flashd.pack.groups import group_neurons
@@ -50,6 +50,7 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         neurons = model.number("expert_feed_forward_length", int, neurons)
     norms = [p for p in (*LAYER_NORMS, "final") if p in family.norms or _has(model, family, p, "weight", "_norm")]
     kinds, layer_kinds = attention_kinds(model, family, layers)
+    kv_heads, attends = heads_of_keys(model, family, layers, heads)
     block: Block = family.block
     if model.metadata(f"{family.architecture}.norm_before") is False:
         block, norms = "post", [p for p in norms if p != "final"]
@@ -62,7 +63,7 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=model.number("attention.head_count_kv", int, heads),
+        kv_heads=kv_heads,
         head_dim=width,
         neurons=filled * (experts.count if experts else 1),
         group_neurons=group_neurons(filled, hidden, 2 if family.gated else 1, bool(experts)),
@@ -81,7 +82,8 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         threshold=threshold,
         normed_neurons=neurons if family.norms_neurons else 0,
         attention=kinds,
-        layer_kinds=layer_kinds,
+        recurrent=short_convolutions(model, attends),
+        layer_kinds=[kind if has else len(kinds) for kind, has in zip(layer_kinds, attends, strict=True)],
         ropes=len(rope_tables(model, family)),
         attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
         attention_cap=model.number("attn_logit_softcapping", float, 0.0),
@@ -148,7 +150,9 @@ def _has_bias(model: OpenModel, family: Family, bias: Bias) -> bool:
 
 
 def _size(model: OpenModel, family: Family, part: str) -> int:
-    return model.tensor(f"{tensor_name(family, part, 0)}.weight").shape[0]
+    layers = range(model.number("block_count", int))
+    names = [name for i in layers if (name := f"{tensor_name(family, part, i)}.weight") in model.names]
+    return model.tensor(names[0] if names else f"{tensor_name(family, part, 0)}.weight").shape[0]
 
 
 def _context(model: OpenModel) -> int:

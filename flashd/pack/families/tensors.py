@@ -10,6 +10,7 @@ from flashd.pack.open_model import OpenModel
 READ = frozenset((
     "context_length", "embedding_length", "block_count", "feed_forward_length", "hidden_activation",
     "hidden_activation_threshold", "norm_before", "attn_logit_softcapping", "final_logit_softcapping",
+    "shortconv.l_cache",
     *(f"attention.{key}" for key in (
         "head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon", "layer_norm_epsilon",
         "sliding_window", "sliding_window_pattern", "scale",
@@ -81,6 +82,7 @@ def _expected(family: Family, layers: int) -> set[str]:
         names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
         parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
+        parts += ["in_proj", "out_proj", "conv"] * family.convolves
         for part in parts + ["gate"] * family.gated + ["router"] * (family.mixture is not None):
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:

@@ -49,13 +49,14 @@ SAME_SPLITS = {
     "phi-2": "gpt-2", "mpt": "gpt-2", "olmo": "gpt-2", "starcoder": "smollm", "refact": "smollm",
     "command-r": "smollm", "stablelm2": "qwen2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe",
     "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe",
+    "lfm2": "llama-bpe",
 }  # fmt: skip
 """Other values of tokenizer.ggml.pre, and those whose splits are theirs."""
 
 KNOWN = sorted({*SPLITS, *SAME_SPLITS})
 
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-"""Those in which a word that is a token is not put together from its parts."""
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "lfm2")
+"""Those in which a word that is a token is not put together from its parts, and in which `bos` begins every text."""
 
 COMPOSED = ("qwen2", "stablelm2", "deepseek-r1-qwen")
 """Those that compose letters and accents first, as NFC does."""
@@ -198,7 +199,7 @@ def _adds_bos(source: OpenModel, kind: str) -> bool:
     """What the file says; where it says nothing, what its kind of tokenizer does."""
     stated = source.metadata("tokenizer.ggml.add_bos_token")
     if stated is None:
-        return kind == "llama" or source.metadata("tokenizer.ggml.pre") == "llama-bpe"
+        return kind == "llama" or source.metadata("tokenizer.ggml.pre") in WHOLE_WORDS
     return stated is True
 
 

@@ -1,0 +1,218 @@
+"""Layers that keep a state: whatever of a text is forgotten, what follows is what follows in a fresh cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.kinds import Floats
+from flashd.engine.decoding.conversation import Conversation
+from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.line import Figures
+from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.paged import PagedModel
+from flashd.engine.model.branches import Branches, behind
+from flashd.engine.model.contract import Model
+from flashd.engine.model.kv_cache import SPARE, cache_bytes
+from flashd.engine.model.sizes import NODES
+from flashd.engine.model.states import MARKS
+from flashd.engine.planning.plan import make_plan
+from flashd.graphs.stages import REWIND
+from flashd.pack.pack import pack
+from tests.engine.test_decode import said
+from tests.engine.test_paths import all_logits, opened, tokens_of
+from tests.engine.test_prefixes import flip, fresh, kept, process, teach
+from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, TAPS, TOKENS
+from tests.reference import relative
+
+CONTEXT = 120
+RUNNING = LAYERS - 1
+"""Layers that have a state: all but one."""
+
+
+@pytest.fixture(scope="module")
+def convolving(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lfm2")
+    pack(GOLDENS["lfm2"].write(folder / "m.gguf"), folder / "m.flash", "int4")
+    return folder / "m.flash"
+
+
+def taken(model: Model, tokens: list[int]) -> Floats:
+    return model.forward(np.array(tokens, np.int64), np.arange(len(tokens)))
+
+
+@pytest.mark.parametrize("pinned", [0.5, None])
+def test_whatever_is_forgotten_what_follows_is_right(convolving: Path, pinned: float | None) -> None:
+    """Passes, drafts, passes that break off, marks and cuts in any order."""
+    random = np.random.default_rng(1)
+    text = random.integers(0, 262, CONTEXT).tolist()
+
+    def break_off(done: int, layers: int, nbytes: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with opened(convolving, pinned, CONTEXT, "float32") as model:
+        expected = all_logits(model, text, CONTEXT)
+        model.cache.truncate(0)
+        cuts, gone_back = 0, 0
+        for _ in range(300):
+            cache, stop = model.cache, int(random.integers(1, LAYERS + 1))
+            length = cache.length
+            match random.choice(["pass", "cut", "mark", "break", "draft"], p=[0.4, 0.3, 0.1, 0.1, 0.1]):
+                case "pass" if length < CONTEXT:
+                    some = text[length : length + int(random.choice([1, 2, 7, 16, 40]))]
+                    logits, right = taken(model, some), expected[length : length + len(some)]
+                    assert np.array_equal(logits, right) if pinned else relative(right, logits) < 1e-4
+                case "cut":
+                    to = int(random.integers(max(0, length - random.choice([3, NODES, CONTEXT])), length + 1))
+                    longest = cache.longest(to)
+                    assert longest == to or (longest < to < length - 1)
+                    cache.truncate(to)
+                    assert cache.length == longest
+                    cuts, gone_back = cuts + 1, gone_back + (0 < longest < to)
+                case "mark":
+                    cache.mark()
+                    assert cache.longest(length) == length
+                case "break" if length < CONTEXT - 20 and pinned:
+                    with pytest.raises(KeyboardInterrupt):
+                        model.forward(np.array(text[length : length + 20]), np.array([0]), break_off)
+                    assert cache.length == length
+                case "draft" if 0 < length < CONTEXT - NODES and pinned:
+                    guesses = [7, 8, 9, 10] * 4
+                    for i, token in enumerate(guesses[: int(random.integers(1, NODES + 1))]):
+                        branches = Branches([np.arange(length)], [behind(0), *range(i)])
+                        model.draft(np.array([token]), branches)
+                    cache.truncate(length)
+                    assert cache.length == length
+    assert cuts > 50 and gone_back > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)])
+def test_drafts_change_no_word(convolving: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < NODES)
+    prompt = TOKENS[:20].tolist()
+    with opened(convolving, 0.9, CONTEXT) as model:
+        assert model.drafts and not model.branches
+        without, plain = said(model, prompt, sampling, drafts=False, limit=80)
+        withs, figures = said(model, prompt, sampling, drafts=True, limit=80)
+    assert withs == without
+    assert plain.drafted == 0 and figures.drafted > 100 and 0 < figures.accepted < figures.drafted
+    assert figures.passes + figures.accepted == 79
+
+
+def test_answers_are_computed_one_after_the_other(convolving: Path) -> None:
+    with opened(convolving, 0.5, CONTEXT) as model:
+        talk = Conversation(model)
+        line = talk.begin([1, 2, 3], Sampler(Sampling()), limit=5, eos=(), figures=Figures())
+        assert not talk.fits([4, 5], 5)
+        talk.end(line)
+        assert talk.fits([4, 5], 5)
+
+
+@pytest.mark.parametrize("pinned", [0.5, None])
+def test_an_answer_that_is_asked_for_again_needs_no_pass(convolving: Path, pinned: float | None) -> None:
+    """The states behind the prompt stay, though more has been said than a state can forget."""
+    prompt = TOKENS[:30].tolist()
+    with process(convolving, None, pinned, CONTEXT) as p:
+        first, _ = p.say(prompt, limit=40)
+        passes = len(p.passes)
+        again, figures = p.say(prompt, limit=40)
+        assert again == first and figures.reused_tokens == len(prompt)
+        assert len(p.passes) == 2 * passes - 1
+        # another text, and then the same once more: nothing of it is left
+        p.say([*prompt[:20], *range(30)], limit=2)
+        third, figures = p.say(prompt, limit=40)
+        assert third == first and figures.reused_tokens == 0
+
+
+def test_a_chat_goes_on_where_it_was(convolving: Path) -> None:
+    with process(convolving, None, 0.5, CONTEXT) as p:
+        talk = TOKENS[:20].tolist()
+        for _ in range(3):
+            words, figures = p.say(talk, limit=6)
+            expected = fresh(convolving, [*talk, *words], 0.5)
+            talk = [*talk, *words, 9, 8, 7]
+        assert figures.reused_tokens == len(talk) - 6 - 3 - 4
+        logits, _ = p.logits(talk[:-3])
+        assert np.array_equal(logits, expected)
+
+
+@pytest.mark.parametrize("pinned", [0.5, None])
+def test_a_prompt_that_comes_again_after_a_restart_needs_no_pass(
+    convolving: Path, tmp_path: Path, pinned: float | None
+) -> None:
+    prompt = TOKENS[:30].tolist()
+    (path,) = teach(convolving, tmp_path, prompt, prompt, context=CONTEXT)
+    expected = fresh(convolving, prompt, 0.5)
+    with process(convolving, tmp_path, pinned, CONTEXT) as p:
+        logits, figures = p.logits(prompt)
+        assert p.passes == [] and np.array_equal(logits, expected) and figures.reused_tokens == len(prompt)
+        state_bytes = RUNNING * (TAPS - 1) * HIDDEN * 4
+        assert figures.snapshot_bytes == len(prompt) * p.model.cache.token_bytes + state_bytes + logits.nbytes
+        onward = taken(p.model, TOKENS[30:].tolist())
+    with opened(convolving, pinned, CONTEXT, "float32") as model:
+        right = all_logits(model, TOKENS.tolist(), 48)[30:]
+    assert np.array_equal(onward, right) if pinned else relative(right, onward) < 1e-4
+    # a prompt that parts from it cannot begin with its states
+    with process(convolving, tmp_path, pinned, CONTEXT) as p:
+        _, figures = p.logits([*prompt[:-2], 1, 2, 3])
+        assert figures.reused_tokens == figures.snapshot_bytes == 0
+    # damaged states are not taken
+    flip(path, path.stat().st_size - 4 * 262 - 1)
+    with process(convolving, tmp_path, pinned, CONTEXT) as p:
+        logits, figures = p.logits(prompt)
+        assert relative(expected, logits) < 1e-4 and figures.reused_tokens == 0
+    assert kept(tmp_path) == []
+
+
+def test_what_prompts_begin_with_is_kept_where_a_pass_ends(
+    convolving: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = TOKENS.tolist()
+    a, b, c = ([*common, *range(n, n + 30)] for n in (1, 40, 120))
+    expected = fresh(convolving, c, 0.5)
+    opening = PagedModel.__init__
+
+    def in_passes_of_20(self: PagedModel, *args: object) -> None:
+        opening(self, *args)  # type: ignore[arg-type]
+        self.pass_tokens = 20
+
+    monkeypatch.setattr(PagedModel, "__init__", in_passes_of_20)
+    with process(convolving, tmp_path, 0.5, CONTEXT) as p:
+        p.ask(a)
+        assert p.passes[:4] == [20, 20, 20, 18]
+        p.passes.clear()
+        p.ask(b)
+        assert p.passes[:4] == [20, 20, 20, 18]  # no pass is added
+        logits, figures = p.logits(c)
+        assert figures.reused_tokens == 40 and np.array_equal(logits, expected)
+    assert len(kept(tmp_path)) == 1
+    with process(convolving, tmp_path, 0.5, CONTEXT) as p:
+        logits, figures = p.logits(c)
+        assert figures.reused_tokens == 40 and np.array_equal(logits, expected)
+
+
+def test_a_plan_counts_states_and_they_do_not_grow(convolving: Path) -> None:
+    with Bundle(convolving) as bundle:
+        header = bundle.header
+        plans = [make_plan(header, memory=1 << 40, context=n, threads=1, base=0) for n in (32, 128)]
+        model = header.model
+    held = [plan.parts["states"] for plan in plans]
+    now, marked = REWIND + TAPS - 1, TAPS - 1
+    assert held == 2 * [RUNNING * (2 * now + MARKS * marked) * HIDDEN * 4]
+    # and keys and values only of the layer that has some
+    assert plans[1].parts["KV cache"] == cache_bytes(model, 128 + SPARE) == 2 * 130 * model.kv_width * 4
+    assert NODES <= REWIND  # drafts that were wrong can be forgotten
+
+
+def test_perplexity_is_that_of_the_golden(convolving: Path) -> None:
+    """Marks are few: a text that is marked at every token keeps the last of them."""
+    with opened(convolving, 0.5, CONTEXT) as model:
+        for token in TOKENS.tolist():
+            taken(model, [token])
+            model.cache.mark()
+        assert [model.cache.longest(n) for n in (48, 40, 32, 31, 10)] == [48, 40, 32, 0, 0]
+    assert tokens_of(convolving, "the") == [258]

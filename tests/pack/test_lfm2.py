@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.header import Header
+from flashd.bundle.reader import Bundle
 from flashd.errors import DataError
 from flashd.pack.pack import pack
 from tests.goldens import folders
@@ -77,6 +79,24 @@ def test_a_folder_may_say_it_in_other_words(tmp_path: Path, remove: tuple[str, .
     for name in ("neurons", "kv_heads", "layer_kinds", "attention", "recurrent", "vocabulary", "norms"):
         assert getattr(theirs.model, name) == getattr(ours.model, name), name
     assert theirs.embedding_table == ours.embedding_table == "head"
+
+
+def test_the_part_that_speaks_of_a_model_that_also_sees(tmp_path: Path) -> None:
+    model = folder(tmp_path)
+    inner = json.loads((model / "config.json").read_text())
+    seeing = {"model_type": "lfm2_vl", "text_config": inner, "vision_config": {}, "projector_hidden_size": 8}
+    (model / "config.json").write_text(json.dumps(seeing))
+    tensors = load_file(model / "model.safetensors")
+    named = {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()}
+    for name in ("model.vision_tower.embeddings.weight", "model.multi_modal_projector.linear_1.bias"):
+        named[name] = np.zeros((4, 4), np.float32)
+    save_file(named, model / "model.safetensors")
+    assert packed(model).model.layer_kinds == [1, 0, 1, 1]
+    with Bundle(model.with_suffix(".flash")) as theirs:
+        packed(tmp_path / "m.gguf")
+        with Bundle(tmp_path / "m.flash") as ours:
+            for name in ("layer.0.in_proj", "layer.1.qkv", "layer.3.vectors", "head"):
+                assert theirs.read(name) == ours.read(name)
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,11 @@ FAMILIES = (
         convolves=True, norms=("attention", "query", "key", "ffn", "final"), names={"final_norm": "token_embd_norm"},
         folders=(
             Folder(
-                "lfm2", adapt=adapt,
+                "lfm2", seeing=("lfm2_vl",), adapt=adapt,
                 keys={"shortconv.l_cache": "conv_L_cache", "attention.layer_norm_rms_epsilon": "norm_eps"},
                 tensors={
-                    f"model.layers.{{bid}}.{theirs}": f"blk.{{bid}}.{ours}" for theirs, ours in {
-                        "conv.conv": "shortconv.conv", "conv.in_proj": "shortconv.in_proj",
-                        "conv.out_proj": "shortconv.out_proj",
-                    }.items()
+                    f"model.layers.{{bid}}.conv.{part}": f"blk.{{bid}}.shortconv.{part}"
+                    for part in ("conv", "in_proj", "out_proj")
                 },
                 defaults={
                     "max_position_embeddings": 128000, "norm_eps": 1e-5, "rope_theta": 1e6, "conv_L_cache": 3,

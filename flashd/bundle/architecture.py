@@ -106,6 +106,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # the product of a query and a key is multiplied by it
     attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap); 0: no cap
     embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    branch_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # what attention and FFN add to x is multiplied by it
     positions: Count = 0  # how many learned positions are added to the embeddings
     logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as attention_cap, of logits
 

@@ -130,7 +130,7 @@ class LayerStages:
 
     def middle(self, x: str, h: str, branch: str) -> tuple[str, str]:
         branch = self._normed(self._biased(branch, "output"), "attention_branch")
-        after = self._g.residual(x, branch)
+        after = self._g.residual(x, self._scaled(branch))
         if self._model.block == "post":
             after = self._normed(after, "attention")
             return after, after
@@ -140,8 +140,12 @@ class LayerStages:
 
     def leave(self, x: str, branch: str) -> str:
         branch = self._normed(self._biased(self._divided(branch), "down"), "ffn_branch")
-        after = self._g.residual(x, branch)
+        after = self._g.residual(x, self._scaled(branch))
         return self._normed(after, "ffn") if self._model.block == "post" else after
+
+    def _scaled(self, branch: str) -> str:
+        scale = self._model.branch_scale
+        return branch if scale == 1 else self._g.node("Mul", branch, self._g.constant(np.float32(scale)))
 
     def _divided(self, branch: str) -> str:
         """An FFN's output [..., H + 1] divided by the root mean square of its activations -> [..., H].

@@ -164,8 +164,13 @@ class Weights:
         return {name: self._checked(name, length, i) for name, length in self._model.layer_vectors(i).items()}
 
     def model_vectors(self) -> dict[str, Floats]:
-        """The vectors that Architecture.model_vectors names."""
-        return {name: self._checked(name, length, None) for name, length in self._model.model_vectors().items()}
+        """The vectors that Architecture.model_vectors names.
+
+        If the family divides logits by a number, the final norm's weights are divided by it.
+        """
+        vectors = {name: self._checked(name, length, None) for name, length in self._model.model_vectors().items()}
+        divisor = self._source.number("logit_scale", float, 1.0)
+        return {n: v / np.float32(divisor) if n.startswith("final_norm") else v for n, v in vectors.items()}
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
         part, kind = name.split(".")

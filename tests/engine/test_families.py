@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,12 @@ from flashd.pack.families.registry import FAMILIES
 from flashd.pack.pack import pack
 from tests.engine.test_head import model as with_head
 from tests.engine.test_paths import all_logits, opened
+from tests.goldens.by_llama_cpp import FILE, perplexity
 from tests.goldens.models import GOLDENS, TOKENS, Floats
 from tests.reference import kl, relative
+
+LLAMA_CPP: dict[str, float] = json.loads(FILE.read_text())
+"""The perplexities of those goldens that llama.cpp computes, see by_llama_cpp.py."""
 
 
 def farthest(expected: Floats, logits: Floats) -> float:
@@ -24,7 +29,7 @@ def farthest(expected: Floats, logits: Floats) -> float:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_f16_rows_agree_with_transformers(tmp_path: Path, name: str) -> None:
+def test_f16_rows_agree_with_transformers_and_llama_cpp(tmp_path: Path, name: str) -> None:
     golden = GOLDENS[name]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
     expected, tokens = golden.logits(name), TOKENS.tolist()
@@ -32,7 +37,9 @@ def test_f16_rows_agree_with_transformers(tmp_path: Path, name: str) -> None:
     limit = 1e-3 if "project_in.weight" in golden.model else 2e-5
     for pinned in (0.0, 0.5, 1.0):
         with opened(tmp_path / "m.flash", pinned, 64) as model:
-            assert farthest(expected, all_logits(model, tokens, 20)) < limit
+            logits = all_logits(model, tokens, 20)
+            assert farthest(expected, logits) < limit
+            assert perplexity(logits) == pytest.approx(LLAMA_CPP.get(name, perplexity(expected)), rel=1e-3)
             assert farthest(expected, all_logits(model, tokens, 1)) < limit
 
 

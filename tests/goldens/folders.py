@@ -51,13 +51,22 @@ BITNET = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "
 LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)}
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
-PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+GRANITE = re.compile(r"(block_sparse_moe)\.(input_linear|output_linear)\.weight")
+PARTS = {
+    "output_linear": "down",
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+}
 
 
 def found(name: str, golden: Golden) -> Rename:
     """Where the golden called `name` has what transformers asks for."""
     match golden.architecture:
-        case "llama" | "smollm3":
+        case "llama" | "smollm3" | "granite" | "granitemoe":
             find = halves(by_map(golden))
         case "gemma" | "gemma2" | "gemma3" | "nemotron":
             find = less_one(by_map(golden))
@@ -104,7 +113,7 @@ def halves(find: Rename) -> Rename:
         if "q_proj" not in name and "k_proj" not in name:
             return values
         heads = HEADS if "q_proj" in name else KV_HEADS
-        return values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
     return halved
 
@@ -152,13 +161,16 @@ def of_experts(find: Rename) -> Rename:
     """A mixture: in memory transformers has gate and up of all experts in one tensor, in a file each by itself."""
 
     def of_mixture(name: str, tensors: Tensors) -> Floats:
-        if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+        name = GRANITE.sub(r"\1.experts.\2", name)
+        if name.endswith(
+            ("mlp.gate.weight", "block_sparse_moe.gate.weight", ".router.weight", ".router.layer.weight")
+        ):
             return tensors[f"blk.{name.split('.')[2]}.ffn_gate_inp.weight"]
         if (at := EXPERT.fullmatch(name)) is None:
             return find(name, tensors)
         layer, number, part = at.groups()
         stacks = {kind: tensors[f"blk.{layer}.ffn_{kind}_exps.weight"] for kind in ("gate", "up", "down")}
-        if part == "gate_up_proj":
+        if part in ("gate_up_proj", "input_linear"):
             return np.concatenate([stacks["gate"], stacks["up"]], axis=1)
         return stacks[PARTS[part]] if number is None else stacks[PARTS[part]][int(number)]
 

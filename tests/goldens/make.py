@@ -145,6 +145,9 @@ def sparser(golden: Golden, model: Any) -> None:
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+GRANITE = {
+    "embedding_multiplier": 6.0, "attention_multiplier": 0.125, "residual_multiplier": 0.5, "logits_scaling": 0.5,
+}  # fmt: skip
 MAKERS: dict[str, Maker] = {
     "llama3": llama_like(T.LlamaConfig, rope_parameters={"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}),
     "mistral": llama_like(T.MistralConfig, sliding_window=WINDOW),
@@ -157,6 +160,8 @@ MAKERS: dict[str, Maker] = {
     "qwen3moe": of_experts(T.Qwen3MoeConfig, num_experts=EXPERTS, moe_intermediate_size=40, norm_topk_prob=True),
     "olmoe": of_experts(T.OlmoeConfig, num_experts=EXPERTS, norm_topk_prob=False),
     "smollm3": llama_like(T.SmolLM3Config),
+    "granite": llama_like(T.GraniteConfig, **GRANITE, attention_bias=True, mlp_bias=True),
+    "granitemoe": of_experts(T.GraniteMoeConfig, **GRANITE, num_local_experts=EXPERTS),
     "gemma": llama_like(T.GemmaConfig),
     "gemma2": llama_like(
         T.Gemma2Config,

@@ -59,7 +59,10 @@ class Golden:
         w.add_feed_forward_length(NEURONS)
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
-        for key, value in self.keys.items():
+        keys = dict(self.keys)
+        if "attention.key_length" in keys:
+            keys["attention.value_length"] = keys["attention.key_length"]
+        for key, value in keys.items():
             tiny.add_key(w, f"{self.architecture}.{key}", value)
         assert tiny.add_vocabulary(w) == VOCABULARY
         for name, values in self.tensors().items():
@@ -145,6 +148,7 @@ GATED: dict[str, tuple[int, ...]] = {"ffn_gate.weight": (NEURONS, HIDDEN), **_pl
 EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN)}
 HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
 MIXTURE = {"expert_count": EXPERTS, "expert_used_count": USED}
+SCALES = {"embedding_scale": 6.0, "attention.scale": 0.125, "residual_scale": 0.5, "logit_scale": 0.5}
 RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
 LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 TWO_NORMS = _norms("attn_norm", "ffn_norm")
@@ -202,6 +206,15 @@ GOLDENS = {
         TWO_NORMS | _attention() | mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),
+    "granite": Golden(
+        "granite", RMS | SCALES,
+        TWO_NORMS | _attention(bias=True) | {"attn_output.bias": (HIDDEN,), "ffn_gate.bias": (NEURONS,)}
+        | GATED | _plain_ffn(True),
+        EMBEDDING | HEAD | FINAL,
+    ),
+    "granitemoe": Golden(
+        "granitemoe", RMS | SCALES | MIXTURE, TWO_NORMS | _attention() | mixture(NEURONS), EMBEDDING | FINAL,
+    ),
     "gemma": Golden(
         "gemma", RMS | {"attention.key_length": 32}, TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL
     ),

@@ -43,6 +43,7 @@ class Folder:
     fused: bool = False  # the folder has q, k and v by group of heads in one matrix, GGUF one after the other
     shift: float = 0.0  # GGUF has the weights of norms with this added
     tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stacks that hold several of GGUF's, by rows
     keys: Mapping[str, str] = field(default_factory=dict)  # GGUF's key -> config.json's, beside the common ones
     defaults: Config = field(default_factory=dict)  # what transformers takes if config.json leaves it out
     activations: Mapping[str, str] = field(default_factory=dict)  # that config.json calls by another's name
@@ -77,6 +78,7 @@ class Family:
     norms_neurons: bool = False  # activations are normed before the down product
     mixture: Mixture | None = None  # of experts, if the file counts some
     position_offset: int = 0  # rows of the table of learned positions that stand for nothing
+    reads: tuple[str, ...] = ()  # keys that mean something in this family alone
     names: Mapping[str, str] = field(default_factory=dict)  # tensors that are called otherwise than in TENSORS
     variant: tuple[str, Family] | None = None  # a tensor that tells models of another table, and that table
 

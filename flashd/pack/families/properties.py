@@ -87,7 +87,10 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         ropes=len(rope_tables(model, family)),
         attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
         attention_cap=model.number("attn_logit_softcapping", float, 0.0),
-        embedding_scale=math.sqrt(hidden) if family.scaled_embeddings else 1.0,
+        embedding_scale=model.number(
+            "embedding_scale", float, math.sqrt(hidden) if family.scaled_embeddings else 1.0
+        ),
+        branch_scale=model.number("residual_scale", float, 1.0),
         positions=_positions(model, family),
         logit_cap=model.number("final_logit_softcapping", float, 0.0),
     )

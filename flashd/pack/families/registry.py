@@ -49,6 +49,6 @@ def family_of(model: OpenModel) -> Family:
         family = replace(family, names={**family.names, **EXPERTS})
     else:
         family = replace(family, mixture=None)
-    check_keys(model)
+    check_keys(model, family)
     check_tensors(model, family)
     return family

@@ -24,7 +24,7 @@ READ = frozenset((
         "scaling.yarn_attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_truncate",
     )),
 ))  # fmt: skip
-"""The keys below the architecture's name that the recipe reads."""
+"""The keys below the architecture's name that the recipe reads; a family may read others beside them."""
 
 NEEDLESS = frozenset((
     "vocab_size", "tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned", "attention.causal",
@@ -45,7 +45,7 @@ UNSUPPORTED_KEYS = {
 }
 
 
-def check_keys(model: OpenModel) -> None:
+def check_keys(model: OpenModel, family: Family) -> None:
     """Raises DataError for a property that changes answers and is not supported."""
     for key, what in UNSUPPORTED_KEYS.items():
         name = f"{model.architecture}.{key}"
@@ -54,7 +54,7 @@ def check_keys(model: OpenModel) -> None:
     before = f"{model.architecture}."
     for name in sorted(model.keys):
         key = name.removeprefix(before)
-        if key == name or key in READ or key in NEEDLESS or key.startswith(OF_OTHER_PARTS):
+        if key == name or key in READ or key in family.reads or key in NEEDLESS or key.startswith(OF_OTHER_PARTS):
             continue
         if (value := model.metadata(name)) not in INERT:
             raise DataError(f"{model.path}: flashd does not know what {name} means (its value: {str(value)[:60]})")

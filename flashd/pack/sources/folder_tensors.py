@@ -38,10 +38,20 @@ class Names:
             for i in range(model.layers)
             for end in ENDS
         }
+        self._joined = {
+            f"{theirs.format(bid=i)}.weight": [f"{name.format(bid=i)}.weight" for name in ours]
+            for theirs, ours in model.folder.joined.items()
+            for i in range(model.layers)
+        }
         known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         # most that the package does not know are named as Llama is
         kind = known.get(model.architecture, gguf.MODEL_ARCH.LLAMA)
         self._table = gguf.get_tensor_name_map(kind, model.layers)
+
+    def joined(self, name: str) -> list[str]:
+        """GGUF's names of what the stack `name` holds one behind the other in each of its matrices; empty if it is
+        not such a stack."""
+        return self._joined.get(name, [])
 
     def find(self, name: str) -> tuple[str, int | None] | None:
         """(GGUF's name, number of the expert in its stack) of a tensor, its own where GGUF has none for it.

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (by which numpy gets to know bfloat16)
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flashd.bundle import header
@@ -121,6 +123,35 @@ class _Stack(Tensor):
         return self._experts[number]
 
 
+@dataclass(frozen=True)
+class _OneOf:
+    """Some rows of one matrix of a stored stack [E, R, K]."""
+
+    stack: StoredTensor
+    number: int
+    rows: range
+
+    def get_shape(self) -> list[int]:
+        return [len(self.rows), *self.stack.get_shape()[2:]]
+
+    def get_dtype(self) -> str:
+        return self.stack.get_dtype()
+
+    def __getitem__(self, rows: slice | EllipsisType) -> npt.NDArray[Any]:
+        mine = self.rows[slice(None) if rows is ... else rows]
+        stack: Any = self.stack
+        return np.asarray(stack[self.number, mine.start : mine.stop])
+
+
+def _matrices(stack: StoredTensor, part: int = 0, parts: int = 1) -> dict[int, StoredTensor]:
+    """By their numbers, part number `part` of the rows of each matrix of a stack, which has `parts` of them."""
+    count, rows, _ = stack.get_shape()
+    if rows % parts:
+        raise ValueError(f"a stack of matrices of {rows} rows, which are to be {parts} equal parts")
+    mine = range(part * rows // parts, (part + 1) * rows // parts)
+    return {number: _OneOf(stack, number, mine) for number in range(count)}
+
+
 @dataclass
 class _Parts:
     """What the files of weights have of each tensor, by its GGUF name."""
@@ -137,7 +168,11 @@ class _Parts:
         end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
         if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
             self.four_bits.setdefault(found[0], {})[end] = part
-        elif found := names.find(stored):
+        elif joined := names.joined(stored):
+            self.parts |= {name: _matrices(part, i, len(joined)) for i, name in enumerate(joined)}
+        elif (found := names.find(stored)) and len(part.get_shape()) == 3:
+            self.parts[found[0]] = _matrices(part)
+        elif found:
             self.parts.setdefault(found[0], {})[found[1] or 0] = part
 
 

@@ -105,10 +105,12 @@ class Pack:
     select: Select | None
     text: Path | None
     pre: str | None
+    context: int | None
 
     def __post_init__(self) -> None:
         holds = 0 < (self.max_loss or 0) < 1
         check_range("--max-loss", self.max_loss, holds, "between 0 and 1, such as 0.02 for 2 %")
+        check_range("--context", self.context, (self.context or 1) >= 1, "1 or more")
         if self.select is None and self.max_loss is None and self.text is not None:
             raise UsageError("--text measures a loss, and no loss is allowed: add --max-loss or --select")
         if self.select == "exact" and (self.max_loss is not None or self.text is not None):

@@ -189,6 +189,9 @@ def _pack(commands: Commands) -> None:
     pack.add_argument(
         "--pre", metavar="NAME", help="Split words as this pre-tokenizer of GGUF does, if the file does not name one."
     )
+    _number(pack, "--context", int, "Pack for texts of up to so many tokens. A model with LongRoPE, such as"
+            " Phi-4-mini, reads short texts a little worse if long ones are possible", "1 or more", None,
+            "all that it can read without that")  # fmt: skip
 
 
 def _info(commands: Commands) -> None:

@@ -45,13 +45,14 @@ class Original:
     formats: Formats  # the kinds of rows of its bundle
 
     @classmethod
-    def open(cls, path: Path, rows: RowKind, pre: str | None = None) -> Original:
+    def open(cls, path: Path, rows: RowKind, pre: str | None = None, context: int | None = None) -> Original:
         """Opens the model at `path`, a GGUF file or a Hugging Face folder.
 
         Args:
             path: the file or folder.
             rows: the kind of rows that the user asked for.
             pre: the pre-tokenizer of a GGUF file, whatever the file says.
+            context: the tokens of the longest text, see families.rope.context_of.
 
         Raises InputMissing, DataError, UsageError.
         """
@@ -62,14 +63,20 @@ class Original:
         source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path, pre)
         check_layers(source.number("block_count", int), source.path)
         family = family_of(source)
-        model = model_of(source, family)
+        model = model_of(source, family, context)
         check_heads(model, source.path)
         weights = Weights(source, family, model)
         check_shapes(weights, model)
         formats = _formats(weights, model, rows)
         if formats.ffn == "int4" and _finer(weights, model) > 0.5:
             log.warning("%s: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", path)
-        return cls(path, source, model, rope_tables(source, family), weights, formats)
+        if context is None and model.context < (most := source.number("context_length", int)):
+            log.warning(
+                "%s: packed for texts of up to %d tokens; for longer ones, which are turned otherwise, say --context"
+                " and how long (%d at the most)", path, model.context, most,
+            )  # fmt: skip
+        rope = rope_tables(source, family, context)
+        return cls(path, source, model, rope, weights, formats)
 
     def calibration(self, texts: Sequence[Numbers]) -> Calibration:
         """A calibration that takes texts, each [tokens], through the model with the file's own weights."""

@@ -56,6 +56,7 @@ def pack(
     on_progress: Progress = lambda done, total: None,
     allowed: Allowed | None = None,
     pre: str | None = None,
+    context: int | None = None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`. An existing bundle is replaced at the very end.
 
@@ -69,6 +70,8 @@ def pack(
             it, unless all neurons are needed or read about as fast. With Narrowing the groups that matter least have
             fewer bits on the card, unless all of them matter too much.
         pre: the pre-tokenizer of a GGUF file, whatever the file says.
+        context: the tokens of the longest text. None: as many as the model was trained for, or in a model that turns
+            long texts in another way than short ones, the longest of the short ones.
 
     Raises:
         UsageError: `out` is something else than a bundle, or flashd does not know `pre`.
@@ -78,19 +81,19 @@ def pack(
     """
     _check_out(out)
     try:
-        _within_limits(lambda: _look(source_path, rows, pre), source_path, READING)
-        original = Original.open(source_path, rows, pre)
+        _within_limits(lambda: _look(source_path, rows, pre, context), source_path, READING)
+        original = Original.open(source_path, rows, pre, context)
         _check(original, allowed)
         return _write(original, out, on_progress, allowed)
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
 
-def _look(source_path: Path, rows: RowKind, pre: str | None) -> None:
+def _look(source_path: Path, rows: RowKind, pre: str | None, context: int | None = None) -> None:
     """Opens a model and lets go of it again, for what its numbers may ask for. In a child: it logs nothing."""
     logging.disable()  # whoever opens it then logs the same
     try:
-        Original.open(source_path, rows, pre)
+        Original.open(source_path, rows, pre, context)
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 

@@ -139,7 +139,7 @@ class Weights:
 
     def ffns(self, i: int) -> list[Ffn]:
         """The FFN of layer `i`, or in a mixture each of its experts."""
-        parts = ["gate", "inputs"] if self._model.gated else ["inputs"]
+        parts = ["gate", "inputs"] if self._model.gated and not self._family.joined_inputs else ["inputs"]
         names = [tensor_name(self._family, part, i) for part in [*parts, "down"]]
         tensors = [self._source.tensor(f"{name}.weight") for name in names]
         if self._model.experts:
@@ -153,7 +153,14 @@ class Weights:
         norm = np.zeros(0, np.float32)
         if self._model.normed_neurons:
             norm = self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight")
-        return [Ffn([_whole(tensor) for tensor in inputs], biases, down, norm) for *inputs, down in ffns]
+        return [Ffn(self._input_matrices(inputs), biases, down, norm) for *inputs, down in ffns]
+
+    def _input_matrices(self, tensors: list[Tensor]) -> list[Matrix]:
+        """Gate and up, or up alone, each [F, H]."""
+        if not self._family.joined_inputs:
+            return [_whole(tensor) for tensor in tensors]
+        (both,) = tensors
+        return [Matrix(both, half) for half in np.split(np.arange(both.shape[0] & ~1), 2)]
 
     def router(self, i: int) -> Matrix:
         """[E, H]"""

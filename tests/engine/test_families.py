@@ -31,7 +31,7 @@ def farthest(expected: Floats, logits: Floats) -> float:
 @pytest.mark.parametrize("name", GOLDENS)
 def test_f16_rows_agree_with_transformers_and_llama_cpp(tmp_path: Path, name: str) -> None:
     golden = GOLDENS[name]
-    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16", context=golden.context)
     expected, tokens = golden.logits(name), TOKENS.tolist()
     # float16 rounds products of embeddings with projections
     limit = 1e-3 if "project_in.weight" in golden.model else 2e-5
@@ -46,7 +46,8 @@ def test_f16_rows_agree_with_transformers_and_llama_cpp(tmp_path: Path, name: st
 @pytest.mark.parametrize("rows", ["int4", "f16"])
 @pytest.mark.parametrize("name", GOLDENS)
 def test_what_is_pinned_changes_no_bit(tmp_path: Path, name: str, rows: RowKind) -> None:
-    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", rows)
+    golden = GOLDENS[name]
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", rows, context=golden.context)
     found = []
     for pinned, chunk in ((0.0, 20), (0.5, 48), (1.0, 1)):
         with opened(tmp_path / "m.flash", pinned, 64) as model:
@@ -57,7 +58,7 @@ def test_what_is_pinned_changes_no_bit(tmp_path: Path, name: str, rows: RowKind)
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) -> None:
     golden = GOLDENS[name]
-    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int8")
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int8", context=golden.context)
     expected, tokens = golden.logits(name), TOKENS.tolist()
     with opened(tmp_path / "m.flash", 0.3, 64) as model:
         streamed = all_logits(model, tokens, 20)
@@ -77,7 +78,7 @@ def test_ternary_rows_agree_with_transformers(tmp_path: Path) -> None:
     """Only the head is rounded. BitNet's training rounds what goes into each product of its layers to 8 bits a
     token, which flashd does not: the whole of a layer's activations would have to be there first."""
     golden = GOLDENS["bitnet"]
-    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4", context=golden.context)
     # int8 rounds what goes into products to 8 bits too, as that training does, though block by block
     paged: list[tuple[float | None, Arithmetic, float]] = [(p, "float32", 0.012) for p in (0.0, 0.5, 1.0)]
     for pinned, arithmetic, limit in [*paged, (None, "float32", 0.012), (None, "int8", 0.02)]:

@@ -20,7 +20,7 @@ FILE = HERE / "llama_cpp.json"
 
 OTHERWISE = {
     "llama-relu", "llama-drelu", "llama-fatrelu", "phi2-relu", "falcon-two-norms",  # it does not read the activation
-    "mistral", "smallthinker",  # nor this window
+    "mistral", "smallthinker", "phi3",  # nor this window
     "opt", "opt-350m", "persimmon", "bitnet", "olmoe",  # it refuses them
     "mixtral",  # it rounds what the router reads, which then chooses another expert once
 }  # fmt: skip

@@ -39,6 +39,7 @@ from tests.goldens.models import (
     VOCABULARY,
     WINDOW,
     Golden,
+    long_factors,
 )
 
 Maker = Callable[[Golden], Any]
@@ -142,6 +143,19 @@ def sparser(golden: Golden, model: Any) -> None:
             layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
 
 
+def phi3(golden: Golden) -> Any:
+    """The window, or LongRoPE of 12 of a head's 16 dimensions."""
+    trained = golden.keys.get("rope.scaling.original_context_length")
+    if trained is None:
+        return llama_like(T.Phi3Config, sliding_window=WINDOW)(golden)
+    factors = {f"{name.split('_')[-1]}_factor": values.tolist() for name, values in long_factors().items()}
+    rope = {"rope_theta": 10000.0, "rope_type": "longrope", "partial_rotary_factor": 0.75, **factors}
+    return llama_like(
+        T.Phi3Config, rope_parameters=rope, max_position_embeddings=golden.keys["context_length"],
+        original_max_position_embeddings=trained,
+    )(golden)  # fmt: skip
+
+
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
@@ -185,6 +199,9 @@ MAKERS: dict[str, Maker] = {
     "bitnet-silu": llama_like(T.BitNetConfig, hidden_act="silu"),
     "phi2": phi,
     "phi2-relu": phi,
+    "phi3": phi3,
+    "phi4-mini": phi3,
+    "phi4-mini-long": phi3,
     "falcon": falcon,
     "falcon-two-norms": falcon,
     "persimmon": persimmon,

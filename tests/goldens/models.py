@@ -38,6 +38,7 @@ class Golden:
     model: dict[str, tuple[int, ...]]
     kv_heads: int | list[int] = KV_HEADS
     others: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # layers of another kind than `layer`
+    context: int | None = None  # that it is packed for, if not the default
     ternary: bool = False  # matrices of layers are
 
     def tensors(self) -> dict[str, Floats]:
@@ -53,13 +54,12 @@ class Golden:
     def write(self, path: Path) -> Path:
         """The GGUF file."""
         w = gguf.GGUFWriter(path, self.architecture)
-        w.add_context_length(128)
+        keys = {"context_length": 128, **self.keys}
         w.add_embedding_length(HIDDEN)
         w.add_block_count(LAYERS)
         w.add_feed_forward_length(NEURONS)
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
-        keys = dict(self.keys)
         if "attention.key_length" in keys:
             keys["attention.value_length"] = keys["attention.key_length"]
         for key, value in keys.items():
@@ -83,10 +83,20 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     random = np.random.default_rng(crc32(name.encode()))
     if name == "rope_freqs.weight":
         return llama3_factors()
+    if name.startswith("rope_factors"):
+        return long_factors()[name.split(".")[0]]
     if len(shape) == 1:
         around = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
+
+
+def long_factors() -> dict[str, Floats]:
+    """LongRoPE's, for the 6 pairs of 12 dimensions."""
+    return {
+        "rope_factors_short": np.array([1, 1.02, 1.05, 1.125, 1.25, 1.5], np.float32),
+        "rope_factors_long": np.array([1.0625, 1.25, 1.75, 2.5, 3.25, 4], np.float32),
+    }
 
 
 def ternary(values: Floats) -> Floats:
@@ -144,12 +154,24 @@ def convolution() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def _joined_ffn() -> dict[str, tuple[int, ...]]:
+    return {"ffn_up.weight": (2 * NEURONS, HIDDEN), "ffn_down.weight": (HIDDEN, NEURONS)}
+
+
+def _longrope(context: int, trained: int) -> dict[str, Any]:
+    return {
+        "context_length": context, "rope.scaling.original_context_length": trained, "rope.dimension_count": 12,
+        "rope.scaling.attn_factor": float(np.sqrt(1 + np.log(context / trained) / np.log(trained))),
+    }  # fmt: skip
+
+
 GATED: dict[str, tuple[int, ...]] = {"ffn_gate.weight": (NEURONS, HIDDEN), **_plain_ffn(False)}
 EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN)}
 HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
 MIXTURE = {"expert_count": EXPERTS, "expert_used_count": USED}
 SCALES = {"embedding_scale": 6.0, "attention.scale": 0.125, "residual_scale": 0.5, "logit_scale": 0.5}
 RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
+FACTORS = {"rope_factors_long.weight": (6,), "rope_factors_short.weight": (6,)}
 LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 TWO_NORMS = _norms("attn_norm", "ffn_norm")
 FOUR_NORMS = _norms("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
@@ -256,6 +278,18 @@ GOLDENS = {
         "phi2", LAYER_NORM | {"rope.dimension_count": 8, "hidden_activation": "relu"},
         _norms("attn_norm", bias=True) | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)} | _plain_ffn(True),
         EMBEDDING | HEAD | {"output.bias": (VOCABULARY,)} | _norms("output_norm", bias=True),
+    ),
+    "phi3": Golden(
+        "phi3", RMS | {"attention.sliding_window": WINDOW},
+        TWO_NORMS | _fused(KV_HEADS, False) | _joined_ffn(), EMBEDDING | HEAD | FINAL,
+    ),
+    "phi4-mini": Golden(
+        "phi3", RMS | _longrope(1024, 256), TWO_NORMS | _fused(KV_HEADS, False) | _joined_ffn(),
+        EMBEDDING | FINAL | FACTORS,
+    ),
+    "phi4-mini-long": Golden(
+        "phi3", RMS | _longrope(128, 32), TWO_NORMS | _fused(KV_HEADS, False) | _joined_ffn(),
+        EMBEDDING | FINAL | FACTORS, context=128,
     ),
     "falcon": Golden(
         "falcon", LAYER_NORM, _norms("attn_norm", bias=True) | _fused(1, False) | _plain_ffn(False),

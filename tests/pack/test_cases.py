@@ -17,6 +17,7 @@ from flashd.engine.evaluate import perplexity
 from flashd.errors import DataError, InputMissing, UsageError
 from flashd.pack.pack import pack
 from tests.engine.test_paths import opened, tokens_of
+from tests.goldens.models import GOLDENS, long_factors
 from tests.pack import variants
 from tests.pack.variants import DATA, FOLDERS, GGUF, TEXT, YARN, Arrays, Keys
 
@@ -136,7 +137,7 @@ def test_parts_that_are_not_there_or_not_the_first_are_named(tmp_path: Path) -> 
         ({"llama.rope.dimension_sections": [2, 3, 3, 0]}, "what llama.rope.dimension_sections means"),
         ({"llama.logit_scale": 0.5}, "what llama.logit_scale means"),
         ({"llama.attention.relative_buckets_count": 8}, "what llama.attention.relative_buckets_count means"),
-        ({"llama.rope.scaling.type": "longrope"}, "rotary scaling of kind 'longrope' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rotary scaling of kind 'longrope' .*rope_factors_short.weight"),
         ({"llama.rope.scaling.type": "yarn"}, "a rotary scaling of kind 'yarn' by a factor of 0.0"),
         (
             {**YARN, "llama.rope.scaling.yarn_log_multiplier": 0.1},
@@ -157,7 +158,9 @@ def test_keys_that_change_nothing_are_no_hindrance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rotary scaling of kind 'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "makes no sense: .*long_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "1 divisors for 8"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": [0] * 8, "short_factor": [0] * 8}}, "positive"),
         ({"rope_scaling": {"type": "su"}, "rope_parameters": None}, "rotary scaling of kind 'su'"),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [2]}}, "rotary parameter 'mrope_section'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "alpha": 9}}, "rotary parameter 'alpha'"),
@@ -168,6 +171,35 @@ def test_keys_that_change_nothing_are_no_hindrance(tmp_path: Path) -> None:
 )
 def test_a_property_that_is_not_understood_is_refused_by_name(tmp_path: Path, config: Keys, match: str) -> None:
     refused(variants.write_folder(tmp_path / "m", config), match)
+
+
+def test_long_texts_are_asked_for_if_they_are_turned_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = GOLDENS["phi4-mini"].write(tmp_path / "m.gguf")
+    ropes = {}
+    for context, packed in ((None, 256), (20, 20), (256, 256), (257, 257), (1024, 1024)):
+        header = pack(model, tmp_path / "m.flash", "f16", context=context)
+        assert header.model.context == packed
+        assert ("up to 256 tokens" in caplog.text and "--context" in caplog.text) == (context is None)
+        caplog.clear()
+        with Bundle(tmp_path / "m.flash") as bundle:
+            ropes[packed] = bundle.floats("rope").reshape(2, 8)
+    assert (ropes[20] == ropes[256]).all() and (ropes[257] == ropes[1024]).all()
+    factors = long_factors()
+    ratio = factors["rope_factors_long"] / factors["rope_factors_short"]
+    assert ropes[256][0, :6] / ropes[257][0, :6] == pytest.approx(ratio, rel=1e-6)
+    (tmp_path / "m.flash").unlink()
+    refused(model, r"texts of 1025 tokens \(--context\); the model was trained for 1 to 1024", context=1025)
+
+
+def test_one_of_two_tables_of_divisors_is_refused(tmp_path: Path) -> None:
+    def add(tensors: Arrays) -> None:
+        tensors["rope_factors_long.weight"] = np.ones(8, np.float32)
+
+    refused(
+        variants.write(tmp_path / "m.gguf", {}, variants.arrays(add)), "of rope_factors_long.weight and .* one is"
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

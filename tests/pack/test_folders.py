@@ -21,11 +21,12 @@ ELSEWHERE = {"smallthinker"}  # which transformers does not have: see test_safet
 @pytest.mark.parametrize("name", SAVED)
 def test_a_folder_packs_to_what_its_gguf_packs_to(tmp_path: Path, name: str) -> None:
     model = GOLDENS[name].write(tmp_path / "m.gguf")
-    theirs = pack(folders.write(tmp_path / "m", name, model), tmp_path / "folder.flash", "f16").model
-    ours = pack(model, tmp_path / "gguf.flash", "f16").model
+    saved, context = folders.write(tmp_path / "m", name, model), GOLDENS[name].context
+    theirs = pack(saved, tmp_path / "folder.flash", "f16", context=context).model
+    ours = pack(model, tmp_path / "gguf.flash", "f16", context=context).model
     assert (theirs.activation, theirs.threshold) == (ours.activation, ours.threshold)
     assert (theirs.attention, theirs.layer_kinds) == (ours.attention, ours.layer_kinds)
-    assert theirs.experts == ours.experts
+    assert (theirs.experts, theirs.context) == (ours.experts, ours.context)
     with Bundle(tmp_path / "folder.flash") as folder, Bundle(tmp_path / "gguf.flash") as gguf:
         for section in gguf.header.sections:
             read = folder.read(section.name), gguf.read(section.name)

@@ -64,6 +64,7 @@ class Family:
     biases: tuple[Bias, ...] = ()
     may_have: tuple[Place | Bias, ...] = ()  # norms and biases that some models of the family have
     gated: bool = True
+    joined_inputs: bool = False  # GGUF has the gate's rows and behind them the up rows in one tensor
     activation: Activation = "silu"
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True

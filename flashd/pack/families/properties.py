@@ -10,7 +10,7 @@ from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, short_convolutions
 from flashd.pack.families.family import Family, tensor_name
-from flashd.pack.families.rope import rope_tables
+from flashd.pack.families.rope import context_of, rope_tables
 from flashd.pack.groups import group_neurons
 from flashd.pack.names import name_of
 from flashd.pack.open_model import OpenModel
@@ -33,8 +33,11 @@ def check_layers(layers: int, path: Path) -> None:
         raise DataError(f"{path}: {layers} layers; 1 to {MOST_LAYERS} are possible")
 
 
-def model_of(model: OpenModel, family: Family) -> Architecture:
-    """The model that a file holds. Raises DataError where something is missing or does not fit."""
+def model_of(model: OpenModel, family: Family, context: int | None = None) -> Architecture:
+    """The model that a file holds, for texts of up to `context` tokens, see rope.context_of.
+
+    Raises DataError where something is missing or does not fit.
+    """
     heads, hidden = model.number("attention.head_count", int), model.number("embedding_length", int)
     if heads < 1 or hidden < 1:
         raise DataError(f"{model.path}: {heads} heads and a hidden size of {hidden} make no model")
@@ -69,7 +72,7 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         group_neurons=group_neurons(filled, hidden, 2 if family.gated else 1, bool(experts)),
         experts=experts,
         vocabulary=model.tensor("token_embd.weight").shape[0],
-        context=_context(model),
+        context=context_of(model, context),
         block=block,
         norm=family.norm,
         norm_epsilon=_norm_epsilon(model, family),
@@ -84,7 +87,7 @@ def model_of(model: OpenModel, family: Family) -> Architecture:
         attention=kinds,
         recurrent=short_convolutions(model, attends),
         layer_kinds=[kind if has else len(kinds) for kind, has in zip(layer_kinds, attends, strict=True)],
-        ropes=len(rope_tables(model, family)),
+        ropes=len(rope_tables(model, family, context)),
         attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
         attention_cap=model.number("attn_logit_softcapping", float, 0.0),
         embedding_scale=model.number(
@@ -156,10 +159,3 @@ def _size(model: OpenModel, family: Family, part: str) -> int:
     layers = range(model.number("block_count", int))
     names = [name for i in layers if (name := f"{tensor_name(family, part, i)}.weight") in model.names]
     return model.tensor(names[0] if names else f"{tensor_name(family, part, 0)}.weight").shape[0]
-
-
-def _context(model: OpenModel) -> int:
-    context = model.number("context_length", int)
-    if context < 1:
-        raise DataError(f"{model.path}: a context of {context} tokens makes no model")
-    return context

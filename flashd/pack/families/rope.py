@@ -12,11 +12,33 @@ from flashd.pack.families.attention import head_dim
 from flashd.pack.families.family import Family
 from flashd.pack.open_model import OpenModel
 
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""LongRoPE's divisors (arXiv 2402.13753): of texts that may be longer than those of the first training; of others."""
 
-def rope_tables(model: OpenModel, family: Family) -> npt.NDArray[np.float32]:
+
+def context_of(model: OpenModel, asked: int | None) -> int:
+    """How many tokens a text may have.
+
+    If the model turns long texts in another way than short ones, short ones are taken unless `asked` is more.
+    Raises DataError for more than the model was trained for.
+    """
+    most = model.number("context_length", int)
+    if most < 1:
+        raise DataError(f"{model.path}: a context of {most} tokens makes no model")
+    if asked is not None and not 1 <= asked <= most:
+        raise DataError(f"{model.path}: texts of {asked} tokens (--context); the model was trained for 1 to {most}")
+    return asked or (min(most, _first_context(model)) if SHORT in model.names else most)
+
+
+def _first_context(model: OpenModel) -> int:
+    """The tokens of texts in the first training."""
+    return model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
+
+
+def rope_tables(model: OpenModel, family: Family, context: int | None = None) -> npt.NDArray[np.float32]:
     """[tables, 2, D / 2] float32: for each pair of a head the angle of one position, and the length it gets.
 
-    Raises DataError for a way of scaling that is not known.
+    Of texts of up to `context` tokens, see context_of. Raises DataError for a way of scaling that is not known.
     """
     if not family.rotary:
         return np.zeros((0, 2, head_dim(model) // 2), np.float32)
@@ -28,6 +50,7 @@ def rope_tables(model: OpenModel, family: Family) -> npt.NDArray[np.float32]:
     half = rotary_width(model) // 2
     for table, base in zip(tables, bases, strict=True):
         table[0, :half] = base ** (-np.arange(half) / half)
+    _divide(model, tables[0, 0, :half], context_of(model, context))
     _scale_rope(model, tables[0], half, bases[0])
     return tables.astype(np.float32)
 
@@ -41,20 +64,35 @@ def rotary_width(model: OpenModel) -> int:
     return width
 
 
+def _divide(model: OpenModel, angles: npt.NDArray[np.float64], context: int) -> None:
+    """Divides the angles of pairs, in place, by the file's own divisors: Llama 3's, or LongRoPE's."""
+    if (LONG in model.names) != (SHORT in model.names):
+        raise DataError(f"{model.path}: of {LONG} and {SHORT} one is missing")
+    factors = LONG if context > _first_context(model) else SHORT
+    for name in {"rope_freqs.weight", factors} & model.names:
+        divisors = model.tensor(name).rows()
+        if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+            raise DataError(f"{model.path}: {name} has divisors that are not positive numbers")
+        if divisors.shape != angles.shape:
+            raise DataError(f"{model.path}: {name} has {divisors.size} divisors for {angles.size} pairs")
+        angles /= divisors
+
+
 def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, base: float) -> None:
     """Stretches a table for contexts longer than those of the first training."""
-    if "rope_freqs.weight" in model.names:  # Llama 3: a divisor for each pair
-        divisors = model.tensor("rope_freqs.weight").rows()
-        if not (np.isfinite(divisors).all() and (divisors > 0).all()):
-            raise DataError(f"{model.path}: rope_freqs.weight has divisors that are not positive numbers")
-        table[0, :half] /= divisors
+    # the length that a file states multiplies the usual one
+    table[1, :half] = model.number("rope.scaling.attn_factor", float, 1.0)
     factor = model.number("rope.scaling.factor", float, 0.0) or model.number("rope.scale_linear", float, 0.0)
     # llama.cpp, too, takes a factor without a kind for a linear one
     kind = model.metadata(f"{model.architecture}.rope.scaling.type") or ("linear" if factor else "none")
-    if kind == "none":
+    if kind == "longrope" and SHORT not in model.names:
+        raise DataError(f"{model.path}: rotary scaling of kind 'longrope' without its divisors ({SHORT})")
+    if kind in ("none", "longrope"):
         return
     if kind not in ("linear", "yarn"):
-        raise DataError(f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, yarn")
+        raise DataError(
+            f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, longrope, yarn"
+        )
     if not 0 < factor < math.inf:
         raise DataError(f"{model.path}: a rotary scaling of kind {kind!r} by a factor of {factor}")
     if kind == "linear":
@@ -64,8 +102,7 @@ def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, bas
         if (value := model.number(key, float, 1.0)) != 1.0:
             raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
     table[0, :half] *= _yarn(model, half, base, factor)
-    # the factor that a file states multiplies the usual one
-    table[1, :half] = yarn_length(factor) * model.number("rope.scaling.attn_factor", float, 1.0)
+    table[1, :half] *= yarn_length(factor)
 
 
 def yarn_length(factor: float, scale: float = 1.0) -> float:
@@ -75,7 +112,7 @@ def yarn_length(factor: float, scale: float = 1.0) -> float:
 
 def _yarn(model: OpenModel, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
     """What each pair's angle is multiplied by (arXiv 2309.00071): 1 for the fastest, 1 / factor for the slowest."""
-    trained = model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
+    trained = _first_context(model)
 
     def pair_of(turns: float) -> float:
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
 from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.rope import LONG, SHORT
 from flashd.pack.open_model import OpenModel
 
 READ = frozenset((
@@ -71,7 +72,7 @@ def check_tensors(model: OpenModel, family: Family) -> None:
 
 def _expected(family: Family, layers: int) -> set[str]:
     allowed = (*family.norms, *family.biases, *family.may_have)
-    names = {"token_embd.weight", "output.weight", "rope_freqs.weight"}
+    names = {"token_embd.weight", "output.weight", "rope_freqs.weight", LONG, SHORT}
     if family.position_offset:
         names |= {"position_embd.weight", "project_in.weight", "project_out.weight"}
     if "head" in allowed:
@@ -83,7 +84,8 @@ def _expected(family: Family, layers: int) -> set[str]:
     for i in range(layers):
         parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
-        for part in parts + ["gate"] * family.gated + ["router"] * (family.mixture is not None):
+        parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
+        for part in parts:
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:
             names |= {f"{tensor_name(family, part, i)}.{kind}" for kind in ("weight", "bias")}

@@ -11,7 +11,7 @@ import numpy as np
 from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Config
-from flashd.pack.families.rope import yarn_length
+from flashd.pack.families.rope import LONG, SHORT, yarn_length
 
 COMMON = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 PARAMETERS: dict[str, set[str]] = {
@@ -19,6 +19,7 @@ PARAMETERS: dict[str, set[str]] = {
     "linear": {"factor"},
     # it stretches only what is longer than max_position_embeddings, and flashd's context never is
     "dynamic": {"factor"},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -64,7 +65,21 @@ def rotary_keys(config: Config, head_dim: int) -> dict[str, Any]:
     kind = _kind(rope)
     if kind == "linear":
         return out | {"rope.scaling.type": kind, "rope.scaling.factor": rope["factor"]}
+    if kind == "longrope":
+        return out | _long_keys(config, rope)
     return out | (_yarn_keys(config, rope) if kind == "yarn" else {})  # llama3 is in a tensor
+
+
+def _long_keys(config: Config, rope: Config) -> dict[str, Any]:
+    """LongRoPE's; its divisors are in tensors. The length is that of arXiv 2402.13753."""
+    trained = _trained(config, rope)
+    factor = rope.get("factor") or config["max_position_embeddings"] / trained
+    usual = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": trained,
+        "rope.scaling.attn_factor": rope.get("attention_factor") or usual,
+    }
 
 
 def _yarn_keys(config: Config, rope: Config) -> dict[str, Any]:
@@ -90,18 +105,21 @@ def _trained(config: Config, rope: Config) -> int:
     return int(stated or config["max_position_embeddings"])
 
 
-def rope_divisors(config: Config, head_dim: int) -> Floats | None:
-    """[D / 2] what Llama 3 divides the angle of each pair by, which GGUF keeps as `rope_freqs.weight`.
+def rope_divisors(config: Config, head_dim: int) -> dict[str, Floats]:
+    """What the angle of each pair is divided by, each [D / 2], by the names of GGUF's tensors.
 
-    Slow pairs by `factor`, fast ones not at all, by a smooth step between (transformers, modeling_rope_utils).
-    Raises KeyError if a parameter is missing.
+    Llama 3 divides slow pairs by `factor`, fast ones not at all, by a smooth step between (transformers,
+    modeling_rope_utils). LongRoPE states all divisors. Raises KeyError if a parameter is missing.
     """
     rope = _rope(config)
+    if _kind(rope) == "longrope":
+        stated = {LONG: rope["long_factor"], SHORT: rope["short_factor"]}
+        return {name: np.asarray(factors, np.float32) for name, factors in stated.items()}
     if _kind(rope) != "llama3":
-        return None
+        return {}
     half = int(head_dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) // 2
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     turns = _trained(config, rope) * base ** (-np.arange(half) / half) / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     fast = np.clip((turns - low) / (high - low), 0, 1)
-    return np.asarray(1 / (fast + (1 - fast) / rope["factor"]), np.float32)
+    return {"rope_freqs.weight": np.asarray(1 / (fast + (1 - fast) / rope["factor"]), np.float32)}

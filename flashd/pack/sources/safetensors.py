@@ -207,13 +207,12 @@ class HfFolder(OpenModel):
             self._model = folder_model(stated, path)
             check_layers(int(self._model.config.get("num_hidden_layers", 1)), path / "config.json")
             keys = model_keys(self._model)
-            divisors = rope_divisors(self._model.config, self._model.head_dim)
+            self._made = rope_divisors(self._model.config, self._model.head_dim)
             self._files = _weight_files(path)
             self._stored = _find_parts(self._files, Names(self._model))
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
         self.architecture = self._model.architecture
-        self._made = {} if divisors is None else {"rope_freqs.weight": divisors}
         self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
         self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
 

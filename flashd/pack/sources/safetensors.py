@@ -170,7 +170,7 @@ class _Parts:
             self.four_bits.setdefault(found[0], {})[end] = part
         elif joined := names.joined(stored):
             self.parts |= {name: _matrices(part, i, len(joined)) for i, name in enumerate(joined)}
-        elif (found := names.find(stored)) and len(part.get_shape()) == 3:
+        elif (found := names.find(stored)) and "_exps." in found[0] and len(part.get_shape()) == 3:
             self.parts[found[0]] = _matrices(part)
         elif found:
             self.parts.setdefault(found[0], {})[found[1] or 0] = part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from flashd.cli.client import Client
 from flashd.daemon.http import api, connections
 from flashd.daemon.http.admission import MOST_WAITING
 from flashd.daemon.http.api import Api
-from flashd.daemon.http.connections import MOST_CONNECTIONS
+from flashd.daemon.http.connections import MOST_CONNECTIONS, MOST_HEADERS, READ_BYTES
 from flashd.daemon.http.server import Server
 from flashd.daemon.job import MAX_TEXT, Request, Turn
 from flashd.daemon.jobs import Jobs
@@ -157,6 +158,40 @@ def test_more_than_may_wait_are_refused_at_once(served: Path, caplog: pytest.Log
     assert not caplog.records  # and a line each would fill the journal
 
 
+def headed(more: bytes) -> bytes:
+    return request("/v1/chat/completions", ASK).replace(b"Host: x\r\n", b"Host: x\r\n" + more)
+
+
+@pytest.mark.parametrize(
+    ("sends", "status"),
+    [
+        (headed(b"a:\r\n" * (MOST_HEADERS - 2)), 200), (headed(b"a:\r\n" * (MOST_HEADERS - 1)), 431),
+        (headed(b"a: " + b"b" * 4000 + b"\r\n"), 200), (b"GET / HTTP/1.1\r\na: " + b"b" * READ_BYTES, 400),
+        (headed(b"").replace(b"completions", b"completions?" + b"a" * 2000), 400),
+    ],
+)  # fmt: skip
+def test_a_head_is_bounded(sends: bytes, status: int, served: Path, jobs: Jobs) -> None:
+    with ExitStack() as stack, closing(Clerk(jobs)):
+        (client,) = idle(stack, served, 1, sends)
+        assert read_answer(client).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_heads_of_requests_that_wait_take_little(served: Path) -> None:
+    """Thousands of empty headers fit in a head. A request that waits does not keep them."""
+    count, head = 40, headed(b"a:\r\n" * 3900)
+    tracemalloc.start()
+    try:
+        with ExitStack() as stack:
+            clients = idle(stack, served, count, head)
+            with http(served) as other:
+                other.get("/health")
+            _, peak = tracemalloc.get_traced_memory()
+            assert all(b" 431 " in read_answer(client) for client in clients)
+    finally:
+        tracemalloc.stop()
+    assert peak < count * len(head) + (8 << 20)
+
+
 def test_a_client_that_does_not_read_is_dropped(served: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
     turns = tuple(Turn("user", "x" * MAX_TEXT) for _ in range(4))  # more than the kernel holds for a socket
@@ -186,7 +221,7 @@ def test_lists_have_pages_and_heads(served: Path, jobs: Jobs) -> None:
 
 def test_what_is_no_number_is_refused(served: Path) -> None:
     with http(served) as client:
-        for path in ("/api/jobs/" + "9" * 5000, "/api/jobs/x", "/api/jobs?most=-1", "/api/jobs?before=" + "9" * 30):
+        for path in ("/api/jobs/" + "9" * 900, "/api/jobs/x", "/api/jobs?most=-1", "/api/jobs?before=" + "9" * 30):
             reply = client.get(path)
             assert reply.status_code == 400 and "is not a number" in reply.json()["error"]["message"], path
         assert client.delete("/api/jobs/" + "9" * 5000).status_code == 400

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashd.daemon.http.connections import MOST_CONNECTIONS, WRITE_BYTES
+from flashd.daemon.http.connections import MOST_CONNECTIONS, MOST_HEADERS, WRITE_BYTES
 from flashd.daemon.job import WAITING_BYTES
-from flashd.daemon.openai.refusals import body_of
+from flashd.daemon.openai.refusals import body_of, refusal
 
 MOST_WAITING, MOST_WAITING_READERS = 256, 64
 """Requests that wait for a place. Fewer than there are connections, so that /health always has one."""
@@ -28,6 +28,12 @@ MOST_READING = 2
 
 MOST_SCORED, SCORED_BYTES = 2, 1 << 20
 """Requests that ask for logprobs, and what the probabilities of each take."""
+
+HEEDED = b"host", b"origin", b"content-length"
+"""Headers that are read here. Others are not kept while a request waits."""
+
+LONGEST_ADDRESS = 1024
+"""Bytes of a request's path and query."""
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -104,7 +110,9 @@ class Admission:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         places = self._places(scope)
-        if places is None:
+        if (refused := _head_refused(scope)) is not None:
+            await refused(scope, receive, send)
+        elif places is None:
             await self._app(scope, receive, send)
         elif places.full:
             await _full(scope, receive, send)
@@ -118,6 +126,19 @@ class Admission:
         if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
             return self._asking
         return self._reading if scope["method"] == "GET" and scope["path"].startswith("/api/jobs") else None
+
+
+def _head_refused(scope: Scope) -> JSONResponse | None:
+    """Why a request's head is too large; else its headers are shortened to those that are heeded."""
+    if scope["type"] != "http":
+        return None
+    if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_ADDRESS:
+        return refusal(400, f"an address of more than {LONGEST_ADDRESS} bytes")
+    headers = scope["headers"]
+    if len(headers) > MOST_HEADERS:
+        return refusal(431, f"more than {MOST_HEADERS} headers")
+    headers[:] = [each for each in headers if each[0] in HEEDED]
+    return None
 
 
 def _refusal(message: str) -> JSONResponse:

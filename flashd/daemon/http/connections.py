@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS = 384
-READ_BYTES = 16 << 10
-"""Bytes of a body that a connection holds before the API asks for more."""
+READ_BYTES = 8 << 10
+"""Bytes of a head, and of a body, that a connection holds before the API asks for more."""
 
 WRITE_BYTES = 32 << 10
 """Bytes of an answer that a connection holds before its client reads on."""
+
+MOST_HEADERS = 64
+"""Of a request. A short one takes fifty times its bytes, and many heads may come before one is answered."""
 
 HEAD_SECONDS = 10.0
 """How long a client may take to send a request's head, or leave an open connection unused."""
@@ -47,6 +50,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.headers:
+            del self.headers[MOST_HEADERS + 1 :]  # as many as are needed to refuse them
         if self._answering and not self.flow.write_paused:
             self._owes_nothing()
         if self._answering and self.cycle.more_body:

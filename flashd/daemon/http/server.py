@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from flashd.daemon.http.connections import Connection
+from flashd.daemon.http.connections import READ_BYTES, Connection
 from flashd.errors import CannotWrite
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Server:
         config = uvicorn.Config(
             application, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2,
             server_header=False, http=Connection, loop="asyncio", log_level="error",
+            h11_max_incomplete_event_size=READ_BYTES,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=(self._sockets,), name="api")

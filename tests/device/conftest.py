@@ -10,7 +10,7 @@ from typing import Any
 import gpiozero
 import pytest
 import serial
-from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockTriggerPin
+from gpiozero.pins.mock import MockFactory, MockPin, MockPWMPin, MockSPIDevice, MockTriggerPin
 
 from device.appliance import Appliance
 from device.controls import Facts
@@ -46,6 +46,22 @@ class _Nowhere:
     def drive_high(self) -> None: ...
 
     def drive_low(self) -> None: ...
+
+
+class Mcp3008(MockSPIDevice):  # type: ignore[misc]
+    """The chip on SPI port 0, bit by bit as its data sheet (Microchip DS21295) has it; `levels` of its channels."""
+
+    def __init__(self, pins: MockFactory, levels: dict[int, int]) -> None:
+        pins.pin_class = MockPin  # the mock of an SPI clock knows no PWM, and all pins must agree
+        super().__init__(clock_pin=11, mosi_pin=10, miso_pin=9, select_pin=8, pin_factory=pins)
+        self.levels = levels
+
+    def on_bit(self) -> None:
+        asked = "".join(str(int(bit)) for bit in self.rx_buf).lstrip("0")
+        if len(asked) == 5 and asked[1] == "1":  # a start bit, single-ended, then the channel
+            sampling_and_null = "00"
+            answer = f"{sampling_and_null}{self.levels[int(asked[2:], 2)]:010b}"
+            self.tx_buf = [int(bit) for bit in answer]
 
 
 SOUND = 343.0

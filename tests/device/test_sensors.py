@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from gpiozero.pins.mock import MockFactory, MockPin, MockSPIDevice
+from gpiozero.pins.mock import MockFactory
 
 from device.prompt import Prompt
 from device.sensors.kinds import KINDS
@@ -19,7 +19,7 @@ from flashd.config.devices import AnySensor
 from flashd.config.settings import parse
 from flashd.errors import ConfigError, UsageError
 from flashd.system import board
-from tests.device.conftest import Echo
+from tests.device.conftest import Echo, Mcp3008
 from tests.waiting import wait
 
 W1 = "{bytes} : crc=xx {crc}\n{bytes} t={milli}\n"
@@ -211,22 +211,6 @@ def test_pins(pins: MockFactory) -> None:
         assert found["soil"].value is not None and -5 <= found["soil"].value <= 5
     finally:
         opened.close()
-
-
-class Mcp3008(MockSPIDevice):  # type: ignore[misc]
-    """The chip on SPI port 0, bit by bit as its data sheet (Microchip DS21295) has it; `levels` of its channels."""
-
-    def __init__(self, pins: MockFactory, levels: dict[int, int]) -> None:
-        pins.pin_class = MockPin  # the mock of an SPI clock knows no PWM, and all pins must agree
-        super().__init__(clock_pin=11, mosi_pin=10, miso_pin=9, select_pin=8, pin_factory=pins)
-        self.levels = levels
-
-    def on_bit(self) -> None:
-        asked = "".join(str(int(bit)) for bit in self.rx_buf).lstrip("0")
-        if len(asked) == 5 and asked[1] == "1":  # a start bit, single-ended, then the channel
-            sampling_and_null = "00"
-            answer = f"{sampling_and_null}{self.levels[int(asked[2:], 2)]:010b}"
-            self.tx_buf = [int(bit) for bit in answer]
 
 
 def test_analog_channels_are_scaled(pins: MockFactory) -> None:

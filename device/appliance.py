@@ -127,6 +127,9 @@ class Appliance:
                 raise NotStarted(f"trigger {name!r} was not started: muted, or started a moment ago")
             self._ready_at[name] = now + trigger.cooldown
         text = prompt.render(sensors.read(), self.jobs.last_text, values)
+        if not text.strip():
+            self._ready_at.pop(name, None)  # nothing was started that the next one must wait for
+            raise NotStarted(f"trigger {name!r} was not started: its prompt is empty at the moment")
         return self.jobs.submit(_request(trigger, text))
 
     def status(self) -> Status:

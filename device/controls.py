@@ -51,7 +51,7 @@ class Controls(Protocol):
         """While muted, triggers start nothing and nothing is said aloud."""
 
     def start(self, name: str, **values: str | float) -> Job:
-        """Starts a trigger's job. Raises KeyError, NotStarted where it is muted or cools down, Busy, UsageError."""
+        """Starts a trigger's job. Raises KeyError, Busy, UsageError; NotStarted if it is muted or asks nothing."""
 
     def status(self) -> Status:
         """How things stand; the sensors are read for it."""

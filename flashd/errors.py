@@ -110,7 +110,7 @@ class SpoolTaken(FlashdError):
 
 
 class NotStarted(Busy):
-    """A trigger started nothing: it is muted or cools down."""
+    """A trigger started nothing: it is muted, cools down, or its prompt is empty at the moment."""
 
 
 class NotRunning(FlashdError):

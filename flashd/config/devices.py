@@ -112,7 +112,8 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     name: Name
     """The trigger's name."""
     prompt: str
-    """What is asked: a Jinja template with sensors, now, last (the last answer) and the trigger's own values."""
+    """What is asked: a Jinja template with sensors, now, last (the last answer) and the trigger's own values. If what
+    comes out is empty, nothing is asked."""
     system: str | None = None
     """Another system prompt for this job."""
     priority: Priority = 5

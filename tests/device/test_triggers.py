@@ -20,7 +20,7 @@ from device.triggers import Triggers, next_time
 from flashd.config.settings import parse
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
-from flashd.errors import ConfigError
+from flashd.errors import ConfigError, NotStarted
 from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Echo
 from tests.waiting import wait
@@ -218,6 +218,19 @@ def test_a_press_becomes_a_job(
     (job,) = clerk.answered
     assert [t.content for t in job.request.turns] == ["Be kind.", "The room has unknown. Before, you said: "]
     assert (job.request.source, job.request.priority, jobs.waiting) == ("trigger:front", 7, 0)
+
+
+def test_a_prompt_that_comes_out_empty_asks_nothing(appliance: Make, jobs: Jobs, clerk: Clerk) -> None:
+    one = appliance(
+        "triggers: [{kind: manual, name: sum, cooldown: 3600, prompt: '{% if last %}Sum up: {{ last }}{% endif %}'},"
+        " {kind: manual, name: greet, prompt: Greet.}]"
+    )
+    with pytest.raises(NotStarted, match="'sum' was not started: its prompt is empty at the moment"):
+        one.start("sum")
+    assert not jobs.recent(9)
+    one.start("greet")
+    wait(lambda: jobs.last_text)
+    assert "Sum up: It is warm today." in one.start("sum").request.turns[-1].content  # it did not cool down
 
 
 def test_muted_triggers_start_nothing(

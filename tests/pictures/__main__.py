@@ -1,7 +1,8 @@
-"""Makes the pictures of the documents again, in this folder: python -m tests.pictures [kiosk] [terminal] [speed]
+"""Makes the documents' pictures again: python -m tests.pictures [kiosk] [terminal] [speed] [wirings]
 
 `kiosk` and `terminal` run the demo with the default model and ask it; they take a minute or two. The first needs
-Debian's chromium and chromium-driver. `speed` draws the figures that stand in tests/lab/RESULTS.md.
+Debian's chromium and chromium-driver. `speed` draws the figures that stand in tests/lab/RESULTS.md. `wirings` draws
+the wiring of the projects in deploy/examples, beside each one's page.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.pictures import wiring
 from tests.pictures.demo import Demo
+from tests.pictures.example_wirings import DRAWINGS
 from tests.pictures.kiosk import photograph
 from tests.pictures.speed import plot
 from tests.pictures.terminal import draw, talk
@@ -34,7 +37,12 @@ def speed() -> None:
     plot(HERE.parent / "lab" / "RESULTS.md", HERE / "speed.svg")
 
 
-PICTURES: dict[str, Callable[[], None]] = {"kiosk": kiosk, "terminal": terminal, "speed": speed}
+def wirings() -> None:
+    for project, drawing in DRAWINGS.items():
+        wiring.draw(drawing, HERE.parent.parent / "deploy" / "examples" / project / "wiring.svg")
+
+
+PICTURES: dict[str, Callable[[], None]] = {"kiosk": kiosk, "terminal": terminal, "speed": speed, "wirings": wirings}
 
 
 def main(names: list[str]) -> int:

@@ -219,6 +219,10 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
             "line 2: a list or mapping that is not closed: put a ] behind it, and commas in it",
         ),
         (
+            "triggers:\n- {kind: manual,\n   prompt: Hot?, name: a}",
+            "line 3: a text with a ? before a comma or a bracket: put it in quotes",
+        ),
+        (
             "memory 1G\ncontext: 3",
             "line 1: a line that is neither `key: value` nor an entry that begins with `- `",
         ),

@@ -94,6 +94,8 @@ def _not_closed(error: Any, problem: str, text: str) -> tuple[int, str] | None:
     opened = text[mark.index : mark.index + 1]
     if "quoted scalar" in context and "unexpected end of stream" in problem:
         return mark.line + 1, f"a quote that is not closed: put {opened} at its end"
+    if "flow" in context and problem.endswith("but got '?'"):
+        return error.problem_mark.line + 1, f"a text with a ? before a comma or a bracket: {QUOTE}"
     if "flow" in context and ("expected ',' or" in problem or "stream end" in problem):
         closing = {"[": "]", "{": "}"}.get(opened, "]")
         return mark.line + 1, f"a list or mapping that is not closed: put a {closing} behind it, and commas in it"

@@ -6,14 +6,19 @@ markdown-it-py would take 2 MiB of its RAM (measured).
 
 from __future__ import annotations
 
+from functools import partial
+from html import escape
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from device.controls import Controls
 from device.feed import Feed
+from flashd.config.settings import Network
+from flashd.daemon.http import ways_in
+from flashd.daemon.http.signed_in import SignedIn
 
 PAGE = Path(__file__).parent / "page"
 
@@ -24,6 +29,34 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 """The page loads nothing from anywhere else, and runs no script that is in an answer."""
+
+CODE_HEADERS = {
+    **HEADERS,
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; base-uri 'none';"
+    " form-action 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+
+FILES = "/page/"
+OVER_NETWORK = frozenset(
+    {
+        ("GET", "/"), ("GET", "/api/events"), ("GET", "/api/status"), ("POST", "/v1/chat/completions"),
+        ("POST", "/api/mute/on"), ("POST", "/api/mute/off"),
+    }
+)  # fmt: skip
+"""What the page does, and so all that is allowed to who has said its PIN on the local network."""
+
+
+def network(settings: Network, hostname: str) -> ways_in.Network:
+    """The page on the local network, for a machine of that name."""
+    names = tuple(dict.fromkeys(name.lower() for name in (hostname, f"{hostname.partition('.')[0]}.local")))
+    form = partial(_code_form, (PAGE / "code.html").read_text("utf-8"))
+    return ways_in.Network(settings.port, names, SignedIn(settings.code), OVER_NETWORK, FILES, form)
+
+
+def _code_form(page: str, words: str, status: int) -> Response:
+    """Asks for the PIN."""
+    return HTMLResponse(page.replace("<!-- words -->", escape(words)), status, CODE_HEADERS)
 
 
 def routes(controls: Controls) -> list[Route]:
@@ -46,7 +79,7 @@ def routes(controls: Controls) -> list[Route]:
 
     return [
         Route("/", show),
-        Route("/page/{name:path}", show),
+        Route(FILES + "{name:path}", show),
         Route("/api/events", happens),
         Route("/api/mute/{state:str}", mute, methods=["POST"]),
     ]

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -98,7 +99,7 @@ class Daemon:
             spool_path = Path(s.spool.path)
             stack.enter_context(held_alone(spool_path))
             died = stack.enter_context(last_run.watched(spool_path))
-            server = Server(Path(s.api.socket), s.api.loopback)
+            server = Server(Path(s.api.socket), s.api.loopback, s.api.network.port if s.api.network else None)
             stack.callback(server.close)
             spool = Spool(spool_path, s.spool.keep)
             stack.callback(spool.close)
@@ -149,7 +150,14 @@ class Daemon:
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         metrics = metrics_text(jobs, worker)
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics, worker.fitting)
-        return api.application([*kiosk.routes(appliance), *self._more], self._settings.api.loopback_jobs)
+        wanted = self._settings.api
+        network = kiosk.network(wanted.network, socket.gethostname()) if wanted.network else None
+        if network:
+            log.info(
+                "the page is on the local network, at http://%s:%d/, behind its PIN; nothing of it is encrypted",
+                network.names[-1], network.port,
+            )  # fmt: skip
+        return api.application([*kiosk.routes(appliance), *self._more], wanted.loopback_jobs, network)
 
     def _facts(self) -> Facts:
         """What the appliance's status says of the model and its last answer."""

@@ -317,13 +317,39 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
             "api: {loopback: 0.0.0.0}",
             "line 1: api.loopback: expected a port alone, such as 8080: flashd listens on 127.0.0.1 and on "
             "no other address, since whoever reaches the port may ask and read everything. From another "
-            "machine: ssh -L 8080:127.0.0.1:8080 BOARD",
+            "machine: ssh -L 8080:127.0.0.1:8080 BOARD. A page for phones on the local network, with a PIN: "
+            "api.network",
         ),
         (
             "api: {loopback: '0.0.0.0:8080'}",
             "line 1: api.loopback: expected a port alone, such as 8080: flashd listens on 127.0.0.1 and on "
             "no other address, since whoever reaches the port may ask and read everything. From another "
-            "machine: ssh -L 8080:127.0.0.1:8080 BOARD",
+            "machine: ssh -L 8080:127.0.0.1:8080 BOARD. A page for phones on the local network, with a PIN: "
+            "api.network",
+        ),
+        (
+            "api:\n  network: {port: 8088}",
+            "line 2: api.network: 'code' is missing",
+        ),
+        (
+            "api:\n  network:\n    port: 8088\n    code: 12345",
+            "line 4: api.network.code: expected the PIN of the page: 6 to 12 digits",
+        ),
+        (
+            "api: {network: {port: 8088, code: 456789}}",
+            "line 1: api.network.code: everybody tries this PIN first: take another one",
+        ),
+        (
+            "api: {network: {port: 8088, code: '000000'}}",
+            "line 1: api.network.code: everybody tries this PIN first: take another one",
+        ),
+        (
+            "api:\n  loopback: 8080\n  network: {code: 493817, port: 8080}",
+            "line 3: api.network.port: port 8080 is api.loopback's: take another one",
+        ),
+        (
+            "api: {network: {port: 0.0.0.0, code: 493817}}",
+            "line 1: api.network.port: expected a whole number",
         ),
         (
             "api: {socket: run.sock}",
@@ -367,6 +393,14 @@ def test_pins_and_times_as_people_write_them() -> None:
         (trigger,) = parse(f"triggers: [{{kind: schedule, name: a, prompt: p, at: {written}}}]").triggers
         assert isinstance(trigger, Schedule) and trigger.at is not None
         assert next_time(datetime(2026, 1, 1), trigger.at) == datetime(2026, 1, 1, hour, 30)
+
+
+@pytest.mark.parametrize("written", ["0493817", "'0493817'"])
+def test_a_page_s_pin_in_quotes_or_without(written: str) -> None:
+    network = parse(f"api: {{network: {{port: 8088, code: {written}}}}}").api.network
+    assert network is not None and network.code == "0493817"
+    assert valid(f"api: {{network: {{port: 8088, code: {written}}}}}")
+    assert valid("api: {network: {port: 8088, code: 493817}}")
 
 
 class Lid(msgspec.Struct):

@@ -75,7 +75,9 @@ function sense([name, value]) { return element("li", "", `${name.replaceAll("_",
 
 async function look() {
   try {
-    const status = await (await fetch("api/status")).json();
+    const reply = await fetch("api/status");
+    if (reply.status === 401) { location.reload(); return; }  // on the local network: the PIN is asked for again
+    const status = await reply.json();
     muted = status.muted;
     if (!feed.connected) showPhase(status.phase);
     $("title").textContent = document.title = status.title;

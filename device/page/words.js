@@ -7,6 +7,7 @@ export const STATES = {
 const AGAIN = "The machine is starting again. Please ask once more in a moment.";
 const BUSY = "Many questions are waiting. Please ask again in a moment.";
 const LATE = "The answer took too long, so the machine stopped.";
+const WHO = "The PIN is needed again.";
 const BROKEN = "Something went wrong in the machine. Please ask again.";
 const STARTED_ANEW = "Something more urgent came first. The machine begins this answer anew.";
 
@@ -17,6 +18,7 @@ export class Refused extends Error {
 /** A sentence for whoever asked, and what a technician would want to read. */
 export function failure(error) {
   if (!(error instanceof Refused)) return [AGAIN, ""];
+  if (error.kind === 401) return [WHO, ""];
   if (error.kind === 429) return [BUSY, error.message];
   if (error.kind === 503 || error.kind === "stopping") return [AGAIN, error.message];
   if (error.kind === "expired") return [LATE, error.message];

@@ -46,9 +46,24 @@ def read_loopback(value: Any) -> Any:
     if isinstance(value, str) and re.search(r"\d\.\d|::|localhost", value):
         raise ValueError(
             "expected a port alone, such as 8080: flashd listens on 127.0.0.1 and on no other address, since whoever"
-            " reaches the port may ask and read everything. From another machine: ssh -L 8080:127.0.0.1:8080 BOARD"
+            " reaches the port may ask and read everything. From another machine: ssh -L 8080:127.0.0.1:8080 BOARD."
+            " A page for phones on the local network, with a PIN: api.network"
         )
     return value
+
+
+CODE_WORDS = "the PIN of the page: 6 to 12 digits"
+RUNS = "01234567890123456789"
+
+
+def read_code(value: Any) -> Any:
+    """The page's PIN, in quotes or without. One that everybody tries first is refused."""
+    text = str(value)
+    if not re.fullmatch("[0-9]{6,12}", text):
+        raise ValueError(f"expected {CODE_WORDS}")
+    if len(set(text)) == 1 or text in RUNS or text[::-1] in RUNS:
+        raise ValueError("everybody tries this PIN first: take another one")
+    return text
 
 
 def _text(pattern: str, words: str) -> msgspec.Meta:
@@ -82,6 +97,8 @@ Pin = Annotated[
 Loopback = Annotated[
     int, msgspec.Meta(ge=1, le=65535, description="a port of 127.0.0.1, such as 8080", extra={READ: read_loopback})
 ]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Code = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{6,12}\Z", description=CODE_WORDS, extra={READ: read_code})]
 Absolute = Annotated[str, _text(r"^/", "a path that begins with /")]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]

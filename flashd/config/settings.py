@@ -14,7 +14,20 @@ import msgspec
 
 from flashd.config import typed_yaml
 from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Distance, Near
-from flashd.config.fields import Absolute, Count, Loopback, Name, Pin, Seconds, Size, Strict, Temperature, TopP
+from flashd.config.fields import (
+    Absolute,
+    Code,
+    Count,
+    Loopback,
+    Name,
+    Pin,
+    Port,
+    Seconds,
+    Size,
+    Strict,
+    Temperature,
+    TopP,
+)
 from flashd.config.pins import PinUse, pins_in
 from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
@@ -69,6 +82,22 @@ class Answering(Strict, frozen=True, kw_only=True):
     """Tokens that were said lately become less likely by this factor. 1 turns it off."""
 
 
+class Network(Strict, frozen=True, kw_only=True):
+    """The kiosk's page for phones and computers on the local network, behind a PIN. Nothing of it is encrypted."""
+
+    port: Port
+    """The port on every address of this machine, such as 8088.
+
+    The service gets it from flashd-network.socket.
+    """
+    code: Code
+    """The PIN that the page asks for: 6 to 12 digits.
+
+    Whoever knows it can ask, mute, and see sensors and what triggers ask. Others on the network can read it on its
+    way, since nothing is encrypted: take one that opens nothing else.
+    """
+
+
 class Api(Strict, frozen=True, kw_only=True):
     """Where programs on this machine reach the daemon."""
 
@@ -82,6 +111,8 @@ class Api(Strict, frozen=True, kw_only=True):
     """
     loopback_jobs: bool = False
     """Whether that port also lists jobs. Every user of the machine can then read what others asked."""
+    network: Network | None = None
+    """The page on the local network, for who has no screen. Without this key there is none."""
 
 
 class Serial(Strict, frozen=True, kw_only=True):
@@ -189,6 +220,9 @@ def _check_fit(settings: Settings) -> None:
             parse_size(settings.memory)
         except UsageError as error:
             raise Misfit(("memory",), str(error)) from error
+    network = settings.api.network
+    if network is not None and network.port == settings.api.loopback:
+        raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
     _check_names(settings)
     distances = {s.name for s in settings.sensors if isinstance(s, Distance)}
     for i, trigger in enumerate(settings.triggers):

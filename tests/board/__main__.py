@@ -132,7 +132,7 @@ class Board:
         assert self._show("MemoryMax") == str(MEMORY << 20), self._show("MemoryMax")
         units = (
             "service", "socket", "undo.service", "update@sda.service", "kiosk.service", "loopback.socket",
-            "serial@ttyUSB1.service",
+            "network.socket", "serial@ttyUSB1.service",
         )  # fmt: skip
         names = [f"flashd{'.' if '.' not in unit else '-'}{unit}" for unit in units]
         verified = g.run(f"systemd-analyze verify {' '.join(names)}", check=False)

@@ -91,3 +91,11 @@ def test_a_model_that_is_not_there_yet_is_a_warning(tmp_path: Path) -> None:
         config.write_text(f"model: {model}\nmemory: 50M")
         done = flashd("check-config", config)
         assert done.returncode == 0 and words in done.stderr, done
+
+
+def test_a_page_on_the_network_is_said_as_what_it_is(tmp_path: Path) -> None:
+    config = tmp_path / "flashd.yaml"
+    config.write_text("model: /none.flash\napi: {network: {port: 8088, code: 493817}}")
+    done = flashd("check-config", config)
+    words = "api.network: nothing is encrypted; others on the network can read the PIN, questions and answers"
+    assert done.returncode == 0 and f"warning: {words}\n" in done.stderr and "493817" not in done.stderr

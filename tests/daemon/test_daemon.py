@@ -413,18 +413,22 @@ def test_a_daemon_that_cannot_start_says_why(packed: dict[str, Path], tmp_path: 
 
 @pytest.mark.systemd
 @pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="needs systemd's tools")
-@pytest.mark.parametrize("loopback", [True, False])
-def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ports", [True, False])
+def test_socket_activation(ports: bool, packed: dict[str, Path], tmp_path: Path) -> None:
     """systemd holds the sockets: a client that comes before the model is loaded waits for it.
 
-    Where it does not hold the one that the configuration names, that is said.
+    Where it does not hold those that the configuration names, that is said.
     """
-    port = _free_port()
+    port, network = _free_port(), _free_port()
     with Running(tmp_path, packed["int4"]) as daemon:
         text = daemon.config.read_text()
-        daemon.config.write_text(text.replace("flashd.sock}", f"flashd.sock, loopback: {port}}}"))
+        daemon.config.write_text(
+            text.replace(
+                "flashd.sock}", (f"flashd.sock, loopback: {port}, network: {{port: {network}, code: 493817}}}}")
+            )
+        )
         held = tmp_path / "held.sock"
-        listen = ["-l", str(held), *(["-l", f"127.0.0.1:{port}"] if loopback else [])]
+        listen = ["-l", str(held), *(["-l", f"127.0.0.1:{port}", "-l", f"0.0.0.0:{network}"] if ports else [])]
         module = ["-m", "tests.daemon.appliance_process", str(daemon.config)]
         with daemon.log.open("ab") as log:
             process = subprocess.Popen(["systemd-socket-activate", *listen, sys.executable, *module], stderr=log)
@@ -435,7 +439,9 @@ def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Pa
         transport = httpx.HTTPTransport(uds=str(held))
         with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
             assert http.get("/health").json() == {"status": "ok"}
-        if loopback:
+        if ports:
+            form = httpx.get(f"http://127.0.0.1:{network}/")
+            assert form.status_code == 401 and "PIN" in form.text
             at = f"http://127.0.0.1:{port}/health"
             assert httpx.get(at).json() == {"status": "ok"}
             assert httpx.get(at, headers={"Host": f"localhost:{port}"}).status_code == 200
@@ -445,7 +451,9 @@ def test_socket_activation(loopback: bool, packed: dict[str, Path], tmp_path: Pa
         else:
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"http://127.0.0.1:{port}/health")
-        assert (f"systemd does not listen on 127.0.0.1:{port}" in daemon.log.read_text()) is not loopback
+        for where in (f"127.0.0.1:{port}", f"0.0.0.0:{network}"):
+            assert (f"systemd does not listen on {where};" in daemon.log.read_text()) is not ports
+        assert "behind its PIN; nothing of it is encrypted" in daemon.log.read_text()
         process.terminate()
         assert process.wait(60) == 0
 

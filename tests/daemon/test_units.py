@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashd.cli.main import main
+from flashd.daemon.http.server import PORTS
 from flashd.update.places import Places
 from flashd.update.undo import RECORD
 
@@ -56,7 +57,7 @@ def _values(unit: Path, section: str, key: str) -> list[str]:
     return found
 
 
-SOCKET, LOOPBACK = "/run/flashd/flashd.sock", "127.0.0.1:8080"
+SOCKET, LOOPBACK, NETWORK = "/run/flashd/flashd.sock", "127.0.0.1:8080", "0.0.0.0:8088"
 
 
 def test_loopback_is_listened_on_with_the_kiosk_only(tmp_path: Path) -> None:
@@ -95,6 +96,19 @@ def test_each_start_of_the_service_brings_loopback_back(tmp_path: Path) -> None:
     assert not link.is_symlink()
     root.systemctl("enable", "flashd-loopback.socket")
     assert link.is_symlink()
+
+
+def test_the_network_is_listened_on_only_if_that_is_enabled_by_itself(tmp_path: Path) -> None:
+    root = Root(tmp_path)
+    root.systemctl("enable", "flashd.service", "flashd.socket", "flashd-kiosk.service")
+    assert root.listening() == {SOCKET: "flashd.service", LOOPBACK: "flashd.service"}
+    root.systemctl("enable", "flashd-network.socket")
+    assert root.listening()[NETWORK] == "flashd.service"
+    unit = DEPLOY / "flashd-network.socket"
+    assert _values(unit, "Socket", "IPAddressDeny") == ["any"]
+    assert "0.0.0.0/0" not in _values(unit, "Socket", "IPAddressAllow")[0]
+    assert PORTS["network"] == int(NETWORK.rpartition(":")[2])
+    assert PORTS["loopback"] == int(LOOPBACK.rpartition(":")[2])
 
 
 def test_a_stop_waits_for_hooks_and_voices() -> None:

@@ -78,7 +78,7 @@ for (const each of document.querySelectorAll('body *')) {
   seen.push([each.outerHTML.slice(0, 60), ratio(numbers(ink), paper(each))]);
 }
 const field = document.getElementById('text');
-seen.push(['placeholder', ratio(numbers(getComputedStyle(field, '::placeholder').color), paper(field))]);
+if (field) seen.push(['placeholder', ratio(numbers(getComputedStyle(field, '::placeholder').color), paper(field))]);
 return seen;
 """
 """Each text with the contrast between it and what is behind it."""

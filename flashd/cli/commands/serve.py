@@ -47,7 +47,7 @@ def check_config(options: CheckConfig) -> None:
 
 
 def _warnings(settings: Settings) -> Iterator[str]:
-    """What is right and would not work here and now, such as a card that is not in yet."""
+    """What is right and would not work here and now, such as a card that is not in yet, or is open to others."""
     from flashd.config.devices import Hook, Speech
     from flashd.system.memory import parse_size
 
@@ -62,6 +62,8 @@ def _warnings(settings: Settings) -> Iterator[str]:
     for port in (Path(line.port) for line in settings.serial if line.port.startswith("/")):
         if not port.is_char_device():
             yield f"serial: {port} is {'not a serial line' if port.exists() else 'not there'}"
+    if settings.api.network is not None:
+        yield "api.network: nothing is encrypted; others on the network can read the PIN, questions and answers"
     for output in settings.outputs:
         if isinstance(output, Speech | Hook) and not shutil.which(output.command[0]):
             yield f"outputs: {output.command[0]} is not installed"

@@ -11,22 +11,20 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashd.daemon.events import Events
 from flashd.daemon.http.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
 from flashd.daemon.http.connections import READ_BYTES
+from flashd.daemon.http.ways_in import Network, WaysIn
 from flashd.daemon.job import Event, Job, Request
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.answers import Answers, Growing, leave
@@ -45,38 +43,6 @@ LATEST = 10**18 - 1
 """No job has a higher number."""
 
 B = TypeVar("B", bound=Chat | Completion)
-
-OTHERS = "only for this machine's own pages and programs"
-JOBS_HIDDEN = "jobs are shown on the socket alone; set api: {loopback_jobs: true} to show them here"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class _FromHere:
-    """On loopback, refuses what a browser sends for a page of somebody else's, or by a name that leads here.
-
-    There every user of the machine can ask, so other people's prompts are shown only if `jobs` allows it.
-    """
-
-    def __init__(self, app: ASGIApp, jobs: bool) -> None:
-        self._app, self._jobs = app, jobs
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        server = scope.get("server")
-        if scope["type"] == "http" and server is not None and server[1] is not None:  # a Unix socket has no port
-            headers = Headers(scope=scope)
-            host, origin = headers.get("host", ""), headers.get("origin")
-            refused = None
-            try:
-                if urlsplit(f"//{host}").hostname not in LOOPBACK or origin not in (None, f"http://{host}"):
-                    refused = refusal(403, OTHERS)
-                elif scope["path"].startswith("/api/jobs") and not self._jobs:
-                    refused = refusal(403, JOBS_HIDDEN)
-            except ValueError:
-                refused = refusal(400, "the Host header is malformed")
-            if refused is not None:
-                await refused(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 class Api:
@@ -100,7 +66,9 @@ class Api:
         self._large, self._accepting = asyncio.Lock(), asyncio.Lock()  # one at a time, the first one first
         self._scored: WeakSet[Events[Event]] = WeakSet()  # those of requests that ask for logprobs
 
-    def application(self, more: list[BaseRoute], loopback_jobs: bool = False) -> Starlette:
+    def application(
+        self, more: list[BaseRoute], loopback_jobs: bool = False, network: Network | None = None
+    ) -> Starlette:
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
@@ -119,7 +87,7 @@ class Api:
             routes=routes,
             exception_handlers={FlashdError: _refused, ClientDisconnect: _gone, 404: _no_such, 405: _no_such},
             middleware=[
-                Middleware(_FromHere, jobs=loopback_jobs),
+                Middleware(WaysIn, jobs=loopback_jobs, network=network),
                 Middleware(Admission, asking=self._jobs.most_of_clients),
             ],
         )  # fmt: skip

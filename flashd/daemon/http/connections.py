@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_CONNECTIONS = 384
+MOST_CONNECTIONS, MOST_FROM_AFAR = 384, 96
+"""In all, and of other machines, whose owners need no place on this one to open them."""
+
 READ_BYTES = 8 << 10
 """Bytes of a head, and of a body, that a connection holds before the API asks for more."""
 
@@ -92,8 +94,15 @@ class Connection(H11Protocol):
         self.connections.discard(self)
         self.transport.abort()
 
+    @property
+    def _from_afar(self) -> bool:
+        return self.server is not None and self.server[1] is not None and self.server[0] != "127.0.0.1"
+
     def _make_room(self) -> None:
-        if len(self.connections) <= MOST_CONNECTIONS:
-            return
-        owing = [c for c in self.connections if isinstance(c, Connection) and c._due is not None]
-        min(owing, key=lambda c: c._since)._drop()
+        here = [c for c in self.connections if isinstance(c, Connection)]
+        afar = [c for c in here if c._from_afar]
+        for all_of_them, most in ((afar, MOST_FROM_AFAR), (here, MOST_CONNECTIONS)):
+            if len(all_of_them) > most:
+                owing = [c for c in all_of_them if c._due is not None]
+                min(owing, key=lambda c: c._since)._drop()
+                return

@@ -1,4 +1,4 @@
-"""Serves an application on a Unix socket, and on loopback where that is configured, in a thread of its own."""
+"""Serves an application on a Unix socket and on the ports that are configured, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -22,31 +22,43 @@ log = logging.getLogger(__name__)
 LISTEN_FDS_START = 3
 """sd_listen_fds(3): the first descriptor that systemd passes."""
 
+HERE, ANY = "127.0.0.1", "0.0.0.0"
+
+NOT_PASSED = (
+    "api.%s: systemd does not listen on %s:%d; systemctl stop flashd, then"
+    " systemctl enable --now flashd-%s.socket, which listens on %d"
+)
+PORTS = {"loopback": 8080, "network": 8088}
+"""What deploy/flashd-*.socket listen on."""
+
 
 class Server:
     """uvicorn on sockets that are bound when this is made, so that a client waits rather than fails while we load.
 
-    systemd's sockets, where it passed any, are all there are: without a network we could not bind loopback's. Where
-    that one is configured and was not passed, the journal says so.
+    systemd's sockets, where it passed any, are all there are: without a network we could bind no port. If a port is
+    configured and was not passed, the journal says so.
+
+    Args:
+        path: the Unix socket.
+        loopback: a port on 127.0.0.1.
+        network: a port on every address.
 
     Raises CannotWrite where a socket cannot be bound.
     """
 
-    def __init__(self, path: Path, loopback: int | None) -> None:
+    def __init__(self, path: Path, loopback: int | None, network: int | None = None) -> None:
         self._path: Path | None = None
         self._sockets = _passed_sockets()
+        wanted = (("loopback", HERE, loopback), ("network", ANY, network))
+        ports = [(key, address, port) for key, address, port in wanted if port is not None]
         if self._sockets:
-            if loopback is not None and not any(_is_loopback(each, loopback) for each in self._sockets):
-                log.warning(
-                    "api.loopback: systemd does not listen on 127.0.0.1:%d; systemctl stop flashd, then"
-                    " systemctl enable --now flashd-loopback.socket, which listens on 8080",
-                    loopback,
-                )
+            for key, address, port in ports:
+                if not any(_is_at(each, address, port) for each in self._sockets):
+                    log.warning(NOT_PASSED, key, address, port, key, PORTS[key])
         else:
             self._sockets = [_unix_socket(path)]
             self._path = path
-            if loopback is not None:
-                self._sockets.append(_loopback_socket(loopback))
+            self._sockets += [_port_socket(address, port) for _, address, port in ports]
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -81,8 +93,8 @@ def _passed_sockets() -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + count)]
 
 
-def _is_loopback(passed: socket.socket, port: int) -> bool:
-    return passed.family == socket.AF_INET and passed.getsockname() == ("127.0.0.1", port)
+def _is_at(passed: socket.socket, address: str, port: int) -> bool:
+    return passed.family == socket.AF_INET and passed.getsockname() == (address, port)
 
 
 def _unix_socket(path: Path) -> socket.socket:
@@ -112,13 +124,13 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _loopback_socket(port: int) -> socket.socket:
+def _port_socket(address: str, port: int) -> socket.socket:
     bound = socket.socket(socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(("127.0.0.1", port))
+        bound.bind((address, port))
         bound.listen()
     except OSError as error:
         bound.close()
-        raise CannotWrite(f"127.0.0.1:{port}: {error.strerror}") from error
+        raise CannotWrite(f"{address}:{port}: {error.strerror}") from error
     return bound

@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse
 from flashd.errors import BAD_REQUEST, BadField, Busy, UsageError
 
 CODES = {
-    400: "invalid_value", 403: "forbidden", 404: "not_found", 405: "not_found", 429: "rate_limit_exceeded",
-    500: "server_error", 503: "unavailable",
+    400: "invalid_value", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "not_found",
+    429: "rate_limit_exceeded", 500: "server_error", 503: "unavailable",
 }  # fmt: skip
 """What went wrong if nothing more is known than the status."""
 

@@ -141,6 +141,7 @@ class Appliance:
             temperature=state.temperature, throttled=state.throttled,
             title=self._settings.kiosk.title, presets=self._settings.kiosk.presets,
             triggers=[t.name for t in self._settings.triggers], model=facts.model, last=facts.last,
+            demo=facts.demo,
         )  # fmt: skip
 
     def watch_phase(self, sink: Callable[[str], None]) -> Callable[[], None]:

@@ -13,10 +13,12 @@ from flashd.daemon.jobs import Jobs
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What only the daemon knows: the model in words, and the figures of the last answer, none before the first."""
+    """What only the daemon knows: the model in words, the figures of the last answer, none before the first, and
+    whether the board is a mock one."""
 
     model: dict[str, str] = {}
     last: dict[str, float] = {}
+    demo: bool = False
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     triggers: list[str]
     model: dict[str, str]
     last: dict[str, float]
+    demo: bool  # whether there is no board, so that pages show a mock one
 
 
 class Controls(Protocol):

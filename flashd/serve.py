@@ -15,12 +15,12 @@ from pathlib import Path
 from types import FrameType
 
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
+from starlette.routing import Route
 
 from device import demo as demonstration
 from device import kiosk
 from device.appliance import Appliance, check
-from device.controls import Facts
+from device.controls import Controls, Facts
 from flashd.bundle.file import Patience
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings, load
@@ -69,10 +69,15 @@ class Daemon:
     Args:
         settings: the configuration.
         reread: gives the configuration anew, for SIGHUP.
-        more: routes beside the API's and the kiosk's.
+        more: gives routes beside the API's and the kiosk's. Only the demo has some.
     """
 
-    def __init__(self, settings: Settings, reread: Callable[[], Settings], more: list[BaseRoute]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reread: Callable[[], Settings],
+        more: Callable[[Controls], list[Route]] | None = None,
+    ) -> None:
         self._settings, self._reread, self._more = settings, reread, more
         self._notify = Notifier()
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -150,6 +155,7 @@ class Daemon:
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         metrics = metrics_text(jobs, worker)
         api = Api(jobs, self._name, appliance.status, appliance.start, metrics, worker.fitting)
+        more = self._more(appliance) if self._more else []
         wanted = self._settings.api
         network = kiosk.network(wanted.network, socket.gethostname()) if wanted.network else None
         if network:
@@ -157,19 +163,20 @@ class Daemon:
                 "the page is on the local network, at http://%s:%d/, behind its PIN; nothing of it is encrypted",
                 network.names[-1], network.port,
             )  # fmt: skip
-        return api.application([*kiosk.routes(appliance), *self._more], wanted.loopback_jobs, network)
+        return api.application([*kiosk.routes(appliance), *more], wanted.loopback_jobs, network)
 
     def _facts(self) -> Facts:
         """What the appliance's status says of the model and its last answer."""
+        demo = self._more is not None
         if self._worker is None:
-            return Facts()
+            return Facts(demo=demo)
         plan = self._worker.engine.plan
         share = 100 if plan.resident else int(100 * plan.pinned_share)
         model = {
             "name": self._name, "context": f"{plan.context} tokens",
             "memory": f"{peak() / MIB:.0f} of {plan.memory / MIB:.0f} MiB", "neurons in RAM": f"{share} %",
         }  # fmt: skip
-        return Facts(model=model, last=self._worker.last)
+        return Facts(model=model, last=self._worker.last, demo=demo)
 
     def _take_signals(self, stack: ExitStack) -> None:
         """A handler only notes the signal: the main thread acts on it when it is in a state to."""
@@ -218,15 +225,16 @@ def serve(path: Path) -> None:
     log_to_journal()
     faulthandler.enable()  # a lost watchdog's SIGABRT writes down where each thread hangs
     settings = load(path, check)
-    Daemon(settings, lambda: load(path, check), []).run(lambda: None)
+    Daemon(settings, lambda: load(path, check)).run(lambda: None)
 
 
-def serve_demo(show: Callable[[str], None]) -> None:
-    """Runs the daemon with no board, in a folder that is gone afterwards."""
+def serve_demo(screen: demonstration.Screen) -> None:
+    """Runs the daemon with no board, in a folder that is gone afterwards, and shows on a screen what happens."""
     log_to_journal()
+    screen.take_log()
     with tempfile.TemporaryDirectory(prefix="flashd-demo-", dir=os.environ.get("XDG_RUNTIME_DIR")) as folder:
-        demo = demonstration.Demo(Path(folder))
+        demo = demonstration.Demo(Path(folder), screen)
         try:
-            Daemon(demo.settings, lambda: demo.settings, [*demonstration.routes()]).run(lambda: show(demo.manual))
+            Daemon(demo.settings, lambda: demo.settings, demo.routes).run(demo.ready)
         finally:
             demo.close()

@@ -6,7 +6,7 @@ import { plot } from "./plot.js";
 const MOST_POINTS = 60, EVERY = 2;  // seconds between two looks at the temperature
 const past = { speed: [], card: [], hits: [], heat: [] };
 const MODEL = { name: "The model", context: "It remembers at most", memory: "Memory in use", "neurons in RAM": "Of the model in memory" };
-let lastSeen = "";
+let lastSeen = "", last = null;
 
 function keep(series, value) { series.push(value); if (series.length > MOST_POINTS) series.shift(); }
 
@@ -28,9 +28,9 @@ function heat() {
 
 /** Takes what the machine says of itself, and shows it. */
 export function showStatus(status) {
-  const last = status.last && status.last.seconds ? status.last : null;
-  if (last && JSON.stringify(last) !== lastSeen) {
-    lastSeen = JSON.stringify(last);
+  const seen = JSON.stringify(status.last);
+  if (status.last.decode_tokens_per_second && seen !== lastSeen) {  // a decision writes nothing: it has no speed
+    lastSeen = seen; last = status.last;
     keep(past.speed, last.decode_tokens_per_second);
     keep(past.card, last.card_bytes_per_token / 1048576);
     keep(past.hits, 100 * last.window_hit_rate);

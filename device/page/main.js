@@ -1,6 +1,7 @@
 // The page: brings its parts together.
 
 import { showJobs, showPhase } from "./band.js";
+import { showBoard } from "./board.js";
 import { $, element } from "./dom.js";
 import { showStatus } from "./drawer.js";
 import { Feed } from "./feed.js";
@@ -9,7 +10,7 @@ import { ask, failed, Overheard, Turn } from "./talk.js";
 
 const MOST_TURNS = 64, LEFT_ALONE = 180_000, LOOK = 2000, TICK = 500;  // messages, milliseconds
 const GO_ON = "Go on.";
-let messages = [], shown = [], running = null, known = "", muted = false, touched = Date.now();
+let messages = [], shown = [], running = null, known = "", muted = false, board = false, touched = Date.now();
 
 const overheard = new Overheard();
 const feed = new Feed(
@@ -85,6 +86,7 @@ async function look() {
     $("senses").replaceChildren(...Object.entries(status.sensors).map(sense));
     const presets = JSON.stringify(status.presets);
     if (presets !== known) { known = presets; $("presets").replaceChildren(...status.presets.map(preset)); busy(); }
+    if (status.demo && !board) { board = true; showBoard(); }
     showStatus(status);
   } catch { showPhase(null); }
   if (!running && shown.length && Date.now() - touched > LEFT_ALONE) forget();

@@ -1,6 +1,6 @@
 // Small plots with axes that say what they show.
 
-const WIDTH = 320, HEIGHT = 120, LEFT = 46, RIGHT = 310, TOP = 14, BOTTOM = 96;
+const WIDTH = 320, HEIGHT = 120, LEFT = 46, RIGHT = 310, TOP = 20, BOTTOM = 96;
 
 /** The next of 1, 2, 5, 10, ... that is not below a value. */
 function above(value) {
@@ -27,7 +27,7 @@ export function plot(name, values, unit, from, to) {
     drawn("path", { class: "axis", d: `M${LEFT} ${TOP}V${BOTTOM}H${RIGHT}` }),
     drawn("text", { x: LEFT - 5, y: TOP + 5, "text-anchor": "end" }, round(top)),
     drawn("text", { x: LEFT - 5, y: BOTTOM, "text-anchor": "end" }, round(low)),
-    drawn("text", { x: LEFT + 6, y: TOP - 2 }, unit),
+    drawn("text", { x: LEFT + 6, y: TOP - 8 }, unit),
     drawn("text", { x: LEFT, y: HEIGHT - 8 }, from),
     drawn("text", { x: RIGHT, y: HEIGHT - 8, "text-anchor": "end" }, to),
     drawn("polyline", { points: values.map((v, i) => `${x(i).toFixed(1)},${y(v).toFixed(1)}`).join(" ") }),

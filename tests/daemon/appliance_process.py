@@ -6,13 +6,12 @@ python -m tests.daemon.appliance_process FILE.yaml
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
-
-import gpiozero
-from gpiozero.pins.mock import MockFactory
 
 from device import demo
 from device.appliance import check
+from device.mock_board import MockBoard
 from flashd.config import settings
 from flashd.daemon.notify import log_to_journal
 from flashd.errors import FlashdError
@@ -20,10 +19,11 @@ from flashd.serve import Daemon
 
 
 def main(path: Path) -> int:
-    gpiozero.Device.pin_factory = MockFactory()
+    board = MockBoard()
     log_to_journal()
     try:
-        Daemon(settings.load(path, check), lambda: settings.load(path, check), [*demo.routes()]).run(lambda: None)
+        wanted = settings.load(path, check)
+        Daemon(wanted, lambda: settings.load(path, check), partial(demo.routes, board)).run(lambda: None)
     except FlashdError as error:
         print(f"flashd: {error}", file=sys.stderr)
         return error.exit_code

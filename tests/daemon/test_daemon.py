@@ -386,7 +386,7 @@ def test_memory_that_somebody_else_has_is_waited_for(
     with Bundle(packed["int4"]) as bundle:
         for text, error in (("", MemoryTaken), ("memory: 40M", ConfigError)):
             with pytest.raises(error, match=r"the smallest that works is|at the least"):
-                Daemon(parse(text), lambda: parse(""), [])._load(bundle)
+                Daemon(parse(text), lambda: parse(""))._load(bundle)
     unit = (Path(__file__).parents[2] / "deploy" / "flashd.service").read_text()
     (never,) = (line.split("=")[1].split() for line in unit.splitlines() if line.startswith("RestartPrevent"))
     assert str(ConfigError.exit_code) in never and str(MemoryTaken.exit_code) not in never
@@ -480,8 +480,14 @@ def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
     assert b"Paris" in line.read_until(b"Paris")
     line.close()
     assert httpx.post("http://127.0.0.1:8765/demo/press/17").json() == {"pressed": 17}
-    assert httpx.post("http://127.0.0.1:8765/demo/press/99").json() == {"error": "there is no pin 99"}
-    demo.expect("job 2 of trigger:front done")
+    assert httpx.post("http://127.0.0.1:8765/demo/press/99").json() == {
+        "error": "there is nothing on pin 99; what can be touched: button 17, door 27"
+    }
+    demo.expect("button 17: pressed")
+    demo.expect(r"button 17: up after [0-9.]+ s")
+    demo.expect("The button “front” asks: Say hello to whoever has just pressed the button.")
+    demo.expect(r"the answer: \S+")
+    demo.expect("LED 22 ● [0-9.]+ s  pin 5 ○ off .*  button 17 ○ .*  door 27 ○ closed [0-9.]+ ")
     demo.sendintr()
     demo.expect(pexpect.EOF)
     assert demo.wait() == 0, demo.before  # not close alone, which kills what is slow to end

@@ -9,13 +9,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from gpiozero.pins.mock import MockFactory
 
-from device.demo import press
+from device.controls import Facts
 from device.feed import MOST_PAGES
 from device.kiosk import PAGE
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from tests.daemon.fake_worker import Clerk, request
+from tests.device.conftest import LAST
 from tests.device.kiosk_page import NEEDED, Page
 from tests.waiting import wait
 
@@ -173,9 +175,10 @@ def test_a_cut_answer_goes_on(page: Page, jobs: Jobs) -> None:
 # --- what others ask ------------------------------------------------------------------------------------------
 
 
-def test_what_a_button_asks_and_is_answered_comes_by_itself(page: Page, clerk: Clerk) -> None:
+def test_what_a_button_asks_and_is_answered_comes_by_itself(page: Page, clerk: Clerk, pins: MockFactory) -> None:
     wait(lambda: page.text("#state") == "Ready")
-    press(17)
+    pins.pin(17).drive_low()
+    pins.pin(17).drive_high()
     wait(lambda: page.text(".asked") == "The button “front”: Say hello to the visitor.")
     wait(lambda: page.text(".answer") == "It is warm today.")
     wait(lambda: not page.all(".turn[aria-busy]"))
@@ -300,11 +303,21 @@ def test_the_drawer_says_how_it_is_doing(page: Page, clerk: Clerk) -> None:
     texts = [t.text for t in page.all("svg[aria-label^='Temperature'] text")]
     assert texts[:3] == ["50", "0", "°C"] and texts[3].endswith("s ago") and texts[4] == "now"
     height = float(page.find("svg[aria-label^='Temperature'] circle").get_attribute("cy"))
-    assert abs((96 - height) / (96 - 14) - 0.966) < 0.01
+    assert abs((96 - height) / (96 - 20) - 0.966) < 0.01
     page.find("#mute").click()
     wait(lambda: page.appliance.muted and page.text("#state") == "Muted")
     page.find("#shut").click()
     assert not page.all("#drawer")
+
+
+def test_a_decision_has_no_speed(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token is not written: what the drawer shows stays that of the answer before."""
+    page.find("#more").click()
+    wait(lambda: "2.00 tokens a second" in page.text("#figures"))
+    decided = LAST | {"decode_tokens_per_second": 0.0, "tokens": 1.0, "seconds": 0.25}
+    monkeypatch.setattr(page.appliance, "_facts", lambda: Facts(model={"name": "another model"}, last=decided))
+    wait(lambda: "another model" in page.text("#figures"), 20)
+    assert "2.00 tokens a second" in page.text("#figures")
 
 
 def test_the_files_of_others_are_as_they_published_them() -> None:

@@ -6,9 +6,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashd.cli.demo_screen import DemoScreen
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CheckConfig, Serve
 from flashd.system.printable import printable
@@ -23,7 +25,8 @@ def serve(options: Serve) -> None:
     from flashd.serve import serve, serve_demo
 
     if options.demo:
-        serve_demo(lambda manual: print(manual, flush=True))
+        with closing(DemoScreen()) as screen:
+            serve_demo(screen)
     else:
         serve(options.config)
 

@@ -138,7 +138,9 @@ def _add_budget(parser: Parser) -> None:
 
 
 def _models(commands: Commands) -> None:
-    models = _command(commands, "models", o.Models, "List the bundles on this machine, and the RAM that each needs.")
+    models = _command(
+        commands, "models", o.Models, "List the bundles here, the RAM that each needs, and the speed to expect."
+    )
     _json(models)
 
 
@@ -146,7 +148,8 @@ def _use(commands: Commands) -> None:
     use = _command(
         commands, "use", o.Use, "Have the daemon answer with another bundle.",
         "This checks that the bundle works in the memory of this machine, and then changes model and, if it is too"
-        " small, memory in the configuration. Your comments stay.",
+        " small, memory in the configuration. Your comments stay. The service starts again; if it does not, the"
+        " configuration is put back.",
     )  # fmt: skip
     _name(use)
     _config(use)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from flashd.cli.commands import models
 from flashd.cli.main import main
 from flashd.config.edit import with_key
 from flashd.config.settings import load
+from flashd.engine import expected
+from flashd.engine.planning import plan as plan_module
+from flashd.update import service
 from tests.cli.command import refused, run
 
 
@@ -90,8 +94,80 @@ def test_models_are_listed_with_what_they_need(board: Path, capfd: pytest.Captur
     assert (one["name"], one["family"], one["daemon"], two["daemon"]) == ("one", "llama", True, False)
     assert one["size_bytes"] == (board / "one.flash").stat().st_size and one["least_bytes"] > 20 << 20
     assert "bad.flash" in err and err.count("\n") == 1
+    assert one["whole"] and one["tokens_per_second"] > 0
     assert main(["models"]) == 0
-    assert "two" in capfd.readouterr().out
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0].split() == ["NAME", "FAMILY", "SIZE", "LEAST", "RAM", "TOKENS/S"]
+    assert re.fullmatch(r"two +llama +\d+ MiB +\d+ MiB  about \d+(\.\d)?", shown[2]), shown
+    assert shown[-1] == "Tokens/s are an estimate for this machine, with memory: 1M."
+
+
+def test_the_rate_of_a_model_that_pages_is_called_the_least(
+    board: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_can_be_whole", lambda header: False)
+    monkeypatch.setattr(expected, "tokens_per_second", lambda bundle, plan: None)
+    assert main(["models"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^two .* \?$", out, re.MULTILINE) and out.endswith(
+        "?: flashd doctor measures the card, once.\n"
+    )
+    monkeypatch.setattr(expected, "tokens_per_second", lambda bundle, plan: 0.0756)
+    assert main(["models"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"^two .*  from 0\.076$", out, re.MULTILINE)
+    assert "A model that pages reads the card for them; drafts often make it several times as fast." in out
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >>{log}
+case $1 in
+show) echo {pid} ;;
+restart) grep -q two.flash {config} && [ -e {folder}/bad ] && {{ echo 'it failed' >&2; exit 1; }} ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def systemd(board: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A systemctl that says it ran this process, and writes down what it is told. `bad` has it fail with `two`."""
+    (tmp_path / "bin").mkdir()
+    log = tmp_path / "systemctl.log"
+    text = SYSTEMCTL.format(log=log, pid=os.getpid(), config=board / "flashd.yaml", folder=board)
+    (tmp_path / "bin/systemctl").write_text(text)
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(models, "SYSTEMD", tmp_path)
+    return log
+
+
+def test_use_starts_the_service_again(board: Path, systemd: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["use", "two", "--config", str(board / "flashd.yaml")]) == 0
+    assert systemd.read_text().splitlines()[-1] == "restart flashd.service"
+    assert capfd.readouterr().out.splitlines()[-1] == "flashd answers with it now"
+
+
+def test_use_puts_the_configuration_back_if_the_service_does_not_start(
+    board: Path, systemd: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (board / "bad").touch()
+    config = board / "flashd.yaml"
+    before = config.read_text()
+    assert main(["use", "two", "--config", str(config)]) == os.EX_SOFTWARE
+    words = f"flashd does not start: it failed; {config} is as it was again. Why: journalctl -u flashd\n"
+    assert capfd.readouterr().err == f"flashd: {words}"
+    assert config.read_text() == before
+    assert systemd.read_text().splitlines()[-2:] == ["restart flashd.service"] * 2
+
+
+def test_use_counts_what_the_service_will_give_back(
+    board: Path, systemd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashd.system.memory.available_memory", lambda: 1 << 20)
+    assert service.held() > 20 << 20
+    monkeypatch.setattr(service, "held", lambda: 1 << 40)
+    assert main(["use", "two", "--config", str(board / "flashd.yaml")]) == 0
 
 
 def test_use_writes_a_model_and_a_memory_that_works(board: Path, capfd: pytest.CaptureFixture[str]) -> None:

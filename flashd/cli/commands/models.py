@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"), Path("/tmp"))
 """Folders that the service cannot see."""
 
+SYSTEMD = Path("/run/systemd/system")
+"""It is there if systemd runs."""
+
 STEP = 10 * MIB
 SPARE = 1.1
 """Times the least RAM: what the devices of the board take comes on top of the daemon's."""
@@ -37,6 +41,8 @@ class Found:
     family: str
     size_bytes: int
     least_bytes: int  # of RAM, with the usual context
+    whole: bool  # whether it stays in RAM whole
+    tokens_per_second: float | None  # to expect; of a model that pages what the card allows, without drafts
     daemon: bool  # whether the daemon answers with it
 
 
@@ -49,11 +55,11 @@ def models(options: Models) -> None:
     from flashd.system.child import Limits, in_child
 
     try:
-        used = _configured(CONFIG)
+        settings = _settings(CONFIG)
     except ConfigError as error:
         print(printable(f"flashd: {error}"), file=sys.stderr)
-        used = None
-    found = in_child(lambda: list(_found(used)), Limits(*LOOKING))
+        settings = None
+    found = in_child(lambda: list(_found(settings)), Limits(*LOOKING))
     if options.json:
         print(json.dumps([asdict(f) for f in found], ensure_ascii=False))
         return
@@ -61,33 +67,57 @@ def models(options: Models) -> None:
         print("There are no bundles here; flashd pack MODEL makes one.")
         return
     width = max(len(f.name) for f in found)
-    print(f"{'NAME':{width}}  {'FAMILY':12}{'SIZE':>9}{'LEAST RAM':>12}")
+    print(f"{'NAME':{width}}  {'FAMILY':12}{'SIZE':>9}{'LEAST RAM':>12}  TOKENS/S")
     for f in found:
         sizes = f"{f.size_bytes / MIB:>5.0f} MiB{f.least_bytes / MIB:>8.0f} MiB"
-        print(f"{f.name:{width}}  {f.family:12}{sizes}{'  the daemon answers with it' if f.daemon else ''}")
+        daemon = "the daemon answers with it" if f.daemon else ""
+        print(f"{f.name:{width}}  {f.family:12}{sizes}  {_rate(f):11}{daemon}".rstrip())
+    memory = settings.memory if settings and settings.memory else "what is free"
+    print(f"\nTokens/s are an estimate for this machine, with memory: {memory}.")
+    if any(not f.whole and f.tokens_per_second for f in found):
+        print("A model that pages reads the card for them; drafts often make it several times as fast.")
+    if any(f.tokens_per_second is None for f in found):
+        print("?: flashd doctor measures the card, once.")
 
 
-def _found(used: Path | None) -> Iterator[Found]:
+def _rate(found: Found) -> str:
+    if found.tokens_per_second is None:
+        return "?"
+    rate = found.tokens_per_second
+    figures = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
+    return f"about {figures}" if found.whole else f"from {figures}"
+
+
+def _found(settings: Settings | None) -> Iterator[Found]:
     for path in all_bundles():
         try:
-            yield _look(path, used)
+            yield _look(path, settings)
         except FlashdError as error:
             print(printable(f"flashd: {error}"), file=sys.stderr)
 
 
-def _look(path: Path, used: Path | None) -> Found:
+def _look(path: Path, settings: Settings | None) -> Found:
     from flashd.bundle.reader import Bundle
     from flashd.cli.own_model import plan_for_answers
     from flashd.engine.engine import Budget
+    from flashd.engine.expected import tokens_per_second
+    from flashd.system.memory import available_memory, parse_size
 
+    memory = parse_size(settings.memory) if settings and settings.memory else available_memory()
     with Bundle(path) as bundle:
         model = bundle.header.model
         least = plan_for_answers(bundle, Budget(memory=1 << 40)).least
-    return Found(path.stem, str(path), model.name, model.family, path.stat().st_size, least, path.resolve() == used)
+        plan = plan_for_answers(bundle, Budget(memory=max(memory, least)))
+        rate = tokens_per_second(bundle, plan)
+    used = Path(settings.model).resolve() if settings and settings.model else None
+    return Found(
+        name=path.stem, path=str(path), model=model.name, family=model.family, size_bytes=path.stat().st_size,
+        least_bytes=least, whole=plan.resident, tokens_per_second=rate, daemon=path.resolve() == used,
+    )  # fmt: skip
 
 
 def use(options: Use) -> None:
-    """Has the daemon answer with a bundle from its next start on."""
+    """Has the daemon answer with a bundle from now on."""
     check_appliance()
     from device.appliance import check
     from flashd.config.settings import load
@@ -102,9 +132,28 @@ def use(options: Use) -> None:
         raise UsageError(f"{path}: the service cannot see this folder; copy the bundle to /var/lib/flashd")
     needs = in_child(lambda: _needs(path, settings), Limits(*LOOKING))
     memory = _memory(path, needs, settings)
+    before = options.config.read_bytes()
     _write(options.config, settings, path, memory)
-    print(f"{options.config}: model is {path}, memory is {memory or 'what is free'}")
-    print("The daemon answers with it after: sudo systemctl restart flashd")
+    print(f"{options.config}: model is {path}, memory is {memory or 'what is free'}", flush=True)
+    if options.config.resolve() == CONFIG.resolve() and SYSTEMD.is_dir():
+        _restart(options.config, before)
+    else:
+        print("The daemon answers with it after: sudo systemctl restart flashd")
+
+
+def _restart(config: Path, before: bytes) -> None:
+    """Has the daemon answer with the new bundle; if it does not start, with the old one. Raises FlashdError."""
+    from flashd.update import service
+
+    print("flashd starts again; this takes as long as the model loads", flush=True)
+    try:
+        service.restart()
+    except FlashdError as error:
+        _put(config, before)
+        with suppress(FlashdError):
+            service.restart()
+        raise FlashdError(f"{error}; {config} is as it was again. Why: journalctl -u flashd") from error
+    print("flashd answers with it now")
 
 
 def _needs(path: Path, settings: Settings) -> int:
@@ -120,11 +169,13 @@ def _needs(path: Path, settings: Settings) -> int:
 def _memory(path: Path, needs: int, settings: Settings) -> str | None:
     """The `memory` that works: the configured one, or more if that is too little. None: what is free."""
     from flashd.system.memory import available_memory, parse_size
+    from flashd.update import service
 
-    if needs > available_memory():
+    free = available_memory() + (service.held() if SYSTEMD.is_dir() else 0)
+    if needs > free:
         raise MemoryTaken(
             f"{path.stem} needs {needs // MIB}M with a context of {settings.context}, and"
-            f" {available_memory() // MIB}M are free; lower context, end other programs, or use a smaller model"
+            f" {free // MIB}M are free; lower context, end other programs, or use a smaller model"
         )
     if settings.memory is None or parse_size(settings.memory) >= needs:
         return settings.memory
@@ -137,7 +188,6 @@ def _write(config: Path, before: Settings, path: Path, memory: str | None) -> No
 
     from flashd.config.edit import with_key
     from flashd.config.settings import parse
-    from flashd.system.new_file import NewFile
 
     text = with_key(config.read_text("utf-8"), "model", str(path))
     if memory != before.memory and memory is not None:
@@ -150,9 +200,15 @@ def _write(config: Path, before: Settings, path: Path, memory: str | None) -> No
     if not right:
         lines = f"model: {path}" + (f" and memory: {memory}" if memory else "")
         raise ConfigError(f"{config}: flashd cannot change this file safely; change it yourself to {lines}")
+    _put(config, text.encode())
+
+
+def _put(config: Path, data: bytes) -> None:
+    from flashd.system.new_file import NewFile
+
     target = config.resolve()
     with NewFile(target, target.stat().st_mode & 0o777) as file:
-        file.write(text.encode(), 0)
+        file.write(data, 0)
         file.publish()
 
 
@@ -172,10 +228,15 @@ def rm(options: Rm) -> None:
 
 def _configured(config: Path) -> Path | None:
     """The bundle that a configuration names."""
+    settings = _settings(config)
+    return Path(settings.model).resolve() if settings and settings.model else None
+
+
+def _settings(config: Path) -> Settings | None:
+    """None if there is no configuration. Raises ConfigError."""
     if not config.exists():
         return None
     check_appliance()
     from flashd.config.settings import load
 
-    model = load(config).model
-    return Path(model).resolve() if model else None
+    return load(config)

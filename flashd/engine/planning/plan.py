@@ -34,6 +34,9 @@ MARGIN = 2 * MIB
 LIBRARIES = "interpreter, libraries, tokenizer"
 """The part of a plan that is there already."""
 
+WEIGHTS = "constant weights"
+"""The part of a model that stays whole."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -286,4 +289,4 @@ def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8
     common = _common(header, context, base)
     # the KV cache and the workspace are not touched before all sessions are open
     opening = max(0, opening - workspace - common["KV cache"])
-    return common | {"constant weights": weights, "workspace": workspace, "opening": opening}
+    return common | {WEIGHTS: weights, "workspace": workspace, "opening": opening}

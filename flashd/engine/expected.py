@@ -1,0 +1,72 @@
+"""How fast a bundle will answer on this machine, told without loading it.
+
+What stays in RAM is multiplied once for each token, at a rate that is measured on a part of it. What does not is read
+from the card once for each pass, at the rate that `flashd doctor` has measured. Drafts, which give several tokens a
+pass, and a long text, which has more attention, are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flashd.bundle.reader import Bundle
+from flashd.engine.forward import products
+from flashd.engine.forward.constants import Constants, multiplied
+from flashd.engine.paging.card_speed import remembered
+from flashd.engine.planning.parts import held
+from flashd.engine.planning.plan import WEIGHTS, Plan
+from flashd.graphs.constant import Arithmetic
+from flashd.system.memory import MIB
+
+PART = 48 * MIB
+"""Bytes that are multiplied to measure the rate: more than the caches of a small processor hold."""
+
+ROUNDS = 5
+
+MULTIPLIED = (WEIGHTS, "attention", "head", "pinned neurons")
+"""Parts of a plan that every token is multiplied with."""
+
+
+def tokens_per_second(bundle: Bundle, plan: Plan) -> float | None:
+    """The rate to expect with a plan. None if the card's speed is needed and was not measured.
+
+    Raises DamagedRun, CardError.
+    """
+    in_ram = sum(plan.parts.get(part, 0) for part in MULTIPLIED)
+    seconds = in_ram / _multiplied_per_second(bundle, plan)
+    if plan.card_bytes:
+        speed = remembered(bundle.path)
+        if speed is None:
+            return None
+        seconds = max(seconds, plan.card_bytes / speed.bandwidth)  # the one goes on while the other does
+    return 1 / seconds
+
+
+def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
+    """Bytes of constant weights that are multiplied with one token in a second: the best of some rounds."""
+    products.use_threads(plan.threads)
+    arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
+    header = bundle.header
+    x = np.ones((1, header.model.hidden), np.float32)
+    sessions = list(_sessions(bundle, arithmetic))
+    nbytes = len(sessions) * held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for session in sessions:
+            multiplied(session, doubled=arithmetic == "float32", x=x)
+        best = min(best, time.perf_counter() - started)
+    return nbytes / best
+
+
+def _sessions(bundle: Bundle, arithmetic: Arithmetic) -> Iterator[Any]:
+    """The first products of some layers."""
+    header = bundle.header
+    constants, kind = Constants(header, arithmetic), header.formats.attention
+    each = held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
+    for i in range(min(header.model.layers, max(1, PART // each))):
+        yield constants.rows(bundle.rows(f"layer.{i}.qkv"), kind, header.model.hidden)

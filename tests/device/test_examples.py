@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gpiozero
 import msgspec
 import pytest
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
-from device.demo import Cable, press
+from device.demo import Cable
 from flashd.cli.main import main
 from flashd.config import settings
 from flashd.config.devices import Analog, OneWire
@@ -52,6 +53,14 @@ def speaking(project: str, said: Path) -> str:
     words = text(project)
     assert "[espeak-ng, --stdin]" in words
     return words.replace("[espeak-ng, --stdin]", f"[sh, -c, '{{ cat; echo; }} >> {said}']")
+
+
+def press(pin: int) -> None:
+    """A button pulls its pin to ground for a moment."""
+    mock = gpiozero.Device.pin_factory.pin(pin)
+    mock.drive_low()
+    time.sleep(0.2)
+    mock.drive_high()
 
 
 def asked(job: Job) -> str:

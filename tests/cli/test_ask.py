@@ -84,6 +84,17 @@ def test_the_peak_of_a_long_context_stays_under_the_budget(packed: dict[str, Pat
     assert facts["peak_bytes"] <= facts["memory_bytes"]
 
 
+def test_the_peak_of_a_long_answer_stays_under_the_budget(packed: dict[str, Path]) -> None:
+    """Each pass opens and drops sessions; what they leave in gaps must not add up."""
+    done = run(
+        "ask", "Tell me a story.", "--model", packed["int4"], "--memory", "205M", "--context", "512", "--json",
+        "--ignore-eos", "--max-tokens", "100",
+    )  # fmt: skip
+    facts = json.loads(done.stdout)
+    assert not facts["resident"] and facts["tokens"] == 100
+    assert facts["peak_bytes"] <= facts["memory_bytes"]
+
+
 def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
     """Without a chat template a prompt is the beginning of a text, in which nothing is a control token."""
     from flashd.bundle.reader import Bundle

@@ -35,8 +35,11 @@ SESSIONS = 10 * MIB
 SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
 
-SLACK, PAGED_SLACK = 8 * MIB, 18 * MIB
+SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
 """What the allocators hold beyond what was asked of them, for a model that stays whole and for one that pages."""
+
+REUSED = 12 * MIB
+"""What passes over few tokens leave in gaps if they reuse what is freed, measured 5 to 12 MiB, see freed_memory."""
 
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
@@ -146,9 +149,7 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
     rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
-    inner = groups * m.group_neurons * (m.inputs + 2)
-    first = max(m.products(i)[0].rows for i in range(m.layers))
-    activations = 4 * tokens * (8 * m.hidden + 3 * first + inner) + 4 * KEPT_ROWS * m.hidden
+    activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (5 * m.hidden + 2 * context)
     # twice if a graph follows that caps them or adds a bias
@@ -156,6 +157,19 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     logits += 4 * rows * head_part(header)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
+
+
+def _of_token(m: Architecture, groups: int) -> int:
+    """Bytes of the activations of a token in a product."""
+    inner = groups * m.group_neurons * (m.inputs + 2)
+    first = max(m.products(i)[0].rows for i in range(m.layers))
+    return 4 * (8 * m.hidden + 3 * first + inner)
+
+
+def unused_by_few(header: Header, context: int, groups: int) -> int:
+    """Bytes of `workspace` that a pass over no more tokens than a draft has does not use."""
+    m, tokens = header.model, max(0, min(TOKENS_AT_ONCE, context) - NODES)
+    return tokens * _of_token(m, groups) + scores(m, tokens, context)
 
 
 def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: bool) -> dict[str, int]:

@@ -72,8 +72,8 @@ class Original:
             log.warning("%s: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", path)
         if context is None and model.context < (most := source.number("context_length", int)):
             log.warning(
-                "%s: packed for texts of up to %d tokens; for longer ones, which are turned otherwise, say --context"
-                " and how long (%d at the most)", path, model.context, most,
+                "%s: packed for texts of up to %d tokens; longer ones, of which the model has up to %d, are computed"
+                " in another way, see --context", path, model.context, most,
             )  # fmt: skip
         rope = rope_tables(source, family, context)
         return cls(path, source, model, rope, weights, formats)

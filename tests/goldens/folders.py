@@ -66,7 +66,9 @@ PARTS = {
 def found(name: str, golden: Golden) -> Rename:
     """Where the golden called `name` has what transformers asks for."""
     match golden.architecture:
-        case "llama" | "smollm3" | "granite" | "granitemoe":
+        case "internlm2":
+            find = internlm2(by_map(golden))
+        case "llama" | "smollm3" | "granite" | "granitemoe" | "mistral3":
             find = halves(by_map(golden))
         case "gemma" | "gemma2" | "gemma3" | "nemotron":
             find = less_one(by_map(golden))
@@ -150,6 +152,39 @@ def short_convolutions(find: Rename) -> Rename:
         return values[:, None] if name.endswith("conv.conv.weight") else values
 
     return convolved
+
+
+INTERNLM_2 = {
+    "model.embed_tokens": "model.tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wqkv",
+    "self_attn.k_proj": "attention.wqkv", "self_attn.v_proj": "attention.wqkv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+}  # fmt: skip
+"""Llama's names, and InternLM 2's own."""
+
+
+def internlm2_name(name: str) -> str:
+    for llama, own in INTERNLM_2.items():
+        name = name.replace(llama, own)
+    return name
+
+
+def internlm2(find: Rename) -> Rename:
+    """By Llama's names, as it is computed, or by those of its own files."""
+    llama = halves(find)
+    known = {own: llama for llama, own in INTERNLM_2.items() if own != "attention.wqkv"}
+
+    def own(name: str, tensors: Tensors) -> Floats:
+        if "attention.wqkv" in name:
+            q, k, v = (llama(name.replace("attention.wqkv", f"self_attn.{p}_proj"), tensors) for p in "qkv")
+            groups = [part.reshape(KV_HEADS, -1, HEAD_DIM, HIDDEN) for part in (q, k, v)]
+            return np.concatenate(groups, axis=1).reshape(-1, HIDDEN)
+        for theirs, part in known.items():
+            if f".{theirs}." in f".{name}":
+                return llama(name.replace(theirs, part), tensors)
+        return llama(name, tensors)
+
+    return own
 
 
 def bitnet(golden: Golden) -> Rename:

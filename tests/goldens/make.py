@@ -159,11 +159,13 @@ def phi3(golden: Golden) -> Any:
 T = transformers
 YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+ROPE_LLAMA3 = {"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}
+QUARTER = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.25}
 GRANITE = {
     "embedding_multiplier": 6.0, "attention_multiplier": 0.125, "residual_multiplier": 0.5, "logits_scaling": 0.5,
 }  # fmt: skip
 MAKERS: dict[str, Maker] = {
-    "llama3": llama_like(T.LlamaConfig, rope_parameters={"rope_theta": 10000.0, "rope_type": "llama3", **LLAMA3}),
+    "llama3": llama_like(T.LlamaConfig, rope_parameters=ROPE_LLAMA3),
     "mistral": llama_like(T.MistralConfig, sliding_window=WINDOW),
     "llama-relu": llama_like(T.LlamaConfig, hidden_act="relu"),
     "llama-drelu": llama_like(T.MistralConfig, hidden_act="relu", sliding_window=WINDOW),
@@ -176,6 +178,45 @@ MAKERS: dict[str, Maker] = {
     "smollm3": llama_like(T.SmolLM3Config),
     "granite": llama_like(T.GraniteConfig, **GRANITE, attention_bias=True, mlp_bias=True),
     "granitemoe": of_experts(T.GraniteMoeConfig, **GRANITE, num_local_experts=EXPERTS),
+    "llama-bias": llama_like(T.LlamaConfig, attention_bias=True, mlp_bias=True),
+    "internlm3": llama_like(T.InternLM3Config),
+    "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),
+    "internlm2": llama_like(T.LlamaConfig),
+    "ernie4_5": llama_like(T.Ernie4_5Config),
+    "olmo2": llama_like(T.Olmo2Config),
+    "olmo3": llama_like(
+        T.Olmo3Config,
+        sliding_window=WINDOW,
+        rope_parameters={
+            "full_attention": {**YARN, "rope_theta": 500000.0},
+            "sliding_attention": {"rope_theta": 500000.0, "rope_type": "default"},
+        },
+    ),
+    "exaone4": llama_like(
+        T.Exaone4Config, rope_parameters=ROPE_LLAMA3, sliding_window=None, layer_types=["full_attention"] * LAYERS
+    ),
+    "exaone4-window": llama_like(
+        T.Exaone4Config,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "stablelm": llama_like(T.StableLmConfig, rope_parameters=QUARTER, use_qkv_bias=True, layer_norm_eps=1e-5),
+    "stablelm-parallel": llama_like(
+        T.StableLmConfig, rope_parameters=QUARTER, use_parallel_residual=True, layer_norm_eps=1e-5
+    ),
+    "ministral3": llama_like(
+        T.Ministral3Config,
+        max_position_embeddings=1024,
+        rope_parameters={
+            **YARN,
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
     "gemma": llama_like(T.GemmaConfig),
     "gemma2": llama_like(
         T.Gemma2Config,
@@ -214,6 +255,7 @@ SPARSER: dict[str, dict[str, Any]] = {
     # TurboSparse-Mistral's, whose relu is dReLU, and ProSparse's
     "llama-drelu": {"model_type": "bamboo"},
     "llama-fatrelu": {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.125},
+    "internlm2": {"model_type": "internlm2"},
 }
 """Of models that transformers knows by files of their own, what their config.json says."""
 
@@ -283,6 +325,8 @@ def write_folder(name: str, model: Any) -> None:
         names = sorted(load_file(Path(folder) / "model.safetensors"))
     if config["model_type"] == "bamboo":
         names += [f"model.layers.{i}.mlp.predictor.fc{n}.weight" for i in range(LAYERS) for n in (1, 2)]
+    if config["model_type"] == "internlm2":
+        names = sorted({folders.internlm2_name(name) for name in names})
     (HERE / f"{name}.json").write_text(json.dumps({"config": config, "tensors": names}, indent=1) + "\n")
 
 

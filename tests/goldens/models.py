@@ -154,6 +154,17 @@ def convolution() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def _biased() -> dict[str, tuple[int, ...]]:
+    """Attention and a gated FFN, all with biases."""
+    biases: dict[str, tuple[int, ...]] = {"attn_output.bias": (HIDDEN,), "ffn_gate.bias": (NEURONS,)}
+    return _attention(bias=True) | biases | {"ffn_gate.weight": (NEURONS, HIDDEN)} | _plain_ffn(True)
+
+
+def _wide_norms() -> dict[str, tuple[int, ...]]:
+    """Norms of all queries and all keys."""
+    return _norms("attn_q_norm", width=HEADS * HEAD_DIM) | _norms("attn_k_norm", width=KV_HEADS * HEAD_DIM)
+
+
 def _joined_ffn() -> dict[str, tuple[int, ...]]:
     return {"ffn_up.weight": (2 * NEURONS, HIDDEN), "ffn_down.weight": (HIDDEN, NEURONS)}
 
@@ -175,6 +186,7 @@ FACTORS = {"rope_factors_long.weight": (6,), "rope_factors_short.weight": (6,)}
 LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 TWO_NORMS = _norms("attn_norm", "ffn_norm")
 FOUR_NORMS = _norms("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+NORMS_BEHIND = _norms("post_attention_norm", "post_ffw_norm")
 FINAL = _norms("output_norm")
 
 GOLDENS = {
@@ -228,14 +240,56 @@ GOLDENS = {
         TWO_NORMS | _attention() | mixture(), EMBEDDING | HEAD | FINAL,
     ),
     "smollm3": Golden("smollm3", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | FINAL),
-    "granite": Golden(
-        "granite", RMS | SCALES,
-        TWO_NORMS | _attention(bias=True) | {"attn_output.bias": (HIDDEN,), "ffn_gate.bias": (NEURONS,)}
-        | GATED | _plain_ffn(True),
-        EMBEDDING | HEAD | FINAL,
-    ),
+    "granite": Golden("granite", RMS | SCALES, TWO_NORMS | _biased(), EMBEDDING | HEAD | FINAL),
     "granitemoe": Golden(
         "granitemoe", RMS | SCALES | MIXTURE, TWO_NORMS | _attention() | mixture(NEURONS), EMBEDDING | FINAL,
+    ),
+    "llama-bias": Golden("llama", RMS, TWO_NORMS | _biased(), EMBEDDING | HEAD | FINAL),
+    "internlm3": Golden("llama", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL),
+    "qwen3-bias": Golden(
+        "qwen3", RMS,
+        TWO_NORMS | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)}
+        | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED, EMBEDDING | FINAL,
+    ),
+    "internlm2": Golden("internlm2", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL),
+    "ernie4_5": Golden(
+        "ernie4_5", RMS | {"attention.key_length": 32, "rope.freq_base": 500000.0},
+        TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL,
+    ),
+    "olmo2": Golden("olmo2", RMS, NORMS_BEHIND | _wide_norms() | _attention() | GATED, EMBEDDING | HEAD | FINAL),
+    "olmo3": Golden(
+        "olmo2",
+        RMS | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, True, True, False],
+               "rope.freq_base": 500000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+               "rope.scaling.original_context_length": 32},
+        NORMS_BEHIND | _wide_norms() | _attention() | GATED, EMBEDDING | HEAD | FINAL,
+    ),
+    "exaone4": Golden(
+        "exaone4", RMS | {"rope.freq_base": 10000.0},
+        NORMS_BEHIND | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED,
+        EMBEDDING | FINAL | {"rope_freqs.weight": (HEAD_DIM // 2,)},
+    ),
+    "exaone4-window": Golden(
+        "exaone4",
+        RMS | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, True, False, True]},
+        NORMS_BEHIND | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED,
+        EMBEDDING | HEAD | FINAL,
+    ),
+    "stablelm": Golden(
+        "stablelm", LAYER_NORM | {"rope.dimension_count": 4, "use_parallel_residual": False},
+        _norms("attn_norm", "ffn_norm", bias=True) | _attention(bias=True) | GATED,
+        EMBEDDING | HEAD | _norms("output_norm", bias=True),
+    ),
+    "stablelm-parallel": Golden(
+        "stablelm", LAYER_NORM | {"rope.dimension_count": 4, "use_parallel_residual": True},
+        _norms("attn_norm", bias=True) | _attention() | GATED, EMBEDDING | HEAD | _norms("output_norm", bias=True),
+    ),
+    "ministral3": Golden(
+        "mistral3",
+        RMS | {"context_length": 1024, "attention.key_length": 32, "rope.freq_base": 1e6, "rope.scaling.type": "yarn",
+               "rope.scaling.factor": 16.0, "rope.scaling.original_context_length": 64,
+               "rope.scaling.yarn_log_multiplier": 0.5, "attention.temperature_scale": 0.1},
+        TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL,
     ),
     "gemma": Golden(
         "gemma", RMS | {"attention.key_length": 32}, TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL

@@ -43,10 +43,15 @@ def short_convolutions(model: OpenModel, attends: list[bool]) -> list[ShortConvo
     return [ShortConvolution(taps=taps)]
 
 
+def has_local_rope(model: OpenModel, family: Family) -> bool:
+    """Whether layers that see a window have a rotary table of their own."""
+    return bool(family.local_base or (family.local_unscaled and model.number("attention.sliding_window", int, 0)))
+
+
 def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:
     """The kinds of attention of a model, and each layer's."""
     window = model.number("attention.sliding_window", int, 0)
-    local_rope = 1 if family.local_base else 0
+    local_rope = int(has_local_rope(model, family))
     kinds: list[AttentionKind] = []
     layer_kinds = []
     for local, turned in zip(_local(model, family, layers), _turned(family, layers), strict=True):

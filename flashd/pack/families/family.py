@@ -74,6 +74,7 @@ class Family:
     global_first: bool = False  # and of each so many it is the first
     global_unturned: bool = False  # if others see a window, those that see all tokens do not turn queries and keys
     local_base: float = 0.0  # the rotary base of layers that see a window, if it is another one
+    local_unscaled: bool = False  # layers that see a window turn as if texts were short, whatever the others do
     scaled_embeddings: bool = False  # by the root of the hidden size
     scale_by_width: tuple[int, ...] = ()  # models of so many layers scale queries by hidden size / heads
     norms_neurons: bool = False  # activations are normed before the down product

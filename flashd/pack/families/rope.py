@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError
-from flashd.pack.families.attention import head_dim
+from flashd.pack.families.attention import has_local_rope, head_dim
 from flashd.pack.families.family import Family
 from flashd.pack.open_model import OpenModel
 
@@ -20,19 +20,29 @@ def context_of(model: OpenModel, asked: int | None) -> int:
     """How many tokens a text may have.
 
     If the model turns long texts in another way than short ones, short ones are taken unless `asked` is more.
-    Raises DataError for more than the model was trained for.
+    Raises DataError for more than the model was trained for, or than is supported.
     """
     most = model.number("context_length", int)
     if most < 1:
         raise DataError(f"{model.path}: a context of {most} tokens makes no model")
     if asked is not None and not 1 <= asked <= most:
         raise DataError(f"{model.path}: texts of {asked} tokens (--context); the model was trained for 1 to {most}")
-    return asked or (min(most, _first_context(model)) if SHORT in model.names else most)
+    short = min(most, _first_context(model))
+    tempered = bool(model.number("attention.temperature_scale", float, 0.0))
+    if tempered and asked is not None and asked > short:
+        raise DataError(
+            f"{model.path}: texts of {asked} tokens (--context); queries behind token {short} have a temperature"
+            f" ({model.architecture}.attention.temperature_scale), which is not supported"
+        )
+    return asked or (short if tempered or SHORT in model.names else most)
 
 
 def _first_context(model: OpenModel) -> int:
-    """The tokens of texts in the first training."""
-    return model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
+    """The tokens of texts in the first training. Raises DataError if there are none."""
+    first = model.number("rope.scaling.original_context_length", int, model.number("context_length", int))
+    if first < 1:
+        raise DataError(f"{model.path}: a first training on texts of {first} tokens makes no model")
+    return first
 
 
 def rope_tables(model: OpenModel, family: Family, context: int | None = None) -> npt.NDArray[np.float32]:
@@ -43,8 +53,8 @@ def rope_tables(model: OpenModel, family: Family, context: int | None = None) ->
     if not family.rotary:
         return np.zeros((0, 2, head_dim(model) // 2), np.float32)
     bases = [model.number("rope.freq_base", float, 10000.0)]
-    if family.local_base:
-        bases.append(model.number("rope.freq_base_swa", float, family.local_base))
+    if has_local_rope(model, family):
+        bases.append(model.number("rope.freq_base_swa", float, family.local_base or bases[0]))
     tables = np.zeros((len(bases), 2, head_dim(model) // 2), np.float64)
     tables[:, 1] = 1
     half = rotary_width(model) // 2
@@ -102,7 +112,8 @@ def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, bas
         if (value := model.number(key, float, 1.0)) != 1.0:
             raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
     table[0, :half] *= _yarn(model, half, base, factor)
-    table[1, :half] *= yarn_length(factor)
+    log_multiplier = model.number("rope.scaling.yarn_log_multiplier", float, 0.0)
+    table[1, :half] *= yarn_length(factor) / yarn_length(factor, log_multiplier)
 
 
 def yarn_length(factor: float, scale: float = 1.0) -> float:

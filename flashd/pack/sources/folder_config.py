@@ -112,7 +112,8 @@ def _text_part(config: Config) -> Config:
     if kind is None or not isinstance(inner, dict):
         return config
     outer = {key: value for key, value in config.items() if key != "text_config"}
-    return {**outer, **inner, "model_type": kind}
+    stated = inner.get("model_type")
+    return {**outer, **inner, "model_type": stated if stated in FOLDERS else kind}
 
 
 def model_keys(model: FolderModel) -> dict[str, Any]:

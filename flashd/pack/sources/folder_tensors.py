@@ -80,14 +80,20 @@ def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
     if model.folder.permuted and part in ("attn_q", "attn_k"):
         n = heads if part == "attn_q" else shared
         _check_rows(name, rows, n * width)
-        return np.arange(n * width).reshape(n, 2, width // 2).swapaxes(1, 2).reshape(-1)
+        return _in_pairs(np.arange(n * width).reshape(n, width)).reshape(-1)
     if model.folder.fused and part == "attn_qkv":
         _check_rows(name, rows, (heads + 2 * shared) * width)
         # groups of heads that share a key and a value: [queries of the group, key, value]
         groups = np.arange((heads + 2 * shared) * width).reshape(shared, heads // shared + 2, width)
-        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        turned = _in_pairs(groups[:, :-1]) if model.folder.permuted else groups[:, :-1]
+        parts = (turned[:, :-1], turned[:, -1], groups[:, -1])
         return np.concatenate([p.reshape(-1) for p in parts])
     return None
+
+
+def _in_pairs(heads: Numbers) -> Numbers:
+    """Rows of heads [..., D], given in halves, with those that turn together side by side."""
+    return heads.reshape(*heads.shape[:-1], 2, -1).swapaxes(-2, -1).reshape(heads.shape)
 
 
 def _check_rows(name: str, rows: int, made: int) -> None:

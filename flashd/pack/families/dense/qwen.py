@@ -17,7 +17,10 @@ FAMILIES = (
         "qwen2", "Qwen2, Qwen2.5", "Qwen2.5-Coder-1.5B, tiny",
         biases=("qkv",), folders=(Folder("qwen2", defaults=QWEN_2),),
     ),
-    Family("qwen3", "Qwen3", "tiny", norms=NORMS, folders=(Folder("qwen3", defaults=QWEN_3),)),
+    Family(
+        "qwen3", "Qwen3", "tiny",
+        norms=NORMS, may_have=("qkv", "output"), folders=(Folder("qwen3", defaults=QWEN_3),),
+    ),
     Family(
         "qwen3moe", "Qwen3-MoE", "tiny", norms=NORMS, mixture=Mixture(),
         folders=(Folder("qwen3_moe", defaults=MIXTURE),),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,47 @@ def test_parts_that_are_not_there_or_not_the_first_are_named(tmp_path: Path) -> 
             {**YARN, "llama.rope.scaling.yarn_log_multiplier": 0.1},
             "what llama.rope.scaling.yarn_log_multiplier means",
         ),
+        ({**YARN, "llama.rope.scaling.original_context_length": 0}, "a first training on texts of 0 tokens"),
         ({**YARN, "llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5"),
     ],
 )
 def test_a_key_that_is_not_understood_is_refused_by_name(tmp_path: Path, keys: Keys, match: str) -> None:
     refused(variants.write(tmp_path / "m.gguf", keys), match)
+
+
+def test_a_refusal_names_all_that_flashd_lacks(tmp_path: Path) -> None:
+    def add(tensors: Arrays) -> None:
+        for i in range(2):
+            tensors[f"blk.{i}.ffn_up_shexp.weight"] = np.ones((32, 64), np.float32)
+        tensors["other.weight"] = np.ones(32, np.float32)
+
+    keys = {"llama.expert_shared_count": 1, "llama.logit_scale": 0.5, "llama.attention.clamp_kqv": 8.0}
+    model = variants.write(tmp_path / "m.gguf", keys, variants.arrays(add))
+    with pytest.raises(DataError) as caught:
+        pack(model, tmp_path / "m.flash", "f16")
+    said = str(caught.value).removeprefix(f"{model}: ").split("; ")
+    assert said == [
+        "an expert that every token uses (llama.expert_shared_count) is not supported for 'llama' yet",
+        "a bound on queries, keys and values (llama.attention.clamp_kqv) is not supported for 'llama' yet",
+        "flashd does not know what llama.logit_scale means (its value: 0.5)",
+        "tensor 'blk.0.ffn_up_shexp.weight' has no place in 'llama' as flashd knows it (and 1 more like it)",
+        "tensor 'other.weight' has no place in 'llama' as flashd knows it",
+    ]
+
+
+def test_of_an_unknown_architecture_it_names_what_a_llama_does_not_have(tmp_path: Path) -> None:
+    known = GOLDENS["llama3"]
+    other = replace(
+        known,
+        architecture="other",
+        keys={**known.keys, "conv.cache": 3},
+        layer={**known.layer, "conv.weight": (64, 3)},
+    )
+    refused(
+        other.write(tmp_path / "m.gguf"),
+        "architecture 'other' is not supported; known are .*qwen3.* What a Llama does not have:"
+        " the keys other.conv.cache; the tensors blk.0.conv.weight$",
+    )
 
 
 def test_keys_that_change_nothing_are_no_hindrance(tmp_path: Path) -> None:
@@ -191,6 +228,14 @@ def test_long_texts_are_asked_for_if_they_are_turned_otherwise(
     assert ropes[256][0, :6] / ropes[257][0, :6] == pytest.approx(ratio, rel=1e-6)
     (tmp_path / "m.flash").unlink()
     refused(model, r"texts of 1025 tokens \(--context\); the model was trained for 1 to 1024", context=1025)
+
+
+def test_texts_whose_queries_have_a_temperature_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = GOLDENS["ministral3"].write(tmp_path / "m.gguf")
+    assert pack(model, tmp_path / "m.flash", "f16").model.context == 64
+    assert "up to 64 tokens" in caplog.text
+    (tmp_path / "m.flash").unlink()
+    refused(model, "texts of 65 tokens .*mistral3.attention.temperature_scale", context=65)
 
 
 def test_one_of_two_tables_of_divisors_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from importlib import import_module
 
 from flashd.errors import DataError
 from flashd.pack import families
-from flashd.pack.families.family import EXPERTS, Family, Folder
-from flashd.pack.families.tensors import check_keys, check_tensors
+from flashd.pack.families.family import EXPERTS, Family, Folder, Mixture
+from flashd.pack.families.tensors import beyond, lacking
 from flashd.pack.open_model import OpenModel
 
 
@@ -36,19 +36,25 @@ SEEING: dict[str, str] = {
 
 
 def family_of(model: OpenModel) -> Family:
-    """The family of a model. Raises DataError naming what is not supported."""
+    """The family of a model. Raises DataError naming all that is not supported."""
     family = FAMILIES.get(model.architecture)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise DataError(f"{model.path}: architecture {model.architecture!r} is not supported; known are {known}")
+        more = beyond(model, replace(FAMILIES["llama"], mixture=None))
+        raise DataError(
+            f"{model.path}: architecture {model.architecture!r} is not supported; known are {known}"
+            + (f". What a Llama does not have: {more}" if more else "")
+        )
     if family.variant and family.variant[0] in model.names:
         family = family.variant[1]
+    lacks = []
     if model.number("expert_count", int, 0):
         if family.mixture is None:
-            raise DataError(f"{model.path}: a mixture of experts is not supported for {model.architecture!r} yet")
+            lacks.append(f"a mixture of experts is not supported for {model.architecture!r} yet")
+            family = replace(family, mixture=Mixture())
         family = replace(family, names={**family.names, **EXPERTS})
     else:
         family = replace(family, mixture=None)
-    check_keys(model, family)
-    check_tensors(model, family)
+    if lacks := [*lacks, *lacking(model, family)]:
+        raise DataError(f"{model.path}: {'; '.join(lacks)}")
     return family

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
-from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import LONG, SHORT
 from flashd.pack.open_model import OpenModel
@@ -46,28 +48,67 @@ UNSUPPORTED_KEYS = {
 }
 
 
-def check_keys(model: OpenModel, family: Family) -> None:
-    """Raises DataError for a property that changes answers and is not supported."""
-    for key, what in UNSUPPORTED_KEYS.items():
-        name = f"{model.architecture}.{key}"
-        if model.metadata(name) not in (None, 0, "none"):
-            raise DataError(f"{model.path}: {what} ({name}) is not supported for {model.architecture!r} yet")
+MOST_NAMED = 20
+"""Kinds of tensors, and keys, that a refusal names."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def lacking(model: OpenModel, family: Family) -> list[str]:
+    """All that a model has and flashd has not: what changes answers, and keys and tensors that nothing reads."""
     before = f"{model.architecture}."
-    for name in sorted(model.keys):
-        key = name.removeprefix(before)
-        if key == name or key in READ or key in family.reads or key in NEEDLESS or key.startswith(OF_OTHER_PARTS):
-            continue
-        if (value := model.metadata(name)) not in INERT:
-            raise DataError(f"{model.path}: flashd does not know what {name} means (its value: {str(value)[:60]})")
+    stated = {key: model.metadata(f"{before}{key}") for key in UNSUPPORTED_KEYS}
+    unsupported = [
+        f"{UNSUPPORTED_KEYS[key]} ({before}{key}) is not supported for {model.architecture!r} yet"
+        for key, value in stated.items()
+        if value not in (None, 0, "none")
+    ]
+    keys = [
+        f"flashd does not know what {name} means (its value: {str(model.metadata(name))[:60]})"
+        for name in _unknown_keys(model, family)
+        if name.removeprefix(before) not in UNSUPPORTED_KEYS
+    ]
+    place = f"in {model.architecture!r} as flashd knows it"
+    tensors = [
+        f"tensor {name!r} has no place {place}" + (f" (and {others} more like it)" if others else "")
+        for name, others in _kinds(model.names - _expected(family, model.number("block_count", int))).items()
+    ]
+    return [*unsupported, *_shortened(keys, "keys"), *_shortened(tensors, "kinds of tensors")]
 
 
-def check_tensors(model: OpenModel, family: Family) -> None:
-    """Raises DataError for a tensor that nothing reads."""
-    unknown = model.names - _expected(family, model.number("block_count", int))
-    if unknown:
-        raise DataError(
-            f"{model.path}: tensor {min(unknown)!r} has no place in {model.architecture!r} as flashd knows it"
-        )
+def beyond(model: OpenModel, family: Family) -> str:
+    """The keys and tensors of a model of an unknown architecture that a model of `family` has not; empty if none."""
+    keys = _shortened(_unknown_keys(model, family), "keys")
+    tensors = _shortened(list(_kinds(model.names - _expected(family, model.number("block_count", int)))), "kinds")
+    return "; ".join(
+        f"{what} {', '.join(names)}" for what, names in (("the keys", keys), ("the tensors", tensors)) if names
+    )
+
+
+def _shortened(texts: list[str], what: str) -> list[str]:
+    left = len(texts) - MOST_NAMED
+    return [*texts[:MOST_NAMED], f"and {left} more {what}"] if left > 0 else texts
+
+
+def _unknown_keys(model: OpenModel, family: Family) -> list[str]:
+    """The names of keys that nothing reads, and whose value changes something."""
+    before, read = f"{model.architecture}.", {*READ, *family.reads, *NEEDLESS}
+    names = [name for name in sorted(model.keys) if name.startswith(before)]
+    return [
+        name
+        for name in names
+        if (key := name.removeprefix(before)) not in read
+        and not key.startswith(OF_OTHER_PARTS)
+        and model.metadata(name) not in INERT
+    ]
+
+
+def _kinds(names: Iterable[str]) -> dict[str, int]:
+    """The first of each kind of tensor, and how many others there are. The numbers of layers make no kind."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found.setdefault(_NUMBER.sub("N", name), []).append(name)
+    return {alike[0]: len(alike) - 1 for alike in found.values()}
 
 
 def _expected(family: Family, layers: int) -> set[str]:

@@ -23,7 +23,7 @@ from flashd.engine.planning.plan import make_plan
 from flashd.graphs.stages import REWIND
 from flashd.pack.pack import pack
 from tests.engine.test_decode import said
-from tests.engine.test_paths import all_logits, opened, tokens_of
+from tests.engine.test_paths import ARITHMETICS, all_logits, opened
 from tests.engine.test_prefixes import flip, fresh, kept, process, teach
 from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, TAPS, TOKENS
 from tests.reference import relative
@@ -54,11 +54,11 @@ def test_whatever_is_forgotten_what_follows_is_right(convolving: Path, pinned: f
         if done == stop:
             raise KeyboardInterrupt
 
-    with opened(convolving, pinned, CONTEXT, "float32") as model:
-        expected = all_logits(model, text, CONTEXT)
-        model.cache.truncate(0)
+    how = convolving, pinned, CONTEXT, ARITHMETICS[1]
+    with opened(*how) as model, opened(*how) as by:
+        expected = all_logits(by, text, CONTEXT)
         cuts, gone_back = 0, 0
-        for _ in range(300):
+        for _ in range(150):
             cache, stop = model.cache, int(random.integers(1, LAYERS + 1))
             length = cache.length
             match random.choice(["pass", "cut", "mark", "break", "draft"], p=[0.4, 0.3, 0.1, 0.1, 0.1]):
@@ -69,10 +69,12 @@ def test_whatever_is_forgotten_what_follows_is_right(convolving: Path, pinned: f
                 case "cut":
                     to = int(random.integers(max(0, length - random.choice([3, NODES, CONTEXT])), length + 1))
                     longest = cache.longest(to)
-                    assert longest == to or (longest < to < length - 1)
+                    assert longest <= to
                     cache.truncate(to)
                     assert cache.length == longest
                     cuts, gone_back = cuts + 1, gone_back + (0 < longest < to)
+                    text[longest:] = random.integers(0, 262, CONTEXT - longest).tolist()
+                    expected = all_logits(by, text, CONTEXT)
                 case "mark":
                     cache.mark()
                     assert cache.longest(length) == length
@@ -87,7 +89,7 @@ def test_whatever_is_forgotten_what_follows_is_right(convolving: Path, pinned: f
                         model.draft(np.array([token]), branches)
                     cache.truncate(length)
                     assert cache.length == length
-    assert cuts > 50 and gone_back > 3
+    assert cuts > 25 and gone_back > 0
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)])
@@ -208,11 +210,11 @@ def test_a_plan_counts_states_and_they_do_not_grow(convolving: Path) -> None:
     assert NODES <= REWIND  # drafts that were wrong can be forgotten
 
 
-def test_perplexity_is_that_of_the_golden(convolving: Path) -> None:
-    """Marks are few: a text that is marked at every token keeps the last of them."""
+def test_marks_are_few(convolving: Path) -> None:
+    """A text that is marked at every token keeps the last of them."""
     with opened(convolving, 0.5, CONTEXT) as model:
         for token in TOKENS.tolist():
             taken(model, [token])
             model.cache.mark()
-        assert [model.cache.longest(n) for n in (48, 40, 32, 31, 10)] == [48, 40, 32, 0, 0]
-    assert tokens_of(convolving, "the") == [258]
+        known = [model.cache.longest(n) for n in (48, 48 - REWIND, 47 - REWIND, 10)]
+        assert known == [48, 48 - REWIND, 0, 0]

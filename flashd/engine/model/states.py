@@ -105,7 +105,6 @@ class States:
             self._set(stays, self._marks.get(stays))
         # the text may go on with other tokens
         self._marks = {at: state for at, state in self._marks.items() if at <= stays}
-        self._other.valid &= self._other.length <= stays
         return stays
 
     def mark(self) -> None:

@@ -72,6 +72,14 @@ class Client:
             raise NotRunning(f"the daemon went away in the middle of the answer ({error})") from error
         raise NotRunning("the daemon went away in the middle of the answer")
 
+    def status(self) -> dict[str, Any]:
+        """How things stand. Raises FlashdError."""
+        try:
+            found: dict[str, Any] = json.loads(self._request("GET", "/api/status", {}).read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise NotRunning(f"the daemon went away: {error}") from error
+        return found
+
     def _request(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         try:
             self._connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})

@@ -20,7 +20,7 @@ import pytest
 from flashd.cli.options import Chat
 from flashd.cli.parser import parse
 from flashd.cli.talking.said import Said
-from flashd.cli.talking.talk import MOST_TURNS, Talk, Turns
+from flashd.cli.talking.talk import GREETING, MOST_TURNS, Talk, Turns, Welcome
 from flashd.daemon.job import Request, Result, State, Turn
 from flashd.daemon.spool import Spool
 from flashd.errors import DataError
@@ -36,7 +36,7 @@ class Asker:
     """Somebody who asks the same again and again."""
 
     def __init__(self, lines: list[str]) -> None:
-        self._lines, self.notes = iter(lines), list[str]()
+        self._lines, self.notes, self.greeted = iter(lines), list[str](), list[str]()
 
     def next_line(self) -> str | None:
         return next(self._lines, None)
@@ -49,6 +49,36 @@ class Asker:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def greet(self, text: str) -> None:
+        self.greeted.append(text)
+
+
+def test_whoever_comes_late_is_shown_what_a_number_asks() -> None:
+    """And a number is an answer to the model once the talk has begun."""
+    asked: list[str] = []
+
+    def answer(turns: Turns, said: Said) -> None:
+        asked.append(turns[-1][1])
+        said.text = "Guess my number."
+
+    options = parse(["chat"])
+    assert isinstance(options, Chat)
+    asker = Asker(["", "3", "0", "2", "7", "/reset", "1", "1e3"])
+    Talk(asker, options, answer, lambda: Welcome("Greenhouse", ("Is it warm?", "Guess?"))).run()
+    shown = f"Greenhouse - flashd\n1  Is it warm?\n2  Guess?\n{GREETING}"
+    assert asker.greeted == [shown, shown]
+    assert asker.notes == [f"no preset question has the number {n}; there are 1 to 2" for n in (3, 0)]
+    assert asked == ["Guess?", "7", "Is it warm?", "1e3"]
+
+
+def test_with_no_presets_a_number_is_a_question() -> None:
+    asked: list[str] = []
+    options = parse(["chat"])
+    assert isinstance(options, Chat)
+    asker = Asker(["42"])
+    Talk(asker, options, lambda turns, said: asked.append(turns[-1][1])).run()
+    assert asked == ["42"] and asker.greeted == [GREETING]
 
 
 def test_of_a_long_talk_much_is_forgotten_at_once() -> None:

@@ -12,9 +12,9 @@ from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.progress import Waiting
 from flashd.cli.talking.desks import Pipe, desk
 from flashd.cli.talking.said import STOPPED, Said, print_end
-from flashd.cli.talking.talk import Talk, Turns
+from flashd.cli.talking.talk import MOST_PRESETS, Talk, Turns, Welcome
 from flashd.cli.talking.tty import as_terminal
-from flashd.errors import INTERRUPTED, UsageError
+from flashd.errors import INTERRUPTED, FlashdError, UsageError
 
 
 def ask(options: Ask, text: str) -> int:
@@ -38,8 +38,18 @@ def chat(options: Chat) -> int:
         as_terminal(options.port, options.speed) if options.port is not None else nullcontext(),
         desk(at_once=True) as here,
     ):
-        Talk(here, options, lambda turns, said: _say(options, body, turns, said, here.say)).run()
+        Talk(here, options, lambda turns, said: _say(options, body, turns, said, here.say), _welcome).run()
     return os.EX_OK
+
+
+def _welcome() -> Welcome:
+    """The daemon's title and questions; nothing of it while it does not answer."""
+    try:
+        with closing(Client(socket_path())) as client:
+            status = client.status()
+    except FlashdError:
+        return Welcome()
+    return Welcome(status["title"], tuple(status["presets"][:MOST_PRESETS]))
 
 
 def _body(options: Answering) -> dict[str, Any]:

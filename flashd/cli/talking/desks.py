@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from flashd.cli.talking.said import Said
-from flashd.cli.talking.talk import GREETING, Desk
+from flashd.cli.talking.talk import Desk
 from flashd.errors import DataError
 from flashd.system.printable import printable
 from flashd.terminal.line_editor import Key, LineEditor
@@ -33,7 +33,6 @@ def desk(at_once: bool) -> Iterator[Desk]:
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
         with Terminal(at_once) as terminal:
-            terminal.note(GREETING)
             yield terminal
     else:
         yield Pipe()
@@ -119,6 +118,9 @@ class Terminal:
         wrap = Wrap(_columns())
         self._write(wrap.push(text) + wrap.finish() + "\r\n")
 
+    def greet(self, text: str) -> None:
+        self.note(text)
+
     def _look_ahead(self, said: Said) -> None:
         """Takes up what came before Ctrl-C was a signal."""
         while select.select([0], [], [], 0)[0] and (data := self._read()):
@@ -184,6 +186,9 @@ class Pipe:
 
     def note(self, text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
+
+    def greet(self, text: str) -> None:
+        """Nobody is there."""
 
 
 def checked(text: str) -> str:

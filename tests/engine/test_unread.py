@@ -14,8 +14,8 @@ from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import RowKind
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.products import use_threads
-from flashd.engine.forward.unread import PARTS, unread
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.unread import PARTS, unread
 from flashd.pack.rounding.rows import encode_rows
 
 

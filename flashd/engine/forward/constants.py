@@ -20,10 +20,10 @@ from flashd.bundle.rows.bits import pack_bits, unpack
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
-from flashd.engine.forward.unread import unread
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.stages import vectors_behind_ffn
+from flashd.graphs.unread import unread
 from flashd.system.onnx_session import open_session
 
 Initialisers = dict[str, npt.NDArray[Any]]

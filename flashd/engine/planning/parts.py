@@ -2,7 +2,7 @@
 
 What a constant takes was measured with onnxruntime 1.32 on x86-64 and is exact to 0.1 %: the packed weights, their
 float32 scales, and at accuracy level 4 the sums of blocks. While a session is opened there are also the arrays that
-it is opened from. It reads them in place, see forward.unread.
+it is opened from. It reads them in place, see graphs.unread.
 """
 
 from __future__ import annotations

@@ -72,9 +72,10 @@ class Client:
             raise NotRunning(f"the daemon went away in the middle of the answer ({error})") from error
         raise NotRunning("the daemon went away in the middle of the answer")
 
-    def status(self) -> dict[str, Any]:
-        """How things stand. Raises FlashdError."""
+    def status(self, seconds: float) -> dict[str, Any]:
+        """How things stand. Raises FlashdError, also if no answer comes in so long: the model may be loading."""
         try:
+            self._connection.sock.settimeout(seconds)
             found: dict[str, Any] = json.loads(self._request("GET", "/api/status", {}).read())
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise NotRunning(f"the daemon went away: {error}") from error

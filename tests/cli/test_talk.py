@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import shlex
+import socket
 import subprocess
 import sys
 import termios
@@ -17,6 +18,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Chat
 from flashd.cli.parser import parse
 from flashd.cli.talking.said import Said
@@ -70,6 +72,16 @@ def test_whoever_comes_late_is_shown_what_a_number_asks() -> None:
     assert asker.greeted == [shown, shown]
     assert asker.notes == [f"no preset question has the number {n}; there are 1 to 2" for n in (3, 0)]
     assert asked == ["Guess?", "7", "Is it warm?", "1e3"]
+
+
+def test_a_daemon_that_loads_keeps_nobody_from_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket takes a client, and no answer comes yet."""
+    monkeypatch.setattr(ask_daemon, "WELCOME_SECONDS", 0.05)
+    monkeypatch.setenv("FLASHD_SOCKET", str(tmp_path / "s"))
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(str(tmp_path / "s"))
+        held.listen()
+        assert ask_daemon._welcome() == Welcome()
 
 
 def test_with_no_presets_a_number_is_a_question() -> None:

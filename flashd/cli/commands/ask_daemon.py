@@ -16,6 +16,9 @@ from flashd.cli.talking.talk import MOST_PRESETS, Talk, Turns, Welcome
 from flashd.cli.talking.tty import as_terminal
 from flashd.errors import INTERRUPTED, FlashdError, UsageError
 
+WELCOME_SECONDS = 2.0
+"""How long the first prompt waits for the title and the questions to show."""
+
 
 def ask(options: Ask, text: str) -> int:
     """Streams the daemon's answer to standard output. Ctrl-C cancels the job."""
@@ -46,7 +49,7 @@ def _welcome() -> Welcome:
     """The daemon's title and questions; nothing of it while it does not answer."""
     try:
         with closing(Client(socket_path())) as client:
-            status = client.status()
+            status = client.status(WELCOME_SECONDS)
     except FlashdError:
         return Welcome()
     return Welcome(status["title"], tuple(status["presets"][:MOST_PRESETS]))

@@ -94,6 +94,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     norm_bias: bool
     norms: list[Place]
     norm_heads: bool  # whether queries and keys are normed head by head
+    norm_turned: bool = False  # whether they are turned first and normed then
     biases: list[Bias]
     gated: bool  # whether an FFN is down(f(gate x) * up x) rather than down(f(up x))
     activation: Activation

@@ -177,17 +177,19 @@ class LayerStages:
         """
         g, m = self._g, self._model
         parts = [self._biased(qkv, "qkv"), "", ""]
+        turned = m.norm_turned and kind.rope is not None
         if "query" in m.norms:
             widths = g.shape(m.query_width, m.kv_width, m.kv_width)
             query, key, value = g.nodes_out("Split", parts[0], widths, outputs=3, axis=2)
+            if turned:
+                query, key = self._turned(query, m.heads, kind, tree), self._turned(key, m.kv_heads, kind, tree)
             parts = [self._normed_heads(query, "query"), self._normed_heads(key, "key"), value]
         cache: Dims = [1, m.kv_heads, "C", m.head_dim]
         past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
         positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
         attributes: dict[str, Any] = {}
-        if kind.rope is not None:
-            table: Dims = ["positions", m.head_dim // 2]
-            positions += [g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
+        if kind.rope is not None and not turned:
+            positions += self._tables(kind)
             attributes["do_rotary"] = 1
         elif tree:
             positions += ["", ""]
@@ -222,6 +224,22 @@ class LayerStages:
         tokens = g.input("tokens", T.INT64, [1])
         last = g.node("Add", tokens, g.shape(shape[1]))
         return g.node("Mul", c, total), g.node("Slice", every, tokens, last, g.shape(1))
+
+    def _tables(self, kind: AttentionKind) -> list[str]:
+        """cos and sin [positions, D / 2] of layers that turn queries and keys."""
+        table: Dims = ["positions", self._model.head_dim // 2]
+        return [self._g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
+
+    def _turned(self, x: str, heads: int, kind: AttentionKind, tree: Sequence[str]) -> str:
+        """Queries or keys [1, T, heads D], turned. Without a tree they stand one behind the other up to `last`."""
+        g = self._g
+        if tree:
+            at = tree[0]
+        else:
+            rows = g.node("Slice", g.node("Shape", x), g.shape(1), g.shape(2))  # [1]: T
+            last = g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64)
+            at = g.node("Sub", g.node("Add", last, g.shape(1)), rows)  # [1]: where the first one stands
+        return g.node("RotaryEmbedding", x, at, *self._tables(kind), domain=MICROSOFT, num_heads=heads)
 
     def _biased(self, x: str, part: Bias) -> str:
         if part not in self._model.biases:

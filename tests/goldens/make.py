@@ -183,6 +183,10 @@ MAKERS: dict[str, Maker] = {
     "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),
     "internlm2": llama_like(T.LlamaConfig),
     "ernie4_5": llama_like(T.Ernie4_5Config),
+    "hunyuan": llama_like(
+        T.HunYuanDenseV1Config,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    ),
     "olmo2": llama_like(T.Olmo2Config),
     "olmo3": llama_like(
         T.Olmo3Config,

@@ -256,6 +256,10 @@ GOLDENS = {
         "ernie4_5", RMS | {"attention.key_length": 32, "rope.freq_base": 500000.0},
         TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL,
     ),
+    "hunyuan": Golden(
+        "hunyuan-dense", RMS | {"attention.key_length": 32, "rope.freq_base": 10000.0 * 50 ** (32 / 30)},
+        TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
     "olmo2": Golden("olmo2", RMS, NORMS_BEHIND | _wide_norms() | _attention() | GATED, EMBEDDING | HEAD | FINAL),
     "olmo3": Golden(
         "olmo2",

@@ -61,6 +61,7 @@ class Family:
     block: Block = "sequential"
     norm: Norm = "rms"
     norms: tuple[Place, ...] = ("attention", "ffn", "final")
+    norm_turned: bool = False  # queries and keys are normed when they have been turned
     biases: tuple[Bias, ...] = ()
     may_have: tuple[Place | Bias, ...] = ()  # norms and biases that some models of the family have
     gated: bool = True

@@ -79,6 +79,7 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         norm_bias=family.norm == "layer" and _has(model, family, "attention", "bias", "_norm"),
         norms=norms,
         norm_heads="query" in norms and _size(model, family, "query_norm") == width,
+        norm_turned=family.norm_turned,
         biases=[b for b in _BIASES if b in family.biases or _has_bias(model, family, b)],
         gated=family.gated,
         activation=activation,

@@ -45,6 +45,12 @@ def by_hand(choices: dict[str, tuple[int, ...]]) -> dict[str, float]:
     return out
 
 
+def test_choices_that_differ_late_need_no_depth() -> None:
+    same = (1,) * 5000
+    decision = decide(logits, {"a": (*same, 2), "b": (*same, 3)}, END, 0.0, None)
+    assert decision.text in ("a", "b") and abs(sum(decision.probabilities.values()) - 1) < 1e-9
+
+
 @given(st.lists(TOKENS, min_size=2, max_size=8, unique=True), st.integers(0, 9))
 def test_probabilities_are_those_of_the_forks(lists: list[tuple[int, ...]], seed: int) -> None:
     choices = {str(i): tokens for i, tokens in enumerate(lists)}

@@ -65,11 +65,11 @@ def _spread(
     """The probability of each of `choices`, given the first `depth` tokens, which they share."""
     if len(choices) == 1:
         return dict.fromkeys(choices, 1.0)
+    while len({tokens[depth] for tokens in choices.values()}) == 1:
+        depth += 1
     branches: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, tokens in choices.items():
         branches.setdefault(tokens[depth], {})[name] = tokens
-    if len(branches) == 1:
-        return _spread(logits, choices, depth + 1)
     said = next(iter(choices.values()))[:depth]
     p = _softmax(logits(said)[list(branches)].astype(np.float64))  # [branches]
     return {

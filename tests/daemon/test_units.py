@@ -163,6 +163,23 @@ def test_the_sandbox_is_rated_safe(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_understands_every_line(tmp_path: Path) -> None:
+    """A key that systemd does not know is a protection that is not there, and it only warns of it."""
+    units = []
+    for pattern in ("*.service", "*.socket", "*.mount"):
+        for unit in DEPLOY.glob(pattern):
+            # the program is not installed where this test runs
+            text = unit.read_text().replace("/opt/flashd/current/bin/flashd", "/bin/true")
+            units.append(tmp_path / unit.name.replace("@.", "@sda."))
+            units[-1].write_text(text.replace("/usr/bin/cage", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False
+    )
+    said = [line for line in done.stderr.splitlines() if "flashd" in line]
+    assert not said and len(units) >= 8, done.stderr
+
+
 def test_no_link_on_a_stick_or_card_is_followed() -> None:
     (options,) = _values(DEPLOY / "media-flashd.mount", "Mount", "Options")
     (mount,) = _values(DEPLOY / "flashd-update@.service", "Service", "ExecStartPre")

@@ -54,8 +54,8 @@ class Bar:
 class Waiting:
     """A row that is shown on a terminal until the first words of an answer come."""
 
-    SECONDS = 1.0
-    """The row changes this often."""
+    SECONDS, OFTEN = 1.0, "thinking"
+    """How often the row shows what changes all the time. A place in the queue is shown at once: it may stand long."""
 
     def __init__(self) -> None:
         self._shown = 0.0
@@ -64,7 +64,7 @@ class Waiting:
 
     def show(self, text: str) -> None:
         now = time.monotonic()
-        if self._closed or now - self._shown < self.SECONDS:
+        if self._closed or (text.startswith(self.OFTEN) and now - self._shown < self.SECONDS):
             return
         self._shown = now
         print(

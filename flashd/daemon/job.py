@@ -15,8 +15,11 @@ MAX_TEXT = 256 << 10
 API = "api"
 """The source of what clients ask over HTTP."""
 
-WAITING_BYTES = 4 << 20
-"""Bytes of the prompts that wait in the queue."""
+HELD_BYTES = 4 << 20
+"""Bytes of the requests that wait, are answered, or whose answers somebody still reads."""
+
+OF_TURN, OF_BIAS, OF_SCHEMA = 64, 100, 20
+"""Bytes of RAM that a message takes beside its text, that a token's bias takes, and a byte of a schema."""
 
 HEAD = 200
 """Characters of a prompt or answer in a list."""
@@ -119,8 +122,11 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 def weight(request: Request) -> int:
-    """Bytes of RAM that a request's texts take."""
-    return sum(sys.getsizeof(text) for text in (*(turn.content for turn in request.turns), *request.choose))
+    """Bytes of RAM that a request takes at the most."""
+    texts = (*(turn.content for turn in request.turns), *request.choose, *request.stop)
+    schema = 0 if request.json_schema is None else len(msgspec.json.encode(request.json_schema))
+    held = sum(map(sys.getsizeof, texts)) + OF_TURN * len(request.turns)
+    return held + OF_BIAS * len(request.draw.logit_bias) + OF_SCHEMA * schema
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Literal
 
-from flashd.daemon.job import API, MAX_TEXT, WAITING_BYTES, Event, Head, Job, Request, Scored, State, weight
+from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, weight
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite, UsageError
 
@@ -37,6 +37,7 @@ class Watch:
 
     def __init__(self, stop: Callable[[Watch], None], job: int | None, sink: Sink | None = None) -> None:
         self.job = job
+        self.holds: Job | None = None  # what it has of a job that is not forgotten before it is closed
         self._queue: SimpleQueue[Event | None] = SimpleQueue()
         self._stop = stop
         self.put = sink or self._queue.put
@@ -123,7 +124,7 @@ class Jobs:
         watch = Watch(self._forget_watch, number, sink)
         with self._changed:
             self._watches.append(watch)
-            job = self.get(number) if number is not None else None
+            job = watch.holds = self.get(number) if number is not None else None
             if job is not None and job.state is State.QUEUED:
                 watch.put(self._place(job, "queued"))
             if job is not None and job.result.text:
@@ -318,12 +319,14 @@ class Jobs:
         heapq.heappush(self._waiting, (LAST if job.id in self._suspects else -job.request.priority, job.id, job))
 
     def _check_room(self, request: Request) -> None:
-        waiting = [job.request for _, _, job in self._waiting]
+        waiting = [job for _, _, job in self._waiting]
         most = self.most_of_clients if request.source == API else self._most
         if len(waiting) >= most:
             raise Busy(f"no room for another job: {len(waiting)} waiting; try again later")
-        if sum(weight(other) for other in waiting) + weight(request) > WAITING_BYTES:
-            raise Busy(f"no room for this prompt beside {len(waiting)} waiting ones; try again later")
+        watched = [watch.holds for watch in self._watches if watch.holds is not None]
+        held = {job.id: job.request for job in (*waiting, *self._running.values(), *watched)}
+        if sum(weight(other) for other in held.values()) + weight(request) > HELD_BYTES:
+            raise Busy(f"no room for this prompt beside {len(held)} others; try again later")
 
     def _same(self, request: Request) -> Job | None:
         if not request.coalesce:

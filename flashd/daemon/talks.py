@@ -11,7 +11,7 @@ from flashd.daemon.job import Request
 from flashd.engine.decoding.forgetting import shortened
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Prompts
-from flashd.errors import PromptTooLong
+from flashd.errors import BadField, PromptTooLong
 
 
 class Talks:
@@ -35,10 +35,21 @@ class Talks:
         left_out, tokens = self.tokens(request, lambda: None)  # only the worker's own thread feeds the watchdog
         if len(tokens) > self.room:
             raise PromptTooLong(len(tokens), self.room)
+        if request.choose:
+            self._check_choices(request.choose, self.room - len(tokens))
         if not left_out:
             return request
         first = 1 if request.turns[0].role == "system" else 0
         return replace(request, turns=request.turns[:first] + request.turns[first + left_out :], forgotten=left_out)
+
+    def _check_choices(self, choices: Sequence[str], room: int) -> None:
+        """Raises BadField if one of them has no room behind the prompt."""
+        try:
+            longest = max(map(len, self._prompts.choices(choices, room).values()))
+        except PromptTooLong:
+            longest = room + 1
+        if longest > room:
+            raise BadField("choose", f"a choice is longer than the {room} tokens that the context has room for")
 
     def tokens(self, request: Request, alive: Callable[[], None]) -> tuple[int, list[int]]:
         """How many of the oldest messages are left out, and the tokens of the others.

@@ -19,7 +19,7 @@ from flashd.daemon.notify import Notifier
 from flashd.daemon.talks import Talks
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
-from flashd.engine.decoding.schemas import Schemas, held_by_schemas
+from flashd.engine.decoding.schemas import HELD_BY_ANSWERS, Schemas, held_by_answer, held_by_schemas
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.errors import NOT_JSON, BadField, DataError, FlashdError, InputMissing, UsageError
 
@@ -29,7 +29,7 @@ IDLE_SECONDS = 1.0
 """How long the worker waits for a job before it shows that it still could take one."""
 
 MOST_SCORES = 4096
-"""Probabilities of tokens that one request may ask for."""
+"""Probabilities of tokens that a client may ask for at once."""
 
 PROGRESS_SECONDS = 0.25
 """Progress is told this often at the most."""
@@ -164,6 +164,9 @@ class Worker:
         if self._stopping.is_set() or any(self._jobs.preempted(r.job) for r in self._running):
             return False  # those that run make way at the next step, and this one would with them
         running = [r.job.request for r in self._running]
+        schemas = [r.json_schema for r in (job.request, *running) if r.json_schema is not None]
+        if job.request.json_schema is not None and sum(map(held_by_answer, schemas)) > HELD_BY_ANSWERS:
+            return False
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
         try:
@@ -265,8 +268,10 @@ class Worker:
             if running.speech is not None:
                 self._engine.end(running.speech)
 
-    def fitting(self, request: Request) -> Request:
+    def fitting(self, request: Request, answers: int = 1) -> Request:
         """The request without the messages that are to be forgotten, if it can be answered. For any thread.
+
+        `answers`: so many requests its client makes at once.
 
         Raises UsageError, which says why it cannot be answered; DataError.
         """
@@ -275,9 +280,9 @@ class Worker:
         if (last := max(request.draw.logit_bias, default=0)) >= vocabulary:
             raise BadField("logit_bias", f"there is no token {last}; the last one is {vocabulary - 1}")
         if request.logprobs is not None:
-            most = MOST_SCORES // (request.logprobs + 1)
+            most = MOST_SCORES // (request.logprobs + 1) // answers
             if min(self._talks.limit(request), self._talks.room) > most:
-                raise BadField("max_tokens", f"with these logprobs allowed is 1 to {most}")
+                raise BadField("max_tokens", f"with these logprobs allowed is 1 to {most} an answer")
         try:
             self._constraint(request)
         except (UsageError, DataError, InputMissing) as error:

@@ -61,8 +61,11 @@ class Prompts:
             return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
         return self._template.encode(messages, self._tokenizer)
 
-    def choices(self, texts: Sequence[str]) -> Choices:
-        """The tokens of each text, as an answer that is this text begins with them."""
+    def choices(self, texts: Sequence[str], room: int | None = None) -> Choices:
+        """The tokens of each text, as an answer that is this text begins with them. `room` is that of `tokens`."""
+        if room is not None:
+            for text in texts:
+                self._tokenizer.check_length([text], room)
         return {text: self._tokenizer.encode_answer(text) for text in texts}
 
     def plain(self, text: str, room: int | None = None) -> list[int]:

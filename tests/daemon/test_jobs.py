@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flashd.daemon import spool as spool_module
-from flashd.daemon.job import MAX_TEXT, WAITING_BYTES, State
+from flashd.daemon.job import HELD_BYTES, MAX_TEXT, OF_BIAS, OF_SCHEMA, Draw, State
 from flashd.daemon.jobs import MOST_DEATHS, Jobs
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, UsageError
@@ -96,12 +97,45 @@ def test_clients_leave_room_for_the_board_s_own(jobs: Jobs) -> None:
 
 def test_prompts_that_wait_are_bounded_in_bytes(spool: Spool) -> None:
     jobs = Jobs(spool, most_waiting=100)
-    most = WAITING_BYTES // MAX_TEXT - 1
+    most = HELD_BYTES // MAX_TEXT - 1
     for _ in range(most):
         jobs.submit(request("x" * MAX_TEXT))
-    with pytest.raises(Busy, match=f"no room for this prompt beside {most} waiting ones"):
+    with pytest.raises(Busy, match=f"no room for this prompt beside {most} others"):
         jobs.submit(request("x" * MAX_TEXT))
     jobs.submit(request("a short one"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"stop": ("x" * (HELD_BYTES // 4),)}, {"choose": ("x" * (HELD_BYTES // 4), "y")},
+        {"json_schema": {"enum": ["x" * (HELD_BYTES // 4 // OF_SCHEMA)]}},
+        {"draw": Draw(logit_bias=dict.fromkeys(range(HELD_BYTES // 4 // OF_BIAS), 1.0))},
+    ],
+)  # fmt: skip
+def test_all_that_a_request_holds_counts(more: dict[str, Any], jobs: Jobs) -> None:
+    for _ in range(3):
+        jobs.submit(request(**more))
+    with pytest.raises(Busy, match="no room for this prompt beside 3 others"):
+        jobs.submit(request(**more))
+
+
+def test_what_is_answered_or_still_read_counts_too(jobs: Jobs) -> None:
+    large, watches = request("x" * MAX_TEXT), []
+    for _ in range(HELD_BYTES // MAX_TEXT - 1):
+        job, watch = jobs.ask(large)
+        watches.append(watch)
+        assert jobs.take(0) is job
+        jobs.finish(job, State.DONE, "stop")
+    with pytest.raises(Busy, match="no room for this prompt"):
+        jobs.submit(large)
+    watches[0].close()
+    assert jobs.take(0) is None and jobs.submit(large)
+    watches[1].close()
+    running = jobs.take(0)
+    assert running is not None and jobs.submit(large)
+    with pytest.raises(Busy, match="no room for this prompt"):
+        jobs.submit(large)
 
 
 def test_a_sensor_that_fires_ten_times_asks_once(jobs: Jobs) -> None:

@@ -127,6 +127,11 @@ def test_messages_as_clients_send_them_back(http: httpx.Client) -> None:
         ({"logprobs": True, "top_logprobs": 20, "max_tokens": 400}, "max_tokens", "allowed is 1 to 195"),
         ({"stop": ""}, "stop", "none of them empty"),
         ({"stop": ["a"] * 17}, "stop", "up to 16"),
+        ({"stop": ["a" * 257]}, "stop", "longer than 256 characters"),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 25, "n": 8}, "max_tokens", "allowed is 1 to 24"),
+        ({"metadata": {"a": "b" * (16 << 10)}}, "metadata", "more than 16384 bytes"),
+        ({"metadata": {"a": 1}}, "metadata", "an object of texts"),
+        ({"choose": ["yes", "no " * 900]}, "choose", "longer than the"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not call tools"),
@@ -258,7 +263,9 @@ def test_few_requests_with_logprobs_are_answered_at_once(tmp_path: Path) -> None
     with ExitStack() as stack:
         spool = stack.enter_context(closing(Spool(tmp_path / "spool.db", keep=50)))
         jobs = Jobs(spool, most_waiting=8)
-        api = Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked: asked)
+        api = Api(
+            jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked, _: asked,
+        )  # fmt: skip
         server = Server(tmp_path / "api.sock", None)
         stack.callback(server.close)
         server.start(api.application([]))
@@ -335,7 +342,7 @@ def test_a_plan_without_room_for_a_grammar_says_what_is_missing(tiny_bundle: Pat
         assert whole is not None
         with Engine(bundle, Budget(whole + MIB, 64, 1)) as engine:
             worker = Worker(jobs, engine, prompts, None, Answering(), Notifier())
-            words = r"needs 4 MiB of RAM, and the plan leaves [0-2]; set schemas: true"
+            words = r"needs 16 MiB of RAM, and the plan leaves [0-2]; set schemas: true"
             with pytest.raises(BadField, match=words) as error:
                 worker.fitting(asked)
             assert error.value.param == "response_format"

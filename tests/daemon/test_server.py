@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -15,13 +17,15 @@ import msgspec
 import pytest
 
 from flashd.cli.client import Client
+from flashd.cli.progress import CLEAR, Waiting
 from flashd.daemon.http import api, connections
 from flashd.daemon.http.admission import MOST_WAITING
 from flashd.daemon.http.api import Api
 from flashd.daemon.http.connections import MOST_CONNECTIONS, MOST_HEADERS, READ_BYTES
 from flashd.daemon.http.server import Server
-from flashd.daemon.job import MAX_TEXT, Request, Turn
+from flashd.daemon.job import MAX_TEXT, Request, State, Turn
 from flashd.daemon.jobs import Jobs
+from flashd.daemon.openai import answers
 from flashd.daemon.spool import Spool
 from flashd.errors import Busy, CannotWrite
 from tests.daemon import fake_worker as clerk
@@ -38,7 +42,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
 
 
 def made(jobs: Jobs) -> Api:
-    return Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked: asked)
+    return Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked, _: asked)
 
 
 def read_answer(client: socket.socket) -> bytes:
@@ -145,6 +149,34 @@ def test_a_burst_waits_its_turn_in_order(served: Path, jobs: Jobs) -> None:
     assert [job.request.turns[0].content for job in answering.answered] == [f"number {i}" for i in range(count)]
 
 
+def test_who_waits_sees_his_place_at_once_and_goes_on_seeing_it(
+    served: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "QUIET_SECONDS", 0.1)
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    first, second = jobs.submit(clerk.request()), jobs.submit(clerk.request())
+    assert jobs.take(0) is first
+    told: list[str] = []
+    with closing(Waiting()) as row, closing(Client(served)) as client:
+
+        def show(text: str) -> None:
+            row.show(text)
+            told.append(screen.getvalue().rpartition("\r")[2].removesuffix(CLEAR))
+            if len(told) == 3:  # nothing has happened since the first
+                jobs.finish(first, State.DONE, "stop")
+                assert jobs.take(0) is second
+            elif told[-1] == "waiting, 1 before this":
+                jobs.finish(second, State.DONE, "stop")
+                answering.append(Clerk(jobs))
+
+        answering: list[Clerk] = []
+        assert list(client.ask(ASK, show))
+        answering[0].close()
+    assert told[:3] == ["waiting, 2 before this"] * 3 and "waiting, 1 before this" in told
+
+
 def test_more_than_may_wait_are_refused_at_once(served: Path, caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:
         idle(stack, served, MOST_WAITING + 3, HALF_A_BODY)  # three have a place
@@ -178,7 +210,7 @@ def test_a_head_is_bounded(sends: bytes, status: int, served: Path, jobs: Jobs) 
 
 def test_heads_of_requests_that_wait_take_little(served: Path) -> None:
     """Thousands of empty headers fit in a head. A request that waits does not keep them."""
-    count, head = 40, headed(b"a:\r\n" * 3900)
+    count, head = 12, headed(b"a:\r\n" * 3900)
     tracemalloc.start()
     try:
         with ExitStack() as stack:
@@ -189,7 +221,7 @@ def test_heads_of_requests_that_wait_take_little(served: Path) -> None:
             assert all(b" 431 " in read_answer(client) for client in clients)
     finally:
         tracemalloc.stop()
-    assert peak < count * len(head) + (8 << 20)
+    assert peak < count * len(head) + (4 << 20)
 
 
 def test_a_client_that_does_not_read_is_dropped(served: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Answering
+from flashd.daemon import worker as worker_module
 from flashd.daemon.job import Job, Request, State, Turn
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
+from flashd.engine.decoding.schemas import held_by_answer
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.planning.plan import smallest
@@ -24,6 +26,8 @@ from flashd.errors import CardError
 from flashd.system.memory import MIB, resident_now
 from tests.daemon.fake_worker import request
 from tests.waiting import wait
+
+YES_OR_NO = {"enum": ["yes", "no"]}
 
 
 class Steps(Notifier):
@@ -226,6 +230,25 @@ def test_what_is_drawn_is_drawn_again_after_an_interruption(packed: dict[str, Pa
         assert job.result.text.startswith(text)
         other = o.jobs.submit(request("Tell me something."))
         assert o.end(other) == [State.DONE] and other.result.text != job.result.text
+
+
+def test_grammars_beyond_what_is_planned_are_followed_one_after_another(
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(worker_module, "HELD_BY_ANSWERS", held_by_answer(YES_OR_NO) + 1)
+    with office(packed["int4"], tmp_path) as here:
+        first, second = (here.jobs.submit(request("Is it?", json_schema=YES_OR_NO)) for _ in range(2))
+        plain = here.jobs.submit(request("Hello?"))
+        most: list[int] = []
+
+        def note(text: str) -> None:
+            most.append(sum(job.request.json_schema is not None for job in here.jobs.running))
+
+        here.steps.status = note  # type: ignore[method-assign]
+        here.worker.start()
+        assert here.end(first, second, plain) == [State.DONE] * 3
+    assert max(most) == 1
 
 
 def test_one_of_several_is_cancelled_and_the_others_go_on(packed: dict[str, Path], tmp_path: Path) -> None:

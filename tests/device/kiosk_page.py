@@ -116,7 +116,7 @@ def page(browser: Any, jobs: Jobs, appliance: Callable[..., Appliance], tmp_path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Server(tmp_path / "api.sock", port)
-    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked: asked)
+    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
     server.start(routes.application([*kiosk.routes(one)]))
     browser.get(f"http://127.0.0.1:{port}/")
     yield Page(browser, one, server)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.decoding.schemas import OF_ANSWER, Schemas, held_by_answer
 from flashd.errors import UsageError
+from flashd.system.memory import MIB, resident_now
 
 pytest.importorskip("llguidance")
 
@@ -44,3 +46,31 @@ def test_a_schema_that_is_too_deep_is_refused(tiny_bundle: Path) -> None:
         schema = {"not": schema}
     with Bundle(tiny_bundle) as bundle, pytest.raises(UsageError, match=r"nested too deeply|allowed is"):
         Schemas(bundle).compile(schema)
+
+
+@pytest.mark.parametrize("pattern", [".*a.{30}", "(a|b)*a(a|b){18}"])
+def test_a_schema_that_takes_too_much_to_follow_ends_its_answer(pattern: str, packed: dict[str, Path]) -> None:
+    """Its states grow with each character, and each takes memory. Others' answers in the same pass go on."""
+    with Bundle(packed["int4"]) as bundle:
+        size, ends = bundle.header.model.vocabulary, bundle.header.text.eos
+        answer = Schemas(bundle).compile({"type": "string", "pattern": pattern})
+        before = resident_now()
+        random = np.random.default_rng(0)
+        said: list[int] = []
+        while len(said) < 200 and not set(ends) & set(said):
+            allowed = np.flatnonzero(np.isfinite(answer.mask(np.zeros(size, np.float32))))
+            said.append(int(random.choice(allowed)))
+            answer.advance(said[-1])
+        assert resident_now() - before < OF_ANSWER + 4 * MIB
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_grammar_takes_no_more_than_is_planned(count: int, tiny_bundle: Path) -> None:
+    numbers = {f"a{i}": {"type": "number", "minimum": i / 7, "maximum": i * 1.37 + 100_000} for i in range(count)}
+    schema = {"type": "object", "properties": numbers}
+    with Bundle(tiny_bundle) as bundle:
+        schemas = Schemas(bundle)
+        kept = [schemas.compile(schema)]
+        before = resident_now()
+        kept += [schemas.compile(schema) for _ in range(4)]
+        assert resident_now() - before < 4 * held_by_answer(schema)

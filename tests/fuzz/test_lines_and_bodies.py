@@ -101,7 +101,8 @@ def serve(jobs: Jobs, data: bytes) -> None:
 
 def call(jobs: Jobs, method: str, path: str, body: bytes) -> None:
     """One request to the API."""
-    application = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"", lambda asked: asked).application([])
+    api = Api(jobs, "m", lambda: Facts(), Front(jobs).start, lambda: b"", lambda asked, _: asked)
+    application = api.application([])
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=application)  # an error in it is raised here

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashd.daemon.http.connections import MOST_CONNECTIONS, MOST_HEADERS, WRITE_BYTES
-from flashd.daemon.job import WAITING_BYTES
+from flashd.daemon.job import HELD_BYTES
 from flashd.daemon.openai.refusals import body_of, refusal
 
-MOST_WAITING, MOST_WAITING_READERS = 256, 64
+MOST_WAITING, MOST_WAITING_READERS = 224, 32
 """Requests that wait for a place. Fewer than there are connections, so that /health always has one."""
 
 MOST_ASKING = 32
@@ -41,8 +41,8 @@ MAX_BODY = 1 << 20
 SMALL_BODY = 64 << 10
 """Bytes of a body that is read beside others; larger ones are read one at a time."""
 
-CONNECTION_BYTES = 16 << 10
-"""What a connection takes beside what it sends and receives."""
+CONNECTION_BYTES = 32 << 10
+"""What a connection takes whose request waits, its head and its address included; measured."""
 
 COPIES = 4
 """Of a large body, or of a job that the spool has: its bytes, the texts in it, and what is made of those."""
@@ -51,7 +51,7 @@ CLIENTS = (
     MOST_CONNECTIONS * CONNECTION_BYTES
     + MOST_ASKING * (SMALL_BODY + WRITE_BYTES)
     + COPIES * MAX_BODY
-    + WAITING_BYTES
+    + HELD_BYTES
     + MOST_SCORED * SCORED_BYTES
     + MOST_READING * COPIES * MAX_BODY
 )

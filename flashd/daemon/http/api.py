@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -18,12 +18,11 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from flashd.daemon.events import Events
 from flashd.daemon.http.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
-from flashd.daemon.http.connections import READ_BYTES
 from flashd.daemon.http.ways_in import Network, WaysIn
 from flashd.daemon.job import Event, Job, Request
 from flashd.daemon.jobs import Jobs
@@ -31,6 +30,7 @@ from flashd.daemon.openai.answers import Answers, Growing, leave
 from flashd.daemon.openai.bodies import Asked, Chat, Completion
 from flashd.daemon.openai.forms import ChatForm, Form, TextForm
 from flashd.daemon.openai.refusals import explained, refusal, refusal_of
+from flashd.daemon.pieces import in_pieces
 from flashd.errors import NOT_JSON, Busy, FlashdError, PromptTooLong, UsageError
 
 BODY_SECONDS = 10.0
@@ -54,12 +54,13 @@ class Api:
         status: what /api/status gives.
         trigger: starts the trigger of a name; raises KeyError.
         metrics: the Prometheus text of /metrics.
-        fitting: a request without what would not fit; raises UsageError if the rest does not fit either.
+        fitting: one of so many requests of a client without what would not fit; raises UsageError if the rest does
+            not fit either.
     """
 
     def __init__(
         self, jobs: Jobs, model: str, status: Callable[[], msgspec.Struct], trigger: Callable[[str], Job],
-        metrics: Callable[[], bytes], fitting: Callable[[Request], Request],
+        metrics: Callable[[], bytes], fitting: Callable[[Request, int], Request],
     ) -> None:  # fmt: skip
         self._jobs, self._model, self._status, self._trigger, self._metrics = jobs, model, status, trigger, metrics
         self._fitting = fitting
@@ -118,7 +119,7 @@ class Api:
             self._scored.add(events)
         growing: list[Growing] = []
         try:
-            for request in [self._fitting(request) for request in asked.requests]:
+            for request in [self._fitting(request, len(asked.requests)) for request in asked.requests]:
                 growing.append(Growing(*self._jobs.ask(request, events.put)))
         except BaseException:
             leave(self._jobs, growing)
@@ -152,12 +153,12 @@ class Api:
             _number(http.query_params.get("before", str(LATEST))),
         )
         heads = await asyncio.to_thread(self._jobs.heads, min(most, MOST_HEADS), before)
-        return _in_pieces(msgspec.json.encode(heads))
+        return in_pieces(msgspec.json.encode(heads))
 
     async def _one(self, http: HttpRequest) -> Response:
         number = _number(http.path_params["number"])
         job = await asyncio.to_thread(self._jobs.get, number)
-        return _in_pieces(msgspec.json.encode(job)) if job else refusal(404, f"no job {number}")
+        return in_pieces(msgspec.json.encode(job)) if job else refusal(404, f"no job {number}")
 
     async def _cancel(self, http: HttpRequest) -> Response:
         cancelled = await asyncio.to_thread(self._jobs.cancel, _number(http.path_params["number"]))
@@ -201,16 +202,6 @@ def _number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
         raise UsageError(f"{text[:40]!r} is not a number")
     return int(text)
-
-
-def _in_pieces(data: bytes) -> Response:
-    pieces = (data[at : at + READ_BYTES] for at in range(0, len(data), READ_BYTES))
-    return StreamingResponse(_each(pieces), media_type="application/json", headers={"Content-Length": str(len(data))})
-
-
-async def _each(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
 
 
 async def _refused(_: HttpRequest, error: Exception) -> Response:

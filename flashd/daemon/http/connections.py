@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_CONNECTIONS, MOST_FROM_AFAR = 384, 96
+MOST_CONNECTIONS, MOST_FROM_AFAR = 320, 96
 """In all, and of other machines, whose owners need no place on this one to open them."""
 
 READ_BYTES = 8 << 10

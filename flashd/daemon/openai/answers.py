@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from flashd.daemon.events import Events
 from flashd.daemon.job import Event, Job, Scored, State
@@ -18,8 +18,12 @@ from flashd.daemon.jobs import Jobs, Watch
 from flashd.daemon.openai.bodies import Asked
 from flashd.daemon.openai.forms import Form, Piece, more, reason, usage
 from flashd.daemon.openai.refusals import body_of, refusal
+from flashd.daemon.pieces import in_pieces, lines_in_pieces
 
 OBJECT = "flashd"
+
+QUIET_SECONDS = 10.0
+"""After which a client that waits is told once more what it waits for."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Answers:
         first = growing[0].job
         self._head = {"id": f"flashd-{first.id}", "created": int(first.created), "model": model}
         self._headers = {"X-Job": str(first.id)}
+        self._waits = "waiting"  # for what, in words
 
     async def whole(self, http: HttpRequest) -> Response:
         """Sends all answers when the last has come. They are cancelled if the client goes away before."""
@@ -72,11 +77,12 @@ class Answers:
             for i, (each, end) in enumerate(zip(self._growing, ends, strict=True))
         ]
         body = {"object": self._form.whole, "choices": choices, "usage": usage(ends, self._asked.of_each)}
-        return JSONResponse(self._head | body | {OBJECT: more(ends)}, headers=self._headers)
+        return in_pieces(_json(self._head | body | {OBJECT: more(ends)}).encode(), self._headers)
 
     def pieces(self) -> Response:
         """Sends each answer piece by piece."""
-        return StreamingResponse(self._stream(), media_type="text/event-stream", headers=self._headers)
+        lines = lines_in_pieces(self._stream())
+        return StreamingResponse(lines, media_type="text/event-stream", headers=self._headers)
 
     async def _all_ended(self, http: HttpRequest) -> None:
         """Waits until all answers have ended or one has failed, or the daemon stops."""
@@ -91,13 +97,13 @@ class Answers:
                     for each in self._growing:
                         await asyncio.to_thread(self._jobs.cancel, each.job.id)
 
-    async def _stream(self) -> AsyncIterator[str]:
+    async def _stream(self) -> AsyncGenerator[str]:
         try:
             for i, each in enumerate(self._growing):
                 yield self._line([self._form.chunk(Piece(i, self._echo(each), first=True))])
             while not self._over and not self._events.over:
-                event = await self._events.next(10.0)
-                for line in self._lines(event) if event else [": waiting\n\n"]:
+                event = await self._events.next(QUIET_SECONDS)
+                for line in self._lines(event) if event else [self._comment()]:
                     yield line
             for line in self._last_lines():
                 yield line
@@ -114,12 +120,17 @@ class Answers:
             each.sent, each.sent_scored = len(each.text), max(each.sent_scored, len(each.scored))
             yield self._line([chunk])
         elif event.kind in ("queued", "moved"):
-            yield f": waiting, {event.position} before this\n\n" if event.position else ": next\n\n"
+            self._waits = f"waiting, {event.position} before this" if event.position else "next"
+            yield self._comment()
         elif event.kind == "progress":
-            yield f": thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read\n\n"
+            self._waits = f"thinking, layer {event.done} of {event.total}, {event.card_bytes >> 20} MiB read"
+            yield self._comment()
         if each.end is not None and each.end.state is State.DONE:
             last = self._form.chunk(Piece(i, reason=reason(each.end)))
             yield self._line([last], more([each.end]))
+
+    def _comment(self) -> str:
+        return f": {self._waits}\n\n"
 
     def _last_lines(self) -> Iterator[str]:
         failed = next((x.end for x in self._growing if x.end and x.end.state is not State.DONE), None)
@@ -180,4 +191,8 @@ def _stopping(job: Job) -> str:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {_json(value)}\n\n"
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -25,7 +25,13 @@ MOST_ANSWERS = 8
 
 ANY_OBJECT = {"type": "object"}
 
-Stop = Annotated[str, msgspec.Meta(min_length=1)]
+LONGEST_STOP = 256
+"""Characters. The end of an answer is compared with all of them at each character."""
+
+MAX_LABELS = 16 << 10
+"""Bytes of the labels of a request."""
+
+Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_STOP)]
 Stops = Annotated[list[Stop], msgspec.Meta(max_length=16)]
 Prompts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MOST_ANSWERS)]
 Nothing = Annotated[list[None], msgspec.Meta(max_length=0)]
@@ -196,7 +202,7 @@ class Chat(Body, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # labels, which change no answer
-    metadata: dict[str, str] | None = None
+    metadata: msgspec.Raw = msgspec.Raw()
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # what is not honoured
@@ -222,6 +228,7 @@ class Chat(Body, kw_only=True):
             raise BadField("store", "nothing is stored for later use; send false", "unsupported_parameter")
         if self.top_logprobs is not None and not self.logprobs:
             raise BadField("top_logprobs", "it needs logprobs: true")
+        _check_labels(bytes(self.metadata))
         turns = tuple(message.turn(i) for i, message in enumerate(self.messages))
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -242,6 +249,16 @@ class Completion(Body, kw_only=True):
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         talks = [(Turn("user", prompt),) for prompt in prompts]
         return asked(self, self.requests(talks, True, None, self.logprobs, self.max_tokens), bool(self.echo))
+
+
+def _check_labels(data: bytes) -> None:
+    """Raises BadField unless they are texts by name, or none."""
+    if len(data) > MAX_LABELS:
+        raise BadField("metadata", f"labels of more than {MAX_LABELS} bytes")
+    try:
+        msgspec.json.decode(data or b"null", type=dict[str, str] | None)
+    except NOT_JSON as error:
+        raise BadField("metadata", f"{error}; allowed is an object of texts") from error
 
 
 def asked(body: Body, requests: tuple[Request, ...], echo: bool) -> Asked:

@@ -32,7 +32,7 @@ ALLOWED = {
     "frequency_penalty": "-2 to 2",
     "presence_penalty": "-2 to 2",
     "seed": "a whole number from 0 up to 2^62",
-    "stop": "a text, or a list of up to 16 texts, none of them empty",
+    "stop": "a text, or a list of up to 16 texts, none of them empty or longer than 256 characters",
     "logit_bias": "an object of up to 1024 numbers of tokens, each with -100 to 100",
     "logprobs": "true or false for a chat, 0 to 5 for a completion",
     "top_logprobs": "0 to 20, with logprobs: true",

@@ -22,16 +22,29 @@ MAX_SCHEMA = 16 << 10
 """The most characters of a schema, as JSON."""
 
 
-HELD, HELD_PER_TOKEN = 4 << 20, 1130
-"""Bytes that the library takes: in any case, and for each token of the vocabulary.
+OF_ANSWER, OF_SCHEMA = 1 << 20, 200
+"""Bytes that the grammar of an answer takes at the most, in any case and for each byte of its schema; measured."""
 
-It holds a fifth less once it is made.
+HELD_BY_ANSWERS = 8 << 20
+"""Bytes of the grammars of those answers that grow together."""
+
+HELD, HELD_PER_TOKEN = (4 << 20) + HELD_BY_ANSWERS + OF_ANSWER + OF_SCHEMA * MAX_SCHEMA, 1130
+"""Bytes that the library takes: in any case, with a schema that is being checked, and for each token of the
+vocabulary. Of what it takes for tokens it holds a fifth less once it is made.
 """
+
+STEP_FUEL, MOST_STATES = 20_000, 1000
+"""What following a schema may take. Without these limits the pattern .*a.{30} took 20 MiB, and 1 s for a token."""
 
 
 def held_by_schemas(bundle: Bundle) -> int:
     """Bytes that Schemas takes for a bundle."""
     return HELD + HELD_PER_TOKEN * bundle.header.model.vocabulary
+
+
+def held_by_answer(schema: dict[str, Any]) -> int:
+    """Bytes that the grammar of an answer takes at the most."""
+    return OF_ANSWER + OF_SCHEMA * len(json.dumps(schema))
 
 
 class Schemas:
@@ -59,6 +72,9 @@ class Schemas:
             self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocabulary, eos_token=eos)
         except (ValueError, DataError) as error:
             raise DataError(f"{bundle.path}: its tokenizer follows no schema ({error}); pack it again") from error
+        self._limits = llguidance.LLParserLimits(
+            step_lexer_fuel=STEP_FUEL, max_lexer_states=MOST_STATES, verbose_errors=False,
+        )  # fmt: skip
         give_back_freed_memory()
 
     def compile(self, schema: dict[str, Any]) -> JsonAnswer:
@@ -76,7 +92,7 @@ class Schemas:
             grammar = self._library.LLMatcher.grammar_from_json_schema(text, defaults=options)
         except ValueError as error:
             raise UsageError(f"the schema cannot be followed: {str(error).splitlines()[0]}") from error
-        matcher = self._library.LLMatcher(self._tokenizer, grammar)
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise UsageError(f"the schema cannot be followed: {matcher.get_error().splitlines()[0]}")
         return JsonAnswer(matcher, self._vocabulary)
@@ -133,7 +149,10 @@ class JsonAnswer:
         self._bits = np.zeros(-(-vocabulary // 32), np.int32)
 
     def mask(self, logits: Floats) -> Floats:
-        """Logits [V] with minus infinity for the tokens that may not come next."""
+        """Logits [V] with minus infinity for the tokens that may not come next.
+
+        If the schema takes too much to follow, only the token that ends the answer may come.
+        """
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
         return np.where(allowed, logits, np.float32(-np.inf))

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.rows.kinds import RowKind
 from flashd.daemon.http.admission import CLIENTS
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB
+from tests import tiny
 from tests.daemon.test_check_config import serves
 from tests.goldens.models import GOLDENS
 
@@ -36,7 +38,9 @@ def answers(bundle: Path, mebibytes: int) -> bool:
         "--no-snapshots", "--json", "Hi",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    whole: bool = json.loads(done.stdout)["resident"]
+    told = json.loads(done.stdout)
+    assert told["peak_bytes"] <= mebibytes * MIB, f"{told['peak_bytes'] / MIB:.1f} MiB of {mebibytes}"
+    whole: bool = told["resident"]
     return whole
 
 
@@ -81,6 +85,31 @@ def test_the_least_memory_of_a_tiny_model(family: str, kind: RowKind, tmp_path: 
     pack(GOLDENS[family].write(tmp_path / "m.gguf"), tmp_path / "m.flash", kind)
     _, from_there = check_what_is_named(tmp_path / "m.flash", tmp_path)
     assert from_there is (None if kind == "f16" or "expert_count" in GOLDENS[family].keys else True)
+
+
+SIZES = {
+    "wide": {"HIDDEN": 1024, "HEADS": 16, "KV_HEADS": 4, "HEAD_DIM": 64, "NEURONS": 3072, "LAYERS": 2},
+    "deep": {"HIDDEN": 256, "HEADS": 16, "KV_HEADS": 4, "NEURONS": 1024, "LAYERS": 24},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int4", "f16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_no_shape_takes_more_than_its_plan(
+    size: str, kind: RowKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models whose weights are in different places, each large enough to show if one was not counted."""
+    for name, value in SIZES[size].items():
+        monkeypatch.setattr(tiny, name, value)
+    bundle = tmp_path / "m.flash"
+    pack(tiny.write(tmp_path / "m.gguf", kind=Kind.F16), bundle, kind)
+    plan = json.loads(flashd("plan", bundle, "--context", "64", "--json").stdout)
+    least, whole = plan["smallest"] // MIB, plan["whole"]
+    answers(bundle, least)
+    answers(bundle, least + 7)
+    if whole is not None:
+        assert answers(bundle, whole // MIB) and answers(bundle, whole // MIB + 40)
 
 
 def test_the_least_memory_of_smollm2(packed: dict[str, Path], tmp_path: Path) -> None:

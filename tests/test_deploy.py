@@ -1,17 +1,21 @@
-"""The programs in deploy/: what they say if something is missing."""
+"""The programs in deploy/: what they say if something is missing, and the Debian package, made without a network."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import flashd
 from tests.documents import ROOT
 
 DEPLOY = ROOT / "deploy"
+PYTHON = "3.11"
 
 
 def run(program: str, *words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -27,6 +31,9 @@ def run(program: str, *words: str | Path, **more: str) -> subprocess.CompletedPr
         ("fetch-wheels aarch64", "usage: deploy/fetch-wheels ARCHITECTURE PYTHON\n"),
         ("fetch-wheels arm64 3.11", "deploy/fetch-wheels: arm64 is not known; there are aarch64 and x86_64\n"),
         ("fetch-wheels aarch64 2.7", "deploy/fetch-wheels: Python 2.7 is not known; there are 3.11, 3.12, 3.13"),
+        ("make-deb", "usage: deploy/make-deb ARCHITECTURE PYTHON [WHEELS]\n"),
+        ("make-deb riscv64 3.11", "deploy/make-deb: riscv64 is not known; there are aarch64 and x86_64\n"),
+        ("make-deb aarch64 3.12", "deploy/make-deb: Python 3.12 is not known; there are 3.11 and 3.13\n"),
         ("install --kisok", "deploy/install: --kisok is not known\nusage: sudo deploy/install"),
     ],
 )
@@ -52,3 +59,98 @@ def test_the_installer_names_all_missing_packages_at_once(tmp_path: Path) -> Non
     missing = "python3-venv python3-systemd cage chromium"
     assert done.stderr == f"deploy/install: packages are missing; install them first: apt install {missing}\n"
     assert done.returncode == os.EX_UNAVAILABLE
+
+
+# --- the Debian package -----------------------------------------------------------------------------------
+
+
+def wheel(folder: Path, name: str, tag: str, *files: Path) -> None:
+    """A wheel of files of this checkout, or of an empty module."""
+    project, version = name.split("-")
+    with zipfile.ZipFile(folder / f"{name}-{tag}.whl", "w") as packed:
+        packed.writestr(f"{project}.py", "") if not files else None
+        for file in files:
+            packed.write(file, file.relative_to(ROOT))
+        about = f"{name}.dist-info"
+        packed.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n")
+        packed.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        packed.writestr(f"{about}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package's `control` and its `data`."""
+    if not shutil.which("dpkg-deb"):
+        pytest.skip("needs dpkg-deb")
+    made = tmp_path_factory.mktemp("package")
+    wheels = made / "wheels"
+    wheels.mkdir()
+    sources = [path for room in ("flashd", "device") for path in (ROOT / room).rglob("*.py")]
+    wheel(wheels, f"flashd-{flashd.__version__}", "py3-none-any", *sources)
+    wheel(wheels, "onnxruntime-1.0", "cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64")
+    wheel(wheels, "llguidance-1.0", "cp39-abi3-manylinux_2_31_x86_64")
+    done = subprocess.run(
+        [DEPLOY / "make-deb", "x86_64", PYTHON, wheels], cwd=made, capture_output=True, text=True, check=False
+    )
+    deb = made / f"flashd_{flashd.__version__}_amd64.deb"
+    assert done.returncode == 0 and done.stdout.startswith(deb.name), done
+    assert "has no python3-systemd" in done.stderr
+    subprocess.run(["dpkg-deb", "--raw-extract", deb, made / "data"], check=True)
+    (made / "data" / "DEBIAN").rename(made / "control")
+    return made
+
+
+def fields(package: Path) -> dict[str, str]:
+    lines = (package / "control" / "control").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in lines if not line.startswith(" "))
+
+
+def test_its_control_data_says_what_it_is_and_needs(package: Path) -> None:
+    found = fields(package)
+    assert (found["Package"], found["Version"], found["Architecture"]) == ("flashd", flashd.__version__, "amd64")
+    needs = found["Depends"].split(", ")
+    assert f"python{PYTHON}" in needs and "libc6 (>= 2.31)" in needs  # the newest that a wheel needs
+    assert "@" not in (package / "control" / "control").read_text().replace(found["Maintainer"], "")
+    assert int(found["Installed-Size"]) > 500
+    for script in ("preinst", "postinst", "prerm", "postrm"):
+        path = package / "control" / script
+        assert path.stat().st_mode & 0o777 == 0o755
+        subprocess.run(["sh", "-n", path], check=True)
+
+
+def test_its_configuration_is_kept_in_an_upgrade(package: Path) -> None:
+    names = (package / "control" / "conffiles").read_text().split()
+    assert names == [f"/etc/flashd/flashd.{kind}" for kind in ("example.yaml", "schema.json", "yaml")]
+    assert all((package / "data" / name.lstrip("/")).is_file() for name in names)
+
+
+def test_it_has_everything_below_folders_of_packages(package: Path) -> None:
+    data = package / "data"
+    site = data / f"usr/lib/flashd/lib/python{PYTHON}/site-packages"
+    assert {path.name for path in site.glob("*")} >= {"flashd", "device", "onnxruntime.py", "llguidance.py"}
+    assert {path.parts[len(data.parts)] for path in data.rglob("*")} == {"usr", "etc"}
+    assert (data / "usr/lib/flashd/bin/python").readlink() == Path(f"../../../bin/python{PYTHON}")
+    assert (data / "usr/bin/flashd").resolve() == data / "usr/lib/flashd/bin/flashd"
+    assert (data / "usr/lib/flashd/bin/flashd").read_text().startswith("#!/usr/lib/flashd/bin/python\n")
+    named = [*DEPLOY.glob("*.service"), *DEPLOY.glob("*.socket"), *DEPLOY.glob("*.mount")]
+    units = data / "usr/lib/systemd/system"
+    assert {path.name for path in units.iterdir()} == {path.name for path in named}
+    for unit in units.iterdir():
+        text = unit.read_text()
+        assert "/opt/" not in text
+        assert all(path == "/usr/lib/flashd/bin/flashd" for path in re.findall(r"^Exec.*?(/\S+/flashd) ", text, re.M))
+    assert not list(data.rglob("__pycache__")) and not list(data.rglob("direct_url.json"))
+
+
+def test_its_sums_are_those_of_its_files(package: Path) -> None:
+    done = subprocess.run(
+        ["md5sum", "--check", "--quiet", "../control/md5sums"], cwd=package / "data", capture_output=True, check=False
+    )
+    assert done.returncode == 0, done
+    assert len((package / "control" / "md5sums").read_text().splitlines()) > 100
+
+
+def test_the_installer_and_the_package_start_the_same_units(package: Path) -> None:
+    (enabled,) = re.findall(r"systemctl enable --quiet (flashd\.service .*)", (DEPLOY / "install").read_text())
+    (packaged,) = re.findall(r"^enabled='(.*)'", (package / "control" / "postinst").read_text(), re.M)
+    assert packaged == enabled

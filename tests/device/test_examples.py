@@ -105,36 +105,45 @@ def test_its_page_has_the_drawing_and_a_bill_of_parts(project: str) -> None:
 
 
 def test_the_greenhouse_waters_dry_soil_and_no_other(
-    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path
+    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Even with a model that always says water, as the small default one does."""
     chip = Mcp3008(pins, {0: 410})  # wet: 97.5 %
+    caplog.set_level(logging.INFO)
     clerk = Clerk(jobs)
     changed = text("greenhouse").replace("every: 3600", "every: 0.1").replace("most: 20", "most: 0.3")
     appliance(changed.replace("channel: 0,", "channel: 0, timeout: 30,"), sysfs=tmp_path)
     pump = pins.pin(12)
+
+    def looked() -> None:
+        """Waits until the soil was looked at twice, and nothing asked."""
+        caplog.clear()
+        wait(lambda: caplog.text.count("'watering' was not started: its prompt is empty") > 1)
+
     try:
         press(17)
         wait(lambda: clerk.answered)
         assert "soil moisture is 97.5 % and the air has unknown" in asked(clerk.answered[0])
-        time.sleep(0.5)
+        looked()
         assert len(clerk.answered) == 1 and not any(state.state for state in pump.states)
         chip.levels = {0: 790}  # dry: 2.5 %
         wait(lambda: pump.state)
         assert asked(clerk.answered[-1]).startswith("The soil is dry.")
         chip.levels = {0: 410}
-        wait(lambda: not pump.state)  # its time is up
+        looked()
+        wait(lambda: not jobs.running and not jobs.waiting and not pump.state)  # its time is up
         decided = len(clerk.answered)
-        time.sleep(0.5)
-        assert len(clerk.answered) <= decided + 1 and not pump.state
+        looked()
+        assert len(clerk.answered) == decided and not pump.state
     finally:
         clerk.close()
 
 
 def test_the_talking_button_says_what_was_asked(
-    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path
+    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = tmp_path / "said"
+    caplog.set_level(logging.INFO)
     clerk = Clerk(jobs, words=["A hen ", "crossed. ", "Ha!"])
     one = appliance(speaking("talking-button", said))
     try:
@@ -146,6 +155,7 @@ def test_the_talking_button_says_what_was_asked(
         press(26)
         wait(lambda: one.muted)
         press(27)
+        wait(lambda: "'animal' was not started: muted" in caplog.text)
         press(26)
         wait(lambda: not one.muted)
         press(27)

@@ -24,7 +24,8 @@ from device.triggers import Triggers
 from flashd.config.devices import AnyTrigger
 from flashd.config.settings import Serial, Settings
 from flashd.daemon.job import Job, Request, question
-from flashd.daemon.jobs import Jobs, Watch
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.watch import Watch
 from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
 from flashd.system import board
 from flashd.system.paths import pins_record

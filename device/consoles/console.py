@@ -10,7 +10,7 @@ from device.consoles.port import Port
 from device.controls import Controls
 from flashd.config.settings import Serial
 from flashd.daemon.job import Event, Job, Request, State, Turn
-from flashd.daemon.jobs import Watch
+from flashd.daemon.watch import Watch
 from flashd.errors import FlashdError
 from flashd.terminal.line_editor import MAX_LINE, Key, LineEditor
 from flashd.terminal.wrapping import Wrap, to_ascii

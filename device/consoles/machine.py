@@ -28,7 +28,7 @@ from flashd.daemon.job import (
     Seed,
     question,
 )
-from flashd.daemon.jobs import Watch
+from flashd.daemon.watch import Watch
 from flashd.errors import NOT_JSON, FlashdError
 from flashd.system.printable import printable_json
 

@@ -11,7 +11,8 @@ from device.outputs.kinds import KINDS
 from device.outputs.output import Output, Phase, Surroundings
 from flashd.config.devices import AnyOutput
 from flashd.daemon.job import Event, State
-from flashd.daemon.jobs import Jobs, Watch
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.watch import Watch
 
 log = logging.getLogger(__name__)
 

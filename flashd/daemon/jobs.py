@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Literal
 
 from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, weight
 from flashd.daemon.spool import Spool
+from flashd.daemon.watch import Sink, Watch
 from flashd.errors import Busy, CannotWrite, UsageError
 
 log = logging.getLogger(__name__)
@@ -26,39 +26,6 @@ MOST_DEATHS = 3
 
 LAST = 10
 """Where a suspect stands in the queue: behind every priority."""
-
-
-Sink = Callable[[Event | None], None]
-"""Takes events from whatever thread they happen in, and None when there will be no more. It must not wait."""
-
-
-class Watch:
-    """The events of one job, or of all, as they come. Close it."""
-
-    def __init__(self, stop: Callable[[Watch], None], job: int | None, sink: Sink | None = None) -> None:
-        self.job = job
-        self.holds: Job | None = None  # what it has of a job that is not forgotten before it is closed
-        self._queue: SimpleQueue[Event | None] = SimpleQueue()
-        self._stop = stop
-        self.put = sink or self._queue.put
-
-    def next(self, timeout: float | None = None) -> Event | None:
-        """The next event, or None where none came in `timeout` seconds or the watch was closed."""
-        try:
-            return self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
-        except Empty:
-            return None
-
-    def __iter__(self) -> Iterator[Event]:
-        """Events up to the job's end."""
-        while (event := self.next()) is not None:
-            yield event
-            if event.kind == "ended" and self.job is not None:
-                return
-
-    def close(self) -> None:
-        self._stop(self)
-        self.put(None)
 
 
 class Jobs:
@@ -125,13 +92,18 @@ class Jobs:
         with self._changed:
             self._watches.append(watch)
             job = watch.holds = self.get(number) if number is not None else None
-            if job is not None and job.state is State.QUEUED:
-                watch.put(self._place(job, "queued"))
-            if job is not None and job.result.text:
-                watch.put(Event(kind="text", job=job.id, text=job.result.text))
-            if job is not None and job.state.ended:
-                watch.put(Event(kind="ended", job=job.id, end=job))
+            for event in self._so_far(job) if job is not None else ():
+                watch.put(event)
         return watch
+
+    def _so_far(self, job: Job) -> Iterator[Event]:
+        """What a watch that comes late has missed."""
+        if job.state is State.QUEUED:
+            yield self._place(job, "queued")
+        if job.result.text:
+            yield Event(kind="text", job=job.id, text=job.result.text)
+        if job.state.ended:
+            yield Event(kind="ended", job=job.id, end=job)
 
     def ask(self, request: Request, sink: Sink | None = None) -> tuple[Job, Watch]:
         """Submits a request and watches it, missing nothing. Raises Busy, UsageError."""
@@ -140,7 +112,7 @@ class Jobs:
             return job, self.watch(job.id, sink)
 
     def cancel(self, number: int) -> bool:
-        """Ends a job that waits or runs. False where it has ended or was never there, or we stop: it is then kept."""
+        """Ends a job that waits or runs. False if it has ended or was never there, or we stop: it is then kept."""
         with self._changed:
             if self._closed:
                 return False
@@ -329,9 +301,8 @@ class Jobs:
             raise Busy(f"no room for this prompt beside {len(held)} others; try again later")
 
     def _same(self, request: Request) -> Job | None:
-        if not request.coalesce:
-            return None
-        return next((j for _, _, j in self._waiting if j.request.source == request.source), None)
+        others = (job for _, _, job in self._waiting if job.request.source == request.source)
+        return next(others, None) if request.coalesce else None
 
     def _check_rate(self, request: Request) -> None:
         if request.per_minute is None:

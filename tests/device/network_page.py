@@ -64,7 +64,7 @@ def serve(jobs: Jobs, appliance: Callable[..., Appliance], tmp_path: Path) -> It
             stack.callback(server.stop)
             stack.callback(jobs.close)
             network = kiosk.network(Network(port=port, code=CODE), "Board") if configured else None
-            api = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked: asked)
+            api = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
             application = api.application([*kiosk.routes(one)], False, network)
             server.start(application)
             return Board(one, port, application, server)

@@ -231,7 +231,7 @@ def environment(jobs: Jobs, tmp_path: Path) -> Iterator[dict[str, str]]:
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m flashd "$@"\n')
     command.chmod(0o755)
     server = Server(tmp_path / "api.sock", None)
-    api = Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked: asked)
+    api = Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), lambda: b"", lambda asked, _: asked)
     server.start(api.application([]))
     yield os.environ | {
         "PATH": f"{command.parent}:{os.environ['PATH']}", "FLASHD_SOCKET": str(tmp_path / "api.sock"),

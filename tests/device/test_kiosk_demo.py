@@ -31,7 +31,7 @@ def shown(browser: Any, tried: Tried, jobs: Jobs, tmp_path: Path) -> Iterator[Pa
         port = free.getsockname()[1]
     server = Server(tmp_path / "api.sock", port)
     one = tried.appliance
-    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked: asked)
+    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
     server.start(routes.application([*kiosk.routes(one), *tried.routes]))
     browser.get(f"http://127.0.0.1:{port}/")
     yield Page(browser, one, server)

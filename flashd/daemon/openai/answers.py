@@ -14,11 +14,12 @@ from starlette.responses import Response, StreamingResponse
 
 from flashd.daemon.events import Events
 from flashd.daemon.job import Event, Job, Scored, State
-from flashd.daemon.jobs import Jobs, Watch
+from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.bodies import Asked
 from flashd.daemon.openai.forms import Form, Piece, more, reason, usage
 from flashd.daemon.openai.refusals import body_of, refusal
 from flashd.daemon.pieces import in_pieces, lines_in_pieces
+from flashd.daemon.watch import Watch
 
 OBJECT = "flashd"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,41 @@ def use(path: Path) -> None:
             list(engine.pieces(engine.begin(tokens[:40], Sampling(), Answer(), limit=3)))
 
 
+SECONDS = 20
+"""Of the processor, that a case may take."""
+
+
+@contextmanager
+def little_time() -> Iterator[None]:
+    def over(*_: object) -> None:
+        raise TimeoutError(f"a case took more than {SECONDS} seconds of the processor")
+
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def tried(path: Path, action: Callable[[Path], object]) -> None:
     try:
-        action(path)
+        with little_time():
+            action(path)
     except FlashdError as error:
         one_line(error)
+
+
+def test_a_case_that_takes_long_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.fuzz.test_files.SECONDS", 0.05)
+
+    def endless(_: Path) -> None:
+        while True:
+            pass
+
+    with pytest.raises(TimeoutError, match=r"more than 0\.05 seconds"):
+        tried(tmp_path, endless)
 
 
 class Whole(bytes):

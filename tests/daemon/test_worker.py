@@ -237,6 +237,7 @@ def test_grammars_beyond_what_is_planned_are_followed_one_after_another(
 ) -> None:
     pytest.importorskip("llguidance")
     monkeypatch.setattr(worker_module, "HELD_BY_ANSWERS", held_by_answer(YES_OR_NO) + 1)
+    monkeypatch.setattr(worker_module, "held_by_schemas", lambda _: 0)  # this plan leaves no room for them
     with office(packed["int4"], tmp_path) as here:
         first, second = (here.jobs.submit(request("Is it?", json_schema=YES_OR_NO)) for _ in range(2))
         plain = here.jobs.submit(request("Hello?"))

@@ -65,7 +65,8 @@ def while_opening(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
     weights = rows * (form.width + form.digits)
     if form.kind == "f16":
         return 4 * weights
-    return weights * (max(form.bits, 4) + (1 if arithmetic == "int8" else 0)) // 8
+    # the rows as they were read, and the arrays of the session
+    return weights * (2 * max(form.bits, 4) + (1 if arithmetic == "int8" else 0)) // 8
 
 
 def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:

@@ -21,9 +21,10 @@ class Row:
 
 
 def rows(text: str) -> list[Row]:
-    """The rows of NAMES in the first table of RESULTS.md."""
+    """The rows of NAMES in the first table of RESULTS.md that says when an answer begins."""
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    first, rate = table[0].index("load + first s"), table[0].index("decode tok/s")
+    head = next(cells for cells in table if "load + first s" in cells)
+    first, rate = head.index("load + first s"), head.index("decode tok/s")
     return [Row(NAMES[cells[0]], _number(cells[first]), _number(cells[rate])) for cells in table if cells[0] in NAMES]
 
 

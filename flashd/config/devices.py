@@ -119,7 +119,7 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     priority: Priority = 5
     """The job with the highest priority goes first."""
     deadline: Positive | None = None
-    """Seconds. If there is no answer by then, the job expires. Without this key it never does."""
+    """Seconds. A job that is not answered so soon ends as expired. Without this key it has as long as it takes."""
     barge_in: bool = False
     """Whether the job interrupts one of lower priority."""
     coalesce: bool = True

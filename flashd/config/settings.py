@@ -112,7 +112,7 @@ class Api(Strict, frozen=True, kw_only=True):
     loopback_jobs: bool = False
     """Whether that port also lists jobs. Every user of the machine can then read what others asked."""
     network: Network | None = None
-    """The page on the local network, for who has no screen. Without this key there is none."""
+    """The page on the local network, for people who have no screen. Without this key the page is not shown there."""
 
 
 class Serial(Strict, frozen=True, kw_only=True):

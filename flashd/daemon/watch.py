@@ -22,7 +22,7 @@ class Watch:
         self.put = sink or self._queue.put
 
     def next(self, timeout: float | None = None) -> Event | None:
-        """The next event, or None where none came in `timeout` seconds or the watch was closed."""
+        """The next event, or None if none came in `timeout` seconds or the watch was closed."""
         try:
             return self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
         except Empty:

@@ -12,6 +12,10 @@ from flashd.system.memory import SIZE
 READ = "read"
 """The key of a Meta's `extra` for the function that reads a value as people write it. It raises ValueError."""
 
+WRITTEN = "written"
+"""The key of a Meta's `extra_json_schema` for the JSON types that people may write, if they are more than is made of
+them. msgspec does not let `type` be said there."""
+
 ONE_WIRE_FAMILIES = ("28", "10", "22", "3b", "42")
 """Thermometers: DS18B20, DS18S20, DS1822, DS1825, DS28EA00."""
 
@@ -90,7 +94,7 @@ Pin = Annotated[
     int,
     msgspec.Meta(
         ge=0, le=LAST_PIN, description=PIN_WORDS, extra={READ: read_pin},
-        extra_json_schema={"type": ["integer", "string"], "pattern": "^(GPIO|BCM)?[0-9]+$"},
+        extra_json_schema={WRITTEN: ["integer", "string"], "pattern": "^(GPIO|BCM)?[0-9]+$"},
     ),
 ]  # fmt: skip
 """The number of a GPIO line. Whatever is of this type is a pin that nobody else may use: see pins.py."""
@@ -98,7 +102,13 @@ Loopback = Annotated[
     int, msgspec.Meta(ge=1, le=65535, description="a port of 127.0.0.1, such as 8080", extra={READ: read_loopback})
 ]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-Code = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{6,12}\Z", description=CODE_WORDS, extra={READ: read_code})]
+Code = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[0-9]{6,12}\Z", description=CODE_WORDS, extra={READ: read_code},
+        extra_json_schema={WRITTEN: ["integer", "string"]},
+    ),
+]  # fmt: skip
 Absolute = Annotated[str, _text(r"^/", "a path that begins with /")]
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]

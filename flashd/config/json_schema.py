@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from flashd.config.fields import CODE_WORDS
+from flashd.config.fields import WRITTEN
 from flashd.config.settings import Settings
 
 
@@ -33,9 +33,8 @@ def _as_written(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     made = {key: _as_written(value) for key, value in node.items()}
-    if "pattern" in made and (made.get("type") == "integer" or made.get("description") == CODE_WORDS):
-        # a pin or a PIN: a number, or a text
-        made["type"] = ["integer", "string"]
+    if WRITTEN in made:
+        made["type"] = made.pop(WRITTEN)
     if isinstance(made.get("pattern"), str):
         made["pattern"] = made["pattern"].replace("\\Z", "$")  # JavaScript's end of a text
     return made

@@ -64,6 +64,13 @@ class Mcp3008(MockSPIDevice):  # type: ignore[misc]
             self.tx_buf = [int(bit) for bit in answer]
 
 
+def press(pin: Any, seconds: float = 0.02) -> None:
+    """A button pulls its pin to ground for so long."""
+    pin.drive_low()
+    time.sleep(seconds)
+    pin.drive_high()
+
+
 SOUND = 343.0
 """Metres a second."""
 

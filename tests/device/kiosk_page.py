@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.routing import Route
 
 from device import kiosk
 from device.appliance import Appliance
@@ -111,16 +112,29 @@ def page(browser: Any, jobs: Jobs, appliance: Callable[..., Appliance], tmp_path
     zone = tmp_path / "class/thermal/thermal_zone0"
     zone.mkdir(parents=True)
     (zone / "temp").write_text("48312\n")
-    one = appliance(SETTINGS, sysfs=tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(tmp_path / "api.sock", port)
-    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
-    server.start(routes.application([*kiosk.routes(one)]))
+    yield from opened(browser, appliance(SETTINGS, sysfs=tmp_path), jobs, tmp_path)
+
+
+def opened(browser: Any, one: Appliance, jobs: Jobs, folder: Path, more: Sequence[Route] = ()) -> Iterator[Page]:
+    """The page over an appliance, and more routes, until the test ends."""
+    port = free_port()
+    server = Server(folder / "api.sock", port)
+    server.start(api_of(one, jobs).application([*kiosk.routes(one), *more]))
     browser.get(f"http://127.0.0.1:{port}/")
     yield Page(browser, one, server)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     jobs.close()
     server.stop()
     server.close()
+
+
+def api_of(one: Appliance, jobs: Jobs) -> Api:
+    """The API over an appliance that has no model."""
+    return Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

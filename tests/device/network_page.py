@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +14,9 @@ from starlette.routing import Route
 from device import kiosk
 from device.appliance import Appliance
 from flashd.config.settings import Network
-from flashd.daemon.http.api import Api
 from flashd.daemon.http.server import Server
 from flashd.daemon.jobs import Jobs
+from tests.device.kiosk_page import api_of, free_port
 
 CODE = "493817"
 
@@ -55,17 +54,13 @@ def serve(jobs: Jobs, appliance: Callable[..., Appliance], tmp_path: Path) -> It
     with ExitStack() as stack:
 
         def serve(port: int = 0, configured: bool = True) -> Board:
-            if not port:
-                with socket.socket() as free:
-                    free.bind(("127.0.0.1", 0))
-                    port = int(free.getsockname()[1])
+            port = port or free_port()
             server = Server(tmp_path / "api.sock", None, port)
             stack.callback(server.close)
             stack.callback(server.stop)
             stack.callback(jobs.close)
             network = kiosk.network(Network(port=port, code=CODE), "Board") if configured else None
-            api = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
-            application = api.application([*kiosk.routes(one)], False, network)
+            application = api_of(one, jobs).application([*kiosk.routes(one)], False, network)
             server.start(application)
             return Board(one, port, application, server)
 

@@ -27,7 +27,7 @@ from flashd.daemon.http.server import Server
 from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from tests.daemon.fake_worker import Clerk
-from tests.device.conftest import Mcp3008, Terminal
+from tests.device.conftest import Mcp3008, Terminal, press
 from tests.documents import ROOT, Document
 from tests.pictures.example_wirings import DRAWINGS
 from tests.pictures.wiring import svg
@@ -55,12 +55,9 @@ def speaking(project: str, said: Path) -> str:
     return words.replace("[espeak-ng, --stdin]", f"[sh, -c, '{{ cat; echo; }} >> {said}']")
 
 
-def press(pin: int) -> None:
-    """A button pulls its pin to ground for a moment."""
-    mock = gpiozero.Device.pin_factory.pin(pin)
-    mock.drive_low()
-    time.sleep(0.2)
-    mock.drive_high()
+def push(pin: int) -> None:
+    """Presses a button by the number of its pin, for longer than it may bounce."""
+    press(gpiozero.Device.pin_factory.pin(pin), 0.2)
 
 
 def asked(job: Job) -> str:
@@ -121,7 +118,7 @@ def test_the_greenhouse_waters_dry_soil_and_no_other(
         wait(lambda: caplog.text.count("'watering' was not started: its prompt is empty") > 1)
 
     try:
-        press(17)
+        push(17)
         wait(lambda: clerk.answered)
         assert "soil moisture is 97.5 % and the air has unknown" in asked(clerk.answered[0])
         looked()
@@ -147,18 +144,18 @@ def test_the_talking_button_says_what_was_asked(
     clerk = Clerk(jobs, words=["A hen ", "crossed. ", "Ha!"])
     one = appliance(speaking("talking-button", said))
     try:
-        press(17)
+        push(17)
         wait(lambda: said.exists() and said.read_text().splitlines() == ["A hen crossed.", "Ha!"])
-        press(23)
+        push(23)
         wait(lambda: len(clerk.answered) == 2 and said.read_text().count("Ha!") == 2)
         assert asked(clerk.answered[1]) == "Say this again in simpler words: A hen crossed. Ha!"
-        press(26)
+        push(26)
         wait(lambda: one.muted)
-        press(27)
+        push(27)
         wait(lambda: "'animal' was not started: muted" in caplog.text)
-        press(26)
+        push(26)
         wait(lambda: not one.muted)
-        press(27)
+        push(27)
         wait(lambda: len(clerk.answered) == 3 and said.read_text().count("Ha!") == 3)
         assert [job.request.source for job in clerk.answered] == ["trigger:joke", "trigger:simpler", "trigger:animal"]
         assert one.settings.kiosk.presets[0] == asked(clerk.answered[0])  # the page offers the same

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from device import kiosk
-from flashd.daemon.http.api import Api
-from flashd.daemon.http.server import Server
 from flashd.daemon.jobs import Jobs
 from tests.daemon.fake_worker import Clerk
-from tests.device.kiosk_page import NEEDED, Page
+from tests.device.kiosk_page import NEEDED, Page, opened
 from tests.device.test_kiosk_looks import SIZES, assess, axe
 from tests.device.tried_demo import Tried, tried
 from tests.waiting import wait
@@ -26,19 +22,7 @@ pytestmark = NEEDED
 
 @pytest.fixture
 def shown(browser: Any, tried: Tried, jobs: Jobs, tmp_path: Path) -> Iterator[Page]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(tmp_path / "api.sock", port)
-    one = tried.appliance
-    routes = Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
-    server.start(routes.application([*kiosk.routes(one), *tried.routes]))
-    browser.get(f"http://127.0.0.1:{port}/")
-    yield Page(browser, one, server)
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    jobs.close()
-    server.stop()
-    server.close()
+    yield from opened(browser, tried.appliance, jobs, tmp_path, tried.routes)
 
 
 def part(page: Page, label: str) -> str:

@@ -22,7 +22,7 @@ from flashd.daemon.job import Job
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError, NotStarted
 from tests.daemon.fake_worker import Clerk
-from tests.device.conftest import Echo
+from tests.device.conftest import Echo, press
 from tests.waiting import wait
 
 Fired = list[tuple[str, dict[str, Any]]]
@@ -46,12 +46,6 @@ def listen(pins: MockFactory) -> Iterator[Listen]:
     yield make
     for each in opened:
         each.close()
-
-
-def press(pin: Any, seconds: float = 0.02) -> None:
-    pin.drive_low()
-    time.sleep(seconds)
-    pin.drive_high()
 
 
 def test_a_double_press_has_its_own_trigger_s_gap(pins: MockFactory, listen: Listen) -> None:

@@ -7,7 +7,7 @@ import os
 import select
 import threading
 import tty
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -149,16 +149,18 @@ Ctrl-C ends the demo.""")
             if event is None:
                 break
             parts = self.board.parts(controls.settings)
-            if isinstance(event, Event):
-                for line in told(event, controls):
-                    self._screen.say(line)
-            for part in parts:
-                if part.pin == event and part.role != "led" and self._is_ready:
-                    self._screen.say(
-                        f"{part.label}: {part.word}" + ("" if part.on else f" after {part.lasted:.1f} s")
-                    )
+            for line in told(event, controls) if isinstance(event, Event) else self._changed(event, parts):
+                self._screen.say(line)
             self._screen.show("  ".join(map(drawn, parts)))
         unwatch()
+
+    def _changed(self, pin: int, parts: Sequence[Part]) -> list[str]:
+        """What became of a pin that changed. LEDs are drawn and not told."""
+        return [
+            f"{part.label}: {part.word}" + ("" if part.on else f" after {part.lasted:.1f} s")
+            for part in parts
+            if self._is_ready and part.pin == pin and part.role != "led"
+        ]
 
 
 def drawn(part: Part) -> str:
@@ -174,13 +176,9 @@ def time_words(seconds: float) -> str:
     """A time of at most two digits, up to a hundred hours."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 99
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5940
-        else f"{seconds / 3600:.0f} h"
-    )
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5940 else f"{seconds / 3600:.0f} h"
 
 
 def told(event: Event, controls: Controls) -> list[str]:

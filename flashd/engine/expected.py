@@ -36,14 +36,15 @@ def tokens_per_second(bundle: Bundle, plan: Plan) -> float | None:
 
     Raises DamagedRun, CardError.
     """
-    in_ram = sum(plan.parts.get(part, 0) for part in MULTIPLIED)
-    seconds = in_ram / _multiplied_per_second(bundle, plan)
+    reading = 0.0
     if plan.card_bytes:
         speed = remembered(bundle.path)
         if speed is None:
             return None
-        seconds = max(seconds, plan.card_bytes / speed.bandwidth)  # the one goes on while the other does
-    return 1 / seconds
+        reading = plan.card_bytes / speed.bandwidth
+    in_ram = sum(plan.parts.get(part, 0) for part in MULTIPLIED)
+    # the one goes on while the other does
+    return 1 / max(reading, in_ram / _multiplied_per_second(bundle, plan))
 
 
 def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
@@ -52,21 +53,20 @@ def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
     arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
     header = bundle.header
     x = np.ones((1, header.model.hidden), np.float32)
-    sessions = list(_sessions(bundle, arithmetic))
-    nbytes = len(sessions) * held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
+    each = held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
+    sessions = list(_sessions(bundle, arithmetic, max(1, PART // each)))
     best = float("inf")
     for _ in range(ROUNDS):
         started = time.perf_counter()
         for session in sessions:
             multiplied(session, doubled=arithmetic == "float32", x=x)
         best = min(best, time.perf_counter() - started)
-    return nbytes / best
+    return len(sessions) * each / best
 
 
-def _sessions(bundle: Bundle, arithmetic: Arithmetic) -> Iterator[Any]:
-    """The first products of some layers."""
+def _sessions(bundle: Bundle, arithmetic: Arithmetic, most: int) -> Iterator[Any]:
+    """The first products of up to so many layers."""
     header = bundle.header
     constants, kind = Constants(header, arithmetic), header.formats.attention
-    each = held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
-    for i in range(min(header.model.layers, max(1, PART // each))):
+    for i in range(min(header.model.layers, most)):
         yield constants.rows(bundle.rows(f"layer.{i}.qkv"), kind, header.model.hidden)

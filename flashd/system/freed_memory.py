@@ -56,9 +56,11 @@ MOST_REUSED, MOST_KEPT = 8 << 20, 64 << 20
 """The largest array that is kept for another one, and how much may be free at the end of the heap, in bytes."""
 
 
-def _set_heap(mmap_threshold: int, trim_threshold: int) -> None:
-    _call("mallopt", -3, mmap_threshold)
-    _call("mallopt", -1, trim_threshold)
+def _set_heap(largest: int, most_free: int) -> None:
+    """Larger arrays stay out of the heap. It keeps up to `most_free` free bytes at its end."""
+    trim_threshold, mmap_threshold = -1, -3
+    _call("mallopt", mmap_threshold, largest)
+    _call("mallopt", trim_threshold, most_free)
 
 
 def _call(name: str, *arguments: int) -> None:

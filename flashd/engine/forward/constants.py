@@ -23,7 +23,7 @@ from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.stages import vectors_behind_ffn
-from flashd.graphs.unread import unread
+from flashd.graphs.unread import PARTS, unread
 from flashd.system.onnx_session import open_session
 
 Initialisers = dict[str, npt.NDArray[Any]]
@@ -200,8 +200,8 @@ class Constants:
 
 
 def _part(name: str) -> str:
-    """Which part of a product an array is, by its name: "q", "scale" or "zero". Empty: another array."""
-    return next((part for part in name.split(".") if part in ("q", "scale", "zero")), "")
+    """Which of PARTS an array is, by its name. Empty: another array."""
+    return next((part for part in name.split(".") if part in PARTS), "")
 
 
 def _zeros(scale: Floats) -> npt.NDArray[np.uint8]:

@@ -166,12 +166,10 @@ class PagedModel:
 
     def _reuse_memory(self, few: bool) -> None:
         """Passes over few tokens reuse what is freed. Those over many have arrays of many sizes, which leave gaps."""
-        if few and not self._reuses:
-            reuse_freed_memory()
         if self._reuses:
             give_back_freed_memory()
-        if self._reuses and not few:
-            use_small_pages()
+        if few != self._reuses:
+            (reuse_freed_memory if few else use_small_pages)()
         self._reuses = few
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:

@@ -131,12 +131,11 @@ class StreamedFfn:
     def lend(self, nbytes: int) -> None:
         """Fewer groups are let go at once; more stay when they next stream past."""
         self._goal = self._plan.pinned_beside(nbytes)
-        let_go = 0
-        for pinned, goal, here in zip(self._pinned, self._goal, self._here, strict=False):
+        before = self._here
+        for pinned, goal, here in zip(self._pinned, self._goal, before, strict=False):
             while here > goal:
                 here -= pinned.pop().groups
-                let_go += 1
-        if let_go:
+        if self._here != before:
             give_back_freed_memory()  # else it would be kept for other sessions, and not for the KV cache
 
     def _settle(self) -> None:

@@ -103,6 +103,10 @@ class Busy(FlashdError):
     exit_code = os.EX_TEMPFAIL
 
 
+class NoRoom(Busy):
+    """A job was not accepted, and will be when some of those before it have ended."""
+
+
 class SpoolTaken(FlashdError):
     """Another daemon answers the jobs of this spool."""
 

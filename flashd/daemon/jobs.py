@@ -10,14 +10,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Literal
 
 from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, weight
 from flashd.daemon.spool import Spool
 from flashd.daemon.watch import Sink, Watch
-from flashd.errors import Busy, CannotWrite, UsageError
+from flashd.errors import Busy, CannotWrite, NoRoom, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Jobs:
             if same is not None:
                 return same
             self._check_rate(request)
-            self._check_room(request)
+            self.check_room([request])
             job = self._spool.add(request)
             self._note_rate(request)
             self._monotonic[job.id] = time.monotonic()
@@ -110,6 +110,27 @@ class Jobs:
         with self._changed:
             job = self.submit(request)
             return job, self.watch(job.id, sink)
+
+    def check_room(self, requests: Sequence[Request]) -> None:
+        """Raises NoRoom unless all of them would be accepted now, UsageError if they never would."""
+        with self._changed:
+            most = self._most_of(requests[0])
+            if len(requests) > most:
+                many = f"{len(requests)} answers at once"
+                raise UsageError(f"{many}; the queue has room for {most}, see spool.most_waiting")
+            waiting = [job for _, _, job in self._waiting]
+            if len(waiting) + len(requests) > most:
+                raise NoRoom(f"no room for another job: {len(waiting)} waiting; try again later")
+            watched = [watch.holds for watch in self._watches if watch.holds is not None]
+            held = {job.id: job.request for job in (*waiting, *self._running.values(), *watched)}
+            if sum(weight(each) for each in requests) > HELD_BYTES:
+                raise UsageError(f"{len(requests)} answers to a prompt as long as this at once; ask for fewer")
+            if sum(weight(each) for each in (*held.values(), *requests)) > HELD_BYTES:
+                raise NoRoom(f"no room for this prompt beside {len(held)} others; try again later")
+
+    def _most_of(self, request: Request) -> int:
+        """Jobs that may wait when this one is accepted."""
+        return self.most_of_clients if request.source == API else self._most
 
     def cancel(self, number: int) -> bool:
         """Ends a job that waits or runs. False if it has ended or was never there, or we stop: it is then kept."""
@@ -289,16 +310,6 @@ class Jobs:
 
     def _enqueue(self, job: Job) -> None:
         heapq.heappush(self._waiting, (LAST if job.id in self._suspects else -job.request.priority, job.id, job))
-
-    def _check_room(self, request: Request) -> None:
-        waiting = [job for _, _, job in self._waiting]
-        most = self.most_of_clients if request.source == API else self._most
-        if len(waiting) >= most:
-            raise Busy(f"no room for another job: {len(waiting)} waiting; try again later")
-        watched = [watch.holds for watch in self._watches if watch.holds is not None]
-        held = {job.id: job.request for job in (*waiting, *self._running.values(), *watched)}
-        if sum(weight(other) for other in held.values()) + weight(request) > HELD_BYTES:
-            raise Busy(f"no room for this prompt beside {len(held)} others; try again later")
 
     def _same(self, request: Request) -> Job | None:
         others = (job for _, _, job in self._waiting if job.request.source == request.source)

@@ -149,6 +149,22 @@ def test_a_burst_waits_its_turn_in_order(served: Path, jobs: Jobs) -> None:
     assert [job.request.turns[0].content for job in answering.answered] == [f"number {i}" for i in range(count)]
 
 
+def test_several_answers_at_once_take_their_places_and_lock_nobody_out(served: Path, jobs: Jobs) -> None:
+    """Each request asks for as many answers as the queue has room for: the others wait, and none is refused."""
+    asked = {"messages": ASK["messages"], "n": jobs.most_of_clients}
+    with ExitStack() as stack:
+        clients = idle(stack, served, 3, request("/v1/chat/completions", asked))
+        clients += idle(stack, served, 3, request("/v1/chat/completions", ASK))
+        wait(lambda: jobs.waiting == jobs.most_of_clients)
+        jobs.submit(clerk.request("Who?", source="trigger:door"))  # the board's own have places of their own
+        with closing(Clerk(jobs)):
+            for client in clients:
+                assert b" 200 OK" in read_answer(client)
+        (greedy,) = idle(stack, served, 1, request("/v1/chat/completions", asked | {"n": jobs.most_of_clients + 1}))
+        answer = read_answer(greedy)
+        assert b" 400 " in answer and b"the queue has room for" in answer
+
+
 def test_who_waits_sees_his_place_at_once_and_goes_on_seeing_it(
     served: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,10 +31,13 @@ from flashd.daemon.openai.bodies import Asked, Chat, Completion
 from flashd.daemon.openai.forms import ChatForm, Form, TextForm
 from flashd.daemon.openai.refusals import explained, refusal, refusal_of
 from flashd.daemon.pieces import in_pieces
-from flashd.errors import NOT_JSON, Busy, FlashdError, PromptTooLong, UsageError
+from flashd.errors import NOT_JSON, Busy, FlashdError, NoRoom, PromptTooLong, UsageError
 
 BODY_SECONDS = 10.0
 """How long a client may take to send a body."""
+
+ROOM_SECONDS = 0.2
+"""After which a request that the queue has no room for looks again."""
 
 MOST_HEADS = 100
 """Jobs of one page of a list."""
@@ -104,22 +107,40 @@ class Api:
         async with self._large if _length(http) > SMALL_BODY else nullcontext():
             asked = (await _decoded(http, kind)).asked()
             try:
-                async with self._accepting:
-                    growing = await asyncio.to_thread(self._accept, asked, events)
+                growing = await self._accepted(http, asked, events)
             except PromptTooLong as error:
                 return refusal(400, str(error), form.prompt, "context_length_exceeded")
         answers = Answers(self._jobs, self._model, form, asked, growing, events)
         return answers.pieces() if asked.stream else await answers.whole(http)
 
-    def _accept(self, asked: Asked, events: Events[Event]) -> list[Growing]:
+    async def _accepted(self, http: HttpRequest, asked: Asked, events: Events[Event]) -> list[Growing]:
+        """The jobs of a request, when the queue has room for all of them; the first request comes first.
+
+        Raises Busy, UsageError; ClientDisconnect if the client went away before there was room.
+        """
+        async with self._accepting:
+            requests = await asyncio.to_thread(self._fitted, asked)
+            while True:
+                try:
+                    return await asyncio.to_thread(self._accept, requests, events)
+                except NoRoom:
+                    if await http.is_disconnected():
+                        raise ClientDisconnect from None
+                    await asyncio.sleep(ROOM_SECONDS)
+
+    def _fitted(self, asked: Asked) -> list[Request]:
+        return [self._fitting(request, len(asked.requests)) for request in asked.requests]
+
+    def _accept(self, requests: list[Request], events: Events[Event]) -> list[Growing]:
         """The jobs of a request: all of them or none. Raises Busy, UsageError."""
-        if asked.requests[0].logprobs is not None:
+        self._jobs.check_room(requests)
+        if requests[0].logprobs is not None:
             if len(self._scored) >= MOST_SCORED:
                 raise Busy(f"{MOST_SCORED} requests with logprobs are answered already; try again later")
             self._scored.add(events)
         growing: list[Growing] = []
         try:
-            for request in [self._fitting(request, len(asked.requests)) for request in asked.requests]:
+            for request in requests:
                 growing.append(Growing(*self._jobs.ask(request, events.put)))
         except BaseException:
             leave(self._jobs, growing)

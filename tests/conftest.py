@@ -20,12 +20,20 @@ DATA = Path(__file__).parent / "data"
 
 SLOW = (
     "families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "bombs", "ends",
-    "daemon", "chat", "load", "snapshots",
+    "daemon", "chat", "load", "snapshots", "bench_grid", "recipes", "folders", "cases", "check_config", "states",
+    "experts",
 )  # fmt: skip
 """Files of tests that pack many models, or start many processes."""
 
 SLOW_FOLDERS = ("cli", "faults", "fuzz", "update", "lab")
 """Folders of such tests."""
+
+
+def pytest_configure() -> None:
+    """Each of several processes that test keeps to a processor: threads that wait for one another spin meanwhile."""
+    if number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+        here = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {here[int(number) % len(here)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

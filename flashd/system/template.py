@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from flashd.errors import DataError
 from flashd.system.child import ChildDied, Limits, Result, in_child
 
-LIMITS = Limits(seconds=10, memory=32 << 20)
+LIMITS = Limits(seconds=4, memory=32 << 20)
 """The templates of models take milliseconds on a small board, and a few times the memory of their text."""
 
 LONGEST_REASON = 300

@@ -29,6 +29,8 @@ from tests import tiny
 from tests.goldens.models import GOLDENS, TOKENS
 from tests.reference import Floats, Reference, kl, relative
 
+THREADS = len(os.sched_getaffinity(0))
+
 ARITHMETICS: tuple[Arithmetic, ...] = ("int8", "float32")
 
 
@@ -36,7 +38,12 @@ def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: 
     """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic."""
     header, paged = bundle.header, pinned is not None
     full = make_plan(
-        header, memory=1 << 40, context=context, threads=2, base=0, arithmetic="float32" if paged else arithmetic
+        header,
+        memory=1 << 40,
+        context=context,
+        threads=THREADS,
+        base=0,
+        arithmetic="float32" if paged else arithmetic,
     )
     if pinned is None:
         return full

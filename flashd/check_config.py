@@ -75,4 +75,4 @@ def _held(settings: Settings, bundle: Bundle) -> list[object]:
 
 
 def _budget(settings: Settings, memory: int) -> Budget:
-    return Budget(memory, settings.context, settings.threads, settings.arithmetic, CLIENTS)
+    return Budget(memory, settings.context, settings.threads, settings.arithmetic, CLIENTS, settings.kv)

@@ -49,6 +49,7 @@ NEEDS_RESTART = (
     "context",
     "threads",
     "arithmetic",
+    "kv",
     "card",
     "schemas",
     "snapshots",
@@ -142,9 +143,10 @@ class Daemon:
             self._notify.status(f"loading {100 * done // total} %")
 
         self._notify.status("loading")
-        budget = Budget(parse_size(s.memory) if s.memory else None, s.context, s.threads, s.arithmetic, CLIENTS)
+        memory = parse_size(s.memory) if s.memory else None
+        budget = Budget(memory, s.context, s.threads, s.arithmetic, CLIENTS, s.kv)
         try:
-            return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle) if s.snapshots else None)
+            return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle, s.kv) if s.snapshots else None)
         except MemoryTooSmall as error:
             if s.memory is not None:
                 raise ConfigError(f"memory: {too_small(s.memory, error)}") from error

@@ -34,8 +34,8 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
     [
         (
             "context: 1024\nmodle: x",
-            "line 2: 'modle' is not known; allowed are model, memory, context, threads, arithmetic, card, answer, "
-            "api, spool, kiosk, updates, mute_pin, schemas, snapshots, serial, sensors, triggers, outputs",
+            "line 2: 'modle' is not known; allowed are model, memory, context, threads, arithmetic, kv, card, "
+            "answer, api, spool, kiosk, updates, mute_pin, schemas, snapshots, serial, sensors, triggers, outputs",
         ),
         (
             "answer:\n  max_tokens: many",

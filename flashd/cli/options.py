@@ -30,6 +30,8 @@ def check_range(option: str, value: float | None, holds: bool, allowed: str) -> 
 
 Arithmetic = Literal["int8", "float32"]
 
+KvFormat = Literal["float32", "int8"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budgeted:
@@ -39,6 +41,7 @@ class Budgeted:
     context: int | None  # tokens; None: CONTEXT
     threads: int | None  # None: all processors
     arithmetic: Arithmetic
+    kv: KvFormat
 
     def __post_init__(self) -> None:
         check_range("--context", self.context, (self.context or 0) >= 2, "2 or more")
@@ -74,7 +77,7 @@ class Answering(Budgeted):
         """The options given that ask for a model or a budget of this process's own."""
         given = {
             "--model": self.model, "--memory": self.memory, "--context": self.context, "--threads": self.threads,
-            "--arithmetic": self.arithmetic != "int8",
+            "--arithmetic": self.arithmetic != "int8", "--kv": self.kv != "float32",
             "--ignore-eos": self.ignore_eos, "--no-drafts": self.no_drafts, "--no-snapshots": self.no_snapshots,
         }  # fmt: skip
         return [option for option, value in given.items() if value]

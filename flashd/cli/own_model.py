@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashd.cli.options import CONTEXT, Budgeted
+from flashd.cli.options import CONTEXT, Budgeted, KvFormat
 from flashd.cli.progress import Bar
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def budget(options: Budgeted) -> Budget:
     from flashd.engine.engine import Budget
 
     context = CONTEXT if options.context is None else options.context
-    return Budget(options.memory, context, options.threads, options.arithmetic)
+    return Budget(options.memory, context, options.threads, options.arithmetic, kv=options.kv)
 
 
-def prefixes(bundle: Bundle, no_snapshots: bool) -> Prefixes | None:
+def prefixes(bundle: Bundle, no_snapshots: bool, kv: KvFormat) -> Prefixes | None:
     """The beginnings of prompts that were kept, or None if they are not to be used."""
     from flashd.engine.cache.prefixes import Prefixes
     from flashd.system.paths import snapshot_folder
 
-    return None if no_snapshots else Prefixes(snapshot_folder(), bundle)
+    return None if no_snapshots else Prefixes(snapshot_folder(), bundle, kv)

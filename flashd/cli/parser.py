@@ -132,6 +132,11 @@ def _add_budget(parser: Parser) -> None:
         help="Multiply in this way if the model fits in RAM (default: int8). int8 rounds what goes into a product to"
         " 8 bits and is faster; float32 rounds nothing. A model that does not fit is always multiplied in float32.",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv", choices=get_args(o.KvFormat), default="float32",
+        help="Keep the keys and values of the tokens so far in this way (default: float32). int8 takes less than a"
+        " third of the RAM, which then keeps more of the model, and rounds them to 8 bits.",
+    )  # fmt: skip
 
 
 # --- bundles ----------------------------------------------------------------------------------------------

@@ -170,6 +170,12 @@ class Settings(Strict, frozen=True, kw_only=True):
     int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. A model that does not fit is
     always multiplied in float32.
     """
+    kv: Literal["float32", "int8"] = "float32"
+    """How keys and values of the tokens of a prompt and its answer are kept.
+
+    int8 takes less than a third of the RAM, which then keeps more of the model or a longer context. It rounds each
+    key and value to 8 bits, and a pass takes a little longer.
+    """
     card: Card = Card()
     """What happens while the card is pulled."""
     answer: Answering = Answering()

@@ -22,6 +22,7 @@ from flashd.engine.model.contract import Model, OnStep, silent
 from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.errors import DataError, UsageError
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.rounding import KvFormat
 from flashd.system.memory import available_memory, resident_now
 
 DEFAULT_CONTEXT = 1024
@@ -36,6 +37,7 @@ class Budget:
     threads: int | None = None
     arithmetic: Arithmetic = "int8"  # the fastest that is allowed, see graphs.constant
     clients: int = 0  # bytes that a service's clients may make it hold
+    kv: KvFormat = "float32"  # how keys and values are kept
 
 
 class Prompts:
@@ -86,6 +88,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         clients=budget.clients,
         rates=rates_of(bundle),
         arithmetic=budget.arithmetic,
+        kv=budget.kv,
     )
 
 

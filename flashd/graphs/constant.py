@@ -27,6 +27,7 @@ from flashd.bundle.rows.kinds import BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import activated, gated, share
+from flashd.graphs.rounding import KvFormat
 from flashd.graphs.stages import LayerStages, Vector, present, present_state
 
 Arithmetic = Literal["int8", "float32"]
@@ -111,17 +112,21 @@ class Layers:
 
     Args:
         kinds: the rows of attention and of the FFN.
+        kv: how keys and values are kept.
     """
 
-    def __init__(self, g: Graph, model: Architecture, kinds: tuple[RowKind, RowKind], products: Products) -> None:
-        self._g, self._model, self._products = g, model, products
+    def __init__(
+        self, g: Graph, model: Architecture, kinds: tuple[RowKind, RowKind], products: Products,
+        kv: KvFormat = "float32",
+    ) -> None:  # fmt: skip
+        self._g, self._model, self._products, self._kv = g, model, products, kv
         self._group = model.group_neurons
         self._attention_kind, self._ffn_kind = kinds
 
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
         m, at, kind = self._model, f"layer.{i}.", self._model.kind(i)
-        block = LayerStages(self._g, m, _external_vectors(self._g, at))
+        block = LayerStages(self._g, m, _external_vectors(self._g, at), self._kv)
         first, second = m.products(i)
         h = block.enter(x)
         inner = self._products(h, self._attention_kind, f"{at}{first.name}", first.rows, first.width)
@@ -213,14 +218,17 @@ class Layers:
         return g.node("Add", a, g.external(f"{at}inputs.bias", T.FLOAT, [rows]))
 
 
-def attention(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
+def attention(
+    model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str],
+    kv: KvFormat = "float32",
+) -> bytes:  # fmt: skip
     """x [1, T, H] of a layer -> `x_out`, `h_out` [1, T, H] behind its attention; tokens may stand in branches."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.hidden])
     tree = []
     if isinstance(model.kind(i), AttentionKind):
         tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
-    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred), kv)
     x, h, _ = layers.attention(i, x, "", tree)
     g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
     g.output("h_out", T.FLOAT, [1, "T", model.hidden], h)
@@ -239,12 +247,12 @@ def ffn(model: Architecture, kind: RowKind, arithmetic: Arithmetic, groups: int,
 
 def whole(
     model: Architecture, kinds: tuple[RowKind, RowKind], arithmetic: Arithmetic, layers: range,
-    centred: frozenset[str],
+    centred: frozenset[str], kv: KvFormat = "float32",
 ) -> bytes:  # fmt: skip
     """x [1, T, H] that goes into the first of some layers -> `x_out` [1, T, H] behind the last."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.hidden])
-    made = Layers(g, model, kinds, Products(g, arithmetic, centred))
+    made = Layers(g, model, kinds, Products(g, arithmetic, centred), kv)
     for i in layers:
         x, h, block = made.attention(i, x, f".{i}")
         x = block.leave(x, made.whole_ffn(i, h))

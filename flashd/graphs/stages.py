@@ -10,9 +10,12 @@ import numpy as np
 from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place, ShortConvolution
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
+from flashd.graphs.rounding import KvFormat, rounded
 
 REWIND = 16
 """Inputs that a short convolution keeps beside those that the next token needs. So many tokens can be forgotten."""
+
+QUERY_AND_KEY: tuple[Place, Place] = ("query", "key")
 
 Vector = Callable[[str, int], str]
 """(name, length) -> the name of the value that holds this vector of the model."""
@@ -122,8 +125,8 @@ def vectors_behind_ffn(model: Architecture) -> set[str]:
 class LayerStages:
     """Adds the stages of one layer to a graph. Each method returns the names of its outputs."""
 
-    def __init__(self, g: Graph, model: Architecture, vector: Vector) -> None:
-        self._g, self._model, self._vector = g, model, vector
+    def __init__(self, g: Graph, model: Architecture, vector: Vector, kv: KvFormat = "float32") -> None:
+        self._g, self._model, self._vector, self._kv = g, model, vector, kv
 
     def enter(self, x: str) -> str:
         return x if self._model.block == "post" else self._normed(x, "attention")
@@ -177,13 +180,13 @@ class LayerStages:
         """
         g, m = self._g, self._model
         parts = [self._biased(qkv, "qkv"), "", ""]
-        turned = m.norm_turned and kind.rope is not None
-        if "query" in m.norms:
-            widths = g.shape(m.query_width, m.kv_width, m.kv_width)
-            query, key, value = g.nodes_out("Split", parts[0], widths, outputs=3, axis=2)
-            if turned:
-                query, key = self._turned(query, m.heads, kind, tree), self._turned(key, m.kv_heads, kind, tree)
-            parts = [self._normed_heads(query, "query"), self._normed_heads(key, "key"), value]
+        rounds = self._kv == "int8"
+        turned = (m.norm_turned or rounds) and kind.rope is not None
+        if "query" in m.norms or rounds:
+            parts = self._apart(parts[0], kind, tree, turned)
+        if rounds:
+            both = rounded(g, g.node("Concat", *parts[1:], axis=2), m.head_dim)
+            parts[1:] = g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
         cache: Dims = [1, m.kv_heads, "C", m.head_dim]
         past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
         positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
@@ -202,6 +205,20 @@ class LayerStages:
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
         return self._normed(out, "heads"), keys, values
+
+    def _apart(self, qkv: str, kind: AttentionKind, tree: Sequence[str], turned: bool) -> list[str]:
+        """qkv -> queries, keys and values [1, T, ...], queries and keys normed, and turned if `turned` says so."""
+        g, m = self._g, self._model
+        widths = g.shape(m.query_width, m.kv_width, m.kv_width)
+        *pair, value = g.nodes_out("Split", qkv, widths, outputs=3, axis=2)
+        heads = m.heads, m.kv_heads
+        if turned and m.norm_turned:
+            pair = [self._turned(x, n, kind, tree) for x, n in zip(pair, heads, strict=True)]
+        if "query" in m.norms:
+            pair = [self._normed_heads(x, place) for x, place in zip(pair, QUERY_AND_KEY, strict=True)]
+        if turned and not m.norm_turned:
+            pair = [self._turned(x, n, kind, tree) for x, n in zip(pair, heads, strict=True)]
+        return [*pair, value]
 
     def convolve(self, inner: str, kind: ShortConvolution, suffix: str) -> tuple[str, str]:
         """inner [1, T, 3 H] -> (output [1, T, H], the state behind the first `tokens` of the T rows).

@@ -135,12 +135,12 @@ def test_what_two_prompts_begin_with_is_paid_for_no_more(
     with process(tiny_bundle, tmp_path, pinned, context=64) as p:
         logits, figures = p.logits(C)
         assert p.passes == [len(C) - len(COMMON)] and figures.reused_tokens == len(COMMON)
-        restored = [np.array(part) for part in p.model.cache.parts(0, len(COMMON))]
+        restored = [np.array(part, np.float32) for part in p.model.cache.parts(0, len(COMMON))]
         p.logits([99, *C[1:]])  # nothing of it is kept, so that all is computed
         p.talk.prefixes = None
         again, _ = p.logits(C)
         assert relative(again, logits) < (1e-6 if pinned is None else 1e-3)
-        computed = [np.array(part) for part in p.model.cache.parts(0, len(COMMON))]
+        computed = [np.array(part, np.float32) for part in p.model.cache.parts(0, len(COMMON))]
         assert all(relative(a, b) < 1e-3 for a, b in zip(computed, restored, strict=True))
     assert relative(fresh(tiny_bundle, C, pinned), logits) < 1e-3
 

@@ -39,7 +39,7 @@ def ask(options: Ask, started: float) -> int:
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
-        kept = prefixes(bundle, options.no_snapshots)
+        kept = prefixes(bundle, options.no_snapshots, options.kv)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()
             loaded = time.perf_counter() - started
@@ -63,7 +63,7 @@ def chat(options: Chat) -> int:
 
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
-        prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots)
+        prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots, options.kv)
         with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
             bar.close()
             room = engine.plan.context - 1

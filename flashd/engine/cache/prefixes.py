@@ -24,6 +24,7 @@ from flashd.engine.cache import snapshot
 from flashd.engine.cache.snapshot import RUN, BadSnapshot, Origin, SnapshotHeader, shared
 from flashd.engine.model.kv_cache import KvCache
 from flashd.errors import NOT_JSON, CannotWrite
+from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ class Prefixes:
     once, and answers are given without snapshots.
     """
 
-    def __init__(self, folder: Path, bundle: Bundle) -> None:
-        self._folder, self._origin = folder, Origin.of(bundle)
+    def __init__(self, folder: Path, bundle: Bundle, kv: KvFormat = "float32") -> None:
+        self._folder, self._origin = folder, Origin.of(bundle, kv)
         self._notes = folder / "asked.json"
         self._said: set[str] = set()
 

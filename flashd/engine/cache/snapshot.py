@@ -7,7 +7,8 @@
     24  8  file length         bytes of the whole file
     32     header              JSON, see Header
            runs                of 16 tokens each, the last may have fewer: for each layer the keys, then the values,
-                               of each head [tokens, head dim] float32
+                               of each head, as the KV cache keeps them: [tokens, head dim] float32, or bytes of
+                               rows, see model.kv_rows
            states              of a model with layers that have a state in place of keys: those behind the last token,
                                float32, layer by layer
            logits              [V] float32 behind the last token, if the header says so
@@ -32,7 +33,9 @@ from flashd.bundle.prefix import PREFIX, Prefix, digest, sealed
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.kv_rows import Kept
 from flashd.errors import NOT_JSON, DataError
+from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 
 MAGIC = b"\x93FLSNAP\n"
@@ -48,14 +51,18 @@ class BadSnapshot(DataError):
 
 @dataclass(frozen=True)
 class Origin:
-    """The bundle and the version of flashd that a snapshot comes from. Another version might compute otherwise."""
+    """The bundle, the version of flashd and the kind of KV cache that a snapshot comes from.
 
-    key: str  # 16 hexadecimal digits of a digest of both
+    Another version might compute otherwise.
+    """
+
+    key: str  # 16 hexadecimal digits of a digest of all three
     vocabulary: int  # V
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Origin:
-        key = digest(f"{VERSION} {flashd.__version__} {bundle.digest:016x}".encode())
+    def of(cls, bundle: Bundle, kv: KvFormat) -> Origin:
+        kept = "" if kv == "float32" else f" {kv}"
+        key = digest(f"{VERSION} {flashd.__version__} {bundle.digest:016x}{kept}".encode())
         return cls(f"{key:016x}", bundle.header.model.vocabulary)
 
 
@@ -98,7 +105,7 @@ def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logi
 
     The cache knows the states behind them, see KvCache.longest. Raises CannotWrite.
     """
-    data = list(_pieces(len(tokens), cache))
+    data: list[Sequence[Kept]] = list(_pieces(len(tokens), cache))
     if cache.state_bytes:
         data.append(cache.states(len(tokens)))
     if logits is not None:
@@ -196,13 +203,13 @@ def _resume(file: BufferedReader, header: SnapshotHeader, cache: KvCache) -> Non
     cache.resume(stop, states)
 
 
-def _pieces(tokens: int, cache: KvCache) -> Iterator[list[Floats]]:
+def _pieces(tokens: int, cache: KvCache) -> Iterator[list[Kept]]:
     """The cache's memory of the first `tokens` tokens, run by run."""
     for at in range(0, tokens, RUN):
         yield list(cache.parts(at, min(at + RUN, tokens)))
 
 
-def _fill(file: BufferedReader, pieces: list[Floats], checksum: int, what: str) -> None:
+def _fill(file: BufferedReader, pieces: Sequence[Kept], checksum: int, what: str) -> None:
     for piece in pieces:
         if file.readinto(piece.data.cast("B")) != piece.nbytes:
             raise BadSnapshot(f"cut short at {what}")
@@ -210,7 +217,7 @@ def _fill(file: BufferedReader, pieces: list[Floats], checksum: int, what: str) 
         raise BadSnapshot(f"{what} are damaged")
 
 
-def _checksum(pieces: list[Floats]) -> int:
+def _checksum(pieces: Sequence[Kept]) -> int:
     state = xxhash.xxh3_64()
     for piece in pieces:
         state.update(piece.data.cast("B"))

@@ -123,7 +123,9 @@ class Attention:
         bind_kept(binding, cache, layer, "")
         binding.bind_output("x_out", "cpu")
         binding.bind_output("h_out", "cpu")
+        cache.widen(layer, places.past)
         session.run_with_iobinding(binding)
+        cache.take_in(layer, places.past, places.tokens)
         x, h = (v.numpy()[0, : places.tokens] for v in binding.get_outputs()[-2:])
         return x, h
 

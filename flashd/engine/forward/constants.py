@@ -22,6 +22,7 @@ from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.rounding import KvFormat
 from flashd.graphs.stages import vectors_behind_ffn
 from flashd.graphs.unread import PARTS, unread
 from flashd.system.onnx_session import open_session
@@ -59,10 +60,11 @@ class Constants:
 
     Args:
         arithmetic: see graphs.constant. Models of which a part stays whole in each arithmetic have two of these.
+        kv: how keys and values are kept.
     """
 
-    def __init__(self, header: Header, arithmetic: Arithmetic = "float32") -> None:
-        self._model, self._formats, self.arithmetic = header.model, header.formats, arithmetic
+    def __init__(self, header: Header, arithmetic: Arithmetic = "float32", kv: KvFormat = "float32") -> None:
+        self._model, self._formats, self.arithmetic, self._kv = header.model, header.formats, arithmetic, kv
         self._graphs: dict[tuple[Any, ...], bytes] = {}
         self._unread = unread(
             arithmetic, "int8" in {header.formats.ffn, header.formats.attention, header.formats.head}
@@ -90,7 +92,7 @@ class Constants:
         behind = vectors_behind_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name not in behind}
         arrays, centred = self._of_attention(i, products, own)
-        graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred)
+        graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred, self._kv)
         return self._opened(graph, arrays)
 
     def whole(
@@ -107,7 +109,7 @@ class Constants:
                 arrays |= more
                 centred |= names
         kinds = self._formats.attention, self._formats.ffn
-        return self._opened(constant.whole(self._model, kinds, self.arithmetic, layers, centred), arrays)
+        return self._opened(constant.whole(self._model, kinds, self.arithmetic, layers, centred, self._kv), arrays)
 
     def _opened(self, graph: bytes, arrays: Initialisers, once: bool = False) -> ort.InferenceSession:
         """A session that reads weights, scales and zero points in place, and holds what it reads while it runs."""

@@ -63,7 +63,7 @@ class PagedModel:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
-        constants = Constants(bundle.header)
+        constants = Constants(bundle.header, kv=plan.kv)
         self._embed = stages.Embedder(bundle)
         self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
@@ -71,7 +71,7 @@ class PagedModel:
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
         self._layers: list[products.Vectors] = []
         try:
-            self.cache = KvCache(self._model, plan.context, self._ffn.lend)
+            self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv)
             self._attend = attention.Attention(bundle, constants, plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,26 +25,38 @@ from flashd.graphs.in_place import graph
 from flashd.system.freed_memory import give_back_freed_memory
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A session of some layers with what goes in and out of it."""
+
+    session: ort.InferenceSession
+    binding: Any
+    names: list[str]  # of its inputs
+    layers: range
+    with_states: list[int]  # those of its layers whose states are elsewhere in each pass
+
+
 class ResidentModel:
     """A bundle held whole. Raises DamagedRun, CardError while loading."""
 
     def __init__(self, bundle: Bundle, plan: Plan, on_step: OnStep = silent) -> None:
         self._bundle, self._model = bundle, bundle.header.model
         products.use_threads(plan.threads)
-        self.cache = KvCache(self._model, plan.context)
+        together = layers_together(bundle.header)
+        self.cache = KvCache(self._model, plan.context, kv=plan.kv, together=together)
         self.card = CardStats()
         self.hit_rate = 1.0
         self.shares_reads = self.drafts = self.branches = False
         self.pass_tokens = WHOLE_TOKENS
-        fast, sparing = (Constants(bundle.header, kind) for kind in ("int8", "float32"))
+        fast, sparing = (Constants(bundle.header, kind, plan.kv) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)
         self._embed = stages.Embedder(bundle)
         self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         layers = self._model.layers
-        self._bindings: list[tuple[ort.InferenceSession, Any, list[str], list[int]]] = []
-        for some in _sessions(layers, plan.int8_layers, layers_together(bundle.header)):
+        self._bindings: list[_Bound] = []
+        for some in _sessions(layers, plan.int8_layers, together):
             constants = fast if some.stop <= plan.int8_layers else sparing
             self._bindings.append(self._bound(constants.whole(some, [self._layer(i) for i in some]), some))
             on_step(some.stop, layers, 0)
@@ -79,14 +92,18 @@ class ResidentModel:
         """[T, H] behind the last norm."""
         past = self.cache.length
         x = self._embed(tokens, np.arange(past, past + len(tokens)))[None]  # [1, T, H]
-        for session, binding, names, with_states in self._bindings:
-            binding.bind_cpu_input("x", x)
-            attention.bind_positions(binding, names, past, len(tokens), len(tokens))
-            for i in with_states:
-                attention.bind_kept(binding, self.cache, i, f".{i}")
+        for some in self._bindings:
+            some.binding.bind_cpu_input("x", x)
+            attention.bind_positions(some.binding, some.names, past, len(tokens), len(tokens))
+            for i in some.with_states:
+                attention.bind_kept(some.binding, self.cache, i, f".{i}")
             out = np.empty_like(x)
-            binding.bind_ortvalue_output("x_out", ort.OrtValue.ortvalue_from_numpy(out))
-            session.run_with_iobinding(binding)
+            some.binding.bind_ortvalue_output("x_out", ort.OrtValue.ortvalue_from_numpy(out))
+            for i in some.layers:
+                self.cache.widen(i, past)
+            some.session.run_with_iobinding(some.binding)
+            for i in some.layers:
+                self.cache.take_in(i, past, len(tokens))
             x = out
         self.cache.advance(len(tokens))
         (h,) = self._finish(self._vectors, x=x[0])
@@ -98,16 +115,13 @@ class ResidentModel:
         products = [bundle.rows(f"{at}{product.name}") for product in self._model.products(i)]
         return products, vectors, bundle.all_groups(i)
 
-    def _bound(
-        self, session: ort.InferenceSession, layers: range
-    ) -> tuple[ort.InferenceSession, Any, list[str], list[int]]:
-        """A session, its inputs, and those of its layers whose states are elsewhere in each pass."""
+    def _bound(self, session: ort.InferenceSession, layers: range) -> _Bound:
         binding, names = session.io_binding(), stages.input_names(session)
         self._rotary.bind(names, binding)
         attending = set(self._model.attending)
         for i in attending.intersection(layers):
             attention.bind_kept(binding, self.cache, i, f".{i}")
-        return session, binding, names, [i for i in layers if i not in attending]
+        return _Bound(session, binding, names, layers, [i for i in layers if i not in attending])
 
 
 def _sessions(layers: int, int8: int, together: int) -> list[range]:

@@ -1,4 +1,8 @@
-"""The KV cache: bounded buffers of keys and values for each layer that attends, written in place by its graph."""
+"""The KV cache: bounded buffers of keys and values for each layer that attends.
+
+In float32 a layer's graph reads and writes them in place. In 8 bits they are widened for the graph, for the layers of
+one session at a time, and what it adds is kept in 8 bits afterwards.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import onnxruntime as ort
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.branches import CacheSlots
+from flashd.engine.model.kv_rows import Kept, empty, read, row_bytes, write
 from flashd.engine.model.states import States
+from flashd.graphs.rounding import KvFormat
 from flashd.system.freed_memory import PAGE, give_back
 
 Lend = Callable[[int], None]
@@ -26,41 +32,56 @@ SPARE = 2
 """Slots behind the context."""
 
 
-def cache_bytes(model: Architecture, context: int) -> int:
-    """Bytes of the float32 keys and values of `context` tokens in all layers that attend.
+def cache_bytes(model: Architecture, context: int, kv: KvFormat = "float32") -> int:
+    """Bytes of the keys and values of `context` tokens in all layers that attend.
 
     With float16 the graph rounds its products too: the paged and the resident path then differ by 3e-3 of the
     logits, not 2e-4, and decoding is no faster.
     """
-    return 2 * len(model.attending) * model.kv_width * context * 4
+    return 2 * len(model.attending) * model.kv_heads * context * row_bytes(kv, model.head_dim)
 
 
-def lendable_bytes(model: Architecture, unused: int) -> int:
+def widened_bytes(model: Architecture, context: int, kv: KvFormat, layers: int) -> int:
+    """Bytes of what the cache is widened to for a session of so many layers."""
+    return 0 if kv == "float32" else 2 * layers * model.kv_width * context * 4
+
+
+def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -> int:
     """Bytes that can be lent of the memory for `unused` tokens.
 
     Memory goes back in whole pages of the system. The pages at the two ends of each head's part stay, since they may
     hold something else too.
     """
-    return max(0, cache_bytes(model, unused) - 2 * PAGE * 2 * len(model.attending) * model.kv_heads)
+    return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * 2 * len(model.attending) * model.kv_heads)
 
 
 class KvCache:
-    """Keys and values of every layer, [1, kv heads, context, head dim] float32. The first `length` tokens are valid.
+    """Keys and values of every layer, a row for each kv head and token. The first `length` tokens are valid.
 
     A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`. If layers
     have a state in place of keys, it is here too, and a text cannot be cut anywhere, see `truncate`.
+
+    Args:
+        model: the model.
+        context: the most tokens.
+        lend: is told what is lent.
+        kv: how rows are kept.
+        together: of rows that are not float32, for how many layers they are widened at a time.
     """
 
-    def __init__(self, model: Architecture, context: int, lend: Lend = keep) -> None:
-        self.context = context
+    def __init__(
+        self, model: Architecture, context: int, lend: Lend = keep, kv: KvFormat = "float32", together: int = 1
+    ) -> None:
+        self.context, self.kv = context, kv
         self._model, self._lend = model, lend
         self.length = 0
-        self.token_bytes = cache_bytes(model, 1)
+        self.token_bytes = cache_bytes(model, 1, kv)
         # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
-        shape = (1, model.kv_heads, context + SPARE, model.head_dim)
-        self._arrays = [np.zeros(shape, np.float32) for _ in range(2 * len(model.attending))]
-        self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays]
-        self._place = {layer: 2 * i for i, layer in enumerate(model.attending)}
+        shape = model.kv_heads, context + SPARE, model.head_dim
+        self._arrays = [empty(kv, *shape) for _ in model.attending]
+        self._wide = self._arrays if kv == "float32" else [empty("float32", *shape) for _ in range(together)]
+        self._values = [[ort.OrtValue.ortvalue_from_numpy(part[None]) for part in a] for a in self._wide]
+        self._place = {layer: i for i, layer in enumerate(model.attending)}
         self._states = States(model)
         self._held = context + SPARE
         self.hold(0)
@@ -73,34 +94,52 @@ class KvCache:
     def layer(self, i: int) -> list[tuple[str, ort.OrtValue, ort.OrtValue]]:
         """What a layer keeps: (its name, what a pass reads, where it writes), by the names of its graph.
 
-        Keys and values are [1, kv heads, context, head dim] and written in place. A state is written beside the one
-        before.
+        Keys and values are [1, kv heads, context, head dim] and written in place, see `widen` and `take_in`. A state
+        is written beside the one before.
         """
         if i in self._place:
-            at = self._place[i]
-            return [(name, v, v) for name, v in zip(("key", "value"), self._values[at : at + 2], strict=True)]
+            values = self._values[self._place[i] % len(self._values)]
+            return [(name, v, v) for name, v in zip(("key", "value"), values, strict=True)]
         return [("state", *self._states.of_pass(i))]
+
+    def widen(self, i: int, past: int) -> None:
+        """Makes the first `past` keys and values of a layer ready for its graph."""
+        if self._wide is not self._arrays and i in self._place:
+            rows, wide = self._of(i)
+            read(rows[:, :, :past], wide[:, :, :past])
+
+    def take_in(self, i: int, past: int, tokens: int) -> None:
+        """Keeps the keys and values that a layer's graph wrote behind the first `past`."""
+        if self._wide is not self._arrays and i in self._place:
+            rows, wide = self._of(i)
+            write(wide[:, :, past : past + tokens], rows[:, :, past : past + tokens])
+
+    def _of(self, i: int) -> tuple[Kept, Floats]:
+        """A layer's keys and values as they are kept, and where they are widened."""
+        at = self._place[i]
+        return self._arrays[at], np.asarray(self._wide[at % len(self._wide)], np.float32)
 
     def hold(self, length: int) -> None:
         """Holds memory for the first `length` tokens and lends the rest. `length` is not below `self.length`."""
         for array in self._arrays if length < self._held else ():
-            for head in array[0]:  # [context, head dim]
+            for head in array.reshape(-1, *array.shape[2:]):  # [context, row]
                 give_back(head[length:])
         self._held = min(length, self.context + SPARE)
-        self._lend(lendable_bytes(self._model, self.context + SPARE - self._held))
+        self._lend(lendable_bytes(self._model, self.context + SPARE - self._held, self.kv))
 
     def reserve(self, length: int) -> None:
         """Makes sure that memory for `length` tokens is held. Call this before they are written."""
         if length > self._held:
             self.hold(length)
 
-    def parts(self, start: int, stop: int) -> Iterator[Floats]:
-        """The memory of tokens `start` to `stop`: one contiguous [tokens, head dim] for each head.
+    def parts(self, start: int, stop: int) -> Iterator[Kept]:
+        """The memory of tokens `start` to `stop`: their rows [tokens, ...] for each head, contiguous.
 
         They come layer by layer, the keys of all heads before the values of all heads.
         """
         for array in self._arrays:
-            yield from array[0, :, start:stop]
+            for rows in array:  # [kv heads, context, row]
+                yield from rows[:, start:stop]
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` more tokens as valid. Call this when every layer has written them."""
@@ -135,7 +174,7 @@ class KvCache:
         first = int(np.count_nonzero(slots == np.arange(count)))
         if first < count:
             for array in self._arrays:
-                array[0, :, first:count] = array[0][:, slots[first:]]  # [kv heads, n - first, head dim]
+                array[:, :, first:count] = array[:, :, slots[first:]]  # [2, kv heads, n - first, row]
         self.truncate(count)
         if self.length < count:
             raise ValueError(f"the states behind {count} tokens are gone")

@@ -18,13 +18,14 @@ from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
-from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes
+from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes, widened_bytes
 from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS, LIKELY
 from flashd.errors import MemoryTooSmall
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.rounding import KvFormat
 from flashd.system.memory import MIB
 
 MARGIN = 2 * MIB
@@ -59,6 +60,7 @@ class Plan:
     whole: int | None  # from which on the whole model stays; None: it has no such form
     card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
     neurons: int  # of a layer
+    kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
     reuses: bool = False  # passes over few tokens leave room for the gaps of what is reused, see freed_memory
 
@@ -91,7 +93,7 @@ class Plan:
 
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
-    clients: int = 0, arithmetic: Arithmetic = "int8",
+    clients: int = 0, arithmetic: Arithmetic = "int8", kv: KvFormat = "float32",
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
 
@@ -102,18 +104,20 @@ def make_plan(
         clients: bytes that a service's clients may make it hold.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
         arithmetic: the fastest that a model may have which stays whole.
+        kv: how keys and values are kept.
 
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
     m = header.model
     base += clients
-    whole = sum(_whole_parts(header, context, base, 0, False).values()) if _can_be_whole(header) else None
-    paged = smallest(header, context, base)
+    whole = sum(_whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
+    paged = smallest(header, context, base, kv)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=(m.groups,) * m.layers, groups=m.groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
+        kv=kv,
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with_clients(_whole(header, base, plan, arithmetic), clients)
@@ -138,7 +142,7 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
     layers = header.model.layers
     tries = [(layers, True), *((count, False) for count in range(layers, 0, -1))] if arithmetic == "int8" else []
     for count, head in (*tries, (0, False)):
-        held = _whole_parts(header, plan.context, base, count, head)
+        held = _whole_parts(header, plan.context, base, count, head, plan.kv)
         if sum(held.values()) <= plan.memory:
             break
     return replace(plan, int8_layers=count, int8_head=head, parts=held)
@@ -147,20 +151,24 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
 def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, size = header.model, plan.group_bytes
-    held = _paged_parts(header, plan.context, base, pinned=0)
+
+    def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
+        return _paged_parts(header, plan.context, base, pinned, head, plan.kv)
+
+    held = parts_of(0)
     pinned = max(0, min(m.layers * m.groups, (plan.memory - sum(held.values())) // size))
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (m.layers * m.expert_groups)
-    while pinned and sum(_paged_parts(header, plan.context, base, pinned).values()) > plan.memory:
+    while pinned and sum(parts_of(pinned).values()) > plan.memory:
         pinned -= 1  # the more groups share a session, the larger its temporaries
     each = _spread(pinned, m.layers, m.groups)
     head, row = _likely(header), header.row_format("head")
     if pinned == m.layers * m.groups:
-        left = plan.memory - sum(_paged_parts(header, plan.context, base, pinned).values())
+        left = plan.memory - sum(parts_of(pinned).values())
         more = left // max(1, parts.held(row, ROWS_OF_A_RUN, "float32")) * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + max(0, more))
-    held = _paged_parts(header, plan.context, base, pinned, head)
-    lent = 0 if m.experts else min(m.layers * m.groups - pinned, lendable_bytes(m, plan.context) // size)
+    held = parts_of(pinned, head)
+    lent = 0 if m.experts else min(m.layers * m.groups - pinned, lendable_bytes(m, plan.context, plan.kv) // size)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
         buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
@@ -172,7 +180,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
 def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
-    held = _paged_parts(header, plan.context, base, pinned=0)
+    held = _paged_parts(header, plan.context, base, pinned=0, kv=plan.kv)
     slots = min(m.layers * m.neurons, (plan.memory - sum(held.values())) // size)
     hottest = np.sort(rates.reshape(-1))[::-1]
     return replace(
@@ -190,9 +198,9 @@ def with_margin(least: int) -> int:
     return -(-(least + MARGIN) // MIB) * MIB
 
 
-def smallest(header: Header, context: int, base: int) -> int:
+def smallest(header: Header, context: int, base: int, kv: KvFormat = "float32") -> int:
     """The smallest budget with which a model pages: nothing pinned, every group streams past."""
-    return sum(_paged_parts(header, context, base, pinned=0).values())
+    return sum(_paged_parts(header, context, base, pinned=0, kv=kv).values())
 
 
 def rates_of(bundle: Bundle) -> Floats | None:
@@ -232,23 +240,26 @@ def _needed(m: Architecture) -> int:
     return m.experts.used * m.expert_groups if m.experts else m.groups
 
 
-def _common(header: Header, context: int, base: int) -> dict[str, int]:
-    states = states_bytes(header.model)
+def _common(header: Header, context: int, base: int, kv: KvFormat, together: int) -> dict[str, int]:
+    m, states = header.model, states_bytes(header.model)
+    # the rows behind the last token, see graphs.constant
+    rows = context + SPARE
     return {
         LIBRARIES: base,
-        # the rows behind the last token, see graphs.constant
-        "KV cache": cache_bytes(header.model, context + SPARE),
+        "KV cache": cache_bytes(m, rows, kv) + widened_bytes(m, rows, kv, together),
         **({"states": states} if states else {}),
         "graphs": parts.SESSIONS,
         "texts of tokens": parts.section_bytes(header, "token_bytes"),
     }
 
 
-def _paged_parts(header: Header, context: int, base: int, pinned: int, head: int = 0) -> dict[str, int]:
+def _paged_parts(
+    header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32"
+) -> dict[str, int]:
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
     m, head = header.model, head or _likely(header)
     each = -(-pinned // m.layers)
-    held = _common(header, context, base) | {
+    held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
         "head": parts.head_held(header, head, "float32"),
         "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1)),
@@ -275,7 +286,9 @@ def _can_be_whole(header: Header) -> bool:
     return not (header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head))
 
 
-def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8_head: bool) -> dict[str, int]:
+def _whole_parts(
+    header: Header, context: int, base: int, int8_layers: int, int8_head: bool, kv: KvFormat
+) -> dict[str, int]:
     """The parts of a model that stays whole."""
     m, head = header.model, header.row_format("head")
     of_head: Arithmetic = "int8" if int8_head else "float32"
@@ -288,7 +301,7 @@ def _whole_parts(header: Header, context: int, base: int, int8_layers: int, int8
         opening = max(opening, min(count, parts.layers_together(header)) * each)
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
     workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
-    common = _common(header, context, base)
+    common = _common(header, context, base, kv, parts.layers_together(header))
     # the KV cache and the workspace are not touched before all sessions are open
     opening = max(0, opening - workspace - common["KV cache"])
     return common | {WEIGHTS: weights, "workspace": workspace, "opening": opening}

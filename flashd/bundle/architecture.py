@@ -13,9 +13,9 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
+Activation = Literal["silu", "clamped_silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
 Place = Literal["attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "final"]
-Bias = Literal["qkv", "output", "inputs", "down", "head"]
+Bias = Literal["qkv", "output", "router", "inputs", "down", "head"]
 Scores = Literal["softmax", "sigmoid"]
 
 
@@ -96,6 +96,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     norm_heads: bool  # whether queries and keys are normed head by head
     norm_turned: bool = False  # whether they are turned first and normed then
     biases: list[Bias]
+    sinks: bool = False  # whether each head has a number that joins its scores in the softmax and adds no value
     gated: bool  # whether an FFN is down(f(gate x) * up x) rather than down(f(up x))
     activation: Activation
     threshold: float = 0.0  # fatrelu gives 0 below it
@@ -198,9 +199,21 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
                 vectors |= self.norm_vectors(place)
         if isinstance(kind, ShortConvolution):
             vectors |= {f"conv.{tap}": self.hidden for tap in range(kind.taps)}
+        if attends and self.sinks:
+            vectors["sinks.weight"] = self.heads
         widths = {"qkv": self.qkv_width, "output": self.hidden} if attends else {}
-        widths |= {"down": self.hidden}
+        widths |= {} if self.experts else {"down": self.hidden}
         return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
+
+    def expert_vectors(self) -> dict[str, int]:
+        """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
+
+        The bias of each expert's score, and of each expert's output [E, H]. Empty if the model has none.
+        """
+        if self.experts is None:
+            return {}
+        widths = {"router": self.experts.count, "down": self.experts.count * self.hidden}
+        return {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
 
     @property
     def changes_logits(self) -> bool:

@@ -65,7 +65,15 @@ class TernaryRows(Arrays):
     scale: Floats  # [n, 1]
 
 
-Rows = QuantRows | PlainRows | TernaryRows
+@dataclass(frozen=True)
+class Mxfp4Rows(Arrays):
+    """n rows of K weights of MXFP4, B = K / 32 blocks each, see bundle.rows.mxfp4."""
+
+    q: Bytes  # [n, K / 2], low bits first
+    exponent: Bytes  # [n, B]
+
+
+Rows = QuantRows | PlainRows | TernaryRows | Mxfp4Rows
 
 
 @dataclass(frozen=True)

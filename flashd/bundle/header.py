@@ -238,6 +238,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 lengths[f"layer.{i}.{product.name}"] = product.rows * self.row_format(product.name).nbytes
             if m.experts:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
+            if vectors := m.expert_vectors():
+                lengths[f"layer.{i}.experts"] = 4 * sum(vectors.values())
             lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors(i).values())
             if self.selection:
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes

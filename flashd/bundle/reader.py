@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
+from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.header import Section
@@ -19,6 +19,7 @@ from flashd.bundle.rows import codec
 from flashd.bundle.rows.bits import unpack
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BITS, BLOCK, CENTRE_BITS, RowKind, unit_steps
+from flashd.bundle.rows.mxfp4 import widened
 from flashd.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -223,6 +224,8 @@ def dequantise(rows: Rows, kind: RowKind) -> npt.NDArray[np.float32]:
         return rows.w.astype(np.float32)
     if isinstance(rows, TernaryRows):
         return np.asarray((unpack(rows.q, 2).astype(np.float32) - 2) * rows.scale, np.float32)
+    if isinstance(rows, Mxfp4Rows):
+        return widened(unpack(rows.q, 4), rows.exponent)
     n, blocks = rows.scale.shape
     weights = RowFormat(kind, blocks * BLOCK).weight_bytes
     q = unpack(rows.q[:, :weights], BITS[kind]).reshape(n, blocks, BLOCK).astype(np.float32) - (1 << BITS[kind] - 1)

@@ -56,7 +56,7 @@ class Products:
         """x [1, T, width], which has its sums behind it if the rows have centres, times rows -> [1, T, n]."""
         if kind == "f16":
             return self._g.node("MatMul", x, self._g.external(f"{name}.w", T.FLOAT, [width, n]))
-        if kind != "int8":
+        if kind not in ("int8", "mxfp4"):
             return self._nbits(x, f"{name}.q", f"{name}.scale", n, width, 4)
         if self._arithmetic == "int8":
             return self._nbits(x, f"{name}.q", f"{name}.scale", n, width, 8)

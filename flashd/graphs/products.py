@@ -14,6 +14,9 @@ from flashd.bundle.rows.kinds import BITS, BLOCK, RowKind
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 
+CLAMPED_AT, CLAMPED_SLOPE = 7.0, 1.702
+"""Of gpt-oss's activation: min(gate, 7) sigmoid(1.702 min(gate, 7)), times 1 more than up within -7 .. 7."""
+
 
 def linear(kind: RowKind) -> bytes:
     """y [T, n] = x [T, K] times n rows in place; of quantised rows K counts the digits of centres too.
@@ -115,6 +118,9 @@ def _activations(g: Graph, model: Architecture, products: str) -> str:
 def gated(g: Graph, model: Architecture, gate: str, up: str) -> str:
     if model.activation == "drelu":
         up = g.node("Relu", up)
+    elif model.activation == "clamped_silu":
+        limits = g.constant(np.float32(-CLAMPED_AT)), g.constant(np.float32(CLAMPED_AT))
+        up = g.node("Add", g.node("Clip", up, *limits), g.constant(np.float32(1)))
     return g.node("Mul", activated(g, model, gate), up)
 
 
@@ -122,6 +128,9 @@ def activated(g: Graph, model: Architecture, x: str) -> str:
     match model.activation:
         case "silu":
             return g.node("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
+        case "clamped_silu":
+            clamped = g.node("Min", x, g.constant(np.float32(CLAMPED_AT)))
+            return g.node("QuickGelu", clamped, domain=MICROSOFT, alpha=CLAMPED_SLOPE)
         case "gelu":
             return g.node("Gelu", x)
         case "gelu_tanh":

@@ -35,7 +35,8 @@ def stages(model: Architecture) -> dict[str, bytes]:
         route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that each token uses, the
                    highest score first, and weights [T, K]; only in mixtures
 
-    Each graph also takes the vectors that it needs, by their names in Architecture.layer_vectors and model_vectors.
+    Each graph also takes the vectors that it needs, by their names in Architecture.layer_vectors, expert_vectors and
+    model_vectors.
     """
     out = {f"attention.{i}": _attention_stage(model, kind) for i, kind in enumerate(model.attention)}
     out |= {f"recurrent.{i}": _recurrent_stage(model, kind) for i, kind in enumerate(model.recurrent)}
@@ -59,13 +60,15 @@ def stages(model: Architecture) -> dict[str, bytes]:
         g.output("x_out", T.FLOAT, ["R", model.vocabulary], LayerStages(g, model, _vector_inputs(g)).logits(logits))
         out["logits"] = g.serialise("logits")
     if model.experts:
-        out["route"] = _route(model.experts)
+        out["route"] = _route(model, model.experts)
     return out
 
 
-def _route(experts: Experts) -> bytes:
+def _route(model: Architecture, experts: Experts) -> bytes:
     g = Graph()
     scores = g.input("scores", T.FLOAT, ["T", experts.count])
+    if "router" in model.biases:
+        scores = g.node("Add", scores, g.input("router.bias", T.FLOAT, [experts.count]))
     scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
     weights, used = g.nodes_out("TopK", scores, g.constant(np.array([experts.used])), outputs=2, axis=1)
     if experts.normalised:
@@ -142,7 +145,10 @@ class LayerStages:
         return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
 
     def leave(self, x: str, branch: str) -> str:
-        branch = self._normed(self._biased(self._divided(branch), "down"), "ffn_branch")
+        branch = self._divided(branch)
+        if not self._model.experts:  # their biases are weighed as they are
+            branch = self._biased(branch, "down")
+        branch = self._normed(branch, "ffn_branch")
         after = self._g.residual(x, self._scaled(branch))
         return self._normed(after, "ffn") if self._model.block == "post" else after
 
@@ -194,14 +200,16 @@ class LayerStages:
         if kind.rope is not None and not turned:
             positions += self._tables(kind)
             attributes["do_rotary"] = 1
-        elif tree:
+        elif tree or m.sinks:
             positions += ["", ""]
         if kind.window:
             attributes["local_window_size"] = kind.window
         if m.attention_cap:
             attributes["softcap"] = m.attention_cap
+        where = [*tree] if tree or not m.sinks else ["", ""]
+        sinks = [self._vector("sinks.weight", m.heads)] if m.sinks else []
         out, keys, values = g.nodes_out(
-            "GroupQueryAttention", *parts, *past, *positions, *tree, domain=MICROSOFT, outputs=3,
+            "GroupQueryAttention", *parts, *past, *positions, *where, *sinks, domain=MICROSOFT, outputs=3,
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
         return self._normed(out, "heads"), keys, values

@@ -36,6 +36,7 @@ class Tensor(Protocol):
     name: str
     shape: tuple[int, ...]
     bits: float  # a weight, in the source
+    mxfp4: bool = False  # whether its rows are blocks of 32 weights of MXFP4
 
     def rows(self, which: Which = ALL) -> Floats:
         """Rows [n, K] float32 of a matrix, or matrices [n, R, K] of a stack; of a vector, all of it, [K].

@@ -69,7 +69,9 @@ class Original:
         check_shapes(weights, model)
         formats = _formats(weights, model, rows)
         if formats.ffn == "int4" and _finer(weights, model) > 0.5:
-            log.warning("%s: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", path)
+            log.warning(
+                "%s: most weights are MXFP4 or have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", path
+            )
         if context is None and model.context < (most := source.number("context_length", int)):
             log.warning(
                 "%s: packed for texts of up to %d tokens; longer ones, of which the model has up to %d, are computed"
@@ -87,16 +89,19 @@ def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
     """The kinds of rows: `rows` for the FFN and attention, int8 for a head or embedding whose source has 8 bits.
 
     Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056 and Qwen2.5-Coder-1.5B (source Q6_K) 0.008.
-    int4 rows may cost 0.03 in all. Ternary layers stay ternary, unless f16 is asked for: they lose nothing by it.
+    int4 rows may cost 0.03 in all. Ternary layers stay ternary, and experts MXFP4, unless f16 is asked for: they lose
+    nothing by it.
     """
 
     def as_nibbles(matrix: Matrix) -> RowKind:
         return "int8" if rows == "int4" and matrix.bits >= 8 else rows
 
     ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
-    inner = "ternary" if ternary else rows
+    inner: RowKind = "ternary" if ternary else rows
+    kept = rows != "f16" and model.experts and all(_mxfp4(weights, i) for i in range(model.layers))
     return Formats(
-        ffn=inner, attention=inner, head=as_nibbles(weights.head()), embedding=as_nibbles(weights.embedding())
+        ffn="mxfp4" if kept else inner, attention=inner, head=as_nibbles(weights.head()),
+        embedding=as_nibbles(weights.embedding()),
     )  # fmt: skip
 
 
@@ -111,8 +116,13 @@ def _finer(weights: Weights, model: Architecture) -> float:
         tensors += [tensor for ffn in weights.ffns(i) for tensor in (*(part.tensor for part in ffn.inputs), ffn.down)]
         for tensor in tensors:
             total += prod(tensor.shape)
-            finer += prod(tensor.shape) * (GRID_BITS < tensor.bits < 16)
+            finer += prod(tensor.shape) * (tensor.mxfp4 or GRID_BITS < tensor.bits < 16)
     return finer / total
+
+
+def _mxfp4(weights: Weights, i: int) -> bool:
+    """Whether all matrices of layer `i`'s FFNs are MXFP4."""
+    return all(part.mxfp4 for ffn in weights.ffns(i) for part in (*(m.tensor for m in ffn.inputs), ffn.down))
 
 
 def _ternary(weights: Weights, i: int) -> bool:

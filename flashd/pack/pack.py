@@ -287,9 +287,11 @@ class _Writer:
         self._bundle.add(f"layer.{i}.ffn", chunks, run=self._group.nbytes)
 
     def _router(self, i: int, order: Numbers) -> None:
-        """Writes a layer's router. Its rows [E, H] follow the order [E] of the experts."""
+        """Writes a layer's router and the experts' vectors. Its rows [E, H] follow the order [E] of the experts."""
         rows = Matrix(self._weights.router(i).tensor, order)
         self._bundle.add(f"layer.{i}.router", self._encode.rows(rows, "f16"))
+        if vectors := self._weights.expert_vectors(i, order):
+            self._bundle.add(f"layer.{i}.experts", self._encode.vectors(vectors))
 
     def _count(self, weights: int) -> None:
         self._done += weights

@@ -137,6 +137,19 @@ class Weights:
             for product in self._model.products(i)
         ]  # fmt: skip
 
+    def expert_vectors(self, i: int, order: Numbers | None = None) -> dict[str, Floats]:
+        """The vectors that Architecture.expert_vectors names, of layer `i`, of the experts in some order [E]."""
+        experts = self._model.experts
+        every = np.arange(experts.count) if experts and order is None else order
+        out = {}
+        for name, length in self._model.expert_vectors().items():
+            part, kind = name.split(".")
+            values = self._vector(f"{tensor_name(self._family, part, i)}.{kind}")
+            if values.size != length:
+                raise DataError(f"{self._source.path}: {name} has {values.size} numbers and should have {length}")
+            out[name] = np.ascontiguousarray(values[every]).reshape(-1)
+        return out
+
     def ffns(self, i: int) -> list[Ffn]:
         """The FFN of layer `i`, or in a mixture each of its experts."""
         parts = ["gate", "inputs"] if self._model.gated and not self._family.joined_inputs else ["inputs"]
@@ -146,14 +159,17 @@ class Weights:
             ffns = [[_one_of(stack, number) for stack in tensors] for number in range(self._model.experts.count)]
         else:
             ffns = [tensors]
+        biases = np.zeros((len(ffns), ffns[0][0].shape[0], 0), np.float32)  # of each FFN [F, M]
         if "inputs" in self._model.biases:
-            biases = np.stack([self._vector(f"{name}.bias") for name in names[:-1]], axis=1)
-        else:
-            biases = np.zeros((ffns[0][0].shape[0], 0), np.float32)
+            own = [self._vector(f"{name}.bias").reshape(len(ffns), -1) for name in names[:-1]]
+            biases = np.stack(own, axis=2)
         norm = np.zeros(0, np.float32)
         if self._model.normed_neurons:
             norm = self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight")
-        return [Ffn(self._input_matrices(inputs), biases, down, norm) for *inputs, down in ffns]
+        return [
+            Ffn(self._input_matrices(inputs), bias, down, norm)
+            for (*inputs, down), bias in zip(ffns, biases, strict=True)
+        ]
 
     def _input_matrices(self, tensors: list[Tensor]) -> list[Matrix]:
         """Gate and up, or up alone, each [F, H]."""

@@ -22,6 +22,7 @@ OTHERWISE = {
     "llama-relu", "llama-drelu", "llama-fatrelu", "phi2-relu", "falcon-two-norms",  # it does not read the activation
     "mistral", "smallthinker", "phi3", "exaone4-window",  # nor this window
     "opt", "opt-350m", "persimmon", "bitnet", "olmoe", "qwen3-bias",  # it refuses them
+    "gpt-oss",  # it makes whole numbers of YaRN's bounds, which OpenAI does not; with whole ones flashd agrees
     "mixtral",  # it rounds what the router reads, which then chooses another expert once
 }  # fmt: skip
 """Goldens of which llama.cpp computes something else, and why."""

@@ -83,6 +83,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = by_map(golden, OPT)
         case "lfm2":
             find = short_convolutions(by_map(golden, LFM2))
+        case "gpt-oss":
+            return gpt_oss(by_map(golden))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
         case _:
@@ -190,6 +192,27 @@ def internlm2(find: Rename) -> Rename:
 def bitnet(golden: Golden) -> Rename:
     find, own = by_map(golden), by_map(golden, BITNET)
     return lambda name, tensors: own(name, tensors) if "sub_norm" in name else find(name, tensors)
+
+
+GPT_OSS = re.compile(r"model\.layers\.(\d+)\.(?:mlp|self_attn)\.(?:experts\.)?(\w+?)(?:[._](weight|bias))?")
+
+
+def gpt_oss(find: Rename) -> Rename:
+    """Gate and up in turn, and matrices of experts as [K, R]."""
+
+    def of_model(name: str, tensors: Tensors) -> Floats:
+        at = GPT_OSS.fullmatch(name)
+        if at is None or at[2] not in ("gate_up_proj", "down_proj", "router", "sinks"):
+            return find(name, tensors)
+        before, part, kind = f"blk.{at[1]}.", at[2], at[3] or "weight"
+        if part in ("router", "sinks"):
+            return tensors[before + {"router": "ffn_gate_inp", "sinks": "attn_sinks"}[part] + f".{kind}"]
+        kinds = ("gate", "up") if part == "gate_up_proj" else ("down",)
+        stacks = [tensors[f"{before}ffn_{each}_exps.{kind}"] for each in kinds]
+        turns = np.stack(stacks, axis=2).reshape(len(stacks[0]), -1, *stacks[0].shape[2:])
+        return turns if kind == "bias" else turns.swapaxes(1, 2)
+
+    return of_model
 
 
 def of_experts(find: Rename) -> Rename:

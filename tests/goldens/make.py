@@ -174,6 +174,12 @@ MAKERS: dict[str, Maker] = {
     "qwen3": llama_like(T.Qwen3Config),
     "mixtral": of_experts(T.MixtralConfig, num_local_experts=EXPERTS),
     "qwen3moe": of_experts(T.Qwen3MoeConfig, num_experts=EXPERTS, moe_intermediate_size=40, norm_topk_prob=True),
+    "gpt-oss": of_experts(
+        T.GptOssConfig,
+        num_local_experts=EXPERTS,
+        sliding_window=WINDOW,
+        rope_parameters={**YARN, "rope_theta": 150000.0, "truncate": False},
+    ),
     "olmoe": of_experts(T.OlmoeConfig, num_experts=EXPERTS, norm_topk_prob=False),
     "smollm3": llama_like(T.SmolLM3Config),
     "granite": llama_like(T.GraniteConfig, **GRANITE, attention_bias=True, mlp_bias=True),

@@ -40,6 +40,7 @@ class Golden:
     others: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # layers of another kind than `layer`
     context: int | None = None  # that it is packed for, if not the default
     ternary: bool = False  # matrices of layers are
+    mxfp4: bool = False  # the experts' matrices are, of neurons that make whole blocks
 
     def tensors(self) -> dict[str, Floats]:
         """By GGUF name; matrices are float16 numbers, so that f16 rows hold them exactly."""
@@ -47,6 +48,8 @@ class Golden:
         for i in range(LAYERS):
             shapes |= {f"blk.{i}.{name}": shape for name, shape in self.others.get(i, self.layer).items()}
         drawn = {name: _drawn(name, shape) for name, shape in shapes.items()}
+        if self.mxfp4:
+            return {name: as_mxfp4(v)[1] if name.endswith("_exps.weight") else v for name, v in drawn.items()}
         if not self.ternary:
             return drawn
         return {name: ternary(v) if name.startswith("blk.") and v.ndim == 2 else v for name, v in drawn.items()}
@@ -66,8 +69,12 @@ class Golden:
             tiny.add_key(w, f"{self.architecture}.{key}", value)
         assert tiny.add_vocabulary(w) == VOCABULARY
         for name, values in self.tensors().items():
-            # llama.cpp has a convolution's weights in float32
-            w.add_tensor(name, values if values.ndim == 1 or "conv.conv" in name else values.astype(np.float16))
+            # llama.cpp has a convolution's weights, and the biases of experts, in float32
+            if self.mxfp4 and name.endswith("_exps.weight"):
+                w.add_tensor(name, as_mxfp4(values)[0], raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+                continue
+            single = values.ndim == 1 or "conv.conv" in name or name.endswith(".bias")
+            w.add_tensor(name, values if single else values.astype(np.float16))
         w.write_header_to_file()
         w.write_kv_data_to_file()
         w.write_tensors_to_file()
@@ -85,6 +92,9 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
         return llama3_factors()
     if name.startswith("rope_factors"):
         return long_factors()[name.split(".")[0]]
+    if name.endswith("_exps.bias"):
+        # so large that gpt-oss's bounds are reached
+        return np.asarray(4 * random.standard_normal(shape), np.float32)
     if len(shape) == 1:
         around = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
@@ -97,6 +107,12 @@ def long_factors() -> dict[str, Floats]:
         "rope_factors_short": np.array([1, 1.02, 1.05, 1.125, 1.25, 1.5], np.float32),
         "rope_factors_long": np.array([1.0625, 1.25, 1.75, 2.5, 3.25, 4], np.float32),
     }
+
+
+def as_mxfp4(values: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
+    """Rounded to MXFP4: as GGUF has it, and as numbers."""
+    raw = gguf.quantize(values, gguf.GGMLQuantizationType.MXFP4)
+    return raw, np.asarray(gguf.dequantize(raw, gguf.GGMLQuantizationType.MXFP4), np.float32)
 
 
 def ternary(values: Floats) -> Floats:
@@ -142,6 +158,12 @@ def mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
         "ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_gate_exps.weight": (EXPERTS, neurons, HIDDEN),
         "ffn_up_exps.weight": (EXPERTS, neurons, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, neurons),
     }  # fmt: skip
+
+
+def biased_mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
+    """One whose router and experts have biases."""
+    own = {"ffn_gate_inp.bias": (EXPERTS,), "ffn_down_exps.bias": (EXPERTS, HIDDEN)}
+    return mixture(neurons) | own | {f"ffn_{part}_exps.bias": (EXPERTS, neurons) for part in ("gate", "up")}
 
 
 TAPS = 4
@@ -227,6 +249,16 @@ GOLDENS = {
         "qwen3moe",
         RMS | MIXTURE | {"attention.key_length": 32, "rope.freq_base": 1e6, "expert_feed_forward_length": 40},
         TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | mixture(), EMBEDDING | FINAL,
+    ),
+    "gpt-oss": Golden(
+        "gpt-oss",
+        RMS | MIXTURE
+        | {"attention.key_length": 32, "attention.sliding_window": WINDOW, "expert_feed_forward_length": 40,
+           "rope.freq_base": 150000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+           "rope.scaling.original_context_length": 32},
+        _norms("attn_norm", "post_attention_norm") | _attention(32, bias=True)
+        | {"attn_output.bias": (HIDDEN,), "attn_sinks.weight": (HEADS,)} | biased_mixture(),
+        EMBEDDING | HEAD | FINAL,
     ),
     "olmoe": Golden(
         "olmoe", RMS | MIXTURE | {"expert_feed_forward_length": 40},

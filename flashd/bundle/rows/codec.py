@@ -119,6 +119,10 @@ def _check_selection(header: Header) -> None:
         raise DamagedHeader(
             "the header does not make sense: a gate decides only in layers that have one, without biases or experts"
         )
+    if m.experts and "down" in m.biases:
+        raise DamagedHeader(
+            "the header does not make sense: neurons of experts whose outputs have a bias are selected"
+        )
     if any(rank % BLOCK for rank in s.ranks):
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")
 

@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.arrays import Groups, PlainNeurons, PlainRows, QuantNeurons, QuantRows, Rows, TernaryRows
+from flashd.bundle.arrays import (
+    Groups,
+    Mxfp4Rows,
+    PlainNeurons,
+    PlainRows,
+    QuantNeurons,
+    QuantRows,
+    Rows,
+    TernaryRows,
+)
 from flashd.bundle.rows.bits import as_nibbles
 from flashd.bundle.rows.kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, NARROW, Bytes, RowKind
 
@@ -44,7 +53,7 @@ def _nbytes(planes: list[Plane]) -> int:
 class RowFormat:
     """Rows of `width` weights: [q, the digits of the centres behind it | scale codes | two float16 steps].
 
-    Of f16 rows it is the weights alone, of ternary rows [q | a float32 scale].
+    Of f16 rows it is the weights alone, of ternary rows [q | a float32 scale], of mxfp4 rows [q | B exponents].
     """
 
     kind: RowKind
@@ -84,6 +93,8 @@ class RowFormat:
             return [(np.float16, (*axes, self.width))]
         if self.kind == "ternary":
             return [(np.uint8, (*axes, self.width // 4)), (np.float32, (*axes, 1))]
+        if self.kind == "mxfp4":
+            return [(np.uint8, (*axes, self.width // 2)), (np.uint8, (*axes, self.blocks))]
         return [
             (np.uint8, (*axes, self.q_bytes)),
             (CODE_TYPES[self.kind], (*axes, self.blocks)),
@@ -99,7 +110,8 @@ class RowFormat:
         """The arrays of `planes` by their names."""
         if self.kind == "f16":
             return PlainRows(*arrays)
-        return TernaryRows(*arrays) if self.kind == "ternary" else QuantRows(*arrays)
+        kinds: dict[RowKind, type[TernaryRows | Mxfp4Rows]] = {"ternary": TernaryRows, "mxfp4": Mxfp4Rows}
+        return kinds.get(self.kind, QuantRows)(*arrays)
 
     def empty(self, rows: int) -> Rows:
         """Arrays for `rows` rows, their memory not touched yet."""

@@ -11,14 +11,14 @@ import numpy.typing as npt
 BLOCK = 32
 """Weights that share a scale and a centre."""
 
-RowKind = Literal["int4", "int8", "f16", "ternary", "int3", "int2"]
+RowKind = Literal["int4", "int8", "f16", "ternary", "mxfp4", "int3", "int2"]
 ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
-"""What may be asked for. Weights that are ternary stay so where few bits are wanted."""
+"""What may be asked for. Weights that are ternary, and experts that are MXFP4, stay so where few bits are wanted."""
 
 NARROW: tuple[RowKind, ...] = ("int3", "int2")
 """What the card has of groups that matter little in a bundle of int4 rows: as soon as they are read they are int4."""
 
-BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2, "int3": 3, "int2": 2}
+BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2, "mxfp4": 4, "int3": 3, "int2": 2}
 
 CODE_TYPES: dict[RowKind, type[np.unsignedinteger[Any]]] = {
     "int4": np.uint8, "int8": np.uint16, "int3": np.uint8, "int2": np.uint8,

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from flashd.bundle.arrays import Groups, PlainRows, QuantRows, Rows, TernaryRows
+from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.header import Header
+from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.bits import pack_bits, unpack
 from flashd.bundle.rows.formats import RowFormat
-from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Floats, RowKind
+from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Bytes, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
@@ -66,9 +67,8 @@ class Constants:
     def __init__(self, header: Header, arithmetic: Arithmetic = "float32", kv: KvFormat = "float32") -> None:
         self._model, self._formats, self.arithmetic, self._kv = header.model, header.formats, arithmetic, kv
         self._graphs: dict[tuple[Any, ...], bytes] = {}
-        self._unread = unread(
-            arithmetic, "int8" in {header.formats.ffn, header.formats.attention, header.formats.head}
-        )
+        kinds = {header.formats.ffn, header.formats.attention, header.formats.head}
+        self._unread = unread(arithmetic, not kinds.isdisjoint({"int8", "mxfp4"}))
 
     def rows(self, rows: Rows, kind: RowKind, k: int, once: bool = False) -> ort.InferenceSession:
         """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
@@ -182,23 +182,31 @@ class Constants:
             nibbles = pack_bits(unpack(rows.q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
             blocks = nibbles.reshape(len(rows), -1, BLOCK // 2)
             return _Product({"q": blocks, "scale": rows.scale.repeat(blocks.shape[1], axis=1)}, False)
+        if isinstance(rows, Mxfp4Rows):
+            scale = mxfp4.scales(rows.exponent)
+            return _Product(self._of_bytes(mxfp4.as_bytes(rows.q).reshape(*scale.shape, -1), scale), False)
         form = RowFormat(kind, k).widened
         if centred is None:
             centred = _centred(rows, kind, k)
         q = rows.q if centred else rows.q[:, : form.weight_bytes]
         scale = scales(rows.scale, rows.step, form, centred)
         blocks = q.reshape(*scale.shape, -1)
-        if kind != "int8" or self.arithmetic == "int8":
+        if kind != "int8":
             return _Product({"q": blocks, "scale": scale}, centred)
+        return _Product(self._of_bytes(blocks, scale), centred)
+
+    def _of_bytes(self, blocks: Bytes, scale: Floats) -> Initialisers:
+        """The arrays of a product with rows of 8 bits, their blocks [n, B, 32] and scales [n, B]."""
+        if self.arithmetic == "int8":
+            return {"q": blocks, "scale": scale}
         high, low = (pack_bits(np.asarray(nibble, np.uint8), 4) for nibble in (blocks >> 4, blocks & 15))
-        arrays: Initialisers = {
+        return {
             "q.high": high,
             "scale.high": 16 * scale,
             "q.low": low,
             "scale": scale,
             "zero": _zeros(scale),
         }
-        return _Product(arrays, centred)
 
 
 def _part(name: str) -> str:

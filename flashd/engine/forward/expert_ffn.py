@@ -116,7 +116,7 @@ class ExpertFfn:
             self._choose(layer, h)
         routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
-        shares = np.zeros((*routed.used.shape, h.shape[1]), np.float32)  # [T, K, H]
+        shares = self._router.biases(layer, routed.used)  # [T, K, H]
         here = [self._workers.submit(_add, shares, h, routed, expert, kept[expert]) for expert in routed.here]
         for done in here:
             done.result()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.arrays import NeuronArrays, PlainNeurons, PlainRows, Rows, TernaryRows
+from flashd.bundle.arrays import Mxfp4Rows, NeuronArrays, PlainNeurons, PlainRows, Rows, TernaryRows
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Codes, Floats, RowKind, unit_steps
 from flashd.engine.model.sizes import TEMPORARY_BYTES
@@ -41,7 +41,7 @@ class Linear:
         return out
 
     def _part(self, x: Floats, rows: Rows) -> Floats:
-        assert not isinstance(rows, TernaryRows)
+        assert not isinstance(rows, TernaryRows | Mxfp4Rows)
         if isinstance(rows, PlainRows):
             (y,) = self._session.run(None, {"x": x, "w": rows.w})
         else:

@@ -53,10 +53,10 @@ PREDICTOR, GATE = ("narrow", "wide", "lean"), ("gate", "floors")
 
 def held(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
     """Bytes of constant rows in an open session."""
-    weights, bits = rows * (form.width + form.digits), max(form.bits, 4)
+    weights, bits = rows * (form.width + form.digits), _bits(form)
     if form.kind == "f16":
         return 4 * weights
-    planes = 2 if form.kind == "int8" and arithmetic == "float32" else 1
+    planes = 2 if bits == 8 and arithmetic == "float32" else 1
     return weights * (bits + (2 if arithmetic == "int8" else 1) * planes) // 8
 
 
@@ -66,7 +66,12 @@ def while_opening(form: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
     if form.kind == "f16":
         return 4 * weights
     # the rows as they were read, and the arrays of the session
-    return weights * (2 * max(form.bits, 4) + (1 if arithmetic == "int8" else 0)) // 8
+    return weights * (2 * _bits(form) + (1 if arithmetic == "int8" else 0)) // 8
+
+
+def _bits(form: RowFormat) -> int:
+    """Bits of a quantised weight in a product."""
+    return 8 if form.kind == "mxfp4" else max(form.bits, 4)
 
 
 def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
@@ -87,6 +92,7 @@ def attention_held(header: Header, arithmetic: Arithmetic) -> int:
         total += sum(held(header.row_format(p.name), p.rows, arithmetic) for p in m.products(i))
         total += 4 * sum(m.layer_vectors(i).values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
+    routers += 4 * sum(m.expert_vectors().values())
     return total + m.layers * (routers + 2 * SESSION)  # one for what is pinned of the FFN
 
 

@@ -44,6 +44,8 @@ class Folder:
     shift: float = 0.0  # GGUF has the weights of norms with this added
     tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stacks that hold several of GGUF's, by rows
+    alternating: bool = False  # the rows of these lie in turn, and not one matrix's behind the other's
+    across: bool = False  # and each matrix of these is [K, R], its rows are columns
     keys: Mapping[str, str] = field(default_factory=dict)  # GGUF's key -> config.json's, beside the common ones
     defaults: Config = field(default_factory=dict)  # what transformers takes if config.json leaves it out
     activations: Mapping[str, str] = field(default_factory=dict)  # that config.json calls by another's name
@@ -69,12 +71,14 @@ class Family:
     activation: Activation = "silu"
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True
+    sinks: bool = False  # each head has a number that joins its scores in the softmax and adds no value
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window
     global_first: bool = False  # and of each so many it is the first
     global_unturned: bool = False  # if others see a window, those that see all tokens do not turn queries and keys
     local_base: float = 0.0  # the rotary base of layers that see a window, if it is another one
+    yarn_truncated: bool = True  # YaRN's bounds are whole numbers of pairs, if the file does not say
     local_unscaled: bool = False  # layers that see a window turn as if texts were short, whatever the others do
     scaled_embeddings: bool = False  # by the root of the hidden size
     scale_by_width: tuple[int, ...] = ()  # models of so many layers scale queries by hidden size / heads
@@ -101,6 +105,7 @@ TENSORS = {
     "key": "attn_k",
     "value": "attn_v",
     "output": "attn_output",
+    "sinks": "attn_sinks",
     "gate": "ffn_gate",
     "inputs": "ffn_up",
     "down": "ffn_down",

@@ -18,13 +18,15 @@ from flashd.pack.open_model import OpenModel
 MOST_LAYERS = 1024
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu", "swish": "silu", "relu": "relu", "relu2": "relu2", "drelu": "drelu", "fatrelu": "fatrelu",
+    "silu": "silu", "swish": "silu", "clamped_silu": "clamped_silu",
+    "relu": "relu", "relu2": "relu2", "drelu": "drelu", "fatrelu": "fatrelu",
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 """Hugging Face's names of activations, and those of the models made sparse afterwards."""
 
-SCORES: dict[int, Scores] = {1: "softmax", 2: "sigmoid"}
-"""The gguf package's ExpertGatingFuncType."""
+OF_THE_CHOSEN = 3
+SCORES: dict[int, Scores] = {1: "softmax", 2: "sigmoid", OF_THE_CHOSEN: "softmax"}
+"""The gguf package's ExpertGatingFuncType. A softmax of the chosen is one of all that is divided by their sum."""
 
 
 def check_layers(layers: int, path: Path) -> None:
@@ -51,7 +53,14 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     neurons = model.number("feed_forward_length", int)
     if experts:
         neurons = model.number("expert_feed_forward_length", int, neurons)
-    norms = [p for p in (*LAYER_NORMS, "final") if p in family.norms or _has(model, family, p, "weight", "_norm")]
+    # gpt-oss calls the norm before its FFN what others call one behind the attention
+    taken = {tensor_name(family, f"{place}_norm") for place in family.norms}
+    free = {p for p in (*LAYER_NORMS, "final") if tensor_name(family, f"{p}_norm") not in taken}
+    norms = [
+        place
+        for place in (*LAYER_NORMS, "final")
+        if place in family.norms or (place in free and _has(model, family, place, "weight", "_norm"))
+    ]
     kinds, layer_kinds = attention_kinds(model, family, layers)
     kv_heads, attends = heads_of_keys(model, family, layers, heads)
     block: Block = family.block
@@ -81,6 +90,7 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         norm_heads="query" in norms and _size(model, family, "query_norm") == width,
         norm_turned=family.norm_turned,
         biases=[b for b in _BIASES if b in family.biases or _has_bias(model, family, b)],
+        sinks=family.sinks,
         gated=family.gated,
         activation=activation,
         threshold=threshold,
@@ -100,7 +110,7 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     )
 
 
-_BIASES: tuple[Bias, ...] = ("qkv", "output", "inputs", "down", "head")
+_BIASES: tuple[Bias, ...] = ("qkv", "output", "router", "inputs", "down", "head")
 
 
 def _norm_epsilon(model: OpenModel, family: Family) -> float:
@@ -137,7 +147,7 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         count=count,
         used=used,
         scores=SCORES[kind],
-        normalised=family.mixture.normalised if stated is None else bool(stated),
+        normalised=kind == OF_THE_CHOSEN or (family.mixture.normalised if stated is None else bool(stated)),
         scale=model.number("expert_weights_scale", float, 0.0) or 1.0,
         early=family.mixture.early,
     )

@@ -61,7 +61,7 @@ def rope_tables(model: OpenModel, family: Family, context: int | None = None) ->
     for table, base in zip(tables, bases, strict=True):
         table[0, :half] = base ** (-np.arange(half) / half)
     _divide(model, tables[0, 0, :half], context_of(model, context))
-    _scale_rope(model, tables[0], half, bases[0])
+    _scale_rope(model, family, tables[0], half, bases[0])
     return tables.astype(np.float32)
 
 
@@ -88,7 +88,7 @@ def _divide(model: OpenModel, angles: npt.NDArray[np.float64], context: int) -> 
         angles /= divisors
 
 
-def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, base: float) -> None:
+def _scale_rope(model: OpenModel, family: Family, table: npt.NDArray[np.float64], half: int, base: float) -> None:
     """Stretches a table for contexts longer than those of the first training."""
     # the length that a file states multiplies the usual one
     table[1, :half] = model.number("rope.scaling.attn_factor", float, 1.0)
@@ -111,7 +111,7 @@ def _scale_rope(model: OpenModel, table: npt.NDArray[np.float64], half: int, bas
     for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
         if (value := model.number(key, float, 1.0)) != 1.0:
             raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
-    table[0, :half] *= _yarn(model, half, base, factor)
+    table[0, :half] *= _yarn(model, family, half, base, factor)
     log_multiplier = model.number("rope.scaling.yarn_log_multiplier", float, 0.0)
     table[1, :half] *= yarn_length(factor) / yarn_length(factor, log_multiplier)
 
@@ -121,7 +121,7 @@ def yarn_length(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
 
-def _yarn(model: OpenModel, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
+def _yarn(model: OpenModel, family: Family, half: int, base: float, factor: float) -> npt.NDArray[np.float64]:
     """What each pair's angle is multiplied by (arXiv 2309.00071): 1 for the fastest, 1 / factor for the slowest."""
     trained = _first_context(model)
 
@@ -131,7 +131,8 @@ def _yarn(model: OpenModel, half: int, base: float, factor: float) -> npt.NDArra
     fast = model.number("rope.scaling.yarn_beta_fast", float, 32.0)
     slow = model.number("rope.scaling.yarn_beta_slow", float, 1.0)
     low, high = pair_of(fast), pair_of(slow)
-    if model.metadata(f"{model.architecture}.rope.scaling.yarn_truncate") is not False:
+    truncated = model.metadata(f"{model.architecture}.rope.scaling.yarn_truncate")
+    if family.yarn_truncated if truncated is None else truncated:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
     slowed = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)

@@ -124,6 +124,7 @@ def _expected(family: Family, layers: int) -> set[str]:
         names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
         parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
+        parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
         for part in parts:
@@ -135,7 +136,7 @@ def _expected(family: Family, layers: int) -> set[str]:
 
 def _biased_parts(family: Family, biases: tuple[Place | Bias, ...]) -> list[str]:
     parts = {
-        "qkv": ["qkv", "query", "key", "value"], "output": ["output"], "down": ["down"],
+        "qkv": ["qkv", "query", "key", "value"], "output": ["output"], "down": ["down"], "router": ["router"],
         "inputs": ["gate", "inputs"] if family.gated else ["inputs"],
     }  # fmt: skip
     return [part for bias in biases for part in parts.get(bias, [])]

@@ -138,7 +138,7 @@ class Calibration:
         vectors, x, h = self._attend(i)
         used, weights = self._routed(i, h)
         uses = np.bincount(used.reshape(-1), minlength=self._model.ffns)
-        y, ffns = np.zeros_like(h), self._weights.ffns(i)
+        y, ffns, own = np.zeros_like(h), self._weights.ffns(i), self._weights.expert_vectors(i).get("down.bias")
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)  # [n] each
             taken = h[tokens]  # [n, H]
@@ -152,6 +152,8 @@ class Calibration:
                 written = columns.views(encode_rows(np.ascontiguousarray(down.T), columns))
                 down = dequantise(written, columns.kind).T
             y[tokens] += a @ down.T
+            if own is not None:
+                y[tokens] += weights[tokens, place, None] * own.reshape(len(ffns), -1)[expert]
         (self._x,) = self._run("leave", vectors, x=x, branch=y)
         return np.argsort(-uses, kind="stable")
 
@@ -164,7 +166,7 @@ class Calibration:
         if experts is None:
             return np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
         scores = _product(self._x if experts.early else h, self._weights.router(i))
-        used, weights = self._run("route", {}, scores=scores)
+        used, weights = self._run("route", self._weights.expert_vectors(i), scores=scores)
         return used.astype(np.int64), weights
 
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:

@@ -52,6 +52,10 @@ def check(original: Original) -> None:
     model, path = original.model, original.path
     if original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(f"{path}: BitNet cannot have a predictor; pack it with --select exact")
+    if model.experts and "down" in model.biases:
+        raise DataError(
+            f"{path}: experts whose outputs have a bias cannot have a predictor; pack it with --select exact"
+        )
     if model.activation not in SPARSE:
         raise DataError(
             f"{path}: its activation {model.activation} makes few neurons zero; a predictor needs one of"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.arrays import PlainRows, QuantRows, TernaryRows
+from flashd.bundle.arrays import Mxfp4Rows, PlainRows, QuantRows, TernaryRows
+from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.bits import centre_digits, pack_bits
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.rows.kinds import (
@@ -58,6 +59,10 @@ def encode_rows(
     if isinstance(parts, TernaryRows):
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
+        return raw
+    if isinstance(parts, Mxfp4Rows):
+        codes, parts.exponent[:] = mxfp4.coded(weights)
+        parts.q[:] = pack_bits(codes, 4)
         return raw
     write(parts, quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, weigh), form)
     return raw

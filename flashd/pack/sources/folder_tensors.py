@@ -15,6 +15,9 @@ Numbers = npt.NDArray[np.int64]
 
 ENDS = (".weight", ".bias")
 
+STACKS = {".weight": ".weight", "": ".weight", "_bias": ".bias", "_blocks": ".weight", "_scales": ".weight"}
+"""Ends of the names of stacks, and GGUF's."""
+
 NOT_READ = (
     ".rotary_emb.inv_freq", ".attention.bias", ".attn.bias", ".masked_bias", ".weight_scale",
     ".mlp.predictor.fc1.weight", ".mlp.predictor.fc2.weight",
@@ -30,6 +33,7 @@ class Names:
     """GGUF's names of a folder's tensors."""
 
     def __init__(self, model: FolderModel) -> None:
+        self.folder = model.folder
         self._tied = model.config.get("tie_word_embeddings") is True
         self._sees = "vision_config" in model.config
         self._known = {
@@ -39,8 +43,9 @@ class Names:
             for end in ENDS
         }
         self._joined = {
-            f"{theirs.format(bid=i)}.weight": [f"{name.format(bid=i)}.weight" for name in ours]
+            f"{theirs.format(bid=i)}{end}": [f"{name.format(bid=i)}{our_end}" for name in ours]
             for theirs, ours in model.folder.joined.items()
+            for end, our_end in STACKS.items()
             for i in range(model.layers)
         }
         known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -67,6 +72,8 @@ class Names:
         expert = _EXPERT.search(name)
         merged = _EXPERT.sub(".experts.", name)
         found = self._known.get(merged) or self._table.get_name(merged, ENDS)
+        if found and not found.endswith(ENDS):  # a parameter that is no module's, such as attention sinks
+            found += ".weight"
         return found or name, int(expert[1]) if expert else None
 
 

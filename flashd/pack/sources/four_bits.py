@@ -1,12 +1,15 @@
-"""Weights that GPTQ or AWQ has rounded to 4 bits, as their safetensors folders keep them.
+"""Weights that GPTQ, AWQ or MXFP4 has rounded to 4 bits, as their safetensors folders keep them.
 
-Both keep a matrix [N, K] transposed and in parts: levels q and, for each group of weights of a row, a zero z and a
-scale s; a weight is s * (q - z). Eight levels or zeros lie in an int32, the first in its lowest bits:
+GPTQ and AWQ keep a matrix [N, K] transposed and in parts: levels q and, for each group of weights of a row, a zero z
+and a scale s; a weight is s * (q - z). Eight levels or zeros lie in an int32, the first in its lowest bits:
 
     GPTQ   qweight [K / 8, N] along K, qzeros [G, N / 8], each less 1 but in `gptq_v2`; g_idx [K] has weights' groups
     AWQ    qweight [K, N / 8] along N, qzeros [G, N / 8], of each eight first the even ones, then the odd ones
 
 and scales [G, N]. (AutoGPTQ's qlinear_cuda.py, AutoAWQ's utils/packing_utils.py.)
+
+gpt-oss keeps stacks of matrices [E, R, K] as MXFP4: blocks [E, R, K / 32, 16], two weights a byte, the first in the
+low bits, and scales [E, R, K / 32] (transformers, integrations/mxfp4.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from flashd.bundle.rows.bits import unpack
 from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
+from flashd.bundle.rows.mxfp4 import widened
 from flashd.errors import DataError
 from flashd.pack.open_model import ALL, Grid, Tensor, Which
 
@@ -27,6 +32,9 @@ Numbers = npt.NDArray[np.int64]
 
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 """Ends of the names of what takes the place of a `.weight`."""
+
+MXFP4_PARTS = ("_blocks", "_scales")
+"""Ends of the names of the parts of a stack of MXFP4."""
 
 AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
@@ -116,6 +124,32 @@ class FourBits(Tensor):
         """Packed [X, N / 8] -> [X, N]."""
         nibbles = _nibbles(packed)
         return (nibbles[..., np.argsort(AWQ_ORDER)] if self._awq else nibbles).reshape(len(packed), -1)
+
+
+class Mxfp4(Tensor):
+    """Some rows [R, K] of one matrix of a stack of MXFP4. Raises DataError if its parts do not fit together."""
+
+    bits, mxfp4 = 4.25, True
+
+    def __init__(self, name: str, parts: Mapping[str, StoredTensor], number: int, rows: range) -> None:
+        self.name, self._number, self._rows = name, number, rows
+        if set(parts) != set(MXFP4_PARTS):
+            raise DataError(f"tensor {name!r} has not both parts, {' and '.join(MXFP4_PARTS)}")
+        self._blocks, self._scales = (parts[end] for end in MXFP4_PARTS)
+        shape, scales = self._blocks.get_shape(), self._scales.get_shape()
+        if len(shape) != 4 or shape[:3] != scales or shape[3] != BLOCK // 2:
+            raise DataError(f"tensor {name!r} has parts that do not fit together")
+        self.shape = (len(rows), BLOCK * shape[2])
+
+    def rows(self, which: Which = ALL) -> Floats:
+        """Rows [n, K] float32."""
+        numbers = np.asarray(self._rows)[which]
+        if not len(numbers):
+            return np.zeros((0, self.shape[1]), np.float32)
+        first, stop = int(numbers.min()), int(numbers.max()) + 1
+        stored: Any = (self._blocks, self._scales)
+        blocks, scales = (np.asarray(part[self._number, first:stop], np.uint8)[numbers - first] for part in stored)
+        return widened(unpack(blocks.reshape(len(numbers), -1), 4), scales)
 
 
 def _nibbles(packed: npt.NDArray[np.int32]) -> Bytes:

@@ -28,6 +28,7 @@ class GgufTensor(Tensor):
         self._tensor = tensor
         self.name = tensor.name
         self.kind: Kind = tensor.tensor_type
+        self.mxfp4 = self.kind == Kind.MXFP4
         self._data = tensor.data
         self.shape = tuple(int(n) for n in reversed(tensor.shape))
         block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]

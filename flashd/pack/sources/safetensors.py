@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes  # noqa: F401  (by which numpy gets to know bfloat16)
 import numpy as np
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from flashd.bundle import header
 from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError, InputMissing
-from flashd.pack.families.family import Config
+from flashd.pack.families.family import Config, Folder
 from flashd.pack.families.properties import check_layers
 from flashd.pack.open_model import ALL, OpenModel, Tensor, Which, packed_from
 from flashd.pack.sources import four_bits
@@ -25,7 +25,7 @@ from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.pack.sources.folder_rope import rope_divisors
 from flashd.pack.sources.folder_tensors import Names, Numbers, row_order
 from flashd.pack.sources.folder_tokenizer import read_tokenizer_json
-from flashd.pack.sources.four_bits import FourBits, StoredTensor
+from flashd.pack.sources.four_bits import FourBits, Mxfp4, StoredTensor
 from flashd.pack.sources.json_file import read_object
 from flashd.pack.sources.recommended import of_folder
 from flashd.pack.vocabulary import Vocabulary
@@ -111,8 +111,8 @@ class _Master(Tensor):
 class _Stack(Tensor):
     """The same matrix of every expert, [E, R, K]."""
 
-    def __init__(self, name: str, experts: list[Tensor]) -> None:
-        self.name, self.bits, self._experts = name, experts[0].bits, experts
+    def __init__(self, name: str, experts: Sequence[Tensor]) -> None:
+        self.name, self.bits, self.mxfp4, self._experts = name, experts[0].bits, experts[0].mxfp4, experts
         self.shape = (len(experts), *experts[0].shape)
 
     def rows(self, which: Which = ALL) -> Floats:
@@ -125,31 +125,57 @@ class _Stack(Tensor):
 
 @dataclass(frozen=True)
 class _OneOf:
-    """Some rows of one matrix of a stored stack [E, R, K]."""
+    """Some rows of one matrix of a stored stack [E, R, K], or if they stand `across`, [E, K, R]."""
 
     stack: StoredTensor
     number: int
     rows: range
+    across: bool
 
     def get_shape(self) -> list[int]:
-        return [len(self.rows), *self.stack.get_shape()[2:]]
+        return [len(self.rows), self.stack.get_shape()[1 if self.across else 2]]
 
     def get_dtype(self) -> str:
         return self.stack.get_dtype()
 
     def __getitem__(self, rows: slice | EllipsisType) -> npt.NDArray[Any]:
         mine = self.rows[slice(None) if rows is ... else rows]
-        stack: Any = self.stack
-        return np.asarray(stack[self.number, mine.start : mine.stop])
+        stack, span = cast(Any, self.stack), slice(mine.start, mine[-1] + 1) if mine else slice(0)
+        read = np.asarray(stack[self.number, :, span]).T if self.across else np.asarray(stack[self.number, span])
+        return read[:: mine.step]
 
 
-def _matrices(stack: StoredTensor, part: int = 0, parts: int = 1) -> dict[int, StoredTensor]:
-    """By their numbers, part number `part` of the rows of each matrix of a stack, which has `parts` of them."""
-    count, rows, _ = stack.get_shape()
+@dataclass(frozen=True)
+class _Biases:
+    """Some of the biases [E, R] of a stack, one of each of its matrices' rows."""
+
+    stack: StoredTensor
+    rows: range
+
+    def get_shape(self) -> list[int]:
+        return [self.stack.get_shape()[0], len(self.rows)]
+
+    def get_dtype(self) -> str:
+        return self.stack.get_dtype()
+
+    def __getitem__(self, experts: slice | EllipsisType) -> npt.NDArray[Any]:
+        return np.asarray(self.stack[experts])[:, np.asarray(self.rows)]
+
+
+def _rows_of(rows: int, part: int, parts: int, alternating: bool) -> range:
+    """Of a stack's matrices of so many rows, which have `parts` parts, the rows of part number `part`."""
     if rows % parts:
         raise ValueError(f"a stack of matrices of {rows} rows, which are to be {parts} equal parts")
-    mine = range(part * rows // parts, (part + 1) * rows // parts)
-    return {number: _OneOf(stack, number, mine) for number in range(count)}
+    return range(part, rows, parts) if alternating else range(part * rows // parts, (part + 1) * rows // parts)
+
+
+def _matrices(
+    stack: StoredTensor, part: int = 0, parts: int = 1, alternating: bool = False, across: bool = False
+) -> dict[int, StoredTensor]:
+    """By their numbers, part number `part` of the rows of each matrix of a stack, which has `parts` of them."""
+    count, rows = stack.get_shape()[0], stack.get_shape()[2 if across else 1]
+    mine = _rows_of(rows, part, parts, alternating)
+    return {number: _OneOf(stack, number, mine, across) for number in range(count)}
 
 
 @dataclass
@@ -158,6 +184,8 @@ class _Parts:
 
     parts: dict[str, dict[int, StoredTensor]] = field(default_factory=dict)  # one, or one an expert
     four_bits: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)  # GPTQ's or AWQ's, by their ends
+    mxfp4: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)  # stacks, by their ends
+    rows: dict[str, range] = field(default_factory=dict)  # of those stacks, the rows of each matrix
     scales: dict[str, float] = field(default_factory=dict)  # BitNet's
 
     def add(self, stored: str, part: StoredTensor, names: Names) -> None:
@@ -169,11 +197,24 @@ class _Parts:
         if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
             self.four_bits.setdefault(found[0], {})[end] = part
         elif joined := names.joined(stored):
-            self.parts |= {name: _matrices(part, i, len(joined)) for i, name in enumerate(joined)}
+            self._add_stack(stored, part, joined, names.folder)
         elif (found := names.find(stored)) and "_exps." in found[0] and len(part.get_shape()) == 3:
             self.parts[found[0]] = _matrices(part)
         elif found:
             self.parts.setdefault(found[0], {})[found[1] or 0] = part
+
+    def _add_stack(self, stored: str, part: StoredTensor, joined: list[str], folder: Folder) -> None:
+        """Takes a stack, or a part of it, that holds those that GGUF calls `joined`."""
+        end = next((end for end in four_bits.MXFP4_PARTS if stored.endswith(end)), None)
+        for i, name in enumerate(joined):
+            if end:
+                self.mxfp4.setdefault(name, {})[end] = part
+                self.rows[name] = _rows_of(part.get_shape()[1], i, len(joined), folder.alternating)
+            elif name.endswith(".bias"):
+                mine = _rows_of(part.get_shape()[1], i, len(joined), folder.alternating)
+                self.parts[name] = {0: _Biases(part, mine)}
+            else:
+                self.parts[name] = _matrices(part, i, len(joined), folder.alternating, folder.across)
 
 
 def _find_parts(files: list[Path], names: Names) -> _Parts:
@@ -218,7 +259,7 @@ class HfFolder(OpenModel):
 
     @property
     def names(self) -> set[str]:
-        return {*self._stored.parts, *self._stored.four_bits, *self._made}
+        return {*self._stored.parts, *self._stored.four_bits, *self._stored.mxfp4, *self._made}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`. Raises DataError."""
@@ -228,14 +269,20 @@ class HfFolder(OpenModel):
             rows = self._stored.four_bits[name][".scales"].get_shape()[1]
             order = row_order(self._model, name, rows)
             return FourBits(name, self._stored.four_bits[name], self._rounded, order)
+        if name in self._stored.mxfp4:
+            halves, mine = self._stored.mxfp4[name], self._stored.rows[name]
+            experts = next(iter(halves.values())).get_shape()[0]
+            return self._stack(name, [Mxfp4(name, halves, number, mine) for number in range(experts)])
         if name not in self._stored.parts:
             raise DataError(f"{self.path}: tensor {name!r} is missing")
-        parts = [self._matrix(name, part) for _, part in sorted(self._stored.parts[name].items())]
-        if not name.endswith("_exps.weight"):
-            return parts[0]
-        if len(parts) != self.number("expert_count", int) or len({part.shape for part in parts}) != 1:
+        found = [self._matrix(name, part) for _, part in sorted(self._stored.parts[name].items())]
+        return self._stack(name, found) if name.endswith("_exps.weight") else found[0]
+
+    def _stack(self, name: str, experts: Sequence[Tensor]) -> Tensor:
+        """The matrices of all experts. Raises DataError if they are not all there, or differ."""
+        if len(experts) != self.number("expert_count", int) or len({part.shape for part in experts}) != 1:
             raise DataError(f"{self.path}: tensor {name!r} is not there for every expert alike")
-        return _Stack(name, parts)
+        return _Stack(name, experts)
 
     def _matrix(self, name: str, part: StoredTensor) -> Tensor:
         """A tensor, or one expert's."""
@@ -283,11 +330,11 @@ def _rounded(path: Path, config: Config) -> Config:
     if isinstance(stated, dict) and method in ("gptq", "awq"):
         four_bits.check_method(path, stated)
         return stated
-    if isinstance(stated, dict) and method == "bitnet":
+    if isinstance(stated, dict) and method in ("bitnet", "mxfp4"):
         return stated
     raise DataError(
-        f"{path}: weights quantised by {method!r} are not read (bitnet, gptq and awq are); take the model's folder"
-        " from before, or a GGUF"
+        f"{path}: weights quantised by {method!r} are not read (awq, bitnet, gptq and mxfp4 are); take the model's"
+        " folder from before, or a GGUF"
     )
 
 

@@ -81,7 +81,7 @@ class PagedModel:
             self.close()
             raise
         give_back_freed_memory()
-        self._may_reuse, self._reuses = plan.reuses, False
+        self._reuses_up_to, self._reuses = plan.reuses_up_to, False
         self.pass_tokens = pass_tokens(bundle.header)
         # attention with a sliding window would take a branch's slot in the cache for its position in the text, and a
         # state follows one line of tokens
@@ -151,7 +151,7 @@ class PagedModel:
         If the pass or the block breaks off, cache and FFNs are as they were before.
         """
         past = self.cache.length
-        self._reuse_memory(self._may_reuse and len(tokens) <= NODES + 1)
+        self._reuse_memory(len(tokens) <= self._reuses_up_to)
         self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:

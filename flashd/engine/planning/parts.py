@@ -173,10 +173,12 @@ def _of_token(m: Architecture, groups: int) -> int:
     return 4 * (8 * m.hidden + 3 * first + inner)
 
 
-def unused_by_few(header: Header, context: int, groups: int) -> int:
-    """Bytes of `workspace` that a pass over no more tokens than a draft has does not use."""
-    m, tokens = header.model, max(0, min(TOKENS_AT_ONCE, context) - NODES)
-    return tokens * _of_token(m, groups) + scores(m, tokens, context)
+def tokens_that_reuse(header: Header, context: int, groups: int) -> int:
+    """The most tokens of a pass that leaves REUSED bytes of `workspace` unused; 0 if one with drafts does not."""
+    m, most = header.model, min(TOKENS_AT_ONCE, context)
+    of_token = _of_token(m, groups) + scores(m, 1, context) - scores(m, 0, context)
+    tokens = most - -(-REUSED // of_token)
+    return tokens if tokens > NODES else 0
 
 
 def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: bool) -> dict[str, int]:

@@ -62,7 +62,7 @@ class Plan:
     neurons: int  # of a layer
     kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
-    reuses: bool = False  # passes over few tokens leave room for the gaps of what is reused, see freed_memory
+    reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
@@ -173,7 +173,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
         buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
         card_bytes=_passing_bytes(header, each) + (m.vocabulary - head) * row.nbytes,
-        reuses=parts.unused_by_few(header, plan.context, max(each)) >= parts.REUSED,
+        reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
 
 

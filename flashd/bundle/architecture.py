@@ -35,8 +35,71 @@ class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kin
 
     taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
 
+    def products(self, hidden: int) -> list[LayerProduct]:
+        return [LayerProduct("in_proj", (3 * hidden,), hidden), LayerProduct("out_proj", (hidden,), hidden)]
 
-LayerKind = AttentionKind | ShortConvolution
+    def vectors(self, hidden: int) -> dict[str, int]:
+        return {f"conv.{tap}": hidden for tap in range(self.taps)}
+
+    def row_width(self, hidden: int) -> int:
+        """Of what a token adds to the state: its b x."""
+        return hidden
+
+
+class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="gated_delta_net"):
+    """A layer that has a gated delta net in place of attention (Qwen3-Next; arXiv 2412.06464).
+
+    Products make z, queries, keys, values, and two numbers a head of each token. Queries, keys and values go through
+    a causal convolution, channel by channel, and SiLU; queries and keys are made 1 long. Then, for each head of
+    values, with its matrix S [key dim, value dim], which is zero in front of the text:
+
+        S = exp(decay * softplus(alpha + dt)) S;    S = S + sigmoid(beta) k (v - S k);    y = S q / sqrt(key dim)
+
+    The output is the norm of y, head by head, times SiLU of z. The layer keeps no keys: its state is S, and the last
+    `taps - 1` values of what goes into the convolution.
+    """
+
+    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
+    key_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of queries too
+    value_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # a multiple of key_heads
+    key_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of a head
+    value_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    tiled: bool = False  # head n of values has the keys of head n modulo key_heads; else heads in a row share them
+
+    @property
+    def keys_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def values_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def mixed_width(self) -> int:
+        """Of what is convolved: queries, keys and values."""
+        return 2 * self.keys_width + self.values_width
+
+    def products(self, hidden: int) -> list[LayerProduct]:
+        heads = self.value_heads
+        return [
+            LayerProduct("delta_in", (self.values_width, self.mixed_width), hidden),  # z first
+            LayerProduct("delta_rates", (heads, heads), hidden, fine=True),  # beta and alpha
+            LayerProduct("delta_out", (hidden,), self.values_width),
+        ]
+
+    def vectors(self, hidden: int) -> dict[str, int]:  # noqa: ARG002
+        of_heads = {"decay": self.value_heads, "dt.bias": self.value_heads, "delta_norm.weight": self.value_dim}
+        return {f"conv.{tap}": self.mixed_width for tap in range(self.taps)} | of_heads
+
+    def row_width(self, hidden: int) -> int:  # noqa: ARG002
+        """Of what a token adds to the state: queries, keys, values, beta and alpha, as the products make them."""
+        return self.mixed_width + 2 * self.value_heads
+
+
+Recurrent = ShortConvolution | GatedDeltaNet
+"""Kinds of layers that keep a state of fixed size in place of keys."""
+
+LayerKind = AttentionKind | Recurrent
 
 
 class LayerProduct(NamedTuple):
@@ -45,6 +108,7 @@ class LayerProduct(NamedTuple):
     name: str
     parts: tuple[int, ...]  # rows of each matrix that it is made of, one behind the other
     width: int  # K, of a row
+    fine: bool = False  # whether its rows are few and have 16 bits in any case
 
     @property
     def rows(self) -> int:
@@ -102,7 +166,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     threshold: float = 0.0  # fatrelu gives 0 below it
     normed_neurons: Count = 0  # so many activations are divided by their root mean square before the down product
     attention: list[AttentionKind]
-    recurrent: list[ShortConvolution] = []  # kinds of layers that keep a state of fixed size in place of keys
+    attention_gated: bool = False  # whether what comes out of attention is multiplied by sigmoid(gate x)
+    recurrent: list[Recurrent] = []  # kinds of layers that keep a state of fixed size in place of keys
     layer_kinds: list[Count]  # of each layer: the number of its kind, first those of `attention`, then of `recurrent`
     ropes: Count  # how many rotary tables there are
     attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # the product of a query and a key is multiplied by it
@@ -133,17 +198,29 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def qkv_width(self) -> int:
         return self.query_width + 2 * self.kv_width
 
+    @property
+    def gate_width(self) -> int:
+        """Of what the output of attention is multiplied by: 0 if it is not."""
+        return self.query_width if self.attention_gated else 0
+
     def products(self, layer: int) -> list[LayerProduct]:
-        """The products of a layer in front of its FFN: what makes its inner values, and what makes its output."""
-        if isinstance(self.kind(layer), ShortConvolution):
-            return [
-                LayerProduct("in_proj", (3 * self.hidden,), self.hidden),
-                LayerProduct("out_proj", (self.hidden,), self.hidden),
-            ]
+        """The products of a layer in front of its FFN: what makes its inner values, and last what makes its output.
+
+        The inner values of several products stand one behind the other.
+        """
+        kind = self.kind(layer)
+        if not isinstance(kind, AttentionKind):
+            return kind.products(self.hidden)
+        gate = (self.gate_width,) if self.gate_width else ()
         return [
-            LayerProduct("qkv", (self.query_width, self.kv_width, self.kv_width), self.hidden),
+            LayerProduct("qkv", (self.query_width, self.kv_width, self.kv_width, *gate), self.hidden),
             LayerProduct("output", (self.hidden,), self.query_width),
         ]
+
+    def product(self, name: str) -> LayerProduct | None:
+        """The product called `name`, which is alike in all layers that have it; None if none has."""
+        kinds = {kind: layer for layer, kind in enumerate(self.layer_kinds)}
+        return next((p for layer in kinds.values() for p in self.products(layer) if p.name == name), None)
 
     @property
     def groups(self) -> int:
@@ -197,8 +274,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         for place in LAYER_NORMS:
             if attends or place not in OF_ATTENTION:
                 vectors |= self.norm_vectors(place)
-        if isinstance(kind, ShortConvolution):
-            vectors |= {f"conv.{tap}": self.hidden for tap in range(kind.taps)}
+        if not isinstance(kind, AttentionKind):
+            vectors |= kind.vectors(self.hidden)
         if attends and self.sinks:
             vectors["sinks.weight"] = self.heads
         widths = {"qkv": self.qkv_width, "output": self.hidden} if attends else {}

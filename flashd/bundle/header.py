@@ -175,14 +175,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def row_format(self, name: str) -> RowFormat:
         """The format of the rows of the section `name`."""
         part = name.rsplit(".", 1)[-1]
-        if part == "output":
-            return RowFormat(self.formats.attention, self.model.query_width)
+        if product := self.model.product(part):
+            return RowFormat("f16" if product.fine else self.formats.attention, product.width)
         if part == "wide" and self.selection:
             return RowFormat(PREDICTOR_ROWS, self.selection.ranks[int(name.split(".")[1])])
         kinds: dict[str, RowKind] = {
-            "qkv": self.formats.attention,
-            "in_proj": self.formats.attention,
-            "out_proj": self.formats.attention,
             "head": self.formats.head,
             "embedding": self.formats.embedding,
             "positions": "f16",

@@ -53,7 +53,8 @@ def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
     arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
     header = bundle.header
     x = np.ones((1, header.model.hidden), np.float32)
-    each = held(header.row_format("qkv"), header.model.qkv_width, arithmetic)
+    (qkv, _) = header.model.products(header.model.attending[0])
+    each = held(header.row_format(qkv.name), qkv.rows, arithmetic)
     sessions = list(_sessions(bundle, arithmetic, max(1, PART // each)))
     best = float("inf")
     for _ in range(ROUNDS):
@@ -68,5 +69,5 @@ def _sessions(bundle: Bundle, arithmetic: Arithmetic, most: int) -> Iterator[Any
     """The first products of up to so many layers."""
     header = bundle.header
     constants, kind = Constants(header, arithmetic), header.formats.attention
-    for i in range(min(header.model.layers, most)):
+    for i in header.model.attending[:most]:
         yield constants.rows(bundle.rows(f"layer.{i}.qkv"), kind, header.model.hidden)

@@ -22,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from flashd.bundle.architecture import Architecture, AttentionKind, ShortConvolution
+from flashd.bundle.architecture import Architecture, AttentionKind, LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, RowKind
-from flashd.graphs.nodes import Graph
+from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import activated, gated, share
+from flashd.graphs.recurrent import recur
 from flashd.graphs.rounding import KvFormat
-from flashd.graphs.stages import LayerStages, Vector, present, present_state
+from flashd.graphs.stages import LayerStages, present
 
 Arithmetic = Literal["int8", "float32"]
 LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
@@ -126,17 +127,21 @@ class Layers:
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
         m, at, kind = self._model, f"layer.{i}.", self._model.kind(i)
-        block = LayerStages(self._g, m, _external_vectors(self._g, at), self._kv)
-        first, second = m.products(i)
+        vector = _external_vectors(self._g, at)
+        block = LayerStages(self._g, m, vector, self._kv)
+        *first, last = m.products(i)
         h = block.enter(x)
-        inner = self._products(h, self._attention_kind, f"{at}{first.name}", first.rows, first.width)
-        if isinstance(kind, ShortConvolution):
-            mixed, state = block.convolve(inner, kind, suffix)
-            present_state(self._g, m, kind, suffix, state)
-        else:
+        parts = [self._product(h, at, product) for product in first]
+        inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
+        if isinstance(kind, AttentionKind):
             mixed = self._attended(block, inner, kind, suffix, tree)
-        branch = self._products(mixed, self._attention_kind, f"{at}{second.name}", second.rows, second.width)
-        return *block.middle(x, h, branch), block
+        else:
+            mixed = recur(self._g, m, kind, inner, vector, suffix)
+        return *block.middle(x, h, self._product(mixed, at, last)), block
+
+    def _product(self, x: str, at: str, product: LayerProduct) -> str:
+        kind: RowKind = "f16" if product.fine else self._attention_kind
+        return self._products(x, kind, f"{at}{product.name}", product.rows, product.width)
 
     def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
         heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from flashd.graphs.onnx_bytes import MICROSOFT, Attribute, Constant, Dims, External, Node, T, Value, model
+
+Vector = Callable[[str, int], str]
+"""(name, length) -> the name of the value that holds this vector of the model."""
 
 
 class Graph:

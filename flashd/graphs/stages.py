@@ -7,18 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place, ShortConvolution
-from flashd.graphs.nodes import Graph
+from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place, Recurrent
+from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
+from flashd.graphs.recurrent import recur
 from flashd.graphs.rounding import KvFormat, rounded
 
-REWIND = 16
-"""Inputs that a short convolution keeps beside those that the next token needs. So many tokens can be forgotten."""
-
 QUERY_AND_KEY: tuple[Place, Place] = ("query", "key")
-
-Vector = Callable[[str, int], str]
-"""(name, length) -> the name of the value that holds this vector of the model."""
 
 
 def stages(model: Architecture) -> dict[str, bytes]:
@@ -26,8 +21,8 @@ def stages(model: Architecture) -> dict[str, bytes]:
 
         enter      x -> h, the input of the attention's product
         attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
-        recurrent  inner [1, T, ...] (a layer's first product) -> y [1, T, ...], what its second product takes, and
-                   its state; one graph a kind of layer that has a state in place of keys
+        recurrent  inner [1, T, ...] (a layer's inner values) -> y [1, T, ...], what its last product takes, and its
+                   state; one graph a kind of layer that has a state in place of keys
         middle     x, h, branch (the attention's output) -> x, h, the input of the FFN
         leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer
         finish     x -> h, the input of the head
@@ -86,7 +81,7 @@ def _vector_inputs(g: Graph) -> Vector:
 
 def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     g = Graph()
-    qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width])
+    qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width + model.gate_width])
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
     out, key, value = LayerStages(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width], out)
@@ -95,23 +90,12 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     return g.serialise("attention")
 
 
-def _recurrent_stage(model: Architecture, kind: ShortConvolution) -> bytes:
+def _recurrent_stage(model: Architecture, kind: Recurrent) -> bytes:
     g = Graph()
-    inner = g.input("inner", T.FLOAT, [1, "T", 3 * model.hidden])
-    out, state = LayerStages(g, model, _vector_inputs(g)).convolve(inner, kind, "")
-    g.output("y", T.FLOAT, [1, "T", model.hidden], out)
-    present_state(g, model, kind, "", state)
+    *first, last = kind.products(model.hidden)
+    inner = g.input("inner", T.FLOAT, [1, "T", sum(product.rows for product in first)])
+    g.output("y", T.FLOAT, [1, "T", last.width], recur(g, model, kind, inner, _vector_inputs(g), ""))
     return g.serialise("recurrent")
-
-
-def state_shape(model: Architecture, kind: ShortConvolution) -> tuple[int, int, int]:
-    """[1, inputs, H]: the shape of the state of a layer of that kind."""
-    return 1, REWIND + kind.taps - 1, model.hidden
-
-
-def present_state(g: Graph, model: Architecture, kind: ShortConvolution, suffix: str, value: str) -> None:
-    """Gives the state behind a pass out."""
-    g.named_output(f"present_state{suffix}", T.FLOAT, list(state_shape(model, kind)), value)
 
 
 def present(g: Graph, model: Architecture, name: str, value: str) -> None:
@@ -185,6 +169,9 @@ class LayerStages:
         `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree.
         """
         g, m = self._g, self._model
+        gate = ""
+        if m.gate_width:
+            qkv, gate = g.nodes_out("Split", qkv, g.shape(m.qkv_width, m.gate_width), outputs=2, axis=2)
         parts = [self._biased(qkv, "qkv"), "", ""]
         rounds = self._kv == "int8"
         turned = (m.norm_turned or rounds) and kind.rope is not None
@@ -212,6 +199,8 @@ class LayerStages:
             "GroupQueryAttention", *parts, *past, *positions, *where, *sinks, domain=MICROSOFT, outputs=3,
             num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
+        if gate:
+            out = g.node("Mul", out, g.node("Sigmoid", gate))
         return self._normed(out, "heads"), keys, values
 
     def _apart(self, qkv: str, kind: AttentionKind, tree: Sequence[str], turned: bool) -> list[str]:
@@ -227,28 +216,6 @@ class LayerStages:
         if turned and not m.norm_turned:
             pair = [self._turned(x, n, kind, tree) for x, n in zip(pair, heads, strict=True)]
         return [*pair, value]
-
-    def convolve(self, inner: str, kind: ShortConvolution, suffix: str) -> tuple[str, str]:
-        """inner [1, T, 3 H] -> (output [1, T, H], the state behind the first `tokens` of the T rows).
-
-        Sums of products element by element, so that a token's values do not depend on how many share the pass. Only
-        one node reads the old state, before the new one is written, so both may be the same memory.
-        """
-        g, m = self._g, self._model
-        shape = state_shape(m, kind)
-        past = g.input(f"past_state{suffix}", T.FLOAT, shape)
-        b, c, x = g.nodes_out("Split", inner, outputs=3, axis=2, num_outputs=3)
-        every = g.node("Concat", past, g.node("Mul", b, x), axis=1)  # [1, inputs + T, H]
-        total = ""
-        for tap in range(kind.taps):
-            ahead = kind.taps - 1 - tap
-            end = g.shape(-ahead) if ahead else g.shape(1 << 30)
-            seen = g.node("Slice", every, g.shape(REWIND + tap), end, g.shape(1))  # [1, T, H]
-            one = g.node("Mul", seen, self._vector(f"conv.{tap}", m.hidden))
-            total = g.node("Add", total, one) if total else one
-        tokens = g.input("tokens", T.INT64, [1])
-        last = g.node("Add", tokens, g.shape(shape[1]))
-        return g.node("Mul", c, total), g.node("Slice", every, tokens, last, g.shape(1))
 
     def _tables(self, kind: AttentionKind) -> list[str]:
         """cos and sin [positions, D / 2] of layers that turn queries and keys."""

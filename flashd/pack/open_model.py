@@ -19,6 +19,9 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.vocabulary import Vocabulary
 
+GUESSING = "what guesses further tokens (MTP)"
+"""Layers behind a model's last, that a bundle has not."""
+
 Number = TypeVar("Number", int, float)
 
 Which = slice | npt.NDArray[np.int64]
@@ -82,6 +85,16 @@ class OpenModel(Protocol):
     @property
     def keys(self) -> set[str]:
         """Of all metadata."""
+
+    @property
+    def layers(self) -> int:
+        """Those of the model, without those behind them that guess further tokens. Raises DataError."""
+        return self.number("block_count", int) - self.number("nextn_predict_layers", int, 0)
+
+    @property
+    def left_out(self) -> set[str]:
+        """What the model also has and a bundle has not, in words."""
+        return {GUESSING} if self.number("nextn_predict_layers", int, 0) else set()
 
     def has(self, key: str) -> bool:
         return self.metadata(key) is not None

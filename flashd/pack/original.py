@@ -62,6 +62,7 @@ class Original:
                 raise UsageError(f"--pre {pre}: {path} is a folder, whose tokenizer.json says how words are split")
         source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path, pre)
         check_layers(source.number("block_count", int), source.path)
+        check_layers(source.layers, source.path)
         family = family_of(source)
         model = model_of(source, family, context)
         check_heads(model, source.path)
@@ -77,6 +78,8 @@ class Original:
                 "%s: packed for texts of up to %d tokens; longer ones, of which the model has up to %d, are computed"
                 " in another way, see --context", path, model.context, most,
             )  # fmt: skip
+        for part in sorted(source.left_out):
+            log.warning("%s: %s is left out: flashd packs what speaks", path, part)
         rope = rope_tables(source, family, context)
         return cls(path, source, model, rope, weights, formats)
 

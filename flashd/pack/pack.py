@@ -263,9 +263,10 @@ class _Writer:
 
     def _attention(self, i: int) -> None:
         """Writes a layer's vectors and attention."""
-        kind, add = self._formats.attention, self._bundle.add
+        add = self._bundle.add
         add(f"layer.{i}.vectors", self._encode.vectors(self._weights.layer_vectors(i)))
         for product, parts in zip(self._model.products(i), self._weights.products(i), strict=True):
+            kind: RowKind = "f16" if product.fine else self._formats.attention
             chunks = chain.from_iterable(self._encode.rows(part, kind) for part in parts)
             add(f"layer.{i}.{product.name}", chunks)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, GatedDeltaNet, LayerProduct
 from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
@@ -15,6 +15,9 @@ from flashd.pack.families.rope import rotary_order, rotary_width
 from flashd.pack.open_model import Grid, OpenModel, Tensor
 
 Numbers = npt.NDArray[np.int64]
+
+PARTS_OF = {"delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha")}
+"""Products that are made of several tensors, and these by their names in families.family.TENSORS."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Weights:
         return Matrix(tensor, np.arange(self._family.position_offset, tensor.shape[0]))
 
     def qkv(self, i: int) -> list[Matrix]:
-        """The matrices of queries [heads * D, H], keys and values [kv heads * D, H] of layer `i`.
+        """The matrices of queries [heads * D, H], keys and values [kv heads * D, H] of layer `i`, and its gate's.
 
         Queries and keys are in the engine's rotary order.
         """
@@ -125,17 +128,38 @@ class Weights:
             Matrix(self._source.tensor(name), order)
             for name, (_, order) in zip(names, self._qkv_orders(), strict=True)
         ]
-        for matrix in out:
+        for matrix in out if not self._model.gate_width else out[1:]:
             _check_rows(matrix.tensor, len(matrix))
-        return out
+        return out if not self._model.gate_width else self._with_gate(out)
+
+    def _with_gate(self, qkv: list[Matrix]) -> list[Matrix]:
+        """Queries, keys, values, and the output's gate, whose rows of a head are behind those of its query."""
+        (query, *others), d = qkv, self._model.head_dim
+        _check_rows(query.tensor, 2 * len(query))
+        queries, gates = (order + order // d * d for order in (query.order, np.arange(len(query))))
+        return [Matrix(query.tensor, queries), *others, Matrix(query.tensor, gates + d)]
 
     def products(self, i: int) -> list[list[Matrix]]:
         """The matrices of each of Architecture.products of layer `i`."""
-        return [
-            self.qkv(i) if product.name == "qkv"
-            else [_whole(self._source.tensor(f"{tensor_name(self._family, product.name, i)}.weight"))]
-            for product in self._model.products(i)
-        ]  # fmt: skip
+        return [self._product(i, product) for product in self._model.products(i)]
+
+    def _product(self, i: int, product: LayerProduct) -> list[Matrix]:
+        if product.name == "qkv":
+            return self.qkv(i)
+        if product.name == "delta_rates" and self._family.delta_nets and self._family.delta_nets.joined_rates:
+            return self._joined_rates(i)
+        parts = PARTS_OF.get(product.name, (product.name,))
+        names = [f"{tensor_name(self._family, part, i)}.weight" for part in parts]
+        return [_whole(self._source.tensor(name)) for name in names]
+
+    def _joined_rates(self, i: int) -> list[Matrix]:
+        """Beta and alpha of delta nets, of a tensor that has those of all heads that share a key together."""
+        kind = self._model.kind(i)
+        assert isinstance(kind, GatedDeltaNet)
+        tensor = self._source.tensor(f"{tensor_name(self._family, 'rates', i)}.weight")
+        _check_rows(tensor, 2 * kind.value_heads)
+        rows = np.arange(2 * kind.value_heads).reshape(kind.key_heads, 2, -1)
+        return [Matrix(tensor, rows[:, part].reshape(-1)) for part in range(2)]
 
     def expert_vectors(self, i: int, order: Numbers | None = None) -> dict[str, Floats]:
         """The vectors that Architecture.expert_vectors names, of layer `i`, of the experts in some order [E]."""
@@ -196,11 +220,13 @@ class Weights:
         return {n: v / np.float32(divisor) if n.startswith("final_norm") else v for n, v in vectors.items()}
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
-        part, kind = name.split(".")
+        part, _, kind = name.partition(".")
         if part == "qkv" and layer is not None:
             values = self._qkv_bias(layer)
         elif part == "conv":
-            values = self._taps(f"{tensor_name(self._family, part, layer)}.weight")[:, int(kind)]
+            values = self._taps(layer)[:, int(kind)]
+        elif name == "decay":  # it has no end
+            values = self._vector(tensor_name(self._family, name, layer))
         else:
             values = self._vector(f"{tensor_name(self._family, part, layer)}.{kind}")
         if len(values) != length:
@@ -211,11 +237,15 @@ class Weights:
             ]
         return values
 
-    def _taps(self, name: str) -> Floats:
-        """[H, taps], whether or not the file has a 1 between the two."""
-        tensor, taps = self._source.tensor(name), self._model.recurrent[0].taps
-        if tensor.shape not in ((self._model.hidden, taps), (self._model.hidden, 1, taps)):
-            raise DataError(f"tensor {name!r} has the shape {tensor.shape}, not {(self._model.hidden, taps)}")
+    def _taps(self, layer: int | None) -> Floats:
+        """[channels, taps] of a layer's convolution, whether or not the file has a 1 between the two."""
+        kind, part, width = self._model.recurrent[0], "conv", self._model.hidden
+        if isinstance(kind, GatedDeltaNet):
+            part, width = "delta_conv", kind.mixed_width
+        name = f"{tensor_name(self._family, part, layer)}.weight"
+        tensor, taps = self._source.tensor(name), kind.taps
+        if tensor.shape not in ((width, taps), (width, 1, taps)):
+            raise DataError(f"tensor {name!r} has the shape {tensor.shape}, not {(width, taps)}")
         return np.ascontiguousarray(self._vector(name).reshape(-1, taps))
 
     def _qkv_bias(self, i: int) -> Floats:

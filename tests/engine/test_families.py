@@ -70,7 +70,8 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
                 apart = [relative(e, r) for e, r in zip(expected, resident, strict=True)]
                 assert np.quantile(apart, 0.1) < 0.05
             else:
-                assert relative(expected, resident) < 0.05
+                # delta nets make queries and keys as long as all others, which makes errors of the small ones large
+                assert relative(expected, resident) < (0.1 if "ssm.state_size" in golden.keys else 0.05)
 
 
 def test_ternary_rows_agree_with_transformers(tmp_path: Path) -> None:

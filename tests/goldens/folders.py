@@ -16,7 +16,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from flashd.pack.sources.gguf import GgufModel
-from tests.goldens.models import GOLDENS, HEAD_DIM, HEADS, HERE, HIDDEN, KV_HEADS, LAYERS, Floats, Golden
+from tests.goldens.models import (
+    DELTA_DIM,
+    GOLDENS,
+    HEAD_DIM,
+    HEADS,
+    HERE,
+    HIDDEN,
+    KEY_HEADS,
+    KV_HEADS,
+    LAYERS,
+    VALUE_HEADS,
+    Floats,
+    Golden,
+)
 
 Tensors = dict[str, Floats]
 Rename = Callable[[str, Tensors], Floats]
@@ -47,6 +60,14 @@ PERSIMMON = {
 }  # fmt: skip
 
 BITNET = {"model.layers.": "blk.", "self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+
+DELTA_NETS = {"model.layers.": "blk."} | {
+    f"linear_attn.{theirs}": ours
+    for theirs, ours in {
+        "in_proj_qkv": "attn_qkv", "in_proj_z": "attn_gate", "in_proj_b": "ssm_beta", "in_proj_a": "ssm_alpha",
+        "conv1d": "ssm_conv1d", "norm": "ssm_norm", "out_proj": "ssm_out", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias",
+    }.items()
+}  # fmt: skip
 
 LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)}
 
@@ -85,6 +106,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = short_convolutions(by_map(golden, LFM2))
         case "gpt-oss":
             return gpt_oss(by_map(golden))
+        case "qwen35":
+            find = delta_nets(by_map(golden, DELTA_NETS))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
         case _:
@@ -154,6 +177,29 @@ def short_convolutions(find: Rename) -> Rename:
         return values[:, None] if name.endswith("conv.conv.weight") else values
 
     return convolved
+
+
+def delta_nets(find: Rename) -> Rename:
+    """transformers has the heads of values that share a key together, and the logarithm of how fast states fade."""
+
+    def of_delta_nets(name: str, tensors: Tensors) -> Floats:
+        values = find(name, tensors)
+        if "linear_attn" not in name:
+            return less_one(lambda *_: values)(name, tensors)
+        part = name.split(".")[4]
+        width = DELTA_DIM if part in ("in_proj_qkv", "in_proj_z", "conv1d", "out_proj") else 1
+        first = 2 * KEY_HEADS * DELTA_DIM if part in ("in_proj_qkv", "conv1d") else 0
+        if part == "A_log":
+            values = np.log(-values)
+        if part == "norm":
+            return values
+        axis = int(part == "out_proj")
+        before, heads = np.split(np.moveaxis(values, axis, 0), [first])
+        heads = heads.reshape(VALUE_HEADS // KEY_HEADS, KEY_HEADS, width, *heads.shape[1:]).swapaxes(0, 1)
+        joined = np.moveaxis(np.concatenate([before, heads.reshape(-1, *before.shape[1:])]), 0, axis)
+        return np.asarray(joined[:, None] if part == "conv1d" else joined, np.float32)
+
+    return of_delta_nets
 
 
 INTERNLM_2 = {

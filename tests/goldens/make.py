@@ -23,12 +23,14 @@ from transformers.integrations.bitnet import ActQuant
 
 from tests.goldens import folders
 from tests.goldens.models import (
+    DELTA_DIM,
     EXPERTS,
     GOLDENS,
     HEAD_DIM,
     HEADS,
     HERE,
     HIDDEN,
+    KEY_HEADS,
     KV_HEADS,
     LAYERS,
     LLAMA3,
@@ -36,6 +38,7 @@ from tests.goldens.models import (
     TAPS,
     TOKENS,
     USED,
+    VALUE_HEADS,
     VOCABULARY,
     WINDOW,
     Golden,
@@ -131,6 +134,18 @@ def lfm2(golden: Golden) -> Any:
         conv_L_cache=TAPS, layer_types=["full_attention" if heads else "conv" for heads in golden.kv_heads],
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
     )  # fmt: skip
+
+
+def delta_nets(kind: type, **keys: Any) -> Maker:
+    def make(golden: Golden) -> Any:
+        rope = {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.25}
+        return llama_like(
+            kind, rope_parameters=rope, linear_conv_kernel_dim=TAPS, linear_key_head_dim=DELTA_DIM,
+            linear_value_head_dim=DELTA_DIM, linear_num_key_heads=KEY_HEADS, linear_num_value_heads=VALUE_HEADS,
+            layer_types=["full_attention" if i == 2 else "linear_attention" for i in range(LAYERS)], **keys,
+        )(golden)  # fmt: skip
+
+    return make
 
 
 def sparser(golden: Golden, model: Any) -> None:
@@ -246,6 +261,7 @@ MAKERS: dict[str, Maker] = {
         },
     ),
     "lfm2": lfm2,
+    "qwen35": delta_nets(T.Qwen3_5TextConfig),
     "bitnet": llama_like(T.BitNetConfig, hidden_act="relu2"),
     "bitnet-silu": llama_like(T.BitNetConfig, hidden_act="silu"),
     "phi2": phi,

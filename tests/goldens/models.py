@@ -73,7 +73,7 @@ class Golden:
             if self.mxfp4 and name.endswith("_exps.weight"):
                 w.add_tensor(name, as_mxfp4(values)[0], raw_dtype=gguf.GGMLQuantizationType.MXFP4)
                 continue
-            single = values.ndim == 1 or "conv.conv" in name or name.endswith(".bias")
+            single = values.ndim == 1 or "conv.conv" in name or "ssm_conv1d" in name or name.endswith(".bias")
             w.add_tensor(name, values if single else values.astype(np.float16))
         w.write_header_to_file()
         w.write_kv_data_to_file()
@@ -88,6 +88,8 @@ class Golden:
 
 def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     random = np.random.default_rng(crc32(name.encode()))
+    if name.endswith("ssm_a"):  # how fast a state fades
+        return np.asarray(-np.exp(random.standard_normal(shape)), np.float32)
     if name == "rope_freqs.weight":
         return llama3_factors()
     if name.startswith("rope_factors"):
@@ -174,6 +176,30 @@ def convolution() -> dict[str, tuple[int, ...]]:
         "shortconv.in_proj.weight": (3 * HIDDEN, HIDDEN), "shortconv.out_proj.weight": (HIDDEN, HIDDEN),
         "shortconv.conv.weight": (HIDDEN, TAPS),
     }  # fmt: skip
+
+
+KEY_HEADS, VALUE_HEADS, DELTA_DIM = 2, 6, 16
+SSM = {
+    "ssm.conv_kernel": TAPS, "ssm.state_size": DELTA_DIM, "ssm.group_count": KEY_HEADS,
+    "ssm.time_step_rank": VALUE_HEADS, "ssm.inner_size": VALUE_HEADS * DELTA_DIM, "full_attention_interval": 3,
+    "attention.key_length": 32, "rope.dimension_count": 8, "rope.freq_base": 1e6,
+}  # fmt: skip
+
+
+def delta_net(rates: tuple[str, ...] = ("ssm_beta", "ssm_alpha")) -> dict[str, tuple[int, ...]]:
+    values = VALUE_HEADS * DELTA_DIM
+    mixed = 2 * KEY_HEADS * DELTA_DIM + values
+    return {
+        "attn_qkv.weight": (mixed, HIDDEN), "attn_gate.weight": (values, HIDDEN),
+        **{f"{part}.weight": (2 * VALUE_HEADS // len(rates), HIDDEN) for part in rates},
+        "ssm_conv1d.weight": (mixed, TAPS), "ssm_dt.bias": (VALUE_HEADS,), "ssm_a": (VALUE_HEADS,),
+        "ssm_norm.weight": (DELTA_DIM,), "ssm_out.weight": (HIDDEN, values),
+    }  # fmt: skip
+
+
+def gated_attention() -> dict[str, tuple[int, ...]]:
+    query = {"attn_q.weight": (2 * HEADS * 32, HIDDEN)}
+    return _attention(32) | query | _norms("attn_q_norm", "attn_k_norm", width=32)
 
 
 def _biased() -> dict[str, tuple[int, ...]]:
@@ -348,6 +374,11 @@ GOLDENS = {
         TWO_NORMS | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED,
         EMBEDDING | _norms("token_embd_norm"), [0, KV_HEADS, 0, 0],
         dict.fromkeys((0, 2, 3), TWO_NORMS | convolution() | GATED),
+    ),
+    "qwen35": Golden(
+        "qwen35", RMS | SSM | {"rope.dimension_sections": [2, 1, 1, 0]},
+        _norms("attn_norm", "post_attention_norm") | gated_attention() | GATED, EMBEDDING | FINAL,
+        others=dict.fromkeys((0, 1, 3), _norms("attn_norm", "post_attention_norm") | delta_net() | GATED),
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

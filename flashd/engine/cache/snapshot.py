@@ -10,7 +10,7 @@
                                of each head, as the KV cache keeps them: [tokens, head dim] float32, or bytes of
                                rows, see model.kv_rows
            states              of a model with layers that have a state in place of keys: those behind the last token,
-                               float32, layer by layer
+                               float32, layer by layer; the rows that a sum lacks are among the layer's rows
            logits              [V] float32 behind the last token, if the header says so
 
 Each run has a checksum, and so have the states. A run is read whole, straight into the cache. A snapshot with states
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -35,14 +36,18 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.kv_rows import Kept
 from flashd.errors import NOT_JSON, DataError
+from flashd.graphs.recurrent import REWIND
 from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 
 MAGIC = b"\x93FLSNAP\n"
-VERSION = 2
+VERSION = 3
 RUN = 16
 """Tokens of a run."""
 MAX_HEADER = 1 << 20
+
+
+Pending = Annotated[int, msgspec.Meta(ge=0, le=REWIND)]
 
 
 class BadSnapshot(DataError):
@@ -74,6 +79,7 @@ class SnapshotHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     checksums: list[int]  # XXH3-64 of each run, then of the states, then of the logits
     logits: bool
     states: bool = False
+    pending: list[Pending] = []  # of each layer that has a state, rows that its sum lacks
 
     def usable(self, prompt: Sequence[int]) -> int:
         """How many of the prompt's first tokens the snapshot gives: those of whole runs, or all of its own.
@@ -106,13 +112,14 @@ def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logi
     The cache knows the states behind them, see KvCache.longest. Raises CannotWrite.
     """
     data: list[Sequence[Kept]] = list(_pieces(len(tokens), cache))
-    if cache.state_bytes:
-        data.append(cache.states(len(tokens)))
+    states = cache.states(len(tokens))
+    if states:
+        data.append([part for state in states for part in state.parts])
     if logits is not None:
         data.append([logits])
     header = SnapshotHeader(
         source=origin.key, tokens=list(tokens), checksums=[_checksum(run) for run in data], logits=logits is not None,
-        states=bool(cache.state_bytes),
+        states=bool(states), pending=[state.pending for state in states],
     )  # fmt: skip
     body = msgspec.json.encode(header)
     length = PREFIX.size + len(body) + sum(piece.nbytes for run in data for piece in run)
@@ -145,9 +152,10 @@ def read_header(file: BufferedReader, origin: Origin, cache: KvCache) -> Snapsho
     if header.source != origin.key:
         raise BadSnapshot("it belongs to another bundle or another version of flashd")
     start, tokens = file.tell(), len(header.tokens)
-    if header.states != bool(cache.state_bytes):
+    if header.states != bool(cache.state_bytes) or len(header.pending) != cache.stateful:
         raise BadSnapshot("it has states and the model has none, or the other way round")
-    right = start + tokens * cache.token_bytes + cache.state_bytes + 4 * origin.vocabulary * header.logits
+    states = cache.states_bytes(header.pending)
+    right = start + tokens * cache.token_bytes + states + 4 * origin.vocabulary * header.logits
     checksums = -(-tokens // RUN) + header.states + header.logits
     there = file.seek(0, 2)
     file.seek(start)
@@ -198,8 +206,9 @@ def _resume(file: BufferedReader, header: SnapshotHeader, cache: KvCache) -> Non
     cache.reserve(stop)
     for _ in _read_runs(file, header, cache, 0, stop):
         """They count when the states are there too."""
-    states = cache.empty_states()
-    _fill(file, states, header.checksums[-(-stop // RUN)], "the states")
+    states = cache.empty_states(header.pending)
+    parts = [part for state in states for part in state.parts]
+    _fill(file, parts, header.checksums[-(-stop // RUN)], "the states")
     cache.resume(stop, states)
 
 

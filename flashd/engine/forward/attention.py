@@ -16,6 +16,7 @@ from flashd.engine.forward.constants import Constants, at_least_two
 from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import SPARE, KvCache
+from flashd.engine.model.states import PassStates
 
 
 class Rotary:
@@ -110,8 +111,13 @@ class Attention:
         session = self._constants.attention(layer, products, vectors)
         self._sessions.append((session, input_names(session)))
 
-    def __call__(self, layer: int, x: Floats, places: Places, cache: KvCache) -> tuple[Floats, Floats]:
-        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values, or the state, are kept."""
+    def __call__(
+        self, layer: int, x: Floats, places: Places, cache: KvCache, drafting: bool = False
+    ) -> tuple[Floats, Floats]:
+        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values, or the state, are kept.
+
+        `drafting`: until they are forgotten again.
+        """
         session, names = self._sessions[layer]
         binding = session.io_binding()
         binding.bind_cpu_input("x", at_least_two(x)[None])
@@ -120,7 +126,7 @@ class Attention:
         for name, value in (("positions", places.positions), ("bias", places.bias)):
             if name in names:
                 binding.bind_cpu_input(name, value)
-        bind_kept(binding, cache, layer, "")
+        bind_kept(binding, cache.layer(layer, places.tokens, drafting), "")
         binding.bind_output("x_out", "cpu")
         binding.bind_output("h_out", "cpu")
         cache.widen(layer, places.past)
@@ -145,8 +151,11 @@ def bind_positions(binding: Any, names: Iterable[str], past: int, tokens: int, r
             binding.bind_cpu_input(name, values[name])
 
 
-def bind_kept(binding: Any, cache: KvCache, layer: int, suffix: str) -> None:
+def bind_kept(binding: Any, kept: PassStates, suffix: str) -> None:
     """Gives a graph what a layer keeps of the tokens before: its keys and values, or its state."""
-    for part, past, present in cache.layer(layer):
-        binding.bind_ortvalue_input(f"past_{part}{suffix}", past)
-        binding.bind_ortvalue_output(f"present_{part}{suffix}", present)
+    for name, value in kept.inputs.items():
+        binding.bind_ortvalue_input(f"{name}{suffix}", value)
+    for name, value in kept.outputs.items():
+        binding.bind_ortvalue_output(f"{name}{suffix}", value)
+    for name, count in kept.counts.items():
+        binding.bind_cpu_input(f"{name}{suffix}", count)

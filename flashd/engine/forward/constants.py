@@ -65,7 +65,8 @@ class Constants:
     """
 
     def __init__(self, header: Header, arithmetic: Arithmetic = "float32", kv: KvFormat = "float32") -> None:
-        self._model, self._formats, self.arithmetic, self._kv = header.model, header.formats, arithmetic, kv
+        self._header, self._model, self._formats = header, header.model, header.formats
+        self.arithmetic, self._kv = arithmetic, kv
         self._graphs: dict[tuple[Any, ...], bytes] = {}
         kinds = {header.formats.ffn, header.formats.attention, header.formats.head}
         self._unread = unread(arithmetic, not kinds.isdisjoint({"int8", "mxfp4"}))
@@ -127,13 +128,13 @@ class Constants:
     def _of_attention(
         self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]
     ) -> tuple[Initialisers, frozenset[str]]:
-        m, kind, at = self._model, self._formats.attention, f"layer.{i}."
+        at = f"layer.{i}."
         arrays: Initialisers = {f"{at}{name}": vector for name, vector in vectors.items()}
         centred = set()
-        for (name, _, k), rows in zip(m.products(i), products, strict=True):
-            product = self._product(rows, kind, k)
-            arrays |= product.named(f"{at}{name}")
-            centred |= {f"{at}{name}"} if product.centred else set()
+        for made, rows in zip(self._model.products(i), products, strict=True):
+            product = self._product(rows, self._header.row_format(made.name).kind, made.width)
+            arrays |= product.named(f"{at}{made.name}")
+            centred |= {f"{at}{made.name}"} if product.centred else set()
         return arrays, frozenset(centred)
 
     def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:

@@ -178,7 +178,7 @@ class PagedModel:
         for i, vectors in enumerate(self._layers):
             if exact:
                 self._ffn.enter(i, x)
-            done = [self._attend(i, x[part], some, self.cache) for part, some in parts]
+            done = [self._attend(i, x[part], some, self.cache, drafting=not exact) for part, some in parts]
             x, h = _joined([x for x, _ in done]), _joined([h for _, h in done])
             y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
             x = _joined([self._leave(vectors, x=x[part], branch=y[part])[0] for part, _ in parts])

@@ -96,7 +96,7 @@ class ResidentModel:
             some.binding.bind_cpu_input("x", x)
             attention.bind_positions(some.binding, some.names, past, len(tokens), len(tokens))
             for i in some.with_states:
-                attention.bind_kept(some.binding, self.cache, i, f".{i}")
+                attention.bind_kept(some.binding, self.cache.layer(i, len(tokens)), f".{i}")
             out = np.empty_like(x)
             some.binding.bind_ortvalue_output("x_out", ort.OrtValue.ortvalue_from_numpy(out))
             for i in some.layers:
@@ -120,7 +120,7 @@ class ResidentModel:
         self._rotary.bind(names, binding)
         attending = set(self._model.attending)
         for i in attending.intersection(layers):
-            attention.bind_kept(binding, self.cache, i, f".{i}")
+            attention.bind_kept(binding, self.cache.layer(i, 0), f".{i}")
         return _Bound(session, binding, names, layers, [i for i in layers if i not in attending])
 
 

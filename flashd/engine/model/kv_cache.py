@@ -15,7 +15,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.kv_rows import Kept, empty, read, row_bytes, write
-from flashd.engine.model.states import States
+from flashd.engine.model.states import PassStates, State, States
 from flashd.graphs.rounding import KvFormat
 from flashd.system.freed_memory import PAGE, give_back
 
@@ -88,19 +88,28 @@ class KvCache:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states behind one token. 0 if no layer has one: a text can then be cut anywhere."""
+        """Bytes of the states behind one token, about. 0 if no layer has one: a text can then be cut anywhere."""
         return self._states.nbytes
 
-    def layer(self, i: int) -> list[tuple[str, ort.OrtValue, ort.OrtValue]]:
-        """What a layer keeps: (its name, what a pass reads, where it writes), by the names of its graph.
+    @property
+    def stateful(self) -> int:
+        """How many layers have a state."""
+        return len(self._states)
+
+    def layer(self, i: int, tokens: int, drafting: bool = False) -> PassStates:
+        """What a layer keeps, by the names of its graph's inputs and outputs, for a pass over `tokens` more.
 
         Keys and values are [1, kv heads, context, head dim] and written in place, see `widen` and `take_in`. A state
-        is written beside the one before.
+        is written beside the one before. `drafting`: all of it will be forgotten again.
         """
-        if i in self._place:
-            values = self._values[self._place[i] % len(self._values)]
-            return [(name, v, v) for name, v in zip(("key", "value"), values, strict=True)]
-        return [("state", *self._states.of_pass(i))]
+        if i not in self._place:
+            return self._states.of_pass(i, tokens, drafting)
+        values = self._values[self._place[i] % len(self._values)]
+        kept = dict(zip(("key", "value"), values, strict=True))
+        return PassStates(
+            {f"past_{name}": value for name, value in kept.items()},
+            {f"present_{name}": value for name, value in kept.items()},
+        )
 
     def widen(self, i: int, past: int) -> None:
         """Makes the first `past` keys and values of a layer ready for its graph."""
@@ -154,15 +163,19 @@ class KvCache:
         """Keeps the states behind the last token, so that the text may later be cut here."""
         self._states.mark()
 
-    def states(self, length: int) -> list[Floats]:
-        """The states behind the first `length` tokens, contiguous. `length` is one that `longest` gives."""
+    def states(self, length: int) -> list[State]:
+        """The state of each layer that has one behind the first `length` tokens, a number that `longest` gives."""
         return self._states.at(length) if self._states else []
 
-    def empty_states(self) -> list[Floats]:
-        """Arrays like those of `states`, to be filled for `resume`."""
-        return self._states.empty()
+    def empty_states(self, pending: Sequence[int]) -> list[State]:
+        """States like those of `states`, to be filled for `resume`; each has so many rows that its sum lacks."""
+        return self._states.empty(pending)
 
-    def resume(self, length: int, states: Sequence[Floats]) -> None:
+    def states_bytes(self, pending: Sequence[int]) -> int:
+        """Bytes of these."""
+        return self._states.nbytes_of(pending) if pending else self.state_bytes
+
+    def resume(self, length: int, states: Sequence[State]) -> None:
         """Counts `length` tokens as valid, whose keys and values are in `parts`. `states` are those behind them."""
         self._states.resume(length, states)
         self.length = length

@@ -1,106 +1,234 @@
 """What layers keep in place of keys and values: a state that is as large for a long text as for a short one.
 
 A KV cache is cut anywhere. A state is not: it has taken in all tokens up to the last. So the state of a pass is
-written beside the one before it, and a few more are kept where a text is likely to be cut. A short convolution can
-also forget its last tokens, since its state is its last inputs and some more of them are kept.
+written beside the one before it, and a few more are kept where a text is likely to be cut. A state can also forget
+its last tokens, since it has the last rows that went into it, see graphs.recurrent. A short convolution is nothing
+but these rows. The sum of a gated delta net cannot take a token out again. But the sum before the last pass is still
+there, and what went in since is put in anew. Passes that draft leave the sum alone, so all that they did is undone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
-from flashd.bundle.architecture import Architecture, ShortConvolution
+from flashd.bundle.architecture import Architecture, AttentionKind, Recurrent
 from flashd.bundle.rows.kinds import Floats
-from flashd.graphs.stages import REWIND, state_shape
+from flashd.graphs.recurrent import REWIND, Shape, rows_shape, sums_shape
 
-MARKS = 3
-"""The most places of a text whose states are kept beside those at its end."""
+MARKS, MARKS_OF_SUMS = 3, 2
+"""The most places of a text whose states are kept beside those at its end; of sums, which are large, fewer.
+
+One is behind the prompt, and one where it parted from an earlier prompt.
+"""
 
 
 def states_bytes(model: Architecture) -> int:
     """Bytes of the float32 states of all layers: before and behind a pass, and those that are marked."""
-    inputs = [2 * state_shape(model, kind)[1] + MARKS * (kind.taps - 1) for kind in _kinds(model).values()]
-    return 4 * model.hidden * sum(inputs)
+    kinds = list(_kinds(model).values())
+    sums = [_size(shape) for kind in kinds if (shape := sums_shape(kind))]
+    rows = sum(2 * _size(rows_shape(model, kind)) for kind in kinds)
+    least = sum((kind.taps - 1) * kind.row_width(model.hidden) for kind in kinds)
+    if not sums:
+        return 4 * (rows + MARKS * least)
+    # what a pass writes that nothing reads, and the rows that a marked sum lacks
+    marked = MARKS_OF_SUMS * (rows // 2 + sum(sums))
+    return 4 * (rows + 2 * sum(sums) + max(sums) + marked)
 
 
-def _kinds(model: Architecture) -> dict[int, ShortConvolution]:
+def _size(shape: Shape) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _kinds(model: Architecture) -> dict[int, Recurrent]:
     """The kinds of the layers that have a state, by the layers' numbers."""
     kinds = {i: model.kind(i) for i in range(model.layers)}
-    return {i: kind for i, kind in kinds.items() if isinstance(kind, ShortConvolution)}
+    return {i: kind for i, kind in kinds.items() if not isinstance(kind, AttentionKind)}
 
 
-@dataclass
-class _Point:
-    """The states of all layers behind `length` tokens. They can forget the last `spare` of these."""
+@dataclass(frozen=True)
+class PassStates:
+    """What a layer's graph reads, what it writes, and what it has to know, by the names of graphs.recurrent."""
 
-    arrays: dict[int, Floats]  # by layer, [1, inputs, H]
-    values: dict[int, ort.OrtValue]
-    length: int = 0
-    spare: int = 0
-    valid: bool = False
+    inputs: dict[str, ort.OrtValue] = field(default_factory=dict)
+    outputs: dict[str, ort.OrtValue] = field(default_factory=dict)
+    counts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)  # [1] each
 
-    @classmethod
-    def of(cls, model: Architecture, kinds: dict[int, ShortConvolution]) -> _Point:
-        arrays = {i: np.zeros(state_shape(model, kind), np.float32) for i, kind in kinds.items()}
-        return cls(arrays, {i: ort.OrtValue.ortvalue_from_numpy(a) for i, a in arrays.items()})
+
+@dataclass(frozen=True)
+class State:
+    """The state of a layer behind some tokens, contiguous, as it is kept elsewhere."""
+
+    rows: Floats  # [taps - 1 + pending, W]
+    sums: Floats  # [heads, key dim, value dim], or [0]
+    pending: int  # the last so many rows are not in the sum
+
+    @property
+    def parts(self) -> list[Floats]:
+        return [self.rows, self.sums] if self.sums.size else [self.rows]
+
+
+class _Buffers:
+    """Two of the same arrays: `now` has what a pass reads, `other` gets what it writes."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.arrays = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._values = [ort.OrtValue.ortvalue_from_numpy(a) for a in self.arrays]
+
+    def swap(self) -> None:
+        self.arrays.reverse()
+        self._values.reverse()
+
+    @property
+    def now(self) -> Floats:
+        return self.arrays[0]
+
+    def value(self, other: bool) -> ort.OrtValue:
+        return self._values[other]
+
+
+class _Layer:
+    """The state of one layer."""
+
+    def __init__(self, model: Architecture, kind: Recurrent) -> None:
+        shape = sums_shape(kind)
+        self.before = kind.taps - 1
+        self.rows = _Buffers(rows_shape(model, kind))
+        self.sums = _Buffers(shape) if shape else None
+        self.pending = 0  # rows that the sum lacks
+        self.later = 0  # and behind the pass that is going on
+
+    def rewind(self, tokens: int) -> None:
+        """Forgets the last rows."""
+        rows = self.rows.now
+        if tokens:
+            rows[:, tokens:] = rows[:, :-tokens].copy()
+            rows[:, :tokens] = 0
+
+    def copy(self, back: int, pending: int, sums: int) -> State:
+        """The state `back` tokens ago, whose sum is that of the buffer number `sums` and lacks `pending` rows."""
+        rows = self.rows.now[0]
+        end = len(rows) - back
+        kept = self.sums.arrays[sums][0].copy() if self.sums else np.zeros(0, np.float32)
+        return State(rows[end - self.before - pending : end].copy(), kept, pending)
+
+    def empty(self, pending: int) -> State:
+        rows = np.empty((self.before + pending, self.rows.now.shape[2]), np.float32)
+        return State(rows, np.empty(self.sums.now.shape[1:] if self.sums else 0, np.float32), pending)
+
+    def set(self, state: State | None) -> None:
+        """Takes a state; None: of no tokens, all zeros."""
+        rows = self.rows.now
+        rows[:] = 0
+        if self.sums:
+            self.sums.now[:] = 0 if state is None else state.sums
+        if state is not None:
+            rows[0, rows.shape[1] - len(state.rows) :] = state.rows
+        self.pending = 0 if state is None else state.pending
 
 
 class States:
     """The states of the layers that have one, behind the tokens of one text."""
 
     def __init__(self, model: Architecture) -> None:
-        self._kinds = _kinds(model)
-        self._now, self._other = (_Point.of(model, self._kinds) for _ in range(2))
-        self._written: set[int] = set()  # layers whose states behind this pass are in `_other`
-        self._marks: dict[int, list[Floats]] = {}  # by length: of each layer the inputs [taps - 1, H] that it needs
-        self.nbytes = sum(4 * model.hidden * (kind.taps - 1) for kind in self._kinds.values())
-        """Bytes of the states behind one token, as `at` gives them."""
+        self._layers = {i: _Layer(model, kind) for i, kind in _kinds(model).items()}
+        with_sums = [layer.sums for layer in self._layers.values() if layer.sums]
+        self._sums = bool(with_sums)
+        self._unread = _Buffers(with_sums[0].now.shape).value(False) if with_sums else None
+        self._length = 0
+        self._spare = 0  # tokens that can be forgotten by their rows
+        self._last = 0  # tokens of the last pass, if the sums before it can take them in anew
+        self._before: int | None = None  # tokens behind which are the states that the next pass writes over
+        self._written: set[int] = set()  # layers whose states behind this pass are written
+        self._drafting = False
+        self._marks: dict[int, list[State]] = {}  # by length
+        self.nbytes = self.nbytes_of([0] * len(self._layers))
+        """Bytes of the states behind one token, as `at` gives them, if no sum lacks a row."""
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._kinds)
+    def __len__(self) -> int:
+        return len(self._layers)
 
-    def of_pass(self, layer: int) -> tuple[ort.OrtValue, ort.OrtValue]:
-        """(the state that a layer goes on from, where it writes that behind the tokens): the same if it wrote before.
+    @property
+    def _pending(self) -> int:
+        """Rows that every sum lacks."""
+        return min((layer.pending for layer in self._layers.values() if layer.sums), default=0)
 
-        They count when `advance` says that every layer has written.
+    def nbytes_of(self, pending: Sequence[int]) -> int:
+        """Bytes of the states behind one token, as `at` gives them, whose sums lack so many rows."""
+        return sum(part.nbytes for state in self.empty(pending) for part in state.parts)
+
+    def of_pass(self, layer: int, tokens: int, drafting: bool) -> PassStates:
+        """What the graph of a layer reads and writes that takes in `tokens` more, which it may do part by part.
+
+        What it writes counts when `advance` says that every layer has written.
         """
-        before = self._other if layer in self._written else self._now
+        state, again = self._layers[layer], layer in self._written
         self._written.add(layer)
-        self._other.valid = False
-        return before.values[layer], self._other.values[layer]
+        self._before, self._drafting = None, drafting
+        rows = {"past_rows": state.rows.value(again)}, {"present_rows": state.rows.value(True)}
+        if state.sums is None:
+            return PassStates(*rows)
+        pending = state.later if again else state.pending
+        folded = max(0, pending + tokens - REWIND) if drafting else pending
+        # only the first part of a pass finds rows to be folded: the sum that it reads is then written over
+        now = state.sums.value(again and not drafting)
+        assert self._unread is not None
+        inputs = rows[0] | {"past_sums": now}
+        outputs = rows[1] | {
+            "folded_sums": now if folded else self._unread,
+            "present_sums": self._unread if drafting else state.sums.value(True),
+        }
+        if folded:
+            state.pending, self._last, self._spare = pending - folded, 0, 0  # until the pass is done
+        state.later = pending - folded + tokens if drafting else 0
+        counts = {"pending": np.array([pending], np.int64), "folded": np.array([folded], np.int64)}
+        return PassStates(inputs, outputs, counts)
 
     def advance(self, tokens: int) -> None:
         """Says that all layers have taken in `tokens` more."""
-        now = self._now
+        length, last = self._length, self._last
+        for layer in self._layers.values():
+            layer.rows.swap()
+            if layer.sums and not self._drafting:
+                layer.sums.swap()
+            layer.pending = layer.later
+        self._length = length + tokens
         self._written.clear()
-        self._now, self._other = self._other, now
-        self._now.length, self._now.spare = now.length + tokens, min(REWIND, now.spare + tokens)
-        now.valid = True
+        if not self._sums:
+            self._before, self._spare = length, min(REWIND, self._spare + tokens)
+            return
+        if not self._drafting:
+            self._before, self._last = length, tokens if tokens <= REWIND else 0
+            self._spare = self._last
+            return
+        # the rows of the last pass, unless drafts pushed some out
+        self._last = last if self._pending + last <= REWIND else 0
+        self._spare = self._pending + self._last
 
     def longest(self, length: int) -> int:
         """The most tokens, up to `length` of those that were taken in, behind which the states are known."""
-        now, other = self._now, self._other
-        if not self or length >= now.length - now.spare:
+        if not self or length >= self._length - self._spare:
             return length
-        known = [0, *self._marks, *([other.length] if other.valid else [])]
+        known = [0, *self._marks, *([] if self._before is None else [self._before])]
         return max(at for at in known if at <= length)
 
     def forget(self, length: int) -> int:
         """Forgets all but the first `length` tokens, or more, see `longest`. Returns how many stay."""
+        if self._written:  # a pass broke off
+            self._last, self._spare = 0, 0 if self._sums else self._spare
         self._written.clear()
         stays = self.longest(length)
         if not self:
             return stays
-        if self._now.length - stays <= self._now.spare:
-            self._rewind(self._now.length - stays)
-        elif self._other.valid and self._other.length == stays:
-            self._now, self._other = self._other, self._now
-            self._other.valid = False
+        back = self._length - stays
+        if back <= self._spare:
+            self._rewind(back)
+        elif self._before == stays:
+            self._go_back()
         else:
             self._set(stays, self._marks.get(stays))
         # the text may go on with other tokens
@@ -109,49 +237,73 @@ class States:
 
     def mark(self) -> None:
         """Keeps the states as they are now, for as long as the text begins with these tokens."""
-        now = self._now
-        if not self or not now.length:
+        if not self or not self._length:
             return
-        state = self._marks.pop(now.length, None) or self.at(now.length)
-        self._marks[now.length] = state
-        for at in list(self._marks)[:-MARKS]:
+        state = self._marks.pop(self._length, None) or self.at(self._length)
+        self._marks[self._length] = state
+        for at in list(self._marks)[: -(MARKS_OF_SUMS if self._sums else MARKS)]:
             del self._marks[at]
 
-    def at(self, length: int) -> list[Floats]:
-        """Of each layer [taps - 1, H]: the states behind `length` tokens, which must be known, see `longest`."""
-        now = self._now
+    def at(self, length: int) -> list[State]:
+        """The state of each layer behind `length` tokens, which must be known, see `longest`."""
         if length in self._marks:
             return self._marks[length]
-        point, back = (now, now.length - length) if now.length - length <= now.spare else (self._other, 0)
-        ends = [(kind, array, array.shape[1] - back) for kind, array in self._each(point)]
-        return [array[0, end - kind.taps + 1 : end].copy() for kind, array, end in ends]
+        back, layers = self._length - length, self._layers.values()
+        if back > self._spare:
+            return self._states_before()
+        if not self._sums:
+            return [layer.copy(back, 0, 0) for layer in layers]
+        if back <= self._pending:
+            return [layer.copy(back, layer.pending - back, 0) for layer in layers]
+        return [layer.copy(back, self._last - (back - layer.pending), 1) for layer in layers]
 
-    def empty(self) -> list[Floats]:
-        """Arrays like those of `at`, to be filled and given to `resume`."""
-        return [np.empty((k.taps - 1, a.shape[2]), np.float32) for k, a in self._each(self._now)]
+    def empty(self, pending: Sequence[int]) -> list[State]:
+        """States like those of `at`, to be filled and given to `resume`; so many rows are not in each sum."""
+        return [layer.empty(n) for layer, n in zip(self._layers.values(), pending, strict=True)]
 
-    def resume(self, length: int, state: Sequence[Floats]) -> None:
+    def resume(self, length: int, states: Sequence[State]) -> None:
         """Takes the states behind `length` tokens, as `at` gave them, in place of what is here."""
         self._written.clear()
         self._marks.clear()
-        self._set(length, state)
-        self._other.valid = False
-
-    def _each(self, point: _Point) -> list[tuple[ShortConvolution, Floats]]:
-        return list(zip(self._kinds.values(), point.arrays.values(), strict=True))
+        self._set(length, states)
 
     def _rewind(self, tokens: int) -> None:
-        """Forgets the last `tokens`, whose inputs are the last ones of the states."""
-        for array in self._now.arrays.values() if tokens else ():
-            array[:, tokens:] = array[:, :-tokens].copy()
-            array[:, :tokens] = 0
-        self._now.length -= tokens
-        self._now.spare -= tokens
+        """Forgets the last `tokens`, whose rows are the last ones of the states."""
+        before = self._sums and tokens > self._pending
+        for layer in self._layers.values():
+            layer.rewind(tokens)
+            if before and layer.sums:
+                layer.sums.swap()
+                layer.pending += self._last
+            if layer.sums:
+                layer.pending -= tokens
+        if before:  # the sums before the last pass are those of now
+            self._last, self._before = 0, None
+        self._length -= tokens
+        self._spare -= tokens
 
-    def _set(self, length: int, state: Sequence[Floats] | None) -> None:
+    def _go_back(self) -> None:
+        """Takes the states from before the last pass."""
+        assert self._before is not None
+        for layer in self._layers.values():
+            layer.rows.swap()
+            if layer.sums:
+                layer.sums.swap()
+        self._length, self._before, self._spare, self._last = self._before, None, 0, 0
+
+    def _states_before(self) -> list[State]:
+        self._swap_rows()
+        try:
+            return [layer.copy(0, 0, 1) for layer in self._layers.values()]
+        finally:
+            self._swap_rows()
+
+    def _swap_rows(self) -> None:
+        for layer in self._layers.values():
+            layer.rows.swap()
+
+    def _set(self, length: int, states: Sequence[State] | None) -> None:
         """The states behind `length` tokens; None: of no tokens, all zeros."""
-        for i, (kind, array) in enumerate(self._each(self._now)):
-            array[:] = 0
-            if state is not None:
-                array[0, array.shape[1] - kind.taps + 1 :] = state[i]
-        self._now.length, self._now.spare = length, 0
+        for i, layer in enumerate(self._layers.values()):
+            layer.set(states[i] if states else None)
+        self._length, self._spare, self._last, self._before = length, 0, 0, None

@@ -7,7 +7,7 @@ it is opened from. It reads them in place, see graphs.unread.
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, GatedDeltaNet
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
@@ -169,8 +169,12 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
 def _of_token(m: Architecture, groups: int) -> int:
     """Bytes of the activations of a token in a product."""
     inner = groups * m.group_neurons * (m.inputs + 2)
-    first = max(m.products(i)[0].rows for i in range(m.layers))
-    return 4 * (8 * m.hidden + 3 * first + inner)
+    mixed = 0
+    for i in range(m.layers):
+        kind, first = m.kind(i), sum(product.rows for product in m.products(i)[:-1])
+        # a delta net has its rows as they came, convolved, and apart
+        mixed = max(mixed, 3 * first + (3 * kind.row_width(m.hidden) if isinstance(kind, GatedDeltaNet) else 0))
+    return 4 * (8 * m.hidden + mixed + inner)
 
 
 def tokens_that_reuse(header: Header, context: int, groups: int) -> int:

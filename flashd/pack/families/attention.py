@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import AttentionKind, ShortConvolution
+from flashd.bundle.architecture import AttentionKind, GatedDeltaNet, Recurrent, ShortConvolution
+from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.families.family import Family
+from flashd.pack.families.family import DeltaNets, Family
 from flashd.pack.open_model import OpenModel
 
-MOST_HEAD_DIM = 4096
+MOST_HEAD_DIM = MOST_HEADS = 4096
 MOST_TAPS = 64
 
 
@@ -25,6 +26,8 @@ def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> 
     """(heads of keys and values, which layers have them). Raises DataError if layers that have some have others."""
     key = f"{model.architecture}.attention.head_count_kv"
     stated = model.metadata(key)
+    if family.delta_nets:
+        return model.number("attention.head_count_kv", int, heads), _between_delta_nets(model, layers)
     if not family.convolves or not isinstance(stated, list):
         return model.number("attention.head_count_kv", int, heads), [True] * layers
     counts = {count for count in stated if count}
@@ -33,14 +36,47 @@ def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> 
     return count, [bool(each) for each in stated]
 
 
-def short_convolutions(model: OpenModel, attends: list[bool]) -> list[ShortConvolution]:
+def _between_delta_nets(model: OpenModel, layers: int) -> list[bool]:
+    """Which layers attend, in a model whose others are delta nets."""
+    key = f"{model.architecture}.attention.recurrent_layers"
+    stated = model.metadata(key)
+    if isinstance(stated, list):
+        # a file may count the layers that guess further tokens too
+        if len(stated) < layers or all(stated[:layers]):
+            raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
+        return [not each for each in stated[:layers]]
+    every = model.number("full_attention_interval", int, 4)
+    if not 1 <= every <= layers:
+        raise DataError(f"{model.path}: of {layers} layers each {every}th attends, which makes no model")
+    return [(i + 1) % every == 0 for i in range(layers)]
+
+
+def recurrent_kinds(model: OpenModel, family: Family, attends: list[bool]) -> list[Recurrent]:
     """What the layers have that do not attend."""
     if all(attends):
         return []
-    taps = model.number("shortconv.l_cache", int)
+    key = "ssm.conv_kernel" if family.delta_nets else "shortconv.l_cache"
+    taps = model.number(key, int)
     if not 2 <= taps <= MOST_TAPS:
         raise DataError(f"{model.path}: convolutions of {taps} tokens; 2 to {MOST_TAPS} are possible")
-    return [ShortConvolution(taps=taps)]
+    return [_delta_net(model, family.delta_nets, taps) if family.delta_nets else ShortConvolution(taps=taps)]
+
+
+def _delta_net(model: OpenModel, family: DeltaNets, taps: int) -> GatedDeltaNet:
+    keys, values, width = (
+        model.number(f"ssm.{key}", int) for key in ("group_count", "time_step_rank", "state_size")
+    )  # fmt: skip
+    inner = model.number("ssm.inner_size", int)
+    fits = 1 <= keys <= values <= MOST_HEADS and values % keys == 0 and 1 <= width <= MOST_HEAD_DIM
+    if not fits or not values <= inner <= values * MOST_HEAD_DIM or inner % values or inner % BLOCK:
+        raise DataError(
+            f"{model.path}: delta nets of {keys} heads of keys, {width} wide, and {values} of values, {inner} wide"
+            " together, which make no model"
+        )
+    return GatedDeltaNet(
+        taps=taps, key_heads=keys, value_heads=values, key_dim=width, value_dim=inner // values,
+        tiled=family.tiled and keys < values,
+    )  # fmt: skip
 
 
 def has_local_rope(model: OpenModel, family: Family) -> bool:

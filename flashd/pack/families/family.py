@@ -11,13 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from flashd.bundle.architecture import Activation, Bias, Block, Norm, Place
+from flashd.bundle.rows.kinds import Floats
 
 Config = Mapping[str, Any]
 """What a folder's config.json says."""
 
 Adapt = Callable[[Config, Path], Config]
 """Puts a configuration into the common words. Raises DataError, naming the path, for what is not supported."""
+
+Order = Callable[[Config, str], npt.NDArray[np.int64] | None]
+"""(what the folder says, GGUF's name of a part of a layer) -> for each of GGUF's rows or columns of it the folder's;
+None if they agree. Raises ValueError if what the folder says makes no sense."""
+
+
+def in_order(config: Config, part: str) -> None:
+    """Rows and columns agree."""
 
 
 def as_it_is(config: Config, path: Path) -> Config:  # noqa: ARG001
@@ -34,6 +46,14 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class DeltaNets:
+    """How a family keeps its gated delta nets."""
+
+    tiled: bool = False  # see bundle.architecture.GatedDeltaNet
+    joined_rates: bool = False  # one tensor has beta and alpha, those of all heads that share a key together
+
+
+@dataclass(frozen=True)
 class Folder:
     """How the Hugging Face folders of one `model_type` become what a GGUF file holds; the defaults change nothing."""
 
@@ -42,6 +62,12 @@ class Folder:
     permuted: bool = False  # GGUF has the rows of q and k in rotary pairs (2i, 2i + 1), the folder in halves
     fused: bool = False  # the folder has q, k and v by group of heads in one matrix, GGUF one after the other
     shift: float = 0.0  # GGUF has the weights of norms with this added
+    unshifted: tuple[str, ...] = ()  # and not of these
+    changed: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)  # parts that GGUF has otherwise
+    rows: Order = in_order
+    columns: Order = in_order
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors whose rows are several of GGUF's
+    left_out: Mapping[str, str] = field(default_factory=dict)  # what is not packed, by the beginnings of names
     tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stacks that hold several of GGUF's, by rows
     alternating: bool = False  # the rows of these lie in turn, and not one matrix's behind the other's
@@ -73,6 +99,8 @@ class Family:
     rotary: bool = True
     sinks: bool = False  # each head has a number that joins its scores in the softmax and adds no value
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
+    delta_nets: DeltaNets | None = None  # that most layers have in place of attention
+    attention_gated: bool = False  # the rows of each head's query are followed by those of its output's gate
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window
     global_first: bool = False  # and of each so many it is the first
@@ -113,6 +141,16 @@ TENSORS = {
     "in_proj": "shortconv.in_proj",
     "out_proj": "shortconv.out_proj",
     "conv": "shortconv.conv",
+    "z": "attn_gate",
+    "mixed": "attn_qkv",
+    "beta": "ssm_beta",
+    "alpha": "ssm_alpha",
+    "rates": "ssm_ba",
+    "delta_out": "ssm_out",
+    "delta_conv": "ssm_conv1d",
+    "delta_norm": "ssm_norm",
+    "decay": "ssm_a",
+    "dt": "ssm_dt",
     "head": "output",
 }
 """What most files call a part of the model or of a layer."""

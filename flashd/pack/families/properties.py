@@ -8,7 +8,7 @@ from pathlib import Path
 from flashd.bundle.architecture import LAYER_NORMS, Activation, Architecture, Bias, Block, Experts, Scores
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, short_convolutions
+from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, recurrent_kinds
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import context_of, rope_tables
 from flashd.pack.groups import group_neurons
@@ -49,11 +49,11 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
             raise DataError(f"{model.path}: {name} {size} is not a multiple of {BLOCK}")
     if family.rotary and width % 16:
         raise DataError(f"{model.path}: heads of {width} are not a multiple of 16, which rotary embedding needs")
-    layers, experts = model.number("block_count", int), _experts(model, family)
+    layers, experts = model.layers, _experts(model, family)
     neurons = model.number("feed_forward_length", int)
     if experts:
         neurons = model.number("expert_feed_forward_length", int, neurons)
-    # gpt-oss calls the norm before its FFN what others call one behind the attention
+    # gpt-oss and Qwen3.5 call the norm before the FFN what others call one behind the attention
     taken = {tensor_name(family, f"{place}_norm") for place in family.norms}
     free = {p for p in (*LAYER_NORMS, "final") if tensor_name(family, f"{p}_norm") not in taken}
     norms = [
@@ -96,7 +96,8 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         threshold=threshold,
         normed_neurons=neurons if family.norms_neurons else 0,
         attention=kinds,
-        recurrent=short_convolutions(model, attends),
+        attention_gated=family.attention_gated,
+        recurrent=recurrent_kinds(model, family, attends),
         layer_kinds=[kind if has else len(kinds) for kind, has in zip(layer_kinds, attends, strict=True)],
         ropes=len(rope_tables(model, family, context)),
         attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
@@ -167,6 +168,6 @@ def _has_bias(model: OpenModel, family: Family, bias: Bias) -> bool:
 
 
 def _size(model: OpenModel, family: Family, part: str) -> int:
-    layers = range(model.number("block_count", int))
+    layers = range(model.layers)
     names = [name for i in layers if (name := f"{tensor_name(family, part, i)}.weight") in model.names]
     return model.tensor(names[0] if names else f"{tensor_name(family, part, 0)}.weight").shape[0]

@@ -71,7 +71,7 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
     place = f"in {model.architecture!r} as flashd knows it"
     tensors = [
         f"tensor {name!r} has no place {place}" + (f" (and {others} more like it)" if others else "")
-        for name, others in _kinds(model.names - _expected(family, model.number("block_count", int))).items()
+        for name, others in _kinds(_unexpected(model, family)).items()
     ]
     return [*unsupported, *_shortened(keys, "keys"), *_shortened(tensors, "kinds of tensors")]
 
@@ -79,7 +79,7 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
 def beyond(model: OpenModel, family: Family) -> str:
     """The keys and tensors of a model of an unknown architecture that a model of `family` has not; empty if none."""
     keys = _shortened(_unknown_keys(model, family), "keys")
-    tensors = _shortened(list(_kinds(model.names - _expected(family, model.number("block_count", int)))), "kinds")
+    tensors = _shortened(list(_kinds(_unexpected(model, family))), "kinds")
     return "; ".join(
         f"{what} {', '.join(names)}" for what, names in (("the keys", keys), ("the tensors", tensors)) if names
     )
@@ -111,6 +111,12 @@ def _kinds(names: Iterable[str]) -> dict[str, int]:
     return {alike[0]: len(alike) - 1 for alike in found.values()}
 
 
+def _unexpected(model: OpenModel, family: Family) -> set[str]:
+    """The names of tensors that have no place, but for those of layers behind the model's last."""
+    behind = tuple(f"blk.{i}." for i in range(model.layers, model.number("block_count", int)))
+    return {name for name in model.names - _expected(family, model.layers) if not name.startswith(behind)}
+
+
 def _expected(family: Family, layers: int) -> set[str]:
     allowed = (*family.norms, *family.biases, *family.may_have)
     names = {"token_embd.weight", "output.weight", "rope_freqs.weight", LONG, SHORT}
@@ -126,12 +132,21 @@ def _expected(family: Family, layers: int) -> set[str]:
         parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
         parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
+        names |= _of_delta_nets(family, i) if family.delta_nets else set()
         parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
         for part in parts:
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:
             names |= {f"{tensor_name(family, part, i)}.{kind}" for kind in ("weight", "bias")}
     return names
+
+
+def _of_delta_nets(family: Family, i: int) -> set[str]:
+    assert family.delta_nets
+    rates = ["rates"] if family.delta_nets.joined_rates else ["beta", "alpha"]
+    parts = ["z", "mixed", "delta_out", "delta_conv", "delta_norm", *rates]
+    names = {f"{tensor_name(family, part, i)}.weight" for part in parts}
+    return names | {tensor_name(family, "decay", i), f"{tensor_name(family, 'dt', i)}.bias"}
 
 
 def _biased_parts(family: Family, biases: tuple[Place | Bias, ...]) -> list[str]:

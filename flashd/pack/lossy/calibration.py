@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from flashd.bundle.architecture import Architecture, ShortConvolution
+from flashd.bundle.architecture import Architecture, AttentionKind, Recurrent
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
 from flashd.graphs.products import activations, gates
-from flashd.graphs.stages import stages, state_shape
+from flashd.graphs.recurrent import rows_shape, sums_shape
+from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
 from flashd.pack.weights import Ffn, Matrix, Weights
 from flashd.system.onnx_session import open_session, start_pool
@@ -173,23 +174,30 @@ class Calibration:
         """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
-        first, (second,) = self._weights.products(i)
-        inner = np.concatenate([_product(h, part) for part in first], axis=1)
+        *first, (last,) = self._weights.products(i)
+        inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
         mixed = [self._mixed(i, vectors, inner[part]) for part in self._parts()]
-        branch = _product(np.concatenate(mixed), second)
+        branch = _product(np.concatenate(mixed), last)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
         return vectors, x, h
 
     def _mixed(self, i: int, vectors: dict[str, Floats], inner: Floats) -> Floats:
         """[n, ...]: what layer `i` makes of the products [n, ...] of the tokens of one text."""
         kind, number, attending = self._model.kind(i), self._model.layer_kinds[i], len(self._model.attention)
-        if isinstance(kind, ShortConvolution):
-            state = np.zeros(state_shape(self._model, kind), np.float32)
-            stage, feed = f"recurrent.{number - attending}", {"inner": inner[None], "past_state": state}
-            out = self._run(stage, vectors, **feed, tokens=np.array([len(inner)]))[0]
-        else:
+        if isinstance(kind, AttentionKind):
             out = self._run(f"attention.{number}", vectors, qkv=inner[None], **self._attended(len(inner)))[0]
+        else:
+            fresh = self._fresh_state(kind) | {"inner": inner[None], "tokens": np.array([len(inner)])}
+            *_, out = self._run(f"recurrent.{number - attending}", vectors, **fresh)  # behind its state
         return np.asarray(out[0], np.float32)
+
+    def _fresh_state(self, kind: Recurrent) -> dict[str, npt.NDArray[np.generic]]:
+        """The inputs of a graph that say that no token came before."""
+        none, rows, sums = np.zeros(1, np.int64), rows_shape(self._model, kind), sums_shape(kind)
+        feed: dict[str, npt.NDArray[np.generic]] = {"past_rows": np.zeros(rows, np.float32)}
+        if sums:
+            feed |= {"past_sums": np.zeros(sums, np.float32), "pending": none, "folded": none}
+        return feed
 
     def replaced(self, i: int, ffn: Dense) -> None:
         """Takes the texts through layer `i` with other weights in its FFN."""

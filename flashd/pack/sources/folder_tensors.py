@@ -24,8 +24,10 @@ NOT_READ = (
 )  # fmt: skip
 """Ends of names that are no weights of their own, or a predictor's of which neurons fire: flashd fits its own."""
 
+SIGHT = "the part that sees"
+
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_SEEING = re.compile(r"(model\.)?(vision_tower|visual|multi_modal_projector)\.")
 _SPEAKING = re.compile(r"^(model\.)?language_model\.(model\.)?")
 
 
@@ -40,8 +42,15 @@ class Names:
             theirs.format(bid=i) + end: ours.format(bid=i) + end
             for theirs, ours in model.folder.tensors.items()
             for i in range(model.layers)
-            for end in ENDS
+            for end in (*ENDS, "")
         }
+        self._split = {
+            f"{theirs.format(bid=i)}.weight": [f"{name.format(bid=i)}.weight" for name in ours]
+            for theirs, ours in model.folder.split.items()
+            for i in range(model.layers)
+        }
+        self._not_packed = model.folder.left_out
+        self.left_out: set[str] = set()  # of what `find` was asked for, that which is not packed, in words
         self._joined = {
             f"{theirs.format(bid=i)}{end}": [f"{name.format(bid=i)}{our_end}" for name in ours]
             for theirs, ours in model.folder.joined.items()
@@ -58,23 +67,54 @@ class Names:
         not such a stack."""
         return self._joined.get(name, [])
 
+    def split(self, name: str) -> list[str]:
+        """GGUF's names of the tensors that each have some rows of the tensor `name`; empty if it is one by itself."""
+        return self._split.get(self._spoken(name), [])
+
+    def _spoken(self, name: str) -> str:
+        """The name that a tensor has in a model that does not see."""
+        return _SPEAKING.sub("model.", name).replace("model.lm_head", "lm_head") if self._sees else name
+
     def find(self, name: str) -> tuple[str, int | None] | None:
         """(GGUF's name, number of the expert in its stack) of a tensor, its own where GGUF has none for it.
 
         None for what is no weight, or a part of a model that also sees.
         """
-        if self._sees:
-            name = _SPEAKING.sub("model.", name).replace("model.lm_head", "lm_head")
-            if _SEEING.match(name):
+        name = self._spoken(name)
+        if self._sees and _SEEING.match(name):
+            self.left_out.add(SIGHT)
+            return None
+        for beginning, what in self._not_packed.items():
+            if name.startswith(beginning):
+                self.left_out.add(what)
                 return None
         if name.endswith(NOT_READ) or (self._tied and name == "lm_head.weight"):
             return None
         expert = _EXPERT.search(name)
         merged = _EXPERT.sub(".experts.", name)
-        found = self._known.get(merged) or self._table.get_name(merged, ENDS)
+        number = int(expert[1]) if expert else None
+        if merged in self._known:
+            return self._known[merged], number
+        found = self._table.get_name(merged, ENDS)
         if found and not found.endswith(ENDS):  # a parameter that is no module's, such as attention sinks
             found += ".weight"
-        return found or name, int(expert[1]) if expert else None
+        return found or name, number
+
+
+def part_of(name: str) -> str:
+    """What part of a layer a GGUF tensor is, without its end."""
+    return name.split(".")[2] if name.startswith("blk.") else name
+
+
+def column_order(model: FolderModel, name: str, columns: int) -> Numbers | None:
+    """For each of so many columns of the GGUF tensor `name`, the column of the folder's; None if they agree.
+
+    Raises DataError if the heads make another number of columns.
+    """
+    own = model.folder.columns(model.config, part_of(name))
+    if own is not None and len(own) != columns:
+        raise DataError(f"tensor {name!r} has {columns} columns where its heads make {len(own)}")
+    return own
 
 
 def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
@@ -82,6 +122,10 @@ def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
 
     Raises DataError if the heads make another number of rows.
     """
+    own = model.folder.rows(model.config, part_of(name))
+    if own is not None:
+        _check_rows(name, rows, int(own.max()) + 1 if model.folder.split else len(own))
+        return own
     part, width, heads = f".{name}".split(".")[-2], model.head_dim, model.config.get("num_attention_heads", 0)
     shared = model.config.get("num_key_value_heads", heads)
     if model.folder.permuted and part in ("attn_q", "attn_k"):

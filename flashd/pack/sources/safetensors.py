@@ -23,7 +23,7 @@ from flashd.pack.open_model import ALL, OpenModel, Tensor, Which, packed_from
 from flashd.pack.sources import four_bits
 from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.pack.sources.folder_rope import rope_divisors
-from flashd.pack.sources.folder_tensors import Names, Numbers, row_order
+from flashd.pack.sources.folder_tensors import Names, Numbers, column_order, part_of, row_order
 from flashd.pack.sources.folder_tokenizer import read_tokenizer_json
 from flashd.pack.sources.four_bits import FourBits, Mxfp4, StoredTensor
 from flashd.pack.sources.json_file import read_object
@@ -40,11 +40,13 @@ class _Stored(Tensor):
     """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
 
     def __init__(
-        self, name: str, data: StoredTensor | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0
-    ) -> None:
+        self, name: str, data: StoredTensor | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0,
+        columns: Numbers | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.bits = name, bits
-        self.shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
-        self._data, self._order, self._shift = data, order, np.float32(shift)
+        shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
+        self.shape = shape if order is None else (len(order), *shape[1:])
+        self._data, self._order, self._shift, self._columns = data, order, np.float32(shift), columns
 
     def rows(self, which: Which = ALL) -> Floats:
         """Rows [n, K] float32 of a matrix; of a vector, all of it, [K]."""
@@ -57,7 +59,7 @@ class _Stored(Tensor):
             out[start:stop] = self._data[first : first + stop - start]
         if self._shift:
             out += self._shift
-        return out
+        return out if self._columns is None else out[:, self._columns]
 
 
 def _runs(numbers: Numbers) -> list[tuple[int, int]]:
@@ -196,6 +198,8 @@ class _Parts:
         end = next((end for end in four_bits.PARTS if stored.endswith(end)), None)
         if end and (found := names.find(f"{stored.removesuffix(end)}.weight")):
             self.four_bits.setdefault(found[0], {})[end] = part
+        elif split := names.split(stored):
+            self.parts |= {name: {0: part} for name in split}
         elif joined := names.joined(stored):
             self._add_stack(stored, part, joined, names.folder)
         elif (found := names.find(stored)) and "_exps." in found[0] and len(part.get_shape()) == 3:
@@ -250,9 +254,11 @@ class HfFolder(OpenModel):
             keys = model_keys(self._model)
             self._made = rope_divisors(self._model.config, self._model.head_dim)
             self._files = _weight_files(path)
-            self._stored = _find_parts(self._files, Names(self._model))
+            names = Names(self._model)
+            self._stored = _find_parts(self._files, names)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise DataError(f"{path / 'config.json'}: makes no sense: {error!r}") from error
+        self._left_out = names.left_out
         self.architecture = self._model.architecture
         self._metadata = {f"{self.architecture}.{key}": value for key, value in keys.items()}
         self._metadata |= {"general.architecture": self.architecture, "general.name": path.resolve().name}
@@ -261,13 +267,20 @@ class HfFolder(OpenModel):
     def names(self) -> set[str]:
         return {*self._stored.parts, *self._stored.four_bits, *self._stored.mxfp4, *self._made}
 
+    @property
+    def left_out(self) -> set[str]:
+        """What the folder also has and a bundle has not, in words."""
+        return self._left_out
+
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`. Raises DataError."""
         if name in self._made:
             return _Stored(name, self._made[name], bits=32)
         if name in self._stored.four_bits:
             rows = self._stored.four_bits[name][".scales"].get_shape()[1]
-            order = row_order(self._model, name, rows)
+            order, columns = row_order(self._model, name, rows), column_order(self._model, name, rows)
+            if columns is not None:
+                raise DataError(f"{self.path}: tensor {name!r} has 4 bits and columns in another order; take a GGUF")
             return FourBits(name, self._stored.four_bits[name], self._rounded, order)
         if name in self._stored.mxfp4:
             halves, mine = self._stored.mxfp4[name], self._stored.rows[name]
@@ -293,9 +306,13 @@ class HfFolder(OpenModel):
         if kind not in BITS:
             known = ", ".join(BITS)
             raise DataError(f"{self.path}: tensor {name!r} is of type {kind}, which is not read; known are {known}")
-        order = row_order(self._model, name, rows)
-        shift = self._model.folder.shift if name.endswith("norm.weight") else 0.0
-        tensor = _Stored(name, part, BITS[kind], order, shift)
+        folder, order = self._model.folder, row_order(self._model, name, rows)
+        if change := folder.changed.get(part_of(name)):
+            changed = change(_Stored(name, part, BITS[kind], order).rows())
+            return _Stored(name, changed, BITS[kind])
+        shifted = name.endswith("norm.weight") and part_of(name) not in folder.unshifted
+        columns = column_order(self._model, name, part.get_shape()[-1])
+        tensor = _Stored(name, part, BITS[kind], order, folder.shift if shifted else 0.0, columns)
         online = self._rounded.get("quantization_mode") == "online"
         return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 

@@ -59,7 +59,7 @@ class Golden:
         w = gguf.GGUFWriter(path, self.architecture)
         keys = {"context_length": 128, **self.keys}
         w.add_embedding_length(HIDDEN)
-        w.add_block_count(LAYERS)
+        w.add_block_count(keys.pop("block_count", LAYERS))
         w.add_feed_forward_length(NEURONS)
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)

@@ -24,6 +24,7 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+")
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -37,6 +38,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
     "qwen2": (QWEN2,),
+    "qwen35": (QWEN35,),
     "llama-bpe": (LLAMA3,),
     "gpt-4o": (GPT4O,),
     "tekken": (TEKKEN,),
@@ -58,7 +60,7 @@ KNOWN = sorted({*SPLITS, *SAME_SPLITS})
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "lfm2")
 """Those in which a word that is a token is not put together from its parts, and in which `bos` begins every text."""
 
-COMPOSED = ("qwen2", "stablelm2", "deepseek-r1-qwen")
+COMPOSED = ("qwen2", "qwen35", "stablelm2", "deepseek-r1-qwen")
 """Those that compose letters and accents first, as NFC does."""
 
 

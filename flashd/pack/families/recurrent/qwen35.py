@@ -55,7 +55,8 @@ def adapt(config: Config, path: Path) -> Config:
         raise DataError(f"{path}: a layer of kind {min(unknown)!r}; known are {', '.join(KINDS)}")
     else:
         full["recurrent_layers"] = [KINDS[kind] for kind in kinds]
-    full["linear_inner_size"] = full["linear_num_value_heads"] * full["linear_value_head_dim"]
+    _, values, _, width = heads(full)
+    full["linear_inner_size"] = values * width
     for name in ("rope_parameters", "rope_scaling"):
         rope = full.get(name) or {}
         if isinstance(rope, dict):  # in what three parts a picture's places turn; those of text are alike

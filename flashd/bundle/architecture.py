@@ -119,6 +119,13 @@ class LayerProduct(NamedTuple):
         return self.rows * self.width
 
 
+class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
+    """An expert that every token uses. So its rows are not paged: they are multiplied behind the attention."""
+
+    neurons: Size  # a multiple of 32
+    weighed: bool  # whether its output is multiplied by sigmoid(w h), h the FFN's input
+
+
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
     """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
 
@@ -128,6 +135,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
     normalised: bool  # whether the scores of the experts used are divided by their sum
     scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
     early: bool = False  # whether the router takes the layer's input rather than the FFN's
+    shared: SharedExpert | None = None  # one that every token uses beside them
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
@@ -204,7 +212,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return self.query_width if self.attention_gated else 0
 
     def products(self, layer: int) -> list[LayerProduct]:
-        """The products of a layer in front of its FFN: what makes its inner values, and last what makes its output.
+        """The products of a layer that every token needs: those that mix tokens, and the shared expert's."""
+        shared = self.experts and self.experts.shared
+        if not shared:
+            return self.mixing(layer)
+        return [
+            *self.mixing(layer),
+            LayerProduct("shared_inputs", (shared.neurons,) * self.inputs, self.hidden),
+            LayerProduct("shared_down", (self.hidden,), shared.neurons),
+        ]
+
+    def mixing(self, layer: int) -> list[LayerProduct]:
+        """The products of attention, or of what a layer has in its place: for its inner values, and last its output.
 
         The inner values of several products stand one behind the other.
         """
@@ -280,7 +299,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
             vectors["sinks.weight"] = self.heads
         widths = {"qkv": self.qkv_width, "output": self.hidden} if attends else {}
         widths |= {} if self.experts else {"down": self.hidden}
-        return vectors | {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
+        vectors |= {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
+        weighed = self.experts and self.experts.shared and self.experts.shared.weighed
+        return vectors | ({"shared_weight.weight": self.hidden} if weighed else {})
 
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.

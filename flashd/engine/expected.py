@@ -53,7 +53,7 @@ def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
     arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
     header = bundle.header
     x = np.ones((1, header.model.hidden), np.float32)
-    (qkv, _) = header.model.products(header.model.attending[0])
+    (qkv, _) = header.model.mixing(header.model.attending[0])
     each = held(header.row_format(qkv.name), qkv.rows, arithmetic)
     sessions = list(_sessions(bundle, arithmetic, max(1, PART // each)))
     best = float("inf")

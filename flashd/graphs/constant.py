@@ -129,7 +129,7 @@ class Layers:
         m, at, kind = self._model, f"layer.{i}.", self._model.kind(i)
         vector = _external_vectors(self._g, at)
         block = LayerStages(self._g, m, vector, self._kv)
-        *first, last = m.products(i)
+        *first, last = m.mixing(i)
         h = block.enter(x)
         parts = [self._product(h, at, product) for product in first]
         inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
@@ -137,7 +137,19 @@ class Layers:
             mixed = self._attended(block, inner, kind, suffix, tree)
         else:
             mixed = recur(self._g, m, kind, inner, vector, suffix)
-        return *block.middle(x, h, self._product(mixed, at, last)), block
+        x, h = block.middle(x, h, self._product(mixed, at, last))
+        shared = m.products(i)[len(first) + 1 :]
+        return (block.beside(x, h, self._shared(h, at, shared)) if shared else x), h, block
+
+    def _shared(self, h: str, at: str, products: list[LayerProduct]) -> str:
+        """The output of the expert that every token uses."""
+        inputs, down = products
+        a = self._product(h, at, inputs)
+        if self._model.gated:
+            a = gated(self._g, self._model, *self._g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2))
+        else:
+            a = activated(self._g, self._model, a)
+        return self._product(a, at, down)
 
     def _product(self, x: str, at: str, product: LayerProduct) -> str:
         kind: RowKind = "f16" if product.fine else self._attention_kind

@@ -27,6 +27,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
         leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer
         finish     x -> h, the input of the head
         logits     x (logits [R, V]) -> x; only in models that cap logits or add a bias
+        beside     x, h, branch (the shared expert's output) -> x; only in mixtures that have one
         route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that each token uses, the
                    highest score first, and weights [T, K]; only in mixtures
 
@@ -56,6 +57,8 @@ def stages(model: Architecture) -> dict[str, bytes]:
         out["logits"] = g.serialise("logits")
     if model.experts:
         out["route"] = _route(model, model.experts)
+    if model.experts and model.experts.shared:
+        out["beside"] = _beside(model)
     return out
 
 
@@ -73,6 +76,13 @@ def _route(model: Architecture, experts: Experts) -> bytes:
     g.output("used", T.INT64, ["T", experts.used], used)
     g.output("weights", T.FLOAT, ["T", experts.used], weights)
     return g.serialise("route")
+
+
+def _beside(model: Architecture) -> bytes:
+    g = Graph()
+    parts = [g.input(name, T.FLOAT, ["T", model.hidden]) for name in ("x", "h", "branch")]
+    g.output("x_out", T.FLOAT, ["T", model.hidden], LayerStages(g, model, _vector_inputs(g)).beside(*parts))
+    return g.serialise("beside")
 
 
 def _vector_inputs(g: Graph) -> Vector:
@@ -127,6 +137,14 @@ class LayerStages:
         if self._model.block == "sequential":
             return after, self._normed(after, "ffn")
         return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
+
+    def beside(self, x: str, h: str, branch: str) -> str:
+        """x with the output of the expert that every token uses; h is what it took."""
+        g, experts = self._g, self._model.experts
+        if experts and experts.shared and experts.shared.weighed:
+            products = g.node("Mul", h, self._vector("shared_weight.weight", self._model.hidden))
+            branch = g.node("Mul", branch, g.node("Sigmoid", g.node("ReduceSum", products, g.shape(-1))))
+        return g.node("Add", x, self._scaled(branch))
 
     def leave(self, x: str, branch: str) -> str:
         branch = self._divided(branch)

@@ -16,7 +16,9 @@ from flashd.pack.open_model import Grid, OpenModel, Tensor
 
 Numbers = npt.NDArray[np.int64]
 
-PARTS_OF = {"delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha")}
+PARTS_OF = {
+    "delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha"), "shared_inputs": ("shared_gate", "shared_up"),
+}  # fmt: skip
 """Products that are made of several tensors, and these by their names in families.family.TENSORS."""
 
 
@@ -143,6 +145,14 @@ class Weights:
         """The matrices of each of Architecture.products of layer `i`."""
         return [self._product(i, product) for product in self._model.products(i)]
 
+    def mixing(self, i: int) -> list[list[Matrix]]:
+        """Those of each of Architecture.mixing."""
+        return [self._product(i, product) for product in self._model.mixing(i)]
+
+    def shared(self, i: int) -> list[list[Matrix]]:
+        """Those of the shared expert: its gate and up, and its down."""
+        return self.products(i)[len(self._model.mixing(i)) :]
+
     def _product(self, i: int, product: LayerProduct) -> list[Matrix]:
         if product.name == "qkv":
             return self.qkv(i)
@@ -228,7 +238,7 @@ class Weights:
         elif name == "decay":  # it has no end
             values = self._vector(tensor_name(self._family, name, layer))
         else:
-            values = self._vector(f"{tensor_name(self._family, part, layer)}.{kind}")
+            values = self._vector(f"{tensor_name(self._family, part, layer)}.{kind}").reshape(-1)
         if len(values) != length:
             raise DataError(f"{self._source.path}: {name} has {len(values)} numbers and should have {length}")
         if part in ("query_norm", "key_norm"):

@@ -66,6 +66,7 @@ DELTA_NETS = {"model.layers.": "blk."} | {
     for theirs, ours in {
         "in_proj_qkv": "attn_qkv", "in_proj_z": "attn_gate", "in_proj_b": "ssm_beta", "in_proj_a": "ssm_alpha",
         "conv1d": "ssm_conv1d", "norm": "ssm_norm", "out_proj": "ssm_out", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias",
+        "in_proj_ba": "ssm_ba",
     }.items()
 }  # fmt: skip
 
@@ -106,7 +107,9 @@ def found(name: str, golden: Golden) -> Rename:
             find = short_convolutions(by_map(golden, LFM2))
         case "gpt-oss":
             return gpt_oss(by_map(golden))
-        case "qwen35":
+        case "qwen3next":
+            find = joined_delta_nets(by_map(golden, DELTA_NETS))
+        case "qwen35" | "qwen35moe":
             find = delta_nets(by_map(golden, DELTA_NETS))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
@@ -184,6 +187,8 @@ def delta_nets(find: Rename) -> Rename:
 
     def of_delta_nets(name: str, tensors: Tensors) -> Floats:
         values = find(name, tensors)
+        if "shared_expert_gate" in name:
+            return values[None]
         if "linear_attn" not in name:
             return less_one(lambda *_: values)(name, tensors)
         part = name.split(".")[4]
@@ -198,6 +203,27 @@ def delta_nets(find: Rename) -> Rename:
         heads = heads.reshape(VALUE_HEADS // KEY_HEADS, KEY_HEADS, width, *heads.shape[1:]).swapaxes(0, 1)
         joined = np.moveaxis(np.concatenate([before, heads.reshape(-1, *before.shape[1:])]), 0, axis)
         return np.asarray(joined[:, None] if part == "conv1d" else joined, np.float32)
+
+    return of_delta_nets
+
+
+def joined_delta_nets(find: Rename) -> Rename:
+    """transformers has what belongs to the heads that share a key together."""
+
+    def of_delta_nets(name: str, tensors: Tensors) -> Floats:
+        if "shared_expert_gate" in name:
+            return find(name, tensors)[None]
+        if "linear_attn" not in name:
+            return less_one(find)(name, tensors)
+        if "in_proj_qkvz" in name:
+            at, width = f"blk.{name.split('.')[2]}.", KEY_HEADS * DELTA_DIM
+            parts = [*np.split(tensors[f"{at}attn_qkv.weight"], [width, 2 * width]), tensors[f"{at}attn_gate.weight"]]
+            heads = [part.reshape(KEY_HEADS, -1, part.shape[1]) for part in parts]
+            return np.concatenate(heads, axis=1).reshape(-1, parts[0].shape[1])
+        values = find(name, tensors)
+        if name.endswith("A_log"):
+            return np.asarray(np.log(-values), np.float32)
+        return values[:, None] if "conv1d" in name else values
 
     return of_delta_nets
 

@@ -35,6 +35,7 @@ from tests.goldens.models import (
     LAYERS,
     LLAMA3,
     NEURONS,
+    SHARED,
     TAPS,
     TOKENS,
     USED,
@@ -179,6 +180,10 @@ QUARTER = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor
 GRANITE = {
     "embedding_multiplier": 6.0, "attention_multiplier": 0.125, "residual_multiplier": 0.5, "logits_scaling": 0.5,
 }  # fmt: skip
+OF_SHARED = {
+    "num_experts": EXPERTS, "num_experts_per_tok": USED, "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": SHARED,
+}  # fmt: skip
 MAKERS: dict[str, Maker] = {
     "llama3": llama_like(T.LlamaConfig, rope_parameters=ROPE_LLAMA3),
     "mistral": llama_like(T.MistralConfig, sliding_window=WINDOW),
@@ -262,6 +267,8 @@ MAKERS: dict[str, Maker] = {
     ),
     "lfm2": lfm2,
     "qwen35": delta_nets(T.Qwen3_5TextConfig),
+    "qwen3next": delta_nets(T.Qwen3NextConfig, **OF_SHARED),
+    "qwen35moe": delta_nets(T.Qwen3_5MoeTextConfig, **OF_SHARED),
     "bitnet": llama_like(T.BitNetConfig, hidden_act="relu2"),
     "bitnet-silu": llama_like(T.BitNetConfig, hidden_act="silu"),
     "phi2": phi,

@@ -168,6 +168,15 @@ def biased_mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
     return mixture(neurons) | own | {f"ffn_{part}_exps.bias": (EXPERTS, neurons) for part in ("gate", "up")}
 
 
+SHARED = 96
+"""Neurons of an expert that every token uses."""
+
+
+def shared_expert() -> dict[str, tuple[int, ...]]:
+    inputs = {f"ffn_{part}_shexp.weight": (SHARED, HIDDEN) for part in ("gate", "up")}
+    return inputs | {"ffn_down_shexp.weight": (HIDDEN, SHARED), "ffn_gate_inp_shexp.weight": (HIDDEN,)}
+
+
 TAPS = 4
 
 
@@ -379,6 +388,26 @@ GOLDENS = {
         "qwen35", RMS | SSM | {"rope.dimension_sections": [2, 1, 1, 0]},
         _norms("attn_norm", "post_attention_norm") | gated_attention() | GATED, EMBEDDING | FINAL,
         others=dict.fromkeys((0, 1, 3), _norms("attn_norm", "post_attention_norm") | delta_net() | GATED),
+    ),
+    "qwen35moe": Golden(
+        "qwen35moe",
+        RMS | SSM | MIXTURE | {"expert_feed_forward_length": 40, "expert_shared_feed_forward_length": SHARED,
+                               "rope.dimension_sections": [2, 1, 1, 0]},
+        _norms("attn_norm", "post_attention_norm") | gated_attention() | mixture() | shared_expert(),
+        EMBEDDING | HEAD | FINAL,
+        others=dict.fromkeys(
+            (0, 1, 3), _norms("attn_norm", "post_attention_norm") | delta_net() | mixture() | shared_expert()
+        ),
+    ),
+    "qwen3next": Golden(
+        "qwen3next",
+        RMS | SSM | MIXTURE | {"expert_feed_forward_length": 40, "expert_shared_feed_forward_length": SHARED},
+        _norms("attn_norm", "post_attention_norm") | gated_attention() | mixture() | shared_expert(),
+        EMBEDDING | HEAD | FINAL,
+        others=dict.fromkeys(
+            (0, 1, 3),
+            _norms("attn_norm", "post_attention_norm") | delta_net(("ssm_ba",)) | mixture() | shared_expert(),
+        ),
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

@@ -19,11 +19,11 @@ from flashd.pack.pack import pack
 from tests.goldens import folders
 from tests.goldens.models import GATED, GOLDENS, HIDDEN, LAYERS, Golden, gated_attention
 
-QWEN = GOLDENS["qwen35"]
+QWEN, MOE, NEXT = (GOLDENS[name] for name in ("qwen35", "qwen35moe", "qwen3next"))
 
 
-def keys(**changed: Any) -> Golden:
-    return replace(QWEN, keys=QWEN.keys | {key.replace("__", "."): value for key, value in changed.items()})
+def keys(golden: Golden = QWEN, **changed: Any) -> Golden:
+    return replace(golden, keys=golden.keys | {key.replace("__", "."): value for key, value in changed.items()})
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,10 @@ def keys(**changed: Any) -> Golden:
         (keys(full_attention_interval=2), "'blk.1.attn_qkv.weight' has 160 rows and should have 256"),
         (keys(full_attention_interval=9), "of 4 layers each 9th attends"),
         (keys(attention__recurrent_layers=[True, True]), "which makes no model of 4 layers"),
+        (keys(MOE, expert_shared_feed_forward_length=None), "expert_shared_feed_forward_length' is missing"),
+        (keys(MOE, expert_shared_feed_forward_length=90), "with 90 neurons, no multiple of 32"),
+        (keys(MOE, expert_shared_feed_forward_length=64), r"ffn_gate_shexp.weight' has the shape \(96, 64\), but"),
+        (keys(NEXT, ssm__time_step_rank=4), "'blk.0.ssm_ba.weight' has 12 rows and should have 8"),
         (keys(nextn_predict_layers=4), "0 layers; 1 to 1024 are possible"),
     ],
 )
@@ -50,8 +54,8 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, golden: Golde
     assert "\n" not in str(caught.value)
 
 
-def folder(path: Path, remove: tuple[str, ...] = (), **config: Any) -> Path:
-    model = folders.write(path / "f", "qwen35", QWEN.write(path / "m.gguf"))
+def folder(path: Path, remove: tuple[str, ...] = (), name: str = "qwen35", **config: Any) -> Path:
+    model = folders.write(path / "f", name, GOLDENS[name].write(path / "m.gguf"))
     stated = json.loads((model / "config.json").read_text())
     kept = {key: value for key, value in stated.items() if key not in remove}
     (model / "config.json").write_text(json.dumps(kept | config))
@@ -94,6 +98,21 @@ def test_what_sees_and_what_guesses_is_left_out_with_a_word(tmp_path: Path, capl
     assert same_sections(tmp_path / "g.flash", tmp_path / "m.flash")
 
 
+def test_experts_may_be_stacks_of_gate_and_up_together(tmp_path: Path) -> None:
+    """As Qwen publishes them, while transformers saves each by itself."""
+    model = folders.write(tmp_path / "f", "qwen35moe", MOE.write(tmp_path / "m.gguf"))
+    stacks = MOE.tensors()
+    kept = {n: v for n, v in load_file(model / "model.safetensors").items() if ".experts." not in n}
+    for i in range(LAYERS):
+        gate, up, down = (stacks[f"blk.{i}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        at = f"model.layers.{i}.mlp.experts."
+        kept |= {f"{at}gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}down_proj": down}
+    save_file(kept, model / "model.safetensors")
+    for source in (model, tmp_path / "m.gguf"):
+        pack(source, tmp_path / f"{source.stem}.flash", "f16")
+    assert same_sections(tmp_path / "f.flash", tmp_path / "m.flash")
+
+
 @pytest.mark.parametrize(
     ("remove", "config", "match"),
     [
@@ -104,6 +123,16 @@ def test_what_sees_and_what_guesses_is_left_out_with_a_word(tmp_path: Path, capl
         ((), {"linear_num_key_heads": 3}, "'blk.0.attn_qkv.weight' has 160 rows where its heads make 192"),
         (("layer_types",), {}, "'blk.2.attn_gate.weight' is missing"),
         (("layer_types",), {"full_attention_interval": 3}, None),
+        (
+            (),
+            {"name": "qwen3next", "mlp_only_layers": [0]},
+            r"without a mixture \(mlp_only_layers, decoder_sparse_step\)",
+        ),
+        (
+            (),
+            {"name": "qwen3next", "linear_num_key_heads": 3},
+            "'blk.0.attn_gate.weight' has 256 rows where its heads make 288",
+        ),
     ],
 )
 def test_what_a_folder_may_say(tmp_path: Path, remove: tuple[str, ...], config: Any, match: str | None) -> None:

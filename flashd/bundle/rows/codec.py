@@ -86,6 +86,7 @@ def _check_model(m: Architecture) -> None:
             not m.experts or m.experts.used <= m.experts.count,
             f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
         ),
+        (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
         (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
         (
@@ -98,6 +99,15 @@ def _check_model(m: Architecture) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _shared_fits(m: Architecture) -> bool:
+    """Whether what the shared expert adds may be added before the other experts' output is."""
+    shared = m.experts and m.experts.shared
+    return not shared or (
+        shared.neurons % BLOCK == 0 and m.block != "post" and not {"inputs", "down"} & set(m.biases)
+        and "ffn_branch" not in m.norms and not m.normed_neurons
+    )  # fmt: skip
 
 
 def _check_text(text: Text, model: Architecture) -> None:

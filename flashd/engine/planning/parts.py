@@ -171,7 +171,7 @@ def _of_token(m: Architecture, groups: int) -> int:
     inner = groups * m.group_neurons * (m.inputs + 2)
     mixed = 0
     for i in range(m.layers):
-        kind, first = m.kind(i), sum(product.rows for product in m.products(i)[:-1])
+        kind, first = m.kind(i), sum(product.rows for product in m.mixing(i)[:-1])
         # a delta net has its rows as they came, convolved, and apart
         mixed = max(mixed, 3 * first + (3 * kind.row_width(m.hidden) if isinstance(kind, GatedDeltaNet) else 0))
     return 4 * (8 * m.hidden + mixed + inner)

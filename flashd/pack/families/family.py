@@ -43,6 +43,8 @@ class Mixture:
 
     normalised: bool = True
     early: bool = False
+    shared: bool = False  # every token uses one more expert
+    weighed: bool = False  # and that one's output is weighed
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ TENSORS = {
     "inputs": "ffn_up",
     "down": "ffn_down",
     "router": "ffn_gate_inp",
+    "shared_gate": "ffn_gate_shexp",
+    "shared_up": "ffn_up_shexp",
+    "shared_down": "ffn_down_shexp",
+    "shared_weight": "ffn_gate_inp_shexp",
     "in_proj": "shortconv.in_proj",
     "out_proj": "shortconv.out_proj",
     "conv": "shortconv.conv",

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from flashd.bundle.architecture import LAYER_NORMS, Activation, Architecture, Bias, Block, Experts, Scores
+from flashd.bundle.architecture import (
+    LAYER_NORMS,
+    Activation,
+    Architecture,
+    Bias,
+    Block,
+    Experts,
+    Scores,
+    SharedExpert,
+)
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, recurrent_kinds
-from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.family import Family, Mixture, tensor_name
 from flashd.pack.families.rope import context_of, rope_tables
 from flashd.pack.groups import group_neurons
 from flashd.pack.names import name_of
@@ -50,9 +59,8 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     if family.rotary and width % 16:
         raise DataError(f"{model.path}: heads of {width} are not a multiple of 16, which rotary embedding needs")
     layers, experts = model.layers, _experts(model, family)
-    neurons = model.number("feed_forward_length", int)
-    if experts:
-        neurons = model.number("expert_feed_forward_length", int, neurons)
+    own = model.number("expert_feed_forward_length", int, 0) if experts else 0
+    neurons = own or model.number("feed_forward_length", int)
     # gpt-oss and Qwen3.5 call the norm before the FFN what others call one behind the attention
     taken = {tensor_name(family, f"{place}_norm") for place in family.norms}
     free = {p for p in (*LAYER_NORMS, "final") if tensor_name(family, f"{p}_norm") not in taken}
@@ -151,7 +159,15 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         normalised=kind == OF_THE_CHOSEN or (family.mixture.normalised if stated is None else bool(stated)),
         scale=model.number("expert_weights_scale", float, 0.0) or 1.0,
         early=family.mixture.early,
+        shared=_shared(model, family.mixture) if family.mixture.shared else None,
     )
+
+
+def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert:
+    neurons = model.number("expert_shared_feed_forward_length", int)
+    if neurons < 1 or neurons % BLOCK:
+        raise DataError(f"{model.path}: an expert for all tokens with {neurons} neurons, no multiple of {BLOCK}")
+    return SharedExpert(neurons=neurons, weighed=mixture.weighed)
 
 
 def _positions(model: OpenModel, family: Family) -> int:

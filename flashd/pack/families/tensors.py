@@ -20,6 +20,7 @@ READ = frozenset((
     )),
     *(f"expert_{key}" for key in (
         "count", "used_count", "feed_forward_length", "gating_func", "weights_norm", "weights_scale",
+        "shared_feed_forward_length",
     )),
     *(f"rope.{key}" for key in (
         "dimension_count", "freq_base", "freq_base_swa", "scale_linear", "scaling.type", "scaling.factor",
@@ -61,7 +62,7 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
     unsupported = [
         f"{UNSUPPORTED_KEYS[key]} ({before}{key}) is not supported for {model.architecture!r} yet"
         for key, value in stated.items()
-        if value not in (None, 0, "none")
+        if value not in (None, 0, "none") and not (key == "expert_shared_count" and _shares(family))
     ]
     keys = [
         f"flashd does not know what {name} means (its value: {str(model.metadata(name))[:60]})"
@@ -74,6 +75,10 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
         for name, others in _kinds(_unexpected(model, family)).items()
     ]
     return [*unsupported, *_shortened(keys, "keys"), *_shortened(tensors, "kinds of tensors")]
+
+
+def _shares(family: Family) -> bool:
+    return bool(family.mixture and family.mixture.shared)
 
 
 def beyond(model: OpenModel, family: Family) -> str:
@@ -134,6 +139,8 @@ def _expected(family: Family, layers: int) -> set[str]:
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
         parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
+        if family.mixture and family.mixture.shared:
+            parts += ["shared_gate", "shared_up", "shared_down", *["shared_weight"] * family.mixture.weighed]
         for part in parts:
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:

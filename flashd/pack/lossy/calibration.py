@@ -174,11 +174,15 @@ class Calibration:
         """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
-        *first, (last,) = self._weights.products(i)
+        *first, (last,) = self._weights.mixing(i)
         inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
         mixed = [self._mixed(i, vectors, inner[part]) for part in self._parts()]
         branch = _product(np.concatenate(mixed), last)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
+        if "beside" in self._stages:
+            inputs, (down,) = self._weights.shared(i)
+            a = self._activated([_product(h, part) for part in inputs], np.zeros(0, np.float32))
+            (x,) = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
         return vectors, x, h
 
     def _mixed(self, i: int, vectors: dict[str, Floats], inner: Floats) -> Floats:

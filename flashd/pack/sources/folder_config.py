@@ -34,6 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "expert_count": ("num_local_experts", "num_experts"),
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "expert_weights_norm": ("norm_topk_prob",),
     # GGUF has no key for it: the architecture says it all there
     "hidden_activation": ("hidden_activation", "hidden_act", "activation_function", "activation"),

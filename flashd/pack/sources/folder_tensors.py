@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import gguf
 import numpy as np
@@ -42,7 +43,7 @@ class Names:
             theirs.format(bid=i) + end: ours.format(bid=i) + end
             for theirs, ours in model.folder.tensors.items()
             for i in range(model.layers)
-            for end in (*ENDS, "")
+            for end in ("", *(() if ours.endswith(ENDS) else ENDS))  # some of theirs have no end
         }
         self._split = {
             f"{theirs.format(bid=i)}.weight": [f"{name.format(bid=i)}.weight" for name in ours]
@@ -65,7 +66,7 @@ class Names:
     def joined(self, name: str) -> list[str]:
         """GGUF's names of what the stack `name` holds one behind the other in each of its matrices; empty if it is
         not such a stack."""
-        return self._joined.get(name, [])
+        return self._joined.get(self._spoken(name), [])
 
     def split(self, name: str) -> list[str]:
         """GGUF's names of the tensors that each have some rows of the tensor `name`; empty if it is one by itself."""
@@ -117,14 +118,23 @@ def column_order(model: FolderModel, name: str, columns: int) -> Numbers | None:
     return own
 
 
+def _parts(names: Iterable[str]) -> list[str]:
+    return [part_of(name) for name in names]
+
+
 def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
     """For each of so many rows of the GGUF tensor `name`, the row of the folder's; None if they agree.
 
     Raises DataError if the heads make another number of rows.
     """
-    own = model.folder.rows(model.config, part_of(name))
+    folder = model.folder
+    own = folder.rows(model.config, part_of(name))
     if own is not None:
-        _check_rows(name, rows, int(own.max()) + 1 if model.folder.split else len(own))
+        together = next(
+            (ours for ours in map(_parts, folder.split.values()) if part_of(name) in ours), [part_of(name)]
+        )
+        orders = [folder.rows(model.config, part) for part in together]
+        _check_rows(name, rows, sum(len(order) for order in orders if order is not None))
         return own
     part, width, heads = f".{name}".split(".")[-2], model.head_dim, model.config.get("num_attention_heads", 0)
     shared = model.config.get("num_key_value_heads", heads)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError
-from flashd.pack.families.family import Config, DeltaNets, Family, Folder
+from flashd.pack.families.family import Config, DeltaNets, Family, Folder, Mixture
 from flashd.pack.open_model import GUESSING
 
 KINDS = {"full_attention": False, "linear_attention": True}
@@ -31,6 +31,14 @@ TENSORS = {
         "in_proj_qkv": "attn_qkv", "in_proj_z": "attn_gate", "in_proj_b": "ssm_beta", "in_proj_a": "ssm_alpha",
         "out_proj": "ssm_out", "norm": "ssm_norm", "conv1d": "ssm_conv1d", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias",
     }.items()
+}  # fmt: skip
+STACKS = {"model.layers.{bid}.mlp.experts.down_proj": "blk.{bid}.ffn_down_exps.weight"}
+JOINED = {
+    "model.layers.{bid}.mlp.experts.gate_up_proj": ("blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"),
+}
+MIXTURE = {
+    "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
 }  # fmt: skip
 READS = (
     "ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size",
@@ -113,6 +121,20 @@ FAMILIES = (
                 "qwen3_5_text", seeing=("qwen3_5",), shift=1.0, unshifted=("ssm_norm",),
                 changed={"ssm_a": less_than_zero}, rows=rows, columns=columns, adapt=adapt, keys=KEYS,
                 tensors=TENSORS, defaults={**DEFAULTS, "num_key_value_heads": 4}, left_out={"mtp.": GUESSING},
+            ),
+        ),
+    ),
+    Family(
+        "qwen35moe", "Qwen3.5 and Qwen3.6 as mixtures", "tiny",
+        norms=("attention", "query", "key", "ffn", "final"), names={"ffn_norm": "post_attention_norm"},
+        delta_nets=DeltaNets(tiled=True), attention_gated=True, reads=READS,
+        mixture=Mixture(shared=True, weighed=True),
+        folders=(
+            Folder(
+                "qwen3_5_moe_text", seeing=("qwen3_5_moe",), shift=1.0, unshifted=("ssm_norm",),
+                changed={"ssm_a": less_than_zero}, rows=rows, columns=columns, adapt=adapt, keys=KEYS,
+                tensors=TENSORS | STACKS, joined=JOINED,
+                defaults={**DEFAULTS, **MIXTURE}, left_out={"mtp.": GUESSING},
             ),
         ),
     ),

@@ -134,6 +134,10 @@ NARROWED = {
 }  # fmt: skip
 
 
+SHARED = {"neurons": 33, "weighed": False}
+DELTA_NET = {
+    "kind": "gated_delta_net", "taps": 4, "key_heads": 2, "value_heads": 2, "key_dim": 16, "value_dim": 16,
+}  # fmt: skip
 EXPERTS = {"count": 7, "used": 8, "scores": "softmax", "normalised": True}
 
 
@@ -163,6 +167,9 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("model", "group_neurons", to=224), BadSection),
         (_set("model", "experts", to=EXPERTS), DamagedHeader),
         (_set("model", "experts", to=EXPERTS | {"count": 2, "used": 1}), DamagedHeader),
+        (_set("model", "experts", to=EXPERTS | {"count": 1, "used": 1, "shared": SHARED}), DamagedHeader),
+        (_set("model", "recurrent", to=[DELTA_NET | {"value_heads": 3}]), DamagedHeader),
+        (_set("model", "recurrent", to=[DELTA_NET | {"value_dim": 8}]), DamagedHeader),
         (_set("model", "attention_scale", to=0), DamagedHeader),
         (_set("model", "layer_kinds", 0, to=1), DamagedHeader),
         (_set("model", "attention", 0, "rope", to=1), DamagedHeader),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, GatedDeltaNet, Recurrent
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
 from flashd.bundle.prefix import (
@@ -86,6 +86,7 @@ def _check_model(m: Architecture) -> None:
             not m.experts or m.experts.used <= m.experts.count,
             f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
         ),
+        (all(_fits(kind) for kind in m.recurrent), "heads of a delta net do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
         (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
         (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
@@ -99,6 +100,12 @@ def _check_model(m: Architecture) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _fits(kind: Recurrent) -> bool:
+    return not isinstance(kind, GatedDeltaNet) or (
+        kind.value_heads % kind.key_heads == 0 and kind.values_width % BLOCK == 0
+    )
 
 
 def _shared_fits(m: Architecture) -> bool:

@@ -179,7 +179,7 @@ class States:
         assert self._unread is not None
         inputs = rows[0] | {"past_sums": now}
         outputs = rows[1] | {
-            "folded_sums": now if folded else self._unread,
+            "folded_sums": now,  # as it is, if nothing is folded
             "present_sums": self._unread if drafting else state.sums.value(True),
         }
         if folded:

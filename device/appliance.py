@@ -11,17 +11,20 @@ from pathlib import Path
 from queue import Full, Queue
 
 import gpiozero
+from msgspec.structs import replace
 
 from device.consoles.console import Console
 from device.consoles.machine import Machine
 from device.consoles.port import Port, SerialLine
-from device.controls import Facts, Status
+from device.controls import Facts, Shown, Status
 from device.drives import Drives, letting_go, taking_pins
+from device.hearing.push_to_talk import Ears, Stage
+from device.outputs.output import Phase
 from device.outputs.panel import Panel
 from device.prompt import Prompt
 from device.sensors.sensors import Sensors
 from device.triggers import Triggers
-from flashd.config.devices import AnyTrigger
+from flashd.config.devices import AnyTrigger, Talk
 from flashd.config.settings import Serial, Settings
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs
@@ -34,6 +37,12 @@ log = logging.getLogger(__name__)
 
 MOST_FIRED = 64
 """Triggers that have gone off and are not started yet."""
+
+STAGES = {
+    Stage.LISTENING: Phase.LISTENING, Stage.UNDERSTANDING: Phase.UNDERSTANDING, Stage.OVER: None,
+    Stage.FAILED: Phase.ERROR,
+}  # fmt: skip
+"""What is shown while somebody speaks."""
 
 CLOSE_SECONDS = 5.0
 """How long a close waits for one that is being started."""
@@ -62,7 +71,7 @@ class Appliance:
         self._lock = threading.RLock()
         self._mute_button: gpiozero.Button | None = None
         self._serial: list[SerialLine] = []
-        self._phase_sinks: list[Callable[[str], None]] = []
+        self._sinks: list[Callable[[Shown], None]] = []
         self._watch: Watch | None = None
         self._fired: Queue[tuple[str, dict[str, str | float]] | None] = Queue(MOST_FIRED)
         self._starting = threading.Thread(target=self._start_fired, name="triggers", daemon=True)
@@ -109,6 +118,10 @@ class Appliance:
 
         Raises ConfigError, and then all is as it was.
         """
+        if settings.hearing != self._settings.hearing:
+            if self._settings.hearing is None and any(isinstance(t, Talk) for t in settings.triggers):
+                raise ConfigError("hearing is new, and its memory is planned at a start: restart flashd")
+            settings = replace(settings, hearing=self._settings.hearing)
         prompts = _prompts(settings)
         with self._lock:
             before = self._settings, self._prompts
@@ -145,10 +158,10 @@ class Appliance:
             demo=facts.demo,
         )  # fmt: skip
 
-    def watch_phase(self, sink: Callable[[str], None]) -> Callable[[], None]:
-        self._phase_sinks.append(sink)
-        sink(str(self._panel.phase))
-        return lambda: self._phase_sinks.remove(sink)
+    def watch_shown(self, sink: Callable[[Shown], None]) -> Callable[[], None]:
+        self._sinks.append(sink)
+        sink(Shown(str(self._panel.phase)))
+        return lambda: self._sinks.remove(sink)
 
     # --- inside -------------------------------------------------------------------------------------------
 
@@ -159,8 +172,11 @@ class Appliance:
         self._ready_at: dict[str, float] = {}
         self._sensors = Sensors(settings.sensors, self._sysfs)
         self._listening: Triggers | None = None
+        self._ears = Ears(settings.hearing, self._hears, lambda: not self._muted) if settings.hearing else None
         with ExitStack() as undo:
             undo.callback(self._sensors.close)
+            if self._ears is not None:
+                undo.callback(self._ears.close)
             with taking_pins("a pin cannot be used"):
                 self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
@@ -173,21 +189,41 @@ class Appliance:
     def _listen(self) -> None:
         self._panel.ready()
         with taking_pins("a pin cannot be used"):
-            self._listening = Triggers(self._settings.triggers, self._sensors, self._fire, self._panel.notice)
+            self._listening = Triggers(
+                self._settings.triggers, self._sensors, self._fire, self._panel.notice, self._pressed, self._ears
+            )
             if self._settings.mute_pin is not None:
                 self._mute_button = gpiozero.Button(self._settings.mute_pin, bounce_time=0.05)
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)
 
     def _drop(self) -> None:
-        for each in (self._listening, self._mute_button, self._panel, self._drives, self._sensors):
+        for each in (self._listening, self._ears, self._mute_button, self._panel, self._drives, self._sensors):
             if each is not None:
                 with letting_go():
                     each.close()
-        self._listening = self._mute_button = None
+        self._listening = self._ears = self._mute_button = None
 
     def _entered(self, phase: str) -> None:
-        for sink in list(self._phase_sinks):
-            sink(phase)
+        self._tell(Shown(phase))
+
+    def _tell(self, shown: Shown) -> None:
+        for sink in list(self._sinks):
+            sink(shown)
+
+    def _hears(self, stage: Stage, words: str) -> None:
+        """Somebody speaks to it: how far it is, and what was heard or why nothing was."""
+        self._panel.hears(STAGES[stage])
+        if words:
+            self._panel.notice(words)
+            self._tell(Shown(str(self._panel.phase), words))
+
+    def _pressed(self, name: str) -> None:
+        """A button went down: it is quiet. Whoever wants to talk need not wait for the last answer either."""
+        self._panel.hush()
+        if isinstance(self._triggers.get(name), Talk):  # its own thread calls this, which may wait
+            for job in self.jobs.running:
+                if job.request.source == f"trigger:{name}":
+                    self.jobs.cancel(job.id)
 
     def _fire(self, name: str, **values: str | float) -> None:
         """A trigger went off. It comes from a driver's thread, which all pins have in common and no error may end."""

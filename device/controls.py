@@ -39,6 +39,13 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     demo: bool  # whether there is no board, so that pages show a mock one
 
 
+class Shown(msgspec.Struct, frozen=True):
+    """What the appliance shows: its phase, and words that are to be read at once, which it may have none of."""
+
+    phase: str
+    notice: str = ""
+
+
 class Controls(Protocol):
     """The appliance as a console, a trigger or the kiosk sees it."""
 
@@ -51,7 +58,7 @@ class Controls(Protocol):
     def muted(self) -> bool: ...
 
     def mute(self, muted: bool) -> None:
-        """While muted, triggers start nothing and nothing is said aloud."""
+        """While muted, triggers start nothing, and nothing is said aloud or recorded."""
 
     def start(self, name: str, **values: str | float) -> Job:
         """Starts a trigger's job. Raises KeyError, Busy, UsageError; NotStarted if it is muted or asks nothing."""
@@ -59,8 +66,9 @@ class Controls(Protocol):
     def status(self) -> Status:
         """How things stand; the sensors are read for it."""
 
-    def watch_phase(self, sink: Callable[[str], None]) -> Callable[[], None]:
-        """Tells `sink` the phase now and whenever it changes, until the function that this returns is called.
+    def watch_shown(self, sink: Callable[[Shown], None]) -> Callable[[], None]:
+        """Tells `sink` the phase now and whenever it changes, and what was heard or is wrong with hearing, until the
+        function that this returns is called.
 
         It is told in whatever thread that happens, and must not wait.
         """

@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from device.controls import Controls
-from flashd.config.devices import AnyTrigger, Button, Door, Manual, Motion, Near, Rotary, Schedule
+from device.controls import Controls, Shown
+from flashd.config.devices import AnyTrigger, Button, Door, Manual, Motion, Near, Rotary, Schedule, Talk
 from flashd.daemon.events import Events
 from flashd.daemon.job import API, Event, Job, State
 from flashd.errors import Busy
@@ -36,6 +36,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kind: Literal["phase", "asked", "queued", "moved", "started", "progress", "text", "restarted", "ended"]
     phase: str = ""
+    notice: str = ""  # what was heard, or why nothing was
     job: int = 0
     who: str = ""  # asks, in words
     asked: str = ""  # the question, "" if it is a person's
@@ -68,9 +69,9 @@ class Feed:
 
     async def _stream(self) -> AsyncIterator[str]:
         self._pages += 1
-        events = Events[Event | str]()
+        events = Events[Event | Shown]()
         watch = self._controls.jobs.watch(sink=events.put)
-        unwatch = self._controls.watch_phase(events.put)
+        unwatch = self._controls.watch_shown(events.put)
         telling = _Telling(self._controls)
         try:
             yield RETRY
@@ -80,8 +81,8 @@ class Feed:
                 event = await events.next(QUIET_SECONDS)
                 if event is None:
                     yield ":\n\n"
-                elif isinstance(event, str):
-                    yield Told(kind="phase", phase=event).line()
+                elif isinstance(event, Shown):
+                    yield Told(kind="phase", phase=event.phase, notice=event.notice).line()
                 else:
                     for told in await telling.of(event):
                         yield told.line()
@@ -142,8 +143,8 @@ class _Telling:
 
 
 KINDS = {
-    Button: "The button", Motion: "The motion sensor", Door: "The door", Near: "The distance sensor",
-    Rotary: "The menu", Schedule: "The clock", Manual: "The trigger",
+    Button: "The button", Talk: "The voice", Motion: "The motion sensor", Door: "The door",
+    Near: "The distance sensor", Rotary: "The menu", Schedule: "The clock", Manual: "The trigger",
 }  # fmt: skip
 
 

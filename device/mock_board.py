@@ -11,7 +11,7 @@ import gpiozero
 import msgspec
 from gpiozero.pins.mock import MockFactory, MockPin
 
-from flashd.config.devices import Button, Door, Led, Motion
+from flashd.config.devices import Button, Door, Led, Motion, Talk
 from flashd.config.settings import Settings
 from flashd.errors import UsageError
 
@@ -103,7 +103,7 @@ class MockBoard:
                 drive = trigger.drive
                 found[drive.pin] = self._part("drive", drive.pin, drive.active_high, drive.most)
         for trigger in settings.triggers:
-            if isinstance(trigger, Button):
+            if isinstance(trigger, Button | Talk):
                 found[trigger.pin] = self._part("button", trigger.pin, not trigger.pull_up)
             elif isinstance(trigger, Door):
                 found[trigger.pin] = self._part("door", trigger.pin, trigger.pull_up)

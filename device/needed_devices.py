@@ -16,7 +16,8 @@ def needed_devices(settings: Settings) -> list[str]:
     wanted = {name for entry in settings.serial for name in _of_port(Path(entry.port))}
     if pins(settings):
         wanted.add("char-gpiochip")
-    for entry in (*settings.sensors, *settings.outputs):
+    hearing = [settings.hearing] if settings.hearing else []
+    for entry in (*settings.sensors, *settings.outputs, *hearing):
         wanted.update(entry.needs)
     return sorted(wanted)
 

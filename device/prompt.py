@@ -14,8 +14,8 @@ from flashd.errors import ConfigError, UsageError
 from flashd.system.template import Template, TemplateFails
 
 NO_SENSOR = re.compile(r"has no attribute '(\w+)'")
-VALUES = ("sensors", "now", "last", "choice", "distance")
-"""What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres."""
+VALUES = ("sensors", "now", "last", "choice", "distance", "heard")
+"""What a template may name: readings by sensor, the time, the last answer, a menu's choice, metres, speech."""
 
 MAX_LENGTH = 64 << 10
 """Characters that a template may make."""
@@ -53,5 +53,7 @@ class Prompt:
             raise UsageError(f"trigger {self._trigger!r}: its prompt fails: {error}") from error
 
     def _render(self, sensors: Mapping[str, Reading], last: str, values: Mapping[str, Any]) -> str:
-        names = {"sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0}
+        names = {
+            "sensors": dict(sensors), "now": datetime.now(), "last": last, "choice": "", "distance": 0.0, "heard": "",
+        }  # fmt: skip
         return self._template.render({**names, **values})

@@ -1,4 +1,4 @@
-"""Triggers: buttons, motion, doors, nearness, a menu, the clock. Each calls `fire` when its time has come.
+"""Triggers: buttons, speech, motion, doors, nearness, a menu, the clock. Each calls `fire` when its time has come.
 
 gpiozero debounces and calls back from threads of its own; nothing here waits in one of them.
 """
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import gpiozero
 
+from device.hearing.push_to_talk import Ears, PushToTalk
 from device.sensors.sensors import Sensors
-from flashd.config.devices import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule
+from flashd.config.devices import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule, Talk
 
 log = logging.getLogger(__name__)
 
@@ -30,24 +31,35 @@ class Closes(Protocol):
 
 
 def _nobody(_: str) -> None:
-    """Nobody looks at what a menu stands at."""
+    """Nobody looks at what a menu stands at, or cares for a press."""
 
 
 class Triggers:
-    """The configured triggers, live until closed; `turned` is told what a menu stands at.
+    """The configured triggers, live until closed.
+
+    Args:
+        settings: of each trigger.
+        sensors: what a trigger of kind near looks at.
+        fire: is called when a trigger goes off.
+        turned: is told what a menu stands at.
+        pressed: is told whose button went down, before it is clear which press it will be.
+        ears: what hears for triggers of kind talk; they are left out without it.
 
     Raises gpiozero.GPIOZeroError where a pin cannot be had.
     """
 
     def __init__(
-        self, settings: list[AnyTrigger], sensors: Sensors, fire: Fire, turned: Callable[[str], None] = _nobody
-    ) -> None:
+        self, settings: list[AnyTrigger], sensors: Sensors, fire: Fire, turned: Callable[[str], None] = _nobody,
+        pressed: Callable[[str], None] = _nobody, ears: Ears | None = None,
+    ) -> None:  # fmt: skip
+        self._sensors, self._fire, self._turned, self._pressed, self._ears = sensors, fire, turned, pressed, ears
         self._open: list[Closes] = []
         try:
             for pin in sorted({t.pin for t in settings if isinstance(t, Button)}):
-                self._open.append(Presses([t for t in settings if isinstance(t, Button) and t.pin == pin], fire))
+                buttons = [t for t in settings if isinstance(t, Button) and t.pin == pin]
+                self._open.append(Presses(buttons, fire, pressed))
             for trigger in settings:
-                self._open += _opened(trigger, sensors, fire, turned)
+                self._open += self._opened(trigger)
         except BaseException:
             self.close()
             raise
@@ -57,33 +69,44 @@ class Triggers:
             each.close()
         self._open.clear()
 
+    def _opened(self, trigger: AnyTrigger) -> list[Closes]:
+        fire = self._fire
+        if isinstance(trigger, Talk) and self._ears is not None:
+            return [
+                PushToTalk(
+                    trigger, self._ears, lambda: self._pressed(trigger.name),
+                    lambda heard: fire(trigger.name, heard=heard),
+                )
+            ]  # fmt: skip
+        if isinstance(trigger, Motion):
+            motion = gpiozero.MotionSensor(trigger.pin)
+            motion.when_motion = lambda: fire(trigger.name)
+            return [motion]
+        if isinstance(trigger, Door):
+            return [_door(trigger, fire)]
+        if isinstance(trigger, Near):
+            return [Nearness(trigger, self._sensors, fire)]
+        if isinstance(trigger, Rotary):
+            return [Menu(trigger, fire, self._turned, self._pressed)]
+        if isinstance(trigger, Schedule):
+            return [Clock(trigger, fire)]
+        return []
 
-def _opened(trigger: AnyTrigger, sensors: Sensors, fire: Fire, turned: Callable[[str], None]) -> list[Closes]:
-    if isinstance(trigger, Motion):
-        motion = gpiozero.MotionSensor(trigger.pin)
-        motion.when_motion = lambda: fire(trigger.name)
-        return [motion]
-    if isinstance(trigger, Door):
-        # a reed contact to ground is closed, so pressed, while the door is
-        door = gpiozero.Button(trigger.pin, pull_up=trigger.pull_up, bounce_time=trigger.bounce or None)
-        if trigger.when == "open":
-            door.when_released = lambda: fire(trigger.name)
-        else:
-            door.when_pressed = lambda: fire(trigger.name)
-        return [door]
-    if isinstance(trigger, Near):
-        return [Nearness(trigger, sensors, fire)]
-    if isinstance(trigger, Rotary):
-        return [Menu(trigger, fire, turned)]
-    if isinstance(trigger, Schedule):
-        return [Clock(trigger, fire)]
-    return []
+
+def _door(trigger: Door, fire: Fire) -> Closes:
+    # a reed contact to ground is closed, so pressed, while the door is
+    door = gpiozero.Button(trigger.pin, pull_up=trigger.pull_up, bounce_time=trigger.bounce or None)
+    if trigger.when == "open":
+        door.when_released = lambda: fire(trigger.name)
+    else:
+        door.when_pressed = lambda: fire(trigger.name)
+    return door  # type: ignore[no-any-return]
 
 
 class Presses:
     """One button: short, long and double presses told apart, as far as there are triggers for them."""
 
-    def __init__(self, triggers: list[Button], fire: Fire) -> None:
+    def __init__(self, triggers: list[Button], fire: Fire, pressed: Callable[[str], None]) -> None:
         self._names = {t.press: t.name for t in triggers}
         self._fire = fire
         self._lock = threading.Lock()
@@ -96,6 +119,7 @@ class Presses:
             first.pin, pull_up=first.pull_up, bounce_time=first.bounce or None,
             hold_time=by_press.get("long", first).hold,
         )  # fmt: skip
+        self._button.when_pressed = lambda: pressed(first.name)
         if "long" in self._names:
             self._button.when_held = self._hold
         self._button.when_released = self._release
@@ -185,7 +209,9 @@ class Nearness(_Loop):
 class Menu:
     """A rotary encoder that goes round a menu, `turned` to a choice, and a button that picks it."""
 
-    def __init__(self, trigger: Rotary, fire: Fire, turned: Callable[[str], None]) -> None:
+    def __init__(
+        self, trigger: Rotary, fire: Fire, turned: Callable[[str], None], pressed: Callable[[str], None]
+    ) -> None:
         self._trigger = trigger
         self._encoder = gpiozero.RotaryEncoder(trigger.a, trigger.b, max_steps=0)
         try:
@@ -193,13 +219,18 @@ class Menu:
         except BaseException:
             self._encoder.close()
             raise
-        self._button.when_pressed = lambda: fire(trigger.name, choice=self.choice)
+        self._pressed, self._fire = pressed, fire
+        self._button.when_pressed = self._pick
         self._encoder.when_rotated = lambda: turned(self.choice)
 
     @property
     def choice(self) -> str:
         """What the menu stands at."""
         return self._trigger.menu[int(self._encoder.steps) % len(self._trigger.menu)]
+
+    def _pick(self) -> None:
+        self._pressed(self._trigger.name)
+        self._fire(self._trigger.name, choice=self.choice)
 
     def close(self) -> None:
         self._button.close()

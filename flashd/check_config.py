@@ -8,9 +8,8 @@ from device import appliance
 from flashd import serve
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Settings
-from flashd.daemon.http.admission import CLIENTS
 from flashd.engine.decoding.schemas import Schemas
-from flashd.engine.engine import Budget, Prompts, plan_for
+from flashd.engine.engine import Prompts, plan_for
 from flashd.errors import FlashdError, MemoryTooSmall, Misfit
 from flashd.pack import default_model
 from flashd.system.memory import MIB, parse_size
@@ -50,7 +49,7 @@ def bundle_path(settings: Settings) -> Path:
 def least_memory(settings: Settings, bundle: Bundle) -> int:
     """The smallest `memory` with which the service answers. Raises FlashdError."""
     held = _held(settings, bundle)
-    plan = plan_for(bundle, _budget(settings, 1 << 40))
+    plan = plan_for(bundle, serve.budget_of(settings, 1 << 40))
     del held
     return plan.least + STARTED
 
@@ -63,7 +62,7 @@ def _check_memory(settings: Settings, bundle: Bundle) -> None:
     if settings.memory is None:  # what is free when it starts
         return
     try:
-        plan_for(bundle, _budget(settings, parse_size(settings.memory) - STARTED))
+        plan_for(bundle, serve.budget_of(settings, parse_size(settings.memory) - STARTED))
     except MemoryTooSmall as error:
         raise Misfit(("memory",), serve.too_small(settings.memory, error, STARTED)) from error
     del held
@@ -72,7 +71,3 @@ def _check_memory(settings: Settings, bundle: Bundle) -> None:
 def _held(settings: Settings, bundle: Bundle) -> list[object]:
     """What the service holds of a bundle when it plans."""
     return [Prompts(bundle), *([Schemas(bundle)] if settings.schemas else [])]
-
-
-def _budget(settings: Settings, memory: int) -> Budget:
-    return Budget(memory, settings.context, settings.threads, settings.arithmetic, CLIENTS, settings.kv)

@@ -56,6 +56,7 @@ NEEDS_RESTART = (
     "api",
     "spool",
     "serial",
+    "hearing",
 )
 """What a reload does not change."""
 
@@ -143,8 +144,7 @@ class Daemon:
             self._notify.status(f"loading {100 * done // total} %")
 
         self._notify.status("loading")
-        memory = parse_size(s.memory) if s.memory else None
-        budget = Budget(memory, s.context, s.threads, s.arithmetic, CLIENTS, s.kv)
+        budget = budget_of(s, parse_size(s.memory) if s.memory else None)
         try:
             return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle, s.kv) if s.snapshots else None)
         except MemoryTooSmall as error:
@@ -215,6 +215,12 @@ class Daemon:
             self._worker.answering = settings.answer
         kept = [key for key in NEEDS_RESTART if getattr(settings, key) != getattr(self._settings, key)]
         log.info("reloaded" + (f"; {', '.join(kept)} will change with a restart" if kept else ""))
+
+
+def budget_of(settings: Settings, memory: int | None) -> Budget:
+    """What the engine may use of so many bytes; the service's clients and what hears have their share beside it."""
+    beside = {"clients": CLIENTS} | ({"hearing": settings.hearing.held} if settings.hearing else {})
+    return Budget(memory, settings.context, settings.threads, settings.arithmetic, beside, settings.kv)
 
 
 def too_small(memory: str, error: MemoryTooSmall, more: int = 0) -> str:

@@ -35,7 +35,8 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
         (
             "context: 1024\nmodle: x",
             "line 2: 'modle' is not known; allowed are model, memory, context, threads, arithmetic, kv, card, "
-            "answer, api, spool, kiosk, updates, mute_pin, schemas, snapshots, serial, sensors, triggers, outputs",
+            "answer, api, spool, kiosk, updates, mute_pin, hearing, schemas, snapshots, serial, sensors, triggers, "
+            "outputs",
         ),
         (
             "answer:\n  max_tokens: many",
@@ -47,7 +48,7 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
         ),
         (
             "triggers:\n- kind: buton\n  name: a",
-            "line 2: trigger 'a', kind: 'buton' is not known; allowed are button, motion, door, near, "
+            "line 2: trigger 'a', kind: 'buton' is not known; allowed are button, talk, motion, door, near, "
             "rotary, schedule, manual",
         ),
         (

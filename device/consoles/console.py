@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from device.consoles.port import Port
-from device.controls import Controls
+from device.controls import Controls, Shown
 from flashd.config.settings import Serial
 from flashd.daemon.job import Event, Job, Request, State, Turn
 from flashd.daemon.watch import Watch
@@ -22,6 +23,12 @@ STATUS_SECONDS = 1.0
 
 MOST_TURNS = 64
 """Messages of a talk that are kept; the oldest half goes when there are more."""
+
+LISTENING = "listening"
+"""The phase in which somebody speaks to the board."""
+
+MOST_NEWS = 8
+"""Rows of what is heard that wait while something is typed or answered."""
 
 PRIORITY = 6
 """Somebody stands at the cable and waits: before sensors and schedules."""
@@ -44,6 +51,7 @@ class Console:
     def __init__(self, controls: Controls, settings: Serial) -> None:
         self._controls, self._settings = controls, settings
         self._turns: list[Turn] = []
+        self._news: deque[str] = deque(maxlen=MOST_NEWS)
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self._say(HELP), "status": self._status, "reset": self._reset, "model": self._model,
             "stats": self._stats, "trigger": self._trigger, "mute": self._mute,
@@ -55,7 +63,15 @@ class Console:
         self._editor = LineEditor(port.write, self._settings.columns)
         self._ahead = b""
         self._greet()
+        unwatch = self._controls.watch_shown(self._take_news)
+        try:
+            self._talk(stopping)
+        finally:
+            unwatch()
+
+    def _talk(self, stopping: threading.Event) -> None:
         while not stopping.is_set():
+            self._show_news()
             entry = self._next_entry()
             if entry is Key.END or entry == "/quit":
                 self._turns = []
@@ -66,6 +82,20 @@ class Console:
                 self._editor.start()
             elif entry is not None:
                 self._line(entry.strip())
+
+    # --- what the board hears -----------------------------------------------------------------------------
+
+    def _take_news(self, shown: Shown) -> None:
+        """Keeps what is to be read until there is a place for it. In any thread."""
+        if shown.notice or shown.phase == LISTENING:
+            self._news.append(shown.notice or LISTENING)
+
+    def _show_news(self) -> None:
+        if self._news and self._editor.empty:
+            self._send("\r\x1b[K")
+            while self._news:
+                self._say(f"({self._news.popleft()})")
+            self._editor.start()
 
     # --- lines --------------------------------------------------------------------------------------------
 

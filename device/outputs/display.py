@@ -47,7 +47,7 @@ class Screen(OneText):
         self._fresh = True  # what is shown is no part of the answer that begins
 
     def show(self, phase: Phase) -> None:
-        if phase in (Phase.LOADING, Phase.THINKING, Phase.ERROR):
+        if phase in (Phase.LOADING, Phase.LISTENING, Phase.UNDERSTANDING, Phase.THINKING, Phase.ERROR):
             self.notice(str(phase))
 
     def notice(self, text: str) -> None:

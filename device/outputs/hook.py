@@ -10,9 +10,9 @@ import threading
 import msgspec
 
 from device.outputs.output import Output, Surroundings
-from device.outputs.program import goes_first, kill
 from flashd.config.devices import Hook
 from flashd.daemon.job import Event
+from flashd.system.program import goes_first, kill
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ class Phase(StrEnum):
 
     LOADING = "loading"
     IDLE = "idle"
+    LISTENING = "listening"
+    UNDERSTANDING = "understanding"
     THINKING = "thinking"
     ANSWERING = "answering"
     ERROR = "error"
@@ -44,6 +46,9 @@ class Output:
     def notice(self, text: str) -> None:
         """Something to be read at once: what a menu stands at."""
 
+    def hush(self) -> None:
+        """Somebody wants silence: what has begun to be said is not said to its end. It must not wait."""
+
     def close(self) -> None:
         """Lets go of what it holds."""
 
@@ -53,6 +58,11 @@ class InTurn:
 
     def __init__(self) -> None:
         self._held: dict[int, list[Event]] = {}  # of jobs that have started; the first one's are passed on at once
+
+    @property
+    def over(self) -> bool:
+        """Whether every job that has started has ended."""
+        return not self._held
 
     def take(self, event: Event) -> Iterator[Event]:
         """What is to be followed now. A job that did not come to its answer behind another's is left out."""

@@ -33,6 +33,7 @@ class Panel:
         self._lock = threading.RLock()
         self._base = Phase.LOADING
         self._muted = False
+        self._hearing: Phase | None = None  # it is shown before what a job does
         self.phase = Phase.LOADING
         self._outputs: list[Output] = []
         self._failing: set[Output] = set()
@@ -66,6 +67,21 @@ class Panel:
         with self._lock:
             self._muted = muted
             self._show()
+        if muted:
+            self.hush()
+
+    def hears(self, phase: Phase | None) -> None:
+        """Somebody speaks to it, or no longer. ERROR: it was not understood."""
+        with self._lock:
+            self._hearing = None if phase is Phase.ERROR else phase
+            if phase is Phase.ERROR:
+                self._enter(phase)
+            else:
+                self._show()
+
+    def hush(self) -> None:
+        """Somebody wants silence."""
+        self._each(lambda output: output.hush())
 
     def notice(self, text: str) -> None:
         """Something to be read at once: what a menu stands at."""
@@ -110,7 +126,7 @@ class Panel:
         return Phase.THINKING if self._running else Phase.IDLE
 
     def _show(self) -> None:
-        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._base
+        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._hearing or self._base
         self.phase = phase
         self._entered(phase)
         self._each(lambda output: output.show(phase))

@@ -9,9 +9,9 @@ import threading
 from queue import Empty, Queue
 
 from device.outputs.output import OneText, Surroundings
-from device.outputs.program import goes_first, kill
 from flashd.config.devices import Speech
 from flashd.daemon.job import Event, State
+from flashd.system.program import goes_first, kill
 
 log = logging.getLogger(__name__)
 

@@ -3,10 +3,11 @@
 import { $ } from "./dom.js";
 import { STATES } from "./words.js";
 
-export function showPhase(phase) {
+export function showPhase(phase, notice = "") {
   const name = phase in STATES ? phase : "loading";
   document.body.dataset.phase = name;
   if ($("state").textContent !== STATES[name]) $("state").textContent = STATES[name];
+  if ($("notice").textContent !== notice) $("notice").textContent = notice;
 }
 
 /** The line below the state, and the bar, from all jobs that are under way. */

@@ -3,7 +3,7 @@
 const COME_AGAIN = 3000;  // milliseconds, if the machine has no place for another page
 
 export class Feed {
-  /** phase(name) is told the state; each job's happenings go to job(told, about), about being all that is known of it. */
+  /** phase(name, notice) is told the state and what is to be read at once; each job's happenings go to job(told, about), about being all that is known of it. */
   constructor(phase, job) {
     this.phase = phase; this.job = job; this.jobs = new Map(); this.connected = false;
     this.open();
@@ -19,7 +19,7 @@ export class Feed {
     };
   }
   heard(told) {
-    if (told.kind === "phase") { this.phase(told.phase); return; }
+    if (told.kind === "phase") { this.phase(told.phase, told.notice || ""); return; }
     const about = this.of(told.job);
     if (told.kind === "asked") Object.assign(about, { who: told.who, asked: told.asked || "" });
     else if (told.kind === "queued" || told.kind === "moved") about.position = told.position || 0;

@@ -14,7 +14,7 @@ let messages = [], shown = [], running = null, known = "", muted = false, board 
 
 const overheard = new Overheard();
 const feed = new Feed(
-  phase => { showPhase(phase); if (phase === null) overheard.lost(); },
+  (phase, notice) => { showPhase(phase, notice); if (phase === null) overheard.lost(); },
   (told, about) => {
     overheard.heard(told, about);
     drawJobs();

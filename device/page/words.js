@@ -1,7 +1,8 @@
 // What the page says, in plain words.
 
 export const STATES = {
-  loading: "Starting", idle: "Ready", thinking: "Thinking", answering: "Answering", error: "It failed", muted: "Muted",
+  loading: "Starting", idle: "Ready", listening: "Listening", understanding: "Understanding", thinking: "Thinking",
+  answering: "Answering", error: "It failed", muted: "Muted",
 };
 
 const AGAIN = "The machine is starting again. Please ask once more in a moment.";

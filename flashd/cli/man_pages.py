@@ -19,7 +19,7 @@ from msgspec import inspect as types
 
 import flashd
 from flashd.cli.parser import Parser, build
-from flashd.config import devices, settings
+from flashd.config import devices, hearing, settings
 from flashd.config.fields import Strict
 from flashd.config.settings import Settings
 
@@ -56,6 +56,10 @@ EXAMPLES = {
     "flashd check-config": "Check the daemon's configuration.",
     "sudo flashd doctor": "Find what stands in the way.",
 }
+
+
+SPELLED_OUT = "drive", "recogniser"
+"""Keys whose own keys stand below them."""
 
 
 def main(folder: Path) -> None:
@@ -167,15 +171,16 @@ def _keys(cls: type, fields: Iterable[types.Field]) -> Iterator[str]:
     for field in fields:
         yield from (".TP", f"\\fB{_text(field.encode_name)}\\fR", _text(texts[field.name]))
         yield from (".br", _text(f"Value: {_words(field.type)}. {_default(field)}"))
-        if struct := next(iter(_structs(field.type)), None) if field.name == "drive" else None:
-            yield from (".RS", *_keys(struct.cls, struct.fields), ".RE")
+        for struct in _structs(field.type) if field.name in SPELLED_OUT else ():
+            kind = [_text(f"kind: {struct.tag}. {inspect.getdoc(struct.cls)}")] if struct.tag else []
+            yield from (".RS", *kind, *_keys(struct.cls, struct.fields), ".RE")
 
 
 def docs(cls: type) -> dict[str, str]:
     """The text under each key of a struct, those of the structs that it extends included."""
     found: dict[str, str] = {}
     for kind in reversed(cls.__mro__):
-        if kind.__module__ not in (settings.__name__, devices.__name__):
+        if kind.__module__ not in (settings.__name__, devices.__name__, hearing.__name__):
             continue
         (tree,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(tree, ast.ClassDef)

@@ -165,6 +165,28 @@ class Button(Trigger, tag="button", frozen=True, kw_only=True):
     """Whether the button connects the pin to ground. With false it connects it to 3.3 V."""
 
 
+class Talk(Trigger, tag="talk", frozen=True, kw_only=True):
+    """A button to talk: while it is held, speech is recorded, and what was understood is asked.
+
+    It needs hearing. The prompt may use heard. A press stops what is said aloud, and the answer of this trigger that
+    is still being made. A press that is too short to say anything does only that.
+    """
+
+    pin: Pin
+    """The pin."""
+    prompt: str = "{{ heard }}"
+    """What is asked: a Jinja template with heard, sensors, now, and last (the last answer).
+
+    If what comes out is empty, nothing is asked.
+    """
+    coalesce: bool = False
+    """Whether a job that waits stands for what is asked meanwhile."""
+    bounce: Seconds = 0.05
+    """Seconds in which the contact may chatter."""
+    pull_up: bool = True
+    """Whether the button connects the pin to ground. With false it connects it to 3.3 V."""
+
+
 class Motion(Trigger, tag="motion", frozen=True, kw_only=True):
     """A motion sensor (PIR)."""
 
@@ -229,7 +251,7 @@ class Manual(Trigger, tag="manual", frozen=True, kw_only=True):
     """A trigger that is started only by its name: from a console, the API or the kiosk."""
 
 
-AnyTrigger = Button | Motion | Door | Near | Rotary | Schedule | Manual
+AnyTrigger = Button | Talk | Motion | Door | Near | Rotary | Schedule | Manual
 
 
 # --- outputs ----------------------------------------------------------------------------------------------

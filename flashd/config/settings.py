@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from flashd.config import typed_yaml
-from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Distance, Near
+from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Distance, Near, Talk
 from flashd.config.fields import (
     Absolute,
     Code,
@@ -28,6 +28,7 @@ from flashd.config.fields import (
     Temperature,
     TopP,
 )
+from flashd.config.hearing import Hearing
 from flashd.config.pins import PinUse, pins_in
 from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
@@ -191,8 +192,10 @@ class Settings(Strict, frozen=True, kw_only=True):
     mute_pin: Pin | None = None
     """A button between this pin and ground mutes and unmutes.
 
-    While it is muted, triggers start nothing and nothing is said aloud.
+    While it is muted, triggers start nothing, nothing is said aloud, and nothing is recorded.
     """
+    hearing: Hearing | None = None
+    """How speech is recorded and understood. Triggers of kind talk need it."""
     schemas: bool = False
     """Whether answers may be asked for as JSON of a schema.
 
@@ -226,6 +229,11 @@ def _check_fit(settings: Settings) -> None:
             parse_size(settings.memory)
         except UsageError as error:
             raise Misfit(("memory",), str(error)) from error
+    if settings.hearing is not None:
+        try:
+            parse_size(settings.hearing.memory)
+        except UsageError as error:
+            raise Misfit(("hearing", "memory"), str(error)) from error
     network = settings.api.network
     if network is not None and network.port == settings.api.loopback:
         raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
@@ -235,6 +243,8 @@ def _check_fit(settings: Settings) -> None:
         at = ("triggers", i)
         if trigger.json_schema is not None and not settings.schemas:
             raise Misfit((*at, "json_schema"), "answers of a schema need `schemas: true` in the file")
+        if isinstance(trigger, Talk) and settings.hearing is None:
+            raise Misfit((*at, "kind"), "a trigger of kind talk needs `hearing` in the file")
         if isinstance(trigger, Near) and trigger.sensor not in distances:
             there = f"there are {', '.join(sorted(distances))}" if distances else "there are none"
             raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -36,7 +36,7 @@ class Budget:
     context: int = DEFAULT_CONTEXT  # tokens
     threads: int | None = None
     arithmetic: Arithmetic = "int8"  # the fastest that is allowed, see graphs.constant
-    clients: int = 0  # bytes that a service's clients may make it hold
+    beside: Mapping[str, int] = field(default_factory=dict)  # bytes of a service beside the model, by what for
     kv: KvFormat = "float32"  # how keys and values are kept
 
 
@@ -85,7 +85,7 @@ def plan_for(bundle: Bundle, budget: Budget) -> Plan:
         context=min(budget.context, bundle.header.model.context),
         threads=budget.threads or len(os.sched_getaffinity(0)),
         base=resident_now(),
-        clients=budget.clients,
+        beside=budget.beside,
         rates=rates_of(bundle),
         arithmetic=budget.arithmetic,
         kv=budget.kv,

@@ -60,6 +60,11 @@ class LineEditor:
         self._stale = False  # the row is not what it should be
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is typed, so that a line may be shown in place of the prompt."""
+        return not self._text
+
     def start(self) -> None:
         """Shows the prompt and an empty line."""
         self._set("")

@@ -175,6 +175,23 @@ def test_sound_is_looked_at_if_something_is_to_speak(
     assert not [f for f in examine(tmp_path, roots) if f.name == "sound"]
 
 
+@pytest.mark.parametrize(
+    ("ears", "files", "finding"),
+    [
+        (["sh", "no-such"], {}, ("fail", "no-such is not installed", "sudo apt install no-such")),
+        (["sh"], {"dev/snd/pcmC0D0p": ""}, ("fail", "speech is to be heard, and no sound card records", None)),
+        (["sh"], {"proc/asound/cards": CARD, "dev/snd/pcmC0D0c": ""}, ("ok", "bcm2835 Headphones, for sh", "")),
+    ],
+)
+def test_the_microphone_is_looked_at_if_something_is_to_hear(
+    tmp_path: Path, ears: list[str], files: dict[str, str], finding: tuple[str, str, str | None]
+) -> None:
+    roots = tree(tmp_path, files)
+    (found,) = [f for f in examine(tmp_path, roots, (), ears) if f.name == "microphone"]
+    level, text, advice = finding
+    assert (found.level, found.text) == (level, text) and advice in (found.advice, None)
+
+
 def test_the_command_looks_at_the_sound_of_what_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +200,9 @@ def test_the_command_looks_at_the_sound_of_what_is_configured(
     config.write_text("outputs: [{kind: speech, command: [no-such-voice]}]")
     assert main(["doctor", "--card", str(tmp_path)]) == os.EX_CONFIG
     assert "fail  sound          no-such-voice is not installed -> sudo apt install" in capsys.readouterr().out
+    config.write_text("hearing: {memory: 64M, microphone: [sh], recogniser: {kind: program, command: [no-ears]}}")
+    assert main(["doctor", "--card", str(tmp_path)]) == os.EX_CONFIG
+    assert "fail  microphone     no-ears is not installed -> sudo apt install" in capsys.readouterr().out
     config.write_text("outputs: []")
     main(["doctor", "--card", str(tmp_path)])
     assert "sound" not in capsys.readouterr().out

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from flashd.bundle.reader import Bundle
+from flashd.check_config import least_memory
+from flashd.config.settings import parse
+from flashd.engine.engine import plan_for
+from flashd.serve import budget_of
+from flashd.system.memory import MIB
 from tests import tiny
 from tests.waiting import wait
 
@@ -99,3 +105,14 @@ def test_a_page_on_the_network_is_said_as_what_it_is(tmp_path: Path) -> None:
     done = flashd("check-config", config)
     words = "api.network: nothing is encrypted; others on the network can read the PIN, questions and answers"
     assert done.returncode == 0 and f"warning: {words}\n" in done.stderr and "493817" not in done.stderr
+
+
+def test_what_hears_has_a_share_of_the_memory(tiny_bundle: Path) -> None:
+    """As much as it is allowed to take, so that both together keep to the budget."""
+    hears = parse("hearing: {memory: 160M, recogniser: {kind: program, command: [ears]}}")
+    assert hears.hearing is not None and hears.hearing.held > 160 * MIB
+    with Bundle(tiny_bundle) as bundle:
+        plain, more = least_memory(parse(""), bundle), least_memory(hears, bundle)
+        parts = plan_for(bundle, budget_of(hears, 1 << 40)).parts
+    assert parts["hearing"] == hears.hearing.held
+    assert abs(more - plain - hears.hearing.held) < 4 * MIB  # what this process holds varies

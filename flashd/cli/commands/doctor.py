@@ -60,8 +60,8 @@ def doctor(options: Doctor) -> int:
     """Prints the findings. The exit code is EX_CONFIG if one of them is a failure."""
     found = []
     settings = _configured()
-    voices = _voices(settings) if settings else []
-    for finding in examine(options.card or _configured_bundle(settings), voices=voices):
+    voices, ears = (_voices(settings), _ears(settings)) if settings else ([], [])
+    for finding in examine(options.card or _configured_bundle(settings), voices=voices, ears=ears):
         found.append(finding)
         if not options.json:
             advice = f" -> {finding.advice}" if finding.advice and finding.level != "ok" else ""
@@ -76,6 +76,17 @@ def _voices(settings: Settings) -> list[str]:
     from flashd.config.devices import Speech
 
     return [output.command[0] for output in settings.outputs if isinstance(output, Speech)]
+
+
+def _ears(settings: Settings) -> list[str]:
+    """The programs that are to record and to understand speech."""
+    from flashd.config.hearing import Program
+
+    hearing = settings.hearing
+    if hearing is None:
+        return []
+    recogniser = [hearing.recogniser.command[0]] if isinstance(hearing.recogniser, Program) else []
+    return [hearing.microphone[0], *recogniser]
 
 
 def _configured_bundle(settings: Settings | None) -> Path:
@@ -102,12 +113,15 @@ def _configured() -> Settings | None:
         return None
 
 
-def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) -> Iterator[Finding]:
-    """Looks at the board, at the card that `path` lies on, and at sound if something is to speak.
+def examine(
+    path: Path, roots: Roots | None = None, voices: Sequence[str] = (), ears: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """Looks at the board, at the card that `path` lies on, and at sound if something is to speak or to hear.
 
     Args:
         path: a bundle, another large file, or a folder.
         voices: the programs that are configured to speak.
+        ears: those that are configured to record and to understand.
     """
     roots = roots or Roots()
     yield from (_board(roots), _processor(roots), _memory(roots), _kernel(roots), _memory_cgroup(roots))
@@ -115,6 +129,8 @@ def examine(path: Path, roots: Roots | None = None, voices: Sequence[str] = ()) 
     yield from (_supply(roots), _temperature(roots), _clock(roots))
     if voices:
         yield _sound(roots, voices)
+    if ears:
+        yield _microphone(roots, ears)
     yield from _card(path, roots)
     yield from (_space(path), _written(path, roots), _systemd(roots), _onnxruntime())
 
@@ -195,11 +211,10 @@ def _serial(roots: Roots) -> Finding:
 
 def _sound(roots: Roots, voices: Sequence[str]) -> Finding:
     """Whether what is to speak is installed and has a sound card that plays."""
-    missing = [voice for voice in voices if not shutil.which(voice)]
-    if missing:
-        return Finding("sound", "fail", f"{missing[0]} is not installed", f"sudo apt install {Path(missing[0]).name}")
+    if missing := _not_installed("sound", voices):
+        return missing
     outputs = sorted(roots.dev.glob("snd/pcmC*D*p"))
-    names = re.findall(r"^ *[0-9]+ \[.*?\]: .* - (.*)$", _text(roots.proc / "asound/cards"), re.MULTILINE)
+    names = _sound_cards(roots)
     if not outputs:
         return Finding(
             "sound", "fail", f"speech is configured, and {'no card plays' if names else 'there is no sound card'}",
@@ -210,6 +225,38 @@ def _sound(roots: Roots, voices: Sequence[str]) -> Finding:
     if not any(os.access(output, os.R_OK | os.W_OK) for output in outputs):
         return Finding("sound", "warn", f"{text}; closed to you", "join the group audio")
     return Finding("sound", "ok", text)
+
+
+PACKAGES = {"arecord": "alsa-utils", "pocketsphinx_continuous": "pocketsphinx pocketsphinx-en-us"}
+"""Debian's packages of programs that are not called like them."""
+
+
+def _not_installed(what: str, programs: Sequence[str]) -> Finding | None:
+    missing = next((program for program in programs if not shutil.which(program)), None)
+    if missing is None:
+        return None
+    name = Path(missing).name
+    return Finding(what, "fail", f"{missing} is not installed", f"sudo apt install {PACKAGES.get(name, name)}")
+
+
+def _sound_cards(roots: Roots) -> list[str]:
+    return re.findall(r"^ *[0-9]+ \[.*?\]: .* - (.*)$", _text(roots.proc / "asound/cards"), re.MULTILINE)
+
+
+def _microphone(roots: Roots, ears: Sequence[str]) -> Finding:
+    """Whether what is to hear is installed and has a sound card that records."""
+    if missing := _not_installed("microphone", ears):
+        return missing
+    inputs = sorted(roots.dev.glob("snd/pcmC*D*c"))
+    if not inputs:
+        return Finding(
+            "microphone", "fail", "speech is to be heard, and no sound card records",
+            "plug in a USB microphone; arecord -l lists what records",
+        )  # fmt: skip
+    text = f"{', '.join(_sound_cards(roots)) or inputs[0].name}, for {', '.join(ears)}"
+    if not any(os.access(each, os.R_OK | os.W_OK) for each in inputs):
+        return Finding("microphone", "warn", f"{text}; closed to you", "join the group audio")
+    return Finding("microphone", "ok", text)
 
 
 def _supply(roots: Roots) -> Finding:

@@ -9,6 +9,7 @@ more RAM. A model that does not fit pages, in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,7 +94,7 @@ class Plan:
 
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
-    clients: int = 0, arithmetic: Arithmetic = "int8", kv: KvFormat = "float32",
+    beside: Mapping[str, int] | None = None, arithmetic: Arithmetic = "int8", kv: KvFormat = "float32",
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
 
@@ -101,7 +102,7 @@ def make_plan(
         memory: bytes that the process may hold.
         context: tokens that the KV cache must have room for.
         base: bytes that the process holds now.
-        clients: bytes that a service's clients may make it hold.
+        beside: bytes that a service holds or may be made to hold beside the model, by what for.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
         arithmetic: the fastest that a model may have which stays whole.
         kv: how keys and values are kept.
@@ -109,7 +110,8 @@ def make_plan(
     Raises MemoryTooSmall, naming the smallest budget that works.
     """
     m = header.model
-    base += clients
+    beside = beside or {}
+    base += sum(beside.values())
     whole = sum(_whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
     paged = smallest(header, context, base, kv)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
@@ -120,21 +122,19 @@ def make_plan(
         kv=kv,
     )  # fmt: skip
     if whole is not None and whole <= memory:
-        return _with_clients(_whole(header, base, plan, arithmetic), clients)
+        return _with(_whole(header, base, plan, arithmetic), beside)
     if memory < least:
         raise MemoryTooSmall(memory, with_margin(least), f"{m.name} with a context of {context}")
     if rates is not None:
-        return _with_clients(_selecting(header, rates, base, plan), clients)
-    return _with_clients(_paging(header, base, plan), clients)
+        return _with(_selecting(header, rates, base, plan), beside)
+    return _with(_paging(header, base, plan), beside)
 
 
-def _with_clients(plan: Plan, clients: int) -> Plan:
-    """The same plan; what clients may make a service hold has a line of its own."""
-    if not clients:
-        return plan
+def _with(plan: Plan, beside: Mapping[str, int]) -> Plan:
+    """The same plan; what a service holds beside the model has lines of its own."""
     held = dict(plan.parts)
-    held[LIBRARIES] -= clients
-    return replace(plan, parts={LIBRARIES: held.pop(LIBRARIES), "clients": clients, **held})
+    libraries = held.pop(LIBRARIES) - sum(beside.values())
+    return replace(plan, parts={LIBRARIES: libraries, **beside, **held})
 
 
 def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Plan:

@@ -1,0 +1,1 @@
+"""What hears: a microphone, a recogniser, and a button that is held meanwhile."""

@@ -1,0 +1,64 @@
+"""Any program that makes text of a WAV file, such as whisper.cpp's or pocketsphinx."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from device.hearing.recogniser import MOST_TEXT, NotHeard, Recogniser
+from flashd.config.hearing import Hearing, Program
+from flashd.system.program import LOOK_SECONDS, goes_first, kill, limit_memory, read_while
+
+MOST_PRINTED = 4 * MOST_TEXT
+"""Bytes: a character has up to 4."""
+
+
+class ByProgram(Recogniser):
+    """The program is started for each recording, and what it holds is free again afterwards."""
+
+    def __init__(self, settings: Program, hearing: Hearing) -> None:
+        self._command, self._hearing = settings.command, hearing
+
+    def recognise(self, sound: bytes, wanted: Callable[[], bool]) -> str:
+        until = time.monotonic() + self._hearing.timeout
+        with self._started(sound) as program:
+            try:
+                goes_first(program)
+                limit_memory(program, self._hearing.limit)
+                return self._heard(program, lambda: wanted() and time.monotonic() < until)
+            finally:
+                kill(program)
+
+    def _started(self, sound: bytes) -> subprocess.Popen[bytes]:
+        try:
+            # in memory, and whole: some programs seek in it
+            with os.fdopen(os.memfd_create("speech"), "w+b") as file:
+                file.write(sound)
+                file.seek(0)
+                return subprocess.Popen(
+                    self._command,
+                    stdin=file,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise NotHeard(f"the recogniser cannot be started: {self._command[0]}: {error.strerror}") from error
+
+    def _heard(self, program: subprocess.Popen[bytes], go_on: Callable[[], bool]) -> str:
+        assert program.stdout is not None
+        printed, name = read_while(program.stdout.fileno(), go_on, MOST_PRINTED), self._command[0]
+        if len(printed) == MOST_PRINTED:
+            raise NotHeard(f"the recogniser prints more than text: {name}")
+        while program.poll() is None and go_on():
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(LOOK_SECONDS)
+        if program.returncode is None:
+            raise NotHeard(f"the recogniser took more than {self._hearing.timeout:g} s: {name}")
+        if program.returncode:
+            more = f"it may use {self._hearing.memory} of RAM"
+            raise NotHeard(f"the recogniser failed with {program.returncode}: {name}; {more}")
+        return printed.decode("utf-8", "replace")

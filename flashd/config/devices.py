@@ -301,6 +301,11 @@ class Speech(Output, tag="speech", frozen=True, kw_only=True):
         default_factory=lambda: ["espeak-ng", "--stdin"]
     )
     """The program and its arguments."""
+    until: Literal["job", "press", "end"] = "job"
+    """What stops it before all is said: job is the next answer or a press of a button, press is a press alone.
+
+    With end nothing but muting does.
+    """
 
 
 class Display(Output, tag="display", frozen=True, kw_only=True):

@@ -243,6 +243,63 @@ def test_a_cancelled_answer_falls_silent_at_once(tmp_path: Path, jobs: Jobs) -> 
     panel.close()
 
 
+def test_a_press_or_the_next_answer_stops_what_is_said(tmp_path: Path, jobs: Jobs) -> None:
+    """Sentences of an answer that still comes are not said either. Without a press, nothing of it is lost."""
+    said, slow = tmp_path / "said", tmp_path / "say"
+    slow.write_text(f"#!/bin/sh\nread line; echo $line >> {said}\ncase $line in S*) sleep 600;; esac\n")
+    slow.chmod(0o755)
+
+    def lines() -> list[str]:
+        return said.read_text().splitlines() if said.exists() else []
+
+    panel = Panel(parse(f"outputs: [{{kind: speech, command: [{slow}]}}]").outputs, jobs)
+    clerk = Clerk(jobs, words=["Slow. ", "More. ", "Rest. ", "End."], paced=True)
+    assert clerk.permits is not None
+    _, watch = jobs.ask(request())
+    clerk.permits.release(2)
+    wait(lambda: lines() == ["Slow."])
+    panel.hush()  # a press, in the middle of the answer
+    clerk.permits.release(2)
+    list(watch)
+    jobs.submit(request())
+    clerk.permits.release(4)
+    wait(lambda: lines() == ["Slow.", "Slow."])
+    wait(lambda: not jobs.running)
+    jobs.submit(request())  # the next answer
+    clerk.permits.release(4)
+    wait(lambda: lines() == ["Slow.", "Slow.", "Slow."])
+    panel.mute(True)
+    time.sleep(0.1)
+    assert lines() == ["Slow."] * 3
+    clerk.close()
+    panel.close()
+
+
+def test_a_press_of_a_button_stops_what_is_said(
+    tmp_path: Path, pins: MockFactory, appliance: Make, jobs: Jobs
+) -> None:
+    """It does so when it goes down, and whatever press it will be; with until: end it does not."""
+    alive = [tmp_path / "a", tmp_path / "b"]
+    outputs = ", ".join(
+        f"{{kind: speech, until: {until}, command: [sh, -c, 'echo $$ > {path}; sleep 600']}}"
+        for path, until in zip(alive, ("press", "end"), strict=True)
+    )
+    trigger = "{kind: button, name: b, pin: 4, press: long, bounce: 0, prompt: p}"
+    appliance(f"triggers: [{trigger}]\noutputs: [{outputs}]")
+    clerk = Clerk(jobs, words=["A sentence. ", "More."])
+    jobs.submit(request())
+    wait(lambda: all(path.exists() and path.read_text().strip() for path in alive))
+    wait(lambda: not jobs.running)
+    stopped, goes_on = (int(path.read_text()) for path in alive)
+    jobs.submit(request())
+    wait(lambda: len(clerk.answered) == 2)
+    assert running(stopped)
+    pins.pin(4).drive_low()
+    wait(lambda: not running(stopped))
+    assert running(goes_on)
+    clerk.close()
+
+
 def running(group: int) -> list[str]:
     """The programs of a session."""
     stats = [_text(path).rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]

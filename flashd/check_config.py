@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from device import appliance
+from device.hearing.by_sherpa import made_of
 from flashd import serve
 from flashd.bundle.reader import Bundle
+from flashd.config.hearing import Sherpa
 from flashd.config.settings import Settings
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Prompts, plan_for
-from flashd.errors import FlashdError, MemoryTooSmall, Misfit
+from flashd.errors import FlashdError, InputMissing, MemoryTooSmall, Misfit
 from flashd.pack import default_model
 from flashd.system.memory import MIB, parse_size
 from flashd.system.paths import SERVICE
@@ -25,6 +27,7 @@ def check(settings: Settings) -> None:
     This module has imported what the service imports, so that this process holds what the service would hold.
     """
     appliance.check(settings)
+    _check_recogniser(settings)
     path = bundle_path(settings)
     if not path.exists() or path.suffix == ".gguf":  # a card that is not in yet; a model that is not packed yet
         return
@@ -35,6 +38,16 @@ def check(settings: Settings) -> None:
         raise
     except FlashdError as error:
         raise Misfit(("model",), str(error)) from error
+
+
+def _check_recogniser(settings: Settings) -> None:
+    """Whether what is to understand speech is there. The service starts without it all the same."""
+    if settings.hearing is None or not isinstance(settings.hearing.recogniser, Sherpa):
+        return
+    try:
+        made_of(settings.hearing.recogniser)
+    except InputMissing as error:
+        raise Misfit(("hearing", "recogniser"), str(error)) from error
 
 
 def bundle_path(settings: Settings) -> Path:

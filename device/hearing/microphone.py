@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,13 +10,10 @@ import numpy as np
 
 from device.hearing.recogniser import NotHeard
 from flashd.config.hearing import RATE, SAMPLE_BYTES, Hearing
-from flashd.system.program import goes_first, kill, read_while
+from flashd.system.program import goes_first, kill, last_line, read_now, read_while
 
 TAIL_SECONDS = 0.3
 """So long is recorded on when the button is let go: people let go with the last word."""
-
-MOST_COMPLAINT = 4096
-"""Bytes that are read of what the program says on its standard error."""
 
 
 class Microphone:
@@ -46,10 +42,10 @@ class Microphone:
                 samples = read_while(program.stdout.fileno(), go_on, self._most)
             finally:
                 kill(program)
-            complaint = b"" if samples else _there(program.stderr.fileno())
+            complaint = b"" if samples else read_now(program.stderr.fileno())
         samples = samples[: len(samples) // SAMPLE_BYTES * SAMPLE_BYTES]
         if not samples and wanted():
-            raise NotHeard(f"the microphone gives nothing: {_last_line(complaint) or self._command[0]}")
+            raise NotHeard(f"the microphone gives nothing: {last_line(complaint) or self._command[0]}")
         return samples
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -71,17 +67,3 @@ def seconds(samples: bytes) -> float:
 def is_silent(samples: bytes) -> bool:
     """Whether every sample is the same, as those of a microphone that is switched off in the mixer."""
     return bool(np.ptp(np.frombuffer(samples, "<i2")) == 0)
-
-
-def _there(pipe: int) -> bytes:
-    """What a program that has ended left in a pipe."""
-    os.set_blocking(pipe, False)
-    try:
-        return os.read(pipe, MOST_COMPLAINT)
-    except BlockingIOError:
-        return b""
-
-
-def _last_line(text: bytes) -> str:
-    lines = text.decode("utf-8", "replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from flashd.config.fields import Positive, Size, Strict
+from flashd.config.fields import Absolute, Positive, Size, Strict
 from flashd.system.memory import MIB, parse_size
 
 RATE = 16_000
@@ -31,7 +31,24 @@ class Program(Recogniser, tag="program", frozen=True, kw_only=True):
     """The program and its arguments. It may open its standard input as /dev/stdin, and seek in it."""
 
 
-AnyRecogniser = Program
+class Sherpa(Recogniser, tag="sherpa", frozen=True, kw_only=True):
+    """sherpa-onnx, which keeps a model in RAM all the time. It needs the voice extra."""
+
+    model: Literal["moonshine", "whisper", "zipformer", "zipformer-ctc", "sense-voice"]
+    """The kind of model."""
+    folder: Absolute
+    """The folder with the model's files, called as in sherpa-onnx's collection of models."""
+    threads: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    """Processors that it uses while it works."""
+    language: Annotated[str, msgspec.Meta(pattern="^[a-z]{2,3}$", description="a language, such as en")] | None = None
+    """The language of speech, for whisper and sense-voice. Without this key they guess."""
+
+    def __post_init__(self) -> None:
+        if self.language is not None and self.model not in ("whisper", "sense-voice"):
+            raise ValueError(f"a model of kind {self.model} knows one language: leave out language")
+
+
+AnyRecogniser = Program | Sherpa
 
 
 class Hearing(Strict, frozen=True, kw_only=True):

@@ -7,12 +7,18 @@ import resource
 import select
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 LOOK_SECONDS = 0.05
 """How often a read looks whether it is still wanted."""
+
+PIECE = 4096
+"""Bytes that are read at once."""
+
+PIPE = 64 << 10
+"""Bytes that a pipe holds."""
 
 
 def goes_first(program: subprocess.Popen[bytes]) -> None:
@@ -33,13 +39,36 @@ def limit_memory(program: subprocess.Popen[bytes], nbytes: int) -> None:
         resource.prlimit(program.pid, resource.RLIMIT_DATA, (nbytes, nbytes))
 
 
+def pieces(pipe: int, wanted: Callable[[], bool]) -> Iterator[bytes]:
+    """What comes through a pipe, as it comes, until it ends or is not `wanted` any longer."""
+    while wanted():
+        if select.select([pipe], [], [], LOOK_SECONDS)[0]:
+            piece = os.read(pipe, PIECE)
+            if not piece:
+                return
+            yield piece
+
+
 def read_while(pipe: int, wanted: Callable[[], bool], most: int) -> bytes:
     """What comes through a pipe until it ends, `most` bytes have come, or it is not `wanted` any longer."""
     data = bytearray()
-    while wanted() and len(data) < most:
-        if select.select([pipe], [], [], LOOK_SECONDS)[0]:
-            piece = os.read(pipe, min(4096, most - len(data)))
-            if not piece:
-                break
-            data += piece
-    return bytes(data)
+    for piece in pieces(pipe, wanted):
+        data += piece
+        if len(data) >= most:
+            break
+    return bytes(data[:most])
+
+
+def read_now(pipe: int) -> bytes:
+    """What is in a pipe already."""
+    os.set_blocking(pipe, False)
+    try:
+        return os.read(pipe, PIPE)
+    except BlockingIOError:
+        return b""
+
+
+def last_line(text: bytes) -> str:
+    """The last line that is not empty: where a program says why it failed."""
+    lines = text.decode("utf-8", "replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +21,17 @@ from device.controls import Shown
 from device.demo import Cable
 from device.hearing import microphone, push_to_talk
 from device.hearing.by_program import ByProgram
+from device.hearing.by_sherpa import BySherpa, made_of
 from device.hearing.microphone import Microphone
 from device.hearing.recogniser import NotHeard, wav, words
 from device.needed_devices import needed_devices
 from device.outputs.output import Phase
-from flashd.config.hearing import RATE, Hearing, Program
+from flashd.check_config import check
+from flashd.config.hearing import RATE, Hearing, Program, Sherpa
 from flashd.config.settings import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
-from flashd.errors import ConfigError
+from flashd.errors import ConfigError, InputMissing
 from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Terminal, press
 from tests.waiting import wait
@@ -217,12 +221,101 @@ def test_a_console_shows_what_is_heard(
     terminal.expect("> ")
 
 
+def tones(folder: Path) -> Path:
+    """A model that knows two words: LOW, a tone of 300 Hz, and HIGH, one of 4,000 Hz. It is made of one product.
+
+    sherpa-onnx gives it 80 logarithms of energies a frame, from low to high; a word's logit is how much louder the
+    one half is than the other, and silence is louder than neither.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.zeros((80, 3), np.float32)
+    weights[5:25, 1] = weights[50:70, 2] = 1 / 20
+    weights[50:70, 1] = weights[5:25, 2] = -1 / 20
+    constants: dict[str, np.ndarray[Any, Any]] = {"weights": weights, "blank": np.array([2, 0, 0], np.float32)}
+    nodes = [("MatMul", ("x", "weights"), "p"), ("Add", ("p", "blank"), "s"), ("LogSoftmax", ("s",), "log_probs"),
+             ("Identity", ("x_lens",), "log_probs_len")]  # fmt: skip
+    values = [
+        helper.make_tensor_value_info(name, kind, list(shape))
+        for name, kind, shape in (
+            ("x", TensorProto.FLOAT, "NTK"), ("x_lens", TensorProto.INT64, "N"),
+            ("log_probs", TensorProto.FLOAT, "NTV"), ("log_probs_len", TensorProto.INT64, "N"),
+        )
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes], "tones", values[:2], values[2:],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folder.mkdir()
+    onnx.save(model, folder / "model.onnx")
+    (folder / "tokens.txt").write_text("<blk> 0\n▁LOW 1\n▁HIGH 2\n")
+    return folder
+
+
+def sound(*hertz: int) -> bytes:
+    """Tones of 0.3 s with a pause before and behind each."""
+    pause, times = np.zeros(RATE // 5), np.arange(3 * RATE // 10) / RATE
+    parts = [part for each in hertz for part in (np.sin(2 * np.pi * each * times) * 10_000, pause)]
+    return wav(np.concatenate([pause, *parts]).astype("<i2").tobytes())
+
+
+@pytest.mark.voice
+def test_sherpa_understands_in_a_process_that_keeps_to_its_memory(tmp_path: Path) -> None:
+    """The real sherpa-onnx. The process stays; if it is killed or nobody waits any longer, another one goes on."""
+    pytest.importorskip("sherpa_onnx")
+    settings = Sherpa(model="zipformer-ctc", folder=str(tones(tmp_path / "tones")), threads=1)
+    ears = BySherpa(settings, hearing_with(settings, "192M"))
+    assert ears.recognise(sound(300, 4000, 300), lambda: True) == "LOW HIGH LOW"
+    process = ears._process
+    assert process is not None and ears.recognise(sound(4000), lambda: True) == "HIGH"
+    assert ears._process is process
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    assert f"Max data size             {192 << 20} " in limits
+    process.kill()
+    with pytest.raises(NotHeard, match="sherpa-onnx ended"):
+        ears.recognise(sound(300), lambda: True)
+    assert ears.recognise(sound(300), lambda: True) == "LOW"
+    with pytest.raises(NotHeard):
+        ears.recognise(sound(300), lambda: False)
+    assert ears.recognise(sound(), lambda: True) == ""
+    ears.close()
+    little = BySherpa(settings, hearing_with(settings, "8M"))
+    with pytest.raises(NotHeard, match="sherpa-onnx ended: "):
+        little.recognise(sound(300), lambda: True)
+
+
+def hearing_with(settings: Sherpa, memory: str) -> Hearing:
+    return Hearing(memory=memory, recogniser=settings)
+
+
+def test_a_model_s_files_are_found_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the models in sherpa-onnx's collection have them."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    wanted = Sherpa(model="whisper", folder=str(tmp_path), language="en")
+    for name in ("tiny.en-encoder.onnx", "tiny.en-encoder.int8.onnx", "tiny.en-decoder.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputMissing, match=r"a model of kind whisper has the files \*encoder\*\.onnx"):
+        made_of(wanted)
+    file = f"hearing: {{memory: 90M, recogniser: {{kind: sherpa, model: whisper, folder: {tmp_path}}}}}"
+    with pytest.raises(ConfigError, match=r"line 1: hearing.recogniser: .*not all are there"):
+        parse(file, check=check)
+    (tmp_path / "tiny.en-tokens.txt").touch()
+    make, arguments = made_of(wanted)
+    assert (make, arguments.pop("num_threads"), arguments.pop("language")) == ("from_whisper", 2, "en")
+    assert {name: Path(path).name for name, path in arguments.items()} == {
+        "encoder": "tiny.en-encoder.int8.onnx", "decoder": "tiny.en-decoder.onnx", "tokens": "tiny.en-tokens.txt",
+    }  # fmt: skip
+
+
 SENTENCES = "turn on the light", "what is the temperature", "how are you today"
 MOST_WRONG = 1
 """Words. Each of them was right when this was written; with no grammar, not one was."""
 
 
 @pytest.mark.slow
+@pytest.mark.voice
 @pytest.mark.skipif(
     not all(map(shutil.which, ("espeak-ng", "pocketsphinx_continuous", "arecord"))),
     reason="needs Debian's espeak-ng, pocketsphinx, pocketsphinx-en-us and alsa-utils",

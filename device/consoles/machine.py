@@ -1,6 +1,7 @@
 """The console a microcontroller meets: one JSON object a line in, JSON objects, one a line, out.
 
-In: {"prompt": "...", "id": 7}, with system, choose, json_schema, max_tokens, priority, deadline if wanted;
+In: {"prompt": "...", "id": 7}, with system, choose, json_schema, max_tokens, priority, deadline if wanted; with a
+session, {"session": "garden"}, it goes on with what was said in that before, unless new_session is true;
 {"trigger": "NAME", "id": 8}; {"cancel": 7}; {"status": true}. Out: ready when the line is listened to (what came
 before is lost), then accepted, text, end, error, status, each with the id that was given.
 """
@@ -26,6 +27,7 @@ from flashd.daemon.job import (
     MaxTokens,
     Request,
     Seed,
+    SessionName,
     question,
 )
 from flashd.daemon.watch import Watch
@@ -54,6 +56,8 @@ class _In(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     seed: Seed | None = None
     priority: Priority = 5
     deadline: Deadline | None = None
+    session: SessionName | None = None
+    new_session: bool = False
     trigger: str | None = None
     cancel: Id | None = None
     status: bool = False
@@ -111,6 +115,8 @@ class Machine:
                 self._refuse(wish.cancel, "nothing under way has this id")
             for job in jobs:
                 self._controls.jobs.cancel(job.id)
+        elif wish.session is None and wish.new_session:
+            self._refuse(wish.id, "new_session needs session")
         elif (wish.prompt is None) == (wish.trigger is None):
             self._refuse(wish.id, "a line needs one of prompt, trigger, cancel, status")
         elif len(self._open) >= MOST_OPEN:
@@ -118,7 +124,11 @@ class Machine:
         elif wish.trigger is not None:
             self._start(wish.id, wish.trigger)
         else:
-            job, watch = self._controls.jobs.ask(self._request(wish))
+            request = self._request(wish)
+            if wish.session is not None:
+                own = f"{self._settings.name}/{wish.session}"  # nobody reads others' sessions by their names here
+                request = self._controls.jobs.continued(request, own, wish.new_session)
+            job, watch = self._controls.jobs.ask(request)
             self._accept(wish.id, job, watch)
 
     def _request(self, wish: _In) -> Request:

@@ -6,6 +6,7 @@ that a command which only asks the daemon stays small.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,9 @@ CONTEXT = 1024
 MOST_THREADS = 256
 MOST_TOKENS = 256
 """An answer's longest length if nothing else is asked for."""
+
+SESSION = "[A-Za-z0-9_.-]{1,64}"
+"""The name of a talk that the daemon keeps."""
 
 Rows = Literal["int4", "int8", "f16"]
 Select = Literal["exact", "narrow", "predictor", "gate"]
@@ -97,6 +101,14 @@ class Ask(Answering):
 class Chat(Answering):
     port: Path | None
     speed: int
+    resume: str | None  # the name of a talk that the daemon keeps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume is not None and not re.fullmatch(SESSION, self.resume):
+            raise UsageError(
+                f"--resume {self.resume} is not a name; a name has up to 64 letters, digits, -, _ and points"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,10 @@ def _chat(commands: Commands) -> None:
         "--port", type=Path, metavar="DEVICE",
         help="Talk on this serial line instead of the terminal. The daemon answers.",
     )  # fmt: skip
+    chat.add_argument(
+        "--resume", metavar="NAME",
+        help="Go on with the talk of this name, or begin it. The daemon keeps it, also while it does not run.",
+    )  # fmt: skip
     _number(chat, "--speed", int, "Set the speed of --port in bits a second.", "a speed of serial lines", 115200)
 
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 Role = Literal["system", "user", "assistant"]
 MAX_TEXT = 256 << 10
@@ -26,6 +27,12 @@ HEAD = 200
 
 Choices = Annotated[list[str], msgspec.Meta(max_length=64)]
 MaxTokens = Annotated[int, msgspec.Meta(ge=1)]
+SessionName = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z0-9_.-]{1,64}\Z", description="a session's name: up to 64 letters, digits, -, _ and points"
+    ),
+]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Deadline = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -87,6 +94,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     draw: Draw = Draw()
     choose: tuple[str, ...] = ()  # the answer is one of these
     json_schema: dict[str, Any] | None = None  # the answer is JSON of this schema
+    session: str | None = None  # the talk that this goes on with; its earlier messages are in `turns`
     logprobs: int | None = None  # each token comes with its probability, and with so many of the likeliest ones
 
 
@@ -127,6 +135,22 @@ def weight(request: Request) -> int:
     schema = 0 if request.json_schema is None else len(msgspec.json.encode(request.json_schema))
     held = sum(map(sys.getsizeof, texts)) + OF_TURN * len(request.turns)
     return held + OF_BIAS * len(request.draw.logit_bias) + OF_SCHEMA * schema
+
+
+def so_far(job: Job) -> tuple[Turn, ...]:
+    """The messages of a talk up to a job's answer, without those that its context had no room for."""
+    turns, left_out = job.request.turns, job.result.forgotten - job.request.forgotten
+    first = 1 if turns[0].role == "system" else 0
+    return (*turns[:first], *turns[first + left_out :], Turn("assistant", job.result.text))
+
+
+def gone_on(last: Job | None, request: Request, session: str) -> Request:
+    """A request behind what its session said up to its last job. Its own system prompt takes the old one's place."""
+    own, before = request.turns, so_far(last) if last is not None else ()
+    first = 1 if own[0].role == "system" else 0
+    if first and before and before[0].role == "system":
+        before = before[1:]
+    return replace(request, turns=(*own[:first], *before, *own[first:]), session=session, forget=True)
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Literal
 
-from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, weight
+from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, gone_on, weight
 from flashd.daemon.spool import Spool
 from flashd.daemon.watch import Sink, Watch
 from flashd.errors import Busy, CannotWrite, NoRoom, UsageError
@@ -69,6 +69,8 @@ class Jobs:
             same = self._same(request)
             if same is not None:
                 return same
+            if request.session is not None:
+                self._check_session(request.session)
             self._check_rate(request)
             self.check_room([request])
             job = self._spool.add(request)
@@ -81,6 +83,13 @@ class Jobs:
             self._changed.notify_all()
         log.info("%s accepted", job, extra=_fields(job))
         return job
+
+    def continued(self, request: Request, session: str, anew: bool = False) -> Request:
+        """The request behind what its session said before; `anew`: that is forgotten. Raises Busy, CannotWrite."""
+        with self._changed:
+            self._check_session(session)
+            last = None if anew else self._spool.last_of(session)
+        return gone_on(last, request, session)
 
     def watch(self, number: int | None = None, sink: Sink | None = None) -> Watch:
         """The events of a job, of all jobs from now on for None. One who comes late is told what was said so far,
@@ -314,6 +323,11 @@ class Jobs:
     def _same(self, request: Request) -> Job | None:
         others = (job for _, _, job in self._waiting if job.request.source == request.source)
         return next(others, None) if request.coalesce else None
+
+    def _check_session(self, session: str) -> None:
+        others = [*self._running.values(), *(job for _, _, job in self._waiting)]
+        if any(job.request.session == session for job in others):
+            raise Busy(f"session {session} has a question that is not answered yet; wait for its answer")
 
     def _check_rate(self, request: Request) -> None:
         if request.per_minute is None:

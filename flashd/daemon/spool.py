@@ -47,16 +47,18 @@ DELETE FROM jobs WHERE ended IS NOT NULL AND (id <= ? OR id IN (
 ))
 """
 BEGIN = """
-INSERT INTO jobs (id, state, source, created, attempts, request) VALUES (?, ?, ?, ?, 1, ?)
+INSERT INTO jobs (id, state, source, created, attempts, request, session) VALUES (?, ?, ?, ?, 1, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, attempts = attempts + 1
 """
 END = """
-INSERT INTO jobs (id, state, source, created, attempts, ended, request, result) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO jobs (id, state, source, created, attempts, ended, request, result, session)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, ended = excluded.ended, result = excluded.result
 """
 """Both of a job that may have been accepted before a spool had to be put aside: the new one knows nothing of it."""
 
 ONE, LATEST = "WHERE id = ?", "ORDER BY id DESC LIMIT ?"
+OF_SESSION = "WHERE session = ? AND state IN ('done', 'cancelled') ORDER BY id DESC LIMIT 8"
 BEFORE = "WHERE id < ? ORDER BY id DESC LIMIT ?"
 
 
@@ -87,8 +89,8 @@ class Spool:
         now = time.time()
         with self._lock, self._guard():
             row = self._connection.execute(
-                "INSERT INTO jobs (state, source, created, request) VALUES (?, ?, ?, ?)",
-                (State.QUEUED, request.source, now, msgspec.json.encode(request)),
+                "INSERT INTO jobs (state, source, created, request, session) VALUES (?, ?, ?, ?, ?)",
+                (State.QUEUED, request.source, now, msgspec.json.encode(request), request.session),
             )
         self._last = int(row.lastrowid or 0)
         return Job(id=self._last, request=request, created=now)
@@ -97,8 +99,12 @@ class Spool:
         """Notes that a job is being answered, so that one that kills the daemon is not tried for ever."""
         with self._lock, self._guard():
             self._connection.execute(
-                BEGIN, (job.id, State.RUNNING, job.request.source, job.created, msgspec.json.encode(job.request))
-            )
+                BEGIN,
+                (
+                    job.id, State.RUNNING, job.request.source, job.created, msgspec.json.encode(job.request),
+                    job.request.session,
+                ),
+            )  # fmt: skip
 
     def nothing_runs(self) -> None:
         """A new daemon begins: what was being answered waits again."""
@@ -130,7 +136,7 @@ class Spool:
                     END,
                     (
                         job.id, job.state, job.request.source, job.created, job.attempts, job.ended,
-                        msgspec.json.encode(job.request), msgspec.json.encode(job.result),
+                        msgspec.json.encode(job.request), msgspec.json.encode(job.result), job.request.session,
                     ),
                 )  # fmt: skip
                 self._connection.execute(FORGET, (job.id - self._keep, MOST_BYTES))
@@ -148,6 +154,10 @@ class Spool:
         """The latest job that was answered."""
         return next(iter(self._select("WHERE state = 'done' ORDER BY id DESC LIMIT 1")), None)
 
+    def last_of(self, session: str) -> Job | None:
+        """The latest job of a session that said something."""
+        return next((job for job in self._select(OF_SESSION, session) if job.result.text), None)
+
     def get(self, number: int) -> Job | None:
         return next(iter(self._select(ONE, number)), None)
 
@@ -160,7 +170,7 @@ class Spool:
         with self._lock, self._guard():
             return [Head.of(job) for job in _each_job(self._connection, BEFORE, before, most)]
 
-    def _select(self, where: str, *values: int) -> list[Job]:
+    def _select(self, where: str, *values: int | str) -> list[Job]:
         with self._lock, self._guard():
             return _jobs(self._connection, where, *values)
 
@@ -178,8 +188,12 @@ class Spool:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             db.executescript(SCHEMA)
-            if "deaths" not in [column[1] for column in db.execute("PRAGMA table_info(jobs)")]:
+            columns = [column[1] for column in db.execute("PRAGMA table_info(jobs)")]
+            if "deaths" not in columns:
                 db.execute("ALTER TABLE jobs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0")
+            if "session" not in columns:
+                db.execute("ALTER TABLE jobs ADD COLUMN session TEXT")
+            db.execute("CREATE INDEX IF NOT EXISTS sessions ON jobs (session) WHERE session IS NOT NULL")
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise DataError(
@@ -277,12 +291,12 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
         raise DataError(f"{path}: {error}") from error
 
 
-def _jobs(db: sqlite3.Connection, where: str, *values: int) -> list[Job]:
+def _jobs(db: sqlite3.Connection, where: str, *values: int | str) -> list[Job]:
     return list(_each_job(db, where, *values))
 
 
-def _each_job(db: sqlite3.Connection, where: str, *values: int) -> Iterator[Job]:
-    if any(value >= 1 << 63 for value in values):
+def _each_job(db: sqlite3.Connection, where: str, *values: int | str) -> Iterator[Job]:
+    if any(isinstance(value, int) and value >= 1 << 63 for value in values):
         return  # SQLite has no such number, so no job has it
     rows = db.execute(f"SELECT id, state, created, attempts, ended, request, result FROM jobs {where}", values)
     for number, state, created, attempts, ended, request, result in rows:

@@ -142,6 +142,7 @@ class Worker:
         running.speech = self._engine.begin(
             prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
             constraint=self._constraint(request), scores=request.logprobs,
+            session=request.session,
         )  # fmt: skip
 
     def _choose(self, running: _Running, prompt: list[int], sampling: Sampling) -> None:

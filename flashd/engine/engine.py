@@ -213,6 +213,7 @@ class Engine:
         drafts: bool = True,
         constraint: Constraint | None = None,
         scores: int | None = None,
+        session: str | None = None,
     ) -> Speech:
         """Starts an answer. Other answers may be in progress: ask `fits` first. Call `end` when it is done.
 
@@ -224,6 +225,7 @@ class Engine:
             ignore_eos: go on behind the model's own end tokens.
             drafts: check several guessed tokens a pass, if the model gains by it.
             constraint: a grammar that says which tokens may come.
+            session: the talk that it belongs to, which `remember` keeps on the card.
             scores: so many of the likeliest tokens are in the score of each token. None: there are no scores.
 
         Raises UsageError for a prompt that is empty or too long.
@@ -231,7 +233,7 @@ class Engine:
         sampler = Sampler(sampling, constraint, scores)
         line = self._conversation.begin(
             prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
-            figures=answer.figures, drafts=drafts,
+            figures=answer.figures, drafts=drafts, session=session,
         )  # fmt: skip
         speech = Speech(line, sampler, answer, self.token_bytes, stop)
         self._speeches.append(speech)

@@ -310,6 +310,9 @@ def test_jobs_are_the_socket_s_alone_unless_configured(loopback: Callable[[bool]
     for method, path in (("GET", "/api/jobs"), ("GET", f"/api/jobs/{number}"), ("DELETE", f"/api/jobs/{number}")):
         reply = httpx.request(method, at + path)
         assert reply.status_code == 403 and "loopback_jobs" in reply.text and "secret" not in reply.text
+    body = {"messages": [{"role": "user", "content": "What did they ask?"}], "session": "theirs"}
+    reply = httpx.post(f"{at}/v1/chat/completions", json=body)
+    assert reply.status_code == 403 and "sessions are for the socket alone" in reply.text
     assert httpx.get(f"{loopback(True)}/api/jobs").json()[0]["prompt"] == "a secret"
 
 

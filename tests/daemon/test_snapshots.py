@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,47 @@ def test_a_restart_pays_for_new_tokens_alone(tiny_bundle: Path, tmp_path: Path) 
             assert last["prompt_tokens"] > 0
     text = running.log.read_text()
     assert "Traceback" not in text and "made again" not in text
+
+
+def test_a_session_outlives_a_restart(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said comes from the spool, and its keys and values from one snapshot. Its client sends what is new."""
+    kept = tmp_path / "cache" / "flashd" / "snapshots"
+    with Running(tmp_path, tiny_bundle) as running:
+        running.start()
+        with running.http() as http:
+            said = [in_session(http, text, session="garden") for text in ("How are the plants?", "And the soil?")]
+            refused = http.post("/v1/chat/completions", json=body("x", session="a/b"))
+            assert refused.status_code == 400 and "session" in refused.text
+        assert not list(kept.glob("*session*")) and running.stop() == 0
+        (snapshot,) = kept.glob("*session*.kv")
+        running.start()
+        chat = flashd_chat(running, monkeypatch, "--resume", "garden")
+        assert chat.communicate("Thanks.\n/reset\nWho are you?\n", timeout=60)[0].strip()
+        with running.http() as http:
+            jobs = [running.ended(http, number) for number in (3, 4)]
+        asked, anew = ([turn["content"] for turn in job["request"]["turns"]] for job in jobs)
+        assert asked == ["How are the plants?", said[0], "And the soil?", said[1], "Thanks."]
+        assert anew == ["Who are you?"]
+        cost = jobs[0]["result"]["figures"]
+        assert cost["reused_tokens"] > 40 and cost["card_bytes"] >= snapshot.stat().st_size // 2, cost
+        assert running.stop() == 0
+        assert [path.name for path in kept.glob("*session*")] == [snapshot.name]
+
+
+def body(text: str, **more: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 4, **more}
+
+
+def in_session(http: httpx.Client, text: str, **more: object) -> str:
+    reply = http.post("/v1/chat/completions", json=body(text, **more))
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+def flashd_chat(running: Running, monkeypatch: pytest.MonkeyPatch, *options: str) -> subprocess.Popen[str]:
+    monkeypatch.setenv("FLASHD_SOCKET", str(running.socket))
+    command = [sys.executable, "-m", "flashd", "chat", "--max-tokens", "4", *options]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_snapshots_can_be_turned_off(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -74,6 +74,27 @@ def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, termina
     assert jobs.recent(1)[0].state is State.CANCELLED
 
 
+def test_a_session_goes_on_with_what_was_said(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
+    """A microcontroller need not remember it. One question of a session is answered at a time."""
+    appliance(YAML.format(port=cable.ours))
+    ready(terminal)
+    clerk = Clerk(jobs, words=["so"], paced=True)
+    assert clerk.permits is not None
+    clerk.permits.release(3)
+    for text in ("a", "b"):
+        terminal.type(f'{{"prompt": "{text}", "session": "garden", "system": "Be {text}."}}\n')
+        until_end(terminal)
+    terminal.type('{"prompt": "c", "session": "garden", "new_session": true}\n')
+    until_end(terminal)
+    third, second, _ = ([f"{t.role}: {t.content}" for t in job.request.turns] for job in jobs.recent(3))
+    assert second == ["system: Be b.", "user: a", "assistant: so", "user: b"] and third == ["user: c"]
+    terminal.type('{"id": 1, "prompt": "d", "session": "garden"}\n{"id": 2, "prompt": "e", "session": "garden"}\n')
+    assert [line(terminal)["event"] for _ in range(2)] == ["accepted", "error"]
+    clerk.permits.release(1)
+    until_end(terminal)
+    clerk.close()
+
+
 def test_bad_lines_are_refused_in_words(
     appliance: Make, cable: Cable, terminal: Terminal, clerk: Clerk, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,7 +103,8 @@ def test_bad_lines_are_refused_in_words(
     for typed, words in (
         (b"hello", "malformed"), (b'{"prompt": 3}', "Expected `str | null`"), (b'{"promt": "x"}', "unknown field"),
         (b"{}", "needs one of"), (b'{"prompt": "  "}', "empty"), (b'{"trigger": "none"}', "no trigger is called"),
-        (b'{"cancel": 7}', "nothing under way"), (b"\xff\xfe", "malformed"),
+        (b'{"prompt": "x", "new_session": true}', "needs session"), (b'{"cancel": 7}', "nothing under way"),
+        (b"\xff\xfe", "malformed"),
         (b'{"json_schema": ' + b'{"a":' * 5000, "recursion"),
         (b"x" * (MAX_LINE + 70000), "a line of more than"), (b"y" * (MAX_LINE + 1), "a line of more than"),
     ):  # fmt: skip

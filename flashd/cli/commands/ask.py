@@ -56,6 +56,8 @@ def chat(options: Chat) -> int:
     """Talks until the person ends it."""
     if options.port is not None or daemon_answers(options):
         return ask_daemon.chat(options)
+    if options.resume is not None:
+        raise UsageError("--resume needs the daemon, which keeps the talk: start it, and give no --model")
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.forgetting import shortened
     from flashd.engine.decoding.text import Message

@@ -41,8 +41,41 @@ def chat(options: Chat) -> int:
         as_terminal(options.port, options.speed) if options.port is not None else nullcontext(),
         desk(at_once=True) as here,
     ):
-        Talk(here, options, lambda turns, said: _say(options, body, turns, said, here.say), _welcome).run()
+        kept = _Kept(options.resume)
+
+        def answer(turns: Turns, said: Said) -> None:
+            _say(options, body | kept.body, kept.new(turns), said, here.say)
+            kept.answered(said)
+
+        Talk(here, options, answer, _welcome, kept.reset).run()
     return os.EX_OK
+
+
+class _Kept:
+    """A talk that the daemon keeps: it is sent what is new. Without a name nothing is kept, and all is sent."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name, self._anew = name, False
+
+    def reset(self) -> None:
+        """It begins anew."""
+        self._anew = True
+
+    def answered(self, said: Said) -> None:
+        if said.text:
+            self._anew = False
+
+    @property
+    def body(self) -> dict[str, Any]:
+        if self._name is None:
+            return {}
+        return {"session": self._name, "new_session": self._anew}
+
+    def new(self, turns: Turns) -> Turns:
+        """What the daemon does not know yet."""
+        if self._name is None:
+            return turns
+        return [turn for turn in turns[:-1] if turn[0] == "system"] + turns[-1:]
 
 
 def _welcome() -> Welcome:

@@ -76,13 +76,15 @@ class Talk:
         options: what was asked for on the command line.
         answer: answers the last of some messages. It fills `Said`, and shows the text with `desk.say`.
         welcome: says what is shown at the start, and whenever Enter is pressed alone.
+        reset: is called when what was said is to be forgotten.
     """
 
     def __init__(
         self, desk: Desk, options: Answering, answer: Callable[[Turns, Said], None],
-        welcome: Callable[[], Welcome] = Welcome,
+        welcome: Callable[[], Welcome] = Welcome, reset: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._desk, self._options, self._answer, self._welcome = desk, options, answer, welcome
+        self._reset = reset
         self._presets: tuple[str, ...] = ()
         self._first = [("system", options.system)] if options.system else []
         self._turns: Turns = []
@@ -95,6 +97,7 @@ class Talk:
                 self._greet()
             elif line == "/reset":
                 self._turns = []
+                self._reset()
             elif line == "/help":
                 self._desk.note(HELP)
             elif line.startswith("/") and len(line.split()) == 1:

@@ -45,6 +45,8 @@ MOST_HEADS = 100
 LATEST = 10**18 - 1
 """No job has a higher number."""
 
+SESSIONS_HIDDEN = "sessions are for the socket alone, since whoever names one can ask for what was said in it"
+
 B = TypeVar("B", bound=Chat | Completion)
 
 
@@ -106,6 +108,8 @@ class Api:
         events = Events[Event]()
         async with self._large if _length(http) > SMALL_BODY else nullcontext():
             asked = (await _decoded(http, kind)).asked()
+            if asked.session is not None and (http.scope.get("server") or (None, None))[1] is not None:
+                return refusal(403, SESSIONS_HIDDEN, "session")
             try:
                 growing = await self._accepted(http, asked, events)
             except PromptTooLong as error:
@@ -129,7 +133,11 @@ class Api:
                     await asyncio.sleep(ROOM_SECONDS)
 
     def _fitted(self, asked: Asked) -> list[Request]:
-        return [self._fitting(request, len(asked.requests)) for request in asked.requests]
+        """Its requests, those of a session behind what was said in it, without what would not fit."""
+        requests = asked.requests
+        if asked.session is not None:
+            requests = tuple(self._jobs.continued(each, asked.session, asked.new_session) for each in requests)
+        return [self._fitting(request, len(requests)) for request in requests]
 
     def _accept(self, requests: list[Request], events: Events[Event]) -> list[Growing]:
         """The jobs of a request: all of them or none. Raises Busy, UsageError."""

@@ -6,6 +6,7 @@ field that is not honoured has a type that allows only values that ask for nothi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flashd.config.fields import Priority, Temperature, TopP
-from flashd.daemon.job import API, Choices, Deadline, Draw, MaxTokens, Request, Seed, Turn
+from flashd.daemon.job import API, Choices, Deadline, Draw, MaxTokens, Request, Seed, SessionName, Turn
 from flashd.errors import NOT_JSON, BadField
 
 MAX_SCHEMA = 64 << 10
@@ -193,6 +194,8 @@ class Asked:
     stream: bool
     usage: bool  # whether a stream ends with what it cost
     echo: bool = False
+    session: str | None = None
+    new_session: bool = False
 
 
 class Chat(Body, kw_only=True):
@@ -201,6 +204,9 @@ class Chat(Body, kw_only=True):
     response_format: Format | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    # our own: a talk that the service keeps, and whether it begins anew
+    session: SessionName | None = None
+    new_session: bool | None = None
     # labels, which change no answer
     metadata: msgspec.Raw = msgspec.Raw()
     safety_identifier: str | None = None
@@ -226,13 +232,20 @@ class Chat(Body, kw_only=True):
             raise BadField("max_tokens", "it differs from max_completion_tokens; send one of them")
         if self.store:
             raise BadField("store", "nothing is stored for later use; send false", "unsupported_parameter")
+        if self.new_session and self.session is None:
+            raise BadField("new_session", "it needs session")
+        if self.session is not None and (self.n or 1) > 1:
+            raise BadField("n", "a session goes on with one answer; leave out n or session")
         if self.top_logprobs is not None and not self.logprobs:
             raise BadField("top_logprobs", "it needs logprobs: true")
         _check_labels(bytes(self.metadata))
         turns = tuple(message.turn(i) for i, message in enumerate(self.messages))
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return asked(self, self.requests([turns], False, schema, logprobs, limit), False)
+        requests = self.requests([turns], False, schema, logprobs, limit)
+        return dataclasses.replace(
+            asked(self, requests, False), session=self.session, new_session=bool(self.new_session)
+        )
 
 
 class Completion(Body, kw_only=True):

@@ -132,15 +132,17 @@ class Prefixes:
         this = Noted(self._origin.key, list(prompt))
         return _common(this, _others(this, self._read_notes()))
 
-    def keep(self, tokens: Sequence[int], cache: KvCache) -> None:
-        """Keeps `tokens`, which the cache begins with, as far as the bounds allow."""
+    def keep(self, tokens: Sequence[int], cache: KvCache, session: str | None = None) -> None:
+        """Keeps `tokens`, which the cache begins with, as far as the bounds allow. A session has one snapshot."""
         notes = self._read_notes()
-        if kept := self._keep(tokens, cache, None, notes):
+        if kept := self._keep(tokens, cache, None, notes, session):
             self._write_notes(notes.prompts, notes, kept)
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _keep(self, tokens: Sequence[int], cache: KvCache, logits: Floats | None, notes: Notes) -> int:
+    def _keep(
+        self, tokens: Sequence[int], cache: KvCache, logits: Floats | None, notes: Notes, session: str | None = None
+    ) -> int:
         """Writes a snapshot if that is worthwhile and allowed. Returns its bytes, or 0 if it wrote none."""
         fits = (MOST_BYTES_OF_ONE - snapshot.nbytes(0, cache, self._origin)) // cache.token_bytes
         known = cache.longest(min(len(tokens), fits))
@@ -159,7 +161,8 @@ class Prefixes:
                 self._say(f"{self._folder}: the disk is nearly full, so no snapshots are kept")
                 return 0
             self._make_room(nbytes)
-            path = self._folder / f"{self._origin.key}-{_name(tokens)}.kv"
+            name = _name(tokens) if session is None else f"session-{xxhash.xxh3_64_hexdigest(session.encode())}"
+            path = self._folder / f"{self._origin.key}-{name}.kv"
             snapshot.save(path, self._origin, tokens, cache, logits)
         except (CannotWrite, OSError) as error:
             self._say(f"no snapshot is kept: {error}")

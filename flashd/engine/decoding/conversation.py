@@ -22,6 +22,9 @@ from flashd.engine.model.contract import Meanwhile, Model, OnStep, silent
 from flashd.engine.model.sizes import NODES
 from flashd.errors import PromptTooLong, UsageError
 
+QUIET_SECONDS = 20.0
+"""A session is written once it has paused for so long: each turn of it would wear the card."""
+
 
 @dataclass
 class Conversation:
@@ -40,6 +43,8 @@ class Conversation:
     _goes_on: bool = False  # whether the last prompt begins with the one before it, as in a chat
     _learnt: bool = True  # whether `prefixes` has been told of the last prompt
     _pace: Pace = field(default_factory=Pace)
+    _session: str | None = None  # the one that `tokens` belong to, if it is not on the card yet
+    _ended: float = 0.0  # when that text ended
     _ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
 
     def begin(
@@ -51,6 +56,7 @@ class Conversation:
         eos: Sequence[int],
         figures: Figures,
         drafts: bool = True,
+        session: str | None = None,
     ) -> Line:
         """Starts a text. Others may be growing: ask `fits` first. Call `end` when it is done.
 
@@ -64,6 +70,7 @@ class Conversation:
             eos: the tokens that end the text.
             figures: is filled with what the text costs.
             drafts: whether guesses are made for it.
+            session: the talk that it belongs to, which `remember` keeps on the card.
 
         Raises UsageError if the prompt is empty, PromptTooLong if it leaves no room in the context.
         """
@@ -72,6 +79,7 @@ class Conversation:
         if room < limit:
             limit, figures.finish = room, "context"
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
+        line.session = session
         if self.lines:
             # from now on it holds what it shares with another text, which may end before the next pass
             line.found(self._shared(prompt))
@@ -110,6 +118,7 @@ class Conversation:
             return
         self.model.cache.keep(line.slots)
         self.tokens = line.tokens[: len(line.slots)]
+        self._session, self._ended = line.session, time.monotonic()
         if self.tokens[: len(self._asked)] != self._asked:
             self._asked, self._behind = [], None
 
@@ -151,7 +160,12 @@ class Conversation:
         If `leaving`, a chat is written in full, since its next turn will begin with it. Call this when nobody waits
         for an answer.
         """
-        if self.prefixes is None or self._behind is None:
+        if self.prefixes is None:
+            return
+        if self._session is not None and (leaving or time.monotonic() - self._ended >= QUIET_SECONDS):
+            self.prefixes.keep(self.tokens, self.model.cache, self._session)
+            self._session = None
+        if self._behind is None:
             return
         if not self._learnt:
             self._learnt = True

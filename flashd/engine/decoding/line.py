@@ -92,6 +92,7 @@ class Line:
         self.slots: CacheSlots = NO_SLOTS
         self.behind: Floats | None = None  # [V] logits behind the prompt, until a token is drawn from them
         self.looked_up: list[int] = []  # the tokens that should come next, as long as those before were right
+        self.session: str | None = None  # the talk that it belongs to
         self.done = False
         self.mark = 0  # behind so many tokens of the prompt others are likely to part from it
         self._prompt, self._sampler, self._limit, self._eos = len(prompt), sampler, limit, eos

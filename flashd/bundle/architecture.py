@@ -2,121 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-
+from flashd.bundle.layer_kinds import (
+    AttentionKind,
+    Count,
+    LayerKind,
+    LayerProduct,
+    Positive,
+    Recurrent,
+    Size,
+    TokenInputs,
+)
 
 Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "clamped_silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
-Place = Literal["attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "final"]
+Place = Literal[
+    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "token_branch", "final",
+]  # fmt: skip
 Bias = Literal["qkv", "output", "router", "inputs", "down", "head"]
 Scores = Literal["softmax", "sigmoid"]
-
-
-class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
-    """How the layers of one kind attend. Each kind has a graph of its own."""
-
-    window: Count = 0  # how many tokens a token attends to, itself included; 0: all
-    rope: Count | None = None  # the number of the table that turns queries and keys; None: they are not turned
-
-
-class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="short_convolution"):
-    """A layer that has a gated short convolution in place of attention (LFM2, arXiv 2511.23404, section 2).
-
-    A product makes b, c and x of each token, H numbers each. The output is c times a causal convolution of b x,
-    channel by channel. The layer keeps no keys: its state is the last `taps - 1` values of b x.
-    """
-
-    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
-
-    def products(self, hidden: int) -> list[LayerProduct]:
-        return [LayerProduct("in_proj", (3 * hidden,), hidden), LayerProduct("out_proj", (hidden,), hidden)]
-
-    def vectors(self, hidden: int) -> dict[str, int]:
-        return {f"conv.{tap}": hidden for tap in range(self.taps)}
-
-    def row_width(self, hidden: int) -> int:
-        """Of what a token adds to the state: its b x."""
-        return hidden
-
-
-class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="gated_delta_net"):
-    """A layer that has a gated delta net in place of attention (Qwen3-Next; arXiv 2412.06464).
-
-    Products make z, queries, keys, values, and two numbers a head of each token. Queries, keys and values go through
-    a causal convolution, channel by channel, and SiLU; queries and keys are made 1 long. Then, for each head of
-    values, with its matrix S [key dim, value dim], which is zero in front of the text:
-
-        S = exp(decay * softplus(alpha + dt)) S;    S = S + sigmoid(beta) k (v - S k);    y = S q / sqrt(key dim)
-
-    The output is the norm of y, head by head, times SiLU of z. The layer keeps no keys: its state is S, and the last
-    `taps - 1` values of what goes into the convolution.
-    """
-
-    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
-    key_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of queries too
-    value_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # a multiple of key_heads
-    key_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of a head
-    value_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    tiled: bool = False  # head n of values has the keys of head n modulo key_heads; else heads in a row share them
-
-    @property
-    def keys_width(self) -> int:
-        return self.key_heads * self.key_dim
-
-    @property
-    def values_width(self) -> int:
-        return self.value_heads * self.value_dim
-
-    @property
-    def mixed_width(self) -> int:
-        """Of what is convolved: queries, keys and values."""
-        return 2 * self.keys_width + self.values_width
-
-    def products(self, hidden: int) -> list[LayerProduct]:
-        heads = self.value_heads
-        return [
-            LayerProduct("delta_in", (self.values_width, self.mixed_width), hidden),  # z first
-            LayerProduct("delta_rates", (heads, heads), hidden, fine=True),  # beta and alpha
-            LayerProduct("delta_out", (hidden,), self.values_width),
-        ]
-
-    def vectors(self, hidden: int) -> dict[str, int]:  # noqa: ARG002
-        of_heads = {"decay": self.value_heads, "dt.bias": self.value_heads, "delta_norm.weight": self.value_dim}
-        return {f"conv.{tap}": self.mixed_width for tap in range(self.taps)} | of_heads
-
-    def row_width(self, hidden: int) -> int:  # noqa: ARG002
-        """Of what a token adds to the state: queries, keys, values, beta and alpha, as the products make them."""
-        return self.mixed_width + 2 * self.value_heads
-
-
-Recurrent = ShortConvolution | GatedDeltaNet
-"""Kinds of layers that keep a state of fixed size in place of keys."""
-
-LayerKind = AttentionKind | Recurrent
-
-
-class LayerProduct(NamedTuple):
-    """A product with a large matrix that a layer has in front of its FFN. `name` is that of the layer's section."""
-
-    name: str
-    parts: tuple[int, ...]  # rows of each matrix that it is made of, one behind the other
-    width: int  # K, of a row
-    fine: bool = False  # whether its rows are few and have 16 bits in any case
-
-    @property
-    def rows(self) -> int:
-        return sum(self.parts)
-
-    @property
-    def weights(self) -> int:
-        return self.rows * self.width
 
 
 class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,7 +63,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # D
-    neurons: Size  # of one layer's FFN, all its experts together, a multiple of 32 (of each)
+    neurons: Size  # of the widest layer's FFN, all its experts together, a multiple of 32 (of each)
+    layer_neurons: list[Size] = []  # of each layer's FFN, if not all are as wide
     group_neurons: Size  # N, of a group: what is read, pinned and multiplied as one
     experts: Experts | None = None
     vocabulary: Size  # V
@@ -167,6 +76,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     norms: list[Place]
     norm_heads: bool  # whether queries and keys are normed head by head
     norm_turned: bool = False  # whether they are turned first and normed then
+    norm_values: bool = False  # whether values are divided by their root mean square, head by head
     biases: list[Bias]
     sinks: bool = False  # whether each head has a number that joins its scores in the softmax and adds no value
     gated: bool  # whether an FFN is down(f(gate x) * up x) rather than down(f(up x))
@@ -177,11 +87,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     attention_gated: bool = False  # whether what comes out of attention is multiplied by sigmoid(gate x)
     recurrent: list[Recurrent] = []  # kinds of layers that keep a state of fixed size in place of keys
     layer_kinds: list[Count]  # of each layer: the number of its kind, first those of `attention`, then of `recurrent`
-    ropes: Count  # how many rotary tables there are
+    ropes: Annotated[int, msgspec.Meta(ge=0, le=1024)]  # how many rotary tables there are
     attention_scale: Annotated[float, msgspec.Meta(gt=0)]  # the product of a query and a key is multiplied by it
     attention_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # scores become cap * tanh(score / cap); 0: no cap
     embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     branch_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # what attention and FFN add to x is multiplied by it
+    token_inputs: TokenInputs | None = None
+    layer_scales: bool = False  # whether what leaves a layer is multiplied by numbers of the layer
     positions: Count = 0  # how many learned positions are added to the embeddings
     logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as attention_cap, of logits
 
@@ -189,27 +101,77 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         kinds: list[LayerKind] = [*self.attention, *self.recurrent]
         return kinds[self.layer_kinds[layer]]
 
+    def _attention(self, layer: int) -> AttentionKind | None:
+        number = self.layer_kinds[layer]
+        return self.attention[number] if number < len(self.attention) else None
+
     @property
     def attending(self) -> list[int]:
-        """The layers that keep keys and values."""
-        return [i for i, kind in enumerate(self.layer_kinds) if kind < len(self.attention)]
+        """The layers that attend."""
+        return [i for i in range(self.layers) if self._attention(i)]
 
     @property
-    def query_width(self) -> int:
-        return self.heads * self.head_dim
+    def keeping(self) -> dict[int, AttentionKind]:
+        """The layers that keep keys and values, and their kinds."""
+        kinds = {i: self._attention(i) for i in range(self.layers)}
+        return {i: kind for i, kind in kinds.items() if kind and not kind.borrows}
 
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
+    def lender(self, layer: int) -> int:
+        """The layer whose keys and values a layer that attends looks at, see `has_keys`.
 
-    @property
-    def qkv_width(self) -> int:
-        return self.query_width + 2 * self.kv_width
+        Its own, or if it borrows, those of the last layer in front of it that is of the same kind but for that.
+        """
+        return self._lenders(layer)[-1]
 
-    @property
-    def gate_width(self) -> int:
+    def has_keys(self, layer: int) -> bool:
+        """Whether there are keys that a layer that attends can look at."""
+        return bool(self._lenders(layer))
+
+    def _lenders(self, layer: int) -> list[int]:
+        kind = self._attention(layer)
+        if kind is None or not kind.borrows:
+            return [layer]
+        own = self.layer_kinds_of(msgspec.structs.replace(kind, borrows=False))
+        return [i for i in range(layer) if self.layer_kinds[i] in own]
+
+    def layer_kinds_of(self, kind: AttentionKind) -> list[int]:
+        """The numbers that a kind of attention has in `layer_kinds`."""
+        return [number for number, each in enumerate(self.attention) if each == kind]
+
+    def head_dim_of(self, kind: AttentionKind) -> int:
+        """D"""
+        return kind.head_dim or self.head_dim
+
+    def kv_heads_of(self, kind: AttentionKind) -> int:
+        return kind.kv_heads or self.kv_heads
+
+    def query_width(self, kind: AttentionKind) -> int:
+        return self.heads * self.head_dim_of(kind)
+
+    def kv_width(self, kind: AttentionKind) -> int:
+        return self.kv_heads_of(kind) * self.head_dim_of(kind)
+
+    def qkv_widths(self, kind: AttentionKind) -> tuple[int, ...]:
+        """Of queries, keys and values, as far as a layer makes them itself."""
+        kept = () if kind.borrows else (self.kv_width(kind),) * (1 + kind.values)
+        return (self.query_width(kind), *kept)
+
+    def gate_width(self, kind: AttentionKind) -> int:
         """Of what the output of attention is multiplied by: 0 if it is not."""
-        return self.query_width if self.attention_gated else 0
+        return self.query_width(kind) if self.attention_gated else 0
+
+    @property
+    def rope_widths(self) -> list[int]:
+        """D of the heads that each rotary table turns."""
+        return [
+            next((self.head_dim_of(kind) for kind in self.attention if kind.rope == table), self.head_dim)
+            for table in range(self.ropes)
+        ]
+
+    @property
+    def token_width(self) -> int:
+        """Numbers of a token's row of the table of token inputs, L P. 0: there is none."""
+        return self.layers * self.token_inputs.width if self.token_inputs else 0
 
     def products(self, layer: int) -> list[LayerProduct]:
         """The products of a layer that every token needs: those that mix tokens, and the shared expert's."""
@@ -230,21 +192,35 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         kind = self.kind(layer)
         if not isinstance(kind, AttentionKind):
             return kind.products(self.hidden)
-        gate = (self.gate_width,) if self.gate_width else ()
+        gate = (self.gate_width(kind),) if self.attention_gated else ()
         return [
-            LayerProduct("qkv", (self.query_width, self.kv_width, self.kv_width, *gate), self.hidden),
-            LayerProduct("output", (self.hidden,), self.query_width),
+            LayerProduct("qkv", (*self.qkv_widths(kind), *gate), self.hidden),
+            LayerProduct("output", (self.hidden,), self.query_width(kind)),
         ]
 
-    def product(self, name: str) -> LayerProduct | None:
-        """The product called `name`, which is alike in all layers that have it; None if none has."""
-        kinds = {kind: layer for layer, kind in enumerate(self.layer_kinds)}
-        return next((p for layer in kinds.values() for p in self.products(layer) if p.name == name), None)
+    def products_behind(self) -> list[LayerProduct]:
+        """The products of each layer behind its FFN: what its token input is gated by, and what makes its output."""
+        if self.token_inputs is None:
+            return []
+        width = self.token_inputs.width
+        return [
+            LayerProduct("token_gate", (width,), self.hidden),
+            LayerProduct("token_out", (self.hidden,), width),
+        ]
 
     @property
     def groups(self) -> int:
-        """Groups in one layer."""
+        """Groups in one layer, the widest."""
         return self.neurons // self.group_neurons
+
+    def neurons_of(self, layer: int) -> int:
+        """Neurons of a layer's FFN, all its experts together."""
+        return self.layer_neurons[layer] if self.layer_neurons else self.neurons
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """Groups in each layer."""
+        return tuple(self.neurons_of(i) // self.group_neurons for i in range(self.layers))
 
     @property
     def ffns(self) -> int:
@@ -275,33 +251,38 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         """
         return self.hidden + bool(self.normed_neurons)
 
-    def norm_vectors(self, place: Place) -> dict[str, int]:
-        """The vectors of a norm and their lengths, by name. Empty if there is no such norm."""
-        if place not in self.norms:
+    def norm_vectors(self, place: Place, kind: AttentionKind | None = None) -> dict[str, int]:
+        """The vectors of a norm and their lengths, by name. Empty if there is no such norm.
+
+        `kind`: of the layer, if the norm is of its attention.
+        """
+        if place not in self.norms or (place == "key" and kind and kind.borrows):
             return {}
-        widths = {"query": self.query_width, "key": self.kv_width, "heads": self.query_width}
-        by_head = place in ("query", "key") and self.norm_heads
-        width = self.head_dim if by_head else widths.get(place, self.hidden)
+        width = self.hidden
+        if kind and place in OF_ATTENTION:
+            widths = {"key": self.kv_width(kind)}
+            by_head = place in ("query", "key") and self.norm_heads
+            width = self.head_dim_of(kind) if by_head else widths.get(place, self.query_width(kind))
         parts = ("weight", "bias") if self.norm_bias else ("weight",)
         return {f"{place}_norm.{part}": width for part in parts}
 
     def layer_vectors(self, layer: int) -> dict[str, int]:
         """The vectors of a layer and their lengths, by name, in the order of the layer's `vectors` section."""
         vectors: dict[str, int] = {}
-        kind = self.kind(layer)
-        attends = isinstance(kind, AttentionKind)
+        kind, attention = self.kind(layer), self._attention(layer)
         for place in LAYER_NORMS:
-            if attends or place not in OF_ATTENTION:
-                vectors |= self.norm_vectors(place)
+            if attention or place not in OF_ATTENTION:
+                vectors |= self.norm_vectors(place, attention)
         if not isinstance(kind, AttentionKind):
             vectors |= kind.vectors(self.hidden)
-        if attends and self.sinks:
+        if attention and self.sinks:
             vectors["sinks.weight"] = self.heads
-        widths = {"qkv": self.qkv_width, "output": self.hidden} if attends else {}
+        widths = {"qkv": sum(self.qkv_widths(attention)), "output": self.hidden} if attention else {}
         widths |= {} if self.experts else {"down": self.hidden}
         vectors |= {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
         weighed = self.experts and self.experts.shared and self.experts.shared.weighed
-        return vectors | ({"shared_weight.weight": self.hidden} if weighed else {})
+        vectors |= {"shared_weight.weight": self.hidden} if weighed else {}
+        return vectors | ({"scale.weight": self.hidden} if self.layer_scales else {})
 
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
@@ -321,11 +302,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def model_vectors(self) -> dict[str, int]:
         """The vectors of what follows the layers, in the order of the section named `vectors` alone."""
         head = {"head.bias": self.vocabulary} if "head" in self.biases else {}
-        return self.norm_vectors("final") | head
+        inputs = {"token_norm.weight": self.token_inputs.width} if self.token_inputs else {}
+        return self.norm_vectors("final") | head | inputs
 
 
 LAYER_NORMS: tuple[Place, ...] = (
-    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch",
+    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "token_branch",
 )  # fmt: skip
 
 OF_ATTENTION: frozenset[Place] = frozenset(("query", "key", "heads"))

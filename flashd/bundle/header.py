@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture, Count, Positive
-from flashd.bundle.prefix import ROWS_OF_A_RUN
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import Count, LayerProduct, Positive
+from flashd.bundle.prefix import ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.rows.kinds import NARROW, RowKind
 
@@ -21,6 +22,7 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
     attention: RowKind
     head: RowKind
     embedding: RowKind
+    token_inputs: RowKind = "f16"
 
     @property
     def rounded_head(self) -> bool:
@@ -175,19 +177,29 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def row_format(self, name: str) -> RowFormat:
         """The format of the rows of the section `name`."""
         part = name.rsplit(".", 1)[-1]
-        if product := self.model.product(part):
-            return RowFormat("f16" if product.fine else self.formats.attention, product.width)
-        if part == "wide" and self.selection:
-            return RowFormat(PREDICTOR_ROWS, self.selection.ranks[int(name.split(".")[1])])
+        if name.startswith("layer."):
+            layer = int(name.split(".")[1])
+            for product in (*self.model.products(layer), *self.model.products_behind()):
+                if product.name == part:
+                    return self.product_format(product)
+            if part == "wide" and self.selection:
+                return RowFormat(PREDICTOR_ROWS, self.selection.ranks[layer])
+        if part == "token_inputs":
+            return RowFormat(self.formats.token_inputs, self.model.token_width)
         kinds: dict[str, RowKind] = {
             "head": self.formats.head,
             "embedding": self.formats.embedding,
+            "token_projection": self.formats.attention,
             "positions": "f16",
             "router": "f16",
             "narrow": PREDICTOR_ROWS,
             "gate": self.formats.ffn,
         }
         return RowFormat(kinds[part], self.model.hidden)
+
+    def product_format(self, product: LayerProduct) -> RowFormat:
+        """The format of the rows of a layer's product beside its FFN."""
+        return RowFormat("f16" if product.fine else self.formats.attention, product.width)
 
     @property
     def embedding_table(self) -> str:
@@ -197,8 +209,12 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def row_tables(self) -> list[str]:
         """The sections of which the engine reads single rows, or the first rows."""
-        tables = ["head", "embedding", "positions"]
+        tables = ["head", "embedding", "positions", "token_inputs"]
         return [name for name in tables if name == "head" or self.section_named(name)]
+
+    def run_rows(self, table: str) -> int:
+        """Rows of a run of one of `row_tables`. A row of token inputs is as long as those of all layers together."""
+        return WIDE_ROWS_OF_A_RUN if table == "token_inputs" else ROWS_OF_A_RUN
 
     @property
     def paged_sections(self) -> list[str]:
@@ -215,7 +231,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def ffn_sections_of(self, layer: int) -> list[FfnSection]:
         """The sections of a layer's groups, in order."""
-        n, groups = self.narrowed, self.model.groups
+        n, groups = self.narrowed, self.model.layer_groups[layer]
         return layer_ffn_sections(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
 
     def expected_lengths(self) -> dict[str, int]:
@@ -224,15 +240,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         lengths = {
             "head": m.vocabulary * self.row_format("head").nbytes,
             "vectors": 4 * sum(m.model_vectors().values()),
-            "rope": 4 * m.ropes * m.head_dim,
+            "rope": 4 * sum(m.rope_widths),
         }
+        if m.token_inputs:
+            lengths["token_inputs"] = m.vocabulary * self.row_format("token_inputs").nbytes
+            lengths["token_projection"] = m.token_width * self.row_format("token_projection").nbytes
         if m.positions:
             lengths["positions"] = m.positions * self.row_format("positions").nbytes
         if self.section_named("embedding"):
             lengths["embedding"] = m.vocabulary * self.row_format("embedding").nbytes
         for i in range(m.layers):
-            for product in m.products(i):
-                lengths[f"layer.{i}.{product.name}"] = product.rows * self.row_format(product.name).nbytes
+            for product in (*m.products(i), *m.products_behind()):
+                lengths[f"layer.{i}.{product.name}"] = product.rows * self.product_format(product).nbytes
             if m.experts:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
             if vectors := m.expert_vectors():
@@ -261,7 +280,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def own_runs(self) -> dict[str, int]:
         """Bytes of a run of each section whose runs are not PLAIN_RUN bytes."""
-        rows = {name: ROWS_OF_A_RUN * self.row_format(name).nbytes for name in self.row_tables}
+        rows = {name: self.run_rows(name) * self.row_format(name).nbytes for name in self.row_tables}
         units = {part.name: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_sections}
         return rows | units
 

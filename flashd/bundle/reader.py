@@ -144,28 +144,31 @@ class Bundle:
 
     def all_groups(self, layer: int) -> Groups:
         """Every group of a layer, as products take them. Raises DamagedRun, CardError."""
-        parts = [groups for _, groups in self.groups(layer, self.header.model.groups, self.header.model.groups)]
+        every = self.header.model.layer_groups[layer]
+        parts = [groups for _, groups in self.groups(layer, every, every)]
         if len(parts) == 1:
             return parts[0]
         joined = [np.concatenate([part.arrays()[i] for part in parts]) for i in range(len(parts[0].arrays()))]
         return parts[0].of(joined)
 
     def table_rows(self, name: str, which: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Rows `which` [n] of a table that stays on the card, such as the embeddings -> [n, H] float32.
+        """Rows `which` [n] of a table that stays on the card, such as the embeddings -> [n, K] float32.
 
         A whole run is read for each row. Raises DamagedRun, CardError; DataError if a row does not exist.
         """
+        form = self.header.row_format(name)
+        raw = b"".join(self.table_record(name, number)[0] for number in which.tolist())
+        return dequantise(form.views(np.frombuffer(raw, np.uint8).reshape(-1, form.nbytes)), form.kind)
+
+    def table_record(self, name: str, number: int) -> tuple[bytes, int]:
+        """The record of one row of such a table, and how many bytes were read for it. Raises as table_rows does."""
         section, form = self.section(name), self.header.row_format(name)
-        raw = np.empty((len(which), form.nbytes), np.uint8)
-        for i, number in enumerate(which.tolist()):
-            if not 0 <= number < section.length // form.nbytes:
-                raise DataError(
-                    f"{self.path}: {name!r} has no row {number}, only {section.length // form.nbytes} rows"
-                )
-            run, row = divmod(number, ROWS_OF_A_RUN)
-            data = self._checked(section, run, min(section.run, section.length - run * section.run))
-            raw[i] = np.frombuffer(data, np.uint8, form.nbytes, row * form.nbytes)
-        return dequantise(form.views(raw), form.kind)
+        if not 0 <= number < section.length // form.nbytes:
+            rows = section.length // form.nbytes
+            raise DataError(f"{self.path}: {name!r} has no row {number}, only {rows} rows")
+        run, row = divmod(number, self.header.run_rows(name))
+        data = self._checked(section, run, min(section.run, section.length - run * section.run))
+        return data[row * form.nbytes : (row + 1) * form.nbytes], len(data)
 
     def verify(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> None:
         """Reads every section and checks every run. `on_progress` is called with how many bytes more are checked.

@@ -45,6 +45,7 @@ def cost_in_words(finish: str, figures: Mapping[str, float]) -> str:
         f"decode    {f['tokens']:.0f} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {finish}",
         f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
         f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
+        f"tables    {f['table_bytes_per_token'] / 1024:.0f} KiB of embeddings a token",
         f"drafts    {f['drafted']:.0f} drafted from RAM, {f['accepted']:.0f} right,"
         f" {f['tokens_per_pass']:.2f} tokens a pass, {f['draft_seconds']:.2f} s",
         f"time      {f['card_wait_seconds']:.2f} s waiting for the card, {f['compute_seconds']:.2f} s computing,"

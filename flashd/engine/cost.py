@@ -24,6 +24,7 @@ def cost(engine: Engine, answer: Answer) -> dict[str, float]:
         "tokens_per_pass": (f.passes + f.accepted) / f.passes if f.passes else 1.0,
         "card_bytes_per_token": f.decode_card_bytes / after_first,
         "card_reads_per_token": f.decode_card_reads / after_first,
+        "table_bytes_per_token": f.decode_table_bytes / after_first,
         "card_wanted_share": card.bytes_wanted / card.bytes_read if card.bytes_read else 1.0,
         "window_hit_rate": engine.model.hit_rate,
         "compute_seconds": f.forward_seconds + f.draft_seconds - f.card_wait_seconds,

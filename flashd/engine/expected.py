@@ -54,7 +54,7 @@ def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
     header = bundle.header
     x = np.ones((1, header.model.hidden), np.float32)
     (qkv, _) = header.model.mixing(header.model.attending[0])
-    each = held(header.row_format(qkv.name), qkv.rows, arithmetic)
+    each = held(header.product_format(qkv), qkv.rows, arithmetic)
     sessions = list(_sessions(bundle, arithmetic, max(1, PART // each)))
     best = float("inf")
     for _ in range(ROUNDS):
@@ -66,8 +66,10 @@ def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
 
 
 def _sessions(bundle: Bundle, arithmetic: Arithmetic, most: int) -> Iterator[Any]:
-    """The first products of up to so many layers."""
+    """The first products of up to so many layers that attend alike."""
     header = bundle.header
     constants, kind = Constants(header, arithmetic), header.formats.attention
-    for i in header.model.attending[:most]:
+    kinds = header.model.layer_kinds
+    alike = [i for i in header.model.attending if kinds[i] == kinds[header.model.attending[0]]]
+    for i in alike[:most]:
         yield constants.rows(bundle.rows(f"layer.{i}.qkv"), kind, header.model.hidden)

@@ -1,8 +1,8 @@
 """Graphs whose weights are constants, which onnxruntime repacks once when it opens them.
 
-Four kinds: the attention of a layer or what is in its place, some units of a layer's FFN, whole layers one behind the
-other, and the head. A constant takes 5 to 6 bits a weight in RAM and is multiplied 20 to 50 times as fast as rows
-that are widened first.
+The kinds: the attention of a layer or what is in its place, some units of a layer's FFN, what is behind it, whole
+layers one behind the other, the head, and what tokens say to each layer. A constant takes 5 to 6 bits a weight in RAM
+and is multiplied 20 to 50 times as fast as rows that are widened first.
 
 There are two arithmetics. *int8* rounds what goes into a product to 8 bits in blocks of 32, as llama.cpp does:
 MatMulNBits at accuracy level 4, for models that stay whole. *float32* rounds nothing: level 1, for models that page
@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from flashd.bundle.architecture import Architecture, AttentionKind, LayerProduct
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, RowKind
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
@@ -157,8 +158,8 @@ class Layers:
 
     def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
         heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
-        present(self._g, self._model, f"present_key{suffix}", key)
-        present(self._g, self._model, f"present_value{suffix}", value)
+        present(self._g, self._model, kind, f"present_key{suffix}", key)
+        present(self._g, self._model, kind, f"present_value{suffix}", value)
         return heads
 
     def _one_more(
@@ -170,6 +171,16 @@ class Layers:
         more = g.node("Concat", qkv, last, axis=1)  # [1, T + 1, q + k + v widths]
         heads, key, value = block.attend(more, kind, "", tree)
         return g.node("Slice", heads, g.shape(0), g.shape(-1), g.shape(1)), key, value
+
+    def leave(self, i: int, x: str, branch: str, block: LayerStages, token: str) -> str:
+        """x [1, T, H] of the next layer, of x and the FFN's output. `token` [1, T, P]: the layer's token inputs."""
+        x = block.leave(x, branch)
+        if not token:
+            return x
+        products, kind = self._products, self._attention_kind
+        gate, out = ((f"layer.{i}.{p.name}", p) for p in self._model.products_behind())
+        a = block.gated(products(x, kind, gate[0], gate[1].rows, gate[1].width), token)
+        return block.leave_token(x, products(a, kind, out[0], out[1].rows, out[1].width))
 
     def ffn(self, h: str, groups: int, before: str) -> str:
         """[1, T, Model.share_width]: what is before, and some groups' shares in an FFN of h [1, T, H], in order.
@@ -209,12 +220,13 @@ class Layers:
         with them: one product of all of them costs half of what a product a group costs.
         """
         g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
-        a = self._inputs(at, h, m.groups)  # [1, T, M F]
+        groups = m.layer_groups[i]
+        a = self._inputs(at, h, groups)  # [1, T, M F]
         a = gated(g, m, *g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2)) if m.gated else activated(g, m, a)
-        activations, a, width = a, self._weighed(at, a, m.groups), m.neurons
+        activations, a, width = a, self._weighed(at, a, groups), m.neurons_of(i)
         if f"{at}down" in self._products.centred:
             by_group = self._products.with_sums(g.node("Reshape", a, g.shape(1, -1, n)), n, filled=True)
-            width = m.groups * (n + 2 * (digits(n) - n // BLOCK))
+            width = groups * (n + 2 * (digits(n) - n // BLOCK))
             a = g.node("Reshape", by_group, g.shape(1, -1, width))
         return share(g, m, activations, self._products.of_wide(a, self._ffn_kind, f"{at}down", m.hidden, width))
 
@@ -252,6 +264,35 @@ def attention(
     return g.serialise("attention")
 
 
+def leave(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
+    """x, branch [1, T, ...] (the FFN's output), token [1, T, P] -> x_out [1, T, H] of a layer with token inputs."""
+    g = Graph()
+    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    branch, token = g.input("branch", T.FLOAT, [1, "T", model.share_width]), _token_input(g, model)
+    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    block = LayerStages(g, model, _external_vectors(g, f"layer.{i}."))
+    g.output("x_out", T.FLOAT, [1, "T", model.hidden], layers.leave(i, x, branch, block, token))
+    return g.serialise("leave")
+
+
+def token_inputs(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+    """x [1, T, H], the embeddings, and rows [1, T, L P] of the table -> y [L, T, P], all layers' token inputs."""
+    g = Graph()
+    x, rows = g.input("x", T.FLOAT, [1, "T", model.hidden]), g.input("rows", T.FLOAT, [1, "T", model.token_width])
+    products = Products(g, arithmetic, centred)(x, kind, "token_projection", model.token_width, model.hidden)
+    y = LayerStages(g, model, _external_vectors(g, "")).token_inputs(products, rows)
+    width = model.token_inputs.width if model.token_inputs else 0
+    g.output("y", T.FLOAT, [model.layers, "T", width], y)
+    return g.serialise("token_inputs")
+
+
+def _token_input(g: Graph, model: Architecture, suffix: str = "") -> str:
+    """The input [1, T, P] for a layer's token inputs; empty if the model has none."""
+    if model.token_inputs is None:
+        return ""
+    return g.input(f"token{suffix}", T.FLOAT, [1, "T", model.token_inputs.width])
+
+
 def ffn(model: Architecture, kind: RowKind, arithmetic: Arithmetic, groups: int, centred: frozenset[str]) -> bytes:
     """h [1, T, H], before [1, T, Model.share_width] -> y, what is before and the share of some groups of a layer."""
     g = Graph()
@@ -271,8 +312,9 @@ def whole(
     x = g.input("x", T.FLOAT, [1, "T", model.hidden])
     made = Layers(g, model, kinds, Products(g, arithmetic, centred), kv)
     for i in layers:
+        token = _token_input(g, model, f".{i}")
         x, h, block = made.attention(i, x, f".{i}")
-        x = block.leave(x, made.whole_ffn(i, h))
+        x = made.leave(i, x, made.whole_ffn(i, h), block, token)
     g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
     return g.serialise("layers")
 

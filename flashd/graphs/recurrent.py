@@ -15,7 +15,8 @@ import math
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture, GatedDeltaNet, Recurrent, ShortConvolution
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import GatedDeltaNet, Recurrent, ShortConvolution
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 

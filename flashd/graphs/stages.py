@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture, AttentionKind, Bias, Experts, Place, Recurrent
+from flashd.bundle.architecture import Architecture, Bias, Experts, Place
+from flashd.bundle.layer_kinds import AttentionKind, Recurrent, TokenInputs
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
+from flashd.graphs.products import activated
 from flashd.graphs.recurrent import recur
 from flashd.graphs.rounding import KvFormat, rounded
 
@@ -24,7 +26,12 @@ def stages(model: Architecture) -> dict[str, bytes]:
         recurrent  inner [1, T, ...] (a layer's inner values) -> y [1, T, ...], what its last product takes, and its
                    state; one graph a kind of layer that has a state in place of keys
         middle     x, h, branch (the attention's output) -> x, h, the input of the FFN
-        leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer
+        leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer, or what its
+                   token input is gated by
+        token_inputs  products [T, L P], of embeddings, and rows [T, L P] of the table -> y [L, T, P]; only in models
+                   that have token inputs, like the next two
+        token_gate    products [T, P] of x behind the FFN, input [T, P] -> y [T, P], what token_out takes
+        token_leave   x, branch (token_out's product) -> x of the next layer
         finish     x -> h, the input of the head
         logits     x (logits [R, V]) -> x; only in models that cap logits or add a bias
         beside     x, h, branch (the shared expert's output) -> x; only in mixtures that have one
@@ -59,7 +66,25 @@ def stages(model: Architecture) -> dict[str, bytes]:
         out["route"] = _route(model, model.experts)
     if model.experts and model.experts.shared:
         out["beside"] = _beside(model)
-    return out
+    return out | (_token_stages(model, model.token_inputs) if model.token_inputs else {})
+
+
+def _token_stages(model: Architecture, inputs: TokenInputs) -> dict[str, bytes]:
+    g, every = Graph(), model.token_width
+    products, rows = (g.input(name, T.FLOAT, ["T", every]) for name in ("products", "rows"))
+    y = LayerStages(g, model, _vector_inputs(g)).token_inputs(products, rows)
+    g.output("y", T.FLOAT, [model.layers, "T", inputs.width], y)
+    gate = Graph()
+    products, token = (gate.input(name, T.FLOAT, ["T", inputs.width]) for name in ("products", "token"))
+    gate.output(
+        "y", T.FLOAT, ["T", inputs.width], LayerStages(gate, model, _vector_inputs(gate)).gated(products, token)
+    )
+    leave = Graph()
+    x, branch = (leave.input(name, T.FLOAT, ["T", model.hidden]) for name in ("x", "branch"))
+    x = LayerStages(leave, model, _vector_inputs(leave)).leave_token(x, branch)
+    leave.output("x_out", T.FLOAT, ["T", model.hidden], x)
+    graphs = {"token_inputs": g, "token_gate": gate, "token_leave": leave}
+    return {name: made.serialise(name) for name, made in graphs.items()}
 
 
 def _route(model: Architecture, experts: Experts) -> bytes:
@@ -91,12 +116,12 @@ def _vector_inputs(g: Graph) -> Vector:
 
 def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     g = Graph()
-    qkv = g.input("qkv", T.FLOAT, [1, "T", model.qkv_width + model.gate_width])
+    qkv = g.input("qkv", T.FLOAT, [1, "T", sum(model.qkv_widths(kind)) + model.gate_width(kind)])
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
     out, key, value = LayerStages(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
-    g.output("y", T.FLOAT, [1, "T", model.query_width], out)
+    g.output("y", T.FLOAT, [1, "T", model.query_width(kind)], out)
     for name, kept in (("present_key", key), ("present_value", value)):
-        present(g, model, name, kept)
+        present(g, model, kind, name, kept)
     return g.serialise("attention")
 
 
@@ -108,15 +133,15 @@ def _recurrent_stage(model: Architecture, kind: Recurrent) -> bytes:
     return g.serialise("recurrent")
 
 
-def present(g: Graph, model: Architecture, name: str, value: str) -> None:
+def present(g: Graph, model: Architecture, kind: AttentionKind, name: str, value: str) -> None:
     """Gives the KV cache out, which is written in place."""
-    g.named_output(name, T.FLOAT, [1, model.kv_heads, "C", model.head_dim], value)
+    g.named_output(name, T.FLOAT, [1, model.kv_heads_of(kind), "C", model.head_dim_of(kind)], value)
 
 
 def vectors_behind_ffn(model: Architecture) -> set[str]:
     """The layer's vectors that `leave` takes, behind the FFN. The attention's graph has no place for them."""
     norms = model.norm_vectors("ffn_branch") | (model.norm_vectors("ffn") if model.block == "post" else {})
-    return {"down.bias", *norms}
+    return {"down.bias", *norms, *model.norm_vectors("token_branch"), "scale.weight"}
 
 
 class LayerStages:
@@ -152,7 +177,33 @@ class LayerStages:
             branch = self._biased(branch, "down")
         branch = self._normed(branch, "ffn_branch")
         after = self._g.residual(x, self._scaled(branch))
-        return self._normed(after, "ffn") if self._model.block == "post" else after
+        after = self._normed(after, "ffn") if self._model.block == "post" else after
+        return after if self._model.token_inputs else self._rescaled(after)
+
+    def token_inputs(self, products: str, rows: str) -> str:
+        """products, rows [..., T, L P] -> [L, T, P], see architecture.TokenInputs."""
+        g, m = self._g, self._model
+        assert m.token_inputs
+        inputs, shape = m.token_inputs, g.shape(-1, m.layers, m.token_inputs.width)
+        context = g.node("Mul", products, g.constant(np.float32(inputs.projected)))
+        context = g.rms_norm(
+            g.node("Reshape", context, shape), self._vector("token_norm.weight", inputs.width), m.norm_epsilon
+        )
+        own = g.node("Mul", g.node("Reshape", rows, shape), g.constant(np.float32(inputs.scale)))
+        both = g.node("Mul", g.node("Add", context, own), g.constant(np.float32(inputs.both)))
+        return g.node("Transpose", both, perm=[1, 0, 2])
+
+    def gated(self, products: str, token: str) -> str:
+        """products, token [..., P] -> what the product that makes the token's branch takes."""
+        return self._g.node("Mul", activated(self._g, self._model, products), token)
+
+    def leave_token(self, x: str, branch: str) -> str:
+        return self._rescaled(self._g.residual(x, self._normed(branch, "token_branch")))
+
+    def _rescaled(self, x: str) -> str:
+        """x times the layer's own numbers, if the model has them."""
+        m = self._model
+        return self._g.node("Mul", x, self._vector("scale.weight", m.hidden)) if m.layer_scales else x
 
     def _scaled(self, branch: str) -> str:
         scale = self._model.branch_scale
@@ -175,7 +226,7 @@ class LayerStages:
 
     def logits(self, logits: str) -> str:
         g, m = self._g, self._model
-        logits = self._biased(logits, "head")
+        logits = self._biased(logits, "head", m.vocabulary)
         if m.logit_cap:
             cap = g.constant(np.float32(m.logit_cap))
             logits = g.node("Mul", g.node("Tanh", g.node("Div", logits, cap)), cap)
@@ -186,20 +237,22 @@ class LayerStages:
 
         `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree.
         """
-        g, m = self._g, self._model
+        g, m, heads, width = self._g, self._model, self._model.kv_heads_of(kind), sum(self._model.qkv_widths(kind))
         gate = ""
-        if m.gate_width:
-            qkv, gate = g.nodes_out("Split", qkv, g.shape(m.qkv_width, m.gate_width), outputs=2, axis=2)
-        parts = [self._biased(qkv, "qkv"), "", ""]
-        rounds = self._kv == "int8"
-        turned = (m.norm_turned or rounds) and kind.rope is not None
-        if "query" in m.norms or rounds:
+        if m.attention_gated:
+            qkv, gate = g.nodes_out("Split", qkv, g.shape(width, m.gate_width(kind)), outputs=2, axis=2)
+        cache: Dims = [1, heads, "C", m.head_dim_of(kind)]
+        past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
+        parts, rounds = [self._biased(qkv, "qkv", width), "", ""], self._kv == "int8"
+        turned = (m.norm_turned or rounds or kind.borrows) and kind.rope is not None
+        if kind.borrows:
+            query = self._ready(parts[0], "query", kind, tree, turned)
+            parts = [query, *(self._kept(each, query, kind) for each in past)]
+        elif "query" in m.norms or rounds or m.norm_values or not kind.values:
             parts = self._apart(parts[0], kind, tree, turned)
         if rounds:
-            both = rounded(g, g.node("Concat", *parts[1:], axis=2), m.head_dim)
+            both = rounded(g, g.node("Concat", *parts[1:], axis=2), m.head_dim_of(kind))
             parts[1:] = g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
-        cache: Dims = [1, m.kv_heads, "C", m.head_dim]
-        past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
         positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
         attributes: dict[str, Any] = {}
         if kind.rope is not None and not turned:
@@ -215,61 +268,87 @@ class LayerStages:
         sinks = [self._vector("sinks.weight", m.heads)] if m.sinks else []
         out, keys, values = g.nodes_out(
             "GroupQueryAttention", *parts, *past, *positions, *where, *sinks, domain=MICROSOFT, outputs=3,
-            num_heads=m.heads, kv_num_heads=m.kv_heads, scale=m.attention_scale, **attributes,
+            num_heads=m.heads, kv_num_heads=heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
         if gate:
             out = g.node("Mul", out, g.node("Sigmoid", gate))
-        return self._normed(out, "heads"), keys, values
+        return self._normed(out, "heads", kind), keys, values
+
+    def _kept(self, past: str, query: str, kind: AttentionKind) -> str:
+        """[1, T, kv width]: the keys or values of the tokens of a pass [1, T, ...] that another layer has written.
+
+        They are written again where they are, which changes nothing.
+        """
+        g = self._g
+        first = self._first(query)
+        end = g.node("Add", g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64), g.shape(1))
+        rows = g.node("Slice", past, first, end, g.shape(2))  # [1, kv heads, T, D]
+        return g.node(
+            "Reshape", g.node("Transpose", rows, perm=[0, 2, 1, 3]), g.shape(1, -1, self._model.kv_width(kind))
+        )
+
+    def _first(self, x: str) -> str:
+        """[1] int64: where the first token of a pass [1, T, ...] stands."""
+        g = self._g
+        rows = g.node("Slice", g.node("Shape", x), g.shape(1), g.shape(2))  # [1]: T
+        last = g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64)
+        return g.node("Sub", g.node("Add", last, g.shape(1)), rows)
 
     def _apart(self, qkv: str, kind: AttentionKind, tree: Sequence[str], turned: bool) -> list[str]:
         """qkv -> queries, keys and values [1, T, ...], queries and keys normed, and turned if `turned` says so."""
-        g, m = self._g, self._model
-        widths = g.shape(m.query_width, m.kv_width, m.kv_width)
-        *pair, value = g.nodes_out("Split", qkv, widths, outputs=3, axis=2)
-        heads = m.heads, m.kv_heads
+        g, widths = self._g, self._model.qkv_widths(kind)
+        split = g.nodes_out("Split", qkv, g.shape(*widths), outputs=len(widths), axis=2)
+        pair = zip(split[:2], QUERY_AND_KEY, strict=True)
+        return [
+            *(self._ready(x, place, kind, tree, turned) for x, place in pair), self._normed_values(split[-1], kind),
+        ]  # fmt: skip
+
+    def _ready(self, x: str, place: Place, kind: AttentionKind, tree: Sequence[str], turned: bool) -> str:
+        """Queries or keys [1, T, ...], normed if the model does so, and turned if `turned` says so."""
+        m = self._model
+        heads = m.heads if place == "query" else m.kv_heads_of(kind)
         if turned and m.norm_turned:
-            pair = [self._turned(x, n, kind, tree) for x, n in zip(pair, heads, strict=True)]
-        if "query" in m.norms:
-            pair = [self._normed_heads(x, place) for x, place in zip(pair, QUERY_AND_KEY, strict=True)]
-        if turned and not m.norm_turned:
-            pair = [self._turned(x, n, kind, tree) for x, n in zip(pair, heads, strict=True)]
-        return [*pair, value]
+            x = self._turned(x, heads, kind, tree)
+        if place in m.norms:
+            x = self._normed_heads(x, place, kind)
+        return self._turned(x, heads, kind, tree) if turned and not m.norm_turned else x
 
     def _tables(self, kind: AttentionKind) -> list[str]:
         """cos and sin [positions, D / 2] of layers that turn queries and keys."""
-        table: Dims = ["positions", self._model.head_dim // 2]
+        table: Dims = ["positions", self._model.head_dim_of(kind) // 2]
         return [self._g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
 
     def _turned(self, x: str, heads: int, kind: AttentionKind, tree: Sequence[str]) -> str:
         """Queries or keys [1, T, heads D], turned. Without a tree they stand one behind the other up to `last`."""
-        g = self._g
-        if tree:
-            at = tree[0]
-        else:
-            rows = g.node("Slice", g.node("Shape", x), g.shape(1), g.shape(2))  # [1]: T
-            last = g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64)
-            at = g.node("Sub", g.node("Add", last, g.shape(1)), rows)  # [1]: where the first one stands
-        return g.node("RotaryEmbedding", x, at, *self._tables(kind), domain=MICROSOFT, num_heads=heads)
+        at = tree[0] if tree else self._first(x)
+        return self._g.node("RotaryEmbedding", x, at, *self._tables(kind), domain=MICROSOFT, num_heads=heads)
 
-    def _biased(self, x: str, part: Bias) -> str:
+    def _biased(self, x: str, part: Bias, width: int = 0) -> str:
         if part not in self._model.biases:
             return x
-        m = self._model
-        width = {"qkv": m.qkv_width, "head": m.vocabulary}.get(part, m.hidden)
-        return self._g.node("Add", x, self._vector(f"{part}.bias", width))
+        return self._g.node("Add", x, self._vector(f"{part}.bias", width or self._model.hidden))
 
-    def _normed_heads(self, x: str, place: Place) -> str:
+    def _normed_heads(self, x: str, place: Place, kind: AttentionKind) -> str:
         """The norm of queries or keys [1, T, width], head by head if the model does it so."""
         g, m = self._g, self._model
         if not m.norm_heads:
-            return self._normed(x, place)
-        normed = self._normed(g.node("Reshape", x, g.shape(0, 0, -1, m.head_dim)), place)
+            return self._normed(x, place, kind)
+        normed = self._normed(g.node("Reshape", x, g.shape(0, 0, -1, m.head_dim_of(kind))), place, kind)
         return g.node("Reshape", normed, g.shape(0, 0, -1))
 
-    def _normed(self, x: str, place: Place) -> str:
+    def _normed_values(self, x: str, kind: AttentionKind) -> str:
+        """Values [1, T, width], divided by their root mean square head by head if the model does so."""
+        g, m, width = self._g, self._model, self._model.head_dim_of(kind)
+        if not m.norm_values:
+            return x
+        heads = g.node("Reshape", x, g.shape(0, 0, -1, width))
+        normed = g.rms_norm(heads, g.constant(np.ones(width, np.float32)), m.norm_epsilon)
+        return g.node("Reshape", normed, g.shape(0, 0, -1))
+
+    def _normed(self, x: str, place: Place, kind: AttentionKind | None = None) -> str:
         """The norm of x's last axis, or x if the model has none at that place."""
         g, m = self._g, self._model
-        vectors = [self._vector(name, length) for name, length in m.norm_vectors(place).items()]
+        vectors = [self._vector(name, length) for name, length in m.norm_vectors(place, kind).items()]
         if not vectors:
             return x
         if m.norm == "layer":

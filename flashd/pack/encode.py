@@ -50,7 +50,7 @@ class Encoder:
 
     def neurons(self, ffn: Ffn, form: NeuronFormat, order: Numbers) -> Iterator[bytes]:
         """The records of an FFN's neurons in the order [F] of the card, chunk by chunk."""
-        down, bias, _ = ffn.filled(self._model.expert_neurons)  # [H, F], [F, M]
+        down, bias, _ = ffn.filled(ffn.whole)  # [H, F], [F, M]
         for at in range(0, len(order), ROWS_AT_ONCE):
             neurons = order[at : at + ROWS_AT_ONCE]
             records = [self._filled(matrix, form.row, neurons) for matrix in ffn.inputs]
@@ -64,7 +64,7 @@ class Encoder:
 
     def groups(self, ffn: Ffn, form: GroupFormat, order: Numbers, weigh: Weigh | None = None) -> Iterator[bytes]:
         """Neurons in their order. If every 32 of them are a group of the source, its grid moves over."""
-        every = self._model.expert_neurons
+        every = ffn.whole
         (down, bias, norm), grid = ffn.filled(every), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, every - ffn.neurons)) if weigh else None
         factor = weigh.inputs if weigh else None
@@ -80,7 +80,7 @@ class Encoder:
 
     def order(self, ffn: Ffn, sizes: Floats) -> Numbers:
         """[F]: the card's order of an FFN's neurons, by the sizes [F] of their shares in the output."""
-        return hottest(sizes, self._model, whole=ffn.down.grid(slice(1)) is not None)
+        return hottest(sizes, whole=ffn.down.grid(slice(1)) is not None)
 
     def _filled(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
         """[n, row bytes]: the records of the rows of `neurons` [n]. Neurons that only fill the last group are zero.

@@ -40,7 +40,7 @@ class Original:
     path: Path
     source: OpenModel
     model: Architecture
-    rope: Floats  # [ropes, 2, D / 2], see families.rope.rope_tables
+    rope: list[Floats]  # [2, D / 2] each, see families.rope.rope_tables
     weights: Weights
     formats: Formats  # the kinds of rows of its bundle
 
@@ -102,9 +102,11 @@ def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
     ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
     inner: RowKind = "ternary" if ternary else rows
     kept = rows != "f16" and model.experts and all(_mxfp4(weights, i) for i in range(model.layers))
+    inputs = weights.token_inputs()
     return Formats(
         ffn="mxfp4" if kept else inner, attention=inner, head=as_nibbles(weights.head()),
         embedding=as_nibbles(weights.embedding()),
+        token_inputs=as_nibbles(inputs) if inputs else "f16",
     )  # fmt: skip
 
 
@@ -115,7 +117,8 @@ def _finer(weights: Weights, model: Architecture) -> float:
     """
     finer = total = 0
     for i in range(model.layers):
-        tensors = [part.tensor for parts in weights.products(i) for part in parts]
+        products = [*weights.products(i), *weights.products_behind(i)]
+        tensors = [part.tensor for parts in products for part in parts]
         tensors += [tensor for ffn in weights.ffns(i) for tensor in (*(part.tensor for part in ffn.inputs), ffn.down)]
         for tensor in tensors:
             total += prod(tensor.shape)
@@ -131,7 +134,11 @@ def _mxfp4(weights: Weights, i: int) -> bool:
 def _ternary(weights: Weights, i: int) -> bool:
     """Whether all matrices of layer `i` are ternary. In most models their first rows show that they are not."""
     (ffn,) = weights.ffns(i)
-    for matrix in (*ffn.inputs, *chain.from_iterable(weights.products(i))):
+    for matrix in (
+        *ffn.inputs,
+        *chain.from_iterable(weights.products(i)),
+        *chain.from_iterable(weights.products_behind(i)),
+    ):
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]
         if not all(is_ternary(matrix.rows(part)) for part in parts):
             return False

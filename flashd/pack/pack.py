@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from flashd.bundle.header import Header, Text, group_format, layer_ffn_sections, neuron_format, pair_format
-from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
+from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
@@ -197,13 +197,16 @@ class _Writer:
         add, weights, formats = self._bundle.add, self._weights, self._formats
         add("tokenizer", [vocabulary.tokenizer_json])
         add("token_bytes", [vocabulary.token_bytes.to_bytes()])
-        add("rope", [self._original.rope.tobytes()])
+        add("rope", [table.tobytes() for table in self._original.rope])
         add("vectors", self._encode.vectors(weights.model_vectors()))
         if not weights.tied:
             self._table("embedding", weights.embedding(), formats.embedding)
         self._table("head", weights.head(), formats.head, formats.centred_head)
         if self._model.positions:
             self._table("positions", weights.positions(), "f16")
+        if inputs := weights.token_inputs():
+            self._table("token_inputs", inputs, formats.token_inputs, rows=WIDE_ROWS_OF_A_RUN)
+            add("token_projection", self._encode.rows(weights.token_projection(), formats.attention))
 
     def exact(self, tokenizer_json: bytes) -> None:
         """Writes exact layers. Groups or experts that a sample text uses most come first."""
@@ -256,16 +259,20 @@ class _Writer:
         """The bytes of one number a neuron [F], in the order of the card. Neurons that fill the last block have 0."""
         return np.pad(values[order], (0, self._model.neurons - len(order))).tobytes()
 
-    def _table(self, name: str, matrix: Matrix, kind: RowKind, centred: bool = True) -> None:
-        """Writes a matrix of which the engine reads single rows, or the first rows."""
-        run = ROWS_OF_A_RUN * RowFormat(kind, self._model.hidden).nbytes
+    def _table(
+        self, name: str, matrix: Matrix, kind: RowKind, centred: bool = True, rows: int = ROWS_OF_A_RUN
+    ) -> None:
+        """Writes a matrix of which the engine reads single rows, or the first rows. `rows`: of a run."""
+        run = rows * RowFormat(kind, matrix.width).nbytes
         self._bundle.add(name, self._encode.rows(matrix, kind, centred), run)
 
     def _attention(self, i: int) -> None:
-        """Writes a layer's vectors and attention."""
+        """Writes a layer's vectors and its products beside the FFN."""
         add = self._bundle.add
         add(f"layer.{i}.vectors", self._encode.vectors(self._weights.layer_vectors(i)))
-        for product, parts in zip(self._model.products(i), self._weights.products(i), strict=True):
+        known = [*self._model.products(i), *self._model.products_behind()]
+        found = [*self._weights.products(i), *self._weights.products_behind(i)]
+        for product, parts in zip(known, found, strict=True):
             kind: RowKind = "f16" if product.fine else self._formats.attention
             chunks = chain.from_iterable(self._encode.rows(part, kind) for part in parts)
             add(f"layer.{i}.{product.name}", chunks)
@@ -273,7 +280,7 @@ class _Writer:
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
         """Writes a layer's groups, the hottest first, in a section for each number of bits."""
         (ffn,) = self._weights.ffns(i)
-        order, every = self._encode.order(ffn, sizes), self._model.groups
+        order, every = self._encode.order(ffn, sizes), self._model.layer_groups[i]
         ends = [starts.int3, starts.int2, every] if starts else [every]
         for part in layer_ffn_sections(i, self._group, ends):
             neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]

@@ -25,22 +25,27 @@ def check_shapes(weights: Weights, model: Architecture) -> None:
         raise DataError(f"{m.heads} heads cannot share {m.kv_heads} key-value heads")
     for name, matrix in (("the embeddings", weights.embedding()), ("the head", weights.head())):
         _check(name, (len(matrix), matrix.width), (m.vocabulary, m.hidden))
+    if table := weights.token_inputs():
+        _check("the token inputs", (len(table), table.width), (m.vocabulary, m.token_width))
+        projection = weights.token_projection()
+        _check(projection.tensor.name, (len(projection), projection.width), (m.token_width, m.hidden))
     for i in range(m.layers):
-        for product, matrices in zip(m.products(i), weights.products(i), strict=True):
+        known, found = [*m.products(i), *m.products_behind()], [*weights.products(i), *weights.products_behind(i)]
+        for product, matrices in zip(known, found, strict=True):
             for part, rows in zip(matrices, product.parts, strict=True):
                 _check(part.tensor.name, (len(part), part.width), (rows, product.width))
         if m.experts:
             router = weights.router(i)
             _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))
         for ffn in weights.ffns(i):
-            _check_ffn(ffn, m)
+            _check_ffn(ffn, m, m.neurons_of(i) // m.ffns)
 
 
-def _check_ffn(ffn: Ffn, m: Architecture) -> None:
+def _check_ffn(ffn: Ffn, m: Architecture, wanted: int) -> None:
     neurons, name = ffn.down.shape[-1], ffn.down.name
     _check(name, ffn.down.shape, (m.hidden, neurons))
-    if -(-neurons // BLOCK) * BLOCK != m.expert_neurons:
-        raise DataError(f"tensor {name!r} has {neurons} neurons, but the model needs {m.expert_neurons}")
+    if -(-neurons // BLOCK) * BLOCK != wanted:
+        raise DataError(f"tensor {name!r} has {neurons} neurons, but the model needs {wanted}")
     for part in ffn.inputs:
         _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.architecture import Architecture, GatedDeltaNet, LayerProduct
-from flashd.bundle.rows.kinds import Floats
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, LayerProduct
+from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width
@@ -67,6 +68,11 @@ class Ffn:
         """F"""
         return self.down.shape[-1]
 
+    @property
+    def whole(self) -> int:
+        """Its neurons, and those that fill its last block."""
+        return -(-self.neurons // BLOCK) * BLOCK
+
     def columns(self) -> Floats:
         """[H, F]: what an activation adds to the output, by the norm's weights too."""
         return self.down.rows() * self.norm if len(self.norm) else self.down.rows()
@@ -88,6 +94,7 @@ class Weights:
     def __init__(self, source: OpenModel, family: Family, model: Architecture) -> None:
         self._source, self._family, self._model = source, family, model
         self._rotary = rotary_width(source) if family.rotary else 0
+        """Of a head of the model's own width. Heads of another are turned whole."""
 
     @property
     def tied(self) -> bool:
@@ -115,24 +122,32 @@ class Weights:
         tensor = self._source.tensor("position_embd.weight")
         return Matrix(tensor, np.arange(self._family.position_offset, tensor.shape[0]))
 
+    def token_inputs(self) -> Matrix | None:
+        """[V, L P], if the model has them."""
+        return _whole(self._of_model("token_inputs")) if self._model.token_inputs else None
+
+    def token_projection(self) -> Matrix:
+        """[L P, H], of a model with token inputs"""
+        return _whole(self._of_model("token_projection"))
+
+    def _of_model(self, part: str) -> Tensor:
+        return self._source.tensor(f"{tensor_name(self._family, part)}.weight")
+
     def qkv(self, i: int) -> list[Matrix]:
         """The matrices of queries [heads * D, H], keys and values [kv heads * D, H] of layer `i`, and its gate's.
 
-        Queries and keys are in the engine's rotary order.
+        Only those that it makes itself. Queries and keys are in the engine's rotary order.
         """
-        fused = f"{tensor_name(self._family, 'qkv', i)}.weight"
+        fused, orders = f"{tensor_name(self._family, 'qkv', i)}.weight", self._qkv_orders(i)
         if fused in self._source.names:
             tensor = self._source.tensor(fused)
-            _check_rows(tensor, self._model.qkv_width)
-            return [Matrix(tensor, start + order) for start, order in self._qkv_orders()]
+            _check_rows(tensor, sum(len(order) for _, order in orders))
+            return [Matrix(tensor, start + order) for start, order in orders]
         names = [f"{tensor_name(self._family, part, i)}.weight" for part in ("query", "key", "value")]
-        out = [
-            Matrix(self._source.tensor(name), order)
-            for name, (_, order) in zip(names, self._qkv_orders(), strict=True)
-        ]
-        for matrix in out if not self._model.gate_width else out[1:]:
+        out = [Matrix(self._source.tensor(name), order) for name, (_, order) in zip(names, orders, strict=False)]
+        for matrix in out if not self._model.attention_gated else out[1:]:
             _check_rows(matrix.tensor, len(matrix))
-        return out if not self._model.gate_width else self._with_gate(out)
+        return out if not self._model.attention_gated else self._with_gate(out)
 
     def _with_gate(self, qkv: list[Matrix]) -> list[Matrix]:
         """Queries, keys, values, and the output's gate, whose rows of a head are behind those of its query."""
@@ -152,6 +167,10 @@ class Weights:
     def shared(self, i: int) -> list[list[Matrix]]:
         """Those of the shared expert: its gate and up, and its down."""
         return self.products(i)[len(self._model.mixing(i)) :]
+
+    def products_behind(self, i: int) -> list[list[Matrix]]:
+        """The matrix of each of Architecture.products_behind of layer `i`."""
+        return [self._product(i, product) for product in self._model.products_behind()]
 
     def _product(self, i: int, product: LayerProduct) -> list[Matrix]:
         if product.name == "qkv":
@@ -230,22 +249,28 @@ class Weights:
         return {n: v / np.float32(divisor) if n.startswith("final_norm") else v for n, v in vectors.items()}
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
-        part, _, kind = name.partition(".")
+        part, _, end = name.partition(".")
         if part == "qkv" and layer is not None:
             values = self._qkv_bias(layer)
         elif part == "conv":
-            values = self._taps(layer)[:, int(kind)]
+            values = self._taps(layer)[:, int(end)]
         elif name == "decay":  # it has no end
             values = self._vector(tensor_name(self._family, name, layer))
         else:
-            values = self._vector(f"{tensor_name(self._family, part, layer)}.{kind}").reshape(-1)
+            values = self._vector(f"{tensor_name(self._family, part, layer)}.{end}").reshape(-1)
+        if part == "scale" and len(values) == 1:
+            values = values.repeat(length)  # a graph with a single number is optimised before the number is there
         if len(values) != length:
             raise DataError(f"{self._source.path}: {name} has {len(values)} numbers and should have {length}")
-        if part in ("query_norm", "key_norm"):
-            return values[
-                rotary_order(self._family, length // self._model.head_dim, self._model.head_dim, self._rotary)
-            ]
+        kind = self._model.kind(layer) if layer is not None else None
+        if part in ("query_norm", "key_norm") and isinstance(kind, AttentionKind):
+            return values[self._order(kind, length // self._model.head_dim_of(kind))]
         return values
+
+    def _order(self, kind: AttentionKind, heads: int) -> Numbers:
+        """The order of the rows of so many heads of queries or keys."""
+        width = self._model.head_dim_of(kind)
+        return rotary_order(self._family, heads, width, width if kind.head_dim else self._rotary)
 
     def _taps(self, layer: int | None) -> Floats:
         """[channels, taps] of a layer's convolution, whether or not the file has a 1 between the two."""
@@ -262,17 +287,19 @@ class Weights:
         fused = f"{tensor_name(self._family, 'qkv', i)}.bias"
         if fused in self._source.names:
             values = self._vector(fused)
-            return np.concatenate([values[start + order] for start, order in self._qkv_orders()])
+            return np.concatenate([values[start + order] for start, order in self._qkv_orders(i)])
         parts = [self._vector(f"{tensor_name(self._family, p, i)}.bias") for p in ("query", "key", "value")]
-        return np.concatenate([v[order] for v, (_, order) in zip(parts, self._qkv_orders(), strict=True)])
+        return np.concatenate([v[order] for v, (_, order) in zip(parts, self._qkv_orders(i), strict=True)])
 
-    def _qkv_orders(self) -> list[tuple[int, Numbers]]:
-        """Of queries, keys and values: where they start in a tensor of all three, and the order of their rows."""
-        m = self._model
-        turned = [rotary_order(self._family, heads, m.head_dim, self._rotary) for heads in (m.heads, m.kv_heads)]
-        return [
-            (0, turned[0]), (m.query_width, turned[1]), (m.query_width + m.kv_width, np.arange(m.kv_width)),
-        ]  # fmt: skip
+    def _qkv_orders(self, i: int) -> list[tuple[int, Numbers]]:
+        """Of queries, keys and values, as far as layer `i` makes them: where they start in a tensor of all three, and
+        the order of their rows."""
+        m, kind = self._model, self._model.kind(i)
+        assert isinstance(kind, AttentionKind)
+        widths = m.qkv_widths(kind)
+        orders = [self._order(kind, m.heads), self._order(kind, m.kv_heads_of(kind)), np.arange(m.kv_width(kind))]
+        starts = np.cumsum((0, *widths)).tolist()
+        return list(zip(starts, orders[: len(widths)], strict=False))
 
     def _vector(self, name: str) -> Floats:
         tensor = self._source.tensor(name)

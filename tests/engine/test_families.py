@@ -70,8 +70,11 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
                 apart = [relative(e, r) for e, r in zip(expected, resident, strict=True)]
                 assert np.quantile(apart, 0.1) < 0.05
             else:
-                # delta nets make queries and keys as long as all others, which makes errors of the small ones large
-                assert relative(expected, resident) < (0.1 if "ssm.state_size" in golden.keys else 0.05)
+                # delta nets make queries and keys as long as all others, which makes errors of the small ones large;
+                # Gemma 4 does not scale the products of queries and keys, so that rounding counts for more
+                limits = {"ssm.state_size": 0.1, "attention.key_length_swa": 0.06}
+                limit = max([limit for key, limit in limits.items() if key in golden.keys], default=0.05)
+                assert relative(expected, resident) < limit
 
 
 def test_ternary_rows_agree_with_transformers(tmp_path: Path) -> None:

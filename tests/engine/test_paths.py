@@ -47,7 +47,7 @@ def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: 
     )
     if pinned is None:
         return full
-    groups = (int(pinned * header.model.groups),) * header.model.layers
+    groups = tuple(int(pinned * every) for every in header.model.layer_groups)
     return dataclasses.replace(full, resident=False, pinned=groups, buffers=BUFFERS)
 
 
@@ -192,7 +192,7 @@ def test_a_pass_reads_what_is_not_pinned_once(tiny_bundle: Path) -> None:
             made = plan(bundle, pinned, 128)
             model = PagedModel(bundle, dataclasses.replace(made, buffers=1))
             try:
-                missing = (made.groups - made.pinned[0]) * bundle.header.group.nbytes * bundle.header.model.layers
+                missing = (made.groups[0] - made.pinned[0]) * bundle.header.group.nbytes * bundle.header.model.layers
                 for passes in range(1, 4):
                     model.forward(np.arange(5), np.array([4]))
                     # one more extent may be under way: the next pass's first, which is a layer's all here

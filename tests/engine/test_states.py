@@ -248,7 +248,11 @@ def test_a_plan_counts_states_and_they_do_not_grow(packed: dict[str, Path], name
         rows = now * (MIXED + 2 * VALUE_HEADS)
         assert held == 2 * [4 * (RUNNING * (2 + MARKS_OF_SUMS) * (rows + SUM) + SUM)]
     # and keys and values only of the layer that has some
-    assert plans[1].parts["KV cache"] == cache_bytes(model, 128 + SPARE) == 2 * 130 * model.kv_width * 4
+    assert (
+        plans[1].parts["KV cache"]
+        == cache_bytes(model, 128 + SPARE)
+        == 2 * 130 * model.kv_width(model.attention[0]) * 4
+    )
     assert NODES <= REWIND  # drafts that were wrong can be forgotten
 
 

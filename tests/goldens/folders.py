@@ -127,6 +127,8 @@ def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
     def find(name: str, tensors: Tensors) -> Floats:
         if name == "lm_head.weight":
             return tensors.get("output.weight", tensors["token_embd.weight"])
+        if name.endswith(".layer_scalar"):
+            return tensors[f"{known.get_name(name)}.weight"]
         ours = name
         for theirs, part in (special or {}).items():
             ours = ours.replace(theirs, part)

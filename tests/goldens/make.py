@@ -149,6 +149,18 @@ def delta_nets(kind: type, **keys: Any) -> Maker:
     return make
 
 
+def gemma4(golden: Golden) -> Any:
+    keys, shares = golden.keys, isinstance(golden.kv_heads, list)
+    return transformers.Gemma4TextConfig(
+        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, head_dim=HEAD_DIM,
+        global_head_dim=keys["attention.key_length"], sliding_window=WINDOW, final_logit_softcapping=30.0,
+        layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=shares,
+        num_global_key_value_heads=1 if shares else None, vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=keys.get("attention.shared_kv_layers", 0), use_double_wide_mlp=not shares,
+        hidden_size_per_layer_input=keys.get("embedding_length_per_layer_input", 0),
+    )  # fmt: skip
+
+
 def sparser(golden: Golden, model: Any) -> None:
     """What those who made Llama's and Mistral's FFNs sparse do to them, in modelling files of their own."""
     threshold = golden.keys.get("hidden_activation_threshold")
@@ -265,6 +277,8 @@ MAKERS: dict[str, Maker] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     ),
+    "gemma4": gemma4,
+    "gemma4-keys": gemma4,
     "lfm2": lfm2,
     "qwen35": delta_nets(T.Qwen3_5TextConfig),
     "qwen3next": delta_nets(T.Qwen3NextConfig, **OF_SHARED),

@@ -60,7 +60,7 @@ class Golden:
         keys = {"context_length": 128, **self.keys}
         w.add_embedding_length(HIDDEN)
         w.add_block_count(keys.pop("block_count", LAYERS))
-        w.add_feed_forward_length(NEURONS)
+        w.add_feed_forward_length(keys.pop("feed_forward_length", NEURONS))
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
         if "attention.key_length" in keys:
@@ -91,7 +91,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     if name.endswith("ssm_a"):  # how fast a state fades
         return np.asarray(-np.exp(random.standard_normal(shape)), np.float32)
     if name == "rope_freqs.weight":
-        return llama3_factors()
+        return llama3_factors() if shape == (HEAD_DIM // 2,) else proportional()
     if name.startswith("rope_factors"):
         return long_factors()[name.split(".")[0]]
     if name.endswith("_exps.bias"):
@@ -129,6 +129,11 @@ def llama3_factors() -> Floats:
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(1 / (share + (1 - share) / LLAMA3["factor"]), np.float32)
+
+
+def proportional() -> Floats:
+    """What Gemma 4 divides the angles of the 16 pairs of 32 dimensions by: three quarters are not turned."""
+    return np.where(np.arange(16) < 4, 1, 1e30).astype(np.float32)
 
 
 def _attention(head_dim: int = HEAD_DIM, kv_heads: int = KV_HEADS, bias: bool = False) -> dict[str, tuple[int, ...]]:
@@ -226,6 +231,10 @@ def _joined_ffn() -> dict[str, tuple[int, ...]]:
     return {"ffn_up.weight": (2 * NEURONS, HIDDEN), "ffn_down.weight": (HIDDEN, NEURONS)}
 
 
+def _without(layer: dict[str, tuple[int, ...]], *parts: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in layer.items() if name.removesuffix(".weight") not in parts}
+
+
 def _longrope(context: int, trained: int) -> dict[str, Any]:
     return {
         "context_length": context, "rope.scaling.original_context_length": trained, "rope.dimension_count": 12,
@@ -245,6 +254,22 @@ TWO_NORMS = _norms("attn_norm", "ffn_norm")
 FOUR_NORMS = _norms("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
 NORMS_BEHIND = _norms("post_attention_norm", "post_ffw_norm")
 FINAL = _norms("output_norm")
+
+GEMMA_4 = RMS | {
+    "attention.key_length": 32, "attention.key_length_swa": 16, "attention.value_length_swa": 16,
+    "attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, False, True, False],
+    "rope.freq_base": 1e6, "rope.freq_base_swa": 10000.0, "rope.dimension_count": 32, "rope.dimension_count_swa": 16,
+    "final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 0,
+}  # fmt: skip
+GEMMA_4_LAYER = (
+    FOUR_NORMS | GATED | _norms("attn_q_norm", "attn_k_norm", width=16) | {"layer_output_scale.weight": (1,)}
+)
+GEMMA_4_WIDE = GEMMA_4_LAYER | _norms("attn_q_norm", "attn_k_norm", width=32)
+TWICE: dict[str, tuple[int, ...]] = {
+    "ffn_gate.weight": (2 * NEURONS, HIDDEN), "ffn_up.weight": (2 * NEURONS, HIDDEN),
+    "ffn_down.weight": (HIDDEN, 2 * NEURONS),
+}  # fmt: skip
+TOKEN_LAYER = _norms("post_norm") | {"inp_gate.weight": (32, HIDDEN), "proj.weight": (HIDDEN, 32)}
 
 GOLDENS = {
     "llama3": Golden(
@@ -377,6 +402,25 @@ GOLDENS = {
                "attention.sliding_window_pattern": [True, True, False, True],
                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         FOUR_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "gemma4": Golden(
+        "gemma4",
+        GEMMA_4 | {"attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 32,
+                   "feed_forward_length": [NEURONS, NEURONS, 2 * NEURONS, 2 * NEURONS]},
+        GEMMA_4_LAYER | TOKEN_LAYER | _attention(16),
+        EMBEDDING | FINAL | {
+            "rope_freqs.weight": (16,), "per_layer_token_embd.weight": (VOCABULARY, 32 * LAYERS),
+            "per_layer_model_proj.weight": (32 * LAYERS, HIDDEN), "per_layer_proj_norm.weight": (32,),
+        },
+        others={
+            1: GEMMA_4_WIDE | TOKEN_LAYER | _attention(32),
+            2: _without(GEMMA_4_LAYER | TOKEN_LAYER | _attention(16) | TWICE, "attn_k", "attn_v", "attn_k_norm"),
+            3: _without(GEMMA_4_WIDE | TOKEN_LAYER | _attention(32) | TWICE, "attn_k", "attn_v", "attn_k_norm"),
+        },
+    ),
+    "gemma4-keys": Golden(
+        "gemma4", GEMMA_4, GEMMA_4_LAYER | _attention(16), EMBEDDING | FINAL | {"rope_freqs.weight": (16,)},
+        kv_heads=[2, 1, 2, 1], others=dict.fromkeys((1, 3), _without(GEMMA_4_WIDE | _attention(32, 1), "attn_v")),
     ),
     "lfm2": Golden(
         "lfm2", RMS | {"shortconv.l_cache": TAPS, "rope.freq_base": 1e6},

@@ -60,7 +60,8 @@ class ConfigSource(OpenModel):
     @property
     def names(self) -> set[str]:
         tied = self._model.config.get("tie_word_embeddings") is True
-        return {"token_embd.weight"} | (set() if tied else {"output.weight"})
+        values = {f"blk.{i}.attn_v.weight" for i in range(self._model.layers)}
+        return {"token_embd.weight"} | values | (set() if tied else {"output.weight"})
 
     def tensor(self, name: str) -> Tensor:
         """No more than its shape."""
@@ -93,7 +94,7 @@ def header_of(config: Path, rows: RowKind = "int4") -> Header:
     """
     source = ConfigSource(config)
     tables: RowKind = "int8" if rows == "int4" else rows  # as flashd pack has those of 16-bit sources
-    formats = Formats(ffn=rows, attention=rows, head=tables, embedding=tables)
+    formats = Formats(ffn=rows, attention=rows, head=tables, embedding=tables, token_inputs=tables)
     model = model_of(source, family_of(source))
     empty = Section(name="checksums", offset=0, length=0, run=PLAIN_RUN, first=0)
     header = Header(
@@ -146,11 +147,11 @@ def foresee(
     if m.experts:
         assert routing is not None
         mixture = _mixture(header, plan, routing)
-        passing = [_cost(header, e) for e in stream_past(header, (m.groups,) * m.layers, plan.head_rows)]
+        passing = [_cost(header, e) for e in stream_past(header, m.layer_groups, plan.head_rows)]
         return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
     pinned = plan.pinned_beside(lendable_bytes(m, context + SPARE - text))
     passing = [_cost(header, e) for e in stream_past(header, pinned, plan.head_rows)]
-    return Forecast(plan, sum(pinned) / (m.layers * m.groups), sum(passing), len(passing))
+    return Forecast(plan, sum(pinned) / sum(m.layer_groups), sum(passing), len(passing))
 
 
 def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:

@@ -34,9 +34,9 @@ def model(tiny_bundle: Path) -> Architecture:
 def test_every_neuron_has_its_place_and_hotter_ones_come_first(model: Architecture, data: st.DataObject) -> None:
     sizes = np.array(data.draw(st.lists(st.integers(1, 9), min_size=200, max_size=200)), np.float32)
     filled = np.pad(sizes, (0, model.neurons - 200))
-    alone = hottest(sizes, model, whole=False)
+    alone = hottest(sizes, whole=False)
     assert sorted(alone) == list(range(model.neurons)) and (np.diff(filled[alone]) <= 0).all()
-    whole = hottest(sizes, model, whole=True).reshape(-1, BLOCK)
+    whole = hottest(sizes, whole=True).reshape(-1, BLOCK)
     assert (np.diff(filled[whole].sum(1)) <= 0).all()
     assert sorted(whole[:, 0] // BLOCK) == list(range(model.neurons // BLOCK)) and (np.diff(whole, axis=1) == 1).all()
     assert not (whole[:, 0] % BLOCK).any()

@@ -103,3 +103,21 @@ def test_pieces_are_those_of_sentencepiece(smollm: Path, golden: dict[str, Any])
         assert encoder.encode(text) == ids
         spelled = b"".join(vocabulary.token_bytes[i] for i in ids).decode()
         assert spelled.replace("▁", " ").lstrip(" ") == text.replace("▁", " ").lstrip(" ")
+
+
+def test_gemma_4_is_cut_as_llama_cpp_cuts_it(smollm: Path) -> None:
+    """The numbers were made by llama-cpp-python 0.3.36 of a file with this vocabulary."""
+    texts = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "\n\n", "\n\n\n", *(f"<0x{i:02X}>" for i in range(256))]
+    texts += ["▁", "▁▁", "a", "b", "c", "d", "e", "h", "i", "n", "t", "th", "the", "▁the", "▁th", ",", "é", "<|turn>"]
+    stated = {
+        "model": "gemma4", "tokens": texts, "token_type": [3, 3, 3, 2, *[1] * 3, *[6] * 256, *[1] * 17, 4],
+        "merges": ["\n \n", "\n\n \n", "▁ ▁", "t h", "th e", "▁ the", "▁ th"], "eos_token_id": 1, "bos_token_id": 2,
+        "add_bos_token": True,
+    }  # fmt: skip
+    vocabulary = Changed(smollm, {f"tokenizer.ggml.{key}": value for key, value in stated.items()}).vocabulary()
+    encoder = TextTokenizer(vocabulary.tokenizer_json, None, False)
+    assert encoder.encode("the bath, the  the") == [275, 263, 266, 265, 274, 278, 276, 264, 275]
+    assert encoder.encode("the\n\n\n\nthe \n a") == [275, 5, 5, 275, 263, 4, 263, 265]
+    assert encoder.encode("thé héß  in") == [274, 279, 263, 270, 279, 202, 166, 264, 271, 272]
+    assert encoder.encode("<|turn>the\nb<|turn>") == [280, 275, 4, 266, 280]
+    assert vocabulary.add_bos and vocabulary.eos[0] == 1

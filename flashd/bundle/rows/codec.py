@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture, GatedDeltaNet, Recurrent
+from flashd.bundle.architecture import Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
+from flashd.bundle.layer_kinds import GatedDeltaNet, Recurrent
 from flashd.bundle.prefix import (
     MAGIC,
     MAX_HEADER,
@@ -73,11 +74,30 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
 
 
 def _check_model(m: Architecture) -> None:
-    rules = [
+    _check_rules([
+        (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
+        (
+            all(k < len(m.attention) + len(m.recurrent) for k in m.layer_kinds),
+            "a layer's kind of attention does not exist",
+        ),
+        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table does not exist"),
+    ])  # fmt: skip
+    _check_rules([
         (m.hidden % BLOCK == 0, f"hidden size {m.hidden} is not a multiple of {BLOCK}"),
-        (m.query_width % BLOCK == 0, f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}"),
+        (
+            all(m.query_width(kind) % BLOCK == 0 for kind in m.attention),
+            f"{m.heads} heads of {m.head_dim} are not a multiple of {BLOCK}",
+        ),
         (m.group_neurons % BLOCK == 0, f"groups of {m.group_neurons} neurons are not a multiple of {BLOCK}"),
         (m.neurons % m.group_neurons == 0, f"{m.neurons} neurons do not make whole groups of {m.group_neurons}"),
+        (
+            not m.layer_neurons or (len(m.layer_neurons) == m.layers and max(m.layer_neurons) == m.neurons),
+            f"{m.layers} layers of up to {m.neurons} neurons, but {len(m.layer_neurons)} widths of up to others",
+        ),
+        (
+            all(n % m.group_neurons == 0 for n in m.layer_neurons) and not (m.layer_neurons and m.experts),
+            f"the neurons of a layer do not make whole groups of {m.group_neurons}",
+        ),
         (
             not m.experts or m.neurons % (m.experts.count * m.group_neurons) == 0,
             f"{m.neurons} neurons do not share out to {m.experts and m.experts.count} experts in groups",
@@ -88,15 +108,20 @@ def _check_model(m: Architecture) -> None:
         ),
         (all(_fits(kind) for kind in m.recurrent), "heads of a delta net do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
-        (m.heads % m.kv_heads == 0, f"{m.heads} heads cannot share {m.kv_heads} key-value heads"),
-        (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
         (
-            all(k < len(m.attention) + len(m.recurrent) for k in m.layer_kinds),
-            "a layer's kind of attention does not exist",
+            m.heads % m.kv_heads == 0 and all(m.heads % m.kv_heads_of(kind) == 0 for kind in m.attention),
+            f"{m.heads} heads cannot share {m.kv_heads} key-value heads",
         ),
         (bool(m.attending), "no layer attends"),
-        (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table does not exist"),
-    ]
+        (
+            all(a.rope is None or m.rope_widths[a.rope] == m.head_dim_of(a) for a in m.attention),
+            "heads of two sizes share a rotary table",
+        ),
+        (all(m.has_keys(layer) for layer in m.attending), "a layer finds no keys to borrow"),
+    ])  # fmt: skip
+
+
+def _check_rules(rules: list[tuple[bool, str]]) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
@@ -130,6 +155,8 @@ def _check_selection(header: Header) -> None:
     ranks = [0] * m.layers if header.gate_decides and not s.ranks else s.ranks
     if any(len(part) != m.layers for part in (ranks, s.thresholds, s.chosen, s.fired)):
         raise DamagedHeader(f"the header does not make sense: not every one of {m.layers} layers has a predictor")
+    if m.layer_neurons:
+        raise DamagedHeader("the header does not make sense: neurons of FFNs of several widths are never selected")
     if kind == "ternary" or m.normed_neurons:
         raise DamagedHeader("the header does not make sense: neurons of BitNet are never selected")
     if header.gate_decides and (s.ranks or not m.gated or m.experts or "inputs" in m.biases):
@@ -146,7 +173,7 @@ def _check_selection(header: Header) -> None:
 
 def _check_narrowed(header: Header) -> None:
     n, m, f = header.narrowed, header.model, header.formats
-    if {f.ffn, f.attention, f.head, f.embedding} & set(NARROW):
+    if {f.ffn, f.attention, f.head, f.embedding, f.token_inputs} & set(NARROW):
         raise DamagedHeader(f"the header does not make sense: only cold groups can be {' or '.join(NARROW)}")
     if n is None:
         return
@@ -154,7 +181,7 @@ def _check_narrowed(header: Header) -> None:
         raise DamagedHeader("the header does not make sense: only plain layers of int4 rows can be narrowed")
     if not len(n.int3) == len(n.int2) == m.layers:
         raise DamagedHeader(f"the header does not make sense: it does not say what is narrowed for {m.layers} layers")
-    if not all(int3 <= int2 <= m.groups for int3, int2 in zip(n.int3, n.int2, strict=True)):
+    if not all(int3 <= int2 <= every for int3, int2, every in zip(n.int3, n.int2, m.layer_groups, strict=True)):
         raise DamagedHeader(f"the header does not make sense: groups are narrowed that are not among {m.groups}")
 
 

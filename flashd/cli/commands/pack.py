@@ -61,7 +61,7 @@ def _print_losses(header: Header) -> None:
         )
     if n := header.narrowed:
         m = header.model
-        share = 100 * float(1 - sum(n.int3) / (m.layers * m.groups))
+        share = 100 * float(1 - sum(n.int3) / sum(m.layer_groups))
         print(
             f"{share:.0f} % of groups have fewer bits. Perplexity is {n.perplexity:.3f}, and {n.perplexity_exact:.3f}"
             f" exact ({100 * n.loss:+.2f} %, KL {n.divergence:.4f}, {n.tokens} held-out tokens)"

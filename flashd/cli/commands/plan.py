@@ -30,7 +30,7 @@ def plan(options: Plan) -> None:
     share = 100 * plan.pinned_share
     _line("neurons that stay in RAM", share, "%")
     if plan.lent_groups:
-        _line("while a text is short, up to", share + 100 * plan.lent_groups / (plan.groups * len(plan.pinned)), "%")
+        _line("while a text is short, up to", share + 100 * plan.lent_groups / sum(plan.groups), "%")
     _line("read from the card in a pass", plan.card_bytes / MIB, "MiB")
 
 

@@ -34,6 +34,7 @@ class Figures:
     prefill_card_bytes: int = 0
     decode_card_bytes: int = 0
     decode_card_reads: int = 0
+    decode_table_bytes: int = 0  # read of tables that single rows are read of, such as the embeddings
     card_wait_seconds: float = 0.0
     forward_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -98,7 +99,7 @@ class Line:
         self._prompt, self._sampler, self._limit, self._eos = len(prompt), sampler, limit, eos
         self._card, self._started = card, time.perf_counter()
         self._before = card.bytes_read
-        self._at_first = (0, 0)
+        self._at_first = (0, 0, 0)
 
     @property
     def said(self) -> int:
@@ -170,10 +171,11 @@ class Line:
         token, f, card = self._sampler.pick(logits, self.tokens), self.figures, self._card
         seconds = time.perf_counter() - self._started
         if self.said == 0:
-            f.first_token_seconds, self._at_first = seconds, (card.bytes_read, card.reads)
+            f.first_token_seconds, self._at_first = seconds, (card.bytes_read, card.reads, card.table_bytes)
         f.decode_seconds = seconds - f.first_token_seconds
         f.decode_card_bytes = card.bytes_read - self._at_first[0]
         f.decode_card_reads = card.reads - self._at_first[1]
+        f.decode_table_bytes = card.table_bytes - self._at_first[2]
         if token in self._eos:
             f.finish, self.done = "stop", True
             return None

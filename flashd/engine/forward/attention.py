@@ -28,9 +28,10 @@ class Rotary:
 
     def __init__(self, bundle: Bundle, positions: int) -> None:
         model = bundle.header.model
-        tables = bundle.floats("rope").astype(np.float64).reshape(model.ropes, 2, model.head_dim // 2)
+        values, ends = bundle.floats("rope").astype(np.float64), np.cumsum(model.rope_widths)
         self._arrays: dict[str, Floats] = {}
-        for i, (angle, length) in enumerate(tables):
+        for i, table in enumerate(np.split(values, ends[:-1]) if model.ropes else []):
+            angle, length = table.reshape(2, -1)  # [D / 2] each
             turned = np.arange(positions)[:, None] * angle  # [positions, D / 2]
             self._arrays[f"cos.{i}"] = (length * np.cos(turned)).astype(np.float32)
             self._arrays[f"sin.{i}"] = (length * np.sin(turned)).astype(np.float32)

@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.header import Header
+from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.bits import pack_bits, unpack
 from flashd.bundle.rows.formats import RowFormat
@@ -96,10 +97,25 @@ class Constants:
         graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred, self._kv)
         return self._opened(graph, arrays)
 
+    def leave(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
+        """What is behind the FFN of layer i, see graphs.constant.leave. `products`: those of products_behind."""
+        behind = vectors_behind_ffn(self._model)
+        own = {name: vector for name, vector in vectors.items() if name in behind}
+        arrays, centred = self._of_products(f"layer.{i}.", self._model.products_behind(), products)
+        arrays |= {f"layer.{i}.{name}": vector for name, vector in own.items()}
+        return self._opened(constant.leave(self._model, self._formats.attention, self.arithmetic, i, centred), arrays)
+
+    def token_inputs(self, projection: Rows, norm: Floats) -> ort.InferenceSession:
+        """What tokens say to each layer, see graphs.constant.token_inputs."""
+        product = self._product(projection, self._formats.attention, self._model.hidden)
+        centred = frozenset({"token_projection"} if product.centred else ())
+        graph = constant.token_inputs(self._model, self._formats.attention, self.arithmetic, centred)
+        return self._opened(graph, product.named("token_projection") | {"token_norm.weight": norm})
+
     def whole(
         self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups]]
     ) -> ort.InferenceSession:
-        """Whole layers: of each the rows of Architecture.products, the small vectors, and all groups."""
+        """Whole layers: of each the rows of products and products_behind, the small vectors, and all groups."""
         arrays: Initialisers = {}
         centred: frozenset[str] = frozenset()
         for i, (products, vectors, groups) in zip(layers, parts, strict=True):
@@ -128,11 +144,17 @@ class Constants:
     def _of_attention(
         self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]
     ) -> tuple[Initialisers, frozenset[str]]:
-        at = f"layer.{i}."
-        arrays: Initialisers = {f"{at}{name}": vector for name, vector in vectors.items()}
+        at, known = f"layer.{i}.", [*self._model.products(i), *self._model.products_behind()]
+        arrays, centred = self._of_products(at, known[: len(products)], products)
+        return arrays | {f"{at}{name}": vector for name, vector in vectors.items()}, centred
+
+    def _of_products(
+        self, at: str, products: Sequence[LayerProduct], rows: Sequence[Rows]
+    ) -> tuple[Initialisers, frozenset[str]]:
+        arrays: Initialisers = {}
         centred = set()
-        for made, rows in zip(self._model.products(i), products, strict=True):
-            product = self._product(rows, self._header.row_format(made.name).kind, made.width)
+        for made, part in zip(products, rows, strict=True):
+            product = self._product(part, self._header.product_format(made).kind, made.width)
             arrays |= product.named(f"{at}{made.name}")
             centred |= {f"{at}{made.name}"} if product.centred else set()
         return arrays, frozenset(centred)

@@ -64,12 +64,12 @@ class PagedModel:
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
         constants = Constants(bundle.header, kv=plan.kv)
-        self._embed = stages.Embedder(bundle)
-        self._leave, self._finish = (stages.Stage(graph(bundle.header, name)) for name in ("leave", "finish"))
+        self._finish = stages.Stage(graph(bundle.header, "finish"))
+        self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
-        self._layers: list[products.Vectors] = []
+        self._embed = stages.Embedder(bundle, constants, self._ffn.card)
         try:
             self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv)
             self._attend = attention.Attention(bundle, constants, plan.context)
@@ -174,14 +174,15 @@ class PagedModel:
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
-        x, parts = self._embed(tokens, places.positions[0, : len(tokens)]), places.parts(sizes.TOKENS_AT_ONCE)
-        for i, vectors in enumerate(self._layers):
+        x, said = self._embed(tokens, places.positions[0, : len(tokens)])
+        parts = places.parts(sizes.TOKENS_AT_ONCE)
+        for i in range(self._model.layers):
             if exact:
                 self._ffn.enter(i, x)
             done = [self._attend(i, x[part], some, self.cache, drafting=not exact) for part, some in parts]
             x, h = _joined([x for x, _ in done]), _joined([h for _, h in done])
             y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
-            x = _joined([self._leave(vectors, x=x[part], branch=y[part])[0] for part, _ in parts])
+            x = _joined([self._leave(i, x[part], y[part], said[i, part]) for part, _ in parts])
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
@@ -192,7 +193,7 @@ class PagedModel:
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _load_layer(self, i: int, on_step: OnStep) -> None:
-        self._layers.append(stages.named(self._bundle.floats(f"layer.{i}.vectors"), self._model.layer_vectors(i)))
         self._attend.load(i)
+        self._leave.load(i)
         self._ffn.load(i)
         on_step(i + 1, self._model.layers, 0)

@@ -50,7 +50,7 @@ class ResidentModel:
         self.pass_tokens = WHOLE_TOKENS
         fast, sparing = (Constants(bundle.header, kind, plan.kv) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)
-        self._embed = stages.Embedder(bundle)
+        self._embed = stages.Embedder(bundle, fast if plan.int8_layers else sparing, self.card)
         self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
@@ -91,9 +91,13 @@ class ResidentModel:
     def _passed(self, tokens: Tokens) -> Floats:
         """[T, H] behind the last norm."""
         past = self.cache.length
-        x = self._embed(tokens, np.arange(past, past + len(tokens)))[None]  # [1, T, H]
+        rows, said = self._embed(tokens, np.arange(past, past + len(tokens)))
+        x = rows[None]  # [1, T, H]
+        inputs = {f"token.{i}": each[None] for i, each in enumerate(said)}
         for some in self._bindings:
             some.binding.bind_cpu_input("x", x)
+            for name in inputs.keys() & some.names:
+                some.binding.bind_cpu_input(name, inputs[name])
             attention.bind_positions(some.binding, some.names, past, len(tokens), len(tokens))
             for i in some.with_states:
                 attention.bind_kept(some.binding, self.cache.layer(i, len(tokens)), f".{i}")
@@ -112,7 +116,8 @@ class ResidentModel:
     def _layer(self, i: int) -> tuple[list[Rows], dict[str, Floats], Groups]:
         at, bundle = f"layer.{i}.", self._bundle
         vectors = stages.named(bundle.floats(f"{at}vectors"), self._model.layer_vectors(i))
-        products = [bundle.rows(f"{at}{product.name}") for product in self._model.products(i)]
+        every = [*self._model.products(i), *self._model.products_behind()]
+        products = [bundle.rows(f"{at}{product.name}") for product in every]
         return products, vectors, bundle.all_groups(i)
 
     def _bound(self, session: ort.InferenceSession, layers: range) -> _Bound:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import onnxruntime as ort
 
-from flashd.bundle.reader import Bundle
+from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows.kinds import Floats
+from flashd.engine.forward.constants import Constants, at_least_two, multiplied
 from flashd.engine.forward.products import Vectors
-from flashd.engine.model.contract import Tokens
-from flashd.engine.model.sizes import KEPT_ROWS
+from flashd.engine.model.contract import CardStats, Tokens
+from flashd.engine.model.sizes import KEPT_ROWS, TOKENS_AT_ONCE
+from flashd.graphs.in_place import graph
 from flashd.system.onnx_session import open_session
+
+Count = Callable[[int], None]
+"""Called with the bytes of a read."""
 
 
 def input_names(session: ort.InferenceSession) -> list[str]:
@@ -39,19 +45,88 @@ def named(values: Floats, lengths: dict[str, int]) -> Vectors:
     return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}
 
 
+class Leave:
+    """What is behind the FFN of each layer: norms, sums, and what a token says to the layer."""
+
+    def __init__(self, bundle: Bundle, constants: Constants) -> None:
+        self._bundle, self._model, self._constants = bundle, bundle.header.model, constants
+        self._stage = Stage(graph(bundle.header, "leave"))
+        self._vectors: list[Vectors] = []
+        self._sessions: list[ort.InferenceSession] = []
+
+    def load(self, layer: int) -> None:
+        """Opens the next layer's. Raises DamagedRun, CardError."""
+        at, behind = f"layer.{layer}.", self._model.products_behind()
+        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
+        self._vectors.append(vectors)
+        if behind:
+            products = [self._bundle.rows(f"{at}{product.name}") for product in behind]
+            self._sessions.append(self._constants.leave(layer, products, vectors))
+
+    def __call__(self, layer: int, x: Floats, branch: Floats, token: Floats) -> Floats:
+        """x [T, H] of the next layer. `branch` [T, W]: the FFN's output; `token` [T, P]: the layer's token inputs."""
+        if self._sessions:
+            return multiplied(self._sessions[layer], x=x, branch=branch, token=token)
+        return self._stage(self._vectors[layer], x=x, branch=branch)[0]
+
+
+class TableRows:
+    """Rows of a table that stays on the card, read as they are asked for. The last ones are kept."""
+
+    def __init__(self, bundle: Bundle, table: str, count: Count) -> None:
+        self._form = bundle.header.row_format(table)
+
+        def read(number: int) -> bytes:
+            record, nbytes = bundle.table_record(table, number)
+            count(nbytes)
+            return record
+
+        self._record = lru_cache(KEPT_ROWS)(read)
+
+    def __call__(self, numbers: Tokens) -> Floats:
+        """Rows `numbers` [T] -> [T, K]. Raises DamagedRun, CardError, DataError."""
+        raw = np.frombuffer(b"".join(map(self._record, numbers.tolist())), np.uint8)
+        return dequantise(self._form.views(raw.reshape(-1, self._form.nbytes)), self._form.kind)
+
+
 class Embedder:
-    """Numbers of tokens -> what goes into the first layer. The rows are read from the card; some are kept."""
+    """Numbers of tokens -> what goes into the first layer, and what they say to each layer.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle, self._model = bundle, bundle.header.model
-        self._table = bundle.header.embedding_table
-        self._kept = lru_cache(KEPT_ROWS)(lambda token: bundle.table_rows(self._table, np.array([token])))
+    `card` counts what is read of the tables.
+    """
 
-    def __call__(self, tokens: Tokens, positions: Tokens) -> Floats:
-        """`tokens` [T] at `positions` [T] of a text -> [T, H] float32. Raises DamagedRun, CardError."""
-        x = self._kept(int(tokens[0])) if len(tokens) == 1 else self._bundle.table_rows(self._table, tokens)
+    def __init__(self, bundle: Bundle, constants: Constants, card: CardStats) -> None:
+        self._model, model, self._card = bundle.header.model, bundle.header.model, card
+        self._rows = TableRows(bundle, bundle.header.embedding_table, self._count)
+        self._positions = TableRows(bundle, "positions", self._count) if model.positions else None
+        self._inputs: TableRows | None = None
+        if model.token_inputs:
+            self._inputs = TableRows(bundle, "token_inputs", self._count)
+            norm = named(bundle.floats("vectors"), model.model_vectors())["token_norm.weight"]
+            self._session = constants.token_inputs(bundle.rows("token_projection"), norm)
+            self._doubled = constants.arithmetic == "float32"
+
+    def __call__(self, tokens: Tokens, positions: Tokens) -> tuple[Floats, Floats]:
+        """`tokens` [T] at `positions` [T] of a text -> x [T, H], and inputs [L, T, P] of the layers.
+
+        P is 0 if the model has no such inputs. Raises DamagedRun, CardError.
+        """
+        x = self._rows(tokens)
         if self._model.embedding_scale != 1:
             x = x * np.float32(self._model.embedding_scale)
-        if self._model.positions:
-            x = x + self._bundle.table_rows("positions", positions)
-        return x
+        if self._positions:
+            x = x + self._positions(positions)
+        if self._inputs is None:
+            return x, np.empty((self._model.layers, len(tokens), 0), np.float32)
+        parts = [slice(at, at + TOKENS_AT_ONCE) for at in range(0, len(tokens), TOKENS_AT_ONCE)]
+        said = [self._said(x[part], self._inputs(tokens[part])) for part in parts]
+        return x, said[0] if len(said) == 1 else np.concatenate(said, axis=1)
+
+    def _said(self, x: Floats, rows: Floats) -> Floats:
+        """[L, T, P] of embeddings [T, H] and rows [T, L P] of the table."""
+        wide = at_least_two if self._doubled else np.asarray
+        (y,) = self._session.run(None, {"x": wide(x)[None], "rows": wide(rows)[None]})
+        return np.ascontiguousarray(y[:, : len(x)], np.float32)
+
+    def _count(self, nbytes: int) -> None:
+        self._card.table_bytes += nbytes

@@ -83,7 +83,7 @@ class StreamedFfn:
 
     @property
     def shares_reads(self) -> bool:
-        return min(self._here) < self._model.groups or self._plan.head_rows < self._model.vocabulary
+        return self._here != self._model.layer_groups or self._plan.head_rows < self._model.vocabulary
 
     @property
     def drafts(self) -> bool:
@@ -111,7 +111,7 @@ class StreamedFfn:
         y = self.from_ram(layer, h)  # [T, H]
         pinned, here = self._pinned[layer], self._here[layer]
         self._found += here
-        self._needed += self._model.groups
+        self._needed += self._model.layer_groups[layer]
         for section in self._sections[layer]:
             first = self._bundle.header.ffn_sections[section].first
             for extent, session in self.stream.section(section):

@@ -37,6 +37,7 @@ class CardStats:
     reads: int = 0
     bytes_read: int = 0
     bytes_wanted: int = 0  # of those read: without gaps that were read rather than skipped
+    table_bytes: int = 0  # of tables that single rows are read of, such as the embeddings; not in `bytes_read`
     waited: float = 0.0  # seconds that the consumer stood still for the card
 
 

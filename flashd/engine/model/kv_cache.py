@@ -33,17 +33,18 @@ SPARE = 2
 
 
 def cache_bytes(model: Architecture, context: int, kv: KvFormat = "float32") -> int:
-    """Bytes of the keys and values of `context` tokens in all layers that attend.
+    """Bytes of the keys and values of `context` tokens in all layers that keep them.
 
     With float16 the graph rounds its products too: the paged and the resident path then differ by 3e-3 of the
     logits, not 2e-4, and decoding is no faster.
     """
-    return 2 * len(model.attending) * model.kv_heads * context * row_bytes(kv, model.head_dim)
+    each = [model.kv_heads_of(kind) * row_bytes(kv, model.head_dim_of(kind)) for kind in model.keeping.values()]
+    return 2 * context * sum(each)
 
 
 def widened_bytes(model: Architecture, context: int, kv: KvFormat, layers: int) -> int:
     """Bytes of what the cache is widened to for a session of so many layers."""
-    return 0 if kv == "float32" else 2 * layers * model.kv_width * context * 4
+    return 0 if kv == "float32" else 2 * layers * model.kv_width(model.attention[0]) * context * 4
 
 
 def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -> int:
@@ -52,11 +53,14 @@ def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -
     Memory goes back in whole pages of the system. The pages at the two ends of each head's part stay, since they may
     hold something else too.
     """
-    return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * 2 * len(model.attending) * model.kv_heads)
+    heads = sum(model.kv_heads_of(kind) for kind in model.keeping.values())
+    return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * 2 * heads)
 
 
 class KvCache:
-    """Keys and values of every layer, a row for each kv head and token. The first `length` tokens are valid.
+    """Keys and values of every layer that keeps them, a row for each kv head and token.
+
+    The first `length` tokens are valid.
 
     A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`. If layers
     have a state in place of keys, it is here too, and a text cannot be cut anywhere, see `truncate`.
@@ -77,11 +81,14 @@ class KvCache:
         self.length = 0
         self.token_bytes = cache_bytes(model, 1, kv)
         # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
-        shape = model.kv_heads, context + SPARE, model.head_dim
-        self._arrays = [empty(kv, *shape) for _ in model.attending]
-        self._wide = self._arrays if kv == "float32" else [empty("float32", *shape) for _ in range(together)]
+        shapes = [
+            (model.kv_heads_of(kind), context + SPARE, model.head_dim_of(kind)) for kind in model.keeping.values()
+        ]
+        self._arrays = [empty(kv, *shape) for shape in shapes]
+        self._wide = self._arrays if kv == "float32" else [empty("float32", *shapes[0]) for _ in range(together)]
         self._values = [[ort.OrtValue.ortvalue_from_numpy(part[None]) for part in a] for a in self._wide]
-        self._place = {layer: i for i, layer in enumerate(model.attending)}
+        kept = {layer: i for i, layer in enumerate(model.keeping)}
+        self._place = {layer: kept[model.lender(layer)] for layer in model.attending}
         self._states = States(model)
         self._held = context + SPARE
         self.hold(0)

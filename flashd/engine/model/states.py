@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from flashd.bundle.architecture import Architecture, AttentionKind, Recurrent
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import AttentionKind, Recurrent
 from flashd.bundle.rows.kinds import Floats
 from flashd.graphs.recurrent import REWIND, Shape, rows_shape, sums_shape
 

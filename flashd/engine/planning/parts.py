@@ -7,8 +7,9 @@ it is opened from. It reads them in place, see graphs.unread.
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import Architecture, GatedDeltaNet
+from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
+from flashd.bundle.layer_kinds import GatedDeltaNet, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
@@ -89,19 +90,39 @@ def attention_held(header: Header, arithmetic: Arithmetic) -> int:
     """Bytes of the attention of all layers, their small vectors included."""
     m, total = header.model, 0
     for i in range(m.layers):
-        total += sum(held(header.row_format(p.name), p.rows, arithmetic) for p in m.products(i))
+        total += sum(held(header.product_format(p), p.rows, arithmetic) for p in _products(m, i))
         total += 4 * sum(m.layer_vectors(i).values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
     routers += 4 * sum(m.expert_vectors().values())
-    return total + m.layers * (routers + 2 * SESSION)  # one for what is pinned of the FFN
+    sessions = 3 if m.token_inputs else 2  # one for what is pinned of the FFN, one for what is behind it
+    return total + m.layers * (routers + sessions * SESSION)
 
 
 def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
     m = header.model
     return max(
-        sum(while_opening(header.row_format(p.name), p.rows, arithmetic) for p in m.products(i))
+        sum(while_opening(header.product_format(p), p.rows, arithmetic) for p in _products(m, i))
         for i in range(m.layers)
     )
+
+
+def _products(m: Architecture, layer: int) -> list[LayerProduct]:
+    return [*m.products(layer), *m.products_behind()]
+
+
+def tokens_held(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes of what makes the token inputs: the projection, the rows that are kept, a pass's inputs of all layers."""
+    m = header.model
+    if m.token_inputs is None:
+        return 0
+    projection = held(header.row_format("token_projection"), m.token_width, arithmetic) + SESSION
+    of_pass = 4 * m.token_width * (2 * pass_tokens(header) + 4 * TOKENS_AT_ONCE)
+    return projection + KEPT_ROWS * header.row_format("token_inputs").nbytes + of_pass
+
+
+def tokens_opening(header: Header, arithmetic: Arithmetic) -> int:
+    m = header.model
+    return while_opening(header.row_format("token_projection"), m.token_width, arithmetic) if m.token_inputs else 0
 
 
 def head_part(header: Header) -> int:
@@ -118,7 +139,9 @@ def head_held(header: Header, rows: int, arithmetic: Arithmetic) -> int:
 def layers_together(header: Header) -> int:
     """Layers in one session of a model that stays whole."""
     m = header.model
-    inner = max(sum(product.weights for product in m.products(i)) for i in range(m.layers))
+    if any(kind.borrows for kind in m.attention):
+        return 1  # a layer that borrows keys reads them when the one that keeps them has run
+    inner = max(sum(product.weights for product in _products(m, i)) for i in range(m.layers))
     weights = m.inputs * m.neurons * m.hidden + m.neurons * m.hidden + inner
     return max(1, min(m.layers, LAYER_WEIGHTS // weights))
 
@@ -130,7 +153,7 @@ def section_bytes(header: Header, name: str) -> int:
 
 def rotary(m: Architecture, context: int) -> int:
     """Its tables, see forward.attention.Rotary."""
-    return 4 * m.ropes * m.head_dim * (context + SPARE)
+    return 4 * sum(m.rope_widths) * (context + SPARE)
 
 
 def scores(m: Architecture, tokens: int, context: int) -> int:

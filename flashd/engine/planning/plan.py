@@ -24,7 +24,7 @@ from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS, LIKELY
-from flashd.errors import MemoryTooSmall
+from flashd.errors import MemoryTooSmall, UsageError
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
 from flashd.system.memory import MIB
@@ -51,7 +51,7 @@ class Plan:
     int8_layers: int  # of a whole model, the first so many, in the fast arithmetic; the others are in float32
     int8_head: bool
     pinned: tuple[int, ...]  # of each layer, its first groups that stay in RAM; of a mixture, whole experts
-    groups: int  # of every layer, in all
+    groups: tuple[int, ...]  # of each layer, in all
     group_bytes: int  # that a group takes in RAM
     lent_groups: int  # of all layers, that RAM of the KV cache has room for while a text is short
     head_rows: int  # of the head, the first so many
@@ -68,7 +68,7 @@ class Plan:
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
         more = min(lent // self.group_bytes, self.lent_groups)
-        return _spread(sum(self.pinned) + more, len(self.pinned), self.groups)
+        return _spread(sum(self.pinned) + more, self.groups)
 
     @property
     def least(self) -> int:
@@ -89,7 +89,7 @@ class Plan:
         """Of the neurons, those that RAM has room for."""
         if self.slots:
             return sum(self.slots) / (len(self.slots) * self.neurons)
-        return sum(self.pinned) / (len(self.pinned) * self.groups)
+        return sum(self.pinned) / sum(self.groups)
 
 
 def make_plan(
@@ -107,9 +107,11 @@ def make_plan(
         arithmetic: the fastest that a model may have which stays whole.
         kv: how keys and values are kept.
 
-    Raises MemoryTooSmall, naming the smallest budget that works.
+    Raises MemoryTooSmall, naming the smallest budget that works; UsageError for keys that cannot be kept so.
     """
     m = header.model
+    if kv != "float32" and any(kind.borrows or kind.head_dim or kind.kv_heads for kind in m.attention):
+        raise UsageError(f"--kv {kv}: {m.name} has heads of several sizes, whose keys stay in float32 (kv: float32)")
     beside = beside or {}
     base += sum(beside.values())
     whole = sum(_whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
@@ -117,7 +119,7 @@ def make_plan(
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
-        pinned=(m.groups,) * m.layers, groups=m.groups, group_bytes=_group_bytes(header), lent_groups=0,
+        pinned=m.layer_groups, groups=m.layer_groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         kv=kv,
     )  # fmt: skip
@@ -150,25 +152,25 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
 
 def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
-    m, size = header.model, plan.group_bytes
+    m, size, every = header.model, plan.group_bytes, sum(plan.groups)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
         return _paged_parts(header, plan.context, base, pinned, head, plan.kv)
 
     held = parts_of(0)
-    pinned = max(0, min(m.layers * m.groups, (plan.memory - sum(held.values())) // size))
+    pinned = max(0, min(every, (plan.memory - sum(held.values())) // size))
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (m.layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
         pinned -= 1  # the more groups share a session, the larger its temporaries
-    each = _spread(pinned, m.layers, m.groups)
+    each = _spread(pinned, plan.groups)
     head, row = _likely(header), header.row_format("head")
-    if pinned == m.layers * m.groups:
+    if pinned == every:
         left = plan.memory - sum(parts_of(pinned).values())
         more = left // max(1, parts.held(row, ROWS_OF_A_RUN, "float32")) * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + max(0, more))
     held = parts_of(pinned, head)
-    lent = 0 if m.experts else min(m.layers * m.groups - pinned, lendable_bytes(m, plan.context, plan.kv) // size)
+    lent = 0 if m.experts else min(every - pinned, lendable_bytes(m, plan.context, plan.kv) // size)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
         buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
@@ -209,10 +211,14 @@ def rates_of(bundle: Bundle) -> Floats | None:
     return bundle.floats("rates").reshape(m.layers, m.neurons) if bundle.header.selection else None
 
 
-def _spread(groups: int, layers: int, most: int) -> tuple[int, ...]:
-    """So many groups over the layers, the first layers getting one more if they do not share out."""
-    each, more = divmod(groups, layers)
-    return tuple(min(each + (i < more), most) for i in range(layers))
+def _spread(groups: int, every: tuple[int, ...]) -> tuple[int, ...]:
+    """So many groups over layers that have `every`: as large a share of each, the first layers getting what is left.
+
+    A layer never gets fewer if there are more.
+    """
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in every]), kind="stable")[:groups]
+    layers = np.repeat(np.arange(len(every)), every)
+    return tuple(np.bincount(layers[order], minlength=len(every)).tolist())
 
 
 def _likely(header: Header) -> int:
@@ -258,16 +264,23 @@ def _paged_parts(
 ) -> dict[str, int]:
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
     m, head = header.model, head or _likely(header)
-    each = -(-pinned // m.layers)
+    every = sum(m.layer_groups)
+    each = max(_spread(pinned, m.layer_groups))
     held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
         "head": parts.head_held(header, head, "float32"),
         "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1)),
-        **parts.reading(header, "float32", head, pinned == m.layers * m.groups),
+        **parts.reading(header, "float32", head, pinned == every),
+        **_tokens(header, "float32"),
     }
     if not header.selection:
         held["experts" if m.experts else "pinned neurons"] = pinned * _group_bytes(header)
     return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each)}
+
+
+def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
+    held = parts.tokens_held(header, arithmetic)
+    return {"token inputs": held} if held else {}
 
 
 def _opening(header: Header, later: int, groups: int) -> int:
@@ -275,6 +288,7 @@ def _opening(header: Header, later: int, groups: int) -> int:
     m = header.model
     largest = max(
         parts.attention_opening(header, "float32"),
+        parts.tokens_opening(header, "float32"),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
         0 if header.selection else (1 if m.experts else groups) * parts.group_opening(header.group, "float32"),
     )
@@ -294,14 +308,18 @@ def _whole_parts(
     of_head: Arithmetic = "int8" if int8_head else "float32"
     weights, opening = parts.head_held(header, m.vocabulary, of_head), 0
     kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
+    groups, first = m.layer_groups, 0
     for kind, count in kinds.items():
-        layer = m.groups * parts.group_held(header.group, kind) + parts.attention_held(header, kind) // m.layers
-        weights += count * layer
+        weights += sum(groups[first : first + count]) * parts.group_held(header.group, kind)
+        weights += count * (parts.attention_held(header, kind) // m.layers)
+        first += count
         each = m.groups * parts.group_opening(header.group, kind) + parts.attention_opening(header, kind)
         opening = max(opening, min(count, parts.layers_together(header)) * each)
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
+    of_tokens: Arithmetic = "int8" if int8_layers else "float32"
+    opening = max(opening, parts.tokens_opening(header, of_tokens))
     workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
     common = _common(header, context, base, kv, parts.layers_together(header))
     # the KV cache and the workspace are not touched before all sessions are open
     opening = max(0, opening - workspace - common["KV cache"])
-    return common | {WEIGHTS: weights, "workspace": workspace, "opening": opening}
+    return common | {WEIGHTS: weights, "workspace": workspace, **_tokens(header, of_tokens), "opening": opening}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from flashd.bundle.architecture import AttentionKind, GatedDeltaNet, Recurrent, ShortConvolution
+import msgspec
+
+from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Recurrent, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.family import DeltaNets, Family
@@ -13,27 +15,54 @@ MOST_TAPS = 64
 
 
 def head_dim(model: OpenModel) -> int:
+    """The width of a head, of layers that see all tokens if the others have another."""
     fallback = model.number("embedding_length", int) // max(1, model.number("attention.head_count", int))
-    width = model.number("attention.key_length", int, fallback)
+    return _width(model, "", fallback)
+
+
+def local_head_dim(model: OpenModel, family: Family) -> int:
+    """The width of a head of layers that see a window."""
+    return _width(model, "_swa", head_dim(model)) if family.sized_heads else head_dim(model)
+
+
+def _width(model: OpenModel, end: str, fallback: int) -> int:
+    width = model.number(f"attention.key_length{end}", int, fallback)
     if not 1 <= width <= MOST_HEAD_DIM:
         raise DataError(f"{model.path}: heads of {width} values; 1 to {MOST_HEAD_DIM} are possible")
-    if model.number("attention.value_length", int, width) != width:
+    if model.number(f"attention.value_length{end}", int, width) != width:
         raise DataError(f"{model.path}: keys and values of different lengths are not supported")
     return width
 
 
 def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> tuple[int, list[bool]]:
-    """(heads of keys and values, which layers have them). Raises DataError if layers that have some have others."""
+    """(heads of keys and values, which layers have them). Raises DataError if layers that have some have others.
+
+    In families whose heads have several sizes, those of the last layer.
+    """
     key = f"{model.architecture}.attention.head_count_kv"
     stated = model.metadata(key)
     if family.delta_nets:
         return model.number("attention.head_count_kv", int, heads), _between_delta_nets(model, layers)
+    if family.sized_heads:
+        return _kv_heads(model, layers, heads)[-1], [True] * layers
     if not family.convolves or not isinstance(stated, list):
         return model.number("attention.head_count_kv", int, heads), [True] * layers
     counts = {count for count in stated if count}
     if len(stated) != layers or len(counts) != 1 or not isinstance(count := counts.pop(), int):
         raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
     return count, [bool(each) for each in stated]
+
+
+def _kv_heads(model: OpenModel, layers: int, heads: int) -> list[int]:
+    """Heads of keys and values of each layer. Raises DataError if the file does not say it of each."""
+    key = f"{model.architecture}.attention.head_count_kv"
+    stated = model.metadata(key)
+    if not isinstance(stated, list):
+        return [model.number("attention.head_count_kv", int, heads)] * layers
+    counts = [count for count in stated if isinstance(count, int) and 1 <= count <= heads and heads % count == 0]
+    if not len(stated) == len(counts) == layers:
+        raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
+    return counts
 
 
 def _between_delta_nets(model: OpenModel, layers: int) -> list[bool]:
@@ -88,16 +117,43 @@ def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list
     """The kinds of attention of a model, and each layer's."""
     window = model.number("attention.sliding_window", int, 0)
     local_rope = int(has_local_rope(model, family))
+    wide, narrow = head_dim(model), local_head_dim(model, family)
+    heads = model.number("attention.head_count", int)
+    kv_heads = heads_of_keys(model, family, layers, heads)[0]
+    each = _kv_heads(model, layers, heads) if family.sized_heads else [kv_heads] * layers
+    own = layers - _borrowing(model, family, layers)
     kinds: list[AttentionKind] = []
-    layer_kinds = []
-    for local, turned in zip(_local(model, family, layers), _turned(family, layers), strict=True):
+    layer_kinds: list[int] = []
+    for i, (local, turned) in enumerate(zip(_local(model, family, layers), _turned(family, layers), strict=True)):
         turned = turned and not (family.global_unturned and window and not local)
         rope = (local_rope if local else 0) if turned else None
-        kind = AttentionKind(window=window if local else 0, rope=rope)
+        kind = AttentionKind(
+            window=window if local else 0, rope=rope, head_dim=narrow if local and narrow != wide else 0,
+            kv_heads=each[i] if each[i] != kv_heads else 0,
+            values=not family.sized_heads or i >= own or f"blk.{i}.attn_v.weight" in model.names,
+        )  # fmt: skip
+        if i >= own:
+            kind = _borrower(model, i, [kinds[number] for number in layer_kinds[:own]], kind)
         if kind not in kinds:
             kinds.append(kind)
         layer_kinds.append(kinds.index(kind))
     return kinds, layer_kinds
+
+
+def _borrowing(model: OpenModel, family: Family, layers: int) -> int:
+    """How many of the last layers look at the keys and values of earlier ones."""
+    count = model.number("attention.shared_kv_layers", int, 0) if family.borrows else 0
+    if not 0 <= count < layers:
+        raise DataError(f"{model.path}: {count} of {layers} layers share keys and values, which makes no model")
+    return count
+
+
+def _borrower(model: OpenModel, layer: int, before: list[AttentionKind], kind: AttentionKind) -> AttentionKind:
+    """The kind of a layer that looks at what the last of those before, which sees as much, has kept."""
+    lender = next((each for each in reversed(before) if bool(each.window) == bool(kind.window)), None)
+    if lender is None or (lender.head_dim, lender.kv_heads) != (kind.head_dim, kind.kv_heads):
+        raise DataError(f"{model.path}: layer {layer} finds no keys and values of its kind in a layer before it")
+    return msgspec.structs.replace(lender, borrows=True)
 
 
 def _local(model: OpenModel, family: Family, layers: int) -> list[bool]:

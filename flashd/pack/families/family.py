@@ -100,6 +100,13 @@ class Family:
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True
     sinks: bool = False  # each head has a number that joins its scores in the softmax and adds no value
+    norm_values: bool = False  # values are divided by their root mean square, head by head
+    attention_scale: float = 0.0  # the product of a query and a key is multiplied by it; 0: by 1 / root of D
+    sized_heads: bool = False  # layers that see a window may have heads of another size, and another number of keys
+    borrows: bool = False  # the last layers, as many as the file says, look at keys and values of earlier ones
+    sized_ffns: bool = False  # layers may have FFNs of different widths
+    token_inputs: bool = False  # a table may have, for each token, numbers for each layer
+    layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     delta_nets: DeltaNets | None = None  # that most layers have in place of attention
     attention_gated: bool = False  # the rows of each head's query are followed by those of its output's gate
@@ -129,6 +136,13 @@ TENSORS = {
     "attention_branch_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
     "ffn_branch_norm": "post_ffw_norm",
+    "token_branch_norm": "post_norm",
+    "token_inputs": "per_layer_token_embd",
+    "token_projection": "per_layer_model_proj",
+    "token_norm": "per_layer_proj_norm",
+    "token_gate": "inp_gate",
+    "token_out": "proj",
+    "scale": "layer_output_scale",
     "final_norm": "output_norm",
     "qkv": "attn_qkv",
     "query": "attn_q",

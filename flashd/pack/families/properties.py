@@ -15,9 +15,16 @@ from flashd.bundle.architecture import (
     Scores,
     SharedExpert,
 )
+from flashd.bundle.layer_kinds import TokenInputs
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.families.attention import attention_kinds, head_dim, heads_of_keys, recurrent_kinds
+from flashd.pack.families.attention import (
+    attention_kinds,
+    head_dim,
+    heads_of_keys,
+    local_head_dim,
+    recurrent_kinds,
+)
 from flashd.pack.families.family import Family, Mixture, tensor_name
 from flashd.pack.families.rope import context_of, rope_tables
 from flashd.pack.groups import group_neurons
@@ -25,6 +32,8 @@ from flashd.pack.names import name_of
 from flashd.pack.open_model import OpenModel
 
 MOST_LAYERS = 1024
+MOST_TOKEN_INPUTS = 1 << 16
+MOST_NEURONS = 1 << 24
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "clamped_silu": "clamped_silu",
@@ -53,14 +62,19 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     if heads < 1 or hidden < 1:
         raise DataError(f"{model.path}: {heads} heads and a hidden size of {hidden} make no model")
     width = head_dim(model)
-    for name, size in (("hidden size", hidden), ("width of all heads", heads * width)):
+    local = local_head_dim(model, family)
+    for name, size in (
+        ("hidden size", hidden), ("width of all heads", heads * width), ("width of all heads", heads * local),
+    ):  # fmt: skip
         if size % BLOCK:
             raise DataError(f"{model.path}: {name} {size} is not a multiple of {BLOCK}")
-    if family.rotary and width % 16:
-        raise DataError(f"{model.path}: heads of {width} are not a multiple of 16, which rotary embedding needs")
+    for each in {width, local} if family.rotary else ():
+        if each % 16:
+            raise DataError(f"{model.path}: heads of {each} are not a multiple of 16, which rotary embedding needs")
     layers, experts = model.layers, _experts(model, family)
     own = model.number("expert_feed_forward_length", int, 0) if experts else 0
-    neurons = own or model.number("feed_forward_length", int)
+    widths = [own] if own else _widths(model, family, layers)
+    neurons = max(widths)
     # gpt-oss and Qwen3.5 call the norm before the FFN what others call one behind the attention
     taken = {tensor_name(family, f"{place}_norm") for place in family.norms}
     free = {p for p in (*LAYER_NORMS, "final") if tensor_name(family, f"{p}_norm") not in taken}
@@ -76,6 +90,7 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         block, norms = "post", [p for p in norms if p != "final"]
     scaled = hidden // heads if layers in family.scale_by_width else width
     activation, threshold = _activation(model, family)
+    wide = [-(-width // BLOCK) * BLOCK for width in widths]
     filled = -(-neurons // BLOCK) * BLOCK
     return Architecture(
         family=family.architecture,
@@ -86,7 +101,8 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         kv_heads=kv_heads,
         head_dim=width,
         neurons=filled * (experts.count if experts else 1),
-        group_neurons=group_neurons(filled, hidden, 2 if family.gated else 1, bool(experts)),
+        layer_neurons=wide if len(set(wide)) > 1 else [],
+        group_neurons=group_neurons(math.gcd(filled, *wide), hidden, 2 if family.gated else 1, bool(experts)),
         experts=experts,
         vocabulary=model.tensor("token_embd.weight").shape[0],
         context=context_of(model, context),
@@ -95,8 +111,9 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         norm_epsilon=_norm_epsilon(model, family),
         norm_bias=family.norm == "layer" and _has(model, family, "attention", "bias", "_norm"),
         norms=norms,
-        norm_heads="query" in norms and _size(model, family, "query_norm") == width,
+        norm_heads="query" in norms and _size(model, family, "query_norm") in (width, local),
         norm_turned=family.norm_turned,
+        norm_values=family.norm_values,
         biases=[b for b in _BIASES if b in family.biases or _has_bias(model, family, b)],
         sinks=family.sinks,
         gated=family.gated,
@@ -108,12 +125,14 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         recurrent=recurrent_kinds(model, family, attends),
         layer_kinds=[kind if has else len(kinds) for kind, has in zip(layer_kinds, attends, strict=True)],
         ropes=len(rope_tables(model, family, context)),
-        attention_scale=model.number("attention.scale", float, 0.0) or 1 / math.sqrt(scaled),
+        attention_scale=model.number("attention.scale", float, family.attention_scale) or 1 / math.sqrt(scaled),
         attention_cap=model.number("attn_logit_softcapping", float, 0.0),
         embedding_scale=model.number(
             "embedding_scale", float, math.sqrt(hidden) if family.scaled_embeddings else 1.0
         ),
         branch_scale=model.number("residual_scale", float, 1.0),
+        token_inputs=_token_inputs(model, family),
+        layer_scales=family.layer_scales and _has(model, family, "scale", "weight"),
         positions=_positions(model, family),
         logit_cap=model.number("final_logit_softcapping", float, 0.0),
     )
@@ -168,6 +187,29 @@ def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert:
     if neurons < 1 or neurons % BLOCK:
         raise DataError(f"{model.path}: an expert for all tokens with {neurons} neurons, no multiple of {BLOCK}")
     return SharedExpert(neurons=neurons, weighed=mixture.weighed)
+
+
+def _widths(model: OpenModel, family: Family, layers: int) -> list[int]:
+    """The neurons of each layer's FFN. Raises DataError if the file does not say it of each."""
+    key = f"{model.architecture}.feed_forward_length"
+    stated = model.metadata(key)
+    if not family.sized_ffns or not isinstance(stated, list):
+        return [model.number("feed_forward_length", int)] * layers
+    widths = [width for width in stated if isinstance(width, int) and 1 <= width <= MOST_NEURONS]
+    if not len(stated) == len(widths) == layers:
+        raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
+    return widths
+
+
+def _token_inputs(model: OpenModel, family: Family) -> TokenInputs | None:
+    """As transformers and llama.cpp scale them: the sum of two parts of equal size keeps that size."""
+    width = model.number("embedding_length_per_layer_input", int, 0) if family.token_inputs else 0
+    if not width:
+        return None
+    if not 0 < width <= MOST_TOKEN_INPUTS or width % BLOCK:
+        raise DataError(f"{model.path}: {width} numbers of a token for each layer are not a multiple of {BLOCK}")
+    hidden = model.number("embedding_length", int)
+    return TokenInputs(width=width, scale=math.sqrt(width), projected=1 / math.sqrt(hidden), both=math.sqrt(0.5))
 
 
 def _positions(model: OpenModel, family: Family) -> int:

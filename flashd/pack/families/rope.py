@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError
-from flashd.pack.families.attention import has_local_rope, head_dim
+from flashd.pack.families.attention import has_local_rope, head_dim, local_head_dim
 from flashd.pack.families.family import Family
 from flashd.pack.open_model import OpenModel
 
@@ -45,24 +45,28 @@ def _first_context(model: OpenModel) -> int:
     return first
 
 
-def rope_tables(model: OpenModel, family: Family, context: int | None = None) -> npt.NDArray[np.float32]:
-    """[tables, 2, D / 2] float32: for each pair of a head the angle of one position, and the length it gets.
+def rope_tables(model: OpenModel, family: Family, context: int | None = None) -> list[npt.NDArray[np.float32]]:
+    """Of each table [2, D / 2] float32: for each pair of a head the angle of one position, and the length it gets.
 
     Of texts of up to `context` tokens, see context_of. Raises DataError for a way of scaling that is not known.
     """
     if not family.rotary:
-        return np.zeros((0, 2, head_dim(model) // 2), np.float32)
-    bases = [model.number("rope.freq_base", float, 10000.0)]
+        return []
+    bases, widths = [model.number("rope.freq_base", float, 10000.0)], [head_dim(model)]
     if has_local_rope(model, family):
         bases.append(model.number("rope.freq_base_swa", float, family.local_base or bases[0]))
-    tables = np.zeros((len(bases), 2, head_dim(model) // 2), np.float64)
-    tables[:, 1] = 1
-    half = rotary_width(model) // 2
-    for table, base in zip(tables, bases, strict=True):
+        widths.append(local_head_dim(model, family))
+    tables = []
+    for base, width in zip(bases, widths, strict=True):
+        half = (rotary_width(model) if width == widths[0] else width) // 2
+        table = np.zeros((2, width // 2), np.float64)
+        table[1] = 1
         table[0, :half] = base ** (-np.arange(half) / half)
-    _divide(model, tables[0, 0, :half], context_of(model, context))
+        tables.append(table)
+    half = rotary_width(model) // 2
+    _divide(model, tables[0][0, :half], context_of(model, context))
     _scale_rope(model, family, tables[0], half, bases[0])
-    return tables.astype(np.float32)
+    return [table.astype(np.float32) for table in tables]
 
 
 def rotary_width(model: OpenModel) -> int:

@@ -129,6 +129,10 @@ def _expected(family: Family, layers: int) -> set[str]:
         names |= {"position_embd.weight", "project_in.weight", "project_out.weight"}
     if "head" in allowed:
         names.add("output.bias")
+    if family.token_inputs:
+        names |= {
+            f"{tensor_name(family, part)}.weight" for part in ("token_inputs", "token_projection", "token_norm")
+        }
     norms = {place: f"{place}_norm" for place in (*LAYER_NORMS, "final") if place in allowed}
     names |= {f"{tensor_name(family, norms['final'])}.{kind}" for kind in ("weight", "bias")}
     if family.norms_neurons:
@@ -138,6 +142,7 @@ def _expected(family: Family, layers: int) -> set[str]:
         parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
+        parts += ["token_gate", "token_out"] * family.token_inputs + ["scale"] * family.layer_scales
         parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
         if family.mixture and family.mixture.shared:
             parts += ["shared_gate", "shared_up", "shared_down", *["shared_weight"] * family.mixture.weighed]

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from flashd.bundle.architecture import Architecture, AttentionKind, Recurrent
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import AttentionKind, Recurrent
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
@@ -93,7 +94,9 @@ class Calibration:
     family is computed as the engine computes it.
     """
 
-    def __init__(self, weights: Weights, model: Architecture, rope: Floats, texts: Sequence[Numbers]) -> None:
+    def __init__(
+        self, weights: Weights, model: Architecture, rope: Sequence[Floats], texts: Sequence[Numbers]
+    ) -> None:
         self._weights, self._model, self._rope, self._texts = weights, model, rope, texts
         start_pool(len(os.sched_getaffinity(0)))
         self._stages = {name: open_session(graph) for name, graph in stages(model).items()}
@@ -101,11 +104,17 @@ class Calibration:
         self._gates = open_session(gates(model)) if model.gated else None
         # every layer asks for it again, and all texts of a cut have the same length
         self._attended = lru_cache(maxsize=1)(self._attention_feed)
+        self._kept: dict[tuple[int, int], list[Floats]] = {}  # keys and values by layer and text, if some borrow them
         tokens = np.concatenate(texts)
         self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
         if model.positions:
             places = np.concatenate([np.arange(len(text)) for text in texts])
             self._x = self._x + weights.positions().rows(places)
+        self._inputs: Floats | None = None  # [L, N, P]
+        if table := weights.token_inputs():
+            products = _product(self._x, weights.token_projection())
+            rows = table.rows(tokens)
+            (self._inputs,) = self._run("token_inputs", weights.model_vectors(), products=products, rows=rows)
 
     def layer(self, i: int) -> Seen:
         """Takes the texts through layer `i`, which is not a mixture."""
@@ -114,7 +123,7 @@ class Calibration:
         y = a @ down.T  # [N, H]
         if self._model.normed_neurons:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
-        (self._x,) = self._run("leave", vectors, x=x, branch=y)
+        self._leave(i, vectors, x, y)
         return Seen(h, a, np.linalg.norm(down, axis=0))
 
     def gates(self, i: int, h: Floats) -> Floats:
@@ -155,7 +164,7 @@ class Calibration:
             y[tokens] += a @ down.T
             if own is not None:
                 y[tokens] += weights[tokens, place, None] * own.reshape(len(ffns), -1)[expert]
-        (self._x,) = self._run("leave", vectors, x=x, branch=y)
+        self._leave(i, vectors, x, y)
         return np.argsort(-uses, kind="stable")
 
     def _routed(self, i: int, h: Floats) -> tuple[Numbers, Floats]:
@@ -176,7 +185,7 @@ class Calibration:
         (h,) = self._run("enter", vectors, x=self._x)
         *first, (last,) = self._weights.mixing(i)
         inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
-        mixed = [self._mixed(i, vectors, inner[part]) for part in self._parts()]
+        mixed = [self._mixed(i, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
         branch = _product(np.concatenate(mixed), last)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
         if "beside" in self._stages:
@@ -185,14 +194,20 @@ class Calibration:
             (x,) = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
         return vectors, x, h
 
-    def _mixed(self, i: int, vectors: dict[str, Floats], inner: Floats) -> Floats:
+    def _mixed(self, i: int, text: int, vectors: dict[str, Floats], inner: Floats) -> Floats:
         """[n, ...]: what layer `i` makes of the products [n, ...] of the tokens of one text."""
         kind, number, attending = self._model.kind(i), self._model.layer_kinds[i], len(self._model.attention)
-        if isinstance(kind, AttentionKind):
-            out = self._run(f"attention.{number}", vectors, qkv=inner[None], **self._attended(len(inner)))[0]
-        else:
+        if not isinstance(kind, AttentionKind):
             fresh = self._fresh_state(kind) | {"inner": inner[None], "tokens": np.array([len(inner)])}
             *_, out = self._run(f"recurrent.{number - attending}", vectors, **fresh)  # behind its state
+            return np.asarray(out[0], np.float32)
+        lender = self._model.lender(i)
+        shape = (1, self._model.kv_heads_of(kind), len(inner), self._model.head_dim_of(kind))
+        past = self._kept[lender, text] if kind.borrows else [np.zeros(shape, np.float32)] * 2
+        feed = {"qkv": inner[None], "past_key": past[0], "past_value": past[1]}
+        out, *kept = self._run(f"attention.{number}", vectors, **feed, **self._attended(len(inner)))
+        if any(each.borrows for each in self._model.attention):
+            self._kept[lender, text] = kept
         return np.asarray(out[0], np.float32)
 
     def _fresh_state(self, kind: Recurrent) -> dict[str, npt.NDArray[np.generic]]:
@@ -206,7 +221,15 @@ class Calibration:
     def replaced(self, i: int, ffn: Dense) -> None:
         """Takes the texts through layer `i` with other weights in its FFN."""
         vectors, x, h = self._attend(i)
-        (self._x,) = self._run("leave", vectors, x=x, branch=self.activate(ffn, h) @ ffn.down.T)
+        self._leave(i, vectors, x, self.activate(ffn, h) @ ffn.down.T)
+
+    def _leave(self, i: int, vectors: dict[str, Floats], x: Floats, branch: Floats) -> None:
+        """Keeps what leaves layer `i`, of x [N, H] and the FFN's output."""
+        (self._x,) = self._run("leave", vectors, x=x, branch=branch)
+        if self._inputs is not None:
+            (gate,), (out,) = self._weights.products_behind(i)
+            (y,) = self._run("token_gate", vectors, products=_product(self._x, gate), token=self._inputs[i])
+            (self._x,) = self._run("token_leave", vectors, x=self._x, branch=_product(y, out))
 
     @property
     def states(self) -> Floats:
@@ -253,11 +276,10 @@ class Calibration:
 
     def _attention_feed(self, n: int) -> dict[str, npt.NDArray[np.generic]]:
         """The inputs of the attention graph for a text of n tokens, without queries, keys and values."""
-        t, kept = np.arange(n), np.zeros((1, self._model.kv_heads, n, self._model.head_dim), np.float32)
+        t = np.arange(n)
         feed: dict[str, npt.NDArray[np.generic]] = {
             "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),
             "positions": t[None], "bias": np.zeros((1, 1, n, n), np.float32),
-            "past_key": kept, "past_value": kept,
         }  # fmt: skip
         for i, (angle, length) in enumerate(self._rope):
             feed[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)
@@ -284,7 +306,7 @@ class Calibration:
         return list(session.run(None, {i.name: (values | vectors)[i.name] for i in session.get_inputs()}))
 
 
-def hottest(sizes: Floats, model: Architecture, whole: bool) -> Numbers:
+def hottest(sizes: Floats, whole: bool) -> Numbers:
     """[F]: a layer's neurons in the card's order. Those that contribute most to the output come first.
 
     32 neurons become a group. If neurons and not groups of the source are sorted, the hottest third of
@@ -293,12 +315,11 @@ def hottest(sizes: Floats, model: Architecture, whole: bool) -> Numbers:
 
     Args:
         sizes: the size of each neuron's contribution to the output, [F], see Seen.
-        model: the model's architecture.
         whole: whether the source's own groups, whose columns share a grid, stay together.
 
     Neurons that only fill the last group come last, or stay in their group if `whole`.
     """
-    sizes = np.pad(sizes, (0, model.neurons - len(sizes)))
+    sizes = np.pad(sizes, (0, -len(sizes) % BLOCK))
     if not whole:
         return np.argsort(-sizes, kind="stable")
     return neurons_of(np.argsort(-sizes.reshape(-1, BLOCK).sum(1), kind="stable"))

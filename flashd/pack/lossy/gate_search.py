@@ -43,6 +43,8 @@ class _Skipping:
 def check(original: Original) -> None:
     """Raises DataError for a model whose gates cannot choose neurons."""
     model, path = original.model, original.path
+    if model.layer_neurons:
+        raise DataError(f"{path}: neurons of FFNs of several widths cannot be selected; pack it with --select exact")
     if not model.gated or "inputs" in model.biases:
         raise DataError(f"{path}: {model.family} has no gate rows that could choose; pack it without --select gate")
     if model.experts or original.formats.ffn == "ternary" or model.normed_neurons:

@@ -49,9 +49,9 @@ class _Try:
     starts: list[Starts] = field(default_factory=list)  # of each layer so far
 
     def shares(self, groups: int) -> str:
-        """The percentages of all groups that have 4, 3 and 2 bits. Each layer has `groups`."""
-        int3 = 100 * sum(s.int3 for s in self.starts) / len(self.starts) / groups
-        int2 = 100 * sum(s.int2 for s in self.starts) / len(self.starts) / groups
+        """The percentages of all `groups`, of all layers, that have 4, 3 and 2 bits."""
+        int3 = 100 * sum(s.int3 for s in self.starts) / groups
+        int2 = 100 * sum(s.int2 for s in self.starts) / groups
         return f"{int3:.0f}, {int2 - int3:.0f}, {100 - int2:.0f} %"
 
 
@@ -89,14 +89,14 @@ def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> F
 
 def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
     """The number of the first try that narrows a group and keeps to the loss. None if there is none; logs why."""
-    groups = original.model.groups
+    groups = original.model.layer_groups
     for budget, t, f in zip(narrow_groups.ERROR_BUDGETS, tries, found, strict=True):
         log.info(
             "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
-            budget.int3, budget.int2, t.shares(groups), 100 * f.loss, f.divergence,
+            budget.int3, budget.int2, t.shares(sum(groups)), 100 * f.loss, f.divergence,
         )  # fmt: skip
     for i, (t, f) in enumerate(zip(tries, found, strict=True)):
-        if f.loss <= max_loss and any(s.int3 < groups for s in t.starts):
+        if f.loss <= max_loss and any(s.int3 < every for s, every in zip(t.starts, groups, strict=True)):
             return i
     log.warning(
         "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
@@ -114,7 +114,7 @@ def _try_layer(
     """
     seen = calibration.layer(i)
     (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
-    order, kept = Encoder(original.model).order(ffn, sizes), original.model.groups // narrow_groups.KEPT
+    order, kept = Encoder(original.model).order(ffn, sizes), original.model.layer_groups[i] // narrow_groups.KEPT
     n = original.model.group_neurons
     own = _dense(ffn, order)
     thin = {kind: _rounded(original, ffn, kind, order[kept * n :], weigh) for kind in NARROW}

@@ -50,6 +50,8 @@ class Selected:
 def check(original: Original) -> None:
     """Raises DataError for a model whose neurons no predictor can choose."""
     model, path = original.model, original.path
+    if model.layer_neurons:
+        raise DataError(f"{path}: neurons of FFNs of several widths cannot be selected; pack it with --select exact")
     if original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(f"{path}: BitNet cannot have a predictor; pack it with --select exact")
     if model.experts and "down" in model.biases:

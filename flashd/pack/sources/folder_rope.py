@@ -16,6 +16,7 @@ from flashd.pack.families.rope import LONG, SHORT, yarn_length
 COMMON = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 PARAMETERS: dict[str, set[str]] = {
     "default": set(),
+    "proportional": set(),
     "linear": {"factor"},
     # it stretches only what is longer than max_position_embeddings, and flashd's context never is
     "dynamic": {"factor"},
@@ -27,6 +28,10 @@ PARAMETERS: dict[str, set[str]] = {
     },
 }  # fmt: skip
 """The kinds of rotary scaling that are supported, and the parameters that each may have beside the common ones."""
+
+
+UNTURNED = 1e30
+"""The divisor of a pair that is not turned."""
 
 
 def _rope(config: Config, layers: str = "full_attention") -> Config:
@@ -60,9 +65,9 @@ def rotary_keys(config: Config, head_dim: int) -> dict[str, Any]:
     out["rope.freq_base_swa"] = config.get("rope_local_base_freq") or (
         local.get("rope_theta") if local != rope else None
     )
-    if part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor")):
-        out["rope.dimension_count"] = int(part * head_dim)
     kind = _kind(rope)
+    if kind != "proportional" and (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))):
+        out["rope.dimension_count"] = int(part * head_dim)
     if kind == "linear":
         return out | {"rope.scaling.type": kind, "rope.scaling.factor": rope["factor"]}
     if kind == "longrope":
@@ -108,13 +113,17 @@ def _trained(config: Config, rope: Config) -> int:
 def rope_divisors(config: Config, head_dim: int) -> dict[str, Floats]:
     """What the angle of each pair is divided by, each [D / 2], by the names of GGUF's tensors.
 
-    Llama 3 divides slow pairs by `factor`, fast ones not at all, by a smooth step between (transformers,
-    modeling_rope_utils). LongRoPE states all divisors. Raises KeyError if a parameter is missing.
+    Gemma 4 has the pairs of a whole head (proportional), and the slow ones are not turned: that is the divisor that
+    GGUF files have for them. Llama 3 divides slow pairs by `factor`, fast ones not at all, by a smooth step between
+    (transformers, modeling_rope_utils). LongRoPE states all divisors. Raises KeyError if a parameter is missing.
     """
     rope = _rope(config)
     if _kind(rope) == "longrope":
         stated = {LONG: rope["long_factor"], SHORT: rope["short_factor"]}
         return {name: np.asarray(factors, np.float32) for name, factors in stated.items()}
+    if _kind(rope) == "proportional":
+        turned = int(rope.get("partial_rotary_factor", 1.0) * head_dim) // 2
+        return {"rope_freqs.weight": np.where(np.arange(head_dim // 2) < turned, 1, UNTURNED).astype(np.float32)}
     if _kind(rope) != "llama3":
         return {}
     half = int(head_dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) // 2

@@ -25,10 +25,10 @@ NOT_READ = (
 )  # fmt: skip
 """Ends of names that are no weights of their own, or a predictor's of which neurons fire: flashd fits its own."""
 
-SIGHT = "the part that sees"
+SIGHT, HEARING = "the part that sees", "the part that hears"
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_SEEING = re.compile(r"(model\.)?(vision_tower|visual|multi_modal_projector)\.")
+_SEEING = re.compile(r"(model\.)?(vision_tower|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\.")
 _SPEAKING = re.compile(r"^(model\.)?language_model\.(model\.)?")
 
 
@@ -83,7 +83,7 @@ class Names:
         """
         name = self._spoken(name)
         if self._sees and _SEEING.match(name):
-            self.left_out.add(SIGHT)
+            self.left_out.add(HEARING if "audio" in name else SIGHT)
             return None
         for beginning, what in self._not_packed.items():
             if name.startswith(beginning):

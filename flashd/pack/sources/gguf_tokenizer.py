@@ -84,8 +84,11 @@ def read_vocabulary(source: OpenModel, size: int, pre: str | None) -> Vocabulary
         tokenizer, spell = _byte_level(source, texts, pre), byte_level_bytes
     elif kind == "llama":
         tokenizer, spell = _sentence_piece(source, texts, types), sentence_piece_bytes
+    elif kind == "gemma4":
+        tokenizer, spell = _merged(source, texts, types), sentence_piece_bytes
     else:
-        raise DataError(f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are gpt2, llama")
+        known = "gpt2, llama, gemma4"
+        raise DataError(f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are {known}")
     _add_tokens(tokenizer, texts, types)
     bos = source.metadata("tokenizer.ggml.bos_token_id")
     template = source.metadata("tokenizer.chat_template")
@@ -197,11 +200,27 @@ def _sentence_piece(source: OpenModel, texts: list[str], types: list[int]) -> To
     return tokenizer
 
 
+def _merged(source: OpenModel, texts: list[str], types: list[int]) -> Tokenizer:
+    """Gemma 4's: spelled as SentencePiece does, with merges of its own. Runs of new lines are words of their own, see
+    LLAMA_VOCAB_PRE_TYPE_GEMMA4 in llama.cpp's src/llama-vocab.cpp."""
+    merges: list[Any] = [tuple(m.split(" ", 1)) for m in _texts(source, "tokenizer.ggml.merges")]
+    unknown = next((t for t, kind in zip(texts, types, strict=True) if kind == UNKNOWN), None)
+    vocab = {t: i for i, t in enumerate(texts)}
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    except Exception as error:
+        raise DataError(f"{source.path}: the tokenizer's merges do not fit its tokens ({error})") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
+    return tokenizer
+
+
 def _adds_bos(source: OpenModel, kind: str) -> bool:
     """What the file says; where it says nothing, what its kind of tokenizer does."""
     stated = source.metadata("tokenizer.ggml.add_bos_token")
     if stated is None:
-        return kind == "llama" or source.metadata("tokenizer.ggml.pre") in WHOLE_WORDS
+        return kind in ("llama", "gemma4") or source.metadata("tokenizer.ggml.pre") in WHOLE_WORDS
     return stated is True
 
 

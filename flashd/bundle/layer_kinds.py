@@ -1,0 +1,129 @@
+"""The kinds of layers that a model may have, and the products that a layer has beside its FFN."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
+    """How the layers of one kind attend. Each kind has a graph of its own."""
+
+    window: Count = 0  # how many tokens a token attends to, itself included; 0: all
+    rope: Count | None = None  # the number of the table that turns queries and keys; None: they are not turned
+    head_dim: Annotated[int, msgspec.Meta(ge=0, le=4096, multiple_of=8)] = 0  # D; 0: the model's
+    kv_heads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: the model's
+    values: bool = True  # whether values have a product of their own, and are not what that of the keys makes
+    borrows: bool = False  # keys and values are those of an earlier layer, see Architecture.lender
+
+
+class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="short_convolution"):
+    """A layer that has a gated short convolution in place of attention (LFM2, arXiv 2511.23404, section 2).
+
+    A product makes b, c and x of each token, H numbers each. The output is c times a causal convolution of b x,
+    channel by channel. The layer keeps no keys: its state is the last `taps - 1` values of b x.
+    """
+
+    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
+
+    def products(self, hidden: int) -> list[LayerProduct]:
+        return [LayerProduct("in_proj", (3 * hidden,), hidden), LayerProduct("out_proj", (hidden,), hidden)]
+
+    def vectors(self, hidden: int) -> dict[str, int]:
+        return {f"conv.{tap}": hidden for tap in range(self.taps)}
+
+    def row_width(self, hidden: int) -> int:
+        """Of what a token adds to the state: its b x."""
+        return hidden
+
+
+class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="gated_delta_net"):
+    """A layer that has a gated delta net in place of attention (Qwen3-Next; arXiv 2412.06464).
+
+    Products make z, queries, keys, values, and two numbers a head of each token. Queries, keys and values go through
+    a causal convolution, channel by channel, and SiLU; queries and keys are made 1 long. Then, for each head of
+    values, with its matrix S [key dim, value dim], which is zero in front of the text:
+
+        S = exp(decay * softplus(alpha + dt)) S;    S = S + sigmoid(beta) k (v - S k);    y = S q / sqrt(key dim)
+
+    The output is the norm of y, head by head, times SiLU of z. The layer keeps no keys: its state is S, and the last
+    `taps - 1` values of what goes into the convolution.
+    """
+
+    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
+    key_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of queries too
+    value_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # a multiple of key_heads
+    key_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of a head
+    value_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    tiled: bool = False  # head n of values has the keys of head n modulo key_heads; else heads in a row share them
+
+    @property
+    def keys_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def values_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def mixed_width(self) -> int:
+        """Of what is convolved: queries, keys and values."""
+        return 2 * self.keys_width + self.values_width
+
+    def products(self, hidden: int) -> list[LayerProduct]:
+        heads = self.value_heads
+        return [
+            LayerProduct("delta_in", (self.values_width, self.mixed_width), hidden),  # z first
+            LayerProduct("delta_rates", (heads, heads), hidden, fine=True),  # beta and alpha
+            LayerProduct("delta_out", (hidden,), self.values_width),
+        ]
+
+    def vectors(self, hidden: int) -> dict[str, int]:  # noqa: ARG002
+        of_heads = {"decay": self.value_heads, "dt.bias": self.value_heads, "delta_norm.weight": self.value_dim}
+        return {f"conv.{tap}": self.mixed_width for tap in range(self.taps)} | of_heads
+
+    def row_width(self, hidden: int) -> int:  # noqa: ARG002
+        """Of what a token adds to the state: queries, keys, values, beta and alpha, as the products make them."""
+        return self.mixed_width + 2 * self.value_heads
+
+
+Recurrent = ShortConvolution | GatedDeltaNet
+"""Kinds of layers that keep a state of fixed size in place of keys."""
+
+LayerKind = AttentionKind | Recurrent
+
+
+class TokenInputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What a token says to each layer beside its embedding (Gemma 3n and 4, per-layer embeddings).
+
+    Let e be the token's embedding and t its row of a table, which has P numbers for each layer. A layer's input is
+    `(norm(projection e * projected) + t * scale) * both`, with a norm of each P numbers. Behind its FFN the layer
+    adds `n(out(f(gate x) * input))` to x, with the FFN's activation f.
+    """
+
+    width: Annotated[int, msgspec.Meta(ge=32, le=1 << 16, multiple_of=32)]  # P
+    scale: Annotated[float, msgspec.Meta(gt=0)]
+    projected: Annotated[float, msgspec.Meta(gt=0)]
+    both: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class LayerProduct(NamedTuple):
+    """A product with a large matrix that a layer has beside its FFN. `name` is that of the layer's section."""
+
+    name: str
+    parts: tuple[int, ...]  # rows of each matrix that it is made of, one behind the other
+    width: int  # K, of a row
+    fine: bool = False  # whether its rows are few and have 16 bits in any case
+
+    @property
+    def rows(self) -> int:
+        return sum(self.parts)
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.width

@@ -19,6 +19,7 @@ from device.feed import Feed
 from flashd.config.settings import Network
 from flashd.daemon.http import ways_in
 from flashd.daemon.http.signed_in import SignedIn
+from flashd.daemon.openai.refusals import refusal
 
 PAGE = Path(__file__).parent / "page"
 
@@ -74,7 +75,10 @@ def routes(controls: Controls) -> list[Route]:
         return StreamingResponse(feed.open(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def mute(http: Request) -> Response:
-        controls.mute(http.path_params["state"] == "on")
+        state = http.path_params["state"]
+        if state not in ("on", "off"):
+            return refusal(400, f"a mute that is {state!r}; allowed are on and off")
+        controls.mute(state == "on")
         return JSONResponse({"muted": controls.muted})
 
     return [

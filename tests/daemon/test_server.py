@@ -297,7 +297,7 @@ def loopback(tmp_path: Path, jobs: Jobs) -> Iterator[Callable[[bool], str]]:
 
 def test_a_malformed_host_is_refused(loopback: Callable[[bool], str], served: Path) -> None:
     at = loopback(False)
-    for host in ("[", "[::1", "[x]", "a]b"):
+    for host in ("[", "[::1", "[x]", "a]b", "x@127.0.0.1", "127.0.0.1/", "localhost?x", "localhost:65536"):
         reply = httpx.get(f"{at}/health", headers={"Host": host})
         assert reply.status_code == 400 and "Host header is malformed" in reply.json()["error"]["message"], host
         with http(served) as client:

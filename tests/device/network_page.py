@@ -26,6 +26,7 @@ class Board(NamedTuple):
 
     appliance: Appliance
     port: int
+    socket: Path
     application: Starlette
     server: Server
 
@@ -62,6 +63,6 @@ def serve(jobs: Jobs, appliance: Callable[..., Appliance], tmp_path: Path) -> It
             network = kiosk.network(Network(port=port, code=CODE), "Board") if configured else None
             application = api_of(one, jobs).application([*kiosk.routes(one)], False, network)
             server.start(application)
-            return Board(one, port, application, server)
+            return Board(one, port, tmp_path / "api.sock", application, server)
 
         yield serve

@@ -93,6 +93,15 @@ def test_a_name_of_a_stranger_s_that_leads_here_is_refused(
         assert reply.text == f"Open http://127.0.0.1:{board.port}/ instead.\n"
 
 
+def test_what_is_not_on_or_off_changes_nothing(board: Board) -> None:
+    board.appliance.mute(True)
+    transport = httpx.HTTPTransport(uds=str(board.socket))
+    with httpx.Client(transport=transport, base_url="http://flashd", timeout=30) as http:
+        reply = http.post("/api/mute/of")
+        assert reply.status_code == 400 and "allowed are on and off" in reply.json()["error"]["message"]
+        assert board.appliance.muted
+
+
 def test_a_page_of_a_stranger_s_can_send_nothing(board: Board, client: httpx.Client) -> None:
     sign_in(client)
     assert client.post("/api/mute/on", headers={"Origin": f"http://127.0.0.1:{board.port}"}).status_code == 200
@@ -103,7 +112,8 @@ def test_a_page_of_a_stranger_s_can_send_nothing(board: Board, client: httpx.Cli
 
 def test_whoever_comes_from_the_internet_is_refused(client: httpx.Client) -> None:
     """Even with the PIN: a router may pass them on. uvicorn takes this machine's own word for who they are."""
-    for address, status in (("192.168.1.7", 303), ("10.1.2.3", 303), ("8.8.8.8", 403), ("2001:4860::1", 403)):
+    strangers = ("8.8.8.8", "2001:4860::1", "0.0.0.0", "not an address", "::::")
+    for address, status in (("192.168.1.7", 303), ("10.1.2.3", 303), *((each, 403) for each in strangers)):
         reply = client.post("/code", data={"code": CODE}, headers={"X-Forwarded-For": address})
         assert reply.status_code == status, address
 

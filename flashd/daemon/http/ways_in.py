@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -28,6 +29,11 @@ JOBS_HIDDEN = "jobs are shown on the socket alone; set api: {loopback_jobs: true
 NOT_FROM_AFAR = "not on the local network: ask on the board itself"
 SIGN_IN_FIRST = "the PIN is needed first: open / in a browser"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+HOST = re.compile(r"(?:([A-Za-z0-9._-]*)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?")
+"""RFC 9112: a Host header is a name or an address, and a port. An older client sends none."""
+
+LAST_PORT = 65535
 
 COOKIE = "flashd-page"
 SIGN_IN = "/code"
@@ -70,11 +76,10 @@ class WaysIn:
         server = scope.get("server")
         if server is None or server[1] is None:  # a Unix socket has no port
             return None
-        try:
-            host = urlsplit(f"//{Headers(scope=scope).get('host', '')}")
-            name, port = host.hostname or "", host.port or 80
-        except ValueError:
+        host = HOST.fullmatch(Headers(scope=scope).get("host", ""))
+        if host is None or (port := int(host[3] or 80)) > LAST_PORT:
             return refusal(400, "the Host header is malformed")
+        name = (host[1] or host[2] or "").lower()
         if self._network is not None and server[1] == self._network.port:
             return await self._on_network(self._network, scope, receive, name, port)
         if server[0] not in LOOPBACK or name not in LOOPBACK or not _from_own_page(scope):
@@ -104,7 +109,11 @@ class WaysIn:
 def _is_local(scope: Scope) -> bool:
     """Whether the client is on a network of its own: a router that passes strangers on names their addresses."""
     client = scope.get("client")
-    return client is not None and (ip := ip_address(client[0])).is_private and not ip.is_unspecified
+    try:
+        ip = ip_address(client[0]) if client is not None else None
+    except ValueError:  # a program of this machine says in X-Forwarded-For what is not an address
+        return False
+    return ip is not None and ip.is_private and not ip.is_unspecified
 
 
 def _from_own_page(scope: Scope) -> bool:

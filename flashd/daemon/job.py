@@ -104,6 +104,7 @@ class Result(msgspec.Struct, kw_only=True):
     text: str = ""
     finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
+    param: str | None = None  # the field of an API's client that it is about
     forgotten: int = 0  # messages that were left out because the context is full
     probabilities: dict[str, float] = {}
     figures: dict[str, float] = {}

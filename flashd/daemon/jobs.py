@@ -17,7 +17,7 @@ from typing import Literal
 from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, gone_on, weight
 from flashd.daemon.spool import Spool
 from flashd.daemon.watch import Sink, Watch
-from flashd.errors import Busy, CannotWrite, NoRoom, UsageError
+from flashd.errors import BadField, Busy, CannotWrite, NoRoom, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +126,14 @@ class Jobs:
             most = self._most_of(requests[0])
             if len(requests) > most:
                 many = f"{len(requests)} answers at once"
-                raise UsageError(f"{many}; the queue has room for {most}, see spool.most_waiting")
+                raise BadField("n", f"{many}; the queue has room for {most}, see spool.most_waiting")
             waiting = [job for _, _, job in self._waiting]
             if len(waiting) + len(requests) > most:
                 raise NoRoom(f"no room for another job: {len(waiting)} waiting; try again later")
             watched = [watch.holds for watch in self._watches if watch.holds is not None]
             held = {job.id: job.request for job in (*waiting, *self._running.values(), *watched)}
             if sum(weight(each) for each in requests) > HELD_BYTES:
-                raise UsageError(f"{len(requests)} answers to a prompt as long as this at once; ask for fewer")
+                raise BadField("n", f"{len(requests)} answers to a prompt as long as this at once; ask for fewer")
             if sum(weight(each) for each in (*held.values(), *requests)) > HELD_BYTES:
                 raise NoRoom(f"no room for this prompt beside {len(held)} others; try again later")
 

@@ -8,10 +8,11 @@ from msgspec.structs import replace
 
 from flashd.config.settings import Answering
 from flashd.daemon.job import Request
+from flashd.engine.decoding import decisions
 from flashd.engine.decoding.forgetting import shortened
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Prompts
-from flashd.errors import BadField, PromptTooLong
+from flashd.errors import BadField, PromptTooLong, UsageError
 
 
 class Talks:
@@ -43,11 +44,15 @@ class Talks:
         return replace(request, turns=request.turns[:first] + request.turns[first + left_out :], forgotten=left_out)
 
     def _check_choices(self, choices: Sequence[str], room: int) -> None:
-        """Raises BadField if one of them has no room behind the prompt."""
+        """Raises BadField if they are no choice, or if one of them has no room behind the prompt."""
         try:
-            longest = max(map(len, self._prompts.choices(choices, room).values()))
+            tokens = self._prompts.choices(choices, room)
+            decisions.check(tokens)
+            longest = max(map(len, tokens.values()))
         except PromptTooLong:
             longest = room + 1
+        except UsageError as error:
+            raise BadField("choose", str(error)) from error
         if longest > room:
             raise BadField("choose", f"a choice is longer than the {room} tokens that the context has room for")
 

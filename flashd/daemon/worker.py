@@ -201,6 +201,7 @@ class Worker:
             log.error("%s failed: %s", names, error)
             for running in whose:
                 running.job.result.refused = isinstance(error, UsageError)
+                running.job.result.param = error.param if isinstance(error, BadField) else None
             self._fail(whose, str(error))
         except Exception as error:
             log.exception("%s failed", names)
@@ -251,7 +252,7 @@ class Worker:
         if running.speech is not None:
             running.speech.stop()
         if state is State.DONE and job.request.json_schema is not None and finish != "stop":
-            larger = "max_tokens" if finish == "length" else "the context"
+            larger, job.result.param = ("max_tokens",) * 2 if finish == "length" else ("the context", "messages")
             state, finish = State.FAILED, f"the answer was cut before its JSON was whole; raise {larger}"
             job.result.refused = True  # the same would come of it again
         elif state is State.DONE and job.request.json_schema is not None and not _is_json(job.result.text):

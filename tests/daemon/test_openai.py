@@ -165,6 +165,10 @@ def test_messages_as_clients_send_them_back(http: httpx.Client) -> None:
             "messages[0].content[0]", "send text",
         ),
         ({"messages": [{"role": "user", "content": "a " * 900}]}, "messages", "shorten it"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "is empty"),
+        ({"messages": [{"role": "user", "content": "a" * 262_145}]}, "messages", "allowed is 262144"),
+        ({"choose": ["yes"]}, "choose", "allowed are 2 to 64"),
+        ({"choose": ["yes", "yes"]}, "choose", "allowed are 2 to 64"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
@@ -184,6 +188,7 @@ def test_what_cannot_be_honoured_is_refused_by_name_before_a_stream_begins(
         ({"prompt": ["a"] * 9}, "prompt"),
         ({"prompt": ["a"] * 3, "n": 3}, "n"),
         ({"prompt": "a " * 900}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),

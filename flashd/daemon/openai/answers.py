@@ -69,7 +69,7 @@ class Answers:
             if each.end is None:
                 return refusal(503, _stopping(each.job))
             if each.end.state is not State.DONE:
-                return refusal(_status(each.end), each.end.result.finish)
+                return refusal(_status(each.end), each.end.result.finish, each.end.result.param)
         ends = self._ends
         choices = [
             self._form.choice(
@@ -136,7 +136,7 @@ class Answers:
     def _last_lines(self) -> Iterator[str]:
         failed = next((x.end for x in self._growing if x.end and x.end.state is not State.DONE), None)
         if failed is not None:
-            yield _event(body_of(_status(failed), failed.result.finish))
+            yield _event(body_of(_status(failed), failed.result.finish, failed.result.param))
         elif not self._over:
             yield _event(body_of(503, _stopping(self._growing[0].job)))
         elif self._asked.usage:

@@ -15,7 +15,18 @@ import msgspec
 from msgspec.structs import replace
 
 from flashd.config.fields import Priority, Temperature, TopP
-from flashd.daemon.job import API, Choices, Deadline, Draw, MaxTokens, Request, Seed, SessionName, Turn
+from flashd.daemon.job import (
+    API,
+    MAX_TEXT,
+    Choices,
+    Deadline,
+    Draw,
+    MaxTokens,
+    Request,
+    Seed,
+    SessionName,
+    Turn,
+)  # fmt: skip
 from flashd.errors import NOT_JSON, BadField
 
 MAX_SCHEMA = 64 << 10
@@ -162,6 +173,7 @@ class Body(Known, kw_only=True):
     ) -> tuple[Request, ...]:  # fmt: skip
         """One request for each answer: `n` for each talk."""
         self.check()
+        _check_talks(talks, "prompt" if plain else "messages")
         if self.choose and (schema is not None or logprobs is not None):
             raise BadField("choose", "it does not go together with response_format or logprobs")
         n = self.n or 1
@@ -262,6 +274,15 @@ class Completion(Body, kw_only=True):
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         talks = [(Turn("user", prompt),) for prompt in prompts]
         return asked(self, self.requests(talks, True, None, self.logprobs, self.max_tokens), bool(self.echo))
+
+
+def _check_talks(talks: Sequence[tuple[Turn, ...]], field: str) -> None:
+    """Raises BadField if one of them asks nothing, or if a message is too long."""
+    for turns in talks:
+        if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+            raise BadField(field, "the prompt is empty; say what to answer")
+        if (longest := max(len(turn.content) for turn in turns)) > MAX_TEXT:
+            raise BadField(field, f"a text of {longest} characters; allowed is {MAX_TEXT}")
 
 
 def _check_labels(data: bytes) -> None:

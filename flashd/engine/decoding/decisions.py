@@ -28,6 +28,14 @@ class Decision:
     probabilities: dict[str, float]
 
 
+def check(choices: Choices) -> None:
+    """Raises UsageError for fewer than two choices, more than MOST_CHOICES, or two with the same tokens."""
+    if not 2 <= len(choices) <= MOST_CHOICES:
+        raise UsageError(f"{len(choices)} choices; allowed are 2 to {MOST_CHOICES}")
+    if len({tuple(tokens) for tokens in choices.values()}) < len(choices):
+        raise UsageError("two choices are the same; make them differ")
+
+
 def decide(
     logits: Callable[[Sequence[int]], Floats], choices: Choices, end: int, temperature: float, seed: int | None
 ) -> Decision:
@@ -43,13 +51,10 @@ def decide(
         temperature: 0 or more.
         seed: of the random draw; None draws anew each time.
 
-    Raises UsageError for fewer than two choices, more than MOST_CHOICES, or two with the same tokens.
+    Raises UsageError as `check` does.
     """
-    if not 2 <= len(choices) <= MOST_CHOICES:
-        raise UsageError(f"{len(choices)} choices; allowed are 2 to {MOST_CHOICES}")
+    check(choices)
     ends = {name: (*tokens, end) for name, tokens in choices.items()}
-    if len(set(ends.values())) < len(ends):
-        raise UsageError("two choices are the same; make them differ")
     p = _spread(logits, ends, 0)
     names, values = list(p), np.array(list(p.values()))
     if temperature == 0:

@@ -68,6 +68,13 @@ def test_probabilities_are_those_of_the_forks(lists: list[tuple[int, ...]], seed
     assert decide(logits, choices, END, 0, None).text == max(wanted, key=lambda name: wanted[name])
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-9])
+def test_the_tiniest_temperature_takes_the_likeliest(temperature: float) -> None:
+    choices = {"a": (1,), "b": (2,), "c": (3, 4)}
+    for seed in range(5):
+        assert decide(logits, choices, END, temperature, seed).text == decide(logits, choices, END, 0, None).text
+
+
 def test_two_choices_that_differ_at_once_need_one_pass() -> None:
     passes: list[tuple[int, ...]] = []
 

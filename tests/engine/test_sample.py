@@ -45,6 +45,19 @@ def test_filters_keep_the_likeliest_and_sum_to_one(
     assert sampler.pick(logits, []) in ids
 
 
+TINY = st.sampled_from([5e-324, 1e-300, 1e-40, 1e-38, 0.5])
+
+
+@given(LOGITS, TINY, TINY, TINY, st.one_of(TINY, st.just(1 - 2**-53)), st.sampled_from([0, 1, 10**30]))
+def test_the_tiniest_values_that_are_allowed_draw_a_token(
+    logits: npt.NDArray[Any], temperature: float, penalty: float, top_p: float, min_p: float, top_k: int
+) -> None:
+    sampler = Sampler(Sampling(temperature, top_p, top_k, min_p, penalty, 1, -2.0, logit_bias={0: 100.0, 1: -100.0}))
+    for _ in range(3):
+        ids, p = sampler.distribution(logits, [0, 1])
+        assert p.sum() == pytest.approx(1) and sampler.pick(logits, [0, 1]) in ids
+
+
 def test_the_last_bits_of_the_logits_change_hardly_any_draw() -> None:
     """They differ with what is in RAM; a text that begins anew is to say the same."""
     noise = np.random.default_rng(5)

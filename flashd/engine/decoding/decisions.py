@@ -59,8 +59,9 @@ def decide(
     names, values = list(p), np.array(list(p.values()))
     if temperature == 0:
         return Decision(names[int(values.argmax())], p)
-    with np.errstate(divide="ignore"):
-        sharpened = _softmax(np.log(values) / temperature)
+    with np.errstate(divide="ignore", over="ignore"):
+        # subtract the largest first: a tiny temperature then makes one choice certain, and no infinities
+        sharpened = _softmax((np.log(values) - np.log(values.max())) / temperature)
     return Decision(names[int(np.random.default_rng(seed).choice(len(names), p=sharpened))], p)
 
 

@@ -56,6 +56,9 @@ class Sampling:
                 raise UsageError(f"{option} {value} is out of range; allowed is {allowed}")
 
 
+LARGEST = np.finfo(np.float32).max
+"""The largest logit."""
+
 USUAL = Drawing(temperature=0.3, top_p=0.9, min_p=0.05, repeat_penalty=1.1)
 """How answers are drawn if nobody says anything. Without a penalty small models repeat one phrase for ever."""
 
@@ -168,7 +171,8 @@ class Sampler:
         keep = np.cumsum(p) - p < s.top_p
         keep &= (p >= s.min_p * p[0]) & (p > 0)
         # subtract the largest first: a tiny temperature then makes zeros, not infinities
-        p = _softmax((values[keep] - values[0]) / s.temperature)
+        with np.errstate(over="ignore"):
+            p = _softmax((values[keep] - values[0]) / s.temperature)
         return ids[keep], p
 
     def _candidates(self, logits: Floats) -> tuple[npt.NDArray[np.int64], float]:
@@ -194,7 +198,9 @@ class Sampler:
             return logits
         out = logits.copy()
         seen = np.unique(np.array(recent[-PENALTY_TOKENS:], np.int64))
-        out[seen] = np.where(out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            changed = np.where(out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty)
+        out[seen] = np.clip(changed, -LARGEST, LARGEST)  # a tiny penalty makes no infinities
         return out
 
     def _biased(self, logits: Floats) -> Floats:

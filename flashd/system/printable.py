@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import re
@@ -13,16 +15,23 @@ KEPT = "\n\t"
 """Control characters that only lay text out."""
 
 
+TURNS = "\u202a-\u202e\u2066-\u2069"
+"""Embeddings, overrides and isolates: a terminal that knows them shows what follows in another order. Marks of
+direction, which Arabic and Hebrew have, turn nothing but themselves."""
+
+TURNING = re.compile(f"[{TURNS}]")
+
+
 def printable(text: str, kept: str = KEPT) -> str:
-    """The text without control characters, which begin escape sequences, other than those in `kept`."""
+    """The text without what a terminal obeys: control characters other than those in `kept`, and TURNS."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c for c in text if c in kept or unicodedata.category(c) != "Cc")
+    return TURNING.sub("", "".join(c for c in text if c in kept or unicodedata.category(c) != "Cc"))
 
 
 def printable_json(text: str) -> str:
-    """JSON that says the same, with its control characters spelt."""
-    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    """JSON that says the same, with what a terminal obeys spelt."""
+    return re.sub(rf"[\x7f-\x9f{TURNS}]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class PlainFormatter(logging.Formatter):
@@ -56,7 +65,13 @@ def is_journal(descriptor: int) -> bool:
 
 
 def plain_output() -> TextIO:
-    """Standard output, filtered if a terminal or the journal shows it."""
+    """Standard output, filtered if a terminal or the journal shows it. It takes any text.
+
+    A file's name need not be UTF-8, and then its bytes come out as they are. What the locale cannot spell is escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
         shown = sys.stdout.isatty() or is_journal(sys.stdout.fileno())
     except (OSError, ValueError):  # it is closed, or is not a file

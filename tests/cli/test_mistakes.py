@@ -33,6 +33,19 @@ def test_what_is_right_and_would_not_work_is_said(tmp_path: Path) -> None:
         assert line.startswith("warning: ") and doubt in line
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8:strict", b"g\xc3\xbc\xff.flash: whole"), ("ascii:strict", b"g\\xfc\\udcff.flash: ")],
+)
+def test_any_name_of_a_file_is_printed_in_any_locale(
+    encoding: str, shown: bytes, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copy(tiny_bundle, tmp_path / os.fsdecode(b"g\xc3\xbc\xff.flash"))
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = run("verify", bundle)
+    assert done.returncode == 0 and shown in done.stdout, done
+
+
 def test_sizes_and_threads_that_nobody_means_are_refused(tiny_bundle: Path) -> None:
     ask: list[str | Path] = ["ask", "the", "--model", tiny_bundle]
     refused(run(*ask, "--memory", "512"), os.EX_USAGE, "'512' is not a size of memory that works; write for example")

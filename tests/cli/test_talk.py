@@ -235,7 +235,7 @@ def test_the_terminal_is_as_it_was_afterwards(tiny_bundle: Path, cache: Path) ->
 
 
 def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "a\x1b]52;c;eA==\x07\x9b2J\rb\n\tgrün 👩\u200d🌾"
+    text = "a\x1b]52;c;eA==\x07\x9b2J\rb\n\tgrün 👩\u200d🌾 \u202e\u2066ab\u2069\u202c \u200f."
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)
     with redirect_stdout(plain_output()):
@@ -244,12 +244,12 @@ def test_a_terminal_is_shown_nothing_that_it_would_obey(monkeypatch: pytest.Monk
     monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
     with redirect_stdout(plain_output()):
         print(text, end="")
-    assert shown.getvalue() == text + "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾"
+    assert shown.getvalue() == text + "a]52;c;eA==2Jb\n\tgrün 👩\u200d🌾 ab \u200f."
 
 
 def test_what_others_wrote_reaches_a_terminal_plain(tmp_path: Path) -> None:
     """A job of a client, and the name of a file, on a real terminal."""
-    hostile = "a\x1b]0;owned\x07\x9b2Jb"
+    hostile = "a\x1b]0;owned\x07\x9b2Jb\u202e\u2067c"
     with closing(Spool(tmp_path / "spool.db", keep=5)) as spool:
         job = spool.add(Request(turns=(Turn("user", hostile),), source="api"))
         job.state, job.ended, job.result = State.DONE, 1.0, Result(text=hostile, finish=hostile)
@@ -260,4 +260,4 @@ def test_what_others_wrote_reaches_a_terminal_plain(tmp_path: Path) -> None:
         ["jobs", "--spool", tmp_path / hostile],
     ):  # fmt: skip
         shown = pexpect.run(" ".join(shlex.quote(str(word)) for word in [*FLASHD, *arguments]), timeout=60).decode()
-        assert "owned" in shown and not set(shown) & {"\x1b", "\x07", "\x9b"}, (arguments, shown)
+        assert "owned" in shown and not set(shown) & {*"\x1b\x07\x9b\u202e\u2067"}, (arguments, shown)

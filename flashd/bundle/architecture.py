@@ -34,6 +34,17 @@ class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
     weighed: bool  # whether its output is multiplied by sigmoid(w h), h the FFN's input
 
 
+class LeadingFfn(msgspec.Struct, frozen=True, kw_only=True):
+    """The FFN of a mixture's first layers, which have no experts. Every token uses it, so it stays in RAM."""
+
+    neurons: Size  # a multiple of group_neurons
+    group_neurons: Size
+
+    @property
+    def groups(self) -> int:
+        return self.neurons // self.group_neurons
+
+
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
     """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
 
@@ -44,6 +55,9 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
     scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
     early: bool = False  # whether the router takes the layer's input rather than the FFN's
     shared: SharedExpert | None = None  # one that every token uses beside them
+    leaned: bool = False  # whether experts are chosen by their scores and a bias, which their weights do not have
+    first: Count = 0  # the layers before this one have no experts
+    leading: LeadingFfn | None = None  # what these have
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,7 +189,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     def products(self, layer: int) -> list[LayerProduct]:
         """The products of a layer that every token needs: those that mix tokens, and the shared expert's."""
-        shared = self.experts and self.experts.shared
+        shared = self.shared_expert(layer)
         if not shared:
             return self.mixing(layer)
         return [
@@ -209,6 +223,23 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     @property
+    def paged_layers(self) -> range:
+        """The layers that have a section of groups: all, or in a mixture those that have experts."""
+        return range(self.experts.first if self.experts else 0, self.layers)
+
+    def shared_expert(self, layer: int) -> SharedExpert | None:
+        """The expert of a layer that every token uses beside those that it chooses."""
+        return self.experts.shared if self.experts and layer in self.paged_layers else None
+
+    def leading_ffn(self, layer: int) -> LeadingFfn | None:
+        """What a layer has in place of experts, if it is one of the first of a mixture."""
+        return self.experts.leading if self.experts and layer < self.experts.first else None
+
+    def of_leading(self, ffn: LeadingFfn) -> Architecture:
+        """A plain model whose layers all have an FFN like `ffn`."""
+        return msgspec.structs.replace(self, experts=None, neurons=ffn.neurons, group_neurons=ffn.group_neurons)
+
+    @property
     def groups(self) -> int:
         """Groups in one layer, the widest."""
         return self.neurons // self.group_neurons
@@ -221,6 +252,11 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def layer_groups(self) -> tuple[int, ...]:
         """Groups in each layer."""
         return tuple(self.neurons_of(i) // self.group_neurons for i in range(self.layers))
+
+    @property
+    def paged_groups(self) -> tuple[int, ...]:
+        """Those of each of `paged_layers`."""
+        return self.layer_groups[self.paged_layers.start :]
 
     @property
     def ffns(self) -> int:
@@ -280,19 +316,22 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         widths = {"qkv": sum(self.qkv_widths(attention)), "output": self.hidden} if attention else {}
         widths |= {} if self.experts else {"down": self.hidden}
         vectors |= {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
-        weighed = self.experts and self.experts.shared and self.experts.shared.weighed
-        vectors |= {"shared_weight.weight": self.hidden} if weighed else {}
+        shared = self.shared_expert(layer)
+        vectors |= {"shared_weight.weight": self.hidden} if shared and shared.weighed else {}
         return vectors | ({"scale.weight": self.hidden} if self.layer_scales else {})
 
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
 
-        The bias of each expert's score, and of each expert's output [E, H]. Empty if the model has none.
+        The bias of each expert's score, what is added to it only to choose, and the bias of each expert's output
+        [E, H]. Empty if the model has none of these.
         """
         if self.experts is None:
             return {}
-        widths = {"router": self.experts.count, "down": self.experts.count * self.hidden}
-        return {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
+        count, biases = self.experts.count, self.biases
+        vectors = {"router.bias": count} if "router" in biases else {}
+        vectors |= {"choice.bias": count} if self.experts.leaned else {}
+        return vectors | ({"down.bias": count * self.hidden} if "down" in biases else {})
 
     @property
     def changes_logits(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, LeadingFfn
 from flashd.bundle.layer_kinds import Count, LayerProduct, Positive
 from flashd.bundle.prefix import ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
@@ -23,6 +23,11 @@ class Formats(msgspec.Struct, frozen=True, kw_only=True):
     head: RowKind
     embedding: RowKind
     token_inputs: RowKind = "f16"
+
+    @property
+    def of_leading(self) -> Formats:
+        """Those of a plain model whose FFNs are all like those of a mixture's first layers."""
+        return msgspec.structs.replace(self, ffn=self.attention)
 
     @property
     def rounded_head(self) -> bool:
@@ -227,7 +232,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
         If the bundle selects neurons, only the names and layers of these hold: the sections have neurons, not groups.
         """
-        return [part for i in range(self.model.layers) for part in self.ffn_sections_of(i)]
+        return [part for i in self.model.paged_layers for part in self.ffn_sections_of(i)]
+
+    def of_leading(self, ffn: LeadingFfn) -> Header:
+        """The header of a plain model whose FFNs are all like `ffn`. Their rows are of the attention's kind."""
+        formats = self.formats.of_leading
+        return msgspec.structs.replace(self, model=self.model.of_leading(ffn), formats=formats)
+
+    @property
+    def leading_groups(self) -> dict[str, GroupFormat]:
+        """The sections of a mixture's first layers' FFNs, and the format of their groups."""
+        ffns = {i: self.model.leading_ffn(i) for i in range(self.model.layers)}
+        return {f"layer.{i}.leading": self.of_leading(ffn).group for i, ffn in ffns.items() if ffn}
 
     def ffn_sections_of(self, layer: int) -> list[FfnSection]:
         """The sections of a layer's groups, in order."""
@@ -252,15 +268,18 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         for i in range(m.layers):
             for product in (*m.products(i), *m.products_behind()):
                 lengths[f"layer.{i}.{product.name}"] = product.rows * self.product_format(product).nbytes
-            if m.experts:
+            if m.experts and i in m.paged_layers:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
-            if vectors := m.expert_vectors():
-                lengths[f"layer.{i}.experts"] = 4 * sum(vectors.values())
+                if vectors := m.expert_vectors():
+                    lengths[f"layer.{i}.experts"] = 4 * sum(vectors.values())
             lengths[f"layer.{i}.vectors"] = 4 * sum(m.layer_vectors(i).values())
             if self.selection:
                 lengths[f"layer.{i}.ffn"] = m.neurons * self.unit_bytes
         if not self.selection:
             lengths |= {part.name: part.count * part.form.nbytes for part in self.ffn_sections}
+        for name, form in self.leading_groups.items():
+            ffn = m.leading_ffn(int(name.split(".")[1]))
+            lengths[name] = ffn.groups * form.nbytes if ffn else 0
         return lengths | self._chooser_lengths()
 
     def _chooser_lengths(self) -> dict[str, int]:
@@ -282,7 +301,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Bytes of a run of each section whose runs are not PLAIN_RUN bytes."""
         rows = {name: self.run_rows(name) * self.row_format(name).nbytes for name in self.row_tables}
         units = {part.name: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_sections}
-        return rows | units
+        return rows | units | {name: form.nbytes for name, form in self.leading_groups.items()}
 
     def section_named(self, name: str) -> Section | None:
         """The section of that name; None if there is none."""

@@ -142,6 +142,12 @@ class Bundle:
                 data = self._checked(section, first, n * section.run, following * section.run)
                 yield part.first + first, part.form.groups(np.frombuffer(data, np.uint8).reshape(n, section.run))
 
+    def leading(self, layer: int) -> Groups:
+        """The groups of the FFN that a layer has in place of experts. Raises DamagedRun, CardError."""
+        name = f"layer.{layer}.leading"
+        form = self.header.leading_groups[name]
+        return form.groups(np.frombuffer(self.read(name), np.uint8).reshape(-1, form.nbytes))
+
     def all_groups(self, layer: int) -> Groups:
         """Every group of a layer, as products take them. Raises DamagedRun, CardError."""
         every = self.header.model.layer_groups[layer]

@@ -18,7 +18,7 @@ from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.paging.card_speed import remembered
 from flashd.engine.planning.parts import held
-from flashd.engine.planning.plan import WEIGHTS, Plan
+from flashd.engine.planning.plan import LEADING_FFNS, WEIGHTS, Plan
 from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
 
@@ -27,7 +27,7 @@ PART = 48 * MIB
 
 ROUNDS = 5
 
-MULTIPLIED = (WEIGHTS, "attention", "head", "pinned neurons")
+MULTIPLIED = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 """Parts of a plan that every token is multiplied with."""
 
 

@@ -93,7 +93,10 @@ def _route(model: Architecture, experts: Experts) -> bytes:
     if "router" in model.biases:
         scores = g.node("Add", scores, g.input("router.bias", T.FLOAT, [experts.count]))
     scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
-    weights, used = g.nodes_out("TopK", scores, g.constant(np.array([experts.used])), outputs=2, axis=1)
+    chosen = g.node("Add", scores, g.input("choice.bias", T.FLOAT, [experts.count])) if experts.leaned else scores
+    weights, used = g.nodes_out("TopK", chosen, g.constant(np.array([experts.used])), outputs=2, axis=1)
+    if experts.leaned:
+        weights = g.node("GatherElements", scores, used, axis=1)
     if experts.normalised:
         weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
     if experts.scale != 1:

@@ -101,7 +101,7 @@ def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
 
     ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
     inner: RowKind = "ternary" if ternary else rows
-    kept = rows != "f16" and model.experts and all(_mxfp4(weights, i) for i in range(model.layers))
+    kept = rows != "f16" and model.experts and all(_mxfp4(weights, i) for i in model.paged_layers)
     inputs = weights.token_inputs()
     return Formats(
         ffn="mxfp4" if kept else inner, attention=inner, head=as_nibbles(weights.head()),
@@ -119,7 +119,7 @@ def _finer(weights: Weights, model: Architecture) -> float:
     for i in range(model.layers):
         products = [*weights.products(i), *weights.products_behind(i)]
         tensors = [part.tensor for parts in products for part in parts]
-        tensors += [tensor for ffn in weights.ffns(i) for tensor in (*(part.tensor for part in ffn.inputs), ffn.down)]
+        tensors += [each for ffn in weights.every_ffn(i) for each in ffn.tensors]
         for tensor in tensors:
             total += prod(tensor.shape)
             finer += prod(tensor.shape) * (tensor.mxfp4 or GRID_BITS < tensor.bits < 16)
@@ -128,7 +128,7 @@ def _finer(weights: Weights, model: Architecture) -> float:
 
 def _mxfp4(weights: Weights, i: int) -> bool:
     """Whether all matrices of layer `i`'s FFNs are MXFP4."""
-    return all(part.mxfp4 for ffn in weights.ffns(i) for part in (*(m.tensor for m in ffn.inputs), ffn.down))
+    return all(tensor.mxfp4 for ffn in weights.ffns(i) for tensor in ffn.tensors)
 
 
 def _ternary(weights: Weights, i: int) -> bool:

@@ -213,6 +213,7 @@ class _Writer:
         calibration = self._original.calibration([sample_tokens(tokenizer_json)[: self._model.context]])
         for i in range(self._model.layers):
             self._attention(i)
+            self._leading(i)
             if self._model.experts:
                 self._experts(i, calibration.mixture(i))
             else:
@@ -287,8 +288,22 @@ class _Writer:
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
             self._bundle.add(part.name, chunks, run=part.form.nbytes)
 
+    def _leading(self, i: int) -> None:
+        """Writes the FFN that a mixture's layer has in place of experts, if it is one of the first."""
+        stated, ffn = self._model.leading_ffn(i), self._weights.leading(i)
+        if stated and ffn:
+            model, every = self._model.of_leading(stated), np.arange(stated.neurons)
+            form = group_format(model, self._formats.of_leading)
+            chunks = Encoder(model, self._count).groups(ffn, form, every)
+            self._bundle.add(f"layer.{i}.leading", chunks, run=form.nbytes)
+
     def _experts(self, i: int, order: Numbers) -> None:
-        """Writes a layer's router and its experts in the given order [E]: those that most tokens use come first."""
+        """Writes a layer's router and its experts in the given order [E]: those that most tokens use come first.
+
+        Some layers of a mixture have none.
+        """
+        if i not in self._model.paged_layers:
+            return
         self._router(i, order)
         ffns, every = self._weights.ffns(i), np.arange(self._model.expert_neurons)
         chunks = (chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], self._group, every))

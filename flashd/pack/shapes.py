@@ -34,18 +34,21 @@ def check_shapes(weights: Weights, model: Architecture) -> None:
         for product, matrices in zip(known, found, strict=True):
             for part, rows in zip(matrices, product.parts, strict=True):
                 _check(part.tensor.name, (len(part), part.width), (rows, product.width))
-        if m.experts:
+        if m.experts and i in m.paged_layers:
             router = weights.router(i)
             _check(router.tensor.name, (len(router), router.width), (m.experts.count, m.hidden))
         for ffn in weights.ffns(i):
             _check_ffn(ffn, m, m.neurons_of(i) // m.ffns)
+        stated, leading = m.leading_ffn(i), weights.leading(i)
+        if stated and leading:
+            _check_ffn(leading, m, stated.neurons)
 
 
-def _check_ffn(ffn: Ffn, m: Architecture, wanted: int) -> None:
+def _check_ffn(ffn: Ffn, m: Architecture, filled: int) -> None:
     neurons, name = ffn.down.shape[-1], ffn.down.name
     _check(name, ffn.down.shape, (m.hidden, neurons))
-    if -(-neurons // BLOCK) * BLOCK != wanted:
-        raise DataError(f"tensor {name!r} has {neurons} neurons, but the model needs {wanted}")
+    if -(-neurons // BLOCK) * BLOCK != filled:
+        raise DataError(f"tensor {name!r} has {neurons} neurons, but the model needs {filled}")
     for part in ffn.inputs:
         _check(part.tensor.name, (len(part), part.width), (neurons, m.hidden))
 

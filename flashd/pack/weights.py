@@ -11,7 +11,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.errors import DataError
-from flashd.pack.families.family import Family, tensor_name
+from flashd.pack.families.family import PLAIN, Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width
 from flashd.pack.open_model import Grid, OpenModel, Tensor
 
@@ -62,6 +62,10 @@ class Ffn:
     biases: Floats  # of the input rows, [F, M], or [F, 0] if there are none
     down: Tensor  # [H, F]
     norm: Floats  # [F], the weights of the activations' norm, or [0] if they are not normed
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(part.tensor for part in self.inputs), self.down]
 
     @property
     def neurons(self) -> int:
@@ -203,10 +207,29 @@ class Weights:
             out[name] = np.ascontiguousarray(values[every]).reshape(-1)
         return out
 
+    def leading(self, i: int) -> Ffn | None:
+        """The FFN that layer `i` of a mixture has in place of experts; None if it has experts."""
+        if self._model.leading_ffn(i) is None:
+            return None
+        *inputs, down = [self._source.tensor(f"blk.{i}.{PLAIN[part]}.weight") for part in self._ffn_parts]
+        none = np.zeros((down.shape[-1], 0), np.float32), np.zeros(0, np.float32)
+        return Ffn(self._input_matrices(inputs), none[0], down, none[1])
+
+    def every_ffn(self, i: int) -> list[Ffn]:
+        """All FFNs of layer `i`."""
+        leading = self.leading(i)
+        return [leading] if leading else self.ffns(i)
+
+    @property
+    def _ffn_parts(self) -> list[str]:
+        """The matrices of an FFN, down last."""
+        return ["gate"] * (self._model.gated and not self._family.joined_inputs) + ["inputs", "down"]
+
     def ffns(self, i: int) -> list[Ffn]:
-        """The FFN of layer `i`, or in a mixture each of its experts."""
-        parts = ["gate", "inputs"] if self._model.gated and not self._family.joined_inputs else ["inputs"]
-        names = [tensor_name(self._family, part, i) for part in [*parts, "down"]]
+        """The FFN of layer `i`, or in a mixture each of its experts; empty if it has none."""
+        if i not in self._model.paged_layers:
+            return []
+        names = [tensor_name(self._family, part, i) for part in self._ffn_parts]
         tensors = [self._source.tensor(f"{name}.weight") for name in names]
         if self._model.experts:
             ffns = [[_one_of(stack, number) for stack in tensors] for number in range(self._model.experts.count)]

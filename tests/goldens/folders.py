@@ -70,7 +70,9 @@ DELTA_NETS = {"model.layers.": "blk."} | {
     }.items()
 }  # fmt: skip
 
-LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)}
+LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)} | {
+    f"model.layers.{i}.feed_forward.expert_bias": f"blk.{i}.exp_probs_b.bias" for i in range(LAYERS)
+}
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
 GRANITE = re.compile(r"(block_sparse_moe)\.(input_linear|output_linear)\.weight")
@@ -103,7 +105,7 @@ def found(name: str, golden: Golden) -> Rename:
             find = by_map(golden, PHI)
         case "opt":
             find = by_map(golden, OPT)
-        case "lfm2":
+        case "lfm2" | "lfm2moe":
             find = short_convolutions(by_map(golden, LFM2))
         case "gpt-oss":
             return gpt_oss(by_map(golden))
@@ -294,9 +296,7 @@ def of_experts(find: Rename) -> Rename:
 
     def of_mixture(name: str, tensors: Tensors) -> Floats:
         name = GRANITE.sub(r"\1.experts.\2", name)
-        if name.endswith(
-            ("mlp.gate.weight", "block_sparse_moe.gate.weight", ".router.weight", ".router.layer.weight")
-        ):
+        if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
             return tensors[f"blk.{name.split('.')[2]}.ffn_gate_inp.weight"]
         if (at := EXPERT.fullmatch(name)) is None:
             return find(name, tensors)

@@ -161,6 +161,16 @@ def gemma4(golden: Golden) -> Any:
     )  # fmt: skip
 
 
+def lfm2moe(golden: Golden) -> Any:
+    assert isinstance(golden.kv_heads, list)
+    return transformers.Lfm2MoeConfig(
+        **COMMON, intermediate_size=NEURONS, moe_intermediate_size=40, num_key_value_heads=KV_HEADS, norm_eps=1e-5,
+        num_experts=EXPERTS, num_experts_per_tok=USED, num_dense_layers=1, use_expert_bias=True, norm_topk_prob=True,
+        conv_L_cache=TAPS, layer_types=["full_attention" if heads else "conv" for heads in golden.kv_heads],
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    )  # fmt: skip
+
+
 def sparser(golden: Golden, model: Any) -> None:
     """What those who made Llama's and Mistral's FFNs sparse do to them, in modelling files of their own."""
     threshold = golden.keys.get("hidden_activation_threshold")
@@ -280,6 +290,7 @@ MAKERS: dict[str, Maker] = {
     "gemma4": gemma4,
     "gemma4-keys": gemma4,
     "lfm2": lfm2,
+    "lfm2moe": lfm2moe,
     "qwen35": delta_nets(T.Qwen3_5TextConfig),
     "qwen3next": delta_nets(T.Qwen3NextConfig, **OF_SHARED),
     "qwen35moe": delta_nets(T.Qwen3_5MoeTextConfig, **OF_SHARED),

@@ -245,6 +245,7 @@ def _longrope(context: int, trained: int) -> dict[str, Any]:
 GATED: dict[str, tuple[int, ...]] = {"ffn_gate.weight": (NEURONS, HIDDEN), **_plain_ffn(False)}
 EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDEN)}
 HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
+LEAN: dict[str, tuple[int, ...]] = {"exp_probs_b.bias": (EXPERTS,)}
 MIXTURE = {"expert_count": EXPERTS, "expert_used_count": USED}
 SCALES = {"embedding_scale": 6.0, "attention.scale": 0.125, "residual_scale": 0.5, "logit_scale": 0.5}
 RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
@@ -427,6 +428,18 @@ GOLDENS = {
         TWO_NORMS | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | GATED,
         EMBEDDING | _norms("token_embd_norm"), [0, KV_HEADS, 0, 0],
         dict.fromkeys((0, 2, 3), TWO_NORMS | convolution() | GATED),
+    ),
+    "lfm2moe": Golden(
+        "lfm2moe",
+        RMS | MIXTURE
+        | {"shortconv.l_cache": TAPS, "rope.freq_base": 1e6, "leading_dense_block_count": 1, "expert_gating_func": 2,
+           "expert_feed_forward_length": 40},
+        TWO_NORMS | convolution() | mixture() | LEAN,
+        EMBEDDING | _norms("token_embd_norm"), [0, KV_HEADS, 0, 0],
+        {
+            0: TWO_NORMS | convolution() | GATED,
+            1: TWO_NORMS | _attention() | _norms("attn_q_norm", "attn_k_norm", width=HEAD_DIM) | mixture() | LEAN,
+        },
     ),
     "qwen35": Golden(
         "qwen35", RMS | SSM | {"rope.dimension_sections": [2, 1, 1, 0]},

@@ -74,6 +74,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
 
 
 def _check_model(m: Architecture) -> None:
+    leading = m.experts.leading if m.experts else None
     _check_rules([
         (len(m.layer_kinds) == m.layers, f"{m.layers} layers, but kinds of attention for {len(m.layer_kinds)}"),
         (
@@ -108,6 +109,15 @@ def _check_model(m: Architecture) -> None:
         ),
         (all(_fits(kind) for kind in m.recurrent), "heads of a delta net do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
+        (
+            not m.experts or (m.experts.first < m.layers and bool(m.experts.first) == bool(m.experts.leading)),
+            f"the first {m.experts and m.experts.first} of {m.layers} layers have no experts and no other FFN",
+        ),
+        (
+            not leading or (leading.group_neurons % BLOCK == 0 and leading.neurons % leading.group_neurons == 0),
+            "the FFN of the first layers has neurons that make no whole groups",
+        ),
+        (not leading or not {"inputs", "down"} & set(m.biases), "the FFN of the first layers has biases"),
         (
             m.heads % m.kv_heads == 0 and all(m.heads % m.kv_heads_of(kind) == 0 for kind in m.attention),
             f"{m.heads} heads cannot share {m.kv_heads} key-value heads",
@@ -163,9 +173,10 @@ def _check_selection(header: Header) -> None:
         raise DamagedHeader(
             "the header does not make sense: a gate decides only in layers that have one, without biases or experts"
         )
-    if m.experts and "down" in m.biases:
+    if m.experts and (m.experts.leading or "down" in m.biases):
         raise DamagedHeader(
-            "the header does not make sense: neurons of experts whose outputs have a bias are selected"
+            "the header does not make sense: neurons are selected behind first layers without experts, or of experts"
+            " whose outputs have a bias"
         )
     if any(rank % BLOCK for rank in s.ranks):
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")

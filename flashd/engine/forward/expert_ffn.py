@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import Architecture, LeadingFfn
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
 from flashd.engine.model.contract import CardStats, OnStep
+from flashd.engine.model.sizes import TOKENS_AT_ONCE
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan
@@ -71,7 +72,8 @@ class ExpertFfn:
         self._form = bundle.header.group
         self._most = units_of_a_read(self._form.nbytes)
         self._router = Router(bundle)
-        self._layers: list[_LayerExperts] = []
+        self._layers: dict[int, _LayerExperts] = {}  # of those layers that have experts
+        self._first = self._experts.first
         most = min(self._size, self._most)
         self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._session)
         self._workers = ThreadPoolExecutor(plan.threads, thread_name_prefix="experts")
@@ -96,12 +98,12 @@ class ExpertFfn:
         return False
 
     def load(self, layer: int) -> None:
-        capacity = self._plan.pinned[layer] // self._size
+        capacity = self._plan.pinned[layer - self._first] // self._size
         kept: dict[int, list[Any]] = {expert: [] for expert in range(capacity)}
         for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
             kept[first // self._size].append(self._constants.groups(groups, once=True))
         self._router.load(layer)
-        self._layers.append(_LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity))
+        self._layers[layer] = _LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity)
 
     def _session(self, _: Extent, raw: Bytes) -> Any:
         """A session of the groups that were read; called in the thread that read them."""
@@ -144,7 +146,7 @@ class ExpertFfn:
 
     def restart(self) -> None:
         self._queue.restart()
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.guessed = frozenset()
 
     def close(self) -> None:
@@ -165,7 +167,7 @@ class ExpertFfn:
             share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
             layer.right = RIGHT_DECAY * layer.right + (1 - RIGHT_DECAY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
-        if index + 1 < len(self._layers) and len(self._layers[index + 1].kept) < self._experts.count:
+        if index + 1 in self._layers and len(self._layers[index + 1].kept) < self._experts.count:
             self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:
@@ -203,9 +205,77 @@ class ExpertFfn:
         while first < stop:
             expert, at = divmod(first, self._size)
             end = min(expert * self._size + min(self._size, (at // self._most + 1) * self._most), stop)
-            out.append(Extent(layer, first, end - first))
+            out.append(Extent(layer - self._first, first, end - first))
             first = end
         return out
+
+
+class LeadingFfns:
+    """The FFNs of a mixture's first layers, which have no experts. All of them are in RAM."""
+
+    def __init__(self, bundle: Bundle, ffn: LeadingFfn) -> None:
+        self._bundle, self._constants = bundle, Constants(bundle.header.of_leading(ffn))
+        self._sessions: dict[int, Any] = {}
+
+    def load(self, layer: int) -> None:
+        """Raises DamagedRun, CardError."""
+        self._sessions[layer] = self._constants.groups(self._bundle.leading(layer))
+
+    def enter(self, layer: int, x: Floats) -> None:
+        """Every neuron is needed, whatever comes."""
+
+    def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:  # noqa: ARG002
+        """h [T, H] -> [T, H]"""
+        parts = [h[at : at + TOKENS_AT_ONCE] for at in range(0, len(h), TOKENS_AT_ONCE)]
+        session = self._sessions[layer]
+        return np.concatenate([multiplied(session, h=part, before=np.zeros_like(part)) for part in parts])
+
+
+class MixedFfn:
+    """The FeedForward of a mixture whose first layers have no experts."""
+
+    def __init__(self, bundle: Bundle, leading: LeadingFfn, experts: ExpertFfn) -> None:
+        model, first = bundle.header.model, LeadingFfns(bundle, leading)
+        self._experts = experts
+        self._of: list[LeadingFfns | ExpertFfn] = [first] * model.paged_layers.start
+        self._of += [experts] * len(model.paged_layers)
+
+    @property
+    def card(self) -> CardStats:
+        return self._experts.card
+
+    @property
+    def hit_rate(self) -> float:
+        return self._experts.hit_rate
+
+    @property
+    def shares_reads(self) -> bool:
+        return self._experts.shares_reads
+
+    @property
+    def drafts(self) -> bool:
+        return self._experts.drafts
+
+    def load(self, layer: int) -> None:
+        self._of[layer].load(layer)
+
+    def enter(self, layer: int, x: Floats) -> None:
+        self._of[layer].enter(layer, x)
+
+    def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
+        return self._of[layer](layer, h, on_step)
+
+    def from_ram(self, layer: int, h: Floats) -> Floats:
+        return self._experts.from_ram(layer, h)
+
+    def lend(self, nbytes: int) -> None:
+        self._experts.lend(nbytes)
+
+    def restart(self) -> None:
+        self._experts.restart()
+
+    def close(self) -> None:
+        self._experts.close()
 
 
 def _add(shares: Floats, h: Floats, routed: _Routed, expert: int, sessions: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
 from flashd.engine.forward.constants import Constants
-from flashd.engine.forward.expert_ffn import ExpertFfn
+from flashd.engine.forward.expert_ffn import ExpertFfn, MixedFfn
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.head import Head
 from flashd.engine.forward.selected_ffn import SelectedFfn
@@ -37,7 +37,11 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
     header = bundle.header
     if header.selection:
         return SelectedFfn(bundle, plan)
-    return (ExpertFfn if header.model.experts else StreamedFfn)(bundle, constants, plan)
+    if not header.model.experts:
+        return StreamedFfn(bundle, constants, plan)
+    experts = ExpertFfn(bundle, constants, plan)
+    leading = header.model.experts.leading
+    return MixedFfn(bundle, leading, experts) if leading else experts
 
 
 def _joined(parts: list[Floats]) -> Floats:

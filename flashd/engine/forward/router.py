@@ -22,14 +22,14 @@ class Router:
         self.early = self._model.experts.early
         self._product = products.Linear(graph(bundle.header, "linear.f16"), "f16")
         self._route = stages.Stage(graph(bundle.header, "route"))
-        self._rows: list[Rows] = []  # [E, H] each
-        self._vectors: list[products.Vectors] = []
+        self._rows: dict[int, Rows] = {}  # by layer, [E, H] each
+        self._vectors: dict[int, products.Vectors] = {}
 
     def load(self, layer: int) -> None:
-        """Reads the router of the next layer, `layer`. Raises DamagedRun, CardError."""
-        self._rows.append(self._bundle.rows(f"layer.{layer}.router"))
+        """Reads the router of a layer. Raises DamagedRun, CardError."""
+        self._rows[layer] = self._bundle.rows(f"layer.{layer}.router")
         lengths = self._model.expert_vectors()
-        self._vectors.append(stages.named(self._bundle.floats(f"layer.{layer}.experts"), lengths) if lengths else {})
+        self._vectors[layer] = stages.named(self._bundle.floats(f"layer.{layer}.experts"), lengths) if lengths else {}
 
     def __call__(self, layer: int, x: Floats) -> tuple[Numbers, Floats]:
         """x [T, H] -> (numbers of the K experts that each token uses [T, K] int64, their weights [T, K] float32)."""

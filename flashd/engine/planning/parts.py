@@ -95,7 +95,22 @@ def attention_held(header: Header, arithmetic: Arithmetic) -> int:
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
     routers += 4 * sum(m.expert_vectors().values())
     sessions = 3 if m.token_inputs else 2  # one for what is pinned of the FFN, one for what is behind it
-    return total + m.layers * (routers + sessions * SESSION)
+    return total + len(m.paged_layers) * routers + m.layers * sessions * SESSION
+
+
+def leading_held(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes of the FFNs of a mixture's first layers, which have no experts."""
+    experts = header.model.experts
+    if experts is None or experts.leading is None:
+        return 0
+    form = header.of_leading(experts.leading).group
+    return experts.first * (experts.leading.groups * group_held(form, arithmetic) + SESSION)
+
+
+def leading_opening(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes that opening one of them takes beside what it then holds."""
+    ffn = header.model.leading_ffn(0)
+    return ffn.groups * group_opening(header.of_leading(ffn).group, arithmetic) if ffn else 0
 
 
 def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
@@ -191,7 +206,9 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
 
 def _of_token(m: Architecture, groups: int) -> int:
     """Bytes of the activations of a token in a product."""
-    inner = groups * m.group_neurons * (m.inputs + 2)
+    leading = m.leading_ffn(0)
+    neurons = max(groups * m.group_neurons, leading.neurons if leading else 0)
+    inner = neurons * (m.inputs + 2)
     mixed = 0
     for i in range(m.layers):
         kind, first = m.kind(i), sum(product.rows for product in m.mixing(i)[:-1])

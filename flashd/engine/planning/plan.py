@@ -36,6 +36,9 @@ MARGIN = 2 * MIB
 LIBRARIES = "interpreter, libraries, tokenizer"
 """The part of a plan that is there already."""
 
+LEADING_FFNS = "first layers without experts"
+"""The part of a mixture that every token uses."""
+
 WEIGHTS = "constant weights"
 """The part of a model that stays whole."""
 
@@ -50,8 +53,8 @@ class Plan:
     resident: bool  # the whole model, in graphs of whole layers
     int8_layers: int  # of a whole model, the first so many, in the fast arithmetic; the others are in float32
     int8_head: bool
-    pinned: tuple[int, ...]  # of each layer, its first groups that stay in RAM; of a mixture, whole experts
-    groups: tuple[int, ...]  # of each layer, in all
+    pinned: tuple[int, ...]  # of each layer with groups, its first ones that stay in RAM; of a mixture, whole experts
+    groups: tuple[int, ...]  # of each of these, in all
     group_bytes: int  # that a group takes in RAM
     lent_groups: int  # of all layers, that RAM of the KV cache has room for while a text is short
     head_rows: int  # of the head, the first so many
@@ -119,7 +122,7 @@ def make_plan(
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
-        pinned=m.layer_groups, groups=m.layer_groups, group_bytes=_group_bytes(header), lent_groups=0,
+        pinned=m.paged_groups, groups=m.paged_groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         kv=kv,
     )  # fmt: skip
@@ -153,6 +156,7 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
 def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, size, every = header.model, plan.group_bytes, sum(plan.groups)
+    layers = len(m.paged_layers)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
         return _paged_parts(header, plan.context, base, pinned, head, plan.kv)
@@ -160,7 +164,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     held = parts_of(0)
     pinned = max(0, min(every, (plan.memory - sum(held.values())) // size))
     if m.experts:  # whole ones, as many in every layer
-        pinned -= pinned % (m.layers * m.expert_groups)
+        pinned -= pinned % (layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
         pinned -= 1  # the more groups share a session, the larger its temporaries
     each = _spread(pinned, plan.groups)
@@ -234,8 +238,9 @@ def _group_bytes(header: Header) -> int:
 def _passing_bytes(header: Header, pinned: tuple[int, ...]) -> int:
     """Bytes of the groups that are not pinned and that a token needs."""
     m = header.model
+    here = dict(zip(m.paged_layers, pinned, strict=True))
     passing = sum(
-        part.form.nbytes * min(max(part.first + part.count - pinned[part.layer], 0), part.count)
+        part.form.nbytes * min(max(part.first + part.count - here[part.layer], 0), part.count)
         for part in header.ffn_sections
     )
     return passing * _needed(m) // m.groups
@@ -264,8 +269,8 @@ def _paged_parts(
 ) -> dict[str, int]:
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
     m, head = header.model, head or _likely(header)
-    every = sum(m.layer_groups)
-    each = max(_spread(pinned, m.layer_groups))
+    every = sum(m.paged_groups)
+    each = max(_spread(pinned, m.paged_groups))
     held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
         "head": parts.head_held(header, head, "float32"),
@@ -273,6 +278,8 @@ def _paged_parts(
         **parts.reading(header, "float32", head, pinned == every),
         **_tokens(header, "float32"),
     }
+    if m.experts and m.experts.leading:
+        held[LEADING_FFNS] = parts.leading_held(header, "float32")
     if not header.selection:
         held["experts" if m.experts else "pinned neurons"] = pinned * _group_bytes(header)
     return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each)}
@@ -289,6 +296,7 @@ def _opening(header: Header, later: int, groups: int) -> int:
     largest = max(
         parts.attention_opening(header, "float32"),
         parts.tokens_opening(header, "float32"),
+        parts.leading_opening(header, "float32"),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
         0 if header.selection else (1 if m.experts else groups) * parts.group_opening(header.group, "float32"),
     )

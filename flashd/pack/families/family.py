@@ -45,6 +45,8 @@ class Mixture:
     early: bool = False
     shared: bool = False  # every token uses one more expert
     weighed: bool = False  # and that one's output is weighed
+    leaned: bool = False  # the file has a bias of scores that only chooses
+    leading: bool = False  # the first layers may have an FFN in place of experts, as many as the file says
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ TENSORS = {
     "shared_up": "ffn_up_shexp",
     "shared_down": "ffn_down_shexp",
     "shared_weight": "ffn_gate_inp_shexp",
+    "choice": "exp_probs_b",
     "in_proj": "shortconv.in_proj",
     "out_proj": "shortconv.out_proj",
     "conv": "shortconv.conv",
@@ -177,6 +180,9 @@ TENSORS = {
 
 EXPERTS = {"gate": "ffn_gate_exps", "inputs": "ffn_up_exps", "down": "ffn_down_exps"}
 """What the stacks of a mixture's matrices are called."""
+
+PLAIN = {part: TENSORS[part] for part in EXPERTS}
+"""And those of a mixture's layer that has no experts."""
 
 
 def tensor_name(family: Family, part: str, layer: int | None = None) -> str:

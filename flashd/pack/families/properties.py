@@ -12,6 +12,7 @@ from flashd.bundle.architecture import (
     Bias,
     Block,
     Experts,
+    LeadingFfn,
     Scores,
     SharedExpert,
 )
@@ -27,6 +28,7 @@ from flashd.pack.families.attention import (
 )
 from flashd.pack.families.family import Family, Mixture, tensor_name
 from flashd.pack.families.rope import context_of, rope_tables
+from flashd.pack.families.tensors import leading_layers
 from flashd.pack.groups import group_neurons
 from flashd.pack.names import name_of
 from flashd.pack.open_model import OpenModel
@@ -179,6 +181,9 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         scale=model.number("expert_weights_scale", float, 0.0) or 1.0,
         early=family.mixture.early,
         shared=_shared(model, family.mixture) if family.mixture.shared else None,
+        leaned=family.mixture.leaned and _has(model, family, "choice", "bias"),
+        first=(first := leading_layers(model, family)),
+        leading=_leading(model, family) if first else None,
     )
 
 
@@ -212,12 +217,22 @@ def _token_inputs(model: OpenModel, family: Family) -> TokenInputs | None:
     return TokenInputs(width=width, scale=math.sqrt(width), projected=1 / math.sqrt(hidden), both=math.sqrt(0.5))
 
 
+def _leading(model: OpenModel, family: Family) -> LeadingFfn:
+    """The FFN of first layers that have no experts."""
+    filled = -(-model.number("feed_forward_length", int) // BLOCK) * BLOCK
+    if filled < 1:
+        raise DataError(f"{model.path}: first layers without experts and without neurons make no model")
+    hidden, inputs = model.number("embedding_length", int), 2 if family.gated else 1
+    return LeadingFfn(neurons=filled, group_neurons=group_neurons(filled, hidden, inputs, False))
+
+
 def _positions(model: OpenModel, family: Family) -> int:
     return model.tensor("position_embd.weight").shape[0] - family.position_offset if family.position_offset else 0
 
 
 def _has(model: OpenModel, family: Family, part: str, kind: str, suffix: str = "") -> bool:
-    layer = None if part in ("final", "head") else 0
+    # the first layers may have no experts
+    layer = None if part in ("final", "head") else leading_layers(model, family) if part == "choice" else 0
     return f"{tensor_name(family, part + suffix, layer)}.{kind}" in model.names
 
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
-from flashd.pack.families.family import Family, tensor_name
+from flashd.errors import DataError
+from flashd.pack.families.family import PLAIN, Family, Mixture, tensor_name
 from flashd.pack.families.rope import LONG, SHORT
 from flashd.pack.open_model import OpenModel
 
@@ -42,8 +43,11 @@ OF_OTHER_PARTS = ("vision.", "mm.", "audio.")
 INERT: tuple[object, ...] = (None, 0, 1.0, "none", [])
 """Values of scales, counts and flags that change nothing."""
 
+LEADING = "leading_dense_block_count"
+
 UNSUPPORTED_KEYS = {
     "expert_shared_count": "an expert that every token uses",
+    LEADING: "a first layer without experts",
     "expert_group_used_count": "experts chosen by groups",
     "attention.clamp_kqv": "a bound on queries, keys and values",
 }
@@ -62,7 +66,7 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
     unsupported = [
         f"{UNSUPPORTED_KEYS[key]} ({before}{key}) is not supported for {model.architecture!r} yet"
         for key, value in stated.items()
-        if value not in (None, 0, "none") and not (key == "expert_shared_count" and _shares(family))
+        if value not in (None, 0, "none") and key not in _of_mixtures(family)
     ]
     keys = [
         f"flashd does not know what {name} means (its value: {str(model.metadata(name))[:60]})"
@@ -75,10 +79,6 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
         for name, others in _kinds(_unexpected(model, family)).items()
     ]
     return [*unsupported, *_shortened(keys, "keys"), *_shortened(tensors, "kinds of tensors")]
-
-
-def _shares(family: Family) -> bool:
-    return bool(family.mixture and family.mixture.shared)
 
 
 def beyond(model: OpenModel, family: Family) -> str:
@@ -97,7 +97,7 @@ def _shortened(texts: list[str], what: str) -> list[str]:
 
 def _unknown_keys(model: OpenModel, family: Family) -> list[str]:
     """The names of keys that nothing reads, and whose value changes something."""
-    before, read = f"{model.architecture}.", {*READ, *family.reads, *NEEDLESS}
+    before, read = f"{model.architecture}.", {*READ, *family.reads, *NEEDLESS, *_of_mixtures(family)}
     names = [name for name in sorted(model.keys) if name.startswith(before)]
     return [
         name
@@ -119,10 +119,30 @@ def _kinds(names: Iterable[str]) -> dict[str, int]:
 def _unexpected(model: OpenModel, family: Family) -> set[str]:
     """The names of tensors that have no place, but for those of layers behind the model's last."""
     behind = tuple(f"blk.{i}." for i in range(model.layers, model.number("block_count", int)))
-    return {name for name in model.names - _expected(family, model.layers) if not name.startswith(behind)}
+    return {name for name in model.names - _expected(model, family) if not name.startswith(behind)}
 
 
-def _expected(family: Family, layers: int) -> set[str]:
+def leading_layers(model: OpenModel, family: Family) -> int:
+    """How many first layers of a mixture have an FFN in place of experts. Raises DataError if none has experts."""
+    if family.mixture is None or not family.mixture.leading:
+        return 0
+    leading, layers = model.number(LEADING, int, 0), model.layers
+    if not 0 <= leading < layers:
+        raise DataError(
+            f"{model.path}: of {layers} layers the first {leading} have no experts, which makes no mixture"
+        )
+    return leading
+
+
+def _of_mixtures(family: Family) -> set[str]:
+    """The keys that only families with such mixtures read."""
+    mixture = family.mixture or Mixture()
+    return {*([LEADING] * mixture.leading), *(["expert_shared_count"] * mixture.shared)}
+
+
+def _expected(model: OpenModel, family: Family) -> set[str]:
+    layers, leading = model.layers, leading_layers(model, family)
+    mixture = family.mixture or Mixture()
     allowed = (*family.norms, *family.biases, *family.may_have)
     names = {"token_embd.weight", "output.weight", "rope_freqs.weight", LONG, SHORT}
     if family.position_offset:
@@ -138,14 +158,19 @@ def _expected(family: Family, layers: int) -> set[str]:
     if family.norms_neurons:
         names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
-        parts = ["qkv", "query", "key", "value", "output", "inputs", "down"]
+        parts = ["qkv", "query", "key", "value", "output"]
         parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
         parts += ["token_gate", "token_out"] * family.token_inputs + ["scale"] * family.layer_scales
-        parts += ["gate"] * (family.gated and not family.joined_inputs) + ["router"] * (family.mixture is not None)
-        if family.mixture and family.mixture.shared:
-            parts += ["shared_gate", "shared_up", "shared_down", *["shared_weight"] * family.mixture.weighed]
+        ffn = ["inputs", "down"] + ["gate"] * (family.gated and not family.joined_inputs)
+        if i < leading:
+            names |= {f"blk.{i}.{PLAIN[part]}.weight" for part in ffn}
+        else:
+            parts += [*ffn, *["router"] * (family.mixture is not None)]
+            parts += ["shared_gate", "shared_up", "shared_down"] * mixture.shared
+            parts += ["shared_weight"] * mixture.weighed
+            names |= {f"{tensor_name(family, 'choice', i)}.bias"} if mixture.leaned else set()
         for part in parts:
             names.add(f"{tensor_name(family, part, i)}.weight")
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:

@@ -137,7 +137,8 @@ class Calibration:
     ) -> Numbers:
         """Takes the texts through layer `i` of a mixture. Returns the numbers of the experts, most used first, [E].
 
-        A plain FFN counts as one expert that every token uses, unless its activations are normed.
+        A plain FFN counts as one expert that every token uses, unless its activations are normed. Of a layer without
+        experts the order says nothing.
 
         Args:
             i: the layer.
@@ -148,7 +149,11 @@ class Calibration:
         vectors, x, h = self._attend(i)
         used, weights = self._routed(i, h)
         uses = np.bincount(used.reshape(-1), minlength=self._model.ffns)
-        y, ffns, own = np.zeros_like(h), self._weights.ffns(i), self._weights.expert_vectors(i).get("down.bias")
+        y, ffns = np.zeros_like(h), self._weights.ffns(i)
+        own = self._weights.expert_vectors(i).get("down.bias") if ffns else None
+        if leading := self._weights.leading(i):
+            a, down = self._neurons(leading, h)
+            y += a @ down.T
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)  # [n] each
             taken = h[tokens]  # [n, H]
@@ -175,6 +180,8 @@ class Calibration:
         experts = self._model.experts
         if experts is None:
             return np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
+        if i not in self._model.paged_layers:
+            return np.zeros((len(h), 0), np.int64), np.zeros((len(h), 0), np.float32)
         scores = _product(self._x if experts.early else h, self._weights.router(i))
         used, weights = self._run("route", self._weights.expert_vectors(i), scores=scores)
         return used.astype(np.int64), weights
@@ -188,7 +195,7 @@ class Calibration:
         mixed = [self._mixed(i, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
         branch = _product(np.concatenate(mixed), last)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
-        if "beside" in self._stages:
+        if self._model.shared_expert(i):
             inputs, (down,) = self._weights.shared(i)
             a = self._activated([_product(h, part) for part in inputs], np.zeros(0, np.float32))
             (x,) = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))

@@ -54,6 +54,8 @@ def check(original: Original) -> None:
         raise DataError(f"{path}: neurons of FFNs of several widths cannot be selected; pack it with --select exact")
     if original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(f"{path}: BitNet cannot have a predictor; pack it with --select exact")
+    if model.experts and model.experts.leading:
+        raise DataError(f"{path}: first layers without experts cannot have a predictor; pack it with --select exact")
     if model.experts and "down" in model.biases:
         raise DataError(
             f"{path}: experts whose outputs have a bias cannot have a predictor; pack it with --select exact"

@@ -52,6 +52,13 @@ class Names:
         }
         self._not_packed = model.folder.left_out
         self.left_out: set[str] = set()  # of what `find` was asked for, that which is not packed, in words
+        # parameters that are no module's have names without an end
+        self._known |= {
+            theirs.format(bid=i): ours.format(bid=i)
+            for theirs, ours in model.folder.tensors.items()
+            for i in range(model.layers)
+            if ours.endswith(ENDS)
+        }
         self._joined = {
             f"{theirs.format(bid=i)}{end}": [f"{name.format(bid=i)}{our_end}" for name in ours]
             for theirs, ours in model.folder.joined.items()

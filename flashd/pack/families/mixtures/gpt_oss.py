@@ -42,6 +42,7 @@ FAMILIES = (
         folders=(
             Folder(
                 "gpt_oss", defaults=DEFAULTS, adapt=adapt, activations={"silu": "clamped_silu"},
+                tensors={"model.layers.{bid}.self_attn.sinks": "blk.{bid}.attn_sinks.weight"},
                 joined={
                     "model.layers.{bid}.mlp.experts.gate_up_proj": (
                         "blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps",

@@ -54,6 +54,17 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
 
 
+class Channels(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a model that says in which channel it speaks, see engine.decoding.channels."""
+
+    start: Count  # who speaks follows
+    channel: Count  # the name of a channel follows
+    message: Count  # the text follows
+    end: Count  # behind the text
+    opens: Annotated[list[Count], msgspec.Meta(min_length=1)]  # what a prompt ends with that asks for an answer
+    final: list[Count]  # begins an answer without thoughts
+
+
 class Text(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine needs to turn text into tokens and back, apart from the tokenizer's own section."""
 
@@ -61,6 +72,7 @@ class Text(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bos: Count | None  # the token that begins a text
     add_bos: bool  # whether it begins every text
     chat_template: str | None  # in Jinja's language
+    channels: Channels | None = None  # if the model says in which it speaks
     drawing: Drawing | None = None  # as the model's makers recommend it, if they do
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.cache.prefixes import Prefixes
+from flashd.engine.decoding.channels import ChannelWords, answering, without_thoughts, words
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
 from flashd.engine.decoding.line import Figures, Line
@@ -47,6 +48,7 @@ class Prompts:
         text = bundle.header.text
         self._tokenizer = TextTokenizer(bundle.read("tokenizer"), text.bos, text.add_bos, text.eos)
         self._template = ChatTemplate(text.chat_template) if text.chat_template else None
+        self._channels = text.channels
 
     def tokens(self, messages: Sequence[Message], room: int | None = None) -> list[int]:
         """The tokens of the prompt that asks for the next answer.
@@ -59,6 +61,8 @@ class Prompts:
         """
         if room is not None:
             self._tokenizer.check_length([m.content for m in messages], room)
+        if self._channels:
+            messages = [replace(m, content=without_thoughts(m.content)) for m in messages]
         if self._template is None:
             return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
         return self._template.encode(messages, self._tokenizer)
@@ -107,12 +111,12 @@ class Speech:
     """
 
     def __init__(
-        self, line: Line, sampler: Sampler, answer: Answer, token_bytes: TokenBytes, stop: Sequence[str]
+        self, line: Line, sampler: Sampler, answer: Answer, words: Detokenizer | ChannelWords, stop: Sequence[str]
     ) -> None:
         self.line, self._sampler = line, sampler
         self._scored: list[Score] = []  # those of tokens whose text is held back
         self._shown: list[Score] = []
-        self._answer, self._words, self._stops = answer, Detokenizer(token_bytes), StopStrings(list(stop))
+        self._answer, self._words, self._stops = answer, words, StopStrings(list(stop))
         self._whole = False
 
     @property
@@ -230,12 +234,14 @@ class Engine:
 
         Raises UsageError for a prompt that is empty or too long.
         """
-        sampler = Sampler(sampling, constraint, scores)
+        sampler, channels = Sampler(sampling, constraint, scores), self.bundle.header.text.channels
+        if constraint:
+            prompt = answering(prompt, channels)
         line = self._conversation.begin(
             prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
             figures=answer.figures, drafts=drafts, session=session,
         )  # fmt: skip
-        speech = Speech(line, sampler, answer, self.token_bytes, stop)
+        speech = Speech(line, sampler, answer, words(self.token_bytes, channels), stop)
         self._speeches.append(speech)
         return speech
 
@@ -284,6 +290,7 @@ class Engine:
         ends = self.bundle.header.text.eos
         if not ends:
             raise UsageError("the model has no token that ends an answer, so it cannot choose")
+        prompt = answering(prompt, self.bundle.header.text.channels)
 
         def logits(said: Sequence[int]) -> Floats:
             return self._conversation.logits([*prompt, *said], answer.figures, on_step)

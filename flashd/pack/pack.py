@@ -177,7 +177,7 @@ def _text(vocabulary: Vocabulary, original: Original) -> Text:
     return Text(
         eos=[t for t in vocabulary.eos if t in known],
         bos=vocabulary.bos if vocabulary.bos in known else None, add_bos=vocabulary.add_bos,
-        chat_template=vocabulary.chat_template, drawing=original.source.recommended(),
+        chat_template=vocabulary.chat_template, channels=vocabulary.channels, drawing=original.source.recommended(),
     )  # fmt: skip
 
 

@@ -153,7 +153,9 @@ def _shared_fits(m: Architecture) -> bool:
 
 
 def _check_text(text: Text, model: Architecture) -> None:
-    if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0)):
+    c = text.channels
+    of_channels = [c.start, c.channel, c.message, c.end, *c.opens, *c.final] if c else []
+    if any(token >= model.vocabulary for token in (*text.eos, text.bos or 0, *of_channels)):
         raise DamagedHeader("the header does not make sense: a token that begins or ends texts does not exist")
 
 

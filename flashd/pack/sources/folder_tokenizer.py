@@ -14,7 +14,15 @@ from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, InputMissing
 from flashd.pack.sources.folder_templates import folder_template
 from flashd.pack.sources.json_file import Json, read_file, read_object
-from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+from flashd.pack.vocabulary import (
+    END_TEXTS,
+    Vocabulary,
+    byte_level_bytes,
+    byte_token,
+    channels_of,
+    ends_of,
+    sentence_piece_bytes,
+)
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -50,13 +58,15 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
         if i < size:
             spelled[i] = b"" if special else token.encode()
     ends = [*_ids(tokenizer, beside, "eos"), *(i for i, (t, special) in added.items() if special and t in END_TEXTS)]
+    channels = channels_of(tokenizer)
     return Vocabulary(
         tokenizer_json=tokenizer.to_str().encode(),
         token_bytes=TokenBytes.of(spelled),
-        eos=list(dict.fromkeys(i for i in ends if i < size)),
+        eos=ends_of((i for i in ends if i < size), tokenizer, channels),
         bos=bos,
         add_bos=_adds_bos(tokenizer, beside[0], bos),
         chat_template=folder_template(folder, beside[0]),
+        channels=channels,
     )
 
 

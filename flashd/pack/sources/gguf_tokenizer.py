@@ -11,7 +11,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.errors import DataError, UsageError
 from flashd.pack.open_model import OpenModel
-from flashd.pack.vocabulary import END_TEXTS, Vocabulary, byte_level_bytes, byte_token, sentence_piece_bytes
+from flashd.pack.vocabulary import (
+    END_TEXTS,
+    Vocabulary,
+    byte_level_bytes,
+    byte_token,
+    channels_of,
+    ends_of,
+    sentence_piece_bytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +98,7 @@ def read_vocabulary(source: OpenModel, size: int, pre: str | None) -> Vocabulary
         known = "gpt2, llama, gemma4"
         raise DataError(f"{source.path}: a tokenizer of kind {kind!r} is not supported; known are {known}")
     _add_tokens(tokenizer, texts, types)
-    bos = source.metadata("tokenizer.ggml.bos_token_id")
+    bos, channels = source.metadata("tokenizer.ggml.bos_token_id"), channels_of(tokenizer)
     template = source.metadata("tokenizer.chat_template")
     if template is None and (named := sorted(k for k in source.keys if k.startswith("tokenizer.chat_template."))):
         log.warning("%s: it has no default chat template, and of %s none is taken", source.path, ", ".join(named))
@@ -100,10 +108,11 @@ def read_vocabulary(source: OpenModel, size: int, pre: str | None) -> Vocabulary
         token_bytes=TokenBytes.of(
             [_spelled(spell, *token) for token in zip(texts, types, strict=True)] + [b""] * (size - len(texts))
         ),
-        eos=_end_tokens(source, texts, types),
+        eos=ends_of(_end_tokens(source, texts, types), tokenizer, channels),
         bos=bos if isinstance(bos, int) else None,
         add_bos=_adds_bos(source, kind),
         chat_template=template if isinstance(template, str) else None,
+        channels=channels,
     )
 
 

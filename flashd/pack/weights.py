@@ -197,14 +197,14 @@ class Weights:
     def expert_vectors(self, i: int, order: Numbers | None = None) -> dict[str, Floats]:
         """The vectors that Architecture.expert_vectors names, of layer `i`, of the experts in some order [E]."""
         experts = self._model.experts
-        every = np.arange(experts.count) if experts and order is None else order
+        every = np.arange(experts.count if experts else 0) if order is None else order
         out = {}
         for name, length in self._model.expert_vectors().items():
             part, kind = name.split(".")
             values = self._vector(f"{tensor_name(self._family, part, i)}.{kind}")
             if values.size != length:
                 raise DataError(f"{self._source.path}: {name} has {values.size} numbers and should have {length}")
-            out[name] = np.ascontiguousarray(values[every]).reshape(-1)
+            out[name] = np.ascontiguousarray(values.reshape(len(every), -1)[every]).reshape(-1)
         return out
 
     def leading(self, i: int) -> Ffn | None:

@@ -295,6 +295,8 @@ def of_experts(find: Rename) -> Rename:
     """A mixture: in memory transformers has gate and up of all experts in one tensor, in a file each by itself."""
 
     def of_mixture(name: str, tensors: Tensors) -> Floats:
+        if name.endswith("e_score_correction_bias"):  # ERNIE's, [1, E]
+            return tensors[f"blk.{name.split('.')[2]}.exp_probs_b.bias"][None]
         name = GRANITE.sub(r"\1.experts.\2", name)
         if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
             return tensors[f"blk.{name.split('.')[2]}.ffn_gate_inp.weight"]

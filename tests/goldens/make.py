@@ -231,6 +231,14 @@ MAKERS: dict[str, Maker] = {
     "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),
     "internlm2": llama_like(T.LlamaConfig),
     "ernie4_5": llama_like(T.Ernie4_5Config),
+    "ernie4_5-moe": llama_like(
+        T.Ernie4_5_MoeConfig,
+        moe_intermediate_size=32,
+        moe_num_experts=EXPERTS,
+        moe_k=USED,
+        moe_num_shared_experts=3,
+        moe_layer_start_index=2,
+    ),
     "hunyuan": llama_like(
         T.HunYuanDenseV1Config,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},

@@ -177,9 +177,10 @@ SHARED = 96
 """Neurons of an expert that every token uses."""
 
 
-def shared_expert() -> dict[str, tuple[int, ...]]:
+def shared_expert(weighed: bool = True) -> dict[str, tuple[int, ...]]:
     inputs = {f"ffn_{part}_shexp.weight": (SHARED, HIDDEN) for part in ("gate", "up")}
-    return inputs | {"ffn_down_shexp.weight": (HIDDEN, SHARED), "ffn_gate_inp_shexp.weight": (HIDDEN,)}
+    inputs["ffn_down_shexp.weight"] = (HIDDEN, SHARED)
+    return inputs | ({"ffn_gate_inp_shexp.weight": (HIDDEN,)} if weighed else {})
 
 
 TAPS = 4
@@ -348,6 +349,15 @@ GOLDENS = {
     "ernie4_5": Golden(
         "ernie4_5", RMS | {"attention.key_length": 32, "rope.freq_base": 500000.0},
         TWO_NORMS | _attention(32) | GATED, EMBEDDING | FINAL,
+    ),
+    "ernie4_5-moe": Golden(
+        "ernie4_5-moe",
+        RMS | MIXTURE
+        | {"rope.freq_base": 500000.0, "expert_feed_forward_length": 32, "expert_shared_count": 3,
+           "leading_dense_block_count": 2, "interleave_moe_layer_step": 1,
+           "expert_shared_feed_forward_length": SHARED},
+        TWO_NORMS | _attention() | mixture(32) | LEAN | shared_expert(False), EMBEDDING | FINAL,
+        others=dict.fromkeys((0, 1), TWO_NORMS | _attention() | GATED),
     ),
     "hunyuan": Golden(
         "hunyuan-dense", RMS | {"attention.key_length": 32, "rope.freq_base": 10000.0 * 50 ** (32 / 30)},

@@ -187,8 +187,14 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
     )
 
 
-def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert:
-    neurons = model.number("expert_shared_feed_forward_length", int)
+def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert | None:
+    """What all tokens use: its width, or how many are as wide as the others; None if there are none."""
+    count = model.number("expert_shared_count", int, 0)
+    stated = count and count * model.number("expert_feed_forward_length", int)
+    # one that is weighed is always there, and its width is stated
+    neurons = model.number("expert_shared_feed_forward_length", int, None if mixture.weighed else stated)
+    if not neurons and not mixture.weighed:
+        return None
     if neurons < 1 or neurons % BLOCK:
         raise DataError(f"{model.path}: an expert for all tokens with {neurons} neurons, no multiple of {BLOCK}")
     return SharedExpert(neurons=neurons, weighed=mixture.weighed)

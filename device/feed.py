@@ -34,7 +34,7 @@ SERIAL = "serial:"
 class Told(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One event of the stream. `phase` is the appliance's; all others are a job's, and `asked` is its first."""
 
-    kind: Literal["phase", "asked", "queued", "moved", "started", "progress", "text", "restarted", "ended"]
+    kind: Literal["phase", "asked", "queued", "moved", "started", "progress", "text", "call", "restarted", "ended"]
     phase: str = ""
     notice: str = ""  # what was heard, or why nothing was
     job: int = 0
@@ -123,6 +123,8 @@ class _Telling:
             return [*told, self._ended(event.end)]
         if event.kind == "restarted":
             self._whole[event.job] = event.job in self._ours
+        if event.kind == "call":  # what a client's answer calls is the client's
+            return told
         return [*told, self._passed_on(event)]
 
     def _passed_on(self, event: Event) -> Told:

@@ -78,7 +78,11 @@ def add_vocabulary(w: gguf.GGUFWriter, size: int = 0) -> int:
     w.add_token_types([1] * (len(texts) - 2) + [3, 3])
     w.add_token_merges(merges)
     w.add_eos_token_id(len(texts) - 1)
-    w.add_chat_template("{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|start|>")
+    w.add_chat_template(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}"
+        '{% for c in m.tool_calls %}<call>{"name": "{{ c.function.name }}", "arguments": '
+        "{{ c.function.arguments | tojson }}}{% endfor %}<|end|>{% endfor %}<|start|>"
+    )
     return len(texts)
 
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-Role = Literal["system", "user", "assistant"]
+from flashd.engine.decoding.tools.calls import Call, Calling, CallPart, text_of
+
+Role = Literal["system", "user", "assistant", "tool"]
 MAX_TEXT = 256 << 10
 """Characters of one message."""
 
@@ -19,8 +21,8 @@ API = "api"
 HELD_BYTES = 4 << 20
 """Bytes of the requests that wait, are answered, or whose answers somebody still reads."""
 
-OF_TURN, OF_BIAS, OF_SCHEMA = 64, 100, 20
-"""Bytes of RAM that a message takes beside its text, that a token's bias takes, and a byte of a schema."""
+OF_TURN, OF_BIAS, OF_SCHEMA = 96, 100, 20
+"""Bytes of RAM that a message or a call takes beside its text, that a token's bias takes, and a byte of a schema."""
 
 HEAD = 200
 """Characters of a prompt or answer in a list."""
@@ -55,6 +57,9 @@ class Turn(msgspec.Struct, frozen=True):
 
     role: Role
     content: Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+    calls: tuple[Call, ...] = ()  # what the assistant called
+    call: str = ""  # the id of the call whose result a tool's message is
+    name: str = ""  # that tool's name
 
 
 def question(text: str, system: str | None = None) -> tuple[Turn, ...]:
@@ -95,6 +100,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     choose: tuple[str, ...] = ()  # the answer is one of these
     json_schema: dict[str, Any] | None = None  # the answer is JSON of this schema
     session: str | None = None  # the talk that this goes on with; its earlier messages are in `turns`
+    calling: Calling | None = None  # the answer may call these tools
     logprobs: int | None = None  # each token comes with its probability, and with so many of the likeliest ones
 
 
@@ -102,6 +108,7 @@ class Result(msgspec.Struct, kw_only=True):
     """What came of a job."""
 
     text: str = ""
+    calls: tuple[Call, ...] = ()  # what the answer calls
     finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
     param: str | None = None  # the field of an API's client that it is about
@@ -129,12 +136,29 @@ class Job(msgspec.Struct, kw_only=True):
     def __str__(self) -> str:
         return f"job {self.id} of {self.request.source}"
 
+    @property
+    def lateness(self) -> str:
+        """That it was not answered in time."""
+        return f"no answer within {self.request.deadline:g} s"
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Structured fields for the journal."""
+        figures = self.result.figures
+        return {
+            "JOB_ID": self.id, "TRIGGER": self.request.source, "TOKENS": int(figures.get("tokens", 0)),
+            "CARD_BYTES": int(figures.get("card_bytes", 0)),
+        }  # fmt: skip
+
 
 def weight(request: Request) -> int:
     """Bytes of RAM that a request takes at the most."""
-    texts = (*(turn.content for turn in request.turns), *request.choose, *request.stop)
+    calls = [call for turn in request.turns for call in turn.calls]
+    said = (text for call in calls for text in (call.id, call.name, call.arguments))
+    texts = (*(turn.content for turn in request.turns), *request.choose, *request.stop, *said)
     schema = 0 if request.json_schema is None else len(msgspec.json.encode(request.json_schema))
-    held = sum(map(sys.getsizeof, texts)) + OF_TURN * len(request.turns)
+    schema += len(text_of(request.calling))
+    held = sum(map(sys.getsizeof, texts)) + OF_TURN * (len(request.turns) + len(calls))
     return held + OF_BIAS * len(request.draw.logit_bias) + OF_SCHEMA * schema
 
 
@@ -189,13 +213,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a job.
 
     queued (position), moved (position, when the queue goes on), started, progress (done, total, card_bytes),
-    text (text, scored), restarted (forget what was said), ended (the job as it ended).
+    text (text, scored), call (call), restarted (forget what was said), ended (the job as it ended).
     """
 
-    kind: Literal["queued", "moved", "started", "progress", "text", "restarted", "ended"]
+    kind: Literal["queued", "moved", "started", "progress", "text", "call", "restarted", "ended"]
     job: int
     text: str = ""
     scored: tuple[Scored, ...] = ()  # the tokens of `text`, if the job asks for them
+    call: CallPart | None = None  # more of a call
     position: int = 0
     done: int = 0
     total: int = 0

@@ -17,6 +17,7 @@ from typing import Literal
 from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, gone_on, weight
 from flashd.daemon.spool import Spool
 from flashd.daemon.watch import Sink, Watch
+from flashd.engine.decoding.tools.calls import CallPart, grown
 from flashd.errors import BadField, Busy, CannotWrite, NoRoom, UsageError
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Jobs:
             if request.barge_in:
                 self._interrupted |= {j.id for j in self.running if j.request.priority < request.priority}
             self._changed.notify_all()
-        log.info("%s accepted", job, extra=_fields(job))
+        log.info("%s accepted", job, extra=job.fields)
         return job
 
     def continued(self, request: Request, session: str, anew: bool = False) -> Request:
@@ -111,6 +112,8 @@ class Jobs:
             yield self._place(job, "queued")
         if job.result.text:
             yield Event(kind="text", job=job.id, text=job.result.text)
+        for i, call in enumerate(job.result.calls):
+            yield Event(kind="call", job=job.id, call=CallPart(index=i, name=call.name, arguments=call.arguments))
         if job.state.ended:
             yield Event(kind="ended", job=job.id, end=job)
 
@@ -215,7 +218,7 @@ class Jobs:
                 if not self._too_late(job):
                     return job
                 heapq.heappop(self._waiting)
-                self._end(job, State.EXPIRED, _lateness(job))
+                self._end(job, State.EXPIRED, job.lateness)
         return None
 
     def take_beside(self, job: Job) -> bool:
@@ -240,6 +243,12 @@ class Jobs:
             job.result.text += text
             self._tell(Event(kind="text", job=job.id, text=text, scored=scored))
 
+    def call(self, job: Job, part: CallPart) -> None:
+        """More of a call in a running job's answer."""
+        with self._changed:
+            job.result.calls = grown(job.result.calls, part, job.id)
+            self._tell(Event(kind="call", job=job.id, call=part))
+
     def progress(self, job: Job, done: int, total: int, card_bytes: int) -> None:
         self._tell(Event(kind="progress", job=job.id, done=done, total=total, card_bytes=card_bytes))
 
@@ -249,7 +258,7 @@ class Jobs:
             if job.id in self._cancelled:
                 state, finish = State.CANCELLED, "cancelled"
             elif state is State.CANCELLED and self._too_late(job):
-                state, finish = State.EXPIRED, _lateness(job)
+                state, finish = State.EXPIRED, job.lateness
             self._runs_no_more(job)
             self._end(job, state, finish)
 
@@ -263,7 +272,7 @@ class Jobs:
                 self._spool.put_back(job)
             except CannotWrite as error:
                 log.error("%s; %s still counts as begun there", error, job)
-            job.state, job.attempts, job.result.text = State.QUEUED, 0, ""
+            job.state, job.attempts, job.result.text, job.result.calls = State.QUEUED, 0, "", ()
             self._runs_no_more(job)
             self._enqueue(job)
             self._tell(Event(kind="restarted", job=job.id))
@@ -287,7 +296,7 @@ class Jobs:
         self._suspects = {job.id for job in ran} | set(deaths)
         for job in waiting:
             if (times := deaths.get(job.id, 0)) >= MOST_DEATHS:
-                log.error("%s given up: flashd died %d times answering it", job, times, extra=_fields(job))
+                log.error("%s given up: flashd died %d times answering it", job, times, extra=job.fields)
                 self._end(job, State.FAILED, f"flashd died {times} times answering it")
                 continue
             job.state = State.QUEUED
@@ -366,7 +375,7 @@ class Jobs:
         except CannotWrite as error:
             log.error("%s; the end of %s is written down later", error, job)
         self._tell(Event(kind="ended", job=job.id, end=job))
-        log.info("%s %s", job, state, extra=_fields(job))
+        log.info("%s %s", job, state, extra=job.fields)
 
     def _keep_ended(self) -> None:
         """Writes down what has ended. Raises CannotWrite; who waits for an answer has it all the same."""
@@ -384,16 +393,3 @@ class Jobs:
         with self._changed:
             if watch in self._watches:
                 self._watches.remove(watch)
-
-
-def _lateness(job: Job) -> str:
-    return f"no answer within {job.request.deadline:g} s"
-
-
-def _fields(job: Job) -> dict[str, object]:
-    """Structured fields for the journal."""
-    figures = job.result.figures
-    return {
-        "JOB_ID": job.id, "TRIGGER": job.request.source, "TOKENS": int(figures.get("tokens", 0)),
-        "CARD_BYTES": int(figures.get("card_bytes", 0)),
-    }  # fmt: skip

@@ -64,14 +64,14 @@ class Talks:
         if request.plain:
             return 0, self._prompts.plain("".join(turn.content for turn in request.turns), self.room)
         system = self._answering().system
-        messages = [Message(turn.role, turn.content) for turn in request.turns]
+        messages = [Message(t.role, t.content, t.calls, t.call, t.name) for t in request.turns]
         if system and all(message.role != "system" for message in messages):
             messages.insert(0, Message("system", system))
         if not request.forget:
-            return 0, self._prompts.tokens(messages, self.room)
+            return 0, self._prompts.tokens(messages, self.room, request.calling)
 
         def encode(some: Sequence[Message], room: int) -> list[int]:
             alive()
-            return self._prompts.tokens(some, room)
+            return self._prompts.tokens(some, room, request.calling)
 
         return shortened(messages, encode, self.room, self.limit(request))

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
 from flashd.bundle.header import Drawing
 from flashd.config.settings import Answering
 from flashd.daemon.job import Job, Request, Scored, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.talks import Talks
+from flashd.daemon.whole import lacking, schemas_of
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import HELD_BY_ANSWERS, Schemas, held_by_answer, held_by_schemas
+from flashd.engine.decoding.tools.listener import Listener
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
-from flashd.errors import NOT_JSON, BadField, DataError, FlashdError, InputMissing, UsageError
+from flashd.errors import BadField, DataError, FlashdError, InputMissing, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class _Running:
     answer: Answer = field(default_factory=Answer)
     started: float = field(default_factory=time.monotonic)
     speech: Speech | None = None  # None for a decision
+    listener: Listener | None = None  # of an answer that may call tools
     over: bool = False  # it has ended, and only the pass that it was in goes on
 
 
@@ -139,10 +140,13 @@ class Worker:
             self._choose(running, prompt, sampling)
             self._finish(running, State.DONE, running.answer.figures.finish)
             return
+        speaking = self._prompts.speaking(request.calling) if request.calling else None
+        running.listener = Listener(speaking.calls_format) if speaking else None
         running.speech = self._engine.begin(
             prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
             constraint=self._constraint(request), scores=request.logprobs,
             session=request.session,
+            shown=speaking.shown if speaking else None,
         )  # fmt: skip
 
     def _choose(self, running: _Running, prompt: list[int], sampling: Sampling) -> None:
@@ -165,8 +169,8 @@ class Worker:
         if self._stopping.is_set() or any(self._jobs.preempted(r.job) for r in self._running):
             return False  # those that run make way at the next step, and this one would with them
         running = [r.job.request for r in self._running]
-        schemas = [r.json_schema for r in (job.request, *running) if r.json_schema is not None]
-        if job.request.json_schema is not None and sum(map(held_by_answer, schemas)) > HELD_BY_ANSWERS:
+        held = [held_by_answer(*schemas) for r in (job.request, *running) if (schemas := schemas_of(r))]
+        if schemas_of(job.request) and sum(held) > HELD_BY_ANSWERS:
             return False
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
@@ -182,6 +186,8 @@ class Worker:
                 self._say(speech, piece)
         for running in self._running:
             if running.speech is not None and running.speech.done:
+                if running.listener is not None and not running.over and (held := running.listener.finish()):
+                    self._jobs.say(running.job, held)
                 self._finish(running, State.DONE, running.answer.figures.finish)
         self._let_go()
 
@@ -214,8 +220,13 @@ class Worker:
 
     def _say(self, speech: Speech, piece: str) -> None:
         running = next(r for r in self._running if r.speech is speech)
-        if piece and not running.over:
-            self._jobs.say(running.job, piece, self._scored(speech))
+        if not piece or running.over:
+            return
+        for part in running.listener.push(piece) if running.listener else [piece]:
+            if isinstance(part, str):
+                self._jobs.say(running.job, part, self._scored(speech))
+            else:
+                self._jobs.call(running.job, part)
 
     def _scored(self, speech: Speech) -> tuple[Scored, ...]:
         """The tokens of the text that is shown now, if the job asks for them."""
@@ -251,12 +262,11 @@ class Worker:
         running.over, job = True, running.job
         if running.speech is not None:
             running.speech.stop()
-        if state is State.DONE and job.request.json_schema is not None and finish != "stop":
-            larger, job.result.param = ("max_tokens",) * 2 if finish == "length" else ("the context", "messages")
-            state, finish = State.FAILED, f"the answer was cut before its JSON was whole; raise {larger}"
-            job.result.refused = True  # the same would come of it again
-        elif state is State.DONE and job.request.json_schema is not None and not _is_json(job.result.text):
-            state, finish = State.FAILED, "the answer is not JSON; simplify the schema"
+        lacks = lacking(job.request, job.result, finish, running.listener) if state is State.DONE else None
+        if lacks:
+            if finish != "stop":  # the same would come of it again
+                job.result.refused, job.result.param = True, "max_tokens" if finish == "length" else "messages"
+            state, finish, job.result.calls = State.FAILED, lacks, ()
         self._note(running)
         if state is State.CANCELLED and (self._stopping.is_set() or self._jobs.preempted(job)):
             self._jobs.put_back(job)
@@ -288,7 +298,9 @@ class Worker:
         try:
             self._constraint(request)
         except (UsageError, DataError, InputMissing) as error:
-            raise BadField("response_format", str(error), "unsupported_value") from error
+            raise BadField(
+                "tools" if request.calling else "response_format", str(error), "unsupported_value"
+            ) from error
         return request
 
     def _prompt_of(self, job: Job) -> list[int]:
@@ -310,7 +322,8 @@ class Worker:
             min_p=a.min_p if d.min_p is None else d.min_p,
             repeat_penalty=a.repeat_penalty if d.repeat_penalty is None else d.repeat_penalty,
         )  # fmt: skip
-        decides = job.request.choose or job.request.json_schema is not None
+        calls = job.request.calling is not None and job.request.calling.required
+        decides = calls or job.request.choose or job.request.json_schema is not None
         drawn = greedy_unless(wished) if decides else sampling_of(wished, self._engine.bundle.header.text.drawing)
         return replace(
             drawn, seed=seed, frequency_penalty=d.frequency_penalty, presence_penalty=d.presence_penalty,
@@ -318,9 +331,10 @@ class Worker:
         )  # fmt: skip
 
     def _constraint(self, request: Request) -> Constraint | None:
-        if request.json_schema is None:
-            return None
-        return self._grammars().compile(request.json_schema)
+        if request.calling is not None:
+            grammar = self._prompts.speaking(request.calling).grammar
+            return self._grammars().compile_calls(request.calling.callable, grammar)
+        return None if request.json_schema is None else self._grammars().compile(request.json_schema)
 
     def _grammars(self) -> Schemas:
         """Made at the first answer that needs them, if the plan has left room.
@@ -332,7 +346,7 @@ class Worker:
                 plan, need = self._engine.plan, held_by_schemas(self._engine.bundle)
                 if plan.total + need > plan.memory:
                     raise UsageError(
-                        f"the grammar of a schema needs {need >> 20} MiB of RAM, and the plan leaves"
+                        f"the grammar of a schema or of tools needs {need >> 20} MiB of RAM, and the plan leaves"
                         f" {(plan.memory - plan.total) >> 20}; set schemas: true in flashd.yaml, which plans for it"
                     )
                 self._schemas = Schemas(self._engine.bundle)
@@ -352,11 +366,3 @@ class Worker:
             t.card_bytes + card - self._counted + f.snapshot_bytes, t.seconds + seconds,
         )  # fmt: skip
         self._counted = card
-
-
-def _is_json(text: str) -> bool:
-    try:
-        msgspec.json.decode(text)
-    except NOT_JSON:
-        return False
-    return True

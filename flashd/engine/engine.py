@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
@@ -17,6 +18,9 @@ from flashd.engine.decoding.decisions import Choices, Decision, decide
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
+from flashd.engine.decoding.tools.calls import Calling, Tool, text_of
+from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, learnt, plain_talk
+from flashd.engine.decoding.tools.grammar import Speaking, speaking
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Model, OnStep, silent
@@ -50,22 +54,45 @@ class Prompts:
         self._template = ChatTemplate(text.chat_template) if text.chat_template else None
         self._channels = text.channels
 
-    def tokens(self, messages: Sequence[Message], room: int | None = None) -> list[int]:
+    def tokens(
+        self, messages: Sequence[Message], room: int | None = None, calling: Calling | None = None
+    ) -> list[int]:
         """The tokens of the prompt that asks for the next answer.
 
         Args:
             messages: the conversation so far.
             room: the most tokens that the caller can use. A text of many more is refused before it takes memory.
+            calling: the tools that the answer may call.
 
         Raises DataError if the chat template fails, PromptTooLong if the text is longer than `room`.
         """
         if room is not None:
-            self._tokenizer.check_length([m.content for m in messages], room)
+            called = [call.arguments for m in messages for call in m.calls]
+            self._tokenizer.check_length([*(m.content for m in messages), *called, text_of(calling)], room)
         if self._channels:
             messages = [replace(m, content=without_thoughts(m.content)) for m in messages]
+        tools = calling.tools if calling else ()
+        if (tools or any(m.calls or m.role == "tool" for m in messages)) and not self.calls_format.native:
+            messages, tools = plain_talk(messages, calling, self.calls_format), ()
         if self._template is None:
             return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
-        return self._template.encode(messages, self._tokenizer)
+        return self._template.encode(messages, self._tokenizer, tools)
+
+    @cached_property
+    def calls_format(self) -> CallFormat:
+        """How the model writes calls of tools."""
+        template, t = self._template, self._tokenizer
+        if template is None or self._channels:  # with channels calls would have one of their own
+            return GENERIC
+
+        def render(messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: bool = True) -> str:
+            return template.render(messages, t.bos_token, t.eos_token, t.unk_token, tools=tools, prompt=prompt)
+
+        return learnt(render, t.ends)
+
+    def speaking(self, calling: Calling) -> Speaking:
+        """How an answer is made that may call tools."""
+        return speaking(calling, self.calls_format, self._tokenizer.pieces, self._tokenizer.spelt)
 
     def choices(self, texts: Sequence[str], room: int | None = None) -> Choices:
         """The tokens of each text, as an answer that is this text begins with them. `room` is that of `tokens`."""
@@ -218,6 +245,7 @@ class Engine:
         constraint: Constraint | None = None,
         scores: int | None = None,
         session: str | None = None,
+        shown: Mapping[int, bytes] | None = None,
     ) -> Speech:
         """Starts an answer. Other answers may be in progress: ask `fits` first. Call `end` when it is done.
 
@@ -231,6 +259,7 @@ class Engine:
             constraint: a grammar that says which tokens may come.
             session: the talk that it belongs to, which `remember` keeps on the card.
             scores: so many of the likeliest tokens are in the score of each token. None: there are no scores.
+            shown: the bytes of some tokens in this answer, such as of control tokens, which otherwise have none.
 
         Raises UsageError for a prompt that is empty or too long.
         """
@@ -241,7 +270,7 @@ class Engine:
             prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
             figures=answer.figures, drafts=drafts, session=session,
         )  # fmt: skip
-        speech = Speech(line, sampler, answer, words(self.token_bytes, channels), stop)
+        speech = Speech(line, sampler, answer, words(self.token_bytes, channels, shown), stop)
         self._speeches.append(speech)
         return speech
 

@@ -39,10 +39,20 @@ def chat_template(source: str) -> Template:
     )  # fmt: skip
 
 
-def chat_values(turns: Sequence[Mapping[str, str]], bos_token: str, eos_token: str, unk_token: str) -> dict[str, Any]:
-    """What a template is rendered with to ask for the next answer. flashd has no tools and no documents."""
+def chat_values(
+    turns: Sequence[Mapping[str, Any]], bos_token: str, eos_token: str, unk_token: str,
+    tools: Sequence[Mapping[str, Any]] = (), prompt: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """What a template is rendered with. flashd has no documents.
+
+    Args:
+        turns: the messages.
+        tools: the functions that the next answer may call.
+        prompt: whether the text ends with the beginning of the next answer.
+    """
     return {
-        "messages": [dict(turn) for turn in turns], "tools": None, "documents": None, "add_generation_prompt": True,
+        "messages": [dict(turn) for turn in turns], "tools": [dict(tool) for tool in tools] or None,
+        "documents": None, "add_generation_prompt": prompt,
         "bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token,
     }  # fmt: skip
 

@@ -33,9 +33,12 @@ from tests.waiting import wait
 
 ASK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-TOOL: Any = {
-    "type": "function", "function": {"name": "HassTurnOn", "parameters": {"type": "object", "properties": {}}},
-}  # fmt: skip
+TOOL: Any = {"type": "function", "function": {"name": "HassTurnOn", "parameters": {
+    "type": "object", "properties": {"area": {"enum": ["hall", "bath"]}, "level": {"type": "integer", "minimum": 0,
+    "maximum": 9}}, "required": ["area"]}}}  # fmt: skip
+CLOCK: Any = {"type": "function", "function": {"name": "clock", "description": "The time.", "strict": True}}
+CALLED: Any = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+TOLD: Any = {"role": "tool", "tool_call_id": "c1", "content": "12:00"}
 FREE: Any = {"temperature": 1.5, "seed": 7, "max_tokens": 12}
 
 
@@ -134,10 +137,38 @@ def test_messages_as_clients_send_them_back(http: httpx.Client) -> None:
         ({"choose": ["yes", "no " * 900]}, "choose", "longer than the"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not call tools"),
-        ({"tool_choice": "auto"}, "tool_choice", "allowed is none"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "allowed is none"),
-        ({"functions": [{"name": "f"}]}, "functions", "does not call tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "a-z"),
+        ({"tools": [{"type": "mcp"}]}, "tools[0].type", "type function"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "two tools are called HassTurnOn"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools[0].function.parameters", "type object",
+        ),
+        (
+            {"tools": [CLOCK, {"type": "function", "function": {"name": "f", "parameters": {
+                "type": "object", "properties": {"a": {"type": 3}}}}}]},
+            "tools", "the parameters of f cannot be followed",
+        ),
+        ({"tools": [CLOCK] * 65}, "tools", "up to 64"),
+        ({"tool_choice": "auto"}, "tool_choice", "there are no tools"),
+        ({"tools": [CLOCK], "tool_choice": "always"}, "tool_choice", "none, auto, required"),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice", "no tool is called 'f'",
+        ),
+        ({"tools": [CLOCK], "stop": "."}, "stop", "together with tools"),
+        ({"tools": [CLOCK], "logprobs": True}, "logprobs", "together with tools"),
+        ({"tools": [CLOCK], "choose": ["a", "b"]}, "choose", "together with tools"),
+        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "together with tools"),
+        ({"functions": [{"name": "f"}]}, "functions", "send tools instead"),
+        ({"messages": [*ASK, TOLD]}, "messages[1].tool_call_id", "no call before it"),
+        ({"messages": [*ASK, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id", "expected the id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALLED]}]}, "messages[0].tool_calls", "only"),
+        (
+            {"messages": [*ASK, {"role": "assistant", "tool_calls": [CALLED | {"function": {
+                "name": "f", "arguments": "[1]"}}]}]},
+            "messages[1].tool_calls[0].function.arguments", "object",
+        ),
         ({"modalities": ["text", "audio"]}, "modalities", "allowed is text"),
         ({"audio": {"voice": "a"}}, "audio", "null"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "high"),
@@ -158,7 +189,7 @@ def test_messages_as_clients_send_them_back(http: httpx.Client) -> None:
         ({"choose": ["a", "b"], "top_p": 0.5}, "top_p", "with choose"),
         ({"choose": ["a", "b"], "logprobs": True}, "choose", "logprobs"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is missing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "allowed is system, developer"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "allowed is system, developer"),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name", "null"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -371,7 +402,50 @@ def test_openai_s_client(client: openai.OpenAI) -> None:
     assert [chunk.choices[0].delta.role for chunk in every[:-1]].count("assistant") == 1
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="x", messages=ASK, tool_choice="required", tools=[])
-    assert (error.value.param, error.value.code) == ("tool_choice", "unsupported_parameter")
+    assert (error.value.param, error.value.code) == ("tool_choice", "invalid_value")
+
+
+CALLS: Any = {"model": "x", "temperature": 1.5, "max_tokens": 200, "tools": [TOOL, CLOCK]}
+NAMED: Any = {"type": "function", "function": {"name": "HassTurnOn"}}
+
+
+def test_tools_are_called_as_openai_s_client_expects(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    one: Any = CALLS | {"tool_choice": NAMED, "parallel_tool_calls": False, "seed": 3}
+    choice = client.chat.completions.create(messages=ASK, **one).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "HassTurnOn"
+    assert json.loads(call.function.arguments)["area"] in ("hall", "bath")
+    chunks = list(client.chat.completions.create(messages=ASK, stream=True, **one))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert [(d.id, d.type, d.function and d.function.name) for d in deltas if d.id] == [
+        (deltas[0].id, "function", "HassTurnOn")
+    ]
+    assert len(deltas) > 3 and {d.index for d in deltas} == {0} and deltas[0].id != call.id
+    assert "".join(d.function.arguments or "" for d in deltas if d.function) == call.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "ok"}
+    talk: Any = [*ASK, choice.message, result]
+    answer = client.chat.completions.create(messages=talk, **CALLS | {"tool_choice": "none", "max_tokens": 5})
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
+    assert answer.usage and answer.usage.prompt_tokens > 60
+
+
+def test_calls_may_be_several_or_none_and_are_whole_or_refused(http: httpx.Client) -> None:
+    pytest.importorskip("llguidance")
+    name = {"type": "function", "function": {"name": "a"}}
+    again = {"60": 50}  # what the next call begins with
+    one = CALLS | {"tools": [name], "tool_choice": "required", "seed": 2, "max_tokens": 320, "logit_bias": again}
+    message = chat(http, **one)["choices"][0]["message"]
+    assert len({call["id"] for call in message["tool_calls"]}) == 8
+    alone = chat(http, **one, parallel_tool_calls=False)["choices"][0]["message"]
+    assert len(alone["tool_calls"]) == 1
+    text = chat(http, **CALLS | {"max_tokens": 8, "seed": 1})["choices"][0]
+    assert text["message"]["content"] and text["finish_reason"] == "length" and "tool_calls" not in text["message"]
+    assert "raise max_tokens" in refused(http, CHAT, {"messages": ASK, **one, "max_tokens": 20})["message"]
+    latest = [http.get(f"/api/jobs/{head['id']}").json() for head in http.get("/api/jobs?most=4").json()]
+    assert [len(job["result"]["calls"]) for job in latest] == [0, 0, 1, 8]
 
 
 def test_langchain(port: int, daemon: Running) -> None:
@@ -393,10 +467,15 @@ def test_langchain(port: int, daemon: Running) -> None:
             "additionalProperties": False}  # fmt: skip
     sure = model.with_structured_output(wish, method="json_schema").bind(max_tokens=40)
     assert sure.invoke("Yes or no?")["word"] in ("yes", "no")
-    with pytest.raises(openai.BadRequestError, match="does not call tools"):
-        model.bind_tools(
-            [{"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}]
-        ).invoke("x")
+    bound = model.bind_tools([TOOL, CLOCK], tool_choice="HassTurnOn").bind(max_tokens=200)
+    whole, streamed = bound.invoke("x"), None
+    for piece in bound.stream("x"):
+        streamed = piece if streamed is None else streamed + piece
+    assert streamed is not None and whole.tool_calls[0]["args"] == streamed.tool_calls[0]["args"]
+    assert whole.tool_calls[0]["args"]["area"] in ("hall", "bath")
+    messages = [("human", "x"), whole, *({"role": "tool", "tool_call_id": call["id"], "content": "ok"}
+                                         for call in whole.tool_calls)]  # fmt: skip
+    assert model.bind_tools([CLOCK]).invoke(messages).response_metadata["finish_reason"]
 
 
 def test_llm(port: int, daemon: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +510,7 @@ OPEN_WEBUI_TITLE = {
 }  # fmt: skip
 """What it asks behind a chat's first answer."""
 
-HOME_ASSISTANT = {
+HOME_ASSISTANT: dict[str, Any] = {
     "model": "tiny llama", "user": "01JD3YB3Z6J8G2", "max_tokens": 8, "top_p": 1.0, "temperature": 0.5,
     "messages": [
         {"role": "system", "content": "You are a voice assistant."},
@@ -441,6 +520,14 @@ HOME_ASSISTANT = {
     ],
 }  # fmt: skip
 """A turn of a conversation agent that speaks OpenAI's chat completions and controls no devices."""
+
+HOME_ASSISTANT_CONTROL = HOME_ASSISTANT | {
+    "messages": [*HOME_ASSISTANT["messages"][:2],
+                 {"role": "assistant", "content": None, "tool_calls": [CALLED]}, TOLD],
+    "tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True, "stream": True,
+    "stream_options": {"include_usage": True},
+}  # fmt: skip
+"""A turn of one that does, behind its first call."""
 
 HOME_ASSISTANT_TASK = HOME_ASSISTANT | {
     "max_tokens": 60,
@@ -456,9 +543,11 @@ HOME_ASSISTANT_TASK = HOME_ASSISTANT | {
 """A task for data with a structure."""
 
 
-@pytest.mark.parametrize("body", [OPEN_WEBUI, OPEN_WEBUI_TITLE, HOME_ASSISTANT, HOME_ASSISTANT_TASK])
+@pytest.mark.parametrize(
+    "body", [OPEN_WEBUI, OPEN_WEBUI_TITLE, HOME_ASSISTANT, HOME_ASSISTANT_CONTROL, HOME_ASSISTANT_TASK]
+)
 def test_shapes_of_well_known_programs(body: dict[str, Any], http: httpx.Client) -> None:
-    if "response_format" in body:
+    if "response_format" in body or "tools" in body:
         pytest.importorskip("llguidance")
     reply = http.post(CHAT, json=body)
     assert reply.status_code == 200, reply.text
@@ -466,7 +555,3 @@ def test_shapes_of_well_known_programs(body: dict[str, Any], http: httpx.Client)
         assert chunks(reply)[-1]["usage"]["total_tokens"] > 0
     else:
         assert reply.json()["choices"][0]["message"]["role"] == "assistant"
-    tools = [
-        {"type": "function", "function": {"name": "HassTurnOn", "parameters": {"type": "object", "properties": {}}}}
-    ]
-    assert refused(http, CHAT, body | {"tools": tools, "tool_choice": "auto"})["param"] == "tools"

@@ -10,6 +10,8 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.engine.decoding.schemas import OF_ANSWER, Schemas, held_by_answer
+from flashd.engine.decoding.tools.calls import Calling, Tool
+from flashd.engine.engine import Prompts
 from flashd.errors import UsageError
 from flashd.system.memory import MIB, resident_now
 
@@ -74,3 +76,8 @@ def test_a_grammar_takes_no_more_than_is_planned(count: int, tiny_bundle: Path) 
         before = resident_now()
         kept += [schemas.compile(schema) for _ in range(4)]
         assert resident_now() - before < 4 * held_by_answer(schema)
+        tools = tuple(Tool(name=f"f{i}", parameters=schema) for i in range(64 if count == 1 else 1))
+        grammar = Prompts(bundle).speaking(Calling(tools=tools)).grammar
+        before = resident_now()
+        kept += [schemas.compile_calls(tools, grammar) for _ in range(4)]
+        assert resident_now() - before < 4 * held_by_answer(*(tool.schema for tool in tools))

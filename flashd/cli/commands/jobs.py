@@ -42,7 +42,11 @@ def show(options: Show) -> None:
         return
     for turn in job.request.turns:
         print(f"{turn.role}: {turn.content}")
+        for call in turn.calls:
+            print(f"calls {call.name} {call.arguments}")
     print(f"{job.state} ({job.result.finish}): {job.result.text}")
+    for call in job.result.calls:
+        print(f"calls {call.name} {call.arguments}")
     for choice, probability in job.result.probabilities.items():
         print(f"{probability:9.4f} {choice}")
     if job.result.figures:

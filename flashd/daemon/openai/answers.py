@@ -16,10 +16,11 @@ from flashd.daemon.events import Events
 from flashd.daemon.job import Event, Job, Scored, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.bodies import Asked
-from flashd.daemon.openai.forms import Form, Piece, more, reason, usage
+from flashd.daemon.openai.forms import Form, Piece, more, part_of_call, reason, usage, whole_call
 from flashd.daemon.openai.refusals import body_of, refusal
 from flashd.daemon.pieces import in_pieces, lines_in_pieces
 from flashd.daemon.watch import Watch
+from flashd.engine.decoding.tools.calls import Call, grown
 
 OBJECT = "flashd"
 
@@ -36,15 +37,29 @@ class Growing:
     text: str = ""
     scored: list[Scored] = field(default_factory=list)
     sent: int = 0  # characters of it
+    calls: tuple[Call, ...] = ()
+    sent_calls: dict[int, int] = field(default_factory=dict)  # characters of the arguments of each call
     sent_scored: int = 0
     end: Job | None = None
 
     def take(self, event: Event) -> None:
         if event.kind == "restarted":
-            self.text, self.scored = "", []
+            self.text, self.scored, self.calls = "", [], ()
         self.text += event.text
         self.scored += event.scored
+        if event.call is not None:
+            self.calls = grown(self.calls, event.call, self.job.id)
         self.end = event.end or self.end
+
+    def unsent_calls(self) -> list[dict[str, Any]]:
+        """What of the calls was not sent yet."""
+        parts = []
+        for i, call in enumerate(self.calls):
+            sent = self.sent_calls.get(i, -1)
+            if len(call.arguments) > sent:
+                parts.append(part_of_call(i, call, sent))
+                self.sent_calls[i] = len(call.arguments)
+        return parts
 
 
 class Answers:
@@ -72,13 +87,18 @@ class Answers:
                 return refusal(_status(each.end), each.end.result.finish, each.end.result.param)
         ends = self._ends
         choices = [
-            self._form.choice(
-                Piece(i, self._echo(each) + end.result.text, self._scored(each, each.scored), reason=reason(end))
-            )
+            self._form.choice(self._piece(i, each, end))
             for i, (each, end) in enumerate(zip(self._growing, ends, strict=True))
         ]
         body = {"object": self._form.whole, "choices": choices, "usage": usage(ends, self._asked.of_each)}
         return in_pieces(_json(self._head | body | {OBJECT: more(ends)}).encode(), self._headers)
+
+    def _piece(self, index: int, each: Growing, end: Job) -> Piece:
+        """All of an answer."""
+        return Piece(
+            index, self._echo(each) + end.result.text, [whole_call(call) for call in end.result.calls],
+            self._scored(each, each.scored), reason=reason(end),
+        )  # fmt: skip
 
     def pieces(self) -> Response:
         """Sends each answer piece by piece."""
@@ -117,9 +137,11 @@ class Answers:
         # after a restart the same text comes anew: only what was not sent yet is sent
         if len(each.text) > each.sent:
             scored = self._scored(each, each.scored[each.sent_scored :])
-            chunk = self._form.chunk(Piece(i, each.text[each.sent :], scored, each.sent))
+            chunk = self._form.chunk(Piece(i, each.text[each.sent :], (), scored, each.sent))
             each.sent, each.sent_scored = len(each.text), max(each.sent_scored, len(each.scored))
             yield self._line([chunk])
+        elif calls := each.unsent_calls():
+            yield self._line([self._form.chunk(Piece(i, calls=calls))])
         elif event.kind in ("queued", "moved"):
             self._waits = f"waiting, {event.position} before this" if event.position else "next"
             yield self._comment()

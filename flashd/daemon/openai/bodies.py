@@ -27,6 +27,9 @@ from flashd.daemon.job import (
     SessionName,
     Turn,
 )  # fmt: skip
+from flashd.daemon.openai.known import Known
+from flashd.daemon.openai.tools import CallId, Choice, ToolCall, Tools, calling
+from flashd.engine.decoding.tools.calls import MOST_TOOLS, Calling
 from flashd.errors import NOT_JSON, BadField
 
 MAX_SCHEMA = 64 << 10
@@ -52,10 +55,6 @@ Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 Biases = Annotated[dict[Annotated[int, msgspec.Meta(ge=0)], Bias], msgspec.Meta(max_length=1024)]
 
 
-class Known(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """An object in which every field is known."""
-
-
 class Part(Known, kw_only=True):
     type: str
     text: str | None = None
@@ -65,30 +64,48 @@ class Part(Known, kw_only=True):
 
 
 class Message(Known, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
+    tool_calls: Annotated[list[ToolCall], msgspec.Meta(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
     # what OpenAI's answers have, and clients send back
     refusal: Literal[""] | None = None
     annotations: Nothing | None = None
-    tool_calls: Nothing | None = None
     function_call: None = None
-    tool_call_id: None = None
     audio: None = None
-    name: None = None
+    name: str | None = None
 
-    def turn(self, number: int) -> Turn:
-        at = f"messages[{number}].content"
+    def turn(self, number: int, names: dict[str, str]) -> Turn:
+        """The turn. `names`: the tools that were called before, by the ids of the calls. Raises BadField."""
+        at = f"messages[{number}]"
         role = "system" if self.role == "developer" else self.role
-        if self.content is None and role != "assistant":
+        if self.tool_calls and role != "assistant":
+            raise BadField(f"{at}.tool_calls", "only the assistant calls tools")
+        if self.name is not None and role != "tool":
+            raise BadField(f"{at}.name", "expected null: flashd tells no speakers of one role apart")
+        calls = tuple(call.call(f"{at}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls or ()))
+        names |= {call.id: call.name for call in calls}
+        return Turn(role, self._text(f"{at}.content"), calls, *self._answered(f"{at}.tool_call_id", names))
+
+    def _answered(self, at: str, names: dict[str, str]) -> tuple[str, str]:
+        """The id of the call that a tool's message answers, and the tool's name."""
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise BadField(at, "expected the id of a call with role tool, and null with another role")
+        if self.tool_call_id is not None and self.tool_call_id not in names:
+            raise BadField(at, "no call before it has this id")
+        return self.tool_call_id or "", names.get(self.tool_call_id or "", "")
+
+    def _text(self, at: str) -> str:
+        if self.content is None and self.role != "assistant":
             raise BadField(at, "is missing", "missing_required_parameter")
         if not isinstance(self.content, list):
-            return Turn(role, self.content or "")
+            return self.content or ""
         for i, part in enumerate(self.content):
             if part.type != "text":
                 raise BadField(f"{at}[{i}]", f"content of type {part.type[:100]!r} is not understood; send text")
             if part.text is None or any(bytes(raw) for raw in (part.image_url, part.input_audio, part.file)):
                 raise BadField(f"{at}[{i}]", "expected a text and nothing else")
-        return Turn(role, "".join(part.text or "" for part in self.content))
+        return "".join(part.text or "" for part in self.content)
 
 
 class Schema(Known, kw_only=True):
@@ -169,7 +186,7 @@ class Body(Known, kw_only=True):
 
     def requests(
         self, talks: Sequence[tuple[Turn, ...]], plain: bool, schema: dict[str, Any] | None, logprobs: int | None,
-        limit: int | None,
+        limit: int | None, calling: Calling | None = None,
     ) -> tuple[Request, ...]:  # fmt: skip
         """One request for each answer: `n` for each talk."""
         self.check()
@@ -191,6 +208,7 @@ class Body(Known, kw_only=True):
                 turns=turns, source=API, plain=plain, priority=5 if self.priority is None else self.priority,
                 deadline=self.deadline, max_tokens=limit, forget=bool(self.forget), stop=stop,
                 choose=tuple(self.choose or ()), json_schema=schema, logprobs=logprobs, draw=replace(draw, seed=seed),
+                calling=calling,
             )
             for turns in talks
             for seed in seeds
@@ -214,6 +232,9 @@ class Chat(Body, kw_only=True):
     messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=1000)]
     max_completion_tokens: MaxTokens | None = None
     response_format: Format | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # our own: a talk that the service keeps, and whether it begins anew
@@ -224,9 +245,6 @@ class Chat(Body, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # what is not honoured
-    tools: Nothing | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None
     functions: Nothing | None = None
     function_call: Literal["none"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -251,13 +269,28 @@ class Chat(Body, kw_only=True):
         if self.top_logprobs is not None and not self.logprobs:
             raise BadField("top_logprobs", "it needs logprobs: true")
         _check_labels(bytes(self.metadata))
-        turns = tuple(message.turn(i) for i, message in enumerate(self.messages))
+        names: dict[str, str] = {}
+        turns = tuple(message.turn(i, names) for i, message in enumerate(self.messages))
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        requests = self.requests([turns], False, schema, logprobs, limit)
+        tools = self._calling()
+        requests = self.requests([turns], False, schema, logprobs, limit, tools)
         return dataclasses.replace(
             asked(self, requests, False), session=self.session, new_session=bool(self.new_session)
         )
+
+    def _calling(self) -> Calling | None:
+        """The tools that may be called. Raises BadField."""
+        found = calling(self.tools or [], self.tool_choice, self.parallel_tool_calls is not False)
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        others = {
+            "choose": self.choose, "stop": self.stop, "response_format": formatted, "logprobs": self.logprobs,
+            "session": self.session,
+        }  # fmt: skip
+        for name, value in others.items() if found else ():
+            if value:
+                raise BadField(name, "it does not go together with tools, unless tool_choice is none")
+        return found
 
 
 class Completion(Body, kw_only=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashd.daemon.job import Job, Scored
+from flashd.engine.decoding.tools.calls import Call
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Piece:
 
     index: int  # which answer
     text: str = ""
+    calls: Sequence[dict[str, Any]] = ()  # calls, or the parts of them that came
     scored: Sequence[Scored] | None = None  # the tokens of the text, if they were asked for
     at: int = 0  # characters of the answer before it
     first: bool = False
@@ -41,11 +43,14 @@ class ChatForm:
     whole, piece, prompt = "chat.completion", "chat.completion.chunk", "messages"
 
     def choice(self, piece: Piece) -> dict[str, Any]:
-        return self._of(piece, "message", {"role": "assistant", "content": piece.text, "refusal": None})
+        content = piece.text or (None if piece.calls else "")
+        called = {"tool_calls": list(piece.calls)} if piece.calls else {}
+        return self._of(piece, "message", {"role": "assistant", "content": content, "refusal": None} | called)
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         role = {"role": "assistant"} if piece.first else {}
-        return self._of(piece, "delta", role | ({"content": piece.text} if piece.text or piece.first else {}))
+        said = {"content": piece.text} if piece.text or piece.first else {}
+        return self._of(piece, "delta", role | said | ({"tool_calls": list(piece.calls)} if piece.calls else {}))
 
     def _of(self, piece: Piece, name: str, said: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -99,8 +104,19 @@ def _token(token: bytes, logprob: float) -> dict[str, Any]:
     return {"token": _spelt(token), "logprob": logprob, "bytes": list(token)}
 
 
+def whole_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def part_of_call(index: int, call: Call, sent: int) -> dict[str, Any]:
+    """What of a call was not sent yet; -1: nothing was."""
+    if sent < 0:
+        return {"index": index} | whole_call(call)
+    return {"index": index, "function": {"arguments": call.arguments[sent:]}}
+
+
 def reason(job: Job) -> str:
-    return "length" if job.result.cut else "stop"
+    return "tool_calls" if job.result.calls else "length" if job.result.cut else "stop"
 
 
 def more(jobs: Sequence[Job]) -> Any:

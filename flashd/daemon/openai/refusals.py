@@ -15,10 +15,10 @@ CODES = {
 }  # fmt: skip
 """What went wrong if nothing more is known than the status."""
 
-NO_TOOLS = ("nothing; flashd does not call tools yet", "none; flashd does not call tools yet")
+NO_FUNCTIONS = ("nothing; send tools instead", "none; send tool_choice instead")
 NUMBER = "a whole number of 1 or more"
 ALLOWED = {
-    "role": "system, developer, user or assistant",
+    "role": "system, developer, user, assistant or tool",
     "content": "a text or a list of parts of type text; of the assistant null too",
     "prompt": "a text, or a list of 1 to 8 texts; not numbers of tokens",
     "n": "1 to 8",
@@ -37,12 +37,13 @@ ALLOWED = {
     "logprobs": "true or false for a chat, 0 to 5 for a completion",
     "top_logprobs": "0 to 20, with logprobs: true",
     "response_format": "type text, json_object or json_schema",
-    "tools": NO_TOOLS[0],
-    "tool_choice": NO_TOOLS[1],
-    "functions": NO_TOOLS[0],
-    "function_call": NO_TOOLS[1],
-    "tool_calls": NO_TOOLS[0],
-    "tool_call_id": NO_TOOLS[0],
+    "tools": "a list of up to 64 tools of type function",
+    "parameters": "a JSON schema of type object",
+    "tool_choice": "none, auto, required, or a function by its name",
+    "functions": NO_FUNCTIONS[0],
+    "function_call": NO_FUNCTIONS[1],
+    "tool_calls": "a list of up to 64 calls of type function",
+    "tool_call_id": "the id of a call, of up to 256 characters",
     "modalities": "text",
     "service_tier": "auto or default",
     "store": "false",
@@ -72,7 +73,7 @@ def explained(error: Exception) -> UsageError:
     named = [name for name in re.split(r"[.\[\]0-9]+", path) if name]
     allowed = next((ALLOWED[name] for name in reversed(named) if name in ALLOWED), None)
     words = what.replace("`", "") + (f"; allowed is {allowed}" if allowed else "")
-    return BadField(path or "body", words, "unsupported_parameter" if allowed in NO_TOOLS else "invalid_value")
+    return BadField(path or "body", words, "unsupported_parameter" if allowed in NO_FUNCTIONS else "invalid_value")
 
 
 def _within(path: str, name: str) -> str:

@@ -7,7 +7,7 @@ What is not final is told apart as other families tell their thoughts apart: bet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flashd.bundle.header import Channels
 from flashd.bundle.token_bytes import TokenBytes
@@ -58,9 +58,11 @@ class ChannelWords:
         return OPENS if thinks else CLOSES
 
 
-def words(token_bytes: TokenBytes, channels: Channels | None) -> Detokenizer | ChannelWords:
-    """What turns the tokens of an answer into text."""
-    return ChannelWords(token_bytes, channels) if channels else Detokenizer(token_bytes)
+def words(
+    token_bytes: TokenBytes, channels: Channels | None, shown: Mapping[int, bytes] | None = None
+) -> Detokenizer | ChannelWords:
+    """What turns the tokens of an answer into text. `shown`: see Detokenizer; an answer with channels has none."""
+    return ChannelWords(token_bytes, channels) if channels else Detokenizer(token_bytes, shown)
 
 
 def answering(prompt: Sequence[int], channels: Channels | None) -> list[int]:

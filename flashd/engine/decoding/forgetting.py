@@ -18,7 +18,8 @@ def shortened(
 ) -> tuple[int, list[int]]:
     """How many of the oldest messages are left out, and the tokens of the others.
 
-    Messages go if they leave no room for an answer. The system prompt and the last message stay.
+    Messages go if they leave no room for an answer. The system prompt and the last message stay. If the last ones are
+    of tools, all from the last question on stay. A tool's message goes with the call that it belongs to.
 
     Args:
         messages: the talk.
@@ -29,10 +30,16 @@ def shortened(
     Raises PromptTooLong if the last message alone is too long.
     """
     first, wanted = (1 if messages[0].role == "system" else 0), room + 1
+    last = len(messages) - 1
+    while messages[last].role == "tool" or messages[last].calls:
+        last -= 1
     wanted -= min(limit, wanted // 2)
 
     def left_out(times: int) -> int:
-        return min(times * FORGET, len(messages) - 1 - first)
+        left = min(times * FORGET, last - first)
+        while messages[first + left].role == "tool":
+            left += 1
+        return left
 
     @cache
     def tokens(times: int) -> list[int] | None:
@@ -45,12 +52,12 @@ def shortened(
 
     if (whole := tokens(0)) is not None:
         return 0, whole
-    most = -(-(len(messages) - 1 - first) // FORGET)
+    most = -(-(last - first) // FORGET)
     times = bisect_left(range(most), True, lo=1, key=lambda times: tokens(times) is not None)
     if (found := tokens(times)) is not None:
         return left_out(times), found
     # the last message alone may leave less room than was asked for
-    found = encode([*messages[:first], messages[-1]], room)
+    found = encode([*messages[:first], *messages[last:]], room)
     if len(found) > room:
         raise PromptTooLong(len(found), room)
     return left_out(times), found

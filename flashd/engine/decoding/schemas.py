@@ -1,4 +1,5 @@
-"""Answers that follow a JSON schema: at each token, only tokens that can lead to a valid answer are allowed.
+"""Answers that follow a JSON schema or call tools: at each token, only tokens that can lead to a valid answer are
+allowed.
 
 The llguidance library does the grammar work. With a vocabulary of 49,000 tokens it takes 50 MiB. So `Schemas` is made
 before the plan, which then counts that memory.
@@ -7,6 +8,7 @@ before the plan, which then counts that memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,12 +17,12 @@ import numpy as np
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.bundle.tokenizer_json import check_numbers
+from flashd.engine.decoding.tools.calls import Tool
 from flashd.errors import DataError, FlashdError, InputMissing, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
 MAX_SCHEMA = 16 << 10
-"""The most characters of a schema, as JSON."""
-
+"""The most characters of a schema, as JSON; of the schemas of all tools together."""
 
 OF_ANSWER, OF_SCHEMA = 1 << 20, 200
 """Bytes that the grammar of an answer takes at the most, in any case and for each byte of its schema; measured."""
@@ -42,9 +44,9 @@ def held_by_schemas(bundle: Bundle) -> int:
     return HELD + HELD_PER_TOKEN * bundle.header.model.vocabulary
 
 
-def held_by_answer(schema: dict[str, Any]) -> int:
-    """Bytes that the grammar of an answer takes at the most."""
-    return OF_ANSWER + OF_SCHEMA * len(json.dumps(schema))
+def held_by_answer(*schemas: dict[str, Any]) -> int:
+    """Bytes that the grammar of an answer takes at the most, which may follow one of some schemas."""
+    return OF_ANSWER + OF_SCHEMA * sum(len(json.dumps(schema)) for schema in schemas)
 
 
 class Schemas:
@@ -79,23 +81,53 @@ class Schemas:
 
     def compile(self, schema: dict[str, Any]) -> JsonAnswer:
         """The constraint of one answer. Raises UsageError if the schema is too large or cannot be followed."""
-        try:
-            _refuse_endless(schema)
-            text = json.dumps(schema)
-        except RecursionError as error:
-            raise UsageError("the schema is nested too deeply") from error
+        text = _checked(schema)
         if len(text) > MAX_SCHEMA:
             raise UsageError(f"a schema of {len(text)} bytes; allowed are {MAX_SCHEMA}")
         # no free whitespace: a model with nothing to say would fill the answer with it
         options: Any = {"whitespace_flexible": False}
+        return self._answer("the schema", self._library.LLMatcher.grammar_from_json_schema, text, options)
+
+    def compile_calls(self, tools: Sequence[Tool], grammar: str) -> JsonAnswer:
+        """The constraint of one answer that may call some tools. Raises UsageError as `compile` does.
+
+        `grammar`: as `grammar_of` makes it.
+        """
+        size = 0
+        for tool in tools:
+            try:
+                size += len(_checked(tool.schema))
+            except UsageError as error:
+                raise UsageError(f"the parameters of {tool.name}: {error}") from error
+        if size > MAX_SCHEMA:
+            raise UsageError(f"parameters of {size} bytes; allowed are {MAX_SCHEMA} for all tools together")
         try:
-            grammar = self._library.LLMatcher.grammar_from_json_schema(text, defaults=options)
+            return self._answer("the parameters", self._library.LLMatcher.grammar_from_lark, grammar)
+        except UsageError:
+            for tool in tools:  # which of them it is
+                self._answer(f"the parameters of {tool.name}", self._library.LLMatcher.grammar_from_json_schema,
+                             json.dumps(tool.schema))  # fmt: skip
+            raise
+
+    def _answer(self, what: str, make: Callable[..., str], source: str, *options: Any) -> JsonAnswer:
+        """The constraint that `make` makes of a source. Raises UsageError if that cannot be followed."""
+        try:
+            grammar = make(source, *options)
         except ValueError as error:
-            raise UsageError(f"the schema cannot be followed: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{what} cannot be followed: {str(error).splitlines()[0]}") from error
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise UsageError(f"the schema cannot be followed: {matcher.get_error().splitlines()[0]}")
+            raise UsageError(f"{what} cannot be followed: {matcher.get_error().splitlines()[0]}")
         return JsonAnswer(matcher, self._vocabulary)
+
+
+def _checked(schema: dict[str, Any]) -> str:
+    """The schema as JSON. Raises UsageError if it has no end."""
+    try:
+        _refuse_endless(schema)
+        return json.dumps(schema)
+    except RecursionError as error:
+        raise UsageError("the schema is nested too deeply") from error
 
 
 VALUES = ("const", "enum", "default", "examples")

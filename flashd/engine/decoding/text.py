@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import json
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import check_growth, ids_of
+from flashd.engine.decoding.tools.calls import Call, Tool
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
 
@@ -29,7 +33,7 @@ LONGEST_EMOJI = 32
 PIECE, LOST_AT_A_CUT = 8192, 16
 """A long text's tokens are counted in pieces of PIECE characters. A cut adds at most LOST_AT_A_CUT tokens."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Message:
 
     role: str
     content: str
+    calls: tuple[Call, ...] = ()  # what the assistant called
+    call: str = ""  # the id of the call that a tool's message answers
+    name: str = ""  # the tool's
 
     def __post_init__(self) -> None:
         # templates put the role between control tokens: any other text could forge one
@@ -71,9 +78,12 @@ class TextTokenizer:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
         self._first = [bos] if add_bos and bos is not None else []
         # the texts that chat templates know by these names
-        self.bos_token, self.eos_token = self._spelt(bos), self._spelt(next(iter(eos), None))
+        self.bos_token, self.eos_token = self.spelt(bos), self.spelt(next(iter(eos), None))
         self.unk_token = str(getattr(self._tokenizer.model, "unk_token", None) or "")
-        self._controls = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.ends = tuple(map(self.spelt, eos))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._controls = [t.content for t in added.values() if t.special]
+        self._added = {token.content: number for number, token in added.items()}
         give_back_freed_memory()
 
     def encode(self, text: str) -> list[int]:
@@ -107,6 +117,12 @@ class TextTokenizer:
         # many templates begin with this token themselves
         return ids if self._first and ids[:1] == self._first else self._first + ids
 
+    def pieces(self, text: str) -> list[str | int]:
+        """A text that a template spells, with the numbers of the added tokens in it in place of what spells them."""
+        names = sorted(self._added, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [self._added.get(part, part) for part in parts if part]
+
     def check_length(self, texts: Sequence[str], room: int) -> None:
         """Raises PromptTooLong if long texts have more than `room` tokens, however a template joins them.
 
@@ -121,7 +137,8 @@ class TextTokenizer:
             if tokens > room:
                 raise PromptTooLong(None, room)
 
-    def _spelt(self, token: int | None) -> str:
+    def spelt(self, token: int | None) -> str:
+        """The text of a token as a template spells it. Empty for None."""
         return (self._tokenizer.id_to_token(token) or "") if token is not None else ""
 
 
@@ -139,37 +156,82 @@ class ChatTemplate:
             raise DataError(f"the bundle's chat template is broken: {error}") from error
 
     def render(
-        self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "", unk_token: str = ""
-    ) -> str:
-        """The text that asks the model for the next answer. Raises DataError if the template fails."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "", unk_token: str = "", *,
+        tools: Sequence[Tool] = (), prompt: bool = True, guard: Callable[[str], str] = str,
+    ) -> str:  # fmt: skip
+        """The text of some messages. Raises DataError if the template fails.
+
+        Args:
+            messages: the conversation.
+            bos_token: the text of the token that begins a text; so `eos_token` and `unk_token`.
+            tools: what the next answer may call.
+            prompt: whether the text ends with the beginning of the next answer.
+            guard: is given each text that a stranger wrote.
+        """
+        turns, listed = _turns(messages, guard), [_function(tool, guard) for tool in tools]
         try:
-            return self._template.render(self._values(turns, bos_token, eos_token, unk_token))
+            return self._template.render(self._values(turns, bos_token, eos_token, unk_token, listed, prompt))
         except self._error as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
-    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
+    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer, tools: Sequence[Tool] = ()) -> list[int]:
         """The tokens of the rendered messages. Only what the template itself spells becomes a control token."""
-        guarded = [Message(m.role, tokenizer.guarded(m.content)) for m in messages]
-        return tokenizer.encode_guarded(
-            self.render(guarded, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
-        )
+        t = tokenizer
+        text = self.render(messages, t.bos_token, t.eos_token, t.unk_token, tools=tools, guard=t.guarded)
+        return tokenizer.encode_guarded(text)
+
+
+def _turns(messages: Sequence[Message], guard: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Messages as templates know them.
+
+    Calls are numbered anew, with nine digits: some templates refuse ids of another form, and so a talk has the same
+    tokens whatever its client calls them.
+    """
+    ids: dict[str, str] = {}
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": guard(message.content)}
+        for call in message.calls:
+            number = ids.setdefault(call.id, f"{len(ids) + 1:09d}")
+            said = {"name": call.name, "arguments": _guarded(json.loads(call.arguments), guard)}
+            turn.setdefault("tool_calls", []).append({"id": number, "type": "function", "function": said})
+        if message.role == "tool":
+            number = ids.setdefault(message.call, f"{len(ids) + 1:09d}")
+            turn |= {"tool_call_id": number, "name": guard(message.name)}
+        turns.append(turn)
+    return turns
+
+
+def _function(tool: Tool, guard: Callable[[str], str]) -> dict[str, Any]:
+    """A tool as templates know it."""
+    said = {"name": tool.name, "description": tool.description, "parameters": tool.described}
+    return {"type": "function", "function": _guarded(said, guard)}
+
+
+def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
+    """A JSON value whose texts are guarded."""
+    if isinstance(value, str):
+        return guard(value)
+    if isinstance(value, list):
+        return [_guarded(item, guard) for item in value]
+    return {guard(key): _guarded(item, guard) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class Detokenizer:
     """Turns tokens into text. It holds bytes back until they form whole characters, and an emoji until it is whole.
 
     An emoji may be several characters: a family is three people with joiners between them, a flag two letters.
+    `shown`: the bytes of some tokens, if not those of `token_bytes`.
     """
 
-    def __init__(self, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, token_bytes: TokenBytes, shown: Mapping[int, bytes] | None = None) -> None:
+        self._token_bytes, self._shown = token_bytes, shown or {}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # the last emoji, to which more may belong
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that can be shown now."""
-        text = self._held + self._decoder.decode(self._token_bytes[token])
+        text = self._held + self._decoder.decode(self._shown.get(token) or self._token_bytes[token])
         self._held = _last_emoji(text)
         return text.removesuffix(self._held)
 

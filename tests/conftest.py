@@ -29,13 +29,6 @@ SLOW_FOLDERS = ("cli", "faults", "fuzz", "update", "lab")
 """Folders of such tests."""
 
 
-def pytest_configure() -> None:
-    """Each of several processes that test keeps to a processor: threads that wait for one another spin meanwhile."""
-    if number := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
-        here = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {here[int(number) % len(here)]})
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that loads the real model is slow: to pack it alone takes longer than all others together."""
     for item in items:

@@ -60,16 +60,6 @@ class Reference:
         head = self.w.get("output.weight", self.w["token_embd.weight"])
         return np.asarray(self._norm(x, "output_norm.weight") @ head.T, np.float32)
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The likeliest `count` tokens behind a prompt."""
-        self.forget()
-        out: list[int] = []
-        step = prompt
-        for _ in range(count):
-            out.append(int(self.logits(step)[-1].argmax()))
-            step = out[-1:]
-        return out
-
     def _norm(self, x: Floats, weight: str) -> Floats:
         scale = np.sqrt(np.mean(x * x, axis=1, keepdims=True) + self.epsilon)
         return np.asarray(x / scale * self.w[weight], np.float32)

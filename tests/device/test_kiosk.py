@@ -16,6 +16,7 @@ from device.feed import MOST_PAGES
 from device.kiosk import PAGE
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
+from flashd.errors import Busy
 from tests.daemon.fake_worker import Clerk, request
 from tests.device.conftest import LAST
 from tests.device.kiosk_page import NEEDED, Page
@@ -258,12 +259,23 @@ def test_only_so_many_pages_listen_at_once(page: Page) -> None:
 # --- what a failure is called ---------------------------------------------------------------------------------
 
 
-def test_no_room_is_said_in_words(page: Page, jobs: Jobs) -> None:
+def test_no_room_is_said_in_words(page: Page, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise Busy("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "ask", full)
+        page.ask("one too many")
+        wait(lambda: page.text(".note.bad").startswith("Many questions are waiting. Please ask again in a moment."))
+        assert "no room" in page.text(".note.bad small")
+
+
+def test_a_question_waits_for_room(page: Page, jobs: Jobs) -> None:
     for _ in range(8):
         jobs.submit(request())
     page.ask("one too many")
-    wait(lambda: page.text(".note.bad").startswith("Many questions are waiting. Please ask again in a moment."))
-    assert "no room for another job: 8 waiting" in page.text(".note.bad small")
+    with closing(Clerk(jobs)) as clerk:
+        wait(lambda: any(job.request.turns[-1].content == "one too many" for job in clerk.answered))
 
 
 def test_a_machine_that_starts_again_is_called_so(page: Page) -> None:

@@ -140,7 +140,10 @@ QUESTIONS = [
 
 
 def greedy_alike(bundle: Path, source: Path, arithmetic: Arithmetic) -> int:
-    """On how many of the questions the first 32 greedy tokens are the reference's own."""
+    """On how many of the questions the first 32 greedy tokens are the reference's own.
+
+    They are if the reference says each of them behind those before it, which one pass of it tells.
+    """
     reference, same = Reference(source), 0
     with opened(bundle, None, arithmetic=arithmetic) as model:
         for question in QUESTIONS:
@@ -151,7 +154,9 @@ def greedy_alike(bundle: Path, source: Path, arithmetic: Arithmetic) -> int:
             for _ in range(32):
                 out.append(int(model.forward(np.array(step, np.int64), np.array([len(step) - 1]))[0].argmax()))
                 step = out[-1:]
-            same += out == reference.greedy(prompt, 32)
+            reference.forget()
+            likely = reference.logits([*prompt, *out[:-1]])[len(prompt) - 1 :].argmax(1)
+            same += out == likely.tolist()
     return same
 
 

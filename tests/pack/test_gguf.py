@@ -99,8 +99,8 @@ def test_a_matrix_of_a_stack_is_read_as_it_is_alone(tmp_path: Path, kind: Kind) 
         ({"expert_used_count": 7}, "a token uses 7 experts of 6, which makes no model"),
         ({"expert_used_count": 0}, "a token uses 0 experts of 6, which makes no model"),
         (
-            {"expert_gating_func": 3},
-            r"scores of kind 3 .*expert_gating_func.* known are 1 \(softmax\), 2 \(sigmoid\)",
+            {"expert_gating_func": 9},
+            r"scores of kind 9 .*expert_gating_func.* known are 1 \(softmax\), 2 \(sigmoid\)",
         ),
         ({"expert_count": 5}, r"ffn_gate_inp.weight' has the shape \(6, 64\), but the model needs \(5, 64\)"),
         ({"expert_count": 7}, r"ffn_gate_inp.weight' has the shape \(6, 64\), but the model needs \(7, 64\)"),
@@ -164,7 +164,8 @@ def test_who_packs_five_bits_into_four_is_told_what_keeps_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind, rows: RowKind, warned: bool
 ) -> None:
     pack(tiny.write(tmp_path / "m.gguf", kind=kind), tmp_path / "m.flash", rows)
-    said = f"{tmp_path}/m.gguf: most weights have 5 to 8 bits, which int4 rows round; --rows int8 keeps them"
+    what = "most weights are MXFP4 or have 5 to 8 bits, which int4 rows round; --rows int8 keeps them"
+    said = f"{tmp_path}/m.gguf: {what}"
     assert [r.getMessage() for r in caplog.records] == [said] * warned
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,9 +192,9 @@ def test_a_talk_of_any_length_is_shortened_in_few_tries(
     tries: list[int] = []
     tokens = Prompts.tokens
 
-    def counted(self: Prompts, messages: Sequence[Message], room: int | None = None) -> list[int]:
+    def counted(self: Prompts, messages: Sequence[Message], *more: Any) -> list[int]:
         tries.append(len(messages))
-        return tokens(self, messages, room)
+        return tokens(self, messages, *more)
 
     monkeypatch.setattr(Prompts, "tokens", counted)
     talk = [Turn("system", "Be brief."), *(Turn(("user", "assistant")[i % 2], f"{i} " * 200) for i in range(900))]

@@ -19,6 +19,7 @@ from flashd.daemon.whole import lacking, schemas_of
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import HELD_BY_ANSWERS, Schemas, held_by_answer, held_by_schemas
+from flashd.engine.decoding.tools.grammar import Speaking
 from flashd.engine.decoding.tools.listener import Listener
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
 from flashd.errors import BadField, DataError, FlashdError, InputMissing, UsageError
@@ -140,11 +141,11 @@ class Worker:
             self._choose(running, prompt, sampling)
             self._finish(running, State.DONE, running.answer.figures.finish)
             return
-        speaking = self._prompts.speaking(request.calling) if request.calling else None
+        speaking = self._speaking(request)
         running.listener = Listener(speaking.calls_format) if speaking else None
         running.speech = self._engine.begin(
             prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
-            constraint=self._constraint(request), scores=request.logprobs,
+            constraint=self._constraint(request, speaking), scores=request.logprobs,
             session=request.session,
             shown=speaking.shown if speaking else None,
         )  # fmt: skip
@@ -296,7 +297,7 @@ class Worker:
             if min(self._talks.limit(request), self._talks.room) > most:
                 raise BadField("max_tokens", f"with these logprobs allowed is 1 to {most} an answer")
         try:
-            self._constraint(request)
+            self._constraint(request, self._speaking(request))
         except (UsageError, DataError, InputMissing) as error:
             raise BadField(
                 "tools" if request.calling else "response_format", str(error), "unsupported_value"
@@ -330,10 +331,13 @@ class Worker:
             logit_bias=d.logit_bias,
         )  # fmt: skip
 
-    def _constraint(self, request: Request) -> Constraint | None:
-        if request.calling is not None:
-            grammar = self._prompts.speaking(request.calling).grammar
-            return self._grammars().compile_calls(request.calling.callable, grammar)
+    def _speaking(self, request: Request) -> Speaking | None:
+        """What it takes to make an answer that may call tools. None if it may not."""
+        return self._prompts.speaking(request.calling) if request.calling else None
+
+    def _constraint(self, request: Request, speaking: Speaking | None) -> Constraint | None:
+        if request.calling is not None and speaking is not None:
+            return self._grammars().compile_calls(request.calling.callable, speaking.grammar)
         return None if request.json_schema is None else self._grammars().compile(request.json_schema)
 
     def _grammars(self) -> Schemas:

@@ -221,10 +221,15 @@ def _sound(roots: Roots, voices: Sequence[str]) -> Finding:
             "plug in a USB sound card or speaker, or write dtparam=audio=on into /boot/firmware/config.txt and"
             " reboot",
         )  # fmt: skip
-    text = f"{', '.join(names) or outputs[0].name}, for {', '.join(voices)}"
-    if not any(os.access(output, os.R_OK | os.W_OK) for output in outputs):
-        return Finding("sound", "warn", f"{text}; closed to you", "join the group audio")
-    return Finding("sound", "ok", text)
+    return _sound_devices("sound", outputs, names, voices)
+
+
+def _sound_devices(what: str, devices: Sequence[Path], names: Sequence[str], programs: Sequence[str]) -> Finding:
+    """Whether this user may use one of the devices that there are for some programs."""
+    text = f"{', '.join(names) or devices[0].name}, for {', '.join(programs)}"
+    if not any(os.access(each, os.R_OK | os.W_OK) for each in devices):
+        return Finding(what, "warn", f"{text}; closed to you", "join the group audio")
+    return Finding(what, "ok", text)
 
 
 PACKAGES = {"arecord": "alsa-utils", "pocketsphinx_continuous": "pocketsphinx pocketsphinx-en-us"}
@@ -253,10 +258,7 @@ def _microphone(roots: Roots, ears: Sequence[str]) -> Finding:
             "microphone", "fail", "speech is to be heard, and no sound card records",
             "plug in a USB microphone; arecord -l lists what records",
         )  # fmt: skip
-    text = f"{', '.join(_sound_cards(roots)) or inputs[0].name}, for {', '.join(ears)}"
-    if not any(os.access(each, os.R_OK | os.W_OK) for each in inputs):
-        return Finding("microphone", "warn", f"{text}; closed to you", "join the group audio")
-    return Finding("microphone", "ok", text)
+    return _sound_devices("microphone", inputs, _sound_cards(roots), ears)
 
 
 def _supply(roots: Roots) -> Finding:

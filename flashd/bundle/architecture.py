@@ -288,7 +288,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return self.hidden + bool(self.normed_neurons)
 
     def norm_vectors(self, place: Place, kind: AttentionKind | None = None) -> dict[str, int]:
-        """The vectors of a norm and their lengths, by name. Empty if there is no such norm.
+        """The vectors of a norm: their names and lengths. Empty if the model has no norm at this place.
 
         `kind`: of the layer, if the norm is of its attention.
         """

@@ -44,7 +44,7 @@ class Talks:
         return replace(request, turns=request.turns[:first] + request.turns[first + left_out :], forgotten=left_out)
 
     def _check_choices(self, choices: Sequence[str], room: int) -> None:
-        """Raises BadField if they are no choice, or if one of them has no room behind the prompt."""
+        """Raises BadField if these texts cannot be chosen from, or if one of them does not fit behind the prompt."""
         try:
             tokens = self._prompts.choices(choices, room)
             decisions.check(tokens)

@@ -477,7 +477,7 @@ def test_the_demo(packed: dict[str, Path], tmp_path: Path) -> None:
     demo.expect("Ctrl-C ends the demo")
     line = serial.Serial(cable, timeout=30)
     line.write(b"What is the capital of France?\r")
-    _, said = line.read_until(b"\r> ").split(b"\r\n", 1)  # what is typed, and an answer, which is drawn by chance
+    _, said = line.read_until(b"\r> ").split(b"\r\n", 1)  # the question comes back first; the answer is random
     assert len(said.split()) > 3
     line.close()
     assert httpx.post("http://127.0.0.1:8765/demo/press/17").json() == {"pressed": 17}

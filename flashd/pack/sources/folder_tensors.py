@@ -52,7 +52,7 @@ class Names:
         }
         self._not_packed = model.folder.left_out
         self.left_out: set[str] = set()  # of what `find` was asked for, that which is not packed, in words
-        # parameters that are no module's have names without an end
+        # a parameter that belongs to no module has a name without an end
         self._known |= {
             theirs.format(bid=i): ours.format(bid=i)
             for theirs, ours in model.folder.tensors.items()
@@ -104,7 +104,7 @@ class Names:
         if merged in self._known:
             return self._known[merged], number
         found = self._table.get_name(merged, ENDS)
-        if found and not found.endswith(ENDS):  # a parameter that is no module's, such as attention sinks
+        if found and not found.endswith(ENDS):  # it belongs to no module: attention sinks, for example
             found += ".weight"
         return found or name, number
 

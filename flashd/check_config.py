@@ -12,6 +12,7 @@ from flashd.config.hearing import Sherpa
 from flashd.config.settings import Settings
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Prompts, plan_for
+from flashd.engine.planning.draft import check_draft
 from flashd.errors import FlashdError, InputMissing, MemoryTooSmall, Misfit
 from flashd.pack import default_model
 from flashd.system.memory import MIB, parse_size
@@ -34,6 +35,7 @@ def check(settings: Settings) -> None:
     try:
         with Bundle(path) as bundle:
             _check_memory(settings, bundle)
+            _check_draft(settings, bundle)
     except Misfit:
         raise
     except FlashdError as error:
@@ -79,6 +81,16 @@ def _check_memory(settings: Settings, bundle: Bundle) -> None:
     except MemoryTooSmall as error:
         raise Misfit(("memory",), serve.too_small(settings.memory, error, STARTED)) from error
     del held
+
+
+def _check_draft(settings: Settings, bundle: Bundle) -> None:
+    if settings.draft is None or not Path(settings.draft).exists():  # it may be on a card that is not in yet
+        return
+    try:
+        with Bundle(Path(settings.draft)) as draft:
+            check_draft(bundle, draft)
+    except FlashdError as error:
+        raise Misfit(("draft",), str(error)) from error
 
 
 def _held(settings: Settings, bundle: Bundle) -> list[object]:

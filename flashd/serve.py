@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 NEEDS_RESTART = (
     "model",
+    "draft",
     "memory",
     "context",
     "threads",
@@ -118,7 +119,8 @@ class Daemon:
             prompts = Prompts(bundle)
             # before the engine, whose plan counts what is held already
             schemas = Schemas(bundle) if s.schemas else None
-            engine = stack.enter_context(self._load(bundle))
+            draft = stack.enter_context(Bundle(Path(s.draft))) if s.draft else None
+            engine = stack.enter_context(self._load(bundle, draft))
             self._worker = Worker(jobs, engine, prompts, schemas, s.answer, self._notify)
             self._worker.start()
             stack.callback(self._worker.stop)
@@ -134,7 +136,7 @@ class Daemon:
             self._notify.stopping()
             log.info("stopping")
 
-    def _load(self, bundle: Bundle) -> Engine:
+    def _load(self, bundle: Bundle, draft: Bundle | None) -> Engine:
         s = self._settings
 
         def on_step(done: int, total: int, _: int) -> None:
@@ -146,7 +148,8 @@ class Daemon:
         self._notify.status("loading")
         budget = budget_of(s, parse_size(s.memory) if s.memory else None)
         try:
-            return Engine(bundle, budget, on_step, Prefixes(snapshot_folder(), bundle, s.kv) if s.snapshots else None)
+            kept = Prefixes(snapshot_folder(), bundle, s.kv) if s.snapshots else None
+            return Engine(bundle, budget, on_step, kept, draft)
         except MemoryTooSmall as error:
             if s.memory is not None:
                 raise ConfigError(f"memory: {too_small(s.memory, error)}") from error

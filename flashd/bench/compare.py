@@ -75,6 +75,7 @@ class Bench:
     memory: tuple[str, ...]  # budgets such as 512M; empty: one run with all the memory that there is
     threads: int
     wrap: str  # a command that every contender runs under, such as one that caps its memory; empty: none
+    draft: Path | None = None  # a small model that guesses for flashd with drafts
 
     def run(self) -> list[Row]:
         """Measures llama.cpp, if a model file is given, the baselines, if every token needs every neuron, and flashd.
@@ -109,7 +110,7 @@ class Bench:
         for memory in plans:
             if memory in paged:
                 out.append(self.ask(HYBRID, memory, "--no-drafts"))
-            out.append(self.ask(DRAFTS, memory))
+            out.append(self.ask(DRAFTS, memory, *(["--draft", str(self.draft)] if self.draft else [])))
         return out
 
     def prompt_tokens(self) -> list[int]:

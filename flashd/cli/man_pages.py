@@ -18,7 +18,8 @@ import msgspec
 from msgspec import inspect as types
 
 import flashd
-from flashd.cli.parser import Parser, build
+from flashd.cli.arguments import Parser
+from flashd.cli.parser import build
 from flashd.config import devices, hearing, settings
 from flashd.config.fields import Strict
 from flashd.config.settings import Settings
@@ -132,8 +133,8 @@ def _settings_page() -> Iterator[str]:
     yield ".PP"
     yield _text(
         "systemctl reload flashd takes new triggers, sensors, outputs, prompts and answer settings. A change of"
-        " model, memory, context, threads, card, schemas, snapshots, api, spool or serial needs systemctl restart"
-        " flashd."
+        " model, draft, memory, context, threads, card, schemas, snapshots, api, spool or serial needs"
+        " systemctl restart flashd."
     )
     yield ".PP"
     yield _text(

@@ -57,6 +57,7 @@ class Answering(Budgeted):
     """Options of `ask` and `chat`. None: as the daemon's configuration says, else the model."""
 
     model: Path | None
+    draft: Path | None
     system: str | None
     max_tokens: int | None
     temperature: float | None
@@ -80,8 +81,8 @@ class Answering(Budgeted):
     def own_model(self) -> list[str]:
         """The options given that ask for a model or a budget of this process's own."""
         given = {
-            "--model": self.model, "--memory": self.memory, "--context": self.context, "--threads": self.threads,
-            "--arithmetic": self.arithmetic != "int8", "--kv": self.kv != "float32",
+            "--model": self.model, "--draft": self.draft, "--memory": self.memory, "--context": self.context,
+            "--threads": self.threads, "--arithmetic": self.arithmetic != "int8", "--kv": self.kv != "float32",
             "--ignore-eos": self.ignore_eos, "--no-drafts": self.no_drafts, "--no-snapshots": self.no_snapshots,
         }  # fmt: skip
         return [option for option, value in given.items() if value]
@@ -154,6 +155,7 @@ class Verify:
 @dataclass(frozen=True, kw_only=True)
 class Plan(Budgeted):
     bundle: Path | None
+    draft: Path | None
     json: bool
 
 
@@ -167,6 +169,7 @@ class Eval(Budgeted):
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     bundle: Path
+    draft: Path | None
     gguf: Path | None
     prompt: str
     tokens: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
     from flashd.engine.cache.prefixes import Prefixes
     from flashd.engine.engine import Budget
+    from flashd.engine.planning.draft import Pair
     from flashd.engine.planning.plan import Plan
 
 
@@ -43,8 +46,25 @@ def bundle_of(model: Path | None) -> Path:
     return path
 
 
+@contextmanager
+def draft_of(draft: Path | None) -> Iterator[Bundle | None]:
+    """The open bundle of a draft, packed at its first use like a model. None if there is none."""
+    if draft is None:
+        yield None
+        return
+    from flashd.bundle.reader import Bundle
+
+    with Bundle(bundle_of(draft)) as bundle:
+        yield bundle
+
+
 def plan_for_answers(bundle: Bundle, budget: Budget) -> Plan:
-    """What a budget buys for `flashd ask`. Raises MemoryTooSmall.
+    """What a budget buys for `flashd ask`. Raises MemoryTooSmall."""
+    return plans_for_answers(bundle, budget).taken
+
+
+def plans_for_answers(bundle: Bundle, budget: Budget, draft: Bundle | None = None) -> Pair:
+    """What a budget buys for `flashd ask`, without a draft and with it. Raises MemoryTooSmall, DataError.
 
     A plan counts the RAM that this process holds. So what `ask` has loaded has to be loaded here too. Else the
     least that works would be a few MiB less than `ask` needs.
@@ -52,9 +72,9 @@ def plan_for_answers(bundle: Bundle, budget: Budget) -> Plan:
     import flashd.cli.commands.ask
     import flashd.engine.cache.prefixes
     import flashd.system.child  # noqa: F401
-    from flashd.engine.engine import plan_for
+    from flashd.engine.engine import plans_for
 
-    return plan_for(bundle, budget)
+    return plans_for(bundle, budget, draft)
 
 
 def budget(options: Budgeted) -> Budget:

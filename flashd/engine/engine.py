@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
@@ -15,6 +16,7 @@ from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.channels import ChannelWords, answering, without_thoughts, words
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
+from flashd.engine.decoding.draft_model import DraftModel
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
@@ -24,11 +26,15 @@ from flashd.engine.decoding.tools.grammar import Speaking, speaking
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Model, OnStep, silent
+from flashd.engine.paging.card_speed import remembered
+from flashd.engine.planning.draft import Pair, check_draft, plan_draft
 from flashd.engine.planning.plan import Plan, make_plan, rates_of
 from flashd.errors import DataError, UsageError
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
 from flashd.system.memory import available_memory, resident_now
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 1024
 
@@ -108,19 +114,28 @@ class Prompts:
         return self._tokenizer.encode(text)
 
 
-def plan_for(bundle: Bundle, budget: Budget) -> Plan:
-    """The plan that an engine opened now would obey. Raises MemoryTooSmall."""
-    return make_plan(
-        bundle.header,
-        memory=budget.memory or available_memory(),
-        context=min(budget.context, bundle.header.model.context),
-        threads=budget.threads or len(os.sched_getaffinity(0)),
-        base=resident_now(),
-        beside=budget.beside,
-        rates=rates_of(bundle),
-        arithmetic=budget.arithmetic,
-        kv=budget.kv,
-    )
+def plan_for(bundle: Bundle, budget: Budget, draft: Bundle | None = None) -> Plan:
+    """The plan that an engine opened now would obey. Raises MemoryTooSmall; DataError for what cannot be a draft."""
+    return plans_for(bundle, budget, draft).taken
+
+
+def plans_for(bundle: Bundle, budget: Budget, draft: Bundle | None = None) -> Pair:
+    """What a budget buys without a draft and with it. Raises what `plan_for` raises."""
+    memory = budget.memory or available_memory()
+    context = min(budget.context, bundle.header.model.context)
+    threads = budget.threads or len(os.sched_getaffinity(0))
+    if draft is not None:
+        check_draft(bundle, draft)
+    small = None if draft is None else plan_draft(draft, context, threads)
+    rates, base, speed = rates_of(bundle), resident_now(), remembered(bundle.path)
+    alone, beside = (
+        partial(
+            make_plan, bundle.header, memory=memory, context=context, threads=threads, base=base,
+            beside=budget.beside, rates=rates, arithmetic=budget.arithmetic, kv=budget.kv, draft=one,
+        )
+        for one in (None, small)
+    )  # fmt: skip
+    return Pair.of(alone, beside if small else None, speed.bandwidth if speed else None)
 
 
 @dataclass
@@ -198,21 +213,33 @@ class Engine:
         budget: how much memory, context and how many threads the engine may use.
         on_step: is told how far loading has come.
         prefixes: keeps on the card what prompts often begin with, see Conversation.remember. None keeps nothing.
+        draft: the open bundle of a small model that makes guesses, if that is faster. The caller closes it.
 
     Raises MemoryTooSmall before it loads anything large; DataError, CardError while it loads and answers.
     """
 
     def __init__(
-        self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, prefixes: Prefixes | None = None
-    ) -> None:
+        self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, prefixes: Prefixes | None = None,
+        draft: Bundle | None = None,
+    ) -> None:  # fmt: skip
         self.bundle = bundle
-        self.plan = plan_for(bundle, budget)
+        plans = plans_for(bundle, budget, draft)
+        self.plan = plans.taken
+        if plans.why_not:
+            log.warning("the draft is not used: %s", plans.why_not)
         self.token_bytes = TokenBytes.from_bytes(bundle.read("token_bytes"))
         if len(self.token_bytes) < bundle.header.model.vocabulary:
             raise DataError(f"{bundle.path}: fewer token texts than tokens; pack it again")
         kind = ResidentModel if self.plan.resident else PagedModel
         self.model: Model = kind(bundle, self.plan, on_step)
-        self._conversation = Conversation(self.model, prefixes)
+        small = None
+        if draft is not None and self.plan.draft is not None:
+            try:
+                small = DraftModel(draft, self.plan.draft, bundle.header.model.vocabulary, on_step)
+            except BaseException:
+                self.model.close()
+                raise
+        self._conversation = Conversation(self.model, prefixes, small)
         self._speeches: list[Speech] = []
 
     def __enter__(self) -> Engine:

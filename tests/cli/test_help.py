@@ -14,7 +14,8 @@ import pytest
 
 from flashd.bundle.rows.kinds import ROW_KINDS
 from flashd.cli import options
-from flashd.cli.parser import Parser, build, parse
+from flashd.cli.arguments import Parser
+from flashd.cli.parser import build, parse
 from flashd.errors import UsageError
 from tests.cli.command import run
 

@@ -386,7 +386,7 @@ def test_memory_that_somebody_else_has_is_waited_for(
     with Bundle(packed["int4"]) as bundle:
         for text, error in (("", MemoryTaken), ("memory: 40M", ConfigError)):
             with pytest.raises(error, match=r"the smallest that works is|at the least"):
-                Daemon(parse(text), lambda: parse(""))._load(bundle)
+                Daemon(parse(text), lambda: parse(""))._load(bundle, None)
     unit = (Path(__file__).parents[2] / "deploy" / "flashd.service").read_text()
     (never,) = (line.split("=")[1].split() for line in unit.splitlines() if line.startswith("RestartPrevent"))
     assert str(ConfigError.exit_code) in never and str(MemoryTaken.exit_code) not in never

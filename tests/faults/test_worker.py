@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,9 @@ from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine import engine as engines
+from flashd.engine.decoding.drafts import Pace
 from flashd.engine.engine import Budget, Engine, Prompts
-from flashd.engine.planning.plan import Plan
+from flashd.engine.planning.draft import Pair, plan_draft
 from tests.daemon.fake_worker import request
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card
@@ -42,14 +45,15 @@ class Told(Notifier):
 
 
 class Desk:
-    """A queue and a worker over an engine that pages everything."""
+    """A queue and a worker over an engine that pages everything, with a draft on the same card or without."""
 
-    def __init__(self, path: Path, spool: Path, seconds: float) -> None:
+    def __init__(self, path: Path, spool: Path, seconds: float, draft: Path | None) -> None:
         self._spool = Spool(spool, keep=20)
         self.jobs = Jobs(self._spool, most_waiting=8)
         self._bundle = Bundle(path, Patience(seconds))
         self.told = Told()
-        self.engine = Engine(self._bundle, Budget(None, 128, 1))
+        self._draft = Bundle(draft) if draft else None
+        self.engine = Engine(self._bundle, Budget(None, 128, 1), draft=self._draft)
         prompts = Prompts(self._bundle)
         self._worker = Worker(
             self.jobs, self.engine, prompts, None, Answering(max_tokens=12, temperature=0), self.told
@@ -60,6 +64,8 @@ class Desk:
         self._worker.stop()
         self.engine.close()
         self._bundle.close()
+        if self._draft:
+            self._draft.close()
         self.jobs.close()
         self._spool.close()
 
@@ -73,20 +79,33 @@ class Desk:
 
 
 @contextmanager
-def desk(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[Desk]:
-    def paged(bundle: Bundle, budget: Budget) -> Plan:
-        return plan(bundle, 0.0, context=budget.context)
+def desk(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, with_draft: bool = False,
+    model: Path | None = None,
+) -> Iterator[Desk]:  # fmt: skip
+    """With `model`, the model is there, and the card has its draft."""
+    path = card.path if model else None
+    if with_draft:
+        path = Path(shutil.copy(card.path, card.path.with_name("draft.flash")))
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
 
-    monkeypatch.setattr(engines, "plan_for", paged)
-    opened = Desk(card.path, tmp_path / "spool.db", seconds)
+    def paged(bundle: Bundle, budget: Budget, draft: Bundle | None) -> Pair:
+        small = plan_draft(draft, budget.context, 1) if draft else None
+        return Pair(replace(plan(bundle, 0.0, context=budget.context), draft=small), None, None)
+
+    monkeypatch.setattr(engines, "plans_for", paged)
+    opened = Desk(model or card.path, tmp_path / "spool.db", seconds, path)
     try:
         yield opened
     finally:
         opened.close()
 
 
-def test_a_job_fails_in_words_and_the_next_works(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with desk(card, tmp_path, monkeypatch, 0) as opened:
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_job_fails_in_words_and_the_next_works(
+    draft: bool, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with desk(card, tmp_path, monkeypatch, 0, draft) as opened:
         right = opened.ask()
         assert right.state is State.DONE
         card.pull(after=8)
@@ -98,8 +117,29 @@ def test_a_job_fails_in_words_and_the_next_works(card: Card, tmp_path: Path, mon
         assert again.state is State.DONE and again.result.text == right.result.text
 
 
-def test_a_job_waits_for_the_card_and_goes_on(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with desk(card, tmp_path, monkeypatch, 60) as opened:
+def test_an_answer_goes_on_without_a_draft_whose_card_is_gone(
+    card: Card, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with desk(card, tmp_path, monkeypatch, 0, model=tiny_bundle) as opened:
+        right = opened.ask()
+        assert right.result.figures["drafted"] > 0
+        card.pull()
+        for _ in range(2):
+            without = opened.ask("the thesis, again")
+            assert without.state is State.DONE and without.result.figures["accepted"] == 0
+        (said,) = [m for m in caplog.messages if m.startswith("no drafts: ")]
+        assert str(card.path) in said
+        card.put_back()
+        again = opened.ask()
+        assert again.result.text == right.result.text
+        assert again.result.figures["drafted"] == right.result.figures["drafted"]
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_job_waits_for_the_card_and_goes_on(
+    draft: bool, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with desk(card, tmp_path, monkeypatch, 60, draft) as opened:
         right = opened.ask()
         card.pull(after=8)
         told = opened.told

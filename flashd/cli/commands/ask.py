@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flashd.cli.client import socket_path
 from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
-from flashd.cli.own_model import budget, bundle_of, prefixes
+from flashd.cli.own_model import budget, bundle_of, draft_of, prefixes
 from flashd.cli.progress import Bar
 from flashd.cli.talking.desks import Pipe, checked, desk
 from flashd.cli.talking.said import STOPPED, Said, print_end
@@ -40,7 +40,10 @@ def ask(options: Ask, started: float) -> int:
         sampling = _sampling(options, bundle)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
         kept = prefixes(bundle, options.no_snapshots, options.kv)
-        with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
+        with (
+            Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
+            Engine(bundle, budget(options), bar.show_pass, kept, draft) as engine,
+        ):  # fmt: skip
             bar.close()
             loaded = time.perf_counter() - started
             pipe.answer(said, lambda: _say(engine, tokens, sampling, options, said, pipe.say))
@@ -66,7 +69,10 @@ def chat(options: Chat) -> int:
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
         prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots, options.kv)
-        with Bar("loading", "layers") as bar, Engine(bundle, budget(options), bar.show_pass, kept) as engine:
+        with (
+            Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
+            Engine(bundle, budget(options), bar.show_pass, kept, draft) as engine,
+        ):  # fmt: skip
             bar.close()
             room = engine.plan.context - 1
 

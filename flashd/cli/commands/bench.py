@@ -21,7 +21,7 @@ def bench(asked: options.Bench) -> None:
         compare.check_plot(asked.plot)
     bench = compare.Bench(
         asked.bundle, asked.gguf, asked.prompt, asked.tokens, asked.repeat, tuple(asked.memory), asked.threads,
-        asked.wrap,
+        asked.wrap, asked.draft,
     )  # fmt: skip
     if asked.grid:
         cards = grid.cards(asked.grid)

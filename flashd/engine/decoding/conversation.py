@@ -14,6 +14,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.cache.snapshot import RUN, shared
 from flashd.engine.decoding.background import Background
+from flashd.engine.decoding.draft_model import DraftModel
 from flashd.engine.decoding.drafts import BEAM, Draft, Pace, Trees, lookup
 from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Guessed, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
@@ -31,11 +32,12 @@ class Conversation:
     """The texts that grow, and the last text's tokens, whose keys and values stay in the cache.
 
     So the next turn of a chat computes only what is new. With `prefixes`, what prompts often begin with is kept in
-    files too and outlives the process.
+    files too and outlives the process. With `small`, a smaller model makes the guesses that passes check.
     """
 
     model: Model
     prefixes: Prefixes | None = None
+    small: DraftModel | None = None
     tokens: list[int] = field(default_factory=list)  # those of the last text that are in the cache, when none grows
     lines: list[Line] = field(default_factory=list)  # the texts that grow
     _asked: list[int] = field(default_factory=list)  # the last prompt, which `tokens` begins with
@@ -113,6 +115,8 @@ class Conversation:
         If it was the last, the cache keeps all of its tokens that went through the model.
         """
         self.lines.remove(line)
+        if self.small:
+            self.small.end(line)
         if self.lines:
             self._settle()
             return
@@ -231,7 +235,7 @@ class Conversation:
         chunks = self._chunks(reading, self.model.pass_tokens - (NODES if speaking else 0))
         past = self.model.cache.length
         room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
-        trees = self._drafted(speaking, min(NODES - len(chunks), room))
+        trees = self._drafted(speaking, min(NODES - len(chunks), room), on_step)
         logits = self._forward(speaking, trees, chunks, on_step)
         end = past + len(trees.tokens)
         for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
@@ -274,12 +278,12 @@ class Conversation:
             line.figures.accepted += 1
             node = child
 
-    def _drafted(self, speaking: Sequence[Line], most: int) -> Trees:
+    def _drafted(self, speaking: Sequence[Line], most: int, on_step: OnStep) -> Trees:
         """The trees that the next pass checks, up to `most` nodes: each text's last token and guesses behind it."""
         started = time.perf_counter()
         guessed, self._ahead = self._ahead, None
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
-            guessed = self._guesses([line.end for line in speaking], most)
+            guessed = self._guesses([line.end for line in speaking], most, on_step)
         trees = guessed.draft.trees(most)
         for text, line in enumerate(speaking):
             line.looked_up = guessed.looked_up[text]
@@ -287,15 +291,17 @@ class Conversation:
             line.figures.draft_seconds += time.perf_counter() - started
         return trees
 
-    def _guesses(self, ends: Sequence[End], most: int) -> Guessed:
+    def _guesses(self, ends: Sequence[End], most: int, on_step: OnStep = silent) -> Guessed:
         """Guesses at what follows each of some texts, up to `most` nodes in all."""
         rooms = [end.room if self.model.shares_reads else 0 for end in ends]
-        draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust)
+        draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust, self.model.branches)
         looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
         for text, found in enumerate(looked_up):
             draft.follow(text, found, self._pace.looked_up)
+        if self.small:
+            self._draft_by(self.small, draft, ends, on_step)
         # if there may be no trees, what was looked up is not mixed with other guesses
-        if self.model.drafts and (self.model.branches or not any(looked_up)):
+        elif self.model.drafts and (self.model.branches or not any(looked_up)):
             self._draft_from_ram(draft, [end.slots for end in ends], most)
         return Guessed([list(end.tokens) for end in ends], draft, looked_up)
 
@@ -317,6 +323,18 @@ class Conversation:
         with Background(lambda: self._guesses(known, most)) as drafting:
             yield
         self._ahead = drafting.result
+
+    def _draft_by(self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep) -> None:
+        """Adds guesses of a small model to a draft, as long as that pays. It first reads what it has not read yet."""
+        steps, most = 0, NODES if self.model.branches else 1
+        while (nodes := draft.likeliest(1)) and self._pace.goes_on(draft, steps, nodes):
+            text, guesses = draft.path(nodes[0])
+            tokens, line, started = [*ends[text].tokens, *guesses], ends[text].line, time.perf_counter()
+            unread = small.unread(tokens, line)
+            draft.grow(nodes, small.guesses(tokens, line, most, lambda: on_step(0, 1, self.model.card.bytes_read)))
+            if unread <= NODES:  # what it takes to read a prompt is no measure
+                self._pace.measured_draft(time.perf_counter() - started)
+            steps += 1
 
     def _draft_from_ram(self, draft: Draft, texts: Sequence[CacheSlots], most: int) -> None:
         """Adds guesses of the model's `draft` to a draft, as long as that pays. The cache is left as it was."""
@@ -344,7 +362,8 @@ class Conversation:
         branches = None if in_line else Branches([line.slots for line in lines], parents)
         started, waited = time.perf_counter(), self.model.card.waited
         meanwhile: Meanwhile = nullcontext
-        if not chunks and any(x.drafts for x in speaking) and self.model.drafts and self.model.branches:
+        ahead = self.small is not None or (self.model.drafts and self.model.branches)
+        if not chunks and any(x.drafts for x in speaking) and ahead:
             meanwhile = partial(self._drafting_ahead, speaking, trees, self.model.cache.length)
         logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile)
         seconds = time.perf_counter() - started

@@ -1,10 +1,10 @@
 """Drafts: the guesses that the next pass over the card checks.
 
-If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. There are two
-kinds of guesses. What followed the same words earlier in the text costs nothing to try. Guesses made from the weights
-in RAM are cheap, and for several tokens at once they cost hardly more than for one. So guesses form trees, which grow
-at the nodes that are likeliest to be right, as long as that makes more tokens a second. Texts that share a pass have
-a tree each.
+If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. There are
+three kinds of guesses. What followed the same words earlier in the text costs nothing to try. Guesses made from the
+weights in RAM are cheap, and for several tokens at once they cost hardly more than for one. A small model's guesses
+are right more often. So guesses form trees, which grow at the nodes that are likeliest to be right, as long as that
+makes more tokens a second. Texts that share a pass have a tree each.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ class Draft:
         said: the last token of each text.
         rooms: how many tokens may follow it, for each text.
         trust: what the odds of guesses from RAM are multiplied by.
+        branches: whether there may be trees. If not there is one text, and the likeliest guesses in one line.
     """
 
-    def __init__(self, said: Sequence[int], rooms: Sequence[int], trust: float) -> None:
-        self._trust = trust
+    def __init__(self, said: Sequence[int], rooms: Sequence[int], trust: float, branches: bool = True) -> None:
+        self._trust, self._branches = trust, branches
         self._tokens, self._parents, self._odds = list(said), [behind(i) for i in range(len(said))], [1.0] * len(said)
         self._rooms = list(rooms)  # of each node: how many tokens may follow it
         self._known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
@@ -97,8 +98,17 @@ class Draft:
 
     def likeliest(self, most: int) -> list[int]:
         """The likeliest nodes, up to `most`, that guesses can be made behind and were not yet."""
-        open_ = (i for i in range(len(self._tokens)) if i not in self._drafted and self._rooms[i] > 0)
+        nodes = range(len(self._tokens)) if self._branches else self._line()[-1:]
+        open_ = (i for i in nodes if i not in self._drafted and self._rooms[i] > 0)
         return sorted(open_, key=lambda i: -self._odds[i])[:most]
+
+    def path(self, node: int) -> tuple[int, list[int]]:
+        """(which text a node is behind, the guesses from its root to the node)."""
+        guesses: list[int] = []
+        while self._parents[node] >= 0:
+            guesses.append(self._tokens[node])
+            node = self._parents[node]
+        return node, guesses[::-1]
 
     def asked(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
         """The arguments of Model.draft for `nodes`: (their tokens, the parents of all drafted nodes and of these)."""
@@ -131,7 +141,20 @@ class Draft:
         return [place.get(self._parents[node], self._parents[node]) for node in order]
 
     def _best(self, most: int) -> list[int]:
+        if not self._branches:
+            return self._line()[:most]
         return sorted(range(len(self._tokens)), key=lambda i: (-self._odds[i], i))[:most]
+
+    def _line(self) -> list[int]:
+        """The nodes from the root on, each followed by the likeliest of its children."""
+        likeliest: dict[int, int] = {}
+        for node, parent in enumerate(self._parents):
+            if parent >= 0 and (parent not in likeliest or self._odds[node] > self._odds[likeliest[parent]]):
+                likeliest[parent] = node
+        line = [0] if self._tokens else []
+        while line and line[-1] in likeliest:
+            line.append(likeliest[line[-1]])
+        return line
 
     def _add(self, parent: int, token: int, odds: float) -> int:
         odds *= self._odds[parent]

@@ -58,6 +58,7 @@ class Figures:
 class End:
     """The end of a text, which a draft goes on from: as it is now, or as it will be after a pass."""
 
+    line: Line
     tokens: list[int]  # the whole text
     slots: CacheSlots  # of the tokens that have been through the model
     room: int  # how many tokens may follow
@@ -149,7 +150,7 @@ class Line:
         return self._end_at(tokens, np.append(self.slots, slots))
 
     def _end_at(self, tokens: list[int], slots: CacheSlots) -> End:
-        return End(tokens, slots, self._prompt + self._limit - len(tokens) - 1 if self.drafts else 0)
+        return End(self, tokens, slots, self._prompt + self._limit - len(tokens) - 1 if self.drafts else 0)
 
     def found(self, slots: CacheSlots) -> None:
         """Says that the cache has the prompt's first tokens already, at `slots`."""

@@ -70,6 +70,21 @@ class ResidentModel:
     def close(self) -> None:
         """Nothing is open but memory."""
 
+    def use(self, cache: KvCache) -> None:
+        """Goes on with another cache, which has another text. It is as long as the one before."""
+        if cache is not self.cache:
+            self.cache = cache
+            for some in self._bindings:
+                self._bind_keys(some.binding, some.layers)
+
+    def likely(self, tokens: Tokens) -> Floats:
+        """Logits [1, n] behind the last of `tokens` [T], of those n tokens whose rows of the head are in RAM.
+
+        The KV cache keeps all T. Raises DamagedRun, CardError: the embedding's rows are read from the card.
+        """
+        parts = self._head.in_parts(self._passed(tokens)[-1:], silent, self._vectors.get("head.bias"))
+        return np.concatenate([logits for _, _, logits in parts], axis=1)
+
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
         meanwhile: Meanwhile = nullcontext,  # noqa: ARG002
@@ -123,10 +138,14 @@ class ResidentModel:
     def _bound(self, session: ort.InferenceSession, layers: range) -> _Bound:
         binding, names = session.io_binding(), stages.input_names(session)
         self._rotary.bind(names, binding)
+        self._bind_keys(binding, layers)
         attending = set(self._model.attending)
-        for i in attending.intersection(layers):
-            attention.bind_kept(binding, self.cache.layer(i, 0), f".{i}")
         return _Bound(session, binding, names, layers, [i for i in layers if i not in attending])
+
+    def _bind_keys(self, binding: Any, layers: range) -> None:
+        """Gives a session the keys and values of those of its layers that attend."""
+        for i in set(self._model.attending).intersection(layers):
+            attention.bind_kept(binding, self.cache.layer(i, 0), f".{i}")
 
 
 def _sessions(layers: int, int8: int, together: int) -> list[range]:

@@ -39,6 +39,9 @@ LIBRARIES = "interpreter, libraries, tokenizer"
 LEADING_FFNS = "first layers without experts"
 """The part of a mixture that every token uses."""
 
+DRAFT = "draft"
+"""The part of a small model that guesses."""
+
 WEIGHTS = "constant weights"
 """The part of a model that stays whole."""
 
@@ -67,6 +70,7 @@ class Plan:
     kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
+    draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
@@ -98,6 +102,7 @@ class Plan:
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
     beside: Mapping[str, int] | None = None, arithmetic: Arithmetic = "int8", kv: KvFormat = "float32",
+    draft: Plan | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
 
@@ -109,27 +114,31 @@ def make_plan(
         rates: how often each neuron takes part [L, F], of a bundle that selects.
         arithmetic: the fastest that a model may have which stays whole.
         kv: how keys and values are kept.
+        draft: of a small model that is in RAM too.
 
     Raises MemoryTooSmall, naming the smallest budget that works; UsageError for keys that cannot be kept so.
     """
     m = header.model
     if kv != "float32" and any(kind.borrows or kind.head_dim or kind.kv_heads for kind in m.attention):
         raise UsageError(f"--kv {kv}: {m.name} has heads of several sizes, whose keys stay in float32 (kv: float32)")
-    beside = beside or {}
+    beside = dict(beside or {})
+    if draft is not None:
+        beside[DRAFT] = draft.total
     base += sum(beside.values())
-    whole = sum(_whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
+    whole = sum(whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
     paged = smallest(header, context, base, kv)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
-        kv=kv,
+        kv=kv, draft=draft,
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with(_whole(header, base, plan, arithmetic), beside)
     if memory < least:
-        raise MemoryTooSmall(memory, with_margin(least), f"{m.name} with a context of {context}")
+        what = f"{m.name} with a context of {context}"
+        raise MemoryTooSmall(memory, with_margin(least), f"{what} and its draft" if draft else what)
     if rates is not None:
         return _with(_selecting(header, rates, base, plan), beside)
     return _with(_paging(header, base, plan), beside)
@@ -147,7 +156,7 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
     layers = header.model.layers
     tries = [(layers, True), *((count, False) for count in range(layers, 0, -1))] if arithmetic == "int8" else []
     for count, head in (*tries, (0, False)):
-        held = _whole_parts(header, plan.context, base, count, head, plan.kv)
+        held = whole_parts(header, plan.context, base, count, head, plan.kv)
         if sum(held.values()) <= plan.memory:
             break
     return replace(plan, int8_layers=count, int8_head=head, parts=held)
@@ -308,13 +317,14 @@ def _can_be_whole(header: Header) -> bool:
     return not (header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head))
 
 
-def _whole_parts(
-    header: Header, context: int, base: int, int8_layers: int, int8_head: bool, kv: KvFormat
-) -> dict[str, int]:
-    """The parts of a model that stays whole."""
+def whole_parts(
+    header: Header, context: int, base: int, int8_layers: int, int8_head: bool, kv: KvFormat = "float32",
+    head_rows: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """The parts of a model that stays whole, with the first `head_rows` of its head. None: with all of them."""
     m, head = header.model, header.row_format("head")
     of_head: Arithmetic = "int8" if int8_head else "float32"
-    weights, opening = parts.head_held(header, m.vocabulary, of_head), 0
+    weights, opening = parts.head_held(header, head_rows or m.vocabulary, of_head), 0
     kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
     groups, first = m.layer_groups, 0
     for kind, count in kinds.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -415,7 +416,7 @@ def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:
     pace = Pace()
     assert [pace.goes_on(draft, steps, nodes) for steps in (0, STEPS - 1, STEPS)] == [True, True, False]
     pace.measured_draft(0.2)
-    pace.measured_pass(10.0)
+    pace.measured_pass(10.0, NODES)
     assert pace.goes_on(draft, 1, nodes)
     for _ in range(60):
         pace.measured_draft(20.0)
@@ -424,8 +425,28 @@ def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:
     assert 0 < sum(pace.goes_on(draft, 0, nodes) for _ in range(64)) < 8
     dear = Pace()
     dear.measured_draft(2.0)
-    dear.measured_pass(10.0)
+    dear.measured_pass(10.0, NODES)
     assert dear.goes_on(*(grown(0.9)[0], 1, [1])) and not dear.goes_on(*(grown(0.02, 0.1)[0], 1, [1]))
+
+
+@pytest.mark.parametrize(("each", "counts"), [(0.0, {NODES}), (0.5, {3, 4}), (20.0, {1})])
+def test_as_many_guesses_are_checked_as_pay(each: float, counts: Collection[int]) -> None:
+    """Of a chain whose guesses are right in 4 of 5 cases; a pass takes a second, and so many for each token."""
+    draft, pace = Draft([1], [30], 1.0), Pace()
+    draft.follow(0, list(range(2, 22)), 0.8)
+    assert pace.count(draft, 1, NODES, 0) == 1 + STEPS  # nothing is known yet
+    seen = []
+    for _ in range(200):
+        tokens = pace.count(draft, 1, NODES, 0)
+        pace.measured_pass(1 + each * tokens, tokens)
+        seen.append(tokens)
+    assert len([n for n in seen[-100:] if n in counts]) > 90
+    # the machine is free again
+    for _ in range(200):
+        tokens = pace.count(draft, 1, NODES, 0)
+        pace.measured_pass(1.0, tokens)
+    assert tokens in (NODES, NODES // 2)
+    assert pace.count(draft, 3, 3, 0) == 3 and pace.count(Draft([], [], 1.0), 0, NODES, 0) == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), max_size=80))

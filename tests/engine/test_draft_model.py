@@ -23,7 +23,7 @@ from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Budget, plans_for
 from flashd.engine.model.contract import Model
-from flashd.engine.planning.draft import Pair, check_draft, plan_draft
+from flashd.engine.planning.draft import Pair, check_draft, expected, plan_draft
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import DataError, MemoryTooSmall
 from flashd.pack.pack import pack
@@ -104,6 +104,23 @@ def test_without_branches_a_small_model_drafts_chains(family: str, tmp_path: Pat
             withs, figures = said(model, small, prompt, sampling)
             assert withs == alone and 0 < figures.accepted <= figures.drafted
             assert figures.passes + figures.accepted == 23
+
+
+def test_a_mixture_s_text_stays_the_same(tiny_bundle: Path, tmp_path: Path) -> None:
+    pack(GOLDENS["mixtral"].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    with opened(tmp_path / "m.flash", 0.5, CONTEXT) as model, drafting(tiny_bundle) as small:
+        alone, _ = said(model, None, list(range(30, 60)), Sampling())
+        withs, figures = said(model, small, list(range(30, 60)), Sampling())
+        assert withs == alone and 0 < figures.accepted < figures.drafted
+    with Bundle(tmp_path / "m.flash") as bundle:
+        plan = make_plan(bundle.header, memory=1 << 40, context=64, threads=2, base=0)
+        plan = replace(plan, card_bytes=90_000_000)  # of two experts of four
+        once = expected(plan, 45e6)
+        assert once == pytest.approx(0.5)
+        # two tokens read 3/2 times as much, and many tokens all experts: twice as much
+        assert once < expected(replace(plan, draft=plan), 45e6) < 5 * once / 2 * 1.01
+        with pytest.raises(DataError, match="it has experts, and a draft stays in RAM whole"):
+            check_draft(bundle, bundle)
 
 
 @pytest.mark.parametrize("room", [512, 190])

@@ -281,10 +281,11 @@ class Conversation:
     def _drafted(self, speaking: Sequence[Line], most: int, on_step: OnStep) -> Trees:
         """The trees that the next pass checks, up to `most` nodes: each text's last token and guesses behind it."""
         started = time.perf_counter()
-        guessed, self._ahead = self._ahead, None
+        guessed, self._ahead, waited = self._ahead, None, 0
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
             guessed = self._guesses([line.end for line in speaking], most, on_step)
-        trees = guessed.draft.trees(most)
+            waited = guessed.steps
+        trees = guessed.draft.trees(self._pace.count(guessed.draft, len(speaking), most, waited))
         for text, line in enumerate(speaking):
             line.looked_up = guessed.looked_up[text]
             line.figures.drafted += trees.guesses(text)
@@ -293,17 +294,18 @@ class Conversation:
 
     def _guesses(self, ends: Sequence[End], most: int, on_step: OnStep = silent) -> Guessed:
         """Guesses at what follows each of some texts, up to `most` nodes in all."""
-        rooms = [end.room if self.model.shares_reads else 0 for end in ends]
+        rooms = [end.room if self.model.shares_reads or self.small else 0 for end in ends]
         draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust, self.model.branches)
         looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
         for text, found in enumerate(looked_up):
             draft.follow(text, found, self._pace.looked_up)
+        steps = 0
         if self.small:
-            self._draft_by(self.small, draft, ends, on_step)
+            steps = self._draft_by(self.small, draft, ends, on_step)
         # if there may be no trees, what was looked up is not mixed with other guesses
         elif self.model.drafts and (self.model.branches or not any(looked_up)):
-            self._draft_from_ram(draft, [end.slots for end in ends], most)
-        return Guessed([list(end.tokens) for end in ends], draft, looked_up)
+            steps = self._draft_from_ram(draft, [end.slots for end in ends], most)
+        return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps)
 
     @contextmanager
     def _drafting_ahead(self, speaking: Sequence[Line], trees: Trees, past: int, likely: Floats) -> Iterator[None]:
@@ -324,8 +326,11 @@ class Conversation:
             yield
         self._ahead = drafting.result
 
-    def _draft_by(self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep) -> None:
-        """Adds guesses of a small model to a draft, as long as that pays. It first reads what it has not read yet."""
+    def _draft_by(self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep) -> int:
+        """Adds guesses of a small model to a draft, as long as that pays, and returns how many steps that took.
+
+        It first reads what it has not read yet.
+        """
         steps, most = 0, NODES if self.model.branches else 1
         while (nodes := draft.likeliest(1)) and self._pace.goes_on(draft, steps, nodes):
             text, guesses = draft.path(nodes[0])
@@ -335,9 +340,13 @@ class Conversation:
             if unread <= NODES:  # what it takes to read a prompt is no measure
                 self._pace.measured_draft(time.perf_counter() - started)
             steps += 1
+        return steps
 
-    def _draft_from_ram(self, draft: Draft, texts: Sequence[CacheSlots], most: int) -> None:
-        """Adds guesses of the model's `draft` to a draft, as long as that pays. The cache is left as it was."""
+    def _draft_from_ram(self, draft: Draft, texts: Sequence[CacheSlots], most: int) -> int:
+        """Adds guesses of the model's `draft` to a draft, as long as that pays. Returns how many steps that took.
+
+        The cache is left as it was.
+        """
         steps, length, at_once = 0, self.model.cache.length, max(BEAM, len(texts))
         while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
             started = time.perf_counter()
@@ -346,6 +355,7 @@ class Conversation:
             self._pace.measured_draft(time.perf_counter() - started)
             steps, most = steps + 1, most - len(nodes)
         self.model.cache.truncate(length)
+        return steps
 
     def _forward(
         self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
@@ -373,7 +383,7 @@ class Conversation:
         for line in speaking:
             line.figures.passes += 1
         if not chunks:
-            self._pace.measured_pass(seconds)
+            self._pace.measured_pass(seconds, len(tokens))
         return np.asarray(logits, np.float32)
 
     def _settle(self) -> None:

@@ -1,6 +1,7 @@
 """Drafts: the guesses that the next pass over the card checks.
 
-If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. There are
+If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. If it is not,
+as with experts, fewer are checked: as many as make the most tokens a second, by what passes cost before. There are
 three kinds of guesses. What followed the same words earlier in the text costs nothing to try. Guesses made from the
 weights in RAM are cheap, and for several tokens at once they cost hardly more than for one. A small model's guesses
 are right more often. So guesses form trees, which grow at the nodes that are likeliest to be right, as long as that
@@ -24,6 +25,10 @@ STEPS = 4
 
 MEAN_DECAY = 0.9
 """The part of a running mean that stays when something new is measured."""
+
+LEAST_SPREAD, FEW = 0.3, 2
+"""Of the tokens of passes: the least variance that says what a token costs. If it is less, a pass has half of them
+now and then, or some more if there are few."""
 
 STEP, LEAST_TRUST = 0.05, 0.1
 """How far a guess that was right or wrong moves the trust in the next, and the least trust."""
@@ -89,6 +94,10 @@ class Draft:
         self._rooms = list(rooms)  # of each node: how many tokens may follow it
         self._known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
         self._drafted: list[int] = []  # nodes that guesses were made behind, in order
+
+    def __len__(self) -> int:
+        """How many nodes there are."""
+        return len(self._tokens)
 
     def follow(self, text: int, found: Sequence[int], odds: float) -> None:
         """Adds a chain of tokens behind a text. `odds` is the probability of each if the one before it is right."""
@@ -184,6 +193,40 @@ def lookup(tokens: Sequence[int], most: int) -> list[int]:
     return []
 
 
+class _Cost:
+    """The seconds of a pass: some in any case, and some for each of its tokens. A line through running means."""
+
+    def __init__(self) -> None:
+        self._weight = self._tokens = self._seconds = self._squares = self._products = self._each = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether something has been measured."""
+        return self._weight > 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens took so long."""
+        old, new = (MEAN_DECAY, 1 - MEAN_DECAY) if self else (0.0, 1.0)
+        self._weight = old * self._weight + new
+        self._tokens, self._seconds = old * self._tokens + new * tokens, old * self._seconds + new * seconds
+        self._squares = old * self._squares + new * tokens**2
+        self._products = old * self._products + new * tokens * seconds
+        if self.tells:
+            self._each = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the passes differed enough to say what a token costs."""
+        return self._spread >= LEAST_SPREAD
+
+    @property
+    def _spread(self) -> float:
+        return self._squares - self._tokens**2
+
+    def of(self, tokens: int) -> float:
+        """Seconds of a pass over so many tokens. Not 0."""
+        return max(self._seconds + self._each * (tokens - self._tokens), self._each * tokens, 1e-9)
+
+
 class Pace:
     """Running means: the seconds that a step of drafting and a pass take, and how often guesses are right.
 
@@ -196,29 +239,50 @@ class Pace:
         self.looked_up = 0.5
         """How often a token that was looked up is right."""
         self._draft: float | None = None
-        self._pass: float | None = None
-        self._idle = 0
+        self._pass = _Cost()
+        self._idle = self._counted = 0
 
     def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
         """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before."""
-        if self._draft is None or self._pass is None:
+        if self._draft is None or not self._pass:
             return steps < STEPS
-        expected = draft.expected(NODES)
+        count, rate = self._best(draft, 1, min(NODES, len(draft)), steps)
         # as many of the least likely nodes as come anew give way to these
-        gain = self.trust * draft.odds(nodes) - (expected - draft.expected(NODES - len(nodes)))
-        pays = gain * (self._pass + steps * self._draft) > expected * self._draft
+        kept = min(count, NODES - len(nodes))
+        seconds = self._pass.of(kept + len(nodes)) + (steps + 1) * self._draft
+        pays = (draft.expected(kept) + self.trust * draft.odds(nodes)) / seconds > rate
         if not pays and steps == 0:
             self._idle += 1
             return self._idle % PROBE == 0
         return pays
 
+    def count(self, draft: Draft, least: int, most: int, steps: int) -> int:
+        """How many nodes the next pass checks. `least` are the texts' last tokens; `steps` were waited for."""
+        self._counted += 1
+        most = min(most, len(draft))
+        if most <= least:
+            return most
+        if not self._pass:
+            return min(most, least + STEPS)
+        count = self._best(draft, least, most, steps)[0]
+        if not self._pass.tells and self._counted % PROBE == 0:  # to see what a node costs
+            return max(least, count // 2) if count >= least + FEW else min(most, count + FEW)
+        return count
+
+    def _best(self, draft: Draft, least: int, most: int, steps: int) -> tuple[int, float]:
+        """(how many nodes make the most tokens a second, how many these are)."""
+        drafting = steps * (self._draft or 0.0)
+        rates = {n: draft.expected(n) / (self._pass.of(n) + drafting) for n in range(least, most + 1)}
+        best = max(rates, key=lambda n: rates[n])
+        return best, rates[best]
+
     def measured_draft(self, seconds: float) -> None:
         """A step of drafting took `seconds`."""
         self._draft = _mean(self._draft, seconds)
 
-    def measured_pass(self, seconds: float) -> None:
-        """A pass over the card took `seconds`."""
-        self._pass = _mean(self._pass, seconds)
+    def measured_pass(self, seconds: float, tokens: int) -> None:
+        """A pass that checked so many tokens took `seconds`."""
+        self._pass.add(tokens, seconds)
 
     def measured_guesses(self, right: bool, promised: float) -> None:
         """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""

@@ -71,6 +71,7 @@ class Guessed:
     texts: list[list[int]]  # their tokens
     draft: Draft
     looked_up: list[list[int]]  # of each text: what followed the same words earlier in it
+    steps: int  # of drafting that it took
 
 
 class Line:

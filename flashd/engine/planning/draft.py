@@ -86,14 +86,17 @@ def expected(plan: Plan, bandwidth: float | None) -> float:
     """
     speed = MULTIPLIED * min(plan.threads, MOST_PROCESSORS)
     in_ram = sum(plan.parts.get(part, 0) for part in IN_RAM)
-    once = max(plan.card_bytes / min(bandwidth or CARD, OPENED), in_ram / speed)
-    if plan.resident:
+    reading = plan.card_bytes / min(bandwidth or CARD, OPENED)
+    once = max(reading, in_ram / speed)
+    if plan.draft is None and (plan.resident or plan.slots or plan.used < 1):
         return 1 / once
     if plan.draft is None:
         more = min(OWN * plan.pinned_share, MOST_OWN)
         return max(1 / once, (1 + more) / (once + OWN_STEPS * in_ram / speed))
     step = sum(plan.draft.parts.get(part, 0) for part in IN_RAM) / speed
-    return max((1 - RIGHT ** (count + 1)) / (1 - RIGHT) / (once + count * step) for count in range(NODES))
+    # tokens of a pass may use the same experts
+    passes = {n: max(reading * (1 - (1 - plan.used) ** n) / plan.used, in_ram / speed) for n in range(1, NODES + 1)}
+    return max((1 - RIGHT**n) / (1 - RIGHT) / (seconds + (n - 1) * step) for n, seconds in passes.items())
 
 
 @dataclass(frozen=True)

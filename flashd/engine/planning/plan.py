@@ -67,6 +67,7 @@ class Plan:
     whole: int | None  # from which on the whole model stays; None: it has no such form
     card_bytes: int  # read from the card for a token while decoding; of experts, if all are as likely
     neurons: int  # of a layer
+    used: float  # of what streams past, the share that a token needs: of experts, those that it uses
     kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
@@ -132,7 +133,7 @@ def make_plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
-        kv=kv, draft=draft,
+        used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with(_whole(header, base, plan, arithmetic), beside)

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from device.hearing.recogniser import MOST_TEXT, NotHeard, Recogniser
 from flashd.config.hearing import Hearing, Program
-from flashd.system.program import LOOK_SECONDS, goes_first, kill, limit_memory, read_while
+from flashd.system.program import LOOK_SECONDS, goes_first, kill, read_while, with_memory
 
 MOST_PRINTED = 4 * MOST_TEXT
 """Bytes: a character has up to 4."""
@@ -27,7 +27,6 @@ class ByProgram(Recogniser):
         with self._started(sound) as program:
             try:
                 goes_first(program)
-                limit_memory(program, self._hearing.limit)
                 return self._heard(program, lambda: wanted() and time.monotonic() < until)
             finally:
                 kill(program)
@@ -39,7 +38,7 @@ class ByProgram(Recogniser):
                 file.write(sound)
                 file.seek(0)
                 return subprocess.Popen(
-                    self._command,
+                    with_memory(self._command, self._hearing.limit),
                     stdin=file,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,6 +39,16 @@ def limit_memory(program: subprocess.Popen[bytes], nbytes: int) -> None:
     """From now on the program may have so many bytes of memory of its own; files that it maps do not count."""
     with suppress(ProcessLookupError):
         resource.prlimit(program.pid, resource.RLIMIT_DATA, (nbytes, nbytes))
+
+
+def with_memory(command: Sequence[str], nbytes: int) -> list[str]:
+    """A command that runs `command` under such a limit from its first moment on. Raises OSError if it is not there.
+
+    A shell sets the limit: to set it from outside comes too late if the program is fast.
+    """
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    return ["sh", "-c", 'ulimit -d "$0" && exec "$@"', str(nbytes >> 10), *command]
 
 
 def pieces(pipe: int, wanted: Callable[[], bool]) -> Iterator[bytes]:

@@ -448,6 +448,7 @@ def test_calls_may_be_several_or_none_and_are_whole_or_refused(http: httpx.Clien
     assert [len(job["result"]["calls"]) for job in latest] == [0, 0, 1, 8]
 
 
+@pytest.mark.slow
 def test_langchain(port: int, daemon: Running) -> None:
     langchain = pytest.importorskip("langchain_openai")
     model = langchain.ChatOpenAI(

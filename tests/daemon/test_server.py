@@ -132,6 +132,7 @@ def test_a_body_that_does_not_come_is_refused(served: Path, monkeypatch: pytest.
             assert b" 400 " in said and b"the body did not come within 0.2 s" in said
 
 
+@pytest.mark.slow
 def test_a_burst_waits_its_turn_in_order(served: Path, jobs: Jobs) -> None:
     """Many more prompts than the queue has places: all are answered, the first one first."""
     count = 60

@@ -116,6 +116,7 @@ def test_bad_lines_are_refused_in_words(
     assert until_end(terminal)[-1]["state"] == "done"
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=60), max_size=8))
 def test_any_bytes_leave_it_serving(

@@ -251,6 +251,7 @@ def test_a_ranger_that_is_pulled_is_unknown(pins: MockFactory) -> None:
         opened.close()
 
 
+@pytest.mark.slow
 def test_prompts_name_what_is_unknown() -> None:
     prompt = Prompt("Soil {{ sensors.soil }}{% if sensors.soil.known %}, wet{% endif %}. {{ last }}", "t", ["soil"])
     assert prompt.render({"soil": Reading(None)}, "", {}) == "Soil unknown. "

@@ -164,6 +164,7 @@ def test_a_trigger_that_is_gone_or_fails_ends_nothing(
     assert threads == ["triggers"] * 3 and "trigger nobody went off as it was taken away" in caplog.text
 
 
+@pytest.mark.slow
 def test_nearness_fires_once_until_it_has_gone(pins: MockFactory, listen: Listen) -> None:
     wall = Echo(pins, echo=5, trigger=6)
     wall.metres = 5.0  # beyond its range of 4

@@ -332,6 +332,7 @@ def test_the_bounds(
     assert kept(tmp_path) == before and caplog.text.count("written today") == 1
 
 
+@pytest.mark.slow
 def test_what_prompts_were_asked_counts_as_written_too(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

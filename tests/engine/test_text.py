@@ -213,6 +213,7 @@ def test_a_template_that_is_broken_or_reaches_out_is_refused(source: str) -> Non
         ChatTemplate(source).render([Message("user", "hi")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

@@ -115,5 +115,6 @@ def test_a_model_is_called_what_people_call_it(
     assert name_of(Model()) == name  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_default_model_is_called_by_its_name() -> None:
     assert name_of(GgufModel(model_file())) == "SmolLM2-135M-Instruct"

@@ -29,6 +29,7 @@ from flashd.engine.model.contract import Model, OnStep, silent
 from flashd.engine.paging.card_speed import remembered
 from flashd.engine.planning.draft import Pair, check_draft, plan_draft
 from flashd.engine.planning.plan import Plan, make_plan, rates_of
+from flashd.engine.planning.rates import ASSUMED, expected, remembered_rates
 from flashd.errors import DataError, UsageError
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
@@ -127,15 +128,22 @@ def plans_for(bundle: Bundle, budget: Budget, draft: Bundle | None = None) -> Pa
     if draft is not None:
         check_draft(bundle, draft)
     small = None if draft is None else plan_draft(draft, context, threads)
-    rates, base, speed = rates_of(bundle), resident_now(), remembered(bundle.path)
+    often, base = rates_of(bundle), resident_now()
     alone, beside = (
         partial(
             make_plan, bundle.header, memory=memory, context=context, threads=threads, base=base,
-            beside=budget.beside, rates=rates, arithmetic=budget.arithmetic, kv=budget.kv, draft=one,
+            beside=budget.beside, rates=often, arithmetic=budget.arithmetic, kv=budget.kv, draft=one,
         )
         for one in (None, small)
     )  # fmt: skip
-    return Pair.of(alone, beside if small else None, speed.bandwidth if speed else None)
+    return Pair.of(alone, beside if small else None, partial(rate_of, bundle))
+
+
+def rate_of(bundle: Bundle, plan: Plan) -> float:
+    """The tokens a second to expect of a plan, by what was measured on this machine and its card before."""
+    card = remembered(bundle.path)
+    rates = remembered_rates(bundle.header, plan) or ASSUMED
+    return expected(plan, rates, card.bandwidth if card else None)
 
 
 @dataclass

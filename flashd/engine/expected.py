@@ -1,75 +1,131 @@
-"""How fast a bundle will answer on this machine, told without loading it.
+"""Measures what this machine does with a bundle's rows in a second, so that a plan can say how fast it will answer.
 
-What stays in RAM is multiplied once for each token, at a rate that is measured on a part of it. What does not is read
-from the card once for each pass, at the rate that `flashd doctor` has measured. Drafts, which give several tokens a
-pass, and a long text, which has more attention, are left out.
+It takes a second or two, and is remembered for the machine, see planning.rates.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from flashd.bundle.arrays import Groups
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.paging.card_speed import remembered
-from flashd.engine.planning.parts import held
-from flashd.engine.planning.plan import LEADING_FFNS, WEIGHTS, Plan
+from flashd.engine.paging.card import IN_FLIGHT
+from flashd.engine.planning.parts import BUFFERS, group_held
+from flashd.engine.planning.plan import Plan
+from flashd.engine.planning.rates import CHECKING, GUESSING, Rates, remember_rates, remembered_rates
+from flashd.errors import CannotWrite
 from flashd.graphs.constant import Arithmetic
+from flashd.system.freed_memory import reuse_freed_memory, use_small_pages
 from flashd.system.memory import MIB
 
-PART = 48 * MIB
-"""Bytes that are multiplied to measure the rate: more than the caches of a small processor hold."""
+log = logging.getLogger(__name__)
+
+MOST, LEAST = 128 * MIB, 8 * MIB
+"""Bytes that are multiplied to measure a rate: more than the caches of a processor hold, if the budget allows it."""
 
 ROUNDS = 5
 
-MULTIPLIED = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
-"""Parts of a plan that every token is multiplied with."""
 
+def measure(bundle: Bundle, plan: Plan) -> None:
+    """Measures and remembers what `remembered_rates` tells, if it is not known. Raises DamagedRun, CardError.
 
-def tokens_per_second(bundle: Bundle, plan: Plan) -> float | None:
-    """The rate to expect with a plan. None if the card's speed is needed and was not measured.
-
-    Raises DamagedRun, CardError.
+    It takes up to a quarter of the plan's memory.
     """
-    reading = 0.0
-    if plan.card_bytes:
-        speed = remembered(bundle.path)
-        if speed is None:
-            return None
-        reading = plan.card_bytes / speed.bandwidth
-    in_ram = sum(plan.parts.get(part, 0) for part in MULTIPLIED)
-    # the one goes on while the other does
-    return 1 / max(reading, in_ram / _multiplied_per_second(bundle, plan))
+    if bundle.header.selection or remembered_rates(bundle.header, plan) is not None:
+        return  # neurons that are selected are multiplied one by one, and the card is what they wait for
+    rates = _measured(bundle, plan)
+    try:
+        remember_rates(bundle.header, plan, rates)
+    except CannotWrite as error:
+        log.warning("what was measured is not kept: %s", error)
 
 
-def _multiplied_per_second(bundle: Bundle, plan: Plan) -> float:
-    """Bytes of constant weights that are multiplied with one token in a second: the best of some rounds."""
-    products.use_threads(plan.threads)
+def _measured(bundle: Bundle, plan: Plan) -> Rates:
+    products.use_threads(plan.threads, shared=plan.resident)
     arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
-    header = bundle.header
-    x = np.ones((1, header.model.hidden), np.float32)
-    (qkv, _) = header.model.mixing(header.model.attending[0])
-    each = held(header.product_format(qkv), qkv.rows, arithmetic)
-    sessions = list(_sessions(bundle, arithmetic, max(1, PART // each)))
+    constants = Constants(bundle.header, arithmetic)
+    each = group_held(bundle.header.group, arithmetic)
+    groups = list(_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // each)))
+    single, few, many = (_Input.of(bundle, arithmetic, tokens) for tokens in (1, GUESSING, CHECKING))
+    opened = _opened(constants, groups, bundle.header.group.nbytes, many)
+    sessions = [constants.groups(some) for some in groups]
+    once, guessed, checked = (_best(partial(_all_of, sessions, given)) for given in (single, few, many))
+    held = len(sessions) * each
+    return Rates(opened=opened, multiplied=held / once, guessed=held / guessed, checked=held / checked)
+
+
+def _groups(bundle: Bundle, most: int) -> Iterator[Groups]:
+    """The first groups of all layers, one by one, up to `most`."""
+    every = bundle.header.model.layer_groups
+    left = most
+    for layer in bundle.header.model.paged_layers:
+        for _, groups in bundle.groups(layer, min(left, every[layer]), at_once=1):
+            yield groups
+            left -= 1
+        if not left:
+            return
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What goes into the FFN of some tokens."""
+
+    h: Floats  # [T, H]
+    before: Floats  # [T, W]
+    doubled: bool
+
+    @classmethod
+    def of(cls, bundle: Bundle, arithmetic: Arithmetic, tokens: int) -> _Input:
+        m = bundle.header.model
+        h, before = (np.ones((tokens, width), np.float32) for width in (m.hidden, m.share_width))
+        return cls(h, before, arithmetic == "float32")
+
+    def multiplied(self, session: Any) -> Floats:
+        return multiplied(session, self.doubled, h=self.h, before=self.before)
+
+
+def _all_of(sessions: Sequence[Any], given: _Input) -> None:
+    for session in sessions:
+        given.multiplied(session)
+
+
+def _opened(constants: Constants, groups: Sequence[Groups], nbytes: int, given: _Input) -> float:
+    """Bytes of groups a second: sessions are opened in the threads that read, and multiplied in this one."""
+
+    def pass_by() -> None:
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            coming = deque[Future[Any]]()
+            for some in groups:
+                coming.append(pool.submit(constants.groups, some, once=True))
+                if len(coming) == BUFFERS:
+                    given.multiplied(coming.popleft().result())
+            for last in coming:
+                given.multiplied(last.result())
+
+    reuse_freed_memory()
+    try:
+        return len(groups) * nbytes / _best(pass_by)
+    finally:
+        use_small_pages()
+
+
+def _best(measured: Callable[[], object]) -> float:
+    """Seconds of the best of some rounds."""
     best = float("inf")
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        for session in sessions:
-            multiplied(session, doubled=arithmetic == "float32", x=x)
+        measured()
         best = min(best, time.perf_counter() - started)
-    return len(sessions) * each / best
-
-
-def _sessions(bundle: Bundle, arithmetic: Arithmetic, most: int) -> Iterator[Any]:
-    """The first products of up to so many layers that attend alike."""
-    header = bundle.header
-    constants, kind = Constants(header, arithmetic), header.formats.attention
-    kinds = header.model.layer_kinds
-    alike = [i for i in header.model.attending if kinds[i] == kinds[header.model.attending[0]]]
-    for i in alike[:most]:
-        yield constants.rows(bundle.rows(f"layer.{i}.qkv"), kind, header.model.hidden)
+    return best

@@ -15,7 +15,7 @@ from flashd.cli.commands import models
 from flashd.cli.main import main
 from flashd.config.edit import with_key
 from flashd.config.settings import load
-from flashd.engine import expected
+from flashd.engine.paging.card_speed import CardSpeed, remember
 from flashd.engine.planning import plan as plan_module
 from flashd.update import service
 from tests.cli.command import refused, run
@@ -73,6 +73,7 @@ def test_pack_needs_no_place_and_no_model_is_said(tmp_path: Path, tiny_bundle: P
 @pytest.fixture
 def board(tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the service has it, with two bundles and a configuration."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "lib"
     folder.mkdir()
     for name in ("one", "two"):
@@ -102,21 +103,34 @@ def test_models_are_listed_with_what_they_need(board: Path, capfd: pytest.Captur
     assert shown[-1] == "Tokens/s are an estimate for this machine, with memory: 1M."
 
 
-def test_the_rate_of_a_model_that_pages_is_called_the_least(
-    board: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_plan_says_the_rate_to_expect(board: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", str(board / "one.flash"), "--memory"]
+    for memory, after in (("1G", ""), ("250M", " or more, if the text repeats itself")):
+        pages = bool(after)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_module, "_can_be_whole", lambda header, pages=pages: not pages)
+            assert main([*plan, memory]) == 0
+            shown = capfd.readouterr().out
+            assert re.search(rf"^tokens a second, about +[0-9.]+{after}$", shown, re.MULTILINE), shown
+            assert ("A card of 45 MB/s is assumed" in shown) == pages
+            assert main([*plan, memory, "--json"]) == 0
+            assert json.loads(capfd.readouterr().out)["tokens_per_second"] > 0
+
+
+def test_the_rate_of_a_model_that_pages_is_not_known_without_its_card(
+    board: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_can_be_whole", lambda header: False)
-    monkeypatch.setattr(expected, "tokens_per_second", lambda bundle, plan: None)
+    monkeypatch.setattr(plan_module, "_passing_bytes", lambda header, pinned: 1 << 20)
+    monkeypatch.setattr(models, "_rate", lambda found: "?" if found.tokens_per_second is None else "known")
     assert main(["models"]) == 0
     out = capfd.readouterr().out
     assert re.search(r"^two .* \?$", out, re.MULTILINE) and out.endswith(
         "?: flashd doctor measures the card, once.\n"
     )
-    monkeypatch.setattr(expected, "tokens_per_second", lambda bundle, plan: 0.0756)
+    remember(board / "two.flash", CardSpeed(bandwidth=45e6, random_reads={4096: 100.0}, when=0.0))
     assert main(["models"]) == 0
-    out = capfd.readouterr().out
-    assert re.search(r"^two .*  from 0\.076$", out, re.MULTILINE)
-    assert "A model that pages reads the card for them; drafts often make it several times as fast." in out
+    assert re.search(r"^two .* known$", capfd.readouterr().out, re.MULTILINE)
 
 
 SYSTEMCTL = """#!/bin/sh

@@ -23,8 +23,9 @@ from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Budget, plans_for
 from flashd.engine.model.contract import Model
-from flashd.engine.planning.draft import Pair, check_draft, expected, plan_draft
-from flashd.engine.planning.plan import make_plan
+from flashd.engine.planning.draft import Pair, check_draft, plan_draft
+from flashd.engine.planning.plan import Plan, make_plan
+from flashd.engine.planning.rates import ASSUMED, expected
 from flashd.errors import DataError, MemoryTooSmall
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB
@@ -115,10 +116,10 @@ def test_a_mixture_s_text_stays_the_same(tiny_bundle: Path, tmp_path: Path) -> N
     with Bundle(tmp_path / "m.flash") as bundle:
         plan = make_plan(bundle.header, memory=1 << 40, context=64, threads=2, base=0)
         plan = replace(plan, card_bytes=90_000_000)  # of two experts of four
-        once = expected(plan, 45e6)
+        once = expected(plan, ASSUMED, 45e6)
         assert once == pytest.approx(0.5)
         # two tokens read 3/2 times as much, and many tokens all experts: twice as much
-        assert once < expected(replace(plan, draft=plan), 45e6) < 5 * once / 2 * 1.01
+        assert once < expected(replace(plan, draft=plan), ASSUMED, 45e6) < 5 * once / 2 * 1.01
         with pytest.raises(DataError, match="it has experts, and a draft stays in RAM whole"):
             check_draft(bundle, bundle)
 
@@ -181,13 +182,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "large.flash"
 
 
+def rate(plan: Plan) -> float:
+    """What to expect on a slow card."""
+    return expected(plan, ASSUMED, 45e6)
+
+
 def test_what_is_faster_is_taken_and_the_other_is_named(large: Path, tiny_bundle: Path) -> None:
     with Bundle(large) as bundle, Bundle(tiny_bundle) as draft:
         whole = make_plan(bundle.header, memory=1 << 40, context=64, threads=2, base=0)
         # as small beside this one as a real draft is beside a real model
         small = replace(plan_draft(draft, 64, 2), parts={"constant weights": 4 * MIB})
 
-        def plans(memory: int, speed: float | None) -> Pair:
+        def plans(memory: int) -> Pair:
             alone, beside = (
                 partial(
                     make_plan,
@@ -201,10 +207,10 @@ def test_what_is_faster_is_taken_and_the_other_is_named(large: Path, tiny_bundle
                 )
                 for one in (None, small)
             )
-            return Pair.of(alone, beside, speed)
+            return Pair.of(alone, beside, rate)
 
         least = whole.smallest + MIB
-        room = plans(least + small.total, 45e6)
+        room = plans(least + small.total)
         # with all that it has pinned, the draft has pinned nothing
         assert room.beside is not None and room.beside.parts["draft"] == small.total
         assert room.beside.total <= room.beside.memory and sum(room.beside.pinned) == 0 < sum(room.alone.pinned)
@@ -213,17 +219,17 @@ def test_what_is_faster_is_taken_and_the_other_is_named(large: Path, tiny_bundle
         # most of it streams past either way, and then guesses are worth more than these pins
         assert room.taken is room.beside and not room.why_not
         # all of it is pinned if there is no draft
-        much = plans(whole.smallest + 27 * MIB, 45e6)
+        much = plans(whole.smallest + 27 * MIB)
         assert much.taken is much.alone and "if its RAM pins groups instead" in much.why_not
-        little = plans(least, 45e6)
+        little = plans(least)
         assert little.taken is little.alone
         assert re.fullmatch(r".* is too small for .* and its draft; the smallest that works is --memory \d+M",
                             little.why_not)  # fmt: skip
         with pytest.raises(MemoryTooSmall):
-            plans(least - MIB, None)
+            plans(least - MIB)
     with Bundle(tiny_bundle) as bundle:
         fits = partial(make_plan, bundle.header, memory=1 << 40, context=64, threads=2, base=0)
-        assert "fits in RAM" in Pair.of(fits, fits, None).why_not
+        assert "fits in RAM" in Pair.of(fits, fits, rate).why_not
 
 
 ASK = """

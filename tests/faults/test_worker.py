@@ -92,7 +92,7 @@ def desk(
 
     def paged(bundle: Bundle, budget: Budget, draft: Bundle | None) -> Pair:
         small = plan_draft(draft, budget.context, 1) if draft else None
-        return Pair(replace(plan(bundle, 0.0, context=budget.context), draft=small), None, None)
+        return Pair(replace(plan(bundle, 0.0, context=budget.context), draft=small), None, lambda plan: 1.0)
 
     monkeypatch.setattr(engines, "plans_for", paged)
     opened = Desk(model or card.path, tmp_path / "spool.db", seconds, path)

@@ -42,7 +42,7 @@ class Found:
     size_bytes: int
     least_bytes: int  # of RAM, with the usual context
     whole: bool  # whether it stays in RAM whole
-    tokens_per_second: float | None  # to expect; of a model that pages what the card allows, without drafts
+    tokens_per_second: float | None  # to expect; None: it pages, and the card was not measured
     daemon: bool  # whether the daemon answers with it
 
 
@@ -74,8 +74,6 @@ def models(options: Models) -> None:
         print(f"{f.name:{width}}  {f.family:12}{sizes}  {_rate(f):11}{daemon}".rstrip())
     memory = settings.memory if settings and settings.memory else "what is free"
     print(f"\nTokens/s are an estimate for this machine, with memory: {memory}.")
-    if any(not f.whole and f.tokens_per_second for f in found):
-        print("A model that pages reads the card for them; drafts often make it several times as fast.")
     if any(f.tokens_per_second is None for f in found):
         print("?: flashd doctor measures the card, once.")
 
@@ -85,7 +83,7 @@ def _rate(found: Found) -> str:
         return "?"
     rate = found.tokens_per_second
     figures = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
-    return f"about {figures}" if found.whole else f"from {figures}"
+    return f"about {figures}"
 
 
 def _found(settings: Settings | None) -> Iterator[Found]:
@@ -99,8 +97,9 @@ def _found(settings: Settings | None) -> Iterator[Found]:
 def _look(path: Path, settings: Settings | None) -> Found:
     from flashd.bundle.reader import Bundle
     from flashd.cli.own_model import plan_for_answers
-    from flashd.engine.engine import Budget
-    from flashd.engine.expected import tokens_per_second
+    from flashd.engine.engine import Budget, rate_of
+    from flashd.engine.expected import measure
+    from flashd.engine.paging.card_speed import remembered
     from flashd.system.memory import available_memory, parse_size
 
     memory = parse_size(settings.memory) if settings and settings.memory else available_memory()
@@ -108,7 +107,9 @@ def _look(path: Path, settings: Settings | None) -> Found:
         model = bundle.header.model
         least = plan_for_answers(bundle, Budget(memory=1 << 40)).least
         plan = plan_for_answers(bundle, Budget(memory=max(memory, least)))
-        rate = tokens_per_second(bundle, plan)
+        measure(bundle, plan)
+        known = not plan.card_bytes or remembered(bundle.path)
+        rate = rate_of(bundle, plan) if known else None
     used = Path(settings.model).resolve() if settings and settings.model else None
     return Found(
         name=path.stem, path=str(path), model=model.name, family=model.family, size_bytes=path.stat().st_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import random
@@ -12,11 +11,8 @@ from pathlib import Path
 import msgspec
 
 from flashd.bundle.prefix import PAGE
-from flashd.errors import NOT_JSON, CannotWrite, CardError, InputMissing
-from flashd.system.new_file import NewFile
-from flashd.system.paths import cache_folder
-
-log = logging.getLogger(__name__)
+from flashd.errors import CardError, InputMissing
+from flashd.system.remembered import Remembered
 
 SEQUENTIAL_BYTES, SEQUENTIAL_READ = 48 << 20, 1 << 20
 """Bytes that are read in order, and bytes of each of these reads."""
@@ -42,6 +38,9 @@ class CardSpeed(msgspec.Struct, frozen=True, kw_only=True):
     def reads_per_second(self) -> float:
         """Random reads of 4 KiB a second."""
         return self.random_reads[RANDOM_SIZES[0]]
+
+
+_cards = Remembered("cards.json", CardSpeed, "flashd doctor")
 
 
 def measure(path: Path) -> CardSpeed:
@@ -85,21 +84,13 @@ def _rate(fd: int, buffer: mmap.mmap, nbytes: int, offsets: range | list[int]) -
 
 def remember(path: Path, speed: CardSpeed, sysfs: Path = Path("/sys")) -> None:
     """Keeps a speed for the device that `path` is on. Raises CannotWrite."""
-    known = _all() | {device_key(path, sysfs): speed}
-    data = msgspec.json.encode(known)
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(f"{cache_folder()}: {error.strerror}") from error
-    with NewFile(_file()) as new:
-        new.write(data, 0)
-        new.publish()
+    _cards.put(device_key(path, sysfs), speed)
 
 
 def remembered(path: Path, sysfs: Path = Path("/sys")) -> CardSpeed | None:
     """The speed that was measured on the device that `path` is on. None if it was not measured."""
     try:
-        return _all().get(device_key(path, sysfs))
+        return _cards.get(device_key(path, sysfs))
     except OSError:
         return None
 
@@ -118,17 +109,3 @@ def device_key(path: Path, sysfs: Path = Path("/sys")) -> str:
             if text:
                 return text
     return numbers
-
-
-def _file() -> Path:
-    return cache_folder() / "cards.json"
-
-
-def _all() -> dict[str, CardSpeed]:
-    try:
-        return msgspec.json.decode(_file().read_bytes(), type=dict[str, CardSpeed])
-    except FileNotFoundError:
-        return {}
-    except (OSError, *NOT_JSON) as error:
-        log.warning("%s: %s; measure again with: flashd doctor", _file(), error)
-        return {}

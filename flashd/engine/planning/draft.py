@@ -11,29 +11,12 @@ from dataclasses import dataclass, replace
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import LIKELY
-from flashd.engine.planning.plan import LIBRARIES, WEIGHTS, Plan, make_plan, whole_parts
+from flashd.engine.planning.plan import LIBRARIES, Plan, make_plan, whole_parts
 from flashd.errors import DataError, MemoryTooSmall
 
-RIGHT = 0.8
-"""How often a small model's guess is right if those before it were. Qwen2.5-Coder-0.5B's first guess at what the 1.5B
-says is right in 82 % of cases, and chains of 15 give 6.4 tokens a pass."""
-
-OWN, MOST_OWN, OWN_STEPS = 8.0, 5.0, 4
-"""Guesses that the pinned groups make: a pass gives 1 + OWN times their share of tokens, at most so many, after so
-many steps. Qwen2.5-Coder-1.5B has 2.7 with 21 % in RAM, 3.7 with 37 %."""
-
-CARD, OPENED, MULTIPLIED = 45e6, 230e6, 2.5e9
-"""Bytes a second: of a card that was not measured; that sessions are opened of at the most, as two x86-64 cores do;
-and of constant weights that a processor of a Raspberry Pi 5 multiplies. What is measured while it answers decides how
-many guesses are made. These only decide whether a small model is loaded."""
-
-MOST_PROCESSORS = 4
-"""More do not multiply faster: memory is the limit."""
-
-IN_RAM = (WEIGHTS, "attention", "head", "pinned neurons")
-"""Parts of a plan that every token is multiplied with."""
+Rate = Callable[[Plan], float]
+"""The tokens a second to expect of a plan."""
 
 
 def check_draft(bundle: Bundle, draft: Bundle) -> None:
@@ -79,52 +62,32 @@ def plan_draft(draft: Bundle, context: int, threads: int) -> Plan:
     return replace(plan, head_rows=head, parts=parts, memory=sum(parts.values()))
 
 
-def expected(plan: Plan, bandwidth: float | None) -> float:
-    """Tokens a second to expect of a plan, with its small model's guesses or the pinned groups' own.
-
-    `bandwidth`: bytes a second of the card; None: it was not measured.
-    """
-    speed = MULTIPLIED * min(plan.threads, MOST_PROCESSORS)
-    in_ram = sum(plan.parts.get(part, 0) for part in IN_RAM)
-    reading = plan.card_bytes / min(bandwidth or CARD, OPENED)
-    once = max(reading, in_ram / speed)
-    if plan.draft is None and (plan.resident or plan.slots or plan.used < 1):
-        return 1 / once
-    if plan.draft is None:
-        more = min(OWN * plan.pinned_share, MOST_OWN)
-        return max(1 / once, (1 + more) / (once + OWN_STEPS * in_ram / speed))
-    step = sum(plan.draft.parts.get(part, 0) for part in IN_RAM) / speed
-    # tokens of a pass may use the same experts
-    passes = {n: max(reading * (1 - (1 - plan.used) ** n) / plan.used, in_ram / speed) for n in range(1, NODES + 1)}
-    return max((1 - RIGHT**n) / (1 - RIGHT) / (seconds + (n - 1) * step) for n, seconds in passes.items())
-
-
 @dataclass(frozen=True)
 class Pair:
     """What a budget buys without a small model and with it, and which of the two is faster."""
 
     alone: Plan
     beside: Plan | None  # None: there is no room for it, or no use
-    bandwidth: float | None  # of the card; None: it was not measured
+    rate: Rate  # what to expect of a plan
     refused: str = ""  # why there is no plan with it
     least_beside: int | None = None  # the smallest budget that works with it; None: it has no use
 
     @classmethod
-    def of(cls, alone: Callable[[], Plan], beside: Callable[[], Plan] | None, bandwidth: float | None) -> Pair:
+    def of(cls, alone: Callable[[], Plan], beside: Callable[[], Plan] | None, rate: Rate) -> Pair:
         """Makes the plans. Raises MemoryTooSmall if the large model has no room even without the small one."""
         one = alone()
         if beside is None:
-            return cls(one, None, bandwidth)
+            return cls(one, None, rate)
         if one.resident:
             why = "the model fits in RAM, and there a pass over several tokens may say another text"
-            return cls(one, None, bandwidth, why)
+            return cls(one, None, rate, why)
         if one.slots:
-            return cls(one, None, bandwidth, "each token needs neurons of its own, so no pass checks several")
+            return cls(one, None, rate, "each token needs neurons of its own, so no pass checks several")
         try:
             other = beside()
         except MemoryTooSmall as error:
-            return cls(one, None, bandwidth, str(error), error.smallest)
-        return cls(one, other, bandwidth, "", other.least)
+            return cls(one, None, rate, str(error), error.smallest)
+        return cls(one, other, rate, "", other.least)
 
     @property
     def taken(self) -> Plan:
@@ -135,12 +98,12 @@ class Pair:
     @property
     def rate_alone(self) -> float:
         """Tokens a second to expect without the small model."""
-        return expected(self.alone, self.bandwidth)
+        return self.rate(self.alone)
 
     @property
     def rate_beside(self) -> float | None:
         """Tokens a second to expect with it."""
-        return None if self.beside is None else expected(self.beside, self.bandwidth)
+        return None if self.beside is None else self.rate(self.beside)
 
     @property
     def why_not(self) -> str:

@@ -70,6 +70,7 @@ class Plan:
     used: float  # of what streams past, the share that a token needs: of experts, those that it uses
     kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
+    lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
 
@@ -185,10 +186,12 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         head = min(m.vocabulary, head + max(0, more))
     held = parts_of(pinned, head)
     lent = 0 if m.experts else min(every - pinned, lendable_bytes(m, plan.context, plan.kv) // size)
+    passing = _passing_bytes(header, each)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
         buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
-        card_bytes=_passing_bytes(header, each) + (m.vocabulary - head) * row.nbytes,
+        card_bytes=passing + (m.vocabulary - head) * row.nbytes,
+        lent_card_bytes=passing - _passing_bytes(header, _spread(pinned + lent, plan.groups)),
         reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
 

@@ -1,0 +1,122 @@
+"""The tokens a second to expect of a plan, by what the machine and its card do in a second.
+
+A pass over a model that pages takes the longer of two times: the card's, and the processor's, which opens sessions of
+what streams past and multiplies what stays in RAM. Between passes the groups in RAM make guesses. How many of them
+are right depends on the text, so the rate of a text may be half or twice of what is expected.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import msgspec
+
+from flashd.bundle.header import Header
+from flashd.engine.model.sizes import NODES
+from flashd.engine.planning.plan import LEADING_FFNS, WEIGHTS, Plan
+from flashd.system.remembered import Remembered
+
+CARD = 45e6
+"""Bytes a second of a card that was not measured: a good SD card in a Raspberry Pi 4."""
+
+OWN, MOST_OWN, OWN_STEPS = 8.0, 5.0, 4
+"""Guesses that the pinned groups make: a pass gives 1 + OWN times their share of tokens, at most so many, after so
+many steps. Qwen2.5-Coder-1.5B has 2.7 with 21 % in RAM, 3.7 with 37 %."""
+
+RIGHT = 0.8
+"""How often a small model's guess is right if those before it were. Qwen2.5-Coder-0.5B's first guess at what the 1.5B
+says is right in 82 % of cases, and chains of 15 give 6.4 tokens a pass."""
+
+BETWEEN = 150e-6
+"""Seconds that a layer takes for one token beside its products, measured with SmolLM2-135M on x86-64."""
+
+IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
+"""Parts of a plan that every token is multiplied with."""
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What the processors of a machine do with a model's rows, in bytes a second."""
+
+    opened: float  # of the bundle, that sessions are made of and multiplied once
+    multiplied: float  # of RAM, that a single token is multiplied with
+    guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
+    checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with
+
+
+ASSUMED = Rates(opened=230e6, multiplied=5e9, guessed=4e9, checked=2e9)
+"""Of a machine that was not measured."""
+
+GUESSING, CHECKING = 3, NODES - 2
+"""Tokens of a step of drafting, and of a pass with drafts."""
+
+_machines = Remembered("machines.json", Rates, "flashd plan")
+
+
+def remember_rates(header: Header, plan: Plan, rates: Rates) -> None:
+    """Keeps the rates of this machine for plans of this kind. Raises CannotWrite."""
+    _machines.put(_key(header, plan), rates)
+
+
+def remembered_rates(header: Header, plan: Plan) -> Rates | None:
+    """The rates that were measured on this machine for plans of this kind; None if they were not."""
+    return _machines.get(_key(header, plan))
+
+
+def _key(header: Header, plan: Plan) -> str:
+    form = "int8" if plan.resident and plan.int8_layers else "float32"
+    return f"{_machine()}, {plan.threads} threads, {header.formats.ffn} rows in {form}"
+
+
+def _machine() -> str:
+    """The board's name, or the processor's. A card may have been in another board before."""
+    board = Path("/proc/device-tree/model")
+    if board.exists():
+        return board.read_text(errors="replace").strip("\0\n ")
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), platform.machine())
+
+
+def expected(plan: Plan, rates: Rates, card: float | None) -> float:
+    """Tokens a second to expect of a plan, with its small model's guesses or the pinned groups' own.
+
+    `card`: bytes a second that it reads; None: it was not measured.
+    """
+    in_ram = sum(plan.parts.get(part, 0) for part in IN_RAM)
+    if plan.resident and not plan.card_bytes:
+        return 1 / (in_ram / rates.multiplied + BETWEEN * len(plan.groups))
+    speed = card or CARD
+    if plan.draft is not None:
+        return _with_draft(plan, rates, speed)
+    once = max(_reading(plan.card_bytes, rates, speed), in_ram / rates.multiplied)
+    if plan.slots or plan.used < 1:
+        return 1 / once
+    # while a text is short, more groups are in RAM and fewer stream past
+    lent, groups = plan.lent_groups, sum(plan.groups)
+    in_ram += plan.group_bytes * lent
+    guessed = min(OWN * (sum(plan.pinned) + lent) / groups, MOST_OWN)
+    seconds = _pass(plan.card_bytes - plan.lent_card_bytes, in_ram, rates, speed) + OWN_STEPS * in_ram / rates.guessed
+    return max(1 / once, (1 + guessed) / seconds)
+
+
+def _with_draft(plan: Plan, rates: Rates, card: float) -> float:
+    assert plan.draft is not None
+    in_ram = sum(plan.parts.get(part, 0) for part in IN_RAM)
+    step = sum(plan.draft.parts.get(part, 0) for part in IN_RAM) / rates.multiplied
+
+    def rate(nodes: int) -> float:
+        # tokens of a pass may use the same experts
+        share = 1.0 if plan.used == 1 else (1 - (1 - plan.used) ** nodes) / plan.used
+        seconds = _pass(plan.card_bytes * share, in_ram, rates, card) + (nodes - 1) * step
+        return float((1 - RIGHT**nodes) / (1 - RIGHT) / seconds)
+
+    return max(rate(nodes) for nodes in range(1, NODES + 1))
+
+
+def _pass(card_bytes: float, in_ram: float, rates: Rates, card: float) -> float:
+    """Seconds of a pass with drafts: of the card, or of the processor."""
+    return max(card_bytes / card, card_bytes / rates.opened + in_ram / rates.checked)
+
+
+def _reading(card_bytes: float, rates: Rates, card: float) -> float:
+    return card_bytes / min(card, rates.opened)

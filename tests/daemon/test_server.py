@@ -132,6 +132,53 @@ def test_a_body_that_does_not_come_is_refused(served: Path, monkeypatch: pytest.
             assert b" 400 " in said and b"the body did not come within 0.2 s" in said
 
 
+@pytest.mark.parametrize("head", ["", "Connection: close\r\n"])
+@pytest.mark.parametrize("where", ["socket", "loopback"])
+@pytest.mark.parametrize(
+    ("path", "large", "status"),
+    [("nowhere", False, 404), ("v1/completions", True, 400), ("v1/completions", False, 400)],
+)
+def test_who_sends_a_large_body_before_he_reads_is_answered(
+    path: str, large: bool, status: int, where: str, head: str, served: Path, loopback: Callable[[bool], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not one of these bodies is read before its answer: a path that is not there, too long, too late."""
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.0)
+    body = b"x" * ((2 if large else 1) << 20)
+    with ExitStack() as stack:
+        if where == "socket":
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(served))
+        else:
+            address = loopback(False).removeprefix("http://").split(":")
+            client = stack.enter_context(socket.create_connection((address[0], int(address[1]))))
+        client.settimeout(60)
+        asks = f"POST /{path} HTTP/1.1\r\nHost: localhost\r\n{head}Content-Length: {len(body)}\r\n\r\n"
+        client.sendall(asks.encode())
+        for at in range(0, len(body), 1 << 16):  # steadily
+            client.sendall(body[at : at + (1 << 16)])
+        assert read_answer(client).startswith(f"HTTP/1.1 {status} ".encode())
+        if head:
+            assert client.recv(1) == b""
+        else:  # and the connection is as good as new
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 OK" in read_answer(client)
+
+
+def test_the_rest_of_a_body_is_waited_for_so_long(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "REST_SECONDS", 0.2)
+    with ExitStack() as stack:
+        for more in ("", "Connection: close\r\n"):
+            head = f"POST /nowhere HTTP/1.1\r\nHost: x\r\n{more}Content-Length: 1000\r\n\r\n"
+            (client,) = idle(stack, served, 1, head.encode())
+            assert b" 404 " in read_answer(client)
+            assert client.recv(1) == b""
+            with pytest.raises(BrokenPipeError):
+                for _ in range(100):
+                    client.sendall(b"x")
+                    time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_burst_waits_its_turn_in_order(served: Path, jobs: Jobs) -> None:
     """Many more prompts than the queue has places: all are answered, the first one first."""

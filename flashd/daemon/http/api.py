@@ -33,8 +33,9 @@ from flashd.daemon.openai.refusals import explained, refusal, refusal_of
 from flashd.daemon.pieces import in_pieces
 from flashd.errors import NOT_JSON, Busy, FlashdError, NoRoom, PromptTooLong, UsageError
 
-BODY_SECONDS = 10.0
-"""How long a client may take to send a body."""
+BODY_SECONDS, BODY_PACE = 10.0, 32 << 10
+"""How long a client may take to send a body: so many seconds, and one more for so many bytes that came. A busy board
+reads slowly what was sent at once."""
 
 ROOM_SECONDS = 0.2
 """After which a request that the queue has no room for looks again."""
@@ -211,15 +212,17 @@ def _length(http: HttpRequest) -> int:
 
 
 async def _decoded(http: HttpRequest, kind: type[B]) -> B:
-    data = bytearray()
+    data, until = bytearray(), asyncio.get_running_loop().time() + BODY_SECONDS
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout_at(until) as patience:
             async for chunk in http.stream():
                 data += chunk
                 if len(data) > MAX_BODY:
                     raise UsageError(f"a body of more than {MAX_BODY} bytes")
+                patience.reschedule(until + len(data) / BODY_PACE)
     except TimeoutError as error:
-        raise UsageError(f"the body did not come within {BODY_SECONDS:g} s") from error
+        seconds = BODY_SECONDS + len(data) / BODY_PACE
+        raise UsageError(f"the body did not come within {seconds:.1f} s") from error
     try:
         return msgspec.json.decode(data, type=kind)
     except NOT_JSON as error:

@@ -1,14 +1,17 @@
 """What one connection may hold and how long it may keep us waiting.
 
-A connection owes us something while we wait for a request's head or for its client to read. If that takes too long,
-it is dropped; if there are too many connections, the one that has owed the longest makes room for the new one.
+A connection owes us something while we wait for a request's head, for its client to read, or for the rest of a body
+that is answered already. If that takes too long, it is dropped; if there are too many connections, the one that has
+owed the longest makes room for the new one.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS, MOST_FROM_AFAR = 320, 96
@@ -29,10 +32,18 @@ HEAD_SECONDS = 10.0
 READ_SECONDS = 10.0
 """How long a client may let an answer lie."""
 
+REST_SECONDS, REST_BYTES = 10.0, 64 << 10
+"""How long the rest of a body that is answered already is read and thrown away, and how much of it at once."""
+
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with bounds."""
+    """uvicorn's protocol with bounds, and with answers that arrive.
 
+    Many clients send all of a body before they read. To close while some of it is unread resets the connection, and
+    that takes the answer from them. So the rest is read first (RFC 9112, section 9.6).
+    """
+
+    _leaving = False  # answered, and closed as soon as the client closes
     _due: asyncio.TimerHandle | None = None
     _since = 0.0
 
@@ -41,7 +52,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio reads 256 KiB at once
+        self._close, transport.close = transport.close, self._leave  # type: ignore[method-assign]
+        self._read_at_once(READ_BYTES)
         transport.set_write_buffer_limits(high=WRITE_BYTES)
         self._owes(HEAD_SECONDS)
         self._make_room()
@@ -51,7 +63,13 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._leaving:
+            return
+        rest = self._rest
         super().data_received(data)
+        if rest and not self._rest and not self._leaving:
+            self._read_at_once(READ_BYTES)
+            self._owes(HEAD_SECONDS)
         if self.headers:
             del self.headers[MOST_HEADERS + 1 :]  # as many as are needed to refuse them
         if self._answering and not self.flow.write_paused:
@@ -61,8 +79,15 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._answering:
+        if self._leaving or self._rest:
+            self._unset_keepalive_if_required()
+            self._read_rest()
+        elif not self._answering:
             self._owes(HEAD_SECONDS)
+
+    def eof_received(self) -> None:
+        self._leaving = True
+        super().eof_received()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -72,12 +97,37 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._answering:
             self._owes_nothing()
+        elif self._leaving or self._rest:
+            self._read_rest()
         else:
             self._owes(HEAD_SECONDS)
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _rest(self) -> bool:
+        """Whether more may come of a request that is answered already."""
+        return not self._answering and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def _read_rest(self) -> None:
+        self._read_at_once(REST_BYTES)
+        self._owes(REST_SECONDS)
+
+    def _leave(self) -> None:
+        """In place of the transport's `close`: reads what is left, and closes when the client does."""
+        if self._leaving or not self._rest or self.transport.is_closing():
+            self._close()
+            return
+        self._leaving = True
+        with suppress(OSError):  # the client is gone; it is seen when we read
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._read_rest()
+
+    def _read_at_once(self, size: int) -> None:
+        self.transport.max_size = size  # type: ignore[attr-defined]  # asyncio reads 256 KiB at once
 
     def _owes(self, seconds: float) -> None:
         self._owes_nothing()

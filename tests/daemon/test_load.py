@@ -119,7 +119,8 @@ class Load:
         while time.monotonic() - begun < SECONDS or any(self.replies[kind] < n for kind, n in WANTED.items()):
             assert time.monotonic() - begun < SECONDS + PATIENCE, self.replies
             await asyncio.sleep(0.1)
-            assert not any(task.done() for task in tasks)
+            for task in tasks:
+                assert not task.done() or task.result()  # which raises why it ended
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -42,6 +42,8 @@ STEP: st.SearchStrategy[Any] = st.sampled_from(
         {"type": "Split", "pattern": {"Regex": "(a|a|aa|a)+$"}, "behavior": "Isolated", "invert": False},
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed", "invert": True},
         {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+        {"type": "Replace", "pattern": {"String": "\u0644"}, "content": "\ufdfa"},
+        {"type": "Precompiled", "precompiled_charsmap": "AQ=="},
         {"type": "NFKD"}, {"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Sequence"}, {},
     ]
 )  # fmt: skip

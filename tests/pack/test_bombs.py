@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -16,10 +17,11 @@ import pytest
 
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
-from flashd.bundle.tokenizer_json import check_growth, check_numbers
+from flashd.bundle.tokenizer_json import check_numbers, checked_growth
 from flashd.config import settings
 from flashd.engine.decoding.schemas import Schemas
-from flashd.errors import ConfigError, DataError
+from flashd.engine.decoding.text import TextTokenizer
+from flashd.errors import ConfigError, DataError, PromptTooLong
 from flashd.pack import pack as packing
 from flashd.pack.pack import pack
 from flashd.system.child import Limits
@@ -27,7 +29,13 @@ from tests import tiny, tiny_folder
 from tests.fuzz.test_files import header_of, signed_again
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+APART = {"type": "NFKC"}, {"type": "Replace", "pattern": {"String": "\u0644"}, "content": "\ufdfa"}
+"""One letter of U+FDFA's eighteen becomes U+FDFA again."""
 ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|a|aa|a)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def precompiled(charsmap: bytes) -> dict[str, str]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +92,11 @@ def with_tokenizer(whole: bytes, **values: Any) -> bytes:
         ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 27}}, "makes a text 128 times as long"),
         ({"pre_tokenizer": ENDLESS}, "the tokenizer fails on a text"),
         ({"normalizer": DOUBLE | {"content": "a" * 900}}, "makes a text 900 times as long"),
+        ({"normalizer": DOUBLE | {"content": "\U00010000" * 20}}, "makes a text 80 times as long"),
+        ({"normalizer": {"type": "Sequence", "normalizers": APART * 5}}, "makes a text 242 times as long"),
+        ({"normalizer": precompiled(b"\0\0\0\0abc\0" + b"d" * 70 + b"\0")}, "makes a text 70 times as long"),
+        ({"normalizer": precompiled(b"\1")}, "a tokenizer that is none (Precompiled: "),
+        ({"normalizer": {"type": "Fivefold"}}, "'Fivefold' is not a step that is known"),
     ],
 )
 def test_a_bundle_s_tokenizer(tmp_path: Path, tiny_bundle: Path, values: dict[str, Any], words: str) -> None:
@@ -92,6 +105,16 @@ def test_a_bundle_s_tokenizer(tmp_path: Path, tiny_bundle: Path, values: dict[st
     code, said, mib = asked(path, "a" * 40 + "b")
     assert code == os.EX_DATAERR and len(said) == 1 and words in said[0], said
     assert mib < 400
+
+
+def test_a_text_that_grows_is_counted_in_short_pieces() -> None:
+    """As long as is allowed, of letters that are no tokens: nothing else would say that the text is too long."""
+    model = {"type": "BPE", "vocab": {"b": 0}, "merges": []}
+    data = json.dumps({"model": model, "normalizer": DOUBLE | {"content": "a" * 64}}).encode()
+    made = TextTokenizer(data, None, False)
+    made.check_length(["a" * 20_000], 10)
+    with pytest.raises(PromptTooLong):
+        made.check_length(["a" * 40_000], 10)
 
 
 def test_a_bundle_s_tokenizer_that_pads_each_text(tmp_path: Path, tiny_bundle: Path) -> None:
@@ -169,5 +192,5 @@ def test_a_configuration_of_many_keys_is_not_read_to_its_end() -> None:
 def test_real_tokenizers_are_within_bounds(packed: dict[str, Path]) -> None:
     with Bundle(packed["int4"]) as bundle:
         data = bundle.read("tokenizer")
-        check_growth(data)
+        assert checked_growth(data) <= 12
         check_numbers(data, bundle.header.model.vocabulary)

@@ -13,7 +13,7 @@ from typing import Any
 import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.bundle.tokenizer_json import check_growth, ids_of
+from flashd.bundle.tokenizer_json import ids_of, read
 from flashd.engine.decoding.tools.calls import Call, Tool
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
@@ -32,6 +32,10 @@ LONGEST_EMOJI = 32
 
 PIECE, LOST_AT_A_CUT = 8192, 16
 """A long text's tokens are counted in pieces of PIECE characters. A cut adds at most LOST_AT_A_CUT tokens."""
+
+GROWS, LONGEST_GROWN = 16, 2 << 20
+"""A tokenizer that may make a text more than GROWS times as long has shorter pieces. No text may become longer than
+LONGEST_GROWN characters: the tokenizer holds some 20 bytes for each."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -67,15 +71,13 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer_json: bytes, bos: int | None, add_bos: bool, eos: Sequence[int] = ()) -> None:
-        from tokenizers import Tokenizer
-
         try:
-            check_growth(tokenizer_json)
-            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+            self._tokenizer, growth = read(tokenizer_json)
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
         except (ValueError, DataError) as error:
             raise DataError(f"the bundle's tokenizer cannot be read ({error}); pack it again") from error
+        self._piece = PIECE * GROWS // max(GROWS, growth)
         self._first = [bos] if add_bos and bos is not None else []
         # the texts that chat templates know by these names
         self.bos_token, self.eos_token = self.spelt(bos), self.spelt(next(iter(eos), None))
@@ -128,14 +130,21 @@ class TextTokenizer:
 
         They are counted in pieces, because the tokenizer holds some 500 bytes for each token of a text.
         """
-        parts = [text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
-        if sum(map(len, parts)) <= PIECE:
+        size = self._piece
+        parts = [text[i : i + size] for text in texts for i in range(0, len(text), size)]
+        if sum(map(len, parts)) <= size:
             return
-        tokens = 0
+        tokens = grown = 0
         for part in parts:
             tokens += max(0, len(ids_of(self._tokenizer, part)) - LOST_AT_A_CUT)
-            if tokens > room:
+            grown += self._grown(part)
+            if tokens > room or grown > LONGEST_GROWN:
                 raise PromptTooLong(None, room)
+
+    def _grown(self, text: str) -> int:
+        """How many characters the tokenizer's first steps make of a text."""
+        steps = self._tokenizer.normalizer
+        return len(steps.normalize_str(text) if steps is not None else text)
 
     def spelt(self, token: int | None) -> str:
         """The text of a token as a template spells it. Empty for None."""

@@ -22,9 +22,10 @@ from flashd.errors import UsageError
 from flashd.pack.pack import pack
 from tests.bundle.test_reader import poke
 from tests.engine.test_decode import said
-from tests.engine.test_paths import opened
+from tests.engine.test_paths import ARITHMETICS, all_logits, opened
 from tests.engine.test_prefixes import fresh, process, teach
 from tests.goldens.models import GOLDENS, LAYERS, TOKENS
+from tests.reference import relative
 
 CONTEXT = 120
 
@@ -85,6 +86,15 @@ def test_drafts_and_snapshots_change_no_word(gemma: Path, tmp_path: Path, monkey
     with process(gemma, tmp_path, 0.5, CONTEXT) as p:
         logits, figures = p.logits(prompt)
         assert p.passes == [] and np.array_equal(logits, expected)
+
+
+def test_a_model_in_ram_keeps_what_scales_its_layers(gemma: Path) -> None:
+    """In the fast arithmetic too, which throws away the scales of rows once they are packed."""
+    found = []
+    for arithmetic in ARITHMETICS:
+        with opened(gemma, None, CONTEXT, arithmetic) as model:
+            found += [all_logits(model, TOKENS.tolist(), chunk) for chunk in (48, 1)]
+    assert all(relative(found[0], other) < 0.15 for other in found)
 
 
 @pytest.mark.parametrize(

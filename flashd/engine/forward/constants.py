@@ -233,8 +233,12 @@ class Constants:
 
 
 def _part(name: str) -> str:
-    """Which of PARTS an array is, by its name. Empty: another array."""
-    return next((part for part in name.split(".") if part in PARTS), "")
+    """Which of PARTS an array of a product is, by the end of its name. Empty: another array, such as a vector.
+
+    `layer.0.scale.weight`, which multiplies what leaves a layer, is a vector. It is read in every pass.
+    """
+    *_, end = name.removesuffix(".high").removesuffix(".low").split(".")
+    return end if end in PARTS else ""
 
 
 def _zeros(scale: Floats) -> npt.NDArray[np.uint8]:

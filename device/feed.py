@@ -31,6 +31,10 @@ TRIGGER = "trigger:"
 SERIAL = "serial:"
 
 
+Passed = Literal["queued", "moved", "started", "progress", "text", "restarted", "ended"]
+"""Events of a job that a page is told as they are."""
+
+
 class Told(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One event of the stream. `phase` is the appliance's; all others are a job's, and `asked` is its first."""
 
@@ -123,13 +127,14 @@ class _Telling:
             return [*told, self._ended(event.end)]
         if event.kind == "restarted":
             self._whole[event.job] = event.job in self._ours
-        if event.kind == "call":  # what a client's answer calls is the client's
+        kind = event.kind
+        if kind == "call" or kind == "thought":  # calls are the client's, and thoughts are not shown
             return told
-        return [*told, self._passed_on(event)]
+        return [*told, self._passed_on(event, kind)]
 
-    def _passed_on(self, event: Event) -> Told:
+    def _passed_on(self, event: Event, kind: Passed) -> Told:
         return Told(
-            kind=event.kind, job=event.job, position=event.position, done=event.done, total=event.total,
+            kind=kind, job=event.job, position=event.position, done=event.done, total=event.total,
             card_bytes=event.card_bytes, text=event.text if self._whole[event.job] else "",
         )  # fmt: skip
 

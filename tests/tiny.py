@@ -12,7 +12,21 @@ from gguf.constants import GGMLQuantizationType as Kind
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, LAYERS = 64, 4, 2, 16, 200, 3
 
 
-def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool = True, seed: int = 0) -> Path:
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}"
+    '{% for c in m.tool_calls %}<call>{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments | tojson }}}{% endfor %}<|end|>{% endfor %}<|start|>"
+)
+
+
+def write(
+    path: Path,
+    family: str = "llama",
+    kind: Kind = Kind.F32,
+    tied: bool = True,
+    seed: int = 0,
+    template: str = TEMPLATE,
+) -> Path:
     """A model of family `family` whose matrices have type `kind`."""
     random = np.random.default_rng(seed)
     w = gguf.GGUFWriter(path, family)
@@ -25,7 +39,7 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     w.add_head_count_kv(KV_HEADS)
     w.add_rope_freq_base(10000.0)
     w.add_layer_norm_rms_eps(1e-5)
-    vocabulary = add_vocabulary(w)
+    vocabulary = add_vocabulary(w, template=template)
 
     def matrix(name: str, *shape: int) -> None:
         values = (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
@@ -64,7 +78,7 @@ def write(path: Path, family: str = "llama", kind: Kind = Kind.F32, tied: bool =
     return path
 
 
-def add_vocabulary(w: gguf.GGUFWriter, size: int = 0) -> int:
+def add_vocabulary(w: gguf.GGUFWriter, size: int = 0, template: str = TEMPLATE) -> int:
     """Writes a tokenizer of bytes and a few merges, and a chat template; returns how many tokens there are.
 
     If `size` is more than these, words that no text is cut into fill the vocabulary.
@@ -78,11 +92,7 @@ def add_vocabulary(w: gguf.GGUFWriter, size: int = 0) -> int:
     w.add_token_types([1] * (len(texts) - 2) + [3, 3])
     w.add_token_merges(merges)
     w.add_eos_token_id(len(texts) - 1)
-    w.add_chat_template(
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}"
-        '{% for c in m.tool_calls %}<call>{"name": "{{ c.function.name }}", "arguments": '
-        "{{ c.function.arguments | tojson }}}{% endfor %}<|end|>{% endfor %}<|start|>"
-    )
+    w.add_chat_template(template)
     return len(texts)
 
 

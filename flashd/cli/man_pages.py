@@ -113,9 +113,9 @@ def _arguments(parser: Parser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
             continue
         yield ".TP"
-        names = ", ".join(action.option_strings) or str(action.metavar)
+        names = "\\fR, \\fB".join(map(_text, action.option_strings)) or _text(str(action.metavar))
         value = f" \\fI{_text(str(action.metavar))}\\fR" if action.option_strings and action.metavar else ""
-        yield f"\\fB{_text(names)}\\fR{value}"
+        yield f"\\fB{names}\\fR{value}"
         yield _text((action.help or "") % {"default": action.default})
 
 

@@ -67,6 +67,7 @@ class Answering(Budgeted):
     repeat_penalty: float | None
     seed: int | None
     stop: list[str]
+    think: bool | None
     ignore_eos: bool
     no_drafts: bool
     no_snapshots: bool

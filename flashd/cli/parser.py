@@ -5,6 +5,7 @@ The manual page flashd(1) is made of this module, so a help text is a whole sent
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -102,6 +103,11 @@ def _add_answering(parser: Parser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT",
         help="End the answer before this text. This option may be given several times.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--think", action=argparse.BooleanOptionalAction,
+        help="Let a reasoning model think before it answers, or not (default: as the daemon is configured, else not)."
+        " ask prints the thoughts on standard error.",
     )  # fmt: skip
     a.flag(parser, "--ignore-eos", "Go on when the model ends its answer. This is for measuring.")
     a.flag(parser, "--no-drafts", "Compute one token in each pass over the card. This is for comparing.")

@@ -30,9 +30,10 @@ def say_cut(finish: str) -> None:
         print(f"(cut: {CUT[finish]})", file=sys.stderr, flush=True)
 
 
-def answer_as_json(text: str, finish: str, figures: Mapping[str, float]) -> str:
+def answer_as_json(text: str, thoughts: str, finish: str, figures: Mapping[str, float]) -> str:
     """An answer and what it cost, as a line of JSON."""
-    return json.dumps({"text": text, "finish": finish, **figures}, ensure_ascii=False)
+    thought = {"thoughts": thoughts} if thoughts else {}
+    return json.dumps({"text": text, **thought, "finish": finish, **figures}, ensure_ascii=False)
 
 
 def cost_in_words(finish: str, figures: Mapping[str, float]) -> str:

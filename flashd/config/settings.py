@@ -81,6 +81,11 @@ class Answering(Strict, frozen=True, kw_only=True):
     """A token is never drawn if its probability is below this share of the likeliest one's. 0 turns it off."""
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
     """Tokens that were said lately become less likely by this factor. 1 turns it off."""
+    think: bool = False
+    """Whether a reasoning model may think before it answers.
+
+    Its thoughts are not shown or spoken. They count as tokens, so max_tokens has to be some hundred higher.
+    """
 
 
 class Network(Strict, frozen=True, kw_only=True):

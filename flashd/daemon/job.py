@@ -93,6 +93,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     coalesce: bool = False  # one of the same source that still waits stands for this one too
     per_minute: int | None = None  # jobs of this source
     max_tokens: int | None = None
+    think: bool | None = None  # whether the model may think before it answers; None: as the configuration says
     forget: bool = False  # of a talk that does not fit in the context the oldest messages are left out
     forgotten: int = 0  # so many are left out of `turns` already
     stop: tuple[str, ...] = ()
@@ -108,6 +109,7 @@ class Result(msgspec.Struct, kw_only=True):
     """What came of a job."""
 
     text: str = ""
+    thoughts: str = ""  # what the model thought before it answered
     calls: tuple[Call, ...] = ()  # what the answer calls
     finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
@@ -213,10 +215,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a job.
 
     queued (position), moved (position, when the queue goes on), started, progress (done, total, card_bytes),
-    text (text, scored), call (call), restarted (forget what was said), ended (the job as it ended).
+    thought (text), text (text, scored), call (call), restarted (forget what was said), ended (the job as it ended).
     """
 
-    kind: Literal["queued", "moved", "started", "progress", "text", "call", "restarted", "ended"]
+    kind: Literal["queued", "moved", "started", "progress", "thought", "text", "call", "restarted", "ended"]
     job: int
     text: str = ""
     scored: tuple[Scored, ...] = ()  # the tokens of `text`, if the job asks for them

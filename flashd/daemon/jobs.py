@@ -110,6 +110,8 @@ class Jobs:
         """What a watch that comes late has missed."""
         if job.state is State.QUEUED:
             yield self._place(job, "queued")
+        if job.result.thoughts:
+            yield Event(kind="thought", job=job.id, text=job.result.thoughts)
         if job.result.text:
             yield Event(kind="text", job=job.id, text=job.result.text)
         for i, call in enumerate(job.result.calls):
@@ -243,6 +245,12 @@ class Jobs:
             job.result.text += text
             self._tell(Event(kind="text", job=job.id, text=text, scored=scored))
 
+    def think(self, job: Job, text: str) -> None:
+        """More of what a running job's model thinks before it answers."""
+        with self._changed:
+            job.result.thoughts += text
+            self._tell(Event(kind="thought", job=job.id, text=text))
+
     def call(self, job: Job, part: CallPart) -> None:
         """More of a call in a running job's answer."""
         with self._changed:
@@ -272,7 +280,8 @@ class Jobs:
                 self._spool.put_back(job)
             except CannotWrite as error:
                 log.error("%s; %s still counts as begun there", error, job)
-            job.state, job.attempts, job.result.text, job.result.calls = State.QUEUED, 0, "", ()
+            job.state, job.attempts = State.QUEUED, 0
+            job.result.text, job.result.thoughts, job.result.calls = "", "", ()
             self._runs_no_more(job)
             self._enqueue(job)
             self._tell(Event(kind="restarted", job=job.id))

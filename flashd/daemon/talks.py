@@ -31,6 +31,12 @@ class Talks:
         """Tokens that an answer may have."""
         return request.max_tokens or self._answering().max_tokens
 
+    def _thinks(self, request: Request) -> bool:
+        """Whether the model may think first. An answer by choices, a schema or tools is one from its first token."""
+        if request.choose or request.json_schema is not None or request.calling is not None:
+            return False
+        return self._answering().think if request.think is None else request.think
+
     def fitting(self, request: Request) -> Request:
         """The request without the messages that are to be forgotten. Raises PromptTooLong, DataError."""
         left_out, tokens = self.tokens(request, lambda: None)  # only the worker's own thread feeds the watchdog
@@ -63,15 +69,15 @@ class Talks:
         """
         if request.plain:
             return 0, self._prompts.plain("".join(turn.content for turn in request.turns), self.room)
-        system = self._answering().system
+        system, think = self._answering().system, self._thinks(request)
         messages = [Message(t.role, t.content, t.calls, t.call, t.name) for t in request.turns]
         if system and all(message.role != "system" for message in messages):
             messages.insert(0, Message("system", system))
         if not request.forget:
-            return 0, self._prompts.tokens(messages, self.room, request.calling)
+            return 0, self._prompts.tokens(messages, self.room, request.calling, think)
 
         def encode(some: Sequence[Message], room: int) -> list[int]:
             alive()
-            return self._prompts.tokens(some, room, request.calling)
+            return self._prompts.tokens(some, room, request.calling, think)
 
         return shortened(messages, encode, self.room, self.limit(request))

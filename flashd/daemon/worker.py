@@ -19,6 +19,7 @@ from flashd.daemon.whole import lacking, schemas_of
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import HELD_BY_ANSWERS, Schemas, held_by_answer, held_by_schemas
+from flashd.engine.decoding.thoughts import Said
 from flashd.engine.decoding.tools.grammar import Speaking
 from flashd.engine.decoding.tools.listener import Listener
 from flashd.engine.engine import Answer, Engine, Prompts, Speech
@@ -147,7 +148,7 @@ class Worker:
             prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
             constraint=self._constraint(request, speaking), scores=request.logprobs,
             session=request.session,
-            shown=speaking.shown if speaking else None,
+            shown=speaking.shown if speaking else None, thinks=not request.plain,
         )  # fmt: skip
 
     def _choose(self, running: _Running, prompt: list[int], sampling: Sampling) -> None:
@@ -183,8 +184,8 @@ class Worker:
     def _pass(self) -> None:
         """One pass for all that runs."""
         with closing(self._engine.go_on(self._on_step)) as pieces:
-            for speech, piece in pieces:
-                self._say(speech, piece)
+            for speech, said in pieces:
+                self._say(speech, said)
         for running in self._running:
             if running.speech is not None and running.speech.done:
                 if running.listener is not None and not running.over and (held := running.listener.finish()):
@@ -219,11 +220,14 @@ class Worker:
         for running in whose:
             self._finish(running, State.FAILED, why)
 
-    def _say(self, speech: Speech, piece: str) -> None:
+    def _say(self, speech: Speech, said: Said) -> None:
         running = next(r for r in self._running if r.speech is speech)
-        if not piece or running.over:
+        if not said.text or running.over:
             return
-        for part in running.listener.push(piece) if running.listener else [piece]:
+        if said.thought:
+            self._jobs.think(running.job, said.text)
+            return
+        for part in running.listener.push(said.text) if running.listener else [said.text]:
             if isinstance(part, str):
                 self._jobs.say(running.job, part, self._scored(speech))
             else:

@@ -20,6 +20,7 @@ from flashd.engine.decoding.draft_model import DraftModel
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
+from flashd.engine.decoding.thoughts import Said, Thoughts, tag_that_closes
 from flashd.engine.decoding.tools.calls import Calling, Tool, text_of
 from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, learnt, plain_talk
 from flashd.engine.decoding.tools.grammar import Speaking, speaking
@@ -62,14 +63,16 @@ class Prompts:
         self._channels = text.channels
 
     def tokens(
-        self, messages: Sequence[Message], room: int | None = None, calling: Calling | None = None
-    ) -> list[int]:
+        self, messages: Sequence[Message], room: int | None = None, calling: Calling | None = None,
+        think: bool = False,
+    ) -> list[int]:  # fmt: skip
         """The tokens of the prompt that asks for the next answer.
 
         Args:
             messages: the conversation so far.
             room: the most tokens that the caller can use. A text of many more is refused before it takes memory.
             calling: the tools that the answer may call.
+            think: whether the model may think before it answers, if it is one that does.
 
         Raises DataError if the chat template fails, PromptTooLong if the text is longer than `room`.
         """
@@ -83,7 +86,8 @@ class Prompts:
             messages, tools = plain_talk(messages, calling, self.calls_format), ()
         if self._template is None:
             return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
-        return self._template.encode(messages, self._tokenizer, tools)
+        tokens = self._template.encode(messages, self._tokenizer, tools, think)
+        return tokens if think else answering(tokens, self._channels)
 
     @cached_property
     def calls_format(self) -> CallFormat:
@@ -151,6 +155,7 @@ class Answer:
     """One answer as it grows."""
 
     text: str = ""
+    thoughts: str = ""  # what the model thought before
     figures: Figures = field(default_factory=Figures)
 
 
@@ -161,12 +166,14 @@ class Speech:
     """
 
     def __init__(
-        self, line: Line, sampler: Sampler, answer: Answer, words: Detokenizer | ChannelWords, stop: Sequence[str]
-    ) -> None:
+        self, line: Line, sampler: Sampler, answer: Answer, words: Detokenizer | ChannelWords, stop: Sequence[str],
+        thoughts: Thoughts | None,
+    ) -> None:  # fmt: skip
         self.line, self._sampler = line, sampler
         self._scored: list[Score] = []  # those of tokens whose text is held back
         self._shown: list[Score] = []
         self._answer, self._words, self._stops = answer, words, StopStrings(list(stop))
+        self._thoughts = thoughts  # None: all that comes is the answer
         self._whole = False
 
     @property
@@ -177,29 +184,46 @@ class Speech:
         """Ends the answer here: the caller wants no more of it."""
         self.line.done = self._whole = True
 
-    def push(self, token: int) -> str:
-        """Takes the next token and returns the text that can be shown now. The text may be empty."""
-        shown, stopped = self._stops.push(self._words.push(token))
-        self._answer.text += shown
+    def push(self, token: int) -> list[Said]:
+        """Takes the next token and returns what can be shown now."""
         if self._sampler.score is not None:
             self._scored.append(self._sampler.score)
-        self._show_scores(shown)
-        if stopped:
-            self._answer.figures.finish = "stop"
-            self.stop()
-        return shown
+        text, told = self._words.push(token), []
+        for said in self._thoughts.push(text) if self._thoughts else [Said(text)]:
+            if said.thought:
+                told.append(self._thought(said))
+                continue
+            shown, stopped = self._stops.push(said.text)
+            told.append(self._said(shown))
+            if stopped:
+                self._answer.figures.finish = "stop"
+                self.stop()
+                break
+        return told
 
-    def rest(self) -> str:
-        """The text that was held back, to be shown when the answer has ended. Later calls return nothing."""
+    def rest(self) -> list[Said]:
+        """What was held back, to be shown when the answer has ended. Later calls return nothing."""
         if self._whole:
-            return ""
+            return []
         self._whole = True
         cut = self._answer.figures.finish != "stop"
-        rest, _ = self._stops.push(self._words.finish(cut))
-        rest += self._stops.finish()
-        self._answer.text += rest
-        self._show_scores(rest)
-        return rest
+        text, told, rest = self._words.finish(cut), [], ""
+        for said in [*self._thoughts.push(text), *self._thoughts.finish()] if self._thoughts else [Said(text)]:
+            if said.thought:
+                told.append(self._thought(said))
+            else:
+                rest += self._stops.push(said.text)[0]
+        return [*told, self._said(rest + self._stops.finish())]
+
+    def _thought(self, said: Said) -> Said:
+        self._answer.thoughts += said.text
+        self._scored = []
+        return said
+
+    def _said(self, text: str) -> Said:
+        self._answer.text += text
+        self._show_scores(text)
+        return Said(text)
 
     def scores(self) -> list[Score]:
         """The scores of the tokens whose text has been shown since the last call."""
@@ -281,6 +305,7 @@ class Engine:
         scores: int | None = None,
         session: str | None = None,
         shown: Mapping[int, bytes] | None = None,
+        thinks: bool = True,
     ) -> Speech:
         """Starts an answer. Other answers may be in progress: ask `fits` first. Call `end` when it is done.
 
@@ -295,6 +320,7 @@ class Engine:
             session: the talk that it belongs to, which `remember` keeps on the card.
             scores: so many of the likeliest tokens are in the score of each token. None: there are no scores.
             shown: the bytes of some tokens in this answer, such as of control tokens, which otherwise have none.
+            thinks: whether thoughts are told from the answer. Not so if the prompt is plain text.
 
         Raises UsageError for a prompt that is empty or too long.
         """
@@ -305,12 +331,13 @@ class Engine:
             prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,
             figures=answer.figures, drafts=drafts, session=session,
         )  # fmt: skip
-        speech = Speech(line, sampler, answer, words(self.token_bytes, channels, shown), stop)
+        thoughts = Thoughts(tag_that_closes(prompt, self.token_bytes)) if thinks else None
+        speech = Speech(line, sampler, answer, words(self.token_bytes, channels, shown), stop, thoughts)
         self._speeches.append(speech)
         return speech
 
-    def pieces(self, speech: Speech, on_step: OnStep = silent) -> Iterator[str]:
-        """The text of the only answer in progress, piece by piece. The answer is ended when this returns.
+    def pieces(self, speech: Speech, on_step: OnStep = silent) -> Iterator[Said]:
+        """What is said in the only answer in progress, piece by piece. The answer is ended when this returns.
 
         Raises CardError, DataError.
         """
@@ -326,18 +353,19 @@ class Engine:
         """Whether one more answer may join those in progress."""
         return self._conversation.fits(prompt, limit)
 
-    def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Speech, str]]:
-        """Runs one pass for all answers in progress and yields the text that each gains. Close the generator.
+    def go_on(self, on_step: OnStep = silent) -> Generator[tuple[Speech, Said]]:
+        """Runs one pass for all answers in progress and yields what each gains. Close the generator.
 
         Raises CardError, DataError. The answers are then as they were before the pass and may go on.
         """
         by_line = {speech.line: speech for speech in self._speeches}
         with closing(self._conversation.go_on(on_step)) as said:
             for line, token in said:
-                yield by_line[line], by_line[line].push(token)
+                for part in by_line[line].push(token):
+                    yield by_line[line], part
         for speech in self._speeches:
-            if speech.done and (rest := speech.rest()):
-                yield speech, rest
+            for part in speech.rest() if speech.done else []:
+                yield speech, part
 
     def end(self, speech: Speech) -> None:
         """Takes an answer out of those in progress. Do not call it within a pass."""

@@ -14,6 +14,9 @@ from jinja2.parser import Parser
 
 from flashd.system.template import Template
 
+SWITCHES = ("enable_thinking", "thinking")
+"""The names by which templates are told whether the model may think: most models' name, and Granite's."""
+
 LONGEST_PROMPT = 1 << 20
 """Characters that a chat template may make; as many bytes are the most that a request may have."""
 
@@ -41,7 +44,7 @@ def chat_template(source: str) -> Template:
 
 def chat_values(
     turns: Sequence[Mapping[str, Any]], bos_token: str, eos_token: str, unk_token: str,
-    tools: Sequence[Mapping[str, Any]] = (), prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (), prompt: bool = True, think: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What a template is rendered with. flashd has no documents.
 
@@ -49,8 +52,10 @@ def chat_values(
         turns: the messages.
         tools: the functions that the next answer may call.
         prompt: whether the text ends with the beginning of the next answer.
+        think: whether the model may think before it answers.
     """
     return {
+        **dict.fromkeys(SWITCHES, think),
         "messages": [dict(turn) for turn in turns], "tools": [dict(tool) for tool in tools] or None,
         "documents": None, "add_generation_prompt": prompt,
         "bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token,

@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 
 
-def add_harmony(w: gguf.GGUFWriter) -> int:
+def add_harmony(w: gguf.GGUFWriter, template: str) -> int:
     """The tiny vocabulary with OpenAI's control tokens in place of its own."""
     texts, merges = tiny._vocabulary()
     texts = [*texts[:-2], *CONTROLS]
@@ -33,7 +33,7 @@ def add_harmony(w: gguf.GGUFWriter) -> int:
     w.add_token_types([1] * (len(texts) - len(CONTROLS)) + [3] * len(CONTROLS))
     w.add_token_merges(merges)
     w.add_eos_token_id(texts.index("<|return|>"))
-    w.add_chat_template(TEMPLATE)
+    w.add_chat_template(template)
     return len(texts)
 
 
@@ -42,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("channels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "add_vocabulary", add_harmony)
-        model = tiny.write(folder / "m.gguf")
+        model = tiny.write(folder / "m.gguf", template=TEMPLATE)
     pack(model, folder / "m.flash", "int4")
     return folder / "m.flash"
 
@@ -76,14 +76,16 @@ def test_thoughts_are_told_apart_from_the_answer(bundle: Path) -> None:
     asked = [Message("user", "the"), Message("assistant", shown(thought + final)), Message("user", "he")]
     told = [Message("user", "the"), Message("assistant", "The end."), Message("user", "he")]
     assert prompts.tokens(asked) == prompts.tokens(told)
-    assert prompts.tokens(told)[-len(text.channels.opens) :] == text.channels.opens
+    opens = text.channels.opens
+    assert prompts.tokens(told, think=True)[-len(opens) :] == opens
+    assert prompts.tokens(told) == prompts.tokens(told, think=True) + text.channels.final
 
 
 def test_a_choice_is_made_in_the_final_channel(bundle: Path) -> None:
     with Bundle(bundle) as opened, Engine(opened, Budget(context=128)) as engine:
         prompts, channels = Prompts(opened), opened.header.text.channels
         assert channels
-        prompt, choices = prompts.tokens([Message("user", "the")]), prompts.choices(["yes", "no"])
+        prompt, choices = prompts.tokens([Message("user", "the")], think=True), prompts.choices(["yes", "no"])
         found = [
             engine.choose(some, choices, Sampling(temperature=0), Answer()).probabilities
             for some in (prompt, [*prompt, *channels.final])

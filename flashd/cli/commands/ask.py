@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flashd.cli.client import socket_path
@@ -14,13 +15,14 @@ from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.own_model import budget, bundle_of, draft_of, prefixes
 from flashd.cli.progress import Bar
 from flashd.cli.talking.desks import Pipe, checked, desk
-from flashd.cli.talking.said import STOPPED, Said, print_end
+from flashd.cli.talking.said import STOPPED, Aside, Said, print_end
 from flashd.cli.talking.talk import Talk, Turns
 from flashd.errors import INTERRUPTED, DataError, UsageError
 
 if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.sampling import Sampling
+    from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Answer, Engine
 
 
@@ -32,13 +34,13 @@ def ask(options: Ask, started: float) -> int:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.engine import Engine
 
     said, pipe = Said(), Pipe()
     messages = [Message("system", options.system)] if options.system else []
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
-        tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens([*messages, Message("user", text)]))
+        tokens = tokens_apart(bundle.path, lambda: _tokens(bundle, [*messages, Message("user", text)], options))
         kept = prefixes(bundle, options.no_snapshots, options.kv)
         with (
             Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
@@ -78,7 +80,8 @@ def chat(options: Chat) -> int:
 
             def answer(turns: Turns, said: Said) -> None:
                 messages = [Message(*turn) for turn in turns]
-                said.forgotten, tokens = shortened(messages, prompts.tokens, room, options.limit)
+                encode = partial(prompts.tokens, think=bool(options.think))
+                said.forgotten, tokens = shortened(messages, encode, room, options.limit)
                 _say(engine, tokens, sampling, options, said, here.say)
 
             with desk(at_once=False) as here:
@@ -100,6 +103,12 @@ def daemon_answers(options: Answering) -> bool:
     return not own
 
 
+def _tokens(bundle: Bundle, messages: list[Message], options: Answering) -> list[int]:
+    from flashd.engine.engine import Prompts
+
+    return Prompts(bundle).tokens(messages, think=bool(options.think))
+
+
 def _say(
     engine: Engine, tokens: list[int], sampling: Sampling, options: Answering, said: Said, show: Callable[[str], None]
 ) -> None:
@@ -112,7 +121,8 @@ def _say(
         _stream(engine, tokens, sampling, options, answer, said, show)
     except KeyboardInterrupt:
         said.stopped, answer.figures.finish = True, STOPPED
-    said.text, said.finish, said.figures = answer.text, answer.figures.finish, cost(engine, answer)
+    said.text, said.thoughts, said.finish = answer.text, answer.thoughts, answer.figures.finish
+    said.figures = cost(engine, answer)
 
 
 def _stream(
@@ -124,6 +134,7 @@ def _stream(
         tokens, sampling, answer, limit=options.limit, stop=options.stop, ignore_eos=options.ignore_eos,
         drafts=not options.no_drafts,
     )  # fmt: skip
+    aside = Aside(options)
     with Bar("thinking", "layers") as bar:
 
         def on_step(done: int, layers: int, card_bytes: int) -> None:
@@ -131,11 +142,15 @@ def _stream(
                 raise KeyboardInterrupt
             bar.show_pass(done, layers, card_bytes)
 
-        for piece in engine.pieces(speech, on_step):
+        for part in engine.pieces(speech, on_step):
+            if part.thought:
+                aside.say(part.text, bar.close)
+                continue
             bar.close()
+            aside.end()
             if not options.json:
                 said.shown = True
-                show(piece)
+                show(part.text)
 
 
 def _sampling(options: Answering, bundle: Bundle) -> Sampling:

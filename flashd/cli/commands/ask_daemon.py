@@ -11,7 +11,7 @@ from flashd.cli.client import Client, socket_path
 from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.progress import Waiting
 from flashd.cli.talking.desks import Pipe, desk
-from flashd.cli.talking.said import STOPPED, Said, print_end
+from flashd.cli.talking.said import STOPPED, Aside, Said, print_end
 from flashd.cli.talking.talk import MOST_PRESETS, Talk, Turns, Welcome
 from flashd.cli.talking.tty import as_terminal
 from flashd.errors import INTERRUPTED, FlashdError, UsageError
@@ -95,7 +95,8 @@ def _body(options: Answering) -> dict[str, Any]:
             "the daemon takes --temperature, --top-p and --seed only; add --model to use --top-k, --min-p or"
             " --repeat-penalty"
         )
-    return {
+    think = {} if options.think is None else {"chat_template_kwargs": {"enable_thinking": options.think}}
+    return think | {
         "max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p,
         "seed": options.seed, "stop": options.stop or None,
     }  # fmt: skip
@@ -103,24 +104,29 @@ def _body(options: Answering) -> dict[str, Any]:
 
 def _say(options: Answering, body: dict[str, Any], turns: Turns, said: Said, show: Callable[[str], None]) -> None:
     """Shows the daemon's answer piece by piece, or prints it whole with --json."""
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages, aside = [{"role": role, "content": text} for role, text in turns], Aside(options)
     with closing(Waiting()) as waiting:
         try:
             with closing(Client(socket_path())) as client:
                 for event in client.ask({**body, "messages": messages}, waiting.show):
-                    piece = _take(event, said)
+                    piece, thought = _take(event, said)
+                    if thought:
+                        aside.say(thought, waiting.close)
                     if piece and not options.json:
                         waiting.close()
+                        aside.end()
                         said.shown = True
                         show(piece)
         except KeyboardInterrupt:
             said.stopped, said.finish = True, STOPPED
 
 
-def _take(event: dict[str, Any], said: Said) -> str:
-    """The text that an event adds to an answer."""
-    piece: str = event["choices"][0]["delta"].get("content", "")
+def _take(event: dict[str, Any], said: Said) -> tuple[str, str]:
+    """What an event adds to an answer, and to the thoughts before it."""
+    delta = event["choices"][0]["delta"]
+    piece, thought = delta.get("content", ""), delta.get("reasoning_content", "")
     said.text += piece
+    said.thoughts += thought
     if more := event.get("flashd"):
         said.finish, said.figures, said.forgotten = more["finish"], more["figures"], more["forgotten"]
-    return piece
+    return piece, thought

@@ -44,6 +44,8 @@ def show(options: Show) -> None:
         print(f"{turn.role}: {turn.content}")
         for call in turn.calls:
             print(f"calls {call.name} {call.arguments}")
+    if job.result.thoughts:
+        print(f"thoughts: {job.result.thoughts}")
     print(f"{job.state} ({job.result.finish}): {job.result.text}")
     for call in job.result.calls:
         print(f"calls {call.name} {call.arguments}")

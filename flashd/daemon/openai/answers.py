@@ -35,6 +35,8 @@ class Growing:
     job: Job
     watch: Watch
     text: str = ""
+    thoughts: str = ""
+    sent_thoughts: int = 0  # characters of them
     scored: list[Scored] = field(default_factory=list)
     sent: int = 0  # characters of it
     calls: tuple[Call, ...] = ()
@@ -44,8 +46,11 @@ class Growing:
 
     def take(self, event: Event) -> None:
         if event.kind == "restarted":
-            self.text, self.scored, self.calls = "", [], ()
-        self.text += event.text
+            self.text, self.thoughts, self.scored, self.calls = "", "", [], ()
+        if event.kind == "thought":
+            self.thoughts += event.text
+        else:
+            self.text += event.text
         self.scored += event.scored
         if event.call is not None:
             self.calls = grown(self.calls, event.call, self.job.id)
@@ -96,8 +101,8 @@ class Answers:
     def _piece(self, index: int, each: Growing, end: Job) -> Piece:
         """All of an answer."""
         return Piece(
-            index, self._echo(each) + end.result.text, [whole_call(call) for call in end.result.calls],
-            self._scored(each, each.scored), reason=reason(end),
+            index, self._echo(each) + end.result.text, end.result.thoughts,
+            [whole_call(call) for call in end.result.calls], self._scored(each, each.scored), reason=reason(end),
         )  # fmt: skip
 
     def pieces(self) -> Response:
@@ -135,9 +140,12 @@ class Answers:
         """What a client is told of an event. To a client that waits for text it is a comment, which it ignores."""
         i, each = self._taken(event)
         # after a restart the same text comes anew: only what was not sent yet is sent
-        if len(each.text) > each.sent:
+        if len(each.thoughts) > each.sent_thoughts:
+            yield self._line([self._form.chunk(Piece(i, thoughts=each.thoughts[each.sent_thoughts :]))])
+            each.sent_thoughts = len(each.thoughts)
+        elif len(each.text) > each.sent:
             scored = self._scored(each, each.scored[each.sent_scored :])
-            chunk = self._form.chunk(Piece(i, each.text[each.sent :], (), scored, each.sent))
+            chunk = self._form.chunk(Piece(i, each.text[each.sent :], scored=scored, at=each.sent))
             each.sent, each.sent_scored = len(each.text), max(each.sent_scored, len(each.scored))
             yield self._line([chunk])
         elif calls := each.unsent_calls():

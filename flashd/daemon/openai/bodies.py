@@ -70,6 +70,7 @@ class Message(Known, kw_only=True):
     tool_call_id: CallId | None = None
     # what OpenAI's answers have, and clients send back
     refusal: Literal[""] | None = None
+    reasoning_content: str | None = None  # thoughts are not told again
     annotations: Nothing | None = None
     function_call: None = None
     audio: None = None
@@ -142,6 +143,13 @@ class Format(Known, kw_only=True):
 class StreamOptions(Known, kw_only=True):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class TemplateValues(Known, kw_only=True):
+    """Whether the model may think before it answers, by the names that chat templates have for it."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
 
 
 class Body(Known, kw_only=True):
@@ -235,6 +243,7 @@ class Chat(Body, kw_only=True):
     tools: Tools | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateValues | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     # our own: a talk that the service keeps, and whether it begins anew
@@ -274,10 +283,26 @@ class Chat(Body, kw_only=True):
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         tools = self._calling()
-        requests = self.requests([turns], False, schema, logprobs, limit, tools)
+        think = self._think(schema is not None or tools is not None)
+        requests = tuple(
+            replace(request, think=think) for request in self.requests([turns], False, schema, logprobs, limit, tools)
+        )
         return dataclasses.replace(
             asked(self, requests, False), session=self.session, new_session=bool(self.new_session)
         )
+
+    def _think(self, constrained: bool) -> bool | None:
+        """Whether the model may think before it answers; None: as the configuration says. Raises BadField."""
+        given = self.chat_template_kwargs or TemplateValues()
+        said = {given.enable_thinking, given.thinking, None if self.reasoning_effort is None else False} - {None}
+        if len(said) > 1:
+            raise BadField("chat_template_kwargs", "one field says that the model may think, and one that it may not")
+        think = said.pop() if said else None
+        if think and (constrained or self.choose):
+            raise BadField(
+                "chat_template_kwargs", "an answer by choices, a schema or tools comes without thoughts; send false"
+            )
+        return think
 
     def _calling(self) -> Calling | None:
         """The tools that may be called. Raises BadField."""

@@ -16,6 +16,7 @@ class Piece:
 
     index: int  # which answer
     text: str = ""
+    thoughts: str = ""  # what the model thought before it
     calls: Sequence[dict[str, Any]] = ()  # calls, or the parts of them that came
     scored: Sequence[Scored] | None = None  # the tokens of the text, if they were asked for
     at: int = 0  # characters of the answer before it
@@ -44,13 +45,17 @@ class ChatForm:
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         content = piece.text or (None if piece.calls else "")
-        called = {"tool_calls": list(piece.calls)} if piece.calls else {}
-        return self._of(piece, "message", {"role": "assistant", "content": content, "refusal": None} | called)
+        more = self._thought(piece) | ({"tool_calls": list(piece.calls)} if piece.calls else {})
+        return self._of(piece, "message", {"role": "assistant", "content": content, "refusal": None} | more)
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         role = {"role": "assistant"} if piece.first else {}
-        said = {"content": piece.text} if piece.text or piece.first else {}
+        said = ({"content": piece.text} if piece.text or piece.first else {}) | self._thought(piece)
         return self._of(piece, "delta", role | said | ({"tool_calls": list(piece.calls)} if piece.calls else {}))
+
+    def _thought(self, piece: Piece) -> dict[str, Any]:
+        """The field that vLLM, llama.cpp and DeepSeek's API have for thoughts."""
+        return {"reasoning_content": piece.thoughts} if piece.thoughts else {}
 
     def _of(self, piece: Piece, name: str, said: dict[str, Any]) -> dict[str, Any]:
         return {

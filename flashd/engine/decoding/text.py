@@ -14,6 +14,7 @@ import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import ids_of, read
+from flashd.engine.decoding.thoughts import closed
 from flashd.engine.decoding.tools.calls import Call, Tool
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory
@@ -166,7 +167,7 @@ class ChatTemplate:
 
     def render(
         self, messages: Sequence[Message], bos_token: str = "", eos_token: str = "", unk_token: str = "", *,
-        tools: Sequence[Tool] = (), prompt: bool = True, guard: Callable[[str], str] = str,
+        tools: Sequence[Tool] = (), prompt: bool = True, think: bool = False, guard: Callable[[str], str] = str,
     ) -> str:  # fmt: skip
         """The text of some messages. Raises DataError if the template fails.
 
@@ -175,19 +176,22 @@ class ChatTemplate:
             bos_token: the text of the token that begins a text; so `eos_token` and `unk_token`.
             tools: what the next answer may call.
             prompt: whether the text ends with the beginning of the next answer.
+            think: whether the model may think before it answers.
             guard: is given each text that a stranger wrote.
         """
         turns, listed = _turns(messages, guard), [_function(tool, guard) for tool in tools]
         try:
-            return self._template.render(self._values(turns, bos_token, eos_token, unk_token, listed, prompt))
+            return self._template.render(self._values(turns, bos_token, eos_token, unk_token, listed, prompt, think))
         except self._error as error:
             raise DataError(f"the bundle's chat template fails: {error}") from error
 
-    def encode(self, messages: Sequence[Message], tokenizer: TextTokenizer, tools: Sequence[Tool] = ()) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], tokenizer: TextTokenizer, tools: Sequence[Tool] = (), think: bool = False
+    ) -> list[int]:
         """The tokens of the rendered messages. Only what the template itself spells becomes a control token."""
         t = tokenizer
-        text = self.render(messages, t.bos_token, t.eos_token, t.unk_token, tools=tools, guard=t.guarded)
-        return tokenizer.encode_guarded(text)
+        text = self.render(messages, t.bos_token, t.eos_token, t.unk_token, tools=tools, think=think, guard=t.guarded)
+        return tokenizer.encode_guarded(text if think else closed(text))
 
 
 def _turns(messages: Sequence[Message], guard: Callable[[str], str]) -> list[dict[str, Any]]:

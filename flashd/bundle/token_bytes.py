@@ -10,10 +10,18 @@ import numpy.typing as npt
 
 from flashd.errors import DataError
 
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+"""What opens and what closes a reasoning model's thought: of most models, and of Mistral's."""
+
+
+def frames_thoughts(token: str) -> bool:
+    """Whether a token tells where a thought begins or ends. It has bytes even if it is a control token."""
+    return any(token in tags for tags in THOUGHTS)
+
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes of V tokens. A control token has none."""
+    """The bytes of V tokens. A control token has none, but for those that frame thoughts."""
 
     offsets: npt.NDArray[np.uint32]  # [V + 1]
     blob: bytes

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 
 from flashd.engine.decoding.text import TextTokenizer
 from flashd.errors import DataError
+from flashd.pack.sources import gguf_tokenizer
 from flashd.pack.sources.gguf import GgufModel
+from flashd.pack.vocabulary import byte_level_bytes
 from tests import tiny
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text("utf-8"))
@@ -121,3 +123,10 @@ def test_gemma_4_is_cut_as_llama_cpp_cuts_it(smollm: Path) -> None:
     assert encoder.encode("thé héß  in") == [274, 279, 263, 270, 279, 202, 166, 264, 271, 272]
     assert encoder.encode("<|turn>the\nb<|turn>") == [280, 275, 4, 266, 280]
     assert vocabulary.add_bos and vocabulary.eos[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "spelled"), [("[THINK]", b"[THINK]"), ("</think>", b"</think>"), ("<|im_end|>", b"")]
+)
+def test_control_tokens_are_no_text_but_for_those_that_frame_thoughts(token: str, spelled: bytes) -> None:
+    assert gguf_tokenizer._spelled(byte_level_bytes, token, gguf_tokenizer.CONTROL) == spelled

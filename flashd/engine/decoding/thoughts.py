@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from flashd.bundle.token_bytes import TokenBytes
-
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""What opens and what closes a thought: of most models, and of Mistral's."""
+from flashd.bundle.token_bytes import THOUGHTS, TokenBytes
 
 LAST_TOKENS = 16
 """Tokens at the end of a prompt that may spell a tag and the blank lines behind it."""
@@ -72,10 +69,10 @@ class Thoughts:
     def _opened(self) -> bool:
         """Whether the text so far says if there is a thought."""
         begun = self._held.lstrip()
-        for opens, closes in TAGS:
+        for opens, closes in THOUGHTS:
             if begun.startswith(opens):
                 self._held, self._closes, self._blank = begun[len(opens) :], closes, True
-        self._waits = not self._closes and any(opens.startswith(begun) for opens, _ in TAGS)
+        self._waits = not self._closes and any(opens.startswith(begun) for opens, _ in THOUGHTS)
         return not self._waits
 
     def _begun(self, tag: str) -> int:
@@ -87,11 +84,11 @@ class Thoughts:
 def tag_that_closes(prompt: Sequence[int], token_bytes: TokenBytes) -> str:
     """The tag that ends the thought with which a prompt ends. Empty if it ends with none."""
     end = b"".join(token_bytes[token] for token in prompt[-LAST_TOKENS:]).decode("utf-8", "replace").rstrip()
-    return next((closes for opens, closes in TAGS if end.endswith(opens)), "")
+    return next((closes for opens, closes in THOUGHTS if end.endswith(opens)), "")
 
 
 def closed(prompt: str) -> str:
     """A prompt's text with the thought closed that it ends with, if it ends with one."""
     end = prompt.rstrip()
-    closes = next((closes for opens, closes in TAGS if end.endswith(opens)), "")
+    closes = next((closes for opens, closes in THOUGHTS if end.endswith(opens)), "")
     return f"{end}\n\n{closes}\n\n" if closes else prompt

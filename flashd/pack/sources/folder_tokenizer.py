@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from flashd.bundle import tokenizer_json
-from flashd.bundle.token_bytes import TokenBytes
+from flashd.bundle.token_bytes import TokenBytes, frames_thoughts
 from flashd.errors import DataError, InputMissing
 from flashd.pack.sources.folder_templates import folder_template
 from flashd.pack.sources.json_file import Json, read_file, read_object
@@ -55,7 +55,7 @@ def read_tokenizer_json(folder: Path, size: int) -> Vocabulary:
             spelled[i] = spell(token)
     for i, (token, special) in added.items():
         if i < size:
-            spelled[i] = b"" if special else token.encode()
+            spelled[i] = b"" if special and not frames_thoughts(token) else token.encode()
     ends = [*_ids(tokenizer, beside, "eos"), *(i for i, (t, special) in added.items() if special and t in END_TEXTS)]
     channels = channels_of(tokenizer)
     return Vocabulary(

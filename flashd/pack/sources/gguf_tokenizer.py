@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from flashd.bundle.token_bytes import TokenBytes
+from flashd.bundle.token_bytes import TokenBytes, frames_thoughts
 from flashd.errors import DataError, UsageError
 from flashd.pack.open_model import OpenModel
 from flashd.pack.vocabulary import (
@@ -126,7 +126,7 @@ def _add_tokens(tokenizer: Tokenizer, texts: list[str], types: list[int]) -> Non
 def _spelled(spell: Callable[[str], bytes], text: str, kind: int) -> bytes:
     """What a token adds to a text."""
     if kind in (CONTROL, UNKNOWN, UNUSED):
-        return b""
+        return text.encode() if frames_thoughts(text) else b""
     if kind == USER_DEFINED:
         return text.encode()
     return byte_token(text) if kind == BYTE else spell(text)

@@ -315,6 +315,22 @@ def test_lists_have_pages_and_heads(served: Path, jobs: Jobs) -> None:
         assert len(client.get("/api/jobs/1").json()["request"]["turns"][0]["content"]) == 5002
 
 
+def test_what_an_address_asks_for_and_is_not_known_is_refused(served: Path) -> None:
+    with http(served) as client:
+        for path, name in (
+            ("/api/jobs?most=1&befor=2", "befor"), ("/api/jobs?most=1&most=2", "most"),
+            ("/api/jobs/1?most=1", "most"), ("/health?%F0%9F%98%80", "\U0001f600"),
+            ("/v1/models?limit", "limit"), ("/nowhere?a=b", "a"),
+        ):  # fmt: skip
+            reply = client.get(path)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"], error["code"]) == (400, name, "unknown_parameter"), path
+            assert repr(name) in error["message"]
+        reply = client.post("/v1/chat/completions?stream=true", json=ASK)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "stream"
+        assert client.get("/api/jobs?").status_code == client.get("/health?").status_code == 200
+
+
 def test_what_is_no_number_is_refused(served: Path) -> None:
     with http(served) as client:
         for path in ("/api/jobs/" + "9" * 900, "/api/jobs/x", "/api/jobs?most=-1", "/api/jobs?before=" + "9" * 30):

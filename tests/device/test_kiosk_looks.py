@@ -245,7 +245,7 @@ def test_the_sanitiser_alone_lets_nothing_through(page: Page) -> None:
     """Even if the parser passed HTML on: what comes out of it is sanitised."""
     page.run("marked.Marked = class { constructor() {} parse(text) { return text; } }")
     made = page.browser.execute_async_script(
-        "const [texts, done] = arguments; import('/page/answer.js?anew').then(({ render }) => {"
+        "const [texts, done] = arguments; import('/page/answer.js#anew').then(({ render }) => {"
         " const target = document.createElement('div'); document.body.append(target);"
         " render(target, texts.join(' '));"
         " const made = [...target.querySelectorAll('*')].map(e => [e.tagName, [...e.attributes].map(a => a.name)]);"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import parse_qsl
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +35,9 @@ HEEDED = b"host", b"origin", b"content-length"
 
 LONGEST_ADDRESS = 1024
 """Bytes of a request's path and query."""
+
+ASKED_IN_ADDRESS = {"/api/jobs": ("most", "before")}
+"""What may stand behind the question mark of an address, once each. Other paths take nothing there."""
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -134,10 +138,24 @@ def _head_refused(scope: Scope) -> JSONResponse | None:
         return None
     if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_ADDRESS:
         return refusal(400, f"an address of more than {LONGEST_ADDRESS} bytes")
+    if (refused := _address_refused(scope["path"], scope["query_string"])) is not None:
+        return refused
     headers = scope["headers"]
     if len(headers) > MOST_HEADERS:
         return refusal(431, f"more than {MOST_HEADERS} headers")
     headers[:] = [each for each in headers if each[0] in HEEDED]
+    return None
+
+
+def _address_refused(path: str, query: bytes) -> JSONResponse | None:
+    """Why what stands behind the question mark is refused: nothing that is not understood is ignored."""
+    known, seen = ASKED_IN_ADDRESS.get(path, ()), set[str]()
+    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in known or name in seen:
+            allowed = " and ".join(known) + ", once each" if known else "nothing"
+            words = f"{name!r} in the address; allowed behind the question mark is {allowed}"
+            return refusal(400, words, name, "unknown_parameter")
+        seen.add(name)
     return None
 
 

@@ -149,6 +149,8 @@ def test_a_token_s_number_is_no_room_for_as_many(folder: Path, tmp_path: Path) -
     [
         ({"num_attention_heads": 1 << 31, "head_dim": 64}, "2147483648 heads"),
         ({"head_dim": 1 << 34}, "heads of 17179869184 "),
+        ({"intermediate_size": -(1 << 51)}, "an FFN of -2251799813685248 neurons makes no model"),
+        ({"intermediate_size": 1 << 62}, "an FFN of 4611686018427387904 neurons makes no model"),
         ({"num_hidden_layers": 1 << 40}, "layers; 1 to 1024 are possible"),
         ({"rope_scaling": {"rope_type": "llama3"}, "head_dim": 1 << 33}, "numbers; 65536 at the most"),
         ({"sliding_window": 4, "max_window_layers": -(1 << 62)}, ""),

@@ -205,7 +205,10 @@ def _widths(model: OpenModel, family: Family, layers: int) -> list[int]:
     key = f"{model.architecture}.feed_forward_length"
     stated = model.metadata(key)
     if not family.sized_ffns or not isinstance(stated, list):
-        return [model.number("feed_forward_length", int)] * layers
+        width = model.number("feed_forward_length", int)
+        if not 1 <= width <= MOST_NEURONS:
+            raise DataError(f"{model.path}: an FFN of {width} neurons makes no model")
+        return [width] * layers
     widths = [width for width in stated if isinstance(width, int) and 1 <= width <= MOST_NEURONS]
     if not len(stated) == len(widths) == layers:
         raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")

@@ -297,12 +297,8 @@ class Jobs:
 
     def _recover(self, died: bool) -> None:
         waiting = self._spool.waiting()
-        ran = [job for job in waiting if job.state is State.RUNNING] if died else []
-        if len(ran) == 1:
-            self._spool.charge(ran[0])
-        self._spool.nothing_runs()
-        deaths = self._spool.deaths()
-        self._suspects = {job.id for job in ran} | set(deaths)
+        deaths = self._spool.begin_again(died)
+        self._suspects = set(deaths)
         for job in waiting:
             if (times := deaths.get(job.id, 0)) >= MOST_DEATHS:
                 log.error("%s given up: flashd died %d times answering it", job, times, extra=job.fields)

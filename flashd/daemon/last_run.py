@@ -12,7 +12,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from flashd.errors import CannotWrite
 
@@ -29,9 +31,21 @@ def death_file(spool: Path) -> Path:
     return spool.with_name(f"{spool.name}.death")
 
 
+@dataclass(frozen=True)
+class LastRun:
+    """How the last run ended."""
+
+    died: bool  # of something in the process itself
+    _file: TextIO
+
+    def noted(self) -> None:
+        """Forgets it: what follows from it is in the spool. Until then a start that fails leaves it to the next."""
+        self._file.truncate(0)
+
+
 @contextmanager
-def watched(spool: Path) -> Iterator[bool]:
-    """Writes down a crash from here on; gives whether the last run died of something in the process.
+def watched(spool: Path) -> Iterator[LastRun]:
+    """Writes down a crash from here on; gives how the last run ended.
 
     Raises CannotWrite if the file cannot be written.
     """
@@ -46,10 +60,9 @@ def watched(spool: Path) -> Iterator[bool]:
         told = file.read(LONGEST).strip()
         for line in told.splitlines():
             log.error("the last run died: %s", line)
-        file.truncate(0)
         faulthandler.enable(file)
         try:
-            yield bool(told)
+            yield LastRun(bool(told), file)
         finally:
             faulthandler.enable()  # from here on to standard error
 

@@ -46,6 +46,10 @@ DELETE FROM jobs WHERE ended IS NOT NULL AND (id <= ? OR id IN (
     ) WHERE bytes > ?
 ))
 """
+CHARGE = """
+UPDATE jobs SET suspect = 1, deaths = deaths + ((SELECT COUNT(*) FROM jobs WHERE state = 'running') = 1)
+WHERE state = 'running'
+"""
 BEGIN = """
 INSERT INTO jobs (id, state, source, created, attempts, request, session) VALUES (?, ?, ?, ?, 1, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = excluded.state, attempts = attempts + 1
@@ -106,20 +110,20 @@ class Spool:
                 ),
             )  # fmt: skip
 
-    def nothing_runs(self) -> None:
-        """A new daemon begins: what was being answered waits again."""
-        with self._lock, self._guard():
-            self._connection.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+    def begin_again(self, died: bool) -> dict[int, int]:
+        """A new daemon begins: what was being answered waits again. All of this is noted, or nothing.
 
-    def charge(self, job: Job) -> None:
-        """Notes that the daemon died while it answered this job and no other."""
-        with self._lock, self._guard():
-            self._connection.execute("UPDATE jobs SET deaths = deaths + 1 WHERE id = ?", (job.id,))
+        `died`: the last run ended by something in the process itself. What ran then is suspect until it ends, and is
+        charged with the death if it ran alone.
 
-    def deaths(self) -> dict[int, int]:
-        """How often the daemon died while it answered a job alone, of those jobs that wait."""
+        Returns the jobs that are suspect, and how often the daemon died while it answered each alone.
+        """
         with self._lock, self._guard():
-            rows = self._connection.execute("SELECT id, deaths FROM jobs WHERE ended IS NULL AND deaths > 0")
+            with self._whole():
+                if died:
+                    self._connection.execute(CHARGE)
+                self._connection.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+            rows = self._connection.execute("SELECT id, deaths FROM jobs WHERE ended IS NULL AND suspect")
             return dict(rows.fetchall())
 
     def put_back(self, job: Job) -> None:
@@ -129,22 +133,27 @@ class Spool:
 
     def end(self, job: Job) -> None:
         """Keeps a job's result, and forgets the oldest beyond `keep` and MOST_BYTES."""
-        with self._lock, self._guard():
-            self._connection.execute("BEGIN")
-            try:
-                self._connection.execute(
-                    END,
-                    (
-                        job.id, job.state, job.request.source, job.created, job.attempts, job.ended,
-                        msgspec.json.encode(job.request), msgspec.json.encode(job.result), job.request.session,
-                    ),
-                )  # fmt: skip
-                self._connection.execute(FORGET, (job.id - self._keep, MOST_BYTES))
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk has ended it already
-                    self._connection.execute("ROLLBACK")
-                raise
+        with self._lock, self._guard(), self._whole():
+            self._connection.execute(
+                END,
+                (
+                    job.id, job.state, job.request.source, job.created, job.attempts, job.ended,
+                    msgspec.json.encode(job.request), msgspec.json.encode(job.result), job.request.session,
+                ),
+            )  # fmt: skip
+            self._connection.execute(FORGET, (job.id - self._keep, MOST_BYTES))
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is done within is on the card as a whole, or not at all."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk has ended it already
+                self._connection.execute("ROLLBACK")
+            raise
 
     def waiting(self) -> list[Job]:
         """Jobs that were accepted and not ended, in the order in which they came."""
@@ -191,6 +200,9 @@ class Spool:
             columns = [column[1] for column in db.execute("PRAGMA table_info(jobs)")]
             if "deaths" not in columns:
                 db.execute("ALTER TABLE jobs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0")
+            if "suspect" not in columns:
+                db.execute("ALTER TABLE jobs ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0")
+                db.execute("UPDATE jobs SET suspect = 1 WHERE ended IS NULL AND deaths > 0")
             if "session" not in columns:
                 db.execute("ALTER TABLE jobs ADD COLUMN session TEXT")
             db.execute("CREATE INDEX IF NOT EXISTS sessions ON jobs (session) WHERE session IS NOT NULL")

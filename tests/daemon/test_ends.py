@@ -92,17 +92,20 @@ def test_a_death_is_told_to_the_next_run_if_its_cause_was_inside(number: int, di
     program = (
         "import os, sys, pathlib\n"
         "from flashd.daemon.last_run import watched\n"
-        "with watched(pathlib.Path(sys.argv[1])) as died:\n"
-        "    print(died)\n"
+        "with watched(pathlib.Path(sys.argv[1])) as last:\n"
+        "    print(last.died)\n"
+        "    if sys.argv[3]:\n"
+        "        last.noted()\n"
         "    sys.stdout.flush()\n"
         "    os.kill(os.getpid(), int(sys.argv[2]))\n"
     )
 
-    def run(number: int) -> str:
-        words = [sys.executable, "-c", program, str(tmp_path / "spool.db"), str(number)]
+    def run(number: int, noted: str = "noted") -> str:
+        words = [sys.executable, "-c", program, str(tmp_path / "spool.db"), str(number), noted]
         return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
 
     assert run(number) == "False\n"
+    assert run(0, "") == f"{died}\n"  # a start that fails before it is in the spool
     assert run(0) == f"{died}\n"
     assert run(0) == "False\n"  # told once
 

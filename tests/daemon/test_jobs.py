@@ -268,6 +268,25 @@ def test_a_suspect_waits_for_all_others_and_runs_alone(jobs: Jobs, spool: Spool)
     assert last is not None and beside is not None and beside.id == late.id and not jobs.take_beside(beside)
 
 
+def test_a_suspect_stays_one_through_a_restart(jobs: Jobs, spool: Spool) -> None:
+    """Two ran when the daemon died, so nobody is charged. A clean restart later, both still run alone."""
+    numbers = {jobs.submit(request(f"{i}")).id for i in range(2)}
+    first = jobs.take(0)
+    assert first is not None and (second := jobs.next) is not None and jobs.take_beside(second)
+    jobs = Jobs(spool, most_waiting=4, died=True)
+    for died in (False, True, True, True):
+        jobs = Jobs(spool, most_waiting=4, died=died)  # nothing ran: nothing is charged
+    other = jobs.submit(request("other", priority=0))
+    taken = jobs.take(0)
+    assert taken is not None and taken.id == other.id and jobs.next is not None and not jobs.take_beside(jobs.next)
+    jobs.finish(taken, State.DONE, "stop")
+    for _ in numbers:
+        taken = jobs.take(0)
+        assert taken is not None and (jobs.next is None or not jobs.take_beside(jobs.next))
+        jobs.finish(taken, State.DONE, "stop")
+    assert {job.state for job in jobs.recent(9)} == {State.DONE}
+
+
 def test_old_jobs_are_forgotten(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "small.db", keep=5)
     jobs = Jobs(spool, most_waiting=4)

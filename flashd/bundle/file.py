@@ -29,6 +29,9 @@ Got = TypeVar("Got", int, bytes)
 RETRY_SECONDS = 0.25
 """Seconds between two looks for a card that is gone."""
 
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""For a file that waits for nobody: a pipe in its place would be opened only when somebody writes."""
+
 KERNEL_PAGE = max(PAGE, mmap.PAGESIZE)
 """Bytes of a page of the page cache: 16 KiB on a Raspberry Pi 5. Less cannot be forgotten."""
 
@@ -74,6 +77,8 @@ class CardFile:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputMissing(f"{path}: is not a file")
             self._fd = self._open(str(path), direct)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise OSError(errno.EINVAL, "is not a file any more")
             self.size, self._identity = os.fstat(self._fd).st_size, os.pread(self._fd, PREFIX.size, 0)
         except OSError as error:
             self.close()
@@ -168,10 +173,12 @@ class CardFile:
     def _open_again(self) -> bool:
         """Opens the path again. Returns whether the same file is there, which is then read."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.path, READ)
         except OSError:
             return False
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return False
             _forget(fd, 0, PREFIX.size)  # the kernel may still have the prefix of a card that is gone
             if os.fstat(fd).st_size != self.size or os.pread(fd, PREFIX.size, 0) != self._identity:
                 return False
@@ -201,13 +208,13 @@ class CardFile:
         self._direct = direct
         if direct:
             try:
-                return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                return os.open(path, READ | os.O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
             self._say_buffered()
             self._direct = False
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, READ)
         if not self._asked_direct:
             # no read-ahead by the kernel: it would guess, and read past the end of what is wanted
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)

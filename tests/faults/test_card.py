@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 
 from flashd.bundle.errors import DamagedHeader, DamagedRun
-from flashd.bundle.file import Patience
+from flashd.bundle.file import CardFile, Patience
 from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.contract import OnStep, silent
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, CardStream, Extent
-from flashd.errors import CardError
+from flashd.errors import CardError, InputMissing
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card, Seam
 from tests.reference import Floats
@@ -278,6 +279,24 @@ def test_a_bundle_that_is_replaced_goes_on_being_read(
         (tmp_path / "new").write_bytes(b"another file altogether")
         (tmp_path / "new").rename(path)
         assert same(text(model), expected)
+
+
+def test_a_pipe_in_the_place_of_a_bundle_is_not_waited_for(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(tiny_bundle, tmp_path / "model.flash"))
+    with closing(CardFile(path, Patience())) as file:
+        path.unlink()
+        os.mkfifo(path)
+
+        def fails(*_: object) -> bytes:
+            raise OSError(errno.EIO, "no such card")
+
+        monkeypatch.setattr(os, "pread", fails)
+        with pytest.raises(CardError, match="is the card in place"):
+            file.read(0, 10)
+    with pytest.raises(InputMissing, match="is not a file"):
+        CardFile(path, Patience())
 
 
 def test_a_bundle_that_is_cut_in_place_is_said(tiny_bundle: Path, tmp_path: Path) -> None:

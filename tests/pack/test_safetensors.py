@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,32 @@ def test_quantised_weights_are_refused_by_name(folder: Path) -> None:
 def test_a_shard_is_missing(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused(folder, r"model-00002-of-00002.safetensors: no such file", InputMissing)
+
+
+@pytest.mark.parametrize("name", ["../model-00002-of-00002.safetensors", "/etc/passwd", "", "..", "a/b.safetensors"])
+def test_an_index_names_what_is_not_beside_it(folder: Path, name: str) -> None:
+    where = {"a": "model-00001-of-00002.safetensors", "b": name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    refused(folder, rf"index\.json: '{re.escape(name)}' is not the name of a file beside it")
+
+
+def test_a_tensor_is_in_two_shards(folder: Path) -> None:
+    shards = [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weights = load_file(shards[0])
+    save_file(load_file(shards[1]) | {name: weights[name] for name in sorted(weights)[:1]}, shards[1])
+    refused(folder, r"model-00002-of-00002\.safetensors: another file has tensor '.*' too")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "model.safetensors.index.json",
+    ],
+)  # fmt: skip
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, rf"{re.escape(name)}: .*a pipe or a device")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashd.errors import DataError
-from flashd.pack.sources.json_file import read_object
+from flashd.pack.sources.json_file import read_file, read_object
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def folder_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_file(path).decode("utf-8")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 

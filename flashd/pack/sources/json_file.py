@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ MOST_OBJECT = 16 << 20
 
 def read_file(path: Path, most: int = MOST_OBJECT) -> bytes:
     """A file of at most so many bytes. Raises OSError, DataError."""
-    with path.open("rb") as file:
+    # a pipe would be waited for without end
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise DataError(f"{path}: not a file but a folder, a pipe or a device")
         data = file.read(most + 1)
     if len(data) > most:
         raise DataError(f"{path}: more than {most} bytes")

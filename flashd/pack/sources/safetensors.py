@@ -223,13 +223,16 @@ class _Parts:
 
 def _find_parts(files: list[Path], names: Names) -> _Parts:
     """What the files hold, none of it read yet. Raises DataError."""
-    out = _Parts()
+    out, seen = _Parts(), set[str]()
     for file in files:
         try:
             shard = safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
         for stored in shard.keys():  # noqa: SIM118
+            if stored in seen:
+                raise DataError(f"{file}: another file has tensor {stored[:100]!r} too; download the folder again")
+            seen.add(stored)
             out.add(stored, shard.get_slice(stored), names)
     return out
 
@@ -358,8 +361,11 @@ def _rounded(path: Path, config: Config) -> Config:
 def _weight_files(path: Path) -> list[Path]:
     """The files of weights, in the order of their names."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({path / str(name) for name in read_object(index)["weight_map"].values()})
+    if index.exists():
+        names = {str(name) for name in read_object(index)["weight_map"].values()}
+        if odd := sorted(name for name in names if "/" in name or name in ("", ".", "..")):
+            raise DataError(f"{index}: {odd[0][:100]!r} is not the name of a file beside it")
+        files = [path / name for name in sorted(names)]
     else:
         files = [path / "model.safetensors"]
     missing = [file for file in files if not file.is_file()]

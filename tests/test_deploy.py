@@ -47,7 +47,7 @@ def test_the_installer_names_all_missing_packages_at_once(tmp_path: Path) -> Non
     """In a PATH with nothing but a few programs, and a Python that has neither venv nor systemd."""
     for name in ("dirname", "tr", "sh"):
         (tmp_path / name).symlink_to(shutil.which(name) or "")
-    for name, body in {"id": "echo 0", "python3": "case $2 in *version*) exit 0 ;; esac; exit 1"}.items():
+    for name, body in {"id": "echo 0", "python3": "case $3 in *version*) exit 0 ;; esac; exit 1"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     installer = (DEPLOY / "install").read_text().replace("/usr/lib/python3/dist-packages", str(tmp_path))
@@ -59,6 +59,27 @@ def test_the_installer_names_all_missing_packages_at_once(tmp_path: Path) -> Non
     missing = "python3-venv python3-systemd cage chromium"
     assert done.stderr == f"deploy/install: packages are missing; install them first: apt install {missing}\n"
     assert done.returncode == os.EX_UNAVAILABLE
+
+
+def test_who_calls_the_installer_has_no_part_in_it(tmp_path: Path) -> None:
+    """In a folder and with an environment that others made: their modules, folders and modes."""
+    own, other = tmp_path / "deploy", tmp_path / "other" / "deploy"
+    own.mkdir()
+    other.mkdir(parents=True)
+    shutil.copy(DEPLOY / "install", own)
+    for name in ("ensurepip", "sysconfig", "systemd", "venv"):
+        for folder in (tmp_path, other):
+            (folder / f"{name}.py").write_text("print('theirs', file=__import__('sys').stderr)\n")
+    (other / "id").write_text("#!/bin/sh\necho umask $(umask) >&2\necho 0\n")
+    (other / "id").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", "-x", "deploy/install", "--group", "nobody of this name"], capture_output=True, text=True,
+        check=False, cwd=tmp_path, umask=0,
+        env={"PATH": f"{other}:{os.environ['PATH']}", "CDPATH": str(other.parent), "PYTHONPATH": str(other)},
+    )  # fmt: skip
+    assert done.returncode and "deploy/install: " in done.stderr  # it has refused to begin
+    assert "umask 0022" in done.stderr and f"+ here={own}\n" in done.stderr
+    assert "theirs" not in done.stderr
 
 
 # --- the Debian package -----------------------------------------------------------------------------------

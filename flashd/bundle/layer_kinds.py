@@ -6,6 +6,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from flashd.bundle.rows.kinds import BLOCK
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -37,9 +39,20 @@ class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kin
     def vectors(self, hidden: int) -> dict[str, int]:
         return {f"conv.{tap}": hidden for tap in range(self.taps)}
 
+    def convolved_width(self, hidden: int) -> int:
+        return hidden
+
     def row_width(self, hidden: int) -> int:
         """Of what a token adds to the state: its b x."""
         return hidden
+
+    @property
+    def sums(self) -> None:
+        """It has no sum over all tokens."""
+
+    @property
+    def fits(self) -> bool:
+        return True
 
 
 class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="gated_delta_net"):
@@ -87,12 +100,89 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
         of_heads = {"decay": self.value_heads, "dt.bias": self.value_heads, "delta_norm.weight": self.value_dim}
         return {f"conv.{tap}": self.mixed_width for tap in range(self.taps)} | of_heads
 
+    def convolved_width(self, hidden: int) -> int:  # noqa: ARG002
+        return self.mixed_width
+
     def row_width(self, hidden: int) -> int:  # noqa: ARG002
         """Of what a token adds to the state: queries, keys, values, beta and alpha, as the products make them."""
         return self.mixed_width + 2 * self.value_heads
 
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        """(heads, key dim, value dim) of the sum over all tokens, S of each head."""
+        return self.value_heads, self.key_dim, self.value_dim
 
-Recurrent = ShortConvolution | GatedDeltaNet
+    @property
+    def fits(self) -> bool:
+        """Whether the heads fit together."""
+        return self.value_heads % self.key_heads == 0 and self.values_width % BLOCK == 0
+
+
+class Mamba2(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="mamba_2"):
+    """A layer that has a Mamba-2 mixer in place of attention (arXiv 2405.21060, section 7).
+
+    Products make z, x, B, C and one number a head, r, of each token. x, B and C go through a causal convolution with
+    a bias, channel by channel, and SiLU. Heads in a row, those of a group, share B and C. Then, for each head, with
+    its matrix S [state, head dim], which is zero in front of the text:
+
+        dt = softplus(r + bias);    S = exp(decay * dt) S + dt B x;    y = C S + skip x
+
+    The output is the norm of y SiLU(z), group by group. The layer keeps no keys: its state is S, and the last
+    `taps - 1` values of what goes into the convolution.
+    """
+
+    taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
+    groups: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # a multiple of groups
+    state: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of B and C of a group
+    head_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of x and z of a head
+
+    @property
+    def width(self) -> int:
+        """Of x and z."""
+        return self.heads * self.head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Of B and C."""
+        return self.groups * self.state
+
+    @property
+    def mixed_width(self) -> int:
+        """Of what is convolved: x, B and C."""
+        return self.width + 2 * self.shared_width
+
+    def products(self, hidden: int) -> list[LayerProduct]:
+        return [
+            LayerProduct("mamba_in", (self.width, self.mixed_width), hidden),  # z first
+            LayerProduct("mamba_rates", (self.heads,), hidden, fine=True),
+            LayerProduct("mamba_out", (hidden,), self.width),
+        ]
+
+    def vectors(self, hidden: int) -> dict[str, int]:  # noqa: ARG002
+        of_heads = {"decay": self.heads, "skip": self.heads, "dt.bias": self.heads}
+        convolution = {f"conv.{tap}": self.mixed_width for tap in range(self.taps)}
+        return convolution | {"mamba_conv.bias": self.mixed_width, **of_heads, "mamba_norm.weight": self.width}
+
+    def convolved_width(self, hidden: int) -> int:  # noqa: ARG002
+        return self.mixed_width
+
+    def row_width(self, hidden: int) -> int:  # noqa: ARG002
+        """Of what a token adds to the state: x, B, C and r, as the products make them."""
+        return self.mixed_width + self.heads
+
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        """(heads, state, head dim) of the sum over all tokens, S of each head."""
+        return self.heads, self.state, self.head_dim
+
+    @property
+    def fits(self) -> bool:
+        """Whether the heads fit together."""
+        return self.heads % self.groups == 0 and self.width % BLOCK == 0
+
+
+Recurrent = ShortConvolution | GatedDeltaNet | Mamba2
 """Kinds of layers that keep a state of fixed size in place of keys."""
 
 LayerKind = AttentionKind | Recurrent

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, LayerProduct
+from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, LayerProduct, Mamba2, Recurrent, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.errors import DataError
-from flashd.pack.families.family import PLAIN, Family, tensor_name
+from flashd.pack.families.family import ENDLESS, PLAIN, Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width
 from flashd.pack.open_model import Grid, OpenModel, Tensor
 
@@ -21,6 +21,12 @@ PARTS_OF = {
     "delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha"), "shared_inputs": ("shared_gate", "shared_up"),
 }  # fmt: skip
 """Products that are made of several tensors, and these by their names in families.family.TENSORS."""
+
+
+CONVOLUTIONS: dict[type[Recurrent], str] = {
+    ShortConvolution: "conv", GatedDeltaNet: "delta_conv", Mamba2: "mamba_conv",
+}  # fmt: skip
+"""What the convolution of each kind of layer is called in families.family.TENSORS."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,8 @@ class Weights:
             return self.qkv(i)
         if product.name == "delta_rates" and self._family.delta_nets and self._family.delta_nets.joined_rates:
             return self._joined_rates(i)
+        if product.name in ("mamba_in", "mamba_rates"):
+            return self._mamba_rows(i)[product.name]
         parts = PARTS_OF.get(product.name, (product.name,))
         names = [f"{tensor_name(self._family, part, i)}.weight" for part in parts]
         return [_whole(self._source.tensor(name)) for name in names]
@@ -193,6 +201,18 @@ class Weights:
         _check_rows(tensor, 2 * kind.value_heads)
         rows = np.arange(2 * kind.value_heads).reshape(kind.key_heads, 2, -1)
         return [Matrix(tensor, rows[:, part].reshape(-1)) for part in range(2)]
+
+    def _mamba_rows(self, i: int) -> dict[str, list[Matrix]]:
+        """The matrices of a Mamba-2 mixer's first products, of a tensor that has the rows of all of them."""
+        kind = self._model.kind(i)
+        assert isinstance(kind, Mamba2)
+        tensor = self._source.tensor(f"{tensor_name(self._family, 'mamba_in', i)}.weight")
+        ends = np.cumsum((kind.width, kind.mixed_width, kind.heads))
+        _check_rows(tensor, int(ends[-1]))
+        z, mixed, rates = np.split(np.arange(ends[-1]), ends[:-1])
+        return {
+            "mamba_in": [Matrix(tensor, z), Matrix(tensor, mixed)], "mamba_rates": [Matrix(tensor, rates)],
+        }  # fmt: skip
 
     def expert_vectors(self, i: int, order: Numbers | None = None) -> dict[str, Floats]:
         """The vectors that Architecture.expert_vectors names, of layer `i`, of the experts in some order [E]."""
@@ -275,10 +295,10 @@ class Weights:
         part, _, end = name.partition(".")
         if part == "qkv" and layer is not None:
             values = self._qkv_bias(layer)
-        elif part == "conv":
+        elif part == "conv" and layer is not None:
             values = self._taps(layer)[:, int(end)]
-        elif name == "decay":  # it has no end
-            values = self._vector(tensor_name(self._family, name, layer))
+        elif name in ENDLESS:
+            values = self._vector(tensor_name(self._family, name, layer)).reshape(-1)
         else:
             values = self._vector(f"{tensor_name(self._family, part, layer)}.{end}").reshape(-1)
         if part == "scale" and len(values) == 1:
@@ -295,13 +315,12 @@ class Weights:
         width = self._model.head_dim_of(kind)
         return rotary_order(self._family, heads, width, width if kind.head_dim else self._rotary)
 
-    def _taps(self, layer: int | None) -> Floats:
+    def _taps(self, layer: int) -> Floats:
         """[channels, taps] of a layer's convolution, whether or not the file has a 1 between the two."""
-        kind, part, width = self._model.recurrent[0], "conv", self._model.hidden
-        if isinstance(kind, GatedDeltaNet):
-            part, width = "delta_conv", kind.mixed_width
-        name = f"{tensor_name(self._family, part, layer)}.weight"
-        tensor, taps = self._source.tensor(name), kind.taps
+        kind = self._model.kind(layer)
+        assert not isinstance(kind, AttentionKind)
+        name = f"{tensor_name(self._family, CONVOLUTIONS[type(kind)], layer)}.weight"
+        tensor, width, taps = self._source.tensor(name), kind.convolved_width(self._model.hidden), kind.taps
         if tensor.shape not in ((width, taps), (width, 1, taps)):
             raise DataError(f"tensor {name!r} has the shape {tensor.shape}, not {(width, taps)}")
         return np.ascontiguousarray(self._vector(name).reshape(-1, taps))

@@ -33,6 +33,9 @@ from tests.goldens.models import (
     HIDDEN,
     KEY_HEADS,
     LAYERS,
+    MAMBA_GROUPS,
+    MAMBA_HEADS,
+    MAMBA_STATE,
     TAPS,
     TOKENS,
     VALUE_HEADS,
@@ -40,6 +43,7 @@ from tests.goldens.models import (
 from tests.reference import relative
 
 CONTEXT = 120
+MAMBA_2 = "granitehybrid-dense"
 MIXED = (2 * KEY_HEADS + VALUE_HEADS) * DELTA_DIM
 SUM = VALUE_HEADS * DELTA_DIM**2
 RUNNING = LAYERS - 1
@@ -48,9 +52,9 @@ RUNNING = LAYERS - 1
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of short convolutions and one of gated delta nets."""
+    """A model of short convolutions, one of gated delta nets, and one of Mamba-2 mixers."""
     folder = tmp_path_factory.mktemp("states")
-    for name in ("lfm2", "qwen35"):
+    for name in ("lfm2", "qwen35", MAMBA_2):
         pack(GOLDENS[name].write(folder / f"{name}.gguf"), folder / f"{name}.flash", "int4")
     return {path.stem: path for path in folder.glob("*.flash")}
 
@@ -64,7 +68,9 @@ def taken(model: Model, tokens: list[int]) -> Floats:
     return model.forward(np.array(tokens, np.int64), np.arange(len(tokens)))
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None)])
+@pytest.mark.parametrize(
+    ("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None), (MAMBA_2, 0.5)]
+)
 def test_whatever_is_forgotten_what_follows_is_right(
     packed: dict[str, Path], name: str, pinned: float | None
 ) -> None:
@@ -117,7 +123,7 @@ def test_whatever_is_forgotten_what_follows_is_right(
 DRAWN = Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)
 
 
-@pytest.mark.parametrize(("name", "sampling"), [("lfm2", Sampling()), ("qwen35", DRAWN)])
+@pytest.mark.parametrize(("name", "sampling"), [("lfm2", Sampling()), ("qwen35", DRAWN), (MAMBA_2, DRAWN)])
 def test_drafts_change_no_word(
     packed: dict[str, Path], name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,11 +180,15 @@ def test_a_chat_goes_on_where_it_was(packed: dict[str, Path], name: str) -> None
         assert np.array_equal(logits, expected)
 
 
-OF_A_TOKEN = {"lfm2": (TAPS - 1) * HIDDEN, "qwen35": (TAPS - 1) * (MIXED + 2 * VALUE_HEADS) + SUM}
+OF_A_TOKEN = {
+    "lfm2": (TAPS - 1) * HIDDEN,
+    "qwen35": (TAPS - 1) * (MIXED + 2 * VALUE_HEADS) + SUM,
+    MAMBA_2: (TAPS - 1) * (2 * HIDDEN + 2 * MAMBA_GROUPS * MAMBA_STATE + MAMBA_HEADS) + 2 * HIDDEN * MAMBA_STATE,
+}
 """Numbers of a layer's state behind a token."""
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5)])
+@pytest.mark.parametrize(("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), (MAMBA_2, None)])
 def test_a_prompt_that_comes_again_after_a_restart_needs_no_pass(
     packed: dict[str, Path], tmp_path: Path, name: str, pinned: float | None
 ) -> None:

@@ -70,6 +70,11 @@ DELTA_NETS = {"model.layers.": "blk."} | {
     }.items()
 }  # fmt: skip
 
+MAMBA = {
+    "model.layers.": "blk.", "mamba.dt_bias": "ssm_dt.bias", "mamba.A_log": "ssm_a", "mamba.D": "ssm_d",
+    "mamba.in_proj": "ssm_in", "mamba.conv1d": "ssm_conv1d", "mamba.out_proj": "ssm_out", "mamba.norm": "ssm_norm",
+}  # fmt: skip
+
 LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)} | {
     f"model.layers.{i}.feed_forward.expert_bias": f"blk.{i}.exp_probs_b.bias" for i in range(LAYERS)
 }
@@ -96,6 +101,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = halves(by_map(golden))
         case "gemma" | "gemma2" | "gemma3" | "nemotron":
             find = less_one(by_map(golden))
+        case "granitehybrid":
+            find = state_spaces(halves(by_map(golden, MAMBA)))
         case "falcon":
             assert isinstance(golden.kv_heads, int)
             find = by_group(by_map(golden), golden.kv_heads)
@@ -117,7 +124,7 @@ def found(name: str, golden: Golden) -> Rename:
             find = bitnet(golden)
         case _:
             find = by_map(golden)
-    return of_experts(find) if "expert_count" in golden.keys else find
+    return of_experts(find) if "expert_count" in golden.keys or golden.architecture == "granitehybrid" else find
 
 
 def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
@@ -232,6 +239,20 @@ def joined_delta_nets(find: Rename) -> Rename:
     return of_delta_nets
 
 
+def state_spaces(find: Rename) -> Rename:
+    """transformers has vectors where GGUF has a column or a row for each group, and the logarithm of the decay."""
+
+    def of_mamba(name: str, tensors: Tensors) -> Floats:
+        values = find(name, tensors)
+        if ".mamba." not in name or name.endswith("proj.weight"):
+            return values
+        if name.endswith("conv1d.weight"):
+            return values[:, None]
+        return np.log(-values).reshape(-1) if name.endswith("A_log") else values.reshape(-1)
+
+    return of_mamba
+
+
 INTERNLM_2 = {
     "model.embed_tokens": "model.tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wqkv",
@@ -297,6 +318,11 @@ def of_experts(find: Rename) -> Rename:
     def of_mixture(name: str, tensors: Tensors) -> Floats:
         if name.endswith("e_score_correction_bias"):  # ERNIE's, [1, E]
             return tensors[f"blk.{name.split('.')[2]}.exp_probs_b.bias"][None]
+        if ".shared_mlp." in name:
+            layer, _, part = name.split(".")[2:5]
+            shared = "_shexp" if f"blk.{layer}.ffn_down_shexp.weight" in tensors else ""
+            gate, up, down = (tensors[f"blk.{layer}.ffn_{kind}{shared}.weight"] for kind in ("gate", "up", "down"))
+            return np.concatenate([gate, up]) if part == "input_linear" else down
         name = GRANITE.sub(r"\1.experts.\2", name)
         if name.endswith((".gate.weight", ".router.weight", ".router.layer.weight")):
             return tensors[f"blk.{name.split('.')[2]}.ffn_gate_inp.weight"]

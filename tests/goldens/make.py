@@ -34,6 +34,9 @@ from tests.goldens.models import (
     KV_HEADS,
     LAYERS,
     LLAMA3,
+    MAMBA_GROUPS,
+    MAMBA_HEADS,
+    MAMBA_STATE,
     NEURONS,
     SHARED,
     TAPS,
@@ -113,7 +116,8 @@ def llama_like(kind: type, **keys: Any) -> Maker:
 
 def of_experts(kind: type, **keys: Any) -> Maker:
     def make(golden: Golden) -> Any:
-        experts = {"num_experts_per_tok": USED, "intermediate_size": golden.layer["ffn_up_exps.weight"][1]}
+        neurons = golden.layer.get("ffn_up_exps.weight", (0, NEURONS))[1]
+        experts = {"num_experts_per_tok": USED, "intermediate_size": neurons}
         return llama_like(kind, **experts, **keys)(golden)
 
     return make
@@ -147,6 +151,17 @@ def delta_nets(kind: type, **keys: Any) -> Maker:
         )(golden)  # fmt: skip
 
     return make
+
+
+def granite_hybrid(golden: Golden) -> Any:
+    assert isinstance(golden.kv_heads, list)
+    sizes = {"num_local_experts": EXPERTS} if "expert_count" in golden.keys else {"num_local_experts": 0}
+    return of_experts(
+        T.GraniteMoeHybridConfig, **GRANITE, **sizes, mamba_d_conv=TAPS, mamba_d_state=MAMBA_STATE,
+        mamba_n_groups=MAMBA_GROUPS, mamba_n_heads=MAMBA_HEADS, mamba_expand=2,
+        shared_intermediate_size=SHARED if "expert_count" in golden.keys else NEURONS,
+        layer_types=["full_attention" if heads else "linear_attention" for heads in golden.kv_heads],
+    )(golden)  # fmt: skip
 
 
 def gemma4(golden: Golden) -> Any:
@@ -226,6 +241,11 @@ MAKERS: dict[str, Maker] = {
     "smollm3": llama_like(T.SmolLM3Config),
     "granite": llama_like(T.GraniteConfig, **GRANITE, attention_bias=True, mlp_bias=True),
     "granitemoe": of_experts(T.GraniteMoeConfig, **GRANITE, num_local_experts=EXPERTS),
+    "granitemoe-shared": of_experts(
+        T.GraniteMoeSharedConfig, **GRANITE, num_local_experts=EXPERTS, shared_intermediate_size=SHARED
+    ),
+    "granitehybrid": granite_hybrid,
+    "granitehybrid-dense": granite_hybrid,
     "llama-bias": llama_like(T.LlamaConfig, attention_bias=True, mlp_bias=True),
     "internlm3": llama_like(T.InternLM3Config),
     "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),

@@ -28,6 +28,10 @@ WINDOW = 11
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
+SINGLE = (".bias", "ssm_a", "ssm_d", "ssm_norm.weight")
+"""Ends of names of tensors that have float32 numbers though they may be matrices."""
+
+
 @dataclass(frozen=True)
 class Golden:
     """A tiny model: GGUF keys beside the common ones, and the shapes of its tensors."""
@@ -73,7 +77,7 @@ class Golden:
             if self.mxfp4 and name.endswith("_exps.weight"):
                 w.add_tensor(name, as_mxfp4(values)[0], raw_dtype=gguf.GGMLQuantizationType.MXFP4)
                 continue
-            single = values.ndim == 1 or "conv.conv" in name or "ssm_conv1d" in name or name.endswith(".bias")
+            single = values.ndim == 1 or "conv.conv" in name or "ssm_conv1d" in name or name.endswith(SINGLE)
             w.add_tensor(name, values if single else values.astype(np.float16))
         w.write_header_to_file()
         w.write_kv_data_to_file()
@@ -97,7 +101,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     if name.endswith("_exps.bias"):
         # so large that gpt-oss's bounds are reached
         return np.asarray(4 * random.standard_normal(shape), np.float32)
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(("ssm_d", "ssm_norm.weight")):
         around = 1.0 if name.endswith(".weight") else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
@@ -209,6 +213,24 @@ def delta_net(rates: tuple[str, ...] = ("ssm_beta", "ssm_alpha")) -> dict[str, t
         **{f"{part}.weight": (2 * VALUE_HEADS // len(rates), HIDDEN) for part in rates},
         "ssm_conv1d.weight": (mixed, TAPS), "ssm_dt.bias": (VALUE_HEADS,), "ssm_a": (VALUE_HEADS,),
         "ssm_norm.weight": (DELTA_DIM,), "ssm_out.weight": (HIDDEN, values),
+    }  # fmt: skip
+
+
+MAMBA_GROUPS, MAMBA_HEADS, MAMBA_STATE = 2, 8, 24
+MAMBA = {
+    "ssm.conv_kernel": TAPS, "ssm.state_size": MAMBA_STATE, "ssm.group_count": MAMBA_GROUPS,
+    "ssm.time_step_rank": MAMBA_HEADS, "ssm.inner_size": 2 * HIDDEN, "rope.scaling.finetuned": False,
+}  # fmt: skip
+
+
+def mamba() -> dict[str, tuple[int, ...]]:
+    """llama.cpp knows no other width of the heads together than twice the hidden size."""
+    width, mixed = 2 * HIDDEN, 2 * HIDDEN + 2 * MAMBA_GROUPS * MAMBA_STATE
+    return {
+        "ssm_in.weight": (width + mixed + MAMBA_HEADS, HIDDEN), "ssm_conv1d.weight": (mixed, TAPS),
+        "ssm_conv1d.bias": (mixed,), "ssm_dt.bias": (MAMBA_HEADS,), "ssm_a": (MAMBA_HEADS, 1),
+        "ssm_d": (MAMBA_HEADS, 1), "ssm_norm.weight": (MAMBA_GROUPS, width // MAMBA_GROUPS),
+        "ssm_out.weight": (HIDDEN, width),
     }  # fmt: skip
 
 
@@ -337,6 +359,10 @@ GOLDENS = {
     "granite": Golden("granite", RMS | SCALES, TWO_NORMS | _biased(), EMBEDDING | HEAD | FINAL),
     "granitemoe": Golden(
         "granitemoe", RMS | SCALES | MIXTURE, TWO_NORMS | _attention() | mixture(NEURONS), EMBEDDING | FINAL,
+    ),
+    "granitemoe-shared": Golden(
+        "granitemoe", RMS | SCALES | MIXTURE | {"expert_shared_feed_forward_length": SHARED},
+        TWO_NORMS | _attention() | mixture(NEURONS) | shared_expert(False), EMBEDDING | FINAL,
     ),
     "llama-bias": Golden("llama", RMS, TWO_NORMS | _biased(), EMBEDDING | HEAD | FINAL),
     "internlm3": Golden("llama", RMS, TWO_NORMS | _attention() | GATED, EMBEDDING | HEAD | FINAL),
@@ -475,6 +501,15 @@ GOLDENS = {
             (0, 1, 3),
             _norms("attn_norm", "post_attention_norm") | delta_net(("ssm_ba",)) | mixture() | shared_expert(),
         ),
+    ),
+    "granitehybrid": Golden(
+        "granitehybrid", RMS | SCALES | MIXTURE | MAMBA | {"expert_shared_feed_forward_length": SHARED},
+        TWO_NORMS | mamba() | mixture(NEURONS) | shared_expert(False), EMBEDDING | FINAL, [0, 0, KV_HEADS, 0],
+        {2: TWO_NORMS | _attention() | mixture(NEURONS) | shared_expert(False)},
+    ),
+    "granitehybrid-dense": Golden(
+        "granitehybrid", RMS | SCALES | MAMBA, TWO_NORMS | mamba() | GATED, EMBEDDING | HEAD | FINAL,
+        [0, KV_HEADS, 0, 0], {1: TWO_NORMS | _attention() | GATED},
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

@@ -7,7 +7,6 @@ import msgspec
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
-from flashd.bundle.layer_kinds import GatedDeltaNet, Recurrent
 from flashd.bundle.prefix import (
     MAGIC,
     MAX_HEADER,
@@ -107,7 +106,7 @@ def _check_model(m: Architecture) -> None:
             not m.experts or m.experts.used <= m.experts.count,
             f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
         ),
-        (all(_fits(kind) for kind in m.recurrent), "heads of a delta net do not fit together"),
+        (all(kind.fits for kind in m.recurrent), "heads of a layer that keeps a state do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
         (
             not m.experts or (m.experts.first < m.layers and bool(m.experts.first) == bool(m.experts.leading)),
@@ -135,12 +134,6 @@ def _check_rules(rules: list[tuple[bool, str]]) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
-
-
-def _fits(kind: Recurrent) -> bool:
-    return not isinstance(kind, GatedDeltaNet) or (
-        kind.value_heads % kind.key_heads == 0 and kind.values_width % BLOCK == 0
-    )
 
 
 def _shared_fits(m: Architecture) -> bool:

@@ -3,8 +3,9 @@
 A KV cache is cut anywhere. A state is not: it has taken in all tokens up to the last. So the state of a pass is
 written beside the one before it, and a few more are kept where a text is likely to be cut. A state can also forget
 its last tokens, since it has the last rows that went into it, see graphs.recurrent. A short convolution is nothing
-but these rows. The sum of a gated delta net cannot take a token out again. But the sum before the last pass is still
-there, and what went in since is put in anew. Passes that draft leave the sum alone, so all that they did is undone.
+but these rows. The sum of a gated delta net or of a Mamba-2 mixer cannot take a token out again. But the sum before
+the last pass is still there, and what went in since is put in anew. Passes that draft leave the sum alone, so all
+that they did is undone.
 """
 
 from __future__ import annotations

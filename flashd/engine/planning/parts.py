@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
-from flashd.bundle.layer_kinds import GatedDeltaNet, LayerProduct
+from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
@@ -212,8 +212,9 @@ def _of_token(m: Architecture, groups: int) -> int:
     mixed = 0
     for i in range(m.layers):
         kind, first = m.kind(i), sum(product.rows for product in m.mixing(i)[:-1])
-        # a delta net has its rows as they came, convolved, and apart
-        mixed = max(mixed, 3 * first + (3 * kind.row_width(m.hidden) if isinstance(kind, GatedDeltaNet) else 0))
+        # what sums over all tokens has its rows as they came, convolved, and apart
+        rows = 0 if isinstance(kind, AttentionKind) or kind.sums is None else kind.row_width(m.hidden)
+        mixed = max(mixed, 3 * first + 3 * rows)
     return 4 * (8 * m.hidden + mixed + inner)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Recurrent, ShortConvolution
+from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Mamba2, Recurrent, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.family import DeltaNets, Family
@@ -45,7 +45,7 @@ def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> 
         return model.number("attention.head_count_kv", int, heads), _between_delta_nets(model, layers)
     if family.sized_heads:
         return _kv_heads(model, layers, heads)[-1], [True] * layers
-    if not family.convolves or not isinstance(stated, list):
+    if not (family.convolves or family.mamba) or not isinstance(stated, list):
         return model.number("attention.head_count_kv", int, heads), [True] * layers
     counts = {count for count in stated if count}
     if len(stated) != layers or len(counts) != 1 or not isinstance(count := counts.pop(), int):
@@ -84,11 +84,25 @@ def recurrent_kinds(model: OpenModel, family: Family, attends: list[bool]) -> li
     """What the layers have that do not attend."""
     if all(attends):
         return []
-    key = "ssm.conv_kernel" if family.delta_nets else "shortconv.l_cache"
-    taps = model.number(key, int)
+    taps = model.number("shortconv.l_cache" if family.convolves else "ssm.conv_kernel", int)
     if not 2 <= taps <= MOST_TAPS:
         raise DataError(f"{model.path}: convolutions of {taps} tokens; 2 to {MOST_TAPS} are possible")
-    return [_delta_net(model, family.delta_nets, taps) if family.delta_nets else ShortConvolution(taps=taps)]
+    if family.delta_nets:
+        return [_delta_net(model, family.delta_nets, taps)]
+    return [_mamba(model, taps) if family.mamba else ShortConvolution(taps=taps)]
+
+
+def _mamba(model: OpenModel, taps: int) -> Mamba2:
+    groups, heads, state, inner = (
+        model.number(f"ssm.{key}", int) for key in ("group_count", "time_step_rank", "state_size", "inner_size")
+    )
+    fits = 1 <= groups <= heads <= MOST_HEADS and heads % groups == 0 and 1 <= state <= MOST_HEAD_DIM
+    if not fits or not heads <= inner <= heads * MOST_HEAD_DIM or inner % heads or inner % BLOCK:
+        raise DataError(
+            f"{model.path}: Mamba-2 mixers of {groups} groups, whose states are {state} wide, and {heads} heads,"
+            f" {inner} wide together, which make no model"
+        )
+    return Mamba2(taps=taps, groups=groups, heads=heads, state=state, head_dim=inner // heads)
 
 
 def _delta_net(model: OpenModel, family: DeltaNets, taps: int) -> GatedDeltaNet:

@@ -71,6 +71,7 @@ class Folder:
     rows: Order = in_order
     columns: Order = in_order
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors whose rows are several of GGUF's
+    plain: Folder | None = None  # how models of this type that have no experts are read
     left_out: Mapping[str, str] = field(default_factory=dict)  # what is not packed, by the beginnings of names
     tensors: Mapping[str, str] = field(default_factory=dict)  # names that the gguf package does not know
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stacks that hold several of GGUF's, by rows
@@ -101,6 +102,7 @@ class Family:
     activation: Activation = "silu"
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True
+    may_turn: bool = False  # whether the file says that queries and keys are not turned
     sinks: bool = False  # each head has a number that joins its scores in the softmax and adds no value
     norm_values: bool = False  # values are divided by their root mean square, head by head
     attention_scale: float = 0.0  # the product of a query and a key is multiplied by it; 0: by 1 / root of D
@@ -111,6 +113,7 @@ class Family:
     layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     delta_nets: DeltaNets | None = None  # that most layers have in place of attention
+    mamba: bool = False  # layers that the file gives no heads of keys have a Mamba-2 mixer in their place
     attention_gated: bool = False  # the rows of each head's query are followed by those of its output's gate
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window
@@ -172,11 +175,20 @@ TENSORS = {
     "delta_out": "ssm_out",
     "delta_conv": "ssm_conv1d",
     "delta_norm": "ssm_norm",
+    "mamba_in": "ssm_in",
+    "mamba_rates": "ssm_in",
+    "mamba_out": "ssm_out",
+    "mamba_conv": "ssm_conv1d",
+    "mamba_norm": "ssm_norm",
+    "skip": "ssm_d",
     "decay": "ssm_a",
     "dt": "ssm_dt",
     "head": "output",
 }
 """What most files call a part of the model or of a layer."""
+
+ENDLESS = ("decay", "skip")
+"""Parts whose tensors have neither `.weight` nor `.bias` behind their names."""
 
 EXPERTS = {"gate": "ffn_gate_exps", "inputs": "ffn_up_exps", "down": "ffn_down_exps"}
 """What the stacks of a mixture's matrices are called."""

@@ -10,7 +10,7 @@ from importlib import import_module
 from flashd.errors import DataError
 from flashd.pack import families
 from flashd.pack.families.family import EXPERTS, Family, Folder, Mixture
-from flashd.pack.families.tensors import beyond, lacking
+from flashd.pack.families.tensors import TURNED, beyond, lacking
 from flashd.pack.open_model import OpenModel
 
 
@@ -47,6 +47,8 @@ def family_of(model: OpenModel) -> Family:
         )
     if family.variant and family.variant[0] in model.names:
         family = family.variant[1]
+    if family.may_turn and model.metadata(f"{family.architecture}.{TURNED}") is False:
+        family = replace(family, rotary=False)
     lacks = []
     if model.number("expert_count", int, 0):
         if family.mixture is None:

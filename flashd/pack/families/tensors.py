@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
 from flashd.errors import DataError
-from flashd.pack.families.family import PLAIN, Family, Mixture, tensor_name
+from flashd.pack.families.family import ENDLESS, PLAIN, Family, Mixture, tensor_name
 from flashd.pack.families.rope import LONG, SHORT
 from flashd.pack.open_model import OpenModel
+
+TURNED = "rope.scaling.finetuned"
+"""Whether queries and keys are turned, in families that may or may not; elsewhere it says nothing."""
 
 READ = frozenset((
     "context_length", "embedding_length", "block_count", "feed_forward_length", "hidden_activation",
@@ -32,7 +35,7 @@ READ = frozenset((
 """The keys below the architecture's name that the recipe reads; a family may read others beside them."""
 
 NEEDLESS = frozenset((
-    "vocab_size", "tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned", "attention.causal",
+    "vocab_size", "tensor_data_layout", "use_parallel_residual", TURNED, "attention.causal",
     "expert_group_count", "moe_every_n_layers", "pooling_type",
 ))  # fmt: skip
 """Keys that say nothing that is not known from elsewhere."""
@@ -162,6 +165,7 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
         parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
+        names |= _of_mamba(family, i) if family.mamba else set()
         parts += ["token_gate", "token_out"] * family.token_inputs + ["scale"] * family.layer_scales
         ffn = ["inputs", "down"] + ["gate"] * (family.gated and not family.joined_inputs)
         if i < leading:
@@ -184,6 +188,13 @@ def _of_delta_nets(family: Family, i: int) -> set[str]:
     parts = ["z", "mixed", "delta_out", "delta_conv", "delta_norm", *rates]
     names = {f"{tensor_name(family, part, i)}.weight" for part in parts}
     return names | {tensor_name(family, "decay", i), f"{tensor_name(family, 'dt', i)}.bias"}
+
+
+def _of_mamba(family: Family, i: int) -> set[str]:
+    weights = {f"{tensor_name(family, part, i)}.weight" for part in ("mamba_in", "mamba_norm", "mamba_out")}
+    convolution = {f"{tensor_name(family, 'mamba_conv', i)}.{kind}" for kind in ("weight", "bias")}
+    bare = {tensor_name(family, part, i) for part in ENDLESS}
+    return weights | convolution | bare | {f"{tensor_name(family, 'dt', i)}.bias"}
 
 
 def _biased_parts(family: Family, biases: tuple[Place | Bias, ...]) -> list[str]:

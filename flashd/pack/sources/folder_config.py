@@ -84,6 +84,8 @@ def folder_model(stated: Config, path: Path) -> FolderModel:
         return FolderModel(kind, Folder(kind), config)
     architecture, folder = FOLDERS[kind]
     full = {**folder.defaults, **{key: value for key, value in config.items() if value is not None}}
+    if folder.plain and not full.get("num_local_experts"):
+        folder = folder.plain
     if "hidden_act" in full:
         full["hidden_act"] = folder.activations.get(full["hidden_act"], full["hidden_act"])
     model = FolderModel(architecture, folder, folder.adapt(_of_every_layer(full), path))

@@ -145,6 +145,8 @@ def row_order(model: FolderModel, name: str, rows: int) -> Numbers | None:
         return own
     part, width, heads = f".{name}".split(".")[-2], model.head_dim, model.config.get("num_attention_heads", 0)
     shared = model.config.get("num_key_value_heads", heads)
+    if isinstance(shared, list):  # of one a layer; those that do not attend have none
+        shared = max(shared)
     if model.folder.permuted and part in ("attn_q", "attn_k"):
         n = heads if part == "attn_q" else shared
         _check_rows(name, rows, n * width)

@@ -11,6 +11,7 @@ from flashd.bundle.layer_kinds import (
     Count,
     LayerKind,
     LayerProduct,
+    Mixer,
     Positive,
     Recurrent,
     Size,
@@ -119,6 +120,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         number = self.layer_kinds[layer]
         return self.attention[number] if number < len(self.attention) else None
 
+    def state_kind(self, layer: int) -> Recurrent | None:
+        """What a layer has that keeps a state: in place of attention or beside it."""
+        attention = self._attention(layer)
+        if attention is None:
+            return self.recurrent[self.layer_kinds[layer] - len(self.attention)]
+        return None if attention.beside is None else self.recurrent[attention.beside]
+
     @property
     def attending(self) -> list[int]:
         """The layers that attend."""
@@ -199,18 +207,22 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def mixing(self, layer: int) -> list[LayerProduct]:
-        """The products of attention, or of what a layer has in its place: for its inner values, and last its output.
+        """The products of all that mixes tokens in a layer."""
+        return [product for mixer in self.mixers(layer) for product in mixer.products]
 
-        The inner values of several products stand one behind the other.
-        """
-        kind = self.kind(layer)
-        if not isinstance(kind, AttentionKind):
-            return kind.products(self.hidden)
+    def mixers(self, layer: int) -> list[Mixer]:
+        """What mixes tokens in a layer: attention, what is in its place, or both. Their outputs are added."""
+        attention, state = self._attention(layer), self.state_kind(layer)
+        out = [self._attention_mixer(attention)] if attention else []
+        if state:
+            *inner, output = state.products(self.hidden)
+            out.append(Mixer(state, inner, output))
+        return out
+
+    def _attention_mixer(self, kind: AttentionKind) -> Mixer:
         gate = (self.gate_width(kind),) if self.attention_gated else ()
-        return [
-            LayerProduct("qkv", (*self.qkv_widths(kind), *gate), self.hidden),
-            LayerProduct("output", (self.hidden,), self.query_width(kind)),
-        ]
+        inner = LayerProduct("qkv", (*self.qkv_widths(kind), *gate), self.hidden)
+        return Mixer(kind, [inner], LayerProduct("output", (self.hidden,), self.query_width(kind)))
 
     def products_behind(self) -> list[LayerProduct]:
         """The products of each layer behind its FFN: what its token input is gated by, and what makes its output."""
@@ -305,12 +317,11 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def layer_vectors(self, layer: int) -> dict[str, int]:
         """The vectors of a layer and their lengths, by name, in the order of the layer's `vectors` section."""
         vectors: dict[str, int] = {}
-        kind, attention = self.kind(layer), self._attention(layer)
+        attention, state = self._attention(layer), self.state_kind(layer)
         for place in LAYER_NORMS:
             if attention or place not in OF_ATTENTION:
                 vectors |= self.norm_vectors(place, attention)
-        if not isinstance(kind, AttentionKind):
-            vectors |= kind.vectors(self.hidden)
+        vectors |= state.vectors(self.hidden) if state else {}
         if attention and self.sinks:
             vectors["sinks.weight"] = self.heads
         widths = {"qkv": sum(self.qkv_widths(attention)), "output": self.hidden} if attention else {}

@@ -22,6 +22,7 @@ class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: the model's
     values: bool = True  # whether values have a product of their own, and are not what that of the keys makes
     borrows: bool = False  # keys and values are those of an earlier layer, see Architecture.lender
+    beside: Count | None = None  # the number in Architecture.recurrent of what adds its output to that of attention
 
 
 class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="short_convolution"):
@@ -127,8 +128,8 @@ class Mamba2(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
 
         dt = softplus(r + bias);    S = exp(decay * dt) S + dt B x;    y = C S + skip x
 
-    The output is the norm of y SiLU(z), group by group. The layer keeps no keys: its state is S, and the last
-    `taps - 1` values of what goes into the convolution.
+    The output is the norm of y SiLU(z), group by group, or y SiLU(z) itself. The layer keeps no keys: its state is S,
+    and the last `taps - 1` values of what goes into the convolution.
     """
 
     taps: Annotated[int, msgspec.Meta(ge=2, le=64)]  # tokens that a token's convolution takes in, itself included
@@ -136,6 +137,7 @@ class Mamba2(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # a multiple of groups
     state: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of B and C of a group
     head_dim: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of x and z of a head
+    normed: bool = True  # whether y SiLU(z) is normed
 
     @property
     def width(self) -> int:
@@ -162,7 +164,8 @@ class Mamba2(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     def vectors(self, hidden: int) -> dict[str, int]:  # noqa: ARG002
         of_heads = {"decay": self.heads, "skip": self.heads, "dt.bias": self.heads}
         convolution = {f"conv.{tap}": self.mixed_width for tap in range(self.taps)}
-        return convolution | {"mamba_conv.bias": self.mixed_width, **of_heads, "mamba_norm.weight": self.width}
+        norm = {"mamba_norm.weight": self.width} if self.normed else {}
+        return convolution | {"mamba_conv.bias": self.mixed_width} | of_heads | norm
 
     def convolved_width(self, hidden: int) -> int:  # noqa: ARG002
         return self.mixed_width
@@ -200,6 +203,18 @@ class TokenInputs(msgspec.Struct, frozen=True, kw_only=True):
     scale: Annotated[float, msgspec.Meta(gt=0)]
     projected: Annotated[float, msgspec.Meta(gt=0)]
     both: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Mixer(NamedTuple):
+    """What mixes tokens in a layer: attention, or what has a state in its place or beside it."""
+
+    kind: LayerKind
+    inner: list[LayerProduct]  # make its inner values, which stand one behind the other
+    output: LayerProduct
+
+    @property
+    def products(self) -> list[LayerProduct]:
+        return [*self.inner, self.output]
 
 
 class LayerProduct(NamedTuple):

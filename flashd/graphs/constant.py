@@ -127,19 +127,22 @@ class Layers:
 
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
-        m, at, kind = self._model, f"layer.{i}.", self._model.kind(i)
+        m, at = self._model, f"layer.{i}."
         vector = _external_vectors(self._g, at)
         block = LayerStages(self._g, m, vector, self._kv)
-        *first, last = m.mixing(i)
         h = block.enter(x)
-        parts = [self._product(h, at, product) for product in first]
-        inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
-        if isinstance(kind, AttentionKind):
-            mixed = self._attended(block, inner, kind, suffix, tree)
-        else:
-            mixed = recur(self._g, m, kind, inner, vector, suffix)
-        x, h = block.middle(x, h, self._product(mixed, at, last))
-        shared = m.products(i)[len(first) + 1 :]
+        branch = ""
+        for mixer in m.mixers(i):
+            parts = [self._product(h, at, product) for product in mixer.inner]
+            inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
+            if isinstance(mixer.kind, AttentionKind):
+                mixed = self._attended(block, inner, mixer.kind, suffix, tree)
+            else:
+                mixed = recur(self._g, m, mixer.kind, inner, vector, suffix)
+            one = self._product(mixed, at, mixer.output)
+            branch = self._g.node("Add", branch, one) if branch else one
+        x, h = block.middle(x, h, branch)
+        shared = m.products(i)[len(m.mixing(i)) :]
         return (block.beside(x, h, self._shared(h, at, shared)) if shared else x), h, block
 
     def _shared(self, h: str, at: str, products: list[LayerProduct]) -> str:

@@ -248,9 +248,11 @@ def _normed(g: Graph, model: Architecture, kind: GatedDeltaNet, parts: tuple[str
 
 
 def _normed_groups(g: Graph, model: Architecture, kind: Mamba2, parts: tuple[str, str], vector: Vector) -> str:
-    """y and z [1, R, width] -> the norm of y SiLU(z), group by group."""
+    """y and z [1, R, width] -> the norm of y SiLU(z), group by group, or y SiLU(z) if the kind norms nothing."""
     y, z = parts
     gated, each = g.node("Mul", y, _silu(g, z)), kind.width // kind.groups
+    if not kind.normed:
+        return gated
     groups = g.node("Reshape", gated, g.shape(1, -1, kind.groups, each))
     ones = g.constant(np.ones(each, np.float32))  # the weights of groups differ
     normed = g.node("SimplifiedLayerNormalization", groups, ones, axis=-1, epsilon=model.norm_epsilon)

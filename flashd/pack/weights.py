@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, LayerProduct, Mamba2, Recurrent, ShortConvolution
+from flashd.bundle.layer_kinds import (
+    AttentionKind,
+    GatedDeltaNet,
+    LayerKind,
+    LayerProduct,
+    Mamba2,
+    Recurrent,
+    ShortConvolution,
+)
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import ENDLESS, PLAIN, Family, tensor_name
@@ -170,9 +178,11 @@ class Weights:
         """The matrices of each of Architecture.products of layer `i`."""
         return [self._product(i, product) for product in self._model.products(i)]
 
-    def mixing(self, i: int) -> list[list[Matrix]]:
-        """Those of each of Architecture.mixing."""
-        return [self._product(i, product) for product in self._model.mixing(i)]
+    def mixers(self, i: int) -> list[tuple[LayerKind, list[list[Matrix]]]]:
+        """Of each of Architecture.mixers its kind, and the matrices of its products."""
+        return [
+            (mixer.kind, [self._product(i, product) for product in mixer.products]) for mixer in self._model.mixers(i)
+        ]
 
     def shared(self, i: int) -> list[list[Matrix]]:
         """Those of the shared expert: its gate and up, and its down."""
@@ -204,7 +214,7 @@ class Weights:
 
     def _mamba_rows(self, i: int) -> dict[str, list[Matrix]]:
         """The matrices of a Mamba-2 mixer's first products, of a tensor that has the rows of all of them."""
-        kind = self._model.kind(i)
+        kind = self._model.state_kind(i)
         assert isinstance(kind, Mamba2)
         tensor = self._source.tensor(f"{tensor_name(self._family, 'mamba_in', i)}.weight")
         ends = np.cumsum((kind.width, kind.mixed_width, kind.heads))
@@ -317,8 +327,8 @@ class Weights:
 
     def _taps(self, layer: int) -> Floats:
         """[channels, taps] of a layer's convolution, whether or not the file has a 1 between the two."""
-        kind = self._model.kind(layer)
-        assert not isinstance(kind, AttentionKind)
+        kind = self._model.state_kind(layer)
+        assert kind
         name = f"{tensor_name(self._family, CONVOLUTIONS[type(kind)], layer)}.weight"
         tensor, width, taps = self._source.tensor(name), kind.convolved_width(self._model.hidden), kind.taps
         if tensor.shape not in ((width, taps), (width, 1, taps)):

@@ -43,7 +43,7 @@ from tests.goldens.models import (
 from tests.reference import relative
 
 CONTEXT = 120
-MAMBA_2 = "granitehybrid-dense"
+MAMBA_2, FALCON = "granitehybrid-dense", "falcon-h1"
 MIXED = (2 * KEY_HEADS + VALUE_HEADS) * DELTA_DIM
 SUM = VALUE_HEADS * DELTA_DIM**2
 RUNNING = LAYERS - 1
@@ -52,9 +52,9 @@ RUNNING = LAYERS - 1
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of short convolutions, one of gated delta nets, and one of Mamba-2 mixers."""
+    """Models of short convolutions, of gated delta nets, and of Mamba-2 mixers, alone or beside attention."""
     folder = tmp_path_factory.mktemp("states")
-    for name in ("lfm2", "qwen35", MAMBA_2):
+    for name in ("lfm2", "qwen35", MAMBA_2, FALCON):
         pack(GOLDENS[name].write(folder / f"{name}.gguf"), folder / f"{name}.flash", "int4")
     return {path.stem: path for path in folder.glob("*.flash")}
 
@@ -69,7 +69,8 @@ def taken(model: Model, tokens: list[int]) -> Floats:
 
 
 @pytest.mark.parametrize(
-    ("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None), (MAMBA_2, 0.5)]
+    ("name", "pinned"),
+    [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None), (MAMBA_2, 0.5), (FALCON, None)],
 )
 def test_whatever_is_forgotten_what_follows_is_right(
     packed: dict[str, Path], name: str, pinned: float | None
@@ -123,7 +124,7 @@ def test_whatever_is_forgotten_what_follows_is_right(
 DRAWN = Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)
 
 
-@pytest.mark.parametrize(("name", "sampling"), [("lfm2", Sampling()), ("qwen35", DRAWN), (MAMBA_2, DRAWN)])
+@pytest.mark.parametrize(("name", "sampling"), [("lfm2", Sampling()), ("qwen35", DRAWN), (FALCON, DRAWN)])
 def test_drafts_change_no_word(
     packed: dict[str, Path], name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,12 +184,15 @@ def test_a_chat_goes_on_where_it_was(packed: dict[str, Path], name: str) -> None
 OF_A_TOKEN = {
     "lfm2": (TAPS - 1) * HIDDEN,
     "qwen35": (TAPS - 1) * (MIXED + 2 * VALUE_HEADS) + SUM,
+    FALCON: (TAPS - 1) * (96 + 2 * MAMBA_GROUPS * MAMBA_STATE + 6) + 96 * MAMBA_STATE,
     MAMBA_2: (TAPS - 1) * (2 * HIDDEN + 2 * MAMBA_GROUPS * MAMBA_STATE + MAMBA_HEADS) + 2 * HIDDEN * MAMBA_STATE,
 }
 """Numbers of a layer's state behind a token."""
 
 
-@pytest.mark.parametrize(("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), (MAMBA_2, None)])
+@pytest.mark.parametrize(
+    ("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), (MAMBA_2, None), (FALCON, 0.5)]
+)
 def test_a_prompt_that_comes_again_after_a_restart_needs_no_pass(
     packed: dict[str, Path], tmp_path: Path, name: str, pinned: float | None
 ) -> None:
@@ -198,7 +202,7 @@ def test_a_prompt_that_comes_again_after_a_restart_needs_no_pass(
     with process(bundle, tmp_path, pinned, CONTEXT) as p:
         logits, figures = p.logits(prompt)
         assert p.passes == [] and np.array_equal(logits, expected) and figures.reused_tokens == len(prompt)
-        state_bytes = RUNNING * OF_A_TOKEN[name] * 4
+        state_bytes = (LAYERS if name == FALCON else RUNNING) * OF_A_TOKEN[name] * 4
         assert figures.snapshot_bytes == len(prompt) * p.model.cache.token_bytes + state_bytes + logits.nbytes
         onward = taken(p.model, TOKENS[30:].tolist())
     with opened(bundle, pinned, CONTEXT, "float32") as model:

@@ -26,6 +26,8 @@ from tests.goldens.models import (
     KEY_HEADS,
     KV_HEADS,
     LAYERS,
+    MAMBA_GROUPS,
+    MAMBA_STATE,
     VALUE_HEADS,
     Floats,
     Golden,
@@ -103,6 +105,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = less_one(by_map(golden))
         case "granitehybrid":
             find = state_spaces(halves(by_map(golden, MAMBA)))
+        case "falcon-h1":
+            find = multiplied(state_spaces(by_map(golden, MAMBA)))
         case "falcon":
             assert isinstance(golden.kv_heads, int)
             find = by_group(by_map(golden), golden.kv_heads)
@@ -251,6 +255,33 @@ def state_spaces(find: Rename) -> Rename:
         return np.log(-values).reshape(-1) if name.endswith("A_log") else values.reshape(-1)
 
     return of_mamba
+
+
+FALCON_H1: dict[str, Any] = {
+    "attention_in_multiplier": 0.5, "attention_out_multiplier": 2.0, "key_multiplier": 0.25, "ssm_in_multiplier": 4.0,
+    "ssm_out_multiplier": 0.125, "embedding_multiplier": 8.0, "lm_head_multiplier": 0.0625,
+    "mlp_multipliers": [0.5, 4.0], "ssm_multipliers": [2.0, 0.5, 0.25, 4.0, 8.0],
+}  # fmt: skip
+"""What transformers multiplies the products by, powers of two: GGUF has them in the weights."""
+
+
+def multiplied(find: Rename) -> Rename:
+    """transformers has the weights without these numbers."""
+    f, each, shared = FALCON_H1, 96, MAMBA_GROUPS * MAMBA_STATE
+    rows = np.repeat(f["ssm_multipliers"], [each, each, shared, shared, 6])[:, None] * f["ssm_in_multiplier"]
+    into = f["attention_in_multiplier"]
+    numbers = {
+        "q_proj": into, "k_proj": into * f["key_multiplier"], "v_proj": into, "o_proj": f["attention_out_multiplier"],
+        "gate_proj": f["mlp_multipliers"][0], "down_proj": f["mlp_multipliers"][1], "mamba.in_proj": rows,
+        "out_proj": f["ssm_out_multiplier"], "embed_tokens": f["embedding_multiplier"],
+        "lm_head": f["lm_head_multiplier"],
+    }  # fmt: skip
+
+    def divided(name: str, tensors: Tensors) -> Floats:
+        by = next((number for part, number in numbers.items() if part in name), 1.0)
+        return np.asarray(find(name, tensors) / by, np.float32)
+
+    return divided
 
 
 INTERNLM_2 = {

@@ -164,6 +164,13 @@ def granite_hybrid(golden: Golden) -> Any:
     )(golden)  # fmt: skip
 
 
+def falcon_h1(golden: Golden) -> Any:
+    return llama_like(
+        T.FalconH1Config, mamba_d_conv=TAPS, mamba_d_state=MAMBA_STATE, mamba_n_groups=MAMBA_GROUPS, mamba_n_heads=6,
+        mamba_d_ssm=96, **folders.FALCON_H1,
+    )(golden)  # fmt: skip
+
+
 def gemma4(golden: Golden) -> Any:
     keys, shares = golden.keys, isinstance(golden.kv_heads, list)
     return transformers.Gemma4TextConfig(
@@ -246,6 +253,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "granitehybrid": granite_hybrid,
     "granitehybrid-dense": granite_hybrid,
+    "falcon-h1": falcon_h1,
     "llama-bias": llama_like(T.LlamaConfig, attention_bias=True, mlp_bias=True),
     "internlm3": llama_like(T.InternLM3Config),
     "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),

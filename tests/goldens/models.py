@@ -102,7 +102,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
         # so large that gpt-oss's bounds are reached
         return np.asarray(4 * random.standard_normal(shape), np.float32)
     if len(shape) == 1 or name.endswith(("ssm_d", "ssm_norm.weight")):
-        around = 1.0 if name.endswith(".weight") else 0.0
+        around = 1.0 if name.endswith((".weight", "norm")) else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
 
@@ -223,13 +223,13 @@ MAMBA = {
 }  # fmt: skip
 
 
-def mamba() -> dict[str, tuple[int, ...]]:
-    """llama.cpp knows no other width of the heads together than twice the hidden size."""
-    width, mixed = 2 * HIDDEN, 2 * HIDDEN + 2 * MAMBA_GROUPS * MAMBA_STATE
+def mamba(heads: int = MAMBA_HEADS, width: int = 2 * HIDDEN) -> dict[str, tuple[int, ...]]:
+    """Of Granite, llama.cpp knows no other width of the heads together than twice the hidden size."""
+    mixed = width + 2 * MAMBA_GROUPS * MAMBA_STATE
     return {
-        "ssm_in.weight": (width + mixed + MAMBA_HEADS, HIDDEN), "ssm_conv1d.weight": (mixed, TAPS),
-        "ssm_conv1d.bias": (mixed,), "ssm_dt.bias": (MAMBA_HEADS,), "ssm_a": (MAMBA_HEADS, 1),
-        "ssm_d": (MAMBA_HEADS, 1), "ssm_norm.weight": (MAMBA_GROUPS, width // MAMBA_GROUPS),
+        "ssm_in.weight": (width + mixed + heads, HIDDEN), "ssm_conv1d.weight": (mixed, TAPS),
+        "ssm_conv1d.bias": (mixed,), "ssm_dt.bias": (heads,), "ssm_a": (heads, 1), "ssm_d": (heads, 1),
+        "ssm_norm.weight": (MAMBA_GROUPS, width // MAMBA_GROUPS),
         "ssm_out.weight": (HIDDEN, width),
     }  # fmt: skip
 
@@ -510,6 +510,13 @@ GOLDENS = {
     "granitehybrid-dense": Golden(
         "granitehybrid", RMS | SCALES | MAMBA, TWO_NORMS | mamba() | GATED, EMBEDDING | HEAD | FINAL,
         [0, KV_HEADS, 0, 0], {1: TWO_NORMS | _attention() | GATED},
+    ),
+    "falcon-h1": Golden(
+        "falcon-h1",
+        RMS | MAMBA | {"ssm.time_step_rank": 6, "ssm.inner_size": 96, "attention.key_length": HEAD_DIM,
+                       "rope.freq_base": 1e11, "rope.scaling.finetuned": None},
+        _norms("attn_norm") | {"ffn_norm": (HIDDEN,)} | _attention() | _without(mamba(6, 96), "ssm_norm") | GATED,
+        EMBEDDING | HEAD | FINAL,
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

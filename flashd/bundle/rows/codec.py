@@ -81,6 +81,10 @@ def _check_model(m: Architecture) -> None:
             "a layer's kind of attention does not exist",
         ),
         (all(a.rope is None or a.rope < m.ropes for a in m.attention), "a rotary table does not exist"),
+        (
+            all(a.beside is None or a.beside < len(m.recurrent) for a in m.attention),
+            "what is beside attention does not exist",
+        ),
     ])  # fmt: skip
     _check_rules([
         (m.hidden % BLOCK == 0, f"hidden size {m.hidden} is not a multiple of {BLOCK}"),

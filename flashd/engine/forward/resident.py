@@ -139,13 +139,14 @@ class ResidentModel:
         binding, names = session.io_binding(), stages.input_names(session)
         self._rotary.bind(names, binding)
         self._bind_keys(binding, layers)
-        attending = set(self._model.attending)
-        return _Bound(session, binding, names, layers, [i for i in layers if i not in attending])
+        with_states = [i for i in layers if self._model.state_kind(i)]
+        return _Bound(session, binding, names, layers, with_states)
 
     def _bind_keys(self, binding: Any, layers: range) -> None:
-        """Gives a session the keys and values of those of its layers that attend."""
-        for i in set(self._model.attending).intersection(layers):
-            attention.bind_kept(binding, self.cache.layer(i, 0), f".{i}")
+        """Gives a session the keys and values of its layers. What keeps a state finds all it keeps in each pass."""
+        for i in layers:
+            if self._model.state_kind(i) is None:
+                attention.bind_kept(binding, self.cache.layer(i, 0), f".{i}")
 
 
 def _sessions(layers: int, int8: int, together: int) -> list[range]:

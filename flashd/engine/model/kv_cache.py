@@ -109,13 +109,15 @@ class KvCache:
         Keys and values are [1, kv heads, context, head dim] and written in place, see `widen` and `take_in`. A state
         is written beside the one before. `drafting`: all of it will be forgotten again.
         """
+        state = self._states.of_pass(i, tokens, drafting) if i in self._states else PassStates()
         if i not in self._place:
-            return self._states.of_pass(i, tokens, drafting)
+            return state
         values = self._values[self._place[i] % len(self._values)]
         kept = dict(zip(("key", "value"), values, strict=True))
         return PassStates(
-            {f"past_{name}": value for name, value in kept.items()},
-            {f"present_{name}": value for name, value in kept.items()},
+            state.inputs | {f"past_{name}": value for name, value in kept.items()},
+            state.outputs | {f"present_{name}": value for name, value in kept.items()},
+            state.counts,
         )
 
     def widen(self, i: int, past: int) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, Recurrent
+from flashd.bundle.layer_kinds import Recurrent
 from flashd.bundle.rows.kinds import Floats
 from flashd.graphs.recurrent import REWIND, Shape, rows_shape, sums_shape
 
@@ -48,8 +48,8 @@ def _size(shape: Shape) -> int:
 
 def _kinds(model: Architecture) -> dict[int, Recurrent]:
     """The kinds of the layers that have a state, by the layers' numbers."""
-    kinds = {i: model.kind(i) for i in range(model.layers)}
-    return {i: kind for i, kind in kinds.items() if not isinstance(kind, AttentionKind)}
+    kinds = {i: model.state_kind(i) for i in range(model.layers)}
+    return {i: kind for i, kind in kinds.items() if kind}
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,9 @@ class States:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._layers
 
     @property
     def _pending(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
-from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
+from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
@@ -211,9 +211,9 @@ def _of_token(m: Architecture, groups: int) -> int:
     inner = neurons * (m.inputs + 2)
     mixed = 0
     for i in range(m.layers):
-        kind, first = m.kind(i), sum(product.rows for product in m.mixing(i)[:-1])
+        state, first = m.state_kind(i), sum(product.rows for mixer in m.mixers(i) for product in mixer.inner)
         # what sums over all tokens has its rows as they came, convolved, and apart
-        rows = 0 if isinstance(kind, AttentionKind) or kind.sums is None else kind.row_width(m.hidden)
+        rows = state.row_width(m.hidden) if state and state.sums else 0
         mixed = max(mixed, 3 * first + 3 * rows)
     return 4 * (8 * m.hidden + mixed + inner)
 

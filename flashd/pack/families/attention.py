@@ -7,7 +7,7 @@ import msgspec
 from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Mamba2, Recurrent, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.families.family import DeltaNets, Family
+from flashd.pack.families.family import DeltaNets, Family, tensor_name
 from flashd.pack.open_model import OpenModel
 
 MOST_HEAD_DIM = MOST_HEADS = 4096
@@ -45,7 +45,7 @@ def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> 
         return model.number("attention.head_count_kv", int, heads), _between_delta_nets(model, layers)
     if family.sized_heads:
         return _kv_heads(model, layers, heads)[-1], [True] * layers
-    if not (family.convolves or family.mamba) or not isinstance(stated, list):
+    if not (family.convolves or family.mamba == "instead") or not isinstance(stated, list):
         return model.number("attention.head_count_kv", int, heads), [True] * layers
     counts = {count for count in stated if count}
     if len(stated) != layers or len(counts) != 1 or not isinstance(count := counts.pop(), int):
@@ -82,17 +82,17 @@ def _between_delta_nets(model: OpenModel, layers: int) -> list[bool]:
 
 def recurrent_kinds(model: OpenModel, family: Family, attends: list[bool]) -> list[Recurrent]:
     """What the layers have that do not attend."""
-    if all(attends):
+    if all(attends) and family.mamba != "beside":
         return []
     taps = model.number("shortconv.l_cache" if family.convolves else "ssm.conv_kernel", int)
     if not 2 <= taps <= MOST_TAPS:
         raise DataError(f"{model.path}: convolutions of {taps} tokens; 2 to {MOST_TAPS} are possible")
     if family.delta_nets:
         return [_delta_net(model, family.delta_nets, taps)]
-    return [_mamba(model, taps) if family.mamba else ShortConvolution(taps=taps)]
+    return [_mamba(model, family, taps) if family.mamba else ShortConvolution(taps=taps)]
 
 
-def _mamba(model: OpenModel, taps: int) -> Mamba2:
+def _mamba(model: OpenModel, family: Family, taps: int) -> Mamba2:
     groups, heads, state, inner = (
         model.number(f"ssm.{key}", int) for key in ("group_count", "time_step_rank", "state_size", "inner_size")
     )
@@ -102,7 +102,11 @@ def _mamba(model: OpenModel, taps: int) -> Mamba2:
             f"{model.path}: Mamba-2 mixers of {groups} groups, whose states are {state} wide, and {heads} heads,"
             f" {inner} wide together, which make no model"
         )
-    return Mamba2(taps=taps, groups=groups, heads=heads, state=state, head_dim=inner // heads)
+    norm = f"{tensor_name(family, 'mamba_norm')}.weight"
+    return Mamba2(
+        taps=taps, groups=groups, heads=heads, state=state, head_dim=inner // heads,
+        normed=family.mamba == "instead" or any(name.endswith(norm) for name in model.names),
+    )  # fmt: skip
 
 
 def _delta_net(model: OpenModel, family: DeltaNets, taps: int) -> GatedDeltaNet:
@@ -145,6 +149,7 @@ def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list
             window=window if local else 0, rope=rope, head_dim=narrow if local and narrow != wide else 0,
             kv_heads=each[i] if each[i] != kv_heads else 0,
             values=not family.sized_heads or i >= own or f"blk.{i}.attn_v.weight" in model.names,
+            beside=0 if family.mamba == "beside" else None,
         )  # fmt: skip
         if i >= own:
             kind = _borrower(model, i, [kinds[number] for number in layer_kinds[:own]], kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,13 @@ Order = Callable[[Config, str], npt.NDArray[np.int64] | None]
 None if they agree. Raises ValueError if what the folder says makes no sense."""
 
 
+Factor = Callable[[Config, str], Floats | None]
+"""(what the folder says, GGUF's name of a part) -> what the folder's numbers are multiplied by to be GGUF's: [1, 1],
+or [rows, 1], one for each of GGUF's rows; None if they agree."""
+
+
 def in_order(config: Config, part: str) -> None:
-    """Rows and columns agree."""
+    """Rows and columns, or numbers, agree."""
 
 
 def as_it_is(config: Config, path: Path) -> Config:  # noqa: ARG001
@@ -70,6 +75,7 @@ class Folder:
     changed: Mapping[str, Callable[[Floats], Floats]] = field(default_factory=dict)  # parts that GGUF has otherwise
     rows: Order = in_order
     columns: Order = in_order
+    weighed: Factor = in_order
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors whose rows are several of GGUF's
     plain: Folder | None = None  # how models of this type that have no experts are read
     left_out: Mapping[str, str] = field(default_factory=dict)  # what is not packed, by the beginnings of names
@@ -113,7 +119,7 @@ class Family:
     layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     delta_nets: DeltaNets | None = None  # that most layers have in place of attention
-    mamba: bool = False  # layers that the file gives no heads of keys have a Mamba-2 mixer in their place
+    mamba: Literal["instead", "beside"] | None = None  # Mamba-2 mixers, in layers without heads of keys or in all
     attention_gated: bool = False  # the rows of each head's query are followed by those of its output's gate
     unturned_every: int = 0  # each so manyth layer does not turn queries and keys
     global_every: int = 0  # each so manyth layer sees all tokens, the others a window

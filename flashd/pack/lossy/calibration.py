@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, Recurrent
+from flashd.bundle.layer_kinds import AttentionKind, LayerKind, Recurrent
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
@@ -190,10 +190,11 @@ class Calibration:
         """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
-        *first, (last,) = self._weights.mixing(i)
-        inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
-        mixed = [self._mixed(i, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
-        branch = _product(np.concatenate(mixed), last)
+        branch = np.zeros_like(self._x)
+        for kind, (*first, (last,)) in self._weights.mixers(i):
+            inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
+            mixed = [self._mixed(i, kind, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
+            branch += _product(np.concatenate(mixed), last)
         x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
         if self._model.shared_expert(i):
             inputs, (down,) = self._weights.shared(i)
@@ -201,18 +202,22 @@ class Calibration:
             (x,) = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
         return vectors, x, h
 
-    def _mixed(self, i: int, text: int, vectors: dict[str, Floats], inner: Floats) -> Floats:
-        """[n, ...]: what layer `i` makes of the products [n, ...] of the tokens of one text."""
-        kind, number, attending = self._model.kind(i), self._model.layer_kinds[i], len(self._model.attention)
+    def _mixed(
+        self, i: int, kind: LayerKind, text: int, vectors: dict[str, Floats], inner: Floats
+    ) -> Floats:  # fmt: skip
+        """[n, ...]: what a mixer of layer `i` makes of its products [n, ...] of the tokens of one text."""
         if not isinstance(kind, AttentionKind):
             fresh = self._fresh_state(kind) | {"inner": inner[None], "tokens": np.array([len(inner)])}
-            *_, out = self._run(f"recurrent.{number - attending}", vectors, **fresh)  # behind its state
+            number = self._model.recurrent.index(kind)
+            *_, out = self._run(f"recurrent.{number}", vectors, **fresh)  # behind its state
             return np.asarray(out[0], np.float32)
         lender = self._model.lender(i)
         shape = (1, self._model.kv_heads_of(kind), len(inner), self._model.head_dim_of(kind))
         past = self._kept[lender, text] if kind.borrows else [np.zeros(shape, np.float32)] * 2
         feed = {"qkv": inner[None], "past_key": past[0], "past_value": past[1]}
-        out, *kept = self._run(f"attention.{number}", vectors, **feed, **self._attended(len(inner)))
+        out, *kept = self._run(
+            f"attention.{self._model.layer_kinds[i]}", vectors, **feed, **self._attended(len(inner))
+        )
         if any(each.borrows for each in self._model.attention):
             self._kept[lender, text] = kept
         return np.asarray(out[0], np.float32)

@@ -93,7 +93,13 @@ class GgufModel(OpenModel):
         self.path = path
         self._parts, self._pre = read_parts(path), pre
         self.reader = self._parts[path]
-        self._tensors = {t.name: t for reader in self._parts.values() for t in reader.tensors}
+        # Falcon-H1's files have the norms in front of FFNs without an end
+        ends = {".ffn_norm": ".weight"}
+        self._tensors = {
+            t.name + next((end for name, end in ends.items() if t.name.endswith(name)), ""): t
+            for reader in self._parts.values()
+            for t in reader.tensors
+        }
         self.architecture = self.text("general.architecture")
 
     @property

@@ -37,16 +37,18 @@ ROWS_AT_ONCE = 1024
 
 
 class _Stored(Tensor):
-    """A tensor as its file has it, in an order of rows of its own and with `shift` added."""
+    """A tensor as its file has it, in an order of rows of its own, with `shift` added, and each row [K] multiplied by
+    its `factor`."""
 
     def __init__(
         self, name: str, data: StoredTensor | Floats, bits: float, order: Numbers | None = None, shift: float = 0.0,
-        columns: Numbers | None = None,
+        columns: Numbers | None = None, factor: Floats | None = None,
     ) -> None:  # fmt: skip
         self.name, self.bits = name, bits
         shape = tuple(data.shape if isinstance(data, np.ndarray) else data.get_shape())
         self.shape = shape if order is None else (len(order), *shape[1:])
         self._data, self._order, self._shift, self._columns = data, order, np.float32(shift), columns
+        self._factor = None if factor is None else np.broadcast_to(factor, (self.shape[0], 1))
 
     def rows(self, which: Which = ALL) -> Floats:
         """Rows [n, K] float32 of a matrix; of a vector, all of it, [K]."""
@@ -59,6 +61,8 @@ class _Stored(Tensor):
             out[start:stop] = self._data[first : first + stop - start]
         if self._shift:
             out += self._shift
+        if self._factor is not None:
+            out *= self._factor[which]
         return out if self._columns is None else out[:, self._columns]
 
 
@@ -315,7 +319,10 @@ class HfFolder(OpenModel):
             return _Stored(name, changed, BITS[kind])
         shifted = name.endswith("norm.weight") and part_of(name) not in folder.unshifted
         columns = column_order(self._model, name, part.get_shape()[-1])
-        tensor = _Stored(name, part, BITS[kind], order, folder.shift if shifted else 0.0, columns)
+        factor = folder.weighed(self._model.config, part_of(name))
+        if factor is not None and len(factor) not in (1, rows):
+            raise DataError(f"tensor {name!r} has {rows} rows and should have {len(factor)}")
+        tensor = _Stored(name, part, BITS[kind], order, folder.shift if shifted else 0.0, columns, factor)
         online = self._rounded.get("quantization_mode") == "online"
         return _Master(tensor) if online and name.startswith("blk.") and len(tensor.shape) == 2 else tensor
 

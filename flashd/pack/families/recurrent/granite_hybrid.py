@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,7 @@ REFUSED = {"mamba_proj_bias": True, "mamba_conv_bias": False, "attention_bias": 
 def adapt(config: Config, path: Path) -> Config:
     """The configuration with a number of heads of keys for each layer, as GGUF has it."""
     full: dict[str, Any] = dict(config)
-    for name, value in REFUSED.items():
-        if full.pop(name, not value) is value:
-            raise DataError(f"{path}: {name} {str(value).lower()} is not supported")
-    limits = full.pop("time_step_limit", None)
-    if limits and [_number(each) for each in limits] != [0.0, math.inf]:
-        raise DataError(f"{path}: bounds of time steps (time_step_limit) are not supported")
+    refuse(full, REFUSED, path)
     layers = full.get("num_hidden_layers", 0)
     kinds = full.pop("layer_types", None) or full.pop("layers_block_type", None) or ["mamba"] * layers
     if unknown := set(map(str, kinds)) - set(KINDS):
@@ -53,6 +49,16 @@ def adapt(config: Config, path: Path) -> Config:
         raise DataError(f"{path}: positions of kind {turned!r} (position_embedding_type) are not supported")
     full["turned"] = turned == "rope"
     return full
+
+
+def refuse(config: dict[str, Any], flags: Mapping[str, bool], path: Path) -> None:
+    """Raises DataError for one of these values of flags, or for time steps that have bounds. Takes them out."""
+    for name, value in flags.items():
+        if config.pop(name, not value) is value:
+            raise DataError(f"{path}: {name} {str(value).lower()} is not supported")
+    limits = config.pop("time_step_limit", None)
+    if limits and [_number(each) for each in limits] != [0.0, math.inf]:
+        raise DataError(f"{path}: bounds of time steps (time_step_limit) are not supported")
 
 
 def _number(value: Any) -> float:
@@ -77,13 +83,13 @@ MIXTURE = replace(
     PLAIN, plain=PLAIN, adapt=adapt, keys={**granite.SHARING.keys, **KEYS}, joined=granite.JOINED,
     tensors={**TENSORS, **granite.SHARING.tensors}, split=granite.SHARING.split,
 )  # fmt: skip
-READS = (
-    *granite.READS, "ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size",
-)  # fmt: skip
+SSM = ("ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size")
+"""The keys of Mamba-2 mixers."""
 
 FAMILIES = (
     Family(
         "granitehybrid", "Granite 4", "tiny",
-        permuted=True, mamba=True, may_turn=True, mixture=Mixture(shared=True), reads=READS, folders=(MIXTURE,),
+        permuted=True, mamba="instead", may_turn=True, mixture=Mixture(shared=True),
+        reads=(*granite.READS, *SSM), folders=(MIXTURE,),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Granite as it is found: what is understood of a file or a folder, and what is refused."""
+"""Granite and Falcon-H1 as they are found: what is understood of a file or a folder, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashd.pack.pack import pack
 from tests.goldens import folders
 from tests.goldens.models import GATED, GOLDENS, KV_HEADS, LAYERS, Golden
 
-HYBRID, MIXTURE = GOLDENS["granitehybrid-dense"], GOLDENS["granitehybrid"]
+HYBRID, MIXTURE, FALCON = (GOLDENS[name] for name in ("granitehybrid-dense", "granitehybrid", "falcon-h1"))
 
 
 def keys(golden: Golden = HYBRID, **changed: Any) -> Golden:
@@ -44,6 +44,7 @@ def keys(golden: Golden = HYBRID, **changed: Any) -> Golden:
             keys(MIXTURE, expert_shared_feed_forward_length=64),
             r"ffn_gate_shexp.weight' has the shape \(96, 64\)",
         ),
+        (keys(FALCON, ssm__state_size=16), "'blk.0.ssm_in.weight' has 294 rows and should have 262"),
         (replace(HYBRID, layer=HYBRID.layer | {"ssm_in.bias": (360,)}), "tensor 'blk.0.ssm_in.bias' has no place"),
     ],
 )
@@ -87,6 +88,47 @@ def test_what_a_folder_may_say(tmp_path: Path, config: Any, match: str | None) -
     with pytest.raises(DataError, match=match) as caught:
         Original.open(folder, "f16")
     assert "\n" not in str(caught.value)
+
+
+def falcon(path: Path, **config: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    folder = folders.write(path / "f", "falcon-h1", FALCON.write(path / "m.gguf"))
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"mamba_rms_norm": True}, r"a norm in front of a mixer's gate \(mamba_norm_before_gate\)"),
+        ({"mamba_rms_norm": True, "mamba_norm_before_gate": False}, None),
+        ({"projectors_bias": True}, "projectors_bias true is not supported"),
+        ({"mamba_d_ssm": 128}, "and 6 heads, 128 wide together, which make no model"),
+        ({"mamba_n_groups": 3}, "'blk.0.ssm_in.weight' has 294 rows and should have 342"),
+        ({"mamba_n_groups": 1 << 40}, "mixers of 1099511627776 groups of 24"),
+        ({"ssm_multipliers": [1.0, 2.0]}, "makes no sense"),
+        ({"value_multiplier": 2.0}, "flashd does not know what 'value_multiplier' means"),
+    ],
+)
+def test_what_a_folder_of_falcon_may_say(tmp_path: Path, config: Any, match: str | None) -> None:
+    folder = falcon(tmp_path, **config)
+    if match is None:
+        Original.open(folder, "f16")
+        return
+    with pytest.raises(DataError, match=match) as caught:
+        Original.open(folder, "f16")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_the_table_of_embeddings_has_a_number_of_its_own(tmp_path: Path) -> None:
+    found = [
+        Original.open(falcon(tmp_path / str(tied), tie_word_embeddings=tied), "f16").weights for tied in (False, True)
+    ]
+    apart, tied = (weights.model_vectors()["final_norm.weight"] for weights in found)
+    assert [weights.tied for weights in found] == [False, True]
+    # the table is multiplied by 8, and logits should be by 1 / 16
+    assert np.array_equal(tied, apart / 128)
 
 
 def test_a_folder_whose_layers_all_attend_is_a_plain_granite(tmp_path: Path) -> None:

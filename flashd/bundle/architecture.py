@@ -79,7 +79,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     head_dim: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # D
     neurons: Size  # of the widest layer's FFN, all its experts together, a multiple of 32 (of each)
-    layer_neurons: list[Size] = []  # of each layer's FFN, if not all are as wide
+    layer_neurons: list[Count] = []  # of each layer's FFN, if not all are as wide; 0: it has none
     group_neurons: Size  # N, of a group: what is read, pinned and multiplied as one
     experts: Experts | None = None
     vocabulary: Size  # V

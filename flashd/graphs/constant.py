@@ -317,6 +317,8 @@ def whole(
     for i in layers:
         token = _token_input(g, model, f".{i}")
         x, h, block = made.attention(i, x, f".{i}")
+        if not model.layer_groups[i]:
+            continue
         x = made.leave(i, x, made.whole_ffn(i, h), block, token)
     g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
     return g.serialise("layers")

@@ -14,7 +14,7 @@ from flashd.bundle.header import Formats
 from flashd.bundle.rows.kinds import BLOCK, Floats, RowKind
 from flashd.errors import UsageError
 from flashd.pack.families.properties import check_layers, model_of
-from flashd.pack.families.registry import family_of
+from flashd.pack.families.registry import arranged, family_of
 from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration
 from flashd.pack.open_model import OpenModel
@@ -63,6 +63,7 @@ class Original:
         source: OpenModel = HfFolder(path) if path.is_dir() else GgufModel(path, pre)
         check_layers(source.number("block_count", int), source.path)
         check_layers(source.layers, source.path)
+        source = arranged(source)
         family = family_of(source)
         model = model_of(source, family, context)
         check_heads(model, source.path)
@@ -133,13 +134,13 @@ def _mxfp4(weights: Weights, i: int) -> bool:
 
 def _ternary(weights: Weights, i: int) -> bool:
     """Whether all matrices of layer `i` are ternary. In most models their first rows show that they are not."""
-    (ffn,) = weights.ffns(i)
+    ffns = weights.ffns(i)
     for matrix in (
-        *ffn.inputs,
+        *chain.from_iterable(ffn.inputs for ffn in ffns),
         *chain.from_iterable(weights.products(i)),
         *chain.from_iterable(weights.products_behind(i)),
     ):
         parts = [slice(0, BLOCK), *(slice(at, at + ROWS_AT_ONCE) for at in range(0, len(matrix), ROWS_AT_ONCE))]
         if not all(is_ternary(matrix.rows(part)) for part in parts):
             return False
-    return is_ternary(ffn.down.rows())
+    return all(is_ternary(ffn.down.rows()) for ffn in ffns)

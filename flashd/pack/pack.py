@@ -280,8 +280,11 @@ class _Writer:
 
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
         """Writes a layer's groups, the hottest first, in a section for each number of bits."""
+        every = self._model.layer_groups[i]
+        if not every:
+            return
         (ffn,) = self._weights.ffns(i)
-        order, every = self._encode.order(ffn, sizes), self._model.layer_groups[i]
+        order = self._encode.order(ffn, sizes)
         ends = [starts.int3, starts.int2, every] if starts else [every]
         for part in layer_ffn_sections(i, self._group, ends):
             neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]

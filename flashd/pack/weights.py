@@ -256,8 +256,8 @@ class Weights:
         return ["gate"] * (self._model.gated and not self._family.joined_inputs) + ["inputs", "down"]
 
     def ffns(self, i: int) -> list[Ffn]:
-        """The FFN of layer `i`, or in a mixture each of its experts; empty if it has none."""
-        if i not in self._model.paged_layers:
+        """The FFN of layer `i`, or in a mixture each of its experts; empty if it has neither."""
+        if i not in self._model.paged_layers or not self._model.neurons_of(i):
             return []
         names = [tensor_name(self._family, part, i) for part in self._ffn_parts]
         tensors = [self._source.tensor(f"{name}.weight") for name in names]
@@ -303,6 +303,8 @@ class Weights:
 
     def _checked(self, name: str, length: int, layer: int | None) -> Floats:
         part, _, end = name.partition(".")
+        if part == "ffn_norm" and layer is not None and not self._model.neurons_of(layer):
+            return np.ones(length, np.float32)  # nothing is behind it
         if part == "qkv" and layer is not None:
             values = self._qkv_bias(layer)
         elif part == "conv" and layer is not None:

@@ -77,6 +77,11 @@ MAMBA = {
     "mamba.in_proj": "ssm_in", "mamba.conv1d": "ssm_conv1d", "mamba.out_proj": "ssm_out", "mamba.norm": "ssm_norm",
 }  # fmt: skip
 
+NEMOTRON_H = {name.replace("mamba.", "mixer."): part for name, part in MAMBA.items()} | {
+    "backbone.layers.": "blk.", "mixer.q_proj": "attn_q", "mixer.k_proj": "attn_k", "mixer.v_proj": "attn_v",
+    "mixer.o_proj": "attn_output", "mixer.up_proj": "ffn_up", "mixer.down_proj": "ffn_down",
+}  # fmt: skip
+
 LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)} | {
     f"model.layers.{i}.feed_forward.expert_bias": f"blk.{i}.exp_probs_b.bias" for i in range(LAYERS)
 }
@@ -107,6 +112,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = state_spaces(halves(by_map(golden, MAMBA)))
         case "falcon-h1":
             find = multiplied(state_spaces(by_map(golden, MAMBA)))
+        case "nemotron_h":
+            find = state_spaces(by_map(golden, NEMOTRON_H))
         case "falcon":
             assert isinstance(golden.kv_heads, int)
             find = by_group(by_map(golden), golden.kv_heads)
@@ -135,7 +142,7 @@ def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
     """Names with the parts that `special` names replaced, else as the gguf package maps them."""
     architectures = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     kind = architectures.get(golden.architecture, gguf.MODEL_ARCH.LLAMA)
-    known = gguf.get_tensor_name_map(kind, LAYERS)
+    known = gguf.get_tensor_name_map(kind, golden.layers)
 
     def find(name: str, tensors: Tensors) -> Floats:
         if name == "lm_head.weight":
@@ -248,7 +255,7 @@ def state_spaces(find: Rename) -> Rename:
 
     def of_mamba(name: str, tensors: Tensors) -> Floats:
         values = find(name, tensors)
-        if ".mamba." not in name or name.endswith("proj.weight"):
+        if not (".mamba." in name or ".mixer." in name) or name.endswith("proj.weight"):
             return values
         if name.endswith("conv1d.weight"):
             return values[:, None]

@@ -171,6 +171,18 @@ def falcon_h1(golden: Golden) -> Any:
     )(golden)  # fmt: skip
 
 
+def nemotron_h(golden: Golden) -> Any:
+    assert isinstance(golden.kv_heads, list)
+    kinds = ["full_attention" if heads else "linear_attention" for heads in golden.kv_heads]
+    stated = zip(kinds, golden.keys["feed_forward_length"], strict=True)
+    return T.NemotronHConfig(
+        **{key: value for key, value in COMMON.items() if key != "num_hidden_layers"},
+        layers_block_type=["mlp" if neurons else kind for kind, neurons in stated], num_key_value_heads=KV_HEADS,
+        head_dim=32, intermediate_size=NEURONS, ssm_state_size=MAMBA_STATE, n_groups=MAMBA_GROUPS, conv_kernel=TAPS,
+        mamba_num_heads=6, mamba_head_dim=16,
+    )  # fmt: skip
+
+
 def gemma4(golden: Golden) -> Any:
     keys, shares = golden.keys, isinstance(golden.kv_heads, list)
     return transformers.Gemma4TextConfig(
@@ -254,6 +266,7 @@ MAKERS: dict[str, Maker] = {
     "granitehybrid": granite_hybrid,
     "granitehybrid-dense": granite_hybrid,
     "falcon-h1": falcon_h1,
+    "nemotron_h": nemotron_h,
     "llama-bias": llama_like(T.LlamaConfig, attention_bias=True, mlp_bias=True),
     "internlm3": llama_like(T.InternLM3Config),
     "qwen3-bias": llama_like(T.Qwen3Config, attention_bias=True),

@@ -42,6 +42,7 @@ class Golden:
     model: dict[str, tuple[int, ...]]
     kv_heads: int | list[int] = KV_HEADS
     others: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)  # layers of another kind than `layer`
+    layers: int = LAYERS  # that the file counts
     context: int | None = None  # that it is packed for, if not the default
     ternary: bool = False  # matrices of layers are
     mxfp4: bool = False  # the experts' matrices are, of neurons that make whole blocks
@@ -49,7 +50,7 @@ class Golden:
     def tensors(self) -> dict[str, Floats]:
         """By GGUF name; matrices are float16 numbers, so that f16 rows hold them exactly."""
         shapes = dict(self.model)
-        for i in range(LAYERS):
+        for i in range(self.layers):
             shapes |= {f"blk.{i}.{name}": shape for name, shape in self.others.get(i, self.layer).items()}
         drawn = {name: _drawn(name, shape) for name, shape in shapes.items()}
         if self.mxfp4:
@@ -63,7 +64,7 @@ class Golden:
         w = gguf.GGUFWriter(path, self.architecture)
         keys = {"context_length": 128, **self.keys}
         w.add_embedding_length(HIDDEN)
-        w.add_block_count(keys.pop("block_count", LAYERS))
+        w.add_block_count(keys.pop("block_count", self.layers))
         w.add_feed_forward_length(keys.pop("feed_forward_length", NEURONS))
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
@@ -517,6 +518,15 @@ GOLDENS = {
                        "rope.freq_base": 1e11, "rope.scaling.finetuned": None},
         _norms("attn_norm") | {"ffn_norm": (HIDDEN,)} | _attention() | _without(mamba(6, 96), "ssm_norm") | GATED,
         EMBEDDING | HEAD | FINAL,
+    ),
+    "nemotron_h": Golden(
+        "nemotron_h",
+        RMS | LAYER_NORM | MAMBA
+        | {"ssm.time_step_rank": 6, "ssm.inner_size": 96, "attention.key_length": 32,
+           "feed_forward_length": [0, NEURONS, 0, 0, NEURONS, 0]},
+        _norms("attn_norm") | mamba(6, 96), EMBEDDING | HEAD | FINAL, [0, 0, 0, KV_HEADS, 0, 0],
+        dict.fromkeys((1, 4), _norms("attn_norm") | _plain_ffn(False)) | {3: _norms("attn_norm") | _attention(32)},
+        layers=6,
     ),
     "bitnet": Golden(
         "bitnet-b1.58", RMS | {"rope.freq_base": 500000.0},

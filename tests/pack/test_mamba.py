@@ -1,4 +1,4 @@
-"""Granite and Falcon-H1 as they are found: what is understood of a file or a folder, and what is refused."""
+"""Granite, Falcon-H1 and Nemotron-H as they are found: what is understood of a file or a folder, and refused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from safetensors.numpy import load_file, save_file
 from flashd.bundle.layer_kinds import Mamba2
 from flashd.bundle.reader import Bundle
 from flashd.errors import DataError
+from flashd.pack.lossy.narrow_search import check
 from flashd.pack.original import Original
 from flashd.pack.pack import pack
+from tests.engine.test_paths import opened
 from tests.goldens import folders
 from tests.goldens.models import GATED, GOLDENS, KV_HEADS, LAYERS, Golden
 
 HYBRID, MIXTURE, FALCON = (GOLDENS[name] for name in ("granitehybrid-dense", "granitehybrid", "falcon-h1"))
+NEMOTRON = GOLDENS["nemotron_h"]
 
 
 def keys(golden: Golden = HYBRID, **changed: Any) -> Golden:
@@ -45,6 +48,14 @@ def keys(golden: Golden = HYBRID, **changed: Any) -> Golden:
             r"ffn_gate_shexp.weight' has the shape \(96, 64\)",
         ),
         (keys(FALCON, ssm__state_size=16), "'blk.0.ssm_in.weight' has 294 rows and should have 262"),
+        (keys(NEMOTRON, feed_forward_length=[200] + [0] * 5), "layer 0 is an FFN that no layer is in front of"),
+        (keys(NEMOTRON, feed_forward_length=[0, 200, 200, 0, 0, 0]), "layer 2 is an FFN that no layer is in front"),
+        (keys(NEMOTRON, feed_forward_length=[0, 0, 0, 200, 0, 0]), "layer 3 is an FFN that no layer is in front of"),
+        (
+            keys(NEMOTRON, feed_forward_length=[0, 200]),
+            r"feed_forward_length is \[0, 200\], which makes no model of 6",
+        ),
+        (keys(NEMOTRON, feed_forward_length=[0] * 6), "which makes no model of 6 layers"),
         (replace(HYBRID, layer=HYBRID.layer | {"ssm_in.bias": (360,)}), "tensor 'blk.0.ssm_in.bias' has no place"),
     ],
 )
@@ -119,6 +130,39 @@ def test_what_a_folder_of_falcon_may_say(tmp_path: Path, config: Any, match: str
     with pytest.raises(DataError, match=match) as caught:
         Original.open(folder, "f16")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"hybrid_override_pattern": "M-M*-M", "layers_block_type": None, "layer_types": None}, None),
+        ({"layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp", "mamba"]}, None),
+        ({"layers_block_type": ["mamba", "moe"]}, "a layer of kind 'moe'; known are M, linear_attention"),
+        ({"use_bias": True}, "use_bias true is not supported"),
+        ({"time_step_limit": [0.001, 0.1]}, "bounds of time steps"),
+        ({"mlp_hidden_act": "mish"}, "activation 'mish'"),
+    ],
+)
+def test_what_a_folder_of_nemotron_may_say(tmp_path: Path, config: Any, match: str | None) -> None:
+    folder = folders.write(tmp_path / "f", "nemotron_h", NEMOTRON.write(tmp_path / "m.gguf"))
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | config))
+    if match is None:
+        model = Original.open(folder, "f16").model
+        assert (model.layer_kinds, model.layer_groups) == ([1, 1, 0, 1], (7, 0, 7, 0))
+        return
+    with pytest.raises(DataError, match=match) as caught:
+        Original.open(folder, "f16")
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_without_an_ffn_do_not_hinder_drafts(tmp_path: Path) -> None:
+    pack(NEMOTRON.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    for pinned in (0.5, 0.0):
+        with opened(tmp_path / "m.flash", pinned, 64) as model:
+            assert model.drafts == (pinned > 0)
+    with pytest.raises(DataError, match="some layers have no FFN whose groups could have fewer bits"):
+        check(Original.open(tmp_path / "m.gguf", "int4"))
 
 
 def test_a_head_that_is_the_table_of_embeddings_has_a_number_of_its_own(tmp_path: Path) -> None:

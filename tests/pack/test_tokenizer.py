@@ -53,7 +53,8 @@ def test_an_unknown_pre_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pre", "begins"), [("llama-bpe", True), ("lfm2", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)]
+    ("pre", "begins"),
+    [("llama-bpe", True), ("falcon-h1", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)],
 )
 def test_a_token_begins_every_text_if_llama_cpp_takes_the_pre_tokenizer_for_such(
     tmp_path: Path, pre: str, begins: bool

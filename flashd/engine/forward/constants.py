@@ -113,15 +113,15 @@ class Constants:
         return self._opened(graph, product.named("token_projection") | {"token_norm.weight": norm})
 
     def whole(
-        self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups]]
+        self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups | None]]
     ) -> ort.InferenceSession:
-        """Whole layers: of each the rows of products and products_behind, the small vectors, and all groups."""
+        """Whole layers: of each the rows of products and products_behind, the small vectors, and groups, if any."""
         arrays: Initialisers = {}
         centred: frozenset[str] = frozenset()
         for i, (products, vectors, groups) in zip(layers, parts, strict=True):
             for more, names in (
                 self._of_attention(i, products, vectors),
-                self._of_ffn(f"layer.{i}.", groups),
+                self._of_ffn(f"layer.{i}.", groups) if groups is not None else ({}, frozenset()),
             ):
                 arrays |= more
                 centred |= names

@@ -87,7 +87,8 @@ class StreamedFfn:
 
     @property
     def drafts(self) -> bool:
-        return self.shares_reads and min(self._here) > 0
+        groups = zip(self._here, self._model.layer_groups, strict=True)
+        return self.shares_reads and all(here or not every for here, every in groups)
 
     @property
     def _here(self) -> tuple[int, ...]:

@@ -115,6 +115,7 @@ class Family:
     sized_heads: bool = False  # layers that see a window may have heads of another size, and another number of keys
     borrows: bool = False  # the last layers, as many as the file says, look at keys and values of earlier ones
     sized_ffns: bool = False  # layers may have FFNs of different widths
+    halves: bool = False  # the file counts FFNs as layers of their own, see families.halves
     token_inputs: bool = False  # a table may have, for each token, numbers for each layer
     layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place

@@ -145,6 +145,8 @@ _BIASES: tuple[Bias, ...] = ("qkv", "output", "router", "inputs", "down", "head"
 
 def _norm_epsilon(model: OpenModel, family: Family) -> float:
     key = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
+    if family.halves and not model.has(f"{model.architecture}.{key}"):
+        key = "attention.layer_norm_epsilon"  # as llama.cpp reads Nemotron-H's
     return model.number(key, float)
 
 
@@ -209,8 +211,9 @@ def _widths(model: OpenModel, family: Family, layers: int) -> list[int]:
         if not 1 <= width <= MOST_NEURONS:
             raise DataError(f"{model.path}: an FFN of {width} neurons makes no model")
         return [width] * layers
-    widths = [width for width in stated if isinstance(width, int) and 1 <= width <= MOST_NEURONS]
-    if not len(stated) == len(widths) == layers:
+    least = 0 if family.halves else 1
+    widths = [width for width in stated if isinstance(width, int) and least <= width <= MOST_NEURONS]
+    if not len(stated) == len(widths) == layers or not any(widths):
         raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {layers} layers")
     return widths
 

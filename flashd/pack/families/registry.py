@@ -10,6 +10,7 @@ from importlib import import_module
 from flashd.errors import DataError
 from flashd.pack import families
 from flashd.pack.families.family import EXPERTS, Family, Folder, Mixture
+from flashd.pack.families.halves import Joined
 from flashd.pack.families.tensors import TURNED, beyond, lacking
 from flashd.pack.open_model import OpenModel
 
@@ -33,6 +34,12 @@ SEEING: dict[str, str] = {
     seeing: folder.model_type for family in FAMILIES.values() for folder in family.folders for seeing in folder.seeing
 }
 """By the `model_type` of a model that also sees: that of the part that speaks."""
+
+
+def arranged(model: OpenModel) -> OpenModel:
+    """A model with layers as a bundle has them. Raises DataError if its file's make none."""
+    family = FAMILIES.get(model.architecture)
+    return Joined(model) if family and family.halves else model
 
 
 def family_of(model: OpenModel) -> Family:

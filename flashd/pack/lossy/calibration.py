@@ -117,8 +117,11 @@ class Calibration:
             (self._inputs,) = self._run("token_inputs", weights.model_vectors(), products=products, rows=rows)
 
     def layer(self, i: int) -> Seen:
-        """Takes the texts through layer `i`, which is not a mixture."""
+        """Takes the texts through layer `i`, which is not a mixture. Nothing is seen if it has no FFN."""
         vectors, x, h = self._attend(i)
+        if not self._model.neurons_of(i):
+            self._leave(i, vectors, x, np.zeros_like(x))
+            return Seen(h, np.zeros((len(h), 0), np.float32), np.zeros(0, np.float32))
         a, down = self._neurons(self._weights.ffns(i)[0], h)  # [N, F], [H, F]
         y = a @ down.T  # [N, H]
         if self._model.normed_neurons:

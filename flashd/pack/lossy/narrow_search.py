@@ -63,6 +63,10 @@ def check(original: Original) -> None:
             f"{original.path}: only plain layers of int4 rows can have fewer bits, not mixtures of experts or BitNet;"
             " pack it without --max-loss"
         )
+    if 0 in model.layer_neurons:
+        raise DataError(
+            f"{original.path}: some layers have no FFN whose groups could have fewer bits; pack it without --max-loss"
+        )
 
 
 def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> FewBits:

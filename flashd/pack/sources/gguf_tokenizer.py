@@ -59,13 +59,13 @@ SAME_SPLITS = {
     "phi-2": "gpt-2", "mpt": "gpt-2", "olmo": "gpt-2", "starcoder": "smollm", "refact": "smollm",
     "command-r": "smollm", "stablelm2": "qwen2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe",
     "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe",
-    "lfm2": "llama-bpe",
+    "lfm2": "llama-bpe", "falcon-h1": "llama-bpe", "pixtral": "llama-bpe",
 }  # fmt: skip
 """Other values of tokenizer.ggml.pre, and those whose splits are theirs."""
 
 KNOWN = sorted({*SPLITS, *SAME_SPLITS})
 
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "lfm2")
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "lfm2", "falcon-h1", "pixtral")
 """Those in which a word that is a token is not put together from its parts, and in which `bos` begins every text."""
 
 COMPOSED = ("qwen2", "qwen35", "stablelm2", "deepseek-r1-qwen")

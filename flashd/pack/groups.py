@@ -21,6 +21,6 @@ def group_neurons(neurons: int, hidden: int, inputs: int, expert: bool) -> int:
     """
     blocks, block_bytes = neurons // BLOCK, BLOCK * (inputs + 1) * hidden // 2
     least = 1 if expert else min(LEAST_GROUPS, blocks)
-    most = min(blocks, MOST_BYTES // block_bytes)  # what a model says of itself may be any number
+    most = min(blocks, MOST_BYTES // max(1, block_bytes))  # what a model says of itself may be any number
     fitting = [n for n in range(1, most + 1) if blocks % n == 0 and blocks // n >= least]
     return BLOCK * max(fitting, default=1)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from flashd.errors import DataError
 from flashd.pack.families.family import Config, Family, Folder, Mixture
 
 SCALES = {
@@ -28,12 +29,15 @@ JOINED = {
     "model.layers.{bid}.block_sparse_moe.input_linear": ("blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"),
 }  # fmt: skip
 
+MOST_NEURONS = 1 << 24
 SHARED_IN, SHARED_OUT = (f"model.layers.{{bid}}.shared_mlp.{part}_linear" for part in ("input", "output"))
 
 
 def rows(config: Config, part: str) -> npt.NDArray[np.int64] | None:
-    """The order of rows, see Folder: those of a shared expert's gate and up are in one tensor."""
+    """The order of rows, see Folder: those of a shared expert's gate and up are in one tensor. Raises DataError."""
     neurons = int(config.get("shared_intermediate_size", 0))
+    if not 0 <= neurons <= MOST_NEURONS:
+        raise DataError(f"{neurons} neurons (shared_intermediate_size); {MOST_NEURONS} at the most")
     both = {"ffn_gate": 0, "ffn_gate_shexp": 0, "ffn_up": neurons, "ffn_up_shexp": neurons}
     return both[part] + np.arange(neurons) if neurons and part in both else None
 

@@ -18,14 +18,14 @@ from device.consoles.machine import Machine
 from device.consoles.port import Port, SerialLine
 from device.controls import Facts, Shown, Status
 from device.drives import Drives, letting_go, taking_pins
-from device.hearing.push_to_talk import Ears, Stage
+from device.hearing.ears import Ears, Stage
 from device.outputs.output import Phase
 from device.outputs.panel import Panel
 from device.prompt import Prompt
 from device.sensors.sensors import Sensors
 from device.triggers import Triggers
 from flashd.config.devices import AnyTrigger, Talk
-from flashd.config.settings import Serial, Settings
+from flashd.config.settings import Serial, Settings, check_hearing
 from flashd.daemon.job import Job, Request, question
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.watch import Watch
@@ -119,9 +119,11 @@ class Appliance:
         Raises ConfigError, and then all is as it was.
         """
         if settings.hearing != self._settings.hearing:
-            if self._settings.hearing is None and any(isinstance(t, Talk) for t in settings.triggers):
-                raise ConfigError("hearing is new, and its memory is planned at a start: restart flashd")
             settings = replace(settings, hearing=self._settings.hearing)
+            try:
+                check_hearing(settings)
+            except Misfit as error:
+                raise ConfigError("hearing is new, and its memory is planned at a start: restart flashd") from error
         prompts = _prompts(settings)
         with self._lock:
             before = self._settings, self._prompts
@@ -172,7 +174,7 @@ class Appliance:
         self._ready_at: dict[str, float] = {}
         self._sensors = Sensors(settings.sensors, self._sysfs)
         self._listening: Triggers | None = None
-        self._ears = Ears(settings.hearing, self._hears, lambda: not self._muted) if settings.hearing else None
+        self._ears = self._made_ears(settings)
         with ExitStack() as undo:
             undo.callback(self._sensors.close)
             if self._ears is not None:
@@ -185,6 +187,12 @@ class Appliance:
         self._panel.mute(self._muted)
         if self._is_open:
             self._listen()
+
+    def _made_ears(self, settings: Settings) -> Ears | None:
+        if settings.hearing is None:
+            return None
+        wake = [word for trigger in settings.triggers if isinstance(trigger, Talk) for word in trigger.wake or ()]
+        return Ears(settings.hearing, wake, self._hears, lambda: not self._muted)
 
     def _listen(self) -> None:
         self._panel.ready()
@@ -218,7 +226,7 @@ class Appliance:
             self._tell(Shown(str(self._panel.phase), words))
 
     def _pressed(self, name: str) -> None:
-        """A button went down: it is quiet. Whoever wants to talk need not wait for the last answer either."""
+        """A button went down, or a wake word came: it is quiet. Whoever talks need not wait for the last answer."""
         self._panel.hush()
         if isinstance(self._triggers.get(name), Talk):  # its own thread calls this, which may wait
             for job in self.jobs.running:

@@ -103,7 +103,7 @@ class MockBoard:
                 drive = trigger.drive
                 found[drive.pin] = self._part("drive", drive.pin, drive.active_high, drive.most)
         for trigger in settings.triggers:
-            if isinstance(trigger, Button | Talk):
+            if isinstance(trigger, Button | Talk) and trigger.pin is not None:
                 found[trigger.pin] = self._part("button", trigger.pin, not trigger.pull_up)
             elif isinstance(trigger, Door):
                 found[trigger.pin] = self._part("door", trigger.pin, trigger.pull_up)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import gpiozero
 
-from device.hearing.push_to_talk import Ears, PushToTalk
+from device.hearing.ears import Ears
+from device.hearing.talk import PushToTalk, WakeWords
 from device.sensors.sensors import Sensors
 from flashd.config.devices import AnyTrigger, Button, Door, Motion, Near, Rotary, Schedule, Talk
 
@@ -42,7 +43,7 @@ class Triggers:
         sensors: what a trigger of kind near looks at.
         fire: is called when a trigger goes off.
         turned: is told what a menu stands at.
-        pressed: is told whose button went down, before it is clear which press it will be.
+        pressed: is told whose button went down, before it is clear which press it will be, or whose wake word came.
         ears: what hears for triggers of kind talk; they are left out without it.
 
     Raises gpiozero.GPIOZeroError where a pin cannot be had.
@@ -60,6 +61,9 @@ class Triggers:
                 self._open.append(Presses(buttons, fire, pressed))
             for trigger in settings:
                 self._open += self._opened(trigger)
+            awake = [t for t in settings if isinstance(t, Talk) and t.wake]
+            if awake and ears is not None:
+                self._open.append(WakeWords(awake, ears, pressed, lambda name, heard: fire(name, heard=heard)))
         except BaseException:
             self.close()
             raise
@@ -71,10 +75,10 @@ class Triggers:
 
     def _opened(self, trigger: AnyTrigger) -> list[Closes]:
         fire = self._fire
-        if isinstance(trigger, Talk) and self._ears is not None:
+        if isinstance(trigger, Talk) and trigger.pin is not None and self._ears is not None:
             return [
                 PushToTalk(
-                    trigger, self._ears, lambda: self._pressed(trigger.name),
+                    trigger, trigger.pin, self._ears, lambda: self._pressed(trigger.name),
                     lambda heard: fire(trigger.name, heard=heard),
                 )
             ]  # fmt: skip

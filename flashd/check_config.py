@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from device import appliance
-from device.hearing.by_sherpa import made_of
+from device.hearing import by_sherpa, listener
 from flashd import serve
 from flashd.bundle.reader import Bundle
 from flashd.config.hearing import Sherpa
@@ -43,13 +43,18 @@ def check(settings: Settings) -> None:
 
 
 def _check_recogniser(settings: Settings) -> None:
-    """Whether what is to understand speech is there. The service starts without it all the same."""
-    if settings.hearing is None or not isinstance(settings.hearing.recogniser, Sherpa):
+    """Whether what is to hear and understand speech is there. The service starts without it all the same."""
+    if settings.hearing is None:
         return
+    part = "recogniser"
     try:
-        made_of(settings.hearing.recogniser)
+        if isinstance(settings.hearing.recogniser, Sherpa):
+            by_sherpa.made_of(settings.hearing.recogniser)
+        part = "listener"
+        if settings.hearing.listener is not None:
+            listener.made_of(settings.hearing.listener, ())
     except InputMissing as error:
-        raise Misfit(("hearing", "recogniser"), str(error)) from error
+        raise Misfit(("hearing", part), str(error)) from error
 
 
 def bundle_path(settings: Settings) -> Path:

@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 
 from device.hearing.recogniser import NotHeard
 from flashd.config.hearing import RATE, SAMPLE_BYTES, Hearing
-from flashd.system.program import goes_first, kill, last_line, read_now, read_while
-
-TAIL_SECONDS = 0.3
-"""So long is recorded on when the button is let go: people let go with the last word."""
+from flashd.system.program import goes_first, kill, last_line, pieces, read_now
 
 
 class Microphone:
     """Records with the configured program. It takes no memory and no sound card while it does not record."""
 
     def __init__(self, hearing: Hearing) -> None:
-        self._command, self._most = hearing.microphone, hearing.recorded
+        self._command = hearing.microphone
 
-    def record(self, held: Callable[[], bool], wanted: Callable[[], bool]) -> bytes:
-        """Samples while the button is held, and a little longer, up to the most that is allowed.
+    def stream(self, wanted: Callable[[], bool]) -> Generator[bytes]:
+        """Whole samples as they come, until they are not `wanted` any longer or the generator is closed.
 
-        It ends at once if it is not `wanted` any longer. Raises NotHeard if the microphone gives nothing.
+        Raises NotHeard if the microphone gives nothing.
         """
-        let_go: float | None = None
-
-        def go_on() -> bool:
-            nonlocal let_go
-            if let_go is None and not held():
-                let_go = time.monotonic()
-            return wanted() and (let_go is None or time.monotonic() < let_go + TAIL_SECONDS)
-
         with self._started() as program:
             assert program.stdout is not None and program.stderr is not None
             goes_first(program)
+            half, some = b"", False
             try:
-                samples = read_while(program.stdout.fileno(), go_on, self._most)
+                for piece in pieces(program.stdout.fileno(), wanted):
+                    piece, some = half + piece, True
+                    whole = len(piece) // SAMPLE_BYTES * SAMPLE_BYTES
+                    half = piece[whole:]
+                    if whole:
+                        yield piece[:whole]
             finally:
                 kill(program)
-            complaint = b"" if samples else read_now(program.stderr.fileno())
-        samples = samples[: len(samples) // SAMPLE_BYTES * SAMPLE_BYTES]
-        if not samples and wanted():
+            complaint = b"" if some else read_now(program.stderr.fileno())
+        if not some and wanted():
             raise NotHeard(f"the microphone gives nothing: {last_line(complaint) or self._command[0]}")
-        return samples
 
     def _started(self) -> subprocess.Popen[bytes]:
         try:

@@ -59,7 +59,7 @@ EXAMPLES = {
 }
 
 
-SPELLED_OUT = "drive", "recogniser"
+SPELLED_OUT = "drive", "recogniser", "listener"
 """Keys whose own keys stand below them."""
 
 

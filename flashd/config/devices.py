@@ -166,14 +166,22 @@ class Button(Trigger, tag="button", frozen=True, kw_only=True):
 
 
 class Talk(Trigger, tag="talk", frozen=True, kw_only=True):
-    """A button to talk: while it is held, speech is recorded, and what was understood is asked.
+    """A button to talk: while it is held, speech is recorded, and what was understood is asked. Or wake words.
 
-    It needs hearing. The prompt may use heard. A press stops what is said aloud, and the answer of this trigger that
-    is still being made. A press that is too short to say anything does only that.
+    It needs hearing. The prompt may use heard. A press or a wake word stops what is said aloud, and the answer of
+    this trigger that is still being made. A press that is too short to say anything does only that.
     """
 
-    pin: Pin
-    """The pin."""
+    pin: Pin | None = None
+    """The button's pin. Without this key there is no button, and wake is needed."""
+    tap: bool = False
+    """Whether a short press records too, until the end of speech or another press. It needs hearing.listener."""
+    wake: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
+    """Words after which speech is recorded, until its end. It needs hearing.listener with spotter.
+
+    The microphone is then always on, unless it is muted. Some words of two to four syllables are spotted best. If the
+    spotter's folder has no bpe.model, write the model's own tokens, with spaces.
+    """
     prompt: str = "{{ heard }}"
     """What is asked: a Jinja template with heard, sensors, now, and last (the last answer).
 
@@ -185,6 +193,15 @@ class Talk(Trigger, tag="talk", frozen=True, kw_only=True):
     """Seconds in which the contact may chatter."""
     pull_up: bool = True
     """Whether the button connects the pin to ground. With false it connects it to 3.3 V."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pin is None and self.wake is None:
+            raise ValueError("a trigger of kind talk has pin, wake or both")
+        if self.pin is None and self.tap:
+            raise ValueError("tap needs pin")
+        if self.wake is not None and not all(word.strip() for word in self.wake):
+            raise ValueError("wake has an empty word")
 
 
 class Motion(Trigger, tag="motion", frozen=True, kw_only=True):

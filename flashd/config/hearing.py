@@ -51,6 +51,26 @@ class Sherpa(Recogniser, tag="sherpa", frozen=True, kw_only=True):
 AnyRecogniser = Program | Sherpa
 
 
+class Listener(Strict, frozen=True, kw_only=True):
+    """What hears that somebody speaks: sherpa-onnx in a process of its own. It needs the voice extra."""
+
+    memory: Size
+    """RAM that it may take, such as 96M. flashd takes it from its own memory."""
+    vad: Absolute | None = None
+    """The file of Silero's detector of speech, silero_vad.onnx. Without this key it is the silero-vad package's."""
+    pause: Annotated[float, msgspec.Meta(ge=0.2, le=5)] = 0.8
+    """Seconds of silence that end what is said."""
+    spotter: Absolute | None = None
+    """The folder of a model that spots keywords, called as in sherpa-onnx's collection. Wake words need it."""
+    threshold: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.25
+    """How sure the spotter must be of a wake word. With more it misses more, and takes less for one that is none."""
+
+    @property
+    def limit(self) -> int:
+        """Bytes that it may have."""
+        return parse_size(self.memory)
+
+
 class Hearing(Strict, frozen=True, kw_only=True):
     """How speech is recorded and understood for triggers of kind talk. Nothing of it is kept on the card."""
 
@@ -75,6 +95,8 @@ class Hearing(Strict, frozen=True, kw_only=True):
     """Seconds that are recorded at the most."""
     timeout: Positive = 60.0
     """Seconds after which the recogniser is ended."""
+    listener: Listener | None = None
+    """What hears wake words and the end of speech. Without this key nothing listens but while a button is held."""
 
     @property
     def limit(self) -> int:
@@ -89,4 +111,5 @@ class Hearing(Strict, frozen=True, kw_only=True):
     @property
     def held(self) -> int:
         """Bytes that hearing may take in all; what is recorded is there twice while it is understood."""
-        return self.limit + 2 * self.recorded + MICROPHONE_BYTES
+        listener = self.listener.limit if self.listener else 0
+        return self.limit + listener + 2 * self.recorded + MICROPHONE_BYTES

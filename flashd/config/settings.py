@@ -239,11 +239,7 @@ def _check_fit(settings: Settings) -> None:
             parse_size(settings.memory)
         except UsageError as error:
             raise Misfit(("memory",), str(error)) from error
-    if settings.hearing is not None:
-        try:
-            parse_size(settings.hearing.memory)
-        except UsageError as error:
-            raise Misfit(("hearing", "memory"), str(error)) from error
+    check_hearing(settings)
     network = settings.api.network
     if network is not None and network.port == settings.api.loopback:
         raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
@@ -253,12 +249,37 @@ def _check_fit(settings: Settings) -> None:
         at = ("triggers", i)
         if trigger.json_schema is not None and not settings.schemas:
             raise Misfit((*at, "json_schema"), "answers of a schema need `schemas: true` in the file")
-        if isinstance(trigger, Talk) and settings.hearing is None:
-            raise Misfit((*at, "kind"), "a trigger of kind talk needs `hearing` in the file")
         if isinstance(trigger, Near) and trigger.sensor not in distances:
             there = f"there are {', '.join(sorted(distances))}" if distances else "there are none"
             raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there}")
     _check_pins(settings)
+
+
+def check_hearing(settings: Settings) -> None:
+    """Whether triggers of kind talk have what they need to hear. Raises Misfit."""
+    hearing = settings.hearing
+    listener = hearing.listener if hearing else None
+    for part, path in ((hearing, ("hearing",)), (listener, ("hearing", "listener"))):
+        try:
+            if part is not None:
+                parse_size(part.memory)
+        except UsageError as error:
+            raise Misfit((*path, "memory"), str(error)) from error
+    words: set[str] = set()
+    for i, trigger in enumerate(settings.triggers):
+        if not isinstance(trigger, Talk):
+            continue
+        at = ("triggers", i)
+        if hearing is None:
+            raise Misfit((*at, "kind"), "a trigger of kind talk needs `hearing` in the file")
+        if trigger.tap and listener is None:
+            raise Misfit((*at, "tap"), "a tap that records needs `hearing.listener` in the file")
+        if trigger.wake and (listener is None or listener.spotter is None):
+            raise Misfit((*at, "wake"), "wake words need `hearing.listener` with `spotter` in the file")
+        for word in trigger.wake or ():
+            if word in words:
+                raise Misfit((*at, "wake"), f"the wake word {word!r} is there twice")
+            words.add(word)
 
 
 def _check_names(settings: Settings) -> None:

@@ -5,35 +5,34 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
 from device.controls import Shown
 from device.demo import Cable
-from device.hearing import microphone, push_to_talk
+from device.hearing import ears
 from device.hearing.by_program import ByProgram
 from device.hearing.by_sherpa import BySherpa, made_of
-from device.hearing.microphone import Microphone
 from device.hearing.recogniser import NotHeard, wav, words
 from device.needed_devices import needed_devices
 from device.outputs.output import Phase
 from flashd.check_config import check
-from flashd.config.hearing import RATE, Hearing, Program, Sherpa
+from flashd.config.hearing import Hearing, Program, Sherpa
 from flashd.config.settings import parse
 from flashd.daemon.job import State
 from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError, InputMissing
 from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Terminal, press
+from tests.device.tones import recogniser, spoken, tones
 from tests.waiting import wait
 
 Make = Callable[..., Appliance]
@@ -47,8 +46,8 @@ HELD = 0.15
 
 @pytest.fixture(autouse=True)
 def people_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(microphone, "TAIL_SECONDS", 0.02)
-    monkeypatch.setattr(push_to_talk, "LEAST_SECONDS", HELD - 0.05)
+    monkeypatch.setattr(ears, "TAIL_SECONDS", 0.02)
+    monkeypatch.setattr(ears, "LEAST_SECONDS", HELD - 0.05)
 
 
 def talk(microphone: str = SPEAK, recogniser: str = "cat > /dev/null; echo turn on the light", more: str = "") -> str:
@@ -170,11 +169,13 @@ def test_a_recogniser_that_takes_too_much_memory_fails() -> None:
         heard(100)
 
 
-def test_a_recording_is_bounded() -> None:
-    hearing = Hearing(
-        memory="64M", recogniser=Program(command=["true"]), most=1.0, microphone=["cat", "/dev/urandom"]
-    )
-    assert len(Microphone(hearing).record(lambda: True, lambda: True)) == 32_000
+def test_a_recording_is_bounded(pins: MockFactory, appliance: Make, clerk: Clerk, tmp_path: Path) -> None:
+    """It is understood while the button is still held."""
+    got = tmp_path / "got.wav"
+    appliance(talk("cat /dev/urandom", f"cp /dev/stdin {got}; echo heard", "most: 1"))
+    pins.pin(4).drive_low()
+    wait(lambda: clerk.answered)
+    assert got.stat().st_size == 44 + 32_000
 
 
 @pytest.mark.parametrize(
@@ -221,69 +222,29 @@ def test_a_console_shows_what_is_heard(
     terminal.expect("> ")
 
 
-def tones(folder: Path) -> Path:
-    """A model that knows two words: LOW, a tone of 300 Hz, and HIGH, one of 4,000 Hz. It is made of one product.
-
-    sherpa-onnx gives it 80 logarithms of energies a frame, from low to high; a word's logit is how much louder the
-    one half is than the other, and silence is louder than neither.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    weights = np.zeros((80, 3), np.float32)
-    weights[5:25, 1] = weights[50:70, 2] = 1 / 20
-    weights[50:70, 1] = weights[5:25, 2] = -1 / 20
-    constants: dict[str, np.ndarray[Any, Any]] = {"weights": weights, "blank": np.array([2, 0, 0], np.float32)}
-    nodes = [("MatMul", ("x", "weights"), "p"), ("Add", ("p", "blank"), "s"), ("LogSoftmax", ("s",), "log_probs"),
-             ("Identity", ("x_lens",), "log_probs_len")]  # fmt: skip
-    values = [
-        helper.make_tensor_value_info(name, kind, list(shape))
-        for name, kind, shape in (
-            ("x", TensorProto.FLOAT, "NTK"), ("x_lens", TensorProto.INT64, "N"),
-            ("log_probs", TensorProto.FLOAT, "NTV"), ("log_probs_len", TensorProto.INT64, "N"),
-        )
-    ]  # fmt: skip
-    graph = helper.make_graph(
-        [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes], "tones", values[:2], values[2:],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    folder.mkdir()
-    onnx.save(model, folder / "model.onnx")
-    (folder / "tokens.txt").write_text("<blk> 0\n▁LOW 1\n▁HIGH 2\n")
-    return folder
-
-
-def sound(*hertz: int) -> bytes:
-    """Tones of 0.3 s with a pause before and behind each."""
-    pause, times = np.zeros(RATE // 5), np.arange(3 * RATE // 10) / RATE
-    parts = [part for each in hertz for part in (np.sin(2 * np.pi * each * times) * 10_000, pause)]
-    return wav(np.concatenate([pause, *parts]).astype("<i2").tobytes())
-
-
 @pytest.mark.voice
 def test_sherpa_understands_in_a_process_that_keeps_to_its_memory(tmp_path: Path) -> None:
     """The real sherpa-onnx. The process stays; if it is killed or nobody waits any longer, another one goes on."""
     pytest.importorskip("sherpa_onnx")
-    settings = Sherpa(model="zipformer-ctc", folder=str(tones(tmp_path / "tones")), threads=1)
-    ears = BySherpa(settings, hearing_with(settings, "192M"))
-    assert ears.recognise(sound(300, 4000, 300), lambda: True) == "LOW HIGH LOW"
-    process = ears._process
-    assert process is not None and ears.recognise(sound(4000), lambda: True) == "HIGH"
-    assert ears._process is process
+    settings = Sherpa(model="zipformer-ctc", folder=str(recogniser(tmp_path / "tones")), threads=1)
+    heard_by = BySherpa(settings, hearing_with(settings, "192M"))
+    assert heard_by.recognise(wav(tones(300, 4000, 300)), lambda: True) == "LOW HIGH LOW"
+    process = heard_by._process
+    assert process is not None and heard_by.recognise(wav(tones(4000)), lambda: True) == "HIGH"
+    assert heard_by._process is process
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     assert f"Max data size             {192 << 20} " in limits
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(NotHeard, match="sherpa-onnx ended"):
-        ears.recognise(sound(300), lambda: True)
-    assert ears.recognise(sound(300), lambda: True) == "LOW"
+        heard_by.recognise(wav(tones(300)), lambda: True)
+    assert heard_by.recognise(wav(tones(300)), lambda: True) == "LOW"
     with pytest.raises(NotHeard):
-        ears.recognise(sound(300), lambda: False)
-    assert ears.recognise(sound(), lambda: True) == ""
-    ears.close()
+        heard_by.recognise(wav(tones(300)), lambda: False)
+    assert heard_by.recognise(wav(tones()), lambda: True) == ""
+    heard_by.close()
     little = BySherpa(settings, hearing_with(settings, "8M"))
     with pytest.raises(NotHeard, match="sherpa-onnx ended: "):
-        little.recognise(sound(300), lambda: True)
+        little.recognise(wav(tones(300)), lambda: True)
 
 
 def hearing_with(settings: Sherpa, memory: str) -> Hearing:
@@ -344,18 +305,6 @@ triggers: [{{kind: talk, name: ask, pin: 4, bounce: 0}}]
         wait(lambda count=count: len(clerk.answered) == count)  # type: ignore[misc]
     heard = [job.request.turns[-1].content for job in clerk.answered]
     assert sum(map(errors, SENTENCES, heard)) <= MOST_WRONG, heard
-
-
-def spoken(sentence: str) -> bytes:
-    """Samples, 16,000 a second. espeak-ng makes 22,050, of which the nearest are taken."""
-    made = subprocess.run(
-        ["espeak-ng", "-v", "en-us", "-s", "130", "--stdout", sentence], capture_output=True, check=True
-    )
-    samples = np.frombuffer(made.stdout[44:], "<i2")
-    at = np.arange(int(len(samples) * RATE / 22_050)) * 22_050 / RATE
-    quiet = np.zeros(RATE // 3)
-    all_of_it = np.concatenate([quiet, np.interp(at, np.arange(len(samples)), samples), quiet])
-    return all_of_it.astype("<i2").tobytes()
 
 
 def errors(said: str, heard: str) -> int:

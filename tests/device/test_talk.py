@@ -32,7 +32,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.errors import ConfigError, InputMissing
 from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Terminal, press
-from tests.device.tones import recogniser, spoken, tones
+from tests.device.tones import recogniser, spoken, tones, word_errors
 from tests.waiting import wait
 
 Make = Callable[..., Appliance]
@@ -304,20 +304,9 @@ triggers: [{{kind: talk, name: ask, pin: 4, bounce: 0}}]
         pins.pin(4).drive_high()
         wait(lambda count=count: len(clerk.answered) == count)  # type: ignore[misc]
     heard = [job.request.turns[-1].content for job in clerk.answered]
-    assert sum(map(errors, SENTENCES, heard)) <= MOST_WRONG, heard
-
-
-def errors(said: str, heard: str) -> int:
-    """Words that were put in, left out, or taken for others: the least number of changes (Levenshtein)."""
-    before = list(range(len(heard.split()) + 1))
-    for i, one in enumerate(said.split(), 1):
-        row = [i]
-        for j, other in enumerate(heard.split(), 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (one != other)))
-        before = row
-    return before[-1]
+    assert sum(map(word_errors, SENTENCES, heard)) <= MOST_WRONG, heard
 
 
 def test_word_errors_are_counted() -> None:
-    assert errors("turn on the light", "turn the lights on") == 3
-    assert errors("a b", "") == 2 and errors("", "a") == 1 and errors("a b c", "a b c") == 0
+    assert word_errors("turn on the light", "turn the lights on") == 3
+    assert word_errors("a b", "") == 2 and word_errors("", "a") == 1 and word_errors("a b c", "a b c") == 0

@@ -120,3 +120,14 @@ def spoken(sentence: str) -> bytes:
 
 def silence(seconds: float) -> bytes:
     return bytes(round(seconds * RATE) * SAMPLE_BYTES)
+
+
+def word_errors(said: str, heard: str) -> int:
+    """Words that were put in, left out, or taken for others: the least number of changes (Levenshtein)."""
+    before = list(range(len(heard.split()) + 1))
+    for i, one in enumerate(said.split(), 1):
+        row = [i]
+        for j, other in enumerate(heard.split(), 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (one != other)))
+        before = row
+    return before[-1]

@@ -108,6 +108,7 @@ class Ears:
         self._turn = threading.Lock()
         self._presses: set[Press] = set()
         self._said: set[str] = set()
+        self._fails = False  # what waits for wake words, as people were told
 
     def hear(self, press: Press, wanted: Wanted) -> str:
         """What is said during a press. It is empty if nothing was understood; people have then been told why."""
@@ -144,15 +145,11 @@ class Ears:
             spotted(word)
             return word, self._heard(lambda: self._spoken(pieces, behind, go_on), go_on)
 
-    def complain(self, error: NotHeard) -> bool:
-        """Says in the journal what is wrong, each thing once: it would come again and again. Whether it was new."""
-        if isinstance(error, NothingSaid):
-            log.info("talk: %s", error)
-        elif str(error) not in self._said:
-            log.warning("talk: %s; flashd doctor looks at the microphone", error)
-            self._said.add(str(error))
-            return True
-        return False
+    def cannot_wait(self, error: NotHeard) -> None:
+        """Wake words cannot be waited for. People are told too, each thing once; it is tried again and again."""
+        if self._complain(error):
+            self._fails = True
+            self._tell(Stage.FAILED, str(error))
 
     def close(self) -> None:
         self._recogniser.close()
@@ -160,6 +157,16 @@ class Ears:
             self._listener.close()
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _complain(self, error: NotHeard) -> bool:
+        """Says in the journal what is wrong, each thing once: it would come with every press. Whether it did."""
+        if isinstance(error, NothingSaid):
+            log.info("talk: %s", error)
+        elif str(error) not in self._said:
+            log.warning("talk: %s; flashd doctor looks at the microphone", error)
+            self._said.add(str(error))
+            return True
+        return False
 
     def _while(self, wanted: Wanted) -> Wanted:
         return lambda: wanted() and self._may_listen()
@@ -173,7 +180,7 @@ class Ears:
             if not wanted():
                 text = ""
             else:
-                self.complain(error)
+                self._complain(error)
                 self._tell(Stage.OVER if isinstance(error, NothingSaid) else Stage.FAILED, str(error))
                 return ""
         self._tell(Stage.OVER, f"heard: {text}" if text else "")
@@ -217,6 +224,9 @@ class Ears:
             if word is not None:
                 return word, latest
             heard += len(piece)
+            if self._fails:
+                self._fails = False
+                self._tell(Stage.OVER, "")
             is_quiet = is_quiet and is_silent(latest)
             if is_quiet and heard > _nbytes(SILENT_SECONDS):
                 raise NotHeard("the microphone gives silence; alsamixer shows whether it is switched off")

@@ -112,7 +112,7 @@ class WakeWords:
                 if self._ears.may_wait:
                     self._hear()
             except NotHeard as error:
-                self._ears.complain(error)
+                self._ears.cannot_wait(error)
                 pause = AGAIN_SECONDS
             except Exception:
                 log.exception("wake words")

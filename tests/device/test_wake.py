@@ -82,6 +82,7 @@ def heard_seconds(folder: Path) -> float:
 
 
 @hears
+@pytest.mark.slow
 @pytest.mark.voice
 def test_what_follows_a_wake_word_is_asked(
     pins: MockFactory, appliance: Make, clerk: Clerk, folder: Path, tmp_path: Path
@@ -108,6 +109,7 @@ def test_what_follows_a_wake_word_is_asked(
 
 
 @hears
+@pytest.mark.slow
 @pytest.mark.voice
 def test_a_muted_board_listens_for_no_word(pins: MockFactory, appliance: Make, jobs: Jobs, folder: Path) -> None:
     """Muting ends the microphone's program. A word stops the answer that is still being made, as a press does."""
@@ -125,6 +127,7 @@ def test_a_muted_board_listens_for_no_word(pins: MockFactory, appliance: Make, j
 
 
 @hears
+@pytest.mark.slow
 @pytest.mark.voice
 def test_a_tap_records_until_speech_ends(
     pins: MockFactory, appliance: Make, clerk: Clerk, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +153,7 @@ def test_a_tap_records_until_speech_ends(
 
 
 @hears
+@pytest.mark.slow
 @pytest.mark.voice
 def test_what_goes_wrong_is_logged_and_tried_again(
     pins: MockFactory, appliance: Make, clerk: Clerk, folder: Path, caplog: pytest.LogCaptureFixture,
@@ -160,8 +164,10 @@ def test_what_goes_wrong_is_logged_and_tried_again(
     sound = tones(300, 4000) + spoken("turn on the light") + silence(2)
     text = awake(folder, sound).replace("exec sleep 60", "exec sleep 0.2")
     one = appliance(text)
+    shown: list[Shown] = []
+    one.watch_shown(shown.append)
     wait(lambda: len(clerk.answered) == 1)
-    wait(lambda: "the microphone gives nothing: sh" in caplog.text)
+    wait(lambda: Shown("error", "the microphone gives nothing: sh") in shown)
     assert one._ears is not None and one._ears._listener is not None
     process = one._ears._listener._process
     assert process is not None
@@ -172,6 +178,7 @@ def test_what_goes_wrong_is_logged_and_tried_again(
     (folder / "given").rmdir()
     wait(lambda: len(clerk.answered) == 2)
     assert caplog.text.count("the microphone gives nothing") == 1
+    assert [s.notice for s in shown].count("the microphone gives nothing: sh") == 1
 
 
 @hears

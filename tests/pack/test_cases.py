@@ -117,7 +117,7 @@ def test_a_big_endian_file_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_parts_that_are_not_there_or_not_the_first_are_named(tmp_path: Path) -> None:
     first = variants.write(tmp_path / "m.gguf", {}, parts=3)
-    second = first.with_name("m-00002-of-00003.gguf")
+    second, third = (first.with_name(f"m-0000{i}-of-00003.gguf") for i in (2, 3))
     refused(second, "part 2 of 3; name the first one, m-00001-of-00003.gguf")
     moved = first.rename(tmp_path / "renamed.gguf")
     refused(moved, "one of 3 parts, whose names end in -00001-of-00003.gguf")
@@ -125,10 +125,14 @@ def test_parts_that_are_not_there_or_not_the_first_are_named(tmp_path: Path) -> 
     data = second.read_bytes()
     second.unlink()
     refused(first, r"m-00002-of-00003.gguf: no such file; it is part 2 of the 3", InputMissing)
-    second.write_bytes(first.with_name("m-00003-of-00003.gguf").read_bytes())
+    second.write_bytes(third.read_bytes())
     refused(first, "m-00002-of-00003.gguf: not part 2 of the 3")
     second.write_bytes(data[: len(data) // 2])
     refused(first, "m-00002-of-00003.gguf: .*download it again")
+    second.write_bytes(data)
+    there, here = b"blk.1.attn_k.weight", b"blk.0.attn_k.weight"  # which is in the first
+    third.write_bytes(third.read_bytes().replace(there, here))
+    refused(first, "m-00003-of-00003.gguf: another part has tensor 'blk.0.attn_k.weight' too")
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,12 @@ def read_parts(path: Path) -> dict[Path, Reader]:
     tensors = sum(len(reader.tensors) for reader in readers.values())
     if tensors != (stated := _number(first, "split.tensors.count", path)):
         raise DataError(f"{path}: its parts have {tensors} tensors, and {stated} are stated; download them again")
+    seen = set[str]()
+    for part, reader in readers.items():
+        names = {tensor.name for tensor in reader.tensors}
+        if twice := sorted(seen & names):
+            raise DataError(f"{part}: another part has tensor {twice[0][:100]!r} too; download them again")
+        seen |= names
     return readers
 
 

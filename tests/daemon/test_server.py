@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -122,6 +123,29 @@ def test_a_client_that_sends_no_head_is_dropped(served: Path, monkeypatch: pytes
         (kept,) = idle(stack, served, 1, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"200 OK" in read_answer(kept)
         assert kept.recv(100) == b""  # and one that asks no more
+
+
+def test_a_busy_board_blames_no_client(tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop stands still until a client's time is over. He had sent a head that takes two reads."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    busy = threading.Event()
+
+    def metrics() -> bytes:
+        busy.set()
+        time.sleep(1.5)
+        return b""
+
+    server = Server(tmp_path / "api.sock", None)
+    routes = Api(jobs, "a model", msgspec.Struct, lambda name: pytest.fail(name), metrics, lambda asked, _: asked)
+    server.start(routes.application([]))
+    with ExitStack() as stack:
+        stack.callback(server.close)
+        stack.callback(server.stop)
+        (client, other) = idle(stack, tmp_path / "api.sock", 2)
+        other.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert busy.wait(60)
+        client.sendall(headed(b"a:\r\n" * (READ_BYTES // 4 + 20)))
+        assert b" 431 " in read_answer(client)
 
 
 def test_a_body_that_does_not_come_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:

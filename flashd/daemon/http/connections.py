@@ -8,6 +8,7 @@ owed the longest makes room for the new one.
 from __future__ import annotations
 
 import asyncio
+import select
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ READ_SECONDS = 10.0
 
 REST_SECONDS, REST_BYTES = 10.0, 64 << 10
 """How long the rest of a body that is answered already is read and thrown away, and how much of it at once."""
+
+LOOK_AGAIN_SECONDS, MOST_SECONDS = 1.0, 60.0
+"""How soon after such a time we look again at a client whose bytes we have not read yet, and until when."""
 
 
 class Connection(H11Protocol):
@@ -132,12 +136,25 @@ class Connection(H11Protocol):
     def _owes(self, seconds: float) -> None:
         self._owes_nothing()
         self._since = self.loop.time()
-        self._due = self.loop.call_later(seconds, self._drop)
+        self._due = self.loop.call_later(seconds, self._give_up)
 
     def _owes_nothing(self) -> None:
         if self._due is not None:
             self._due.cancel()
             self._due = None
+
+    def _give_up(self) -> None:
+        """The time is over. What lies unread came in time: it is we who are slow."""
+        late = self.loop.time() - self._since > MOST_SECONDS
+        if late or self.flow.write_paused or self.flow.read_paused or not self._unread():
+            self._drop()
+        else:
+            self._due = self.loop.call_later(LOOK_AGAIN_SECONDS, self._give_up)
+
+    def _unread(self) -> bool:
+        look = select.poll()
+        look.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(look.poll(0))
 
     def _drop(self) -> None:
         self._owes_nothing()

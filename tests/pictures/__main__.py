@@ -24,7 +24,7 @@ QUESTION = "Why is the sky blue?"
 
 def kiosk() -> None:
     with Demo() as demo:
-        photograph(demo.address, QUESTION, HERE / "kiosk.png")
+        photograph(demo.address, HERE / "kiosk.png")
 
 
 def terminal() -> None:

@@ -163,6 +163,13 @@ def test_it_has_everything_below_folders_of_packages(package: Path) -> None:
     assert not list(data.rglob("__pycache__")) and not list(data.rglob("direct_url.json"))
 
 
+def test_an_image_that_enables_all_units_leaves_the_page_off_until_somebody_wants_it(package: Path) -> None:
+    presets = (package / "data/usr/lib/systemd/system-preset/50-flashd.preset").read_text()
+    (optional,) = re.findall(r"^optional=\"(.*) \$ports\"", (package / "control" / "postinst").read_text(), re.M)
+    (ports,) = re.findall(r"^ports='(.*)'", (package / "control" / "postinst").read_text(), re.M)
+    assert re.findall(r"^disable (\S+)$", presets, re.M) == [*optional.split(), *ports.split()]
+
+
 def test_its_sums_are_those_of_its_files(package: Path) -> None:
     done = subprocess.run(
         ["md5sum", "--check", "--quiet", "../control/md5sums"], cwd=package / "data", capture_output=True, check=False

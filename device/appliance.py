@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from queue import Full, Queue
@@ -23,10 +23,13 @@ from device.outputs.output import Phase
 from device.outputs.panel import Panel
 from device.prompt import Prompt
 from device.sensors.sensors import Sensors
+from device.tools.caller import Caller
+from device.tools.tool import Done, Reach, Wanted
+from device.tools.toolbox import Toolbox, calling
 from device.triggers import Triggers
 from flashd.config.devices import AnyTrigger, Talk
 from flashd.config.settings import Serial, Settings, check_hearing
-from flashd.daemon.job import Job, Request, question
+from flashd.daemon.job import Call, Calling, Job, Request, question
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.watch import Watch
 from flashd.errors import ConfigError, FlashdError, Misfit, NotStarted
@@ -77,6 +80,7 @@ class Appliance:
         self._starting = threading.Thread(target=self._start_fired, name="triggers", daemon=True)
         self._record = pins_record(Path(settings.spool.path))
         self._build(settings, _prompts(settings))
+        self._caller = Caller(jobs, self._make_call)
 
     @property
     def settings(self) -> Settings:
@@ -107,6 +111,7 @@ class Appliance:
             line.close()
         if self._watch is not None:
             self._watch.close()
+        self._caller.close()
         self._drop()
         self._drives.forget()
         if self._starting.is_alive():
@@ -146,7 +151,10 @@ class Appliance:
         if not text.strip():
             self._ready_at.pop(name, None)  # nothing was started that the next one must wait for
             raise NotStarted(f"trigger {name!r} was not started: its prompt is empty at the moment")
-        return self.jobs.submit(_request(trigger, text))
+        return self.jobs.submit(_request(trigger, text, self.calling(trigger.tools)))
+
+    def calling(self, names: Sequence[str]) -> Calling | None:
+        return calling(self._settings.tools, names)
 
     def status(self) -> Status:
         state, facts = board.read(self._sysfs), self._facts()
@@ -182,6 +190,8 @@ class Appliance:
             with taking_pins("a pin cannot be used"):
                 self._drives = Drives(settings.triggers, self._record)
                 undo.callback(self._drives.close)
+                self._toolbox = Toolbox(settings, Reach(self._sensors))
+                undo.callback(self._toolbox.close)
                 self._panel = Panel(settings.outputs, self.jobs, self._entered)
             undo.pop_all()
         self._panel.mute(self._muted)
@@ -205,7 +215,15 @@ class Appliance:
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)
 
     def _drop(self) -> None:
-        for each in (self._listening, self._ears, self._mute_button, self._panel, self._drives, self._sensors):
+        for each in (
+            self._listening,
+            self._ears,
+            self._mute_button,
+            self._panel,
+            self._toolbox,
+            self._drives,
+            self._sensors,
+        ):
             if each is not None:
                 with letting_go():
                     each.close()
@@ -255,6 +273,10 @@ class Appliance:
             except Exception:
                 log.exception("trigger %s", name)
 
+    def _make_call(self, job: Job, call: Call, wanted: Wanted) -> Done:
+        """In a thread of the caller's, which may wait."""
+        return self._toolbox.call(job.request.source, call, wanted)
+
     def _session(self, settings: Serial) -> Callable[[Port, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console
         return lambda port, stopping: kind(self, settings).run(port, stopping)
@@ -278,12 +300,13 @@ def _prompts(settings: Settings) -> dict[str, Prompt]:
     return prompts
 
 
-def _request(trigger: AnyTrigger, text: str) -> Request:
+def _request(trigger: AnyTrigger, text: str, calling: Calling | None) -> Request:
     return Request(
         turns=question(text, trigger.system), source=f"trigger:{trigger.name}", priority=trigger.priority,
         deadline=trigger.deadline, barge_in=trigger.barge_in, coalesce=trigger.coalesce,
         per_minute=trigger.per_minute, max_tokens=trigger.max_tokens,
         choose=tuple(trigger.choose or ()), json_schema=trigger.json_schema,
+        calling=calling, rounds=trigger.rounds if calling else 0,
     )  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from flashd.config.settings import Settings
-from flashd.daemon.job import Job
+from flashd.daemon.job import Calling, Job
 from flashd.daemon.jobs import Jobs
 
 
@@ -62,6 +62,9 @@ class Controls(Protocol):
 
     def start(self, name: str, **values: str | float) -> Job:
         """Starts a trigger's job. Raises KeyError, Busy, UsageError; NotStarted if it is muted or asks nothing."""
+
+    def calling(self, names: Sequence[str]) -> Calling | None:
+        """What the model is told of the tools of these names. None if there are none."""
 
     def status(self) -> Status:
         """How things stand; the sensors are read for it."""

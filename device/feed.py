@@ -31,14 +31,10 @@ TRIGGER = "trigger:"
 SERIAL = "serial:"
 
 
-Passed = Literal["queued", "moved", "started", "progress", "text", "restarted", "ended"]
-"""Events of a job that a page is told as they are."""
-
-
 class Told(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One event of the stream. `phase` is the appliance's; all others are a job's, and `asked` is its first."""
 
-    kind: Literal["phase", "asked", "queued", "moved", "started", "progress", "text", "call", "restarted", "ended"]
+    kind: Literal["phase", "asked", "queued", "moved", "started", "progress", "text", "did", "restarted", "ended"]
     phase: str = ""
     notice: str = ""  # what was heard, or why nothing was
     job: int = 0
@@ -120,7 +116,7 @@ class _Telling:
             job = event.end or await asyncio.to_thread(self._controls.jobs.get, event.job)
             if job is None:
                 return []
-            told.append(self.introduce(job, missed=event.kind in ("text", "progress")))
+            told.append(self.introduce(job, missed=event.kind in ("text", "progress", "did")))
         if event.end is not None:
             del self._whole[event.job]
             self._ours.discard(event.job)
@@ -128,15 +124,14 @@ class _Telling:
         if event.kind == "restarted":
             self._whole[event.job] = event.job in self._ours
         kind = event.kind
-        if kind == "call" or kind == "thought":  # calls are the client's, and thoughts are not shown
+        if kind == "call" or kind == "calls" or kind == "thought":  # what they did is told; thoughts are not shown
             return told
-        return [*told, self._passed_on(event, kind)]
-
-    def _passed_on(self, event: Event, kind: Passed) -> Told:
-        return Told(
+        shown = event.job in self._ours if kind == "did" else self._whole[event.job]
+        passed_on = Told(
             kind=kind, job=event.job, position=event.position, done=event.done, total=event.total,
-            card_bytes=event.card_bytes, text=event.text if self._whole[event.job] else "",
+            card_bytes=event.card_bytes, text=event.text if shown else "",
         )  # fmt: skip
+        return [*told, passed_on]
 
     def _ended(self, job: Job) -> Told:
         told = Told(kind="ended", job=job.id, state=str(job.state))

@@ -23,6 +23,7 @@ from flashd.config.fields import Pin
 from flashd.config.json_schema import schema_text
 from flashd.config.pins import pins_in
 from flashd.config.settings import Settings, load, parse, pins
+from flashd.config.tools import AnyTool
 from flashd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "flashd.example.yaml"
@@ -463,7 +464,7 @@ def test_the_example_is_right_and_names_every_key_and_kind() -> None:
     wanted = keys(Settings)
     assert {"hold", "gap", "bounce", "most", "active_high", "address", "below", "keep"} <= wanted
     assert not [key for key in sorted(wanted) if not re.search(rf"\b{key}\b", text)]
-    for union in (AnySensor, AnyTrigger, AnyOutput):
+    for union in (AnySensor, AnyTrigger, AnyOutput, AnyTool):
         tags = [str(one.__struct_config__.tag) for one in typing.get_args(union)]
         assert not [tag for tag in tags if f"kind: {tag}" not in text]
 

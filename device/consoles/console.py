@@ -170,6 +170,10 @@ class Console:
                 while (event := watch.next(0)) is not None:
                     if event.kind == "text":
                         self._send(waiting.end() + wrap.push(self._plain(event.text)))
+                    elif event.kind == "did":
+                        self._send(waiting.end() + wrap.finish())
+                        self._say(f"({event.text})")
+                        waiting = _Waiting(self._settings.columns)
                     elif event.kind == "restarted":
                         self._send(wrap.finish() + "\r\n(interrupted by something urgent; starting again)\r\n")
                     elif event.end is not None:

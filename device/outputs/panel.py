@@ -94,6 +94,8 @@ class Panel:
                 self._enter(Phase.THINKING)
             elif event.kind == "text":
                 self._enter(Phase.ANSWERING)
+            elif event.kind == "calls":
+                self._enter(Phase.THINKING)
             elif event.end is not None or event.kind == "restarted":
                 self._running.discard(event.job)
                 failed = event.end is not None and event.end.state in (State.FAILED, State.EXPIRED)

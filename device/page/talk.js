@@ -12,7 +12,8 @@ export class Turn {
     this.text = ""; this.since = Date.now(); this.live = true; this.about = () => undefined;
     this.answer = element("div", "answer live");
     this.note = element("p", "note");
-    this.box = element("article", "turn", element("p", "asked", element("b", "", `${who}: `), asked), this.answer, this.note);
+    this.done = element("ul", "did");
+    this.box = element("article", "turn", element("p", "asked", element("b", "", `${who}: `), asked), this.done, this.answer, this.note);
     this.box.setAttribute("aria-busy", "true");
     this.tick();
     append(this.box);
@@ -22,6 +23,8 @@ export class Turn {
     this.drawn ??= requestAnimationFrame(() => { this.drawn = null; this.draw(); });
   }
   draw() { follow(() => { render(this.answer, this.text); if (this.live) this.tick(); }); }
+  /** What the machine did for the answer, in words. */
+  did(words) { follow(() => this.done.append(element("li", "", words))); }
   restart() { this.text = ""; this.draw(); }
   /** What is told every half second until the first word comes. */
   tick() {
@@ -61,6 +64,7 @@ export class Overheard {
     const turn = this.turns.get(told.job);
     if (!turn) return;
     if (told.kind === "text" && told.text) turn.say(told.text);
+    else if (told.kind === "did") turn.did(told.text);
     else if (told.kind === "restarted") turn.restart();
     else if (told.kind === "ended") this.ended(turn, told);
     else turn.tick();

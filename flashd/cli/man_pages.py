@@ -20,7 +20,7 @@ from msgspec import inspect as types
 import flashd
 from flashd.cli.arguments import Parser
 from flashd.cli.parser import build
-from flashd.config import devices, hearing, settings
+from flashd.config import devices, hearing, settings, tools
 from flashd.config.fields import Strict
 from flashd.config.settings import Settings
 
@@ -132,8 +132,8 @@ def _settings_page() -> Iterator[str]:
     )
     yield ".PP"
     yield _text(
-        "systemctl reload flashd takes new triggers, sensors, outputs, prompts and answer settings. A change of"
-        " model, draft, memory, context, threads, card, schemas, snapshots, api, spool or serial needs"
+        "systemctl reload flashd takes new triggers, sensors, outputs, tools, prompts and answer settings. A change"
+        " of model, draft, memory, context, threads, card, schemas, snapshots, api, spool or serial needs"
         " systemctl restart flashd."
     )
     yield ".PP"
@@ -180,8 +180,9 @@ def _keys(cls: type, fields: Iterable[types.Field]) -> Iterator[str]:
 def docs(cls: type) -> dict[str, str]:
     """The text under each key of a struct, those of the structs that it extends included."""
     found: dict[str, str] = {}
+    ours = [module.__name__ for module in (settings, devices, hearing, tools)]
     for kind in reversed(cls.__mro__):
-        if kind.__module__ not in (settings.__name__, devices.__name__, hearing.__name__):
+        if kind.__module__ not in ours:
             continue
         (tree,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(tree, ast.ClassDef)

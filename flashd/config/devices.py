@@ -19,6 +19,7 @@ from flashd.config.fields import (
     Strict,
     TimeOfDay,
 )
+from flashd.config.tools import Rounds
 
 # --- sensors ----------------------------------------------------------------------------------------------
 
@@ -136,6 +137,10 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     """The answer is JSON of this schema. It needs schemas: true."""
     drive: Drive | None = None
     """A pin that follows the decision. It needs choose."""
+    tools: list[Name] = []
+    """What the model may have the board do while it answers: the names of tools. They need schemas: true."""
+    rounds: Rounds = 3
+    """So often the answer may call tools, up to 8 at once. Then it must be in words."""
 
     def __post_init__(self) -> None:
         if self.choose is not None and (len(self.choose) < 2 or len(set(self.choose)) != len(self.choose)):
@@ -144,6 +149,8 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
             raise ValueError("choose has an empty answer")
         if self.choose and self.json_schema:
             raise ValueError("choose and json_schema exclude each other")
+        if self.tools and (self.choose or self.json_schema):
+            raise ValueError(f"tools and {'choose' if self.choose else 'json_schema'} exclude each other")
         if self.drive and (self.choose is None or self.drive.answer not in self.choose):
             raise ValueError("drive needs choose, with drive.answer among them")
 

@@ -30,6 +30,7 @@ from flashd.config.fields import (
 )
 from flashd.config.hearing import Hearing
 from flashd.config.pins import PinUse, pins_in
+from flashd.config.tools import Tools, check_names, check_tools, there
 from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
 from flashd.system.memory import parse_size
@@ -225,6 +226,8 @@ class Settings(Strict, frozen=True, kw_only=True):
     """What starts jobs."""
     outputs: list[AnyOutput] = []
     """What shows or says the state and the answers."""
+    tools: Tools = []
+    """What the model may have the board do while it answers. Nothing else is done, whatever it says."""
 
 
 def pins(settings: Settings) -> list[int]:
@@ -244,14 +247,15 @@ def _check_fit(settings: Settings) -> None:
     if network is not None and network.port == settings.api.loopback:
         raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
     _check_names(settings)
-    distances = {s.name for s in settings.sensors if isinstance(s, Distance)}
+    check_tools(settings.tools, [s.name for s in settings.sensors])
+    distances = [s.name for s in settings.sensors if isinstance(s, Distance)]
     for i, trigger in enumerate(settings.triggers):
         at = ("triggers", i)
         if trigger.json_schema is not None and not settings.schemas:
             raise Misfit((*at, "json_schema"), "answers of a schema need `schemas: true` in the file")
         if isinstance(trigger, Near) and trigger.sensor not in distances:
-            there = f"there are {', '.join(sorted(distances))}" if distances else "there are none"
-            raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there}")
+            raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there(distances)}")
+        check_names(at, trigger.tools, settings.tools, settings.schemas)
     _check_pins(settings)
 
 
@@ -283,7 +287,7 @@ def check_hearing(settings: Settings) -> None:
 
 
 def _check_names(settings: Settings) -> None:
-    for what in ("serial", "sensors", "triggers"):
+    for what in ("serial", "sensors", "triggers", "tools"):
         names: list[str] = []
         for i, entry in enumerate(getattr(settings, what)):
             if entry.name in names:

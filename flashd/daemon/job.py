@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec.structs import replace
 
-from flashd.engine.decoding.tools.calls import Call, Calling, CallPart, text_of
+# those who know jobs know these by them, and no engine
+from flashd.engine.decoding.tools.calls import Call as Call
+from flashd.engine.decoding.tools.calls import Calling as Calling
+from flashd.engine.decoding.tools.calls import CallPart, text_of
+from flashd.engine.decoding.tools.calls import Tool as Tool
 
 Role = Literal["system", "user", "assistant", "tool"]
 MAX_TEXT = 256 << 10
@@ -23,6 +28,9 @@ HELD_BYTES = 4 << 20
 
 OF_TURN, OF_BIAS, OF_SCHEMA = 96, 100, 20
 """Bytes of RAM that a message or a call takes beside its text, that a token's bias takes, and a byte of a schema."""
+
+BROKEN_OFF = "flashd was stopped during this call. Nobody knows whether it was done."
+"""What comes of a call that was being made when the daemon ended."""
 
 HEAD = 200
 """Characters of a prompt or answer in a list."""
@@ -102,6 +110,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: dict[str, Any] | None = None  # the answer is JSON of this schema
     session: str | None = None  # the talk that this goes on with; its earlier messages are in `turns`
     calling: Calling | None = None  # the answer may call these tools
+    rounds: int = 0  # so many times the board makes an answer's calls, and it goes on; 0: they are for who asks
     logprobs: int | None = None  # each token comes with its probability, and with so many of the likeliest ones
 
 
@@ -111,6 +120,8 @@ class Result(msgspec.Struct, kw_only=True):
     text: str = ""
     thoughts: str = ""  # what the model thought before it answered
     calls: tuple[Call, ...] = ()  # what the answer calls
+    steps: tuple[Turn, ...] = ()  # the calls that the board made for it, and what each gave
+    before: int = 0  # characters of `text` that were said before those
     finish: str = ""  # stop, length, context, cancelled, an error's text
     refused: bool = False  # the error is the request's: it fails however often it is made
     param: str | None = None  # the field of an API's client that it is about
@@ -139,6 +150,44 @@ class Job(msgspec.Struct, kw_only=True):
         return f"job {self.id} of {self.request.source}"
 
     @property
+    def asked(self) -> Request:
+        """The request as it is asked now: behind it are the calls that were made. Behind the last ones are words."""
+        steps, calling = self.result.steps, self.request.calling
+        if calling is not None and steps and not self._rounds_left:
+            calling = replace(calling, in_words=True, required=False)
+        return replace(self.request, turns=(*self.request.turns, *steps), calling=calling)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the board is to make calls before the answer goes on."""
+        return bool(self.result.calls) and self._rounds_left > 0
+
+    @property
+    def _rounds_left(self) -> int:
+        return self.request.rounds - sum(turn.role == "assistant" for turn in self.result.steps)
+
+    def note_calls(self) -> None:
+        """The answer's calls are a step of it from now on."""
+        result = self.result
+        made = sum(len(turn.calls) for turn in result.steps)
+        calls = tuple(replace(call, id=f"call_{self.id}_{made + i}") for i, call in enumerate(result.calls))
+        result.steps += (Turn("assistant", result.text[result.before :].strip(), calls),)
+        result.calls, result.before = (), len(result.text)
+
+    def start_anew(self) -> None:
+        """It waits again. What was said since the last calls is forgotten; those calls are made only once."""
+        self.state = State.QUEUED
+        self.result.text, self.result.calls = self.result.text[: self.result.before], ()
+        self.result.thoughts = ""
+
+    def recover(self) -> None:
+        """It waits again after the daemon has ended, perhaps during a call."""
+        self.start_anew()
+        answered = {turn.call for turn in self.result.steps}
+        calls = [call for turn in self.result.steps for call in turn.calls if call.id not in answered]
+        self.result.steps += tuple(Turn("tool", BROKEN_OFF, call=call.id, name=call.name) for call in calls)
+
+    @property
     def lateness(self) -> str:
         """That it was not answered in time."""
         return f"no answer within {self.request.deadline:g} s"
@@ -162,6 +211,20 @@ def weight(request: Request) -> int:
     schema += len(text_of(request.calling))
     held = sum(map(sys.getsizeof, texts)) + OF_TURN * (len(request.turns) + len(calls))
     return held + OF_BIAS * len(request.draw.logit_bias) + OF_SCHEMA * schema
+
+
+def missed(job: Job, position: int) -> Iterator[Event]:
+    """What a watch that comes late has missed of a job, which so many others go before if it waits."""
+    if job.state is State.QUEUED:
+        yield Event(kind="queued", job=job.id, position=position)
+    if job.result.thoughts:
+        yield Event(kind="thought", job=job.id, text=job.result.thoughts)
+    if job.result.text:
+        yield Event(kind="text", job=job.id, text=job.result.text)
+    for i, call in enumerate(job.result.calls):
+        yield Event(kind="call", job=job.id, call=CallPart(index=i, name=call.name, arguments=call.arguments))
+    if job.state.ended:
+        yield Event(kind="ended", job=job.id, end=job)
 
 
 def so_far(job: Job) -> tuple[Turn, ...]:
@@ -215,10 +278,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a job.
 
     queued (position), moved (position, when the queue goes on), started, progress (done, total, card_bytes),
-    thought (text), text (text, scored), call (call), restarted (forget what was said), ended (the job as it ended).
+    thought (text), text (text, scored), call (call), calls (they are whole, and the board makes them), did (text,
+    what it did, in words), restarted (forget what was said), ended (the job as it ended).
     """
 
-    kind: Literal["queued", "moved", "started", "progress", "thought", "text", "call", "restarted", "ended"]
+    kind: Literal[
+        "queued", "moved", "started", "progress", "thought", "text", "call", "calls", "did", "restarted", "ended"
+    ]
     job: int
     text: str = ""
     scored: tuple[Scored, ...] = ()  # the tokens of `text`, if the job asks for them

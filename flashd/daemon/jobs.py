@@ -10,15 +10,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
-from flashd.daemon.job import API, HELD_BYTES, MAX_TEXT, Event, Head, Job, Request, Scored, State, gone_on, weight
+from flashd.daemon import limits
+from flashd.daemon.job import API, Event, Head, Job, Request, Scored, State, Turn, gone_on, missed
 from flashd.daemon.spool import Spool
 from flashd.daemon.watch import Sink, Watch
 from flashd.engine.decoding.tools.calls import CallPart, grown
-from flashd.errors import BadField, Busy, CannotWrite, NoRoom, UsageError
+from flashd.errors import Busy, CannotWrite
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,11 @@ class Jobs:
         self._waiting: list[tuple[int, int, Job]] = []  # a heap: (-priority, id, job)
         self._running: dict[int, Job] = {}
         self._interrupted: set[int] = set()
+        self._going_on: set[int] = set()  # they wait behind calls that were made for them
         self._suspects: set[int] = set()
         self._cancelled: set[int] = set()
         self._watches: list[Watch] = []
-        self._recent: dict[str, deque[float]] = {}
+        self._rates = limits.Rates()
         self._monotonic: dict[int, float] = {}
         self._unkept: deque[Job] = deque()  # ended, and not in the spool so yet: the disk is full
         self._closed = False
@@ -60,10 +62,7 @@ class Jobs:
 
         Raises Busy where too many wait or its source asks too often; UsageError where it is empty or too long.
         """
-        if not any(turn.content.strip() for turn in request.turns if turn.role == "user"):
-            raise UsageError("the prompt is empty; say what to answer")
-        if (longest := max(len(turn.content) for turn in request.turns)) > MAX_TEXT:
-            raise UsageError(f"a message of {longest} characters; allowed is {MAX_TEXT}")
+        limits.check_texts(request)
         with self._changed:
             if self._closed:
                 raise Busy("flashd is stopping; try again when it runs")
@@ -72,10 +71,10 @@ class Jobs:
                 return same
             if request.session is not None:
                 self._check_session(request.session)
-            self._check_rate(request)
+            self._rates.check(request)
             self.check_room([request])
             job = self._spool.add(request)
-            self._note_rate(request)
+            self._rates.note(request.source, request.per_minute)
             self._monotonic[job.id] = time.monotonic()
             self._enqueue(job)
             self._tell(self._place(job, "queued"))
@@ -102,22 +101,9 @@ class Jobs:
         with self._changed:
             self._watches.append(watch)
             job = watch.holds = self.get(number) if number is not None else None
-            for event in self._so_far(job) if job is not None else ():
+            for event in missed(job, self.position(job.id)) if job is not None else ():
                 watch.put(event)
         return watch
-
-    def _so_far(self, job: Job) -> Iterator[Event]:
-        """What a watch that comes late has missed."""
-        if job.state is State.QUEUED:
-            yield self._place(job, "queued")
-        if job.result.thoughts:
-            yield Event(kind="thought", job=job.id, text=job.result.thoughts)
-        if job.result.text:
-            yield Event(kind="text", job=job.id, text=job.result.text)
-        for i, call in enumerate(job.result.calls):
-            yield Event(kind="call", job=job.id, call=CallPart(index=i, name=call.name, arguments=call.arguments))
-        if job.state.ended:
-            yield Event(kind="ended", job=job.id, end=job)
 
     def ask(self, request: Request, sink: Sink | None = None) -> tuple[Job, Watch]:
         """Submits a request and watches it, missing nothing. Raises Busy, UsageError."""
@@ -128,19 +114,10 @@ class Jobs:
     def check_room(self, requests: Sequence[Request]) -> None:
         """Raises NoRoom unless all of them would be accepted now, UsageError if they never would."""
         with self._changed:
-            most = self._most_of(requests[0])
-            if len(requests) > most:
-                many = f"{len(requests)} answers at once"
-                raise BadField("n", f"{many}; the queue has room for {most}, see spool.most_waiting")
             waiting = [job for _, _, job in self._waiting]
-            if len(waiting) + len(requests) > most:
-                raise NoRoom(f"no room for another job: {len(waiting)} waiting; try again later")
             watched = [watch.holds for watch in self._watches if watch.holds is not None]
-            held = {job.id: job.request for job in (*waiting, *self._running.values(), *watched)}
-            if sum(weight(each) for each in requests) > HELD_BYTES:
-                raise BadField("n", f"{len(requests)} answers to a prompt as long as this at once; ask for fewer")
-            if sum(weight(each) for each in (*held.values(), *requests)) > HELD_BYTES:
-                raise NoRoom(f"no room for this prompt beside {len(held)} others; try again later")
+            held = {job.id: job.asked for job in (*waiting, *self._running.values(), *watched)}
+            limits.check_room(requests, self._most_of(requests[0]), len(waiting), held.values())
 
     def _most_of(self, request: Request) -> int:
         """Jobs that may wait when this one is accepted."""
@@ -267,8 +244,37 @@ class Jobs:
                 state, finish = State.CANCELLED, "cancelled"
             elif state is State.CANCELLED and self._too_late(job):
                 state, finish = State.EXPIRED, job.lateness
+            elif state is State.DONE and job.has_calls:
+                if job.result.text:
+                    self.say(job, "\n")
+                job.note_calls()
+                try:
+                    self._spool.note(job)  # before they are made: after a power cut they are not made again
+                    self._tell(Event(kind="calls", job=job.id))
+                    return
+                except CannotWrite as error:
+                    state, finish = State.FAILED, f"its calls cannot be written down, so they are not made: {error}"
             self._runs_no_more(job)
             self._end(job, state, finish)
+
+    def did(self, job: Job, words: str) -> None:
+        """What the board did for a running job, in words for people."""
+        self._tell(Event(kind="did", job=job.id, text=words))
+
+    def go_on(self, job: Job, results: Sequence[Turn]) -> None:
+        """The calls of a running job were made: it waits for its answer to go on, before those that came later."""
+        with self._changed:
+            if self._closed:
+                return  # the spool has the calls, and a new daemon goes on
+            job.result.steps += tuple(results)
+            if self._given_up(job):
+                self.finish(job, State.CANCELLED, "cancelled")
+                return
+            job.state = State.QUEUED
+            self._going_on.add(job.id)
+            self._runs_no_more(job)
+            self._enqueue(job)
+            self._changed.notify_all()
 
     def put_back(self, job: Job) -> None:
         """A running job was interrupted: it waits again and starts anew."""
@@ -280,11 +286,13 @@ class Jobs:
                 self._spool.put_back(job)
             except CannotWrite as error:
                 log.error("%s; %s still counts as begun there", error, job)
-            job.state, job.attempts = State.QUEUED, 0
-            job.result.text, job.result.thoughts, job.result.calls = "", "", ()
+            job.start_anew()
+            job.attempts = 0
             self._runs_no_more(job)
             self._enqueue(job)
             self._tell(Event(kind="restarted", job=job.id))
+            if job.result.text:
+                self._tell(Event(kind="text", job=job.id, text=job.result.text))
 
     def close(self) -> None:
         """Takes no more and lets watchers go; what waits stays in the spool."""
@@ -304,7 +312,7 @@ class Jobs:
                 log.error("%s given up: flashd died %d times answering it", job, times, extra=job.fields)
                 self._end(job, State.FAILED, f"flashd died {times} times answering it")
                 continue
-            job.state = State.QUEUED
+            job.recover()
             # the clock may have jumped while the power was off: a deadline counts from now at the latest
             age = min(max(0.0, time.time() - job.created), job.request.deadline or 0.0)
             self._monotonic[job.id] = time.monotonic() - age
@@ -316,11 +324,14 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         """The first of those that wait runs. Raises CannotWrite; it then goes on waiting."""
-        self._spool.begin(job)
+        if begins := job.id not in self._going_on:
+            self._spool.begin(job)
         heapq.heappop(self._waiting)
-        job.state, job.attempts = State.RUNNING, job.attempts + 1
+        self._going_on.discard(job.id)
+        job.state, job.attempts = State.RUNNING, job.attempts + begins
         self._running[job.id] = job
-        self._tell(Event(kind="started", job=job.id))
+        if begins:
+            self._tell(Event(kind="started", job=job.id))
         for _, _, other in self._waiting:
             self._tell(self._place(other, "moved"))
 
@@ -335,26 +346,14 @@ class Jobs:
         heapq.heappush(self._waiting, (LAST if job.id in self._suspects else -job.request.priority, job.id, job))
 
     def _same(self, request: Request) -> Job | None:
-        others = (job for _, _, job in self._waiting if job.request.source == request.source)
+        waiting = (job for _, _, job in self._waiting if job.id not in self._going_on)
+        others = (job for job in waiting if job.request.source == request.source)
         return next(others, None) if request.coalesce else None
 
     def _check_session(self, session: str) -> None:
         others = [*self._running.values(), *(job for _, _, job in self._waiting)]
         if any(job.request.session == session for job in others):
             raise Busy(f"session {session} has a question that is not answered yet; wait for its answer")
-
-    def _check_rate(self, request: Request) -> None:
-        if request.per_minute is None:
-            return
-        times = self._recent.setdefault(request.source, deque())
-        while times and times[0] < time.monotonic() - 60:
-            times.popleft()
-        if len(times) >= request.per_minute:
-            raise Busy(f"{request.source} asks more than {request.per_minute} times a minute")
-
-    def _note_rate(self, request: Request) -> None:
-        if request.per_minute is not None:
-            self._recent[request.source].append(time.monotonic())
 
     def _too_late(self, job: Job) -> bool:
         deadline, since = job.request.deadline, self._monotonic.get(job.id)
@@ -370,6 +369,7 @@ class Jobs:
     def _end(self, job: Job, state: State, finish: str) -> None:
         job.state, job.result.finish, job.ended = state, finish, time.time()
         self._cancelled.discard(job.id)
+        self._going_on.discard(job.id)
         self._suspects.discard(job.id)
         self._monotonic.pop(job.id, None)
         if state is State.DONE:

@@ -1,7 +1,8 @@
 """The spool: jobs in an SQLite file, so that what was accepted outlives a power cut.
 
 Write-ahead log with full syncs: a job is on the card before `add` returns. Three small commits a job (accepted,
-begun, ended) are all that is written; what an answer says while it grows stays in RAM.
+begun, ended) are all that is written, and one more each time the board makes calls for it. What an answer says while
+it grows stays in RAM.
 """
 
 from __future__ import annotations
@@ -109,6 +110,13 @@ class Spool:
                     job.request.session,
                 ),
             )  # fmt: skip
+
+    def note(self, job: Job) -> None:
+        """Keeps how far a job that is being answered has come: calls that were made are not made again."""
+        with self._lock, self._guard():
+            self._connection.execute(
+                "UPDATE jobs SET result = ? WHERE id = ?", (msgspec.json.encode(job.result), job.id)
+            )
 
     def begin_again(self, died: bool) -> dict[int, int]:
         """A new daemon begins: what was being answered waits again. All of this is noted, or nothing.

@@ -136,7 +136,7 @@ class Worker:
 
     def _start(self, running: _Running) -> None:
         self._let_go()
-        request = running.job.request
+        request = running.job.asked
         prompt, sampling = self._prompt_of(running.job), self._sampling(running.job)
         if request.choose:
             self._choose(running, prompt, sampling)
@@ -170,14 +170,14 @@ class Worker:
         """Whether a job may be answered beside those that run; an urgent one that barged in is not held up."""
         if self._stopping.is_set() or any(self._jobs.preempted(r.job) for r in self._running):
             return False  # those that run make way at the next step, and this one would with them
-        running = [r.job.request for r in self._running]
-        held = [held_by_answer(*schemas) for r in (job.request, *running) if (schemas := schemas_of(r))]
-        if schemas_of(job.request) and sum(held) > HELD_BY_ANSWERS:
+        asked, running = job.asked, [r.job.asked for r in self._running]
+        held = [held_by_answer(*schemas) for r in (asked, *running) if (schemas := schemas_of(r))]
+        if schemas_of(asked) and sum(held) > HELD_BY_ANSWERS:
             return False
         if job.request.choose or any(r.barge_in and r.priority > job.request.priority for r in running):
             return False
         try:
-            return self._engine.fits(self._prompt_of(job), self._talks.limit(job.request))
+            return self._engine.fits(self._prompt_of(job), self._talks.limit(asked))
         except FlashdError:
             return True  # it fails in words of its own, and holds nobody up
 
@@ -267,7 +267,7 @@ class Worker:
         running.over, job = True, running.job
         if running.speech is not None:
             running.speech.stop()
-        lacks = lacking(job.request, job.result, finish, running.listener) if state is State.DONE else None
+        lacks = lacking(job.asked, job.result, finish, running.listener) if state is State.DONE else None
         if lacks:
             if finish != "stop":  # the same would come of it again
                 job.result.refused, job.result.param = True, "max_tokens" if finish == "length" else "messages"
@@ -311,7 +311,7 @@ class Worker:
     def _prompt_of(self, job: Job) -> list[int]:
         """Its tokens, made once: one that waits for room is looked at before each pass."""
         if self._asked is None or self._asked[0] is not job:
-            left_out, tokens = self._talks.tokens(job.request, self._notify.alive)
+            left_out, tokens = self._talks.tokens(job.asked, self._notify.alive)
             job.result.forgotten = job.request.forgotten + left_out
             self._asked = job, tokens
         return self._asked[1]

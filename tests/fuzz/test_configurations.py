@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from device.appliance import _request, check
 from device.needed_devices import needed_devices
+from device.tools.toolbox import calling
 from flashd.config.settings import LONGEST, Settings, load, parse, pins
 from flashd.errors import ConfigError, DataError, FlashdError
 from flashd.update.folder import Folder
@@ -50,7 +51,7 @@ def configured(text: str) -> Settings | None:
         return None
     needed_devices(settings), pins(settings)
     for trigger in settings.triggers:
-        msgspec.json.encode(_request(trigger, trigger.prompt))
+        msgspec.json.encode(_request(trigger, trigger.prompt, calling(settings.tools, trigger.tools)))
     msgspec.json.encode(settings)
     return settings
 

@@ -40,7 +40,7 @@ def show(options: Show) -> None:
     if options.json:
         print(msgspec.json.encode(job).decode())
         return
-    for turn in job.request.turns:
+    for turn in (*job.request.turns, *job.result.steps):
         print(f"{turn.role}: {turn.content}")
         for call in turn.calls:
             print(f"calls {call.name} {call.arguments}")

@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 
 from flashd.daemon.events import Events
 from flashd.daemon.http.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
+from flashd.daemon.http.pieces import in_pieces
 from flashd.daemon.http.ways_in import Network, WaysIn
 from flashd.daemon.job import Event, Job, Request
 from flashd.daemon.jobs import Jobs
@@ -30,7 +31,6 @@ from flashd.daemon.openai.answers import Answers, Growing, leave
 from flashd.daemon.openai.bodies import Asked, Chat, Completion
 from flashd.daemon.openai.forms import ChatForm, Form, TextForm
 from flashd.daemon.openai.refusals import explained, refusal, refusal_of
-from flashd.daemon.pieces import in_pieces
 from flashd.errors import NOT_JSON, Busy, FlashdError, NoRoom, PromptTooLong, UsageError
 
 BODY_SECONDS, BODY_PACE = 10.0, 32 << 10

@@ -13,12 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 
 from flashd.daemon.events import Events
+from flashd.daemon.http.pieces import in_pieces, lines_in_pieces
 from flashd.daemon.job import Event, Job, Scored, State
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.bodies import Asked
 from flashd.daemon.openai.forms import Form, Piece, more, part_of_call, reason, usage, whole_call
 from flashd.daemon.openai.refusals import body_of, refusal
-from flashd.daemon.pieces import in_pieces, lines_in_pieces
 from flashd.daemon.watch import Watch
 from flashd.engine.decoding.tools.calls import Call, grown
 

@@ -38,11 +38,12 @@ class Calling(msgspec.Struct, frozen=True, kw_only=True):
     required: bool = False  # the answer is a call; otherwise it may be a text
     only: str | None = None  # the one of them that may be called
     several: bool = True  # whether an answer may have several calls
+    in_words: bool = False  # nothing may be called any more: the prompt lists the tools, and the answer is a text
 
     @property
     def callable(self) -> tuple[Tool, ...]:
         """Those that may be called."""
-        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+        return () if self.in_words else tuple(tool for tool in self.tools if self.only in (None, tool.name))
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,30 +23,41 @@ FREE = rf"/[^{MARK}]*/"
 
 def grammar_of(calling: Calling, calls_format: CallFormat, pieces: Pieces) -> str:
     """The grammar of an answer: a text, or calls with a text before them if something announces calls."""
+    opening, trigger = pieces(calls_format.opening), calls_format.trigger
+    head = re.escape(trigger).replace("/", r"\/")
+    first = "" if isinstance(opening[0], int) else re.escape(opening[0][0])
+    if first and trigger:
+        text = rf"{FREE} & ~/(.|\n)*{head}(.|\n)*/"
+    else:
+        text = rf"/([^{first}\s{MARK}][^{MARK}]*)?/" if first else FREE
+    if calling.in_words:
+        return "\n".join(["%llguidance {}", "start: TEXT", rf"TEXT: {text} & /(.|\n)*\S(.|\n)*/", ""])
+    rules = _calls_rules(calling, calls_format, pieces)
+    if calling.required:
+        rules.append(f"start: {_spelt(opening)} calls")
+    elif not first:
+        rules += ["start: TEXT | TEXT? call", f"call: {_spelt(opening)} calls", f"TEXT: {text}"]
+    elif trigger:
+        rules += [
+            "start: TEXT | call", f"call: head {_spelt(pieces(calls_format.opening.removeprefix(trigger)))} calls",
+            f"head[lazy]: /[^{MARK}]*{head}/", f"TEXT: {text}",
+        ]  # fmt: skip
+    else:
+        rules += ["start: TEXT | call", f"call: {_spelt(opening)} calls", f"TEXT: {text}"]
+    return "\n".join(["%llguidance {}", *rules, ""])
+
+
+def _calls_rules(calling: Calling, calls_format: CallFormat, pieces: Pieces) -> list[str]:
+    """The rules of one call and of several, behind their opening."""
     tools = calling.callable
-    rules = [
-        f"one: {' | '.join(f'one_{i}' for i in range(len(tools)))}",
-        *(f"one_{i}: {_one(tool, calls_format, pieces)}" for i, tool in enumerate(tools)),
-    ]
     said = "one"
     if calling.several and calls_format.joint is not None:
         said += f" ({_spelt(pieces(calls_format.joint))} one){{0,{MOST_CALLS - 1}}}"
-    rules.append(f"calls: {said} {_spelt(pieces(calls_format.closing))}")
-    opening = pieces(calls_format.opening)
-    if calling.required:
-        rules.append(f"start: {_spelt(opening)} calls")
-    elif isinstance(opening[0], int):
-        rules += ["start: TEXT | TEXT? call", f"call: {_spelt(opening)} calls", f"TEXT: {FREE}"]
-    elif trigger := calls_format.trigger:
-        head = re.escape(trigger).replace("/", r"\/")
-        rules += [
-            "start: TEXT | call", f"call: head {_spelt(pieces(calls_format.opening.removeprefix(trigger)))} calls",
-            f"head[lazy]: /[^{MARK}]*{head}/", rf"TEXT: {FREE} & ~/(.|\n)*{head}(.|\n)*/",
-        ]  # fmt: skip
-    else:
-        first = re.escape(opening[0][0])
-        rules += ["start: TEXT | call", f"call: {_spelt(opening)} calls", rf"TEXT: /([^{first}\s{MARK}][^{MARK}]*)?/"]
-    return "\n".join(["%llguidance {}", *rules, ""])
+    return [
+        f"one: {' | '.join(f'one_{i}' for i in range(len(tools)))}",
+        *(f"one_{i}: {_one(tool, calls_format, pieces)}" for i, tool in enumerate(tools)),
+        f"calls: {said} {_spelt(pieces(calls_format.closing))}",
+    ]
 
 
 def schema_of(tool: Tool, separators: tuple[str, str]) -> dict[str, Any]:

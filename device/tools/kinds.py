@@ -1,0 +1,16 @@
+"""Every kind of tool: its settings, and the class that does it. A new kind is one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from device.tools.looking import Clock, Look
+from device.tools.tool import Reach, Tool
+from flashd.config.tools import BoardTool, ReadSensor, TellTime
+
+KINDS: dict[type[BoardTool], Callable[[Any, Reach], Tool]] = {
+    TellTime: Clock,
+    ReadSensor: Look,
+}
+"""Each is called with the settings and with what a tool may look at and use."""

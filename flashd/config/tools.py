@@ -1,0 +1,94 @@
+"""Settings of tools: what the model may have the board do while it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from flashd.config.fields import Name, PerMinute, Strict
+from flashd.errors import Misfit
+
+MOST_VALUES = 64
+"""That an argument may have."""
+
+MOST_ROUNDS = 8
+
+Rounds = Annotated[int, msgspec.Meta(ge=1, le=MOST_ROUNDS)]
+Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MOST_VALUES)]
+
+
+class BoardTool(Strict, tag_field="kind", frozen=True, kw_only=True):
+    """What the model may have the board do while it answers, if the tools of a trigger or console name it."""
+
+    name: Name
+    """The name by which the model calls it."""
+    description: str
+    """What the model is told of it: what it does, and when it helps."""
+    per_minute: PerMinute = 20
+    """So often a minute it is done at the most. Further calls do nothing, and the model is told so."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The JSON schema of its arguments, an object."""
+        return {}
+
+
+class TellTime(BoardTool, tag="time", frozen=True, kw_only=True):
+    """Tells the day and the time."""
+
+    description: str = "Tells the day and the time."
+    """What the model is told of it."""
+
+
+class ReadSensor(BoardTool, tag="sensor", frozen=True, kw_only=True):
+    """Reads a sensor."""
+
+    sensors: Texts
+    """The names of the sensors that it may read."""
+    description: str = "Reads a sensor now."
+    """What the model is told of it."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return _object({"sensor": {"type": "string", "enum": self.sensors}})
+
+
+AnyTool = TellTime | ReadSensor
+
+
+MOST_TOOLS = 16
+"""Of a file."""
+
+Tools = Annotated[list[AnyTool], msgspec.Meta(max_length=MOST_TOOLS)]
+
+
+def check_tools(tools: Sequence[AnyTool], sensors: Sequence[str]) -> None:
+    """What one tool cannot say of itself. Raises Misfit."""
+    for i, tool in enumerate(tools):
+        for name in tool.sensors if isinstance(tool, ReadSensor) else ():
+            if name not in sensors:
+                raise Misfit(("tools", i, "sensors"), f"no sensor is called {name!r}; {there(sensors)}")
+
+
+def check_names(path: tuple[str | int, ...], wanted: Sequence[str], tools: Sequence[AnyTool], schemas: bool) -> None:
+    """Whether those tools are there that the entry at `path` names. Raises Misfit."""
+    names = [tool.name for tool in tools]
+    for i, name in enumerate(wanted):
+        if name not in names:
+            raise Misfit((*path, "tools"), f"no tool is called {name!r}; {there(names)}")
+        if name in wanted[:i]:
+            raise Misfit((*path, "tools"), f"{name!r} is there twice")
+    if wanted and not schemas:
+        raise Misfit((*path, "tools"), "calls of tools need `schemas: true` in the file")
+
+
+def there(names: Sequence[str]) -> str:
+    """Which names there are."""
+    return f"there are {', '.join(sorted(names))}" if names else "there are none"
+
+
+def _object(properties: dict[str, Any], optional: str | None = None) -> dict[str, Any]:
+    """The schema of an object. All but `optional` must be there."""
+    return {"type": "object", "properties": properties, "required": [n for n in properties if n != optional]}

@@ -1,0 +1,159 @@
+"""Tools: what the model calls is done by the board, bounded, and nothing that the configuration does not name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gpiozero.pins.mock import MockFactory
+
+from device.appliance import Appliance
+from flashd.bundle.reader import Bundle
+from flashd.config.settings import Answering, parse
+from flashd.daemon.job import Calling, Job, Request, State, Turn, question
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.notify import Notifier
+from flashd.daemon.spool import read_one
+from flashd.daemon.worker import Worker
+from flashd.engine.decoding.schemas import Schemas
+from flashd.engine.engine import Budget, Engine, Prompts
+from flashd.errors import ConfigError
+from tests.daemon.fake_worker import Clerk
+from tests.device.conftest import Mcp3008
+from tests.waiting import wait
+
+Make = Callable[..., Appliance]
+
+LOOKING = """
+schemas: true
+sensors:
+  - {kind: mcp3008, name: soil, channel: 0, low: 0, high: 100, unit: "%", timeout: 30}
+  - {kind: mcp3008, name: air, channel: 1, timeout: 30}
+tools:
+  - {kind: time, name: clock}
+  - {kind: sensor, name: look, sensors: [soil, air], description: Reads the greenhouse., per_minute: 3}
+triggers:
+  - {kind: manual, name: ask, prompt: "{{ now.year }}: how is it?", tools: [clock, look], rounds: 2}
+  - {kind: manual, name: late, prompt: "Is it late?", tools: [clock]}
+"""
+
+
+def ended(jobs: Jobs, job: Job) -> Job:
+    wait(lambda: job.state.ended)
+    return job
+
+
+def test_the_model_looks_and_its_record_has_what_it_saw(
+    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path
+) -> None:
+    Mcp3008(pins, {0: 512, 1: 0})
+    clerk = Clerk(jobs, calls=[[("look", '{"sensor": "soil"}'), ("clock", "{}")], [("look", '{"sensor": "air"}')]])
+    try:
+        one = appliance(LOOKING)
+        job = one.start("ask")
+        words = [event.text for event in jobs.watch(job.id) if event.kind == "did"]
+        kept = read_one(tmp_path / "spool.db", job.id)
+    finally:
+        clerk.close()
+    assert kept is not None and kept.state is State.DONE and kept.result.text == "one two three"
+    steps = kept.result.steps
+    assert [(turn.role, [call.name for call in turn.calls]) for turn in steps] == [
+        ("assistant", ["look", "clock"]), ("tool", []), ("tool", []), ("assistant", ["look"]), ("tool", []),
+    ]  # fmt: skip
+    assert steps[1].content == "50.05 %" and steps[4].content == "0"
+    assert [turn.call for turn in steps if turn.role == "tool"] == [f"call_{job.id}_{i}" for i in range(3)]
+    assert words[0] == "It looked at the soil: 50.05 %." and words[1].startswith("It looked at the clock: ")
+    assert kept.asked.turns[-1] == steps[-1] and kept.asked.calling is not None and kept.asked.calling.in_words
+
+
+def test_nothing_is_done_that_the_configuration_does_not_name(
+    appliance: Make, pins: MockFactory, jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is asked, and whatever a model says, even one that no grammar holds."""
+    Mcp3008(pins, {0: 512, 1: 0})
+    wrong = [("rm", "{}"), ("look", '{"sensor": "soil"}'), ("clock", "[]"), ("clock", "{}")]
+    clerk = Clerk(jobs, calls=[wrong])
+    try:
+        one = appliance(LOOKING)
+        results = [turn.content for turn in ended(jobs, one.start("late")).result.steps[1:]]
+        assert results[0] == results[1] == "Not done: there is no such tool here."
+        assert results[2] == "Not done: its arguments are not a JSON object."
+        assert "Not done" not in results[3]
+        # by others, as by a client that sends the same name, nothing is done either
+        calling = one.calling(["look"])
+        job = jobs.submit(Request(turns=question("x"), source="api", calling=calling, rounds=1))
+        assert all("no such tool here" in turn.content for turn in ended(jobs, job).result.steps[1:])
+        clerk.calls = [[("look", '{"sensor": "pump"}'), *[("look", '{"sensor": "air"}')] * 1000]]
+        results = [turn.content for turn in ended(jobs, one.start("ask")).result.steps[1:]]
+    finally:
+        clerk.close()
+    assert results[0] == "Not done: there is no such sensor; there are soil, air." and len(results) == 1001
+    assert results[1:3] == ["0", "0"]
+    assert set(results[3:]) == {"Not done: it was asked for more than 3 times within a minute."}
+
+
+@pytest.mark.slow
+def test_the_board_makes_the_calls_of_a_real_engine_and_it_ends_in_words(
+    appliance: Make, pins: MockFactory, jobs: Jobs, tiny_bundle: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    Mcp3008(pins, {0: 512, 1: 1023})
+    one = appliance(LOOKING)
+    with Bundle(tiny_bundle) as bundle, Engine(bundle, Budget(None, 1400, 1)) as engine:
+        worker = Worker(jobs, engine, Prompts(bundle), Schemas(bundle), Answering(max_tokens=90), Notifier())
+        worker.start()
+        try:
+            calling = one.calling(["look", "clock"])
+            assert isinstance(calling, Calling)
+            must = Calling(tools=calling.tools, required=True, several=False)
+            asked = Request(turns=question("Look!"), source="trigger:ask", calling=must, rounds=2)
+            job = ended(jobs, jobs.submit(asked))
+        finally:
+            worker.stop()
+    assert (job.state, job.result.calls) == (State.DONE, ()), job.result.finish
+    calls = [call for turn in job.result.steps for call in turn.calls]
+    assert len(calls) >= 2 and all(call.name in ("look", "clock") for call in calls)
+    for call, turn in zip(calls, [turn for turn in job.result.steps if turn.role == "tool"], strict=True):
+        assert turn.call == call.id and "Not done" not in turn.content
+        assert call.name == "clock" or json.loads(call.arguments)["sensor"] in ("soil", "air")
+    assert job.result.text.strip()
+
+
+def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> None:
+    clerk = Clerk(jobs, calls=[[("pump", "{}")]])  # and nobody makes calls
+    try:
+        job = jobs.submit(Request(turns=question("x"), source="test", rounds=1))
+        wait(lambda: bool(job.result.steps))
+    finally:
+        clerk.close()
+    again = Jobs(jobs._spool, 8)
+    clerk = Clerk(again)
+    try:
+        found = again.get(job.id)
+        assert found is not None
+        assert ended(again, found).result.steps == (
+            *job.result.steps, Turn("tool", found.result.steps[1].content, call=f"call_{job.id}_0", name="pump"),
+        )  # fmt: skip
+        assert "Nobody knows whether it was done" in found.result.steps[1].content
+    finally:
+        clerk.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LOOKING.replace("schemas: true", ""), "line 10: trigger 'ask', tools: calls of tools need `schemas: true`"),
+        (LOOKING.replace("[clock, look]", "[clocks]"), "no tool is called 'clocks'; there are clock, look"),
+        (LOOKING.replace("[soil, air]", "[soil, hair]"), "no sensor is called 'hair'; there are air, soil"),
+        (LOOKING.replace("rounds: 2", "choose: [a, b]"), "tools and choose exclude each other"),
+        (LOOKING.replace("rounds: 2", "rounds: 9"), "of at most 8"),
+        (LOOKING.replace("name: look", "name: clock"), "two entries of tools are called 'clock'"),
+        (LOOKING.replace("kind: time", "kind: shell"), "'shell' is not known; allowed are time, sensor"),
+    ],
+)
+def test_what_is_wrong_with_tools_is_said(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(text)
+    assert said in str(error.value)

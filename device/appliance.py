@@ -188,9 +188,9 @@ class Appliance:
             if self._ears is not None:
                 undo.callback(self._ears.close)
             with taking_pins("a pin cannot be used"):
-                self._drives = Drives(settings.triggers, self._record)
+                self._drives = Drives(settings, self._record)
                 undo.callback(self._drives.close)
-                self._toolbox = Toolbox(settings, Reach(self._sensors))
+                self._toolbox = Toolbox(settings, Reach(self._sensors, self._drives))
                 undo.callback(self._toolbox.close)
                 self._panel = Panel(settings.outputs, self.jobs, self._entered)
             undo.pop_all()

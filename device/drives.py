@@ -1,4 +1,4 @@
-"""Pins that decisions drive: on for an answer, never longer than allowed, off at start, stop and error.
+"""Pins that decisions and tools drive: on for a while, never longer than allowed, off at start, stop and error.
 
 Those that are held are written down before they are taken: after a crash they are turned off whatever has become
 of the configuration.
@@ -15,7 +15,9 @@ from pathlib import Path
 import gpiozero
 import msgspec
 
-from flashd.config.devices import AnyTrigger, Drive
+from flashd.config.devices import Drive
+from flashd.config.settings import Settings
+from flashd.config.tools import SetOutput
 from flashd.daemon.job import Job, State
 from flashd.errors import NOT_JSON, ConfigError, DataError, FlashdError, InputMissing
 from flashd.system.child import FORKING
@@ -31,9 +33,12 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     active_high: bool
 
 
-def held(triggers: list[AnyTrigger]) -> list[Held]:
-    """The pins that triggers drive."""
-    return [Held(t.drive.pin, t.drive.active_high) for t in triggers if t.drive is not None]
+def held(settings: Settings) -> list[Held]:
+    """The pins that triggers and tools drive."""
+    drives = [trigger.drive for trigger in settings.triggers if trigger.drive is not None]
+    outputs = [tool for tool in settings.tools if isinstance(tool, SetOutput)]
+    driven: list[Drive | SetOutput] = [*drives, *outputs]
+    return [Held(each.pin, each.active_high) for each in driven]
 
 
 def read_record(record: Path) -> list[Held] | None:
@@ -92,10 +97,11 @@ def letting_go() -> Iterator[None]:
         log.exception("a pin was not let go")
 
 
-def _open(pin: int, active_high: bool) -> gpiozero.DigitalOutputDevice:
-    """Raises ConfigError where it cannot be had."""
+def _open(pin: int, active_high: bool, graded: bool = False) -> gpiozero.OutputDevice:
+    """Raises ConfigError where it cannot be had. `graded`: it may be on in part, by pulses."""
     with taking_pins(f"pin {pin}"):
-        return gpiozero.DigitalOutputDevice(pin, active_high=active_high, initial_value=False)
+        kind = gpiozero.PWMOutputDevice if graded else gpiozero.DigitalOutputDevice
+        return kind(pin, active_high=active_high, initial_value=0)
 
 
 def _write_down(pins: list[Held], record: Path) -> None:
@@ -114,31 +120,36 @@ def _write_down(pins: list[Held], record: Path) -> None:
 
 
 class Drives:
-    """The output pins of triggers that have one. They are off unless a decision has just turned one on.
+    """The output pins of triggers and of tools. They are off unless a decision or a call has just turned one on.
 
     `record` names them as long as pins are held, see `forget`.
 
     Raises ConfigError where a pin cannot be had, CannotWrite where the record cannot be made.
     """
 
-    def __init__(self, triggers: list[AnyTrigger], record: Path) -> None:
+    def __init__(self, settings: Settings, record: Path) -> None:
         self._drives: dict[str, _Drive] = {}
+        self._lines: dict[str, Line] = {}
         self._record = record
-        _write_down(held(triggers), record)
+        _write_down(held(settings), record)
         try:
-            for trigger in triggers:
+            for trigger in settings.triggers:
                 if trigger.drive is not None:
                     self._drives[f"trigger:{trigger.name}"] = _Drive(trigger.drive)
+            for tool in settings.tools:
+                if isinstance(tool, SetOutput):
+                    self._lines[tool.name] = Line(tool.pin, tool.active_high, tool.graded)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Turns all off and lets the pins go."""
-        for drive in self._drives.values():
+        for line in (*self._drives.values(), *self._lines.values()):
             with letting_go():
-                drive.close()
+                line.close()
         self._drives.clear()
+        self._lines.clear()
 
     def forget(self) -> None:
         """Removes the record: the pins were let go and will not be taken again."""
@@ -150,25 +161,29 @@ class Drives:
         if drive is not None:
             drive.set(job.state is State.DONE and job.result.text == drive.settings.answer)
 
+    def of_tool(self, name: str) -> Line:
+        """The pin that a tool sets. Raises KeyError."""
+        return self._lines[name]
 
-class _Drive:
-    def __init__(self, settings: Drive) -> None:
-        self.settings = settings
+
+class Line:
+    """A pin that is on for so long and no longer."""
+
+    def __init__(self, pin: int, active_high: bool, graded: bool = False) -> None:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
-        self._pin = _open(settings.pin, settings.active_high)
+        self._pin = _open(pin, active_high, graded)
 
-    def set(self, on: bool) -> None:
+    def turn(self, share: float, seconds: float) -> None:
+        """Turns it on for so many seconds, in full with a share of 1, or off with 0."""
         with self._lock:
             self._stop_timer()
-            if on:
+            if share:
                 # the timer first: there is no moment in which the pin is on and nothing turns it off
-                self._timer = threading.Timer(self.settings.most, self._time_is_up)
+                self._timer = threading.Timer(seconds, self._time_is_up)
                 self._timer.daemon = True
                 self._timer.start()
-                self._pin.on()
-            else:
-                self._pin.off()
+            self._pin.value = share
 
     def close(self) -> None:
         with self._lock:
@@ -185,3 +200,14 @@ class _Drive:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _Drive(Line):
+    """A trigger's pin."""
+
+    def __init__(self, settings: Drive) -> None:
+        self.settings = settings
+        super().__init__(settings.pin, settings.active_high)
+
+    def set(self, on: bool) -> None:
+        self.turn(float(on), self.settings.most)

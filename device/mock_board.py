@@ -13,6 +13,7 @@ from gpiozero.pins.mock import MockFactory, MockPin
 
 from flashd.config.devices import Button, Door, Led, Motion, Talk
 from flashd.config.settings import Settings
+from flashd.config.tools import SetOutput
 from flashd.errors import UsageError
 
 PRESS_SECONDS = 0.2
@@ -32,7 +33,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     on: bool  # pressed, open, lit, switched on
     seconds: float  # since it is so
     lasted: float  # seconds; what it was before was so for so long
-    most: float = 0.0  # seconds; a decision's pin is on no longer
+    most: float = 0.0  # seconds; a pin that is driven is on no longer
 
     @property
     def label(self) -> str:
@@ -102,6 +103,9 @@ class MockBoard:
             if trigger.drive is not None:
                 drive = trigger.drive
                 found[drive.pin] = self._part("drive", drive.pin, drive.active_high, drive.most)
+        for tool in settings.tools:
+            if isinstance(tool, SetOutput):
+                found[tool.pin] = self._part("drive", tool.pin, tool.active_high, tool.most)
         for trigger in settings.triggers:
             if isinstance(trigger, Button | Talk) and trigger.pin is not None:
                 found[trigger.pin] = self._part("button", trigger.pin, not trigger.pull_up)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from device.drives import Drives
 from device.sensors.sensors import Sensors
 
 Wanted = Callable[[], bool]
@@ -29,6 +30,7 @@ class Reach:
     """What a tool may look at and use."""
 
     sensors: Sensors
+    drives: Drives
 
 
 class Tool:

@@ -237,6 +237,8 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_plain(each)}' for key, each in value.items())}}}"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value) or "none"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from flashd.config.fields import Name, PerMinute, Strict
+from flashd.config.fields import Name, PerMinute, Pin, Seconds, Strict
 from flashd.errors import Misfit
 
 MOST_VALUES = 64
@@ -16,6 +16,7 @@ MOST_VALUES = 64
 MOST_ROUNDS = 8
 
 Rounds = Annotated[int, msgspec.Meta(ge=1, le=MOST_ROUNDS)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MOST_VALUES)]
 
 
@@ -55,7 +56,41 @@ class ReadSensor(BoardTool, tag="sensor", frozen=True, kw_only=True):
         return _object({"sensor": {"type": "string", "enum": self.sensors}})
 
 
-AnyTool = TellTime | ReadSensor
+class SetOutput(BoardTool, tag="output", frozen=True, kw_only=True):
+    """Sets an output pin for a while. It is off at the start, and at the end whatever happens to flashd."""
+
+    pin: Pin
+    """The pin."""
+    most: Annotated[int, msgspec.Meta(ge=1, le=86400)]
+    """Whole seconds after which it is turned off in any case."""
+    rest: Seconds | None = None
+    """Seconds that it then stays off, whatever is asked. Without this key as long as it was on."""
+    values: dict[str, Share] = msgspec.field(default_factory=lambda: {"off": 0.0, "on": 1.0})
+    """The values that the model may set, each with the share of the power, from 0 (off) to 1. Quote "on" and "off".
+
+    With a share between, the pin is pulsed.
+    """
+    active_high: bool = True
+    """Whether on is 3.3 V. With false on is 0 V."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.values) <= MOST_VALUES or not any(self.values.values()):
+            raise ValueError(f"values needs 2 to {MOST_VALUES} of them, one of which is above 0")
+        if not all(name.strip() for name in self.values):
+            raise ValueError("values has an empty name")
+
+    @property
+    def graded(self) -> bool:
+        """Whether it may be on in part."""
+        return any(0 < share < 1 for share in self.values.values())
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        seconds = {"type": "integer", "minimum": 1, "maximum": self.most, "description": "how long, in seconds"}
+        return _object({"value": {"type": "string", "enum": list(self.values)}, "seconds": seconds}, "seconds")
+
+
+AnyTool = TellTime | ReadSensor | SetOutput
 
 
 MOST_TOOLS = 16

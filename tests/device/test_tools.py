@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
+from device.drives import read_record
 from flashd.bundle.reader import Bundle
 from flashd.config.settings import Answering, parse
-from flashd.daemon.job import Calling, Job, Request, State, Turn, question
+from flashd.daemon.job import Call, Calling, Job, Request, State, Turn, question
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import read_one
@@ -121,6 +123,71 @@ def test_the_board_makes_the_calls_of_a_real_engine_and_it_ends_in_words(
     assert job.result.text.strip()
 
 
+SETTING = """
+schemas: true
+tools:
+  - {kind: output, name: pump, pin: 8, most: 1, rest: 0.3, description: Waters., active_high: false}
+  - {kind: output, name: fan, pin: 9, most: 60, values: {"off": 0, low: 0.25, full: 1}, description: Blows.}
+triggers:
+  - {kind: manual, name: ask, prompt: Water!, tools: [pump, fan]}
+"""
+
+
+def test_an_output_is_set_never_for_longer_than_allowed_and_off_at_the_end(
+    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path
+) -> None:
+    on, pump, fan = '{"value": "on"}', pins.pin(8), pins.pin(9)
+    clerk = Clerk(
+        jobs, calls=[[("pump", '{"value": "on", "seconds": 1}'), ("fan", '{"value": "low", "seconds": 60}')]]
+    )
+    try:
+        one = appliance(SETTING)
+        job = one.start("ask")
+        words = [event.text for event in jobs.watch(job.id) if event.kind == "did"]
+        assert words == ["It switched the pump on for 1 s.", "It set the fan to low for 60 s."]
+        assert not pump.state and fan.state == 0.25  # the pump's relay is on at 0 V
+        assert {held.pin for held in read_record(tmp_path / "pins.json") or ()} == {8, 9}
+        # asked for a thousand times it goes off in time, and rests
+        clerk.calls = [[("pump", on)] * 1000]
+        begun = time.monotonic()
+        results = [turn.content for turn in ended(jobs, one.start("ask")).result.steps[1:]]
+        assert (
+            len(results) == 1000 and results[-1] == "Not done: it was asked for more than 20 times within a minute."
+        )
+        wait(lambda: bool(pump.state))
+        assert time.monotonic() - begun < 5
+        clerk.calls = [[("fan", wish) for wish in (
+            '{"value": "high"}', '{"value": "full", "seconds": 61}', '{"value": "full", "seconds": true}', "{}",
+            '{"value": "full", "seconds": 1e400}', '{"value": "off"}', '{"value": "full"}',
+        )]]  # fmt: skip
+        results = [turn.content for turn in ended(jobs, one.start("ask")).result.steps[1:]]
+        assert results[0] == results[3] == "Not done: allowed are off, low, full."
+        assert results[1] == results[2] == "Not done: allowed are 1 to 60 whole seconds." and results[5] == "off"
+        assert results[6].startswith("Not done: it was on a moment ago and stays off for")
+    finally:
+        clerk.close()
+
+
+def test_an_output_rests_after_it_was_on(appliance: Make, pins: MockFactory) -> None:
+    """And asked again while it is on, it is on for no longer in all."""
+    one, pump = appliance(SETTING), pins.pin(8)
+
+    def water() -> str:
+        call = Call(id="x", name="pump", arguments='{"value": "on"}')
+        return one._toolbox.call("trigger:ask", call, lambda: True).result
+
+    assert water() == "on for 1 s" and not pump.state
+    time.sleep(0.5)
+    assert water() == "on for 0.5 s"
+    wait(lambda: bool(pump.state))
+    assert "stays off for 0 s more" in water() and pump.state
+    time.sleep(0.4)
+    assert water() == "on for 1 s" and not pump.state
+    pump.clear_states()
+    one.close()  # as at a stop
+    assert [bool(s.state) for s in pump.states][:2] == [False, True]
+
+
 def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> None:
     clerk = Clerk(jobs, calls=[[("pump", "{}")]])  # and nobody makes calls
     try:
@@ -150,7 +217,14 @@ def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> 
         (LOOKING.replace("rounds: 2", "choose: [a, b]"), "tools and choose exclude each other"),
         (LOOKING.replace("rounds: 2", "rounds: 9"), "of at most 8"),
         (LOOKING.replace("name: look", "name: clock"), "two entries of tools are called 'clock'"),
-        (LOOKING.replace("kind: time", "kind: shell"), "'shell' is not known; allowed are time, sensor"),
+        (LOOKING.replace("kind: time", "kind: shell"), "'shell' is not known; allowed are time, sensor, output"),
+        (
+            SETTING.replace("pin: 9", "pin: 8"),
+            "line 5: tool 'fan', pin: pin 8 is used twice: here and at tool 'pump', pin",
+        ),
+        (SETTING.replace("most: 60", "most: 0.5"), "a whole number"),
+        (SETTING.replace("low: 0.25, full: 1", ""), "values needs 2 to 64"),
+        (SETTING.replace("0.25", "25"), "tool 'fan', values: expected a number of at most 1"),
     ],
 )
 def test_what_is_wrong_with_tools_is_said(text: str, said: str) -> None:

@@ -32,7 +32,7 @@ def safe(options: Safe) -> None:
     if pins is None:
         if wrong is not None:
             raise wrong
-        pins = held(settings.triggers)
+        pins = held(settings)
     turn_off(pins)
     record.unlink(missing_ok=True)
 

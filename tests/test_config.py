@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from device.appliance import check
 from device.triggers import next_time
 from flashd.config import plain_yaml
+from flashd.config.arguments import AnyArgument
 from flashd.config.devices import AnyOutput, AnySensor, AnyTrigger, Button, Schedule
 from flashd.config.fields import Pin
 from flashd.config.json_schema import schema_text
@@ -464,7 +465,7 @@ def test_the_example_is_right_and_names_every_key_and_kind() -> None:
     wanted = keys(Settings)
     assert {"hold", "gap", "bounce", "most", "active_high", "address", "below", "keep"} <= wanted
     assert not [key for key in sorted(wanted) if not re.search(rf"\b{key}\b", text)]
-    for union in (AnySensor, AnyTrigger, AnyOutput, AnyTool):
+    for union in (AnySensor, AnyTrigger, AnyOutput, AnyTool, AnyArgument):
         tags = [str(one.__struct_config__.tag) for one in typing.get_args(union)]
         assert not [tag for tag in tags if f"kind: {tag}" not in text]
 

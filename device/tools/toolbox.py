@@ -12,7 +12,7 @@ import msgspec
 from device.tools.kinds import KINDS
 from device.tools.tool import Done, NotDone, Reach, Tool, Wanted
 from flashd.config.settings import Settings
-from flashd.config.tools import AnyTool
+from flashd.config.tools import LONGEST, AnyTool
 from flashd.daemon.job import Call, Calling
 from flashd.daemon.job import Tool as Described
 from flashd.daemon.limits import Rates
@@ -21,8 +21,8 @@ from flashd.system.printable import printable
 
 log = logging.getLogger(__name__)
 
-LONGEST = 2000
-"""Characters of a result, whatever the tool."""
+MOST = LONGEST + 100
+"""Characters of a result, with what flashd says of it."""
 
 
 def calling(tools: Sequence[AnyTool], names: Sequence[str]) -> Calling | None:
@@ -64,7 +64,7 @@ class Toolbox:
             log.exception("tool %s", call.name)
             done = Done("It failed.", f"“{_called(call)}” failed: {type(error).__name__}.")
         log.info("tool %s: %s", call.name, done.words)
-        return Done(printable(done.result)[:LONGEST], printable(done.words)[:LONGEST])
+        return Done(printable(done.result)[:MOST], printable(done.words)[:MOST])
 
     def _called(self, source: str, call: Call, wanted: Wanted) -> Done:
         tool = self._tools.get(call.name)

@@ -20,7 +20,7 @@ from msgspec import inspect as types
 import flashd
 from flashd.cli.arguments import Parser
 from flashd.cli.parser import build
-from flashd.config import devices, hearing, settings, tools
+from flashd.config import arguments, devices, hearing, settings, tools
 from flashd.config.fields import Strict
 from flashd.config.settings import Settings
 
@@ -59,7 +59,7 @@ EXAMPLES = {
 }
 
 
-SPELLED_OUT = "drive", "recogniser", "listener"
+SPELLED_OUT = "drive", "recogniser", "listener", "arguments"
 """Keys whose own keys stand below them."""
 
 
@@ -180,7 +180,7 @@ def _keys(cls: type, fields: Iterable[types.Field]) -> Iterator[str]:
 def docs(cls: type) -> dict[str, str]:
     """The text under each key of a struct, those of the structs that it extends included."""
     found: dict[str, str] = {}
-    ours = [module.__name__ for module in (settings, devices, hearing, tools)]
+    ours = [module.__name__ for module in (settings, devices, hearing, tools, arguments)]
     for kind in reversed(cls.__mro__):
         if kind.__module__ not in ours:
             continue

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 
 import msgspec
 
-from flashd.config.fields import Name, PerMinute, Pin, Seconds, Strict
+from flashd.config.arguments import MOST_VALUES, AnyArgument, Texts, check_command, schemas_of
+from flashd.config.fields import Name, PerMinute, Pin, Positive, Seconds, Strict
 from flashd.errors import Misfit
 
-MOST_VALUES = 64
-"""That an argument may have."""
+LONGEST = 2000
+"""Characters of a result, whatever the tool."""
 
 MOST_ROUNDS = 8
 
 Rounds = Annotated[int, msgspec.Meta(ge=1, le=MOST_ROUNDS)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MOST_VALUES)]
 
 
 class BoardTool(Strict, tag_field="kind", frozen=True, kw_only=True):
@@ -90,7 +90,30 @@ class SetOutput(BoardTool, tag="output", frozen=True, kw_only=True):
         return _object({"value": {"type": "string", "enum": list(self.values)}, "seconds": seconds}, "seconds")
 
 
-AnyTool = TellTime | ReadSensor | SetOutput
+class RunProgram(BoardTool, tag="program", frozen=True, kw_only=True):
+    """Runs a program, and gives the model what it prints."""
+
+    command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """The program and its arguments. It is run without a shell.
+
+    An element that is '{NAME}' or --OPTION={NAME} has the place of the argument of that name.
+    """
+    arguments: list[AnyArgument] = []
+    """What the model says."""
+    timeout: Positive = 10.0
+    """Seconds after which the program is ended."""
+    longest: Annotated[int, msgspec.Meta(ge=1, le=LONGEST)] = 500
+    """Characters of what it prints that the model gets. A program that prints more is ended."""
+
+    def __post_init__(self) -> None:
+        check_command(self.command, self.arguments)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return _object(schemas_of(self.arguments))
+
+
+AnyTool = TellTime | ReadSensor | SetOutput | RunProgram
 
 
 MOST_TOOLS = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -119,16 +120,15 @@ def test_text_and_calls_are_told_apart_in_pieces_of_any_size(source: str, size: 
         assert parts_of(list(words), looks)[:2] == (words, ())
 
 
-def test_calls_drawn_at_temperature_1_5_are_valid(tiny_bundle: Path) -> None:
-    pytest.importorskip("llguidance")
-    arguments = {tool.name: jsonschema.Draft202012Validator(tool.schema) for tool in BOTH.tools}
-    with Bundle(tiny_bundle) as bundle:
+def drawn(bundle_path: Path, calling: Calling, most: int) -> Iterator[Call]:
+    """So many calls or a few more, drawn at temperature 1.5 from noise, in one format after the other."""
+    with Bundle(bundle_path) as bundle:
         schemas, prompts, heard = Schemas(bundle), Prompts(bundle), 0
         token_bytes, size = TokenBytes.from_bytes(bundle.read("token_bytes")), bundle.header.model.vocabulary
         for seed, source in enumerate(cycle([TAGGED, WITH_ID, BARE, UNKNOWING])):
             prompts.calls_format = format_of(source)
-            how = prompts.speaking(BOTH)
-            constraint = schemas.compile_calls(BOTH.callable, how.grammar)
+            how = prompts.speaking(calling)
+            constraint = schemas.compile_calls(calling.callable, how.grammar)
             sampler, words = Sampler(Sampling(temperature=1.5, seed=seed), constraint), Detokenizer(token_bytes)
             random = np.random.default_rng(seed)
             said: list[int] = []
@@ -136,11 +136,32 @@ def test_calls_drawn_at_temperature_1_5_are_valid(tiny_bundle: Path) -> None:
                 said.append(sampler.pick(random.standard_normal(size, np.float32), ()))
             text, calls, listener = parts_of([*map(words.push, said), words.finish()], how.calls_format)
             assert calls and listener.whole and not text
-            for call in calls:
-                arguments[call.name].validate(json.loads(call.arguments))
+            yield from calls
             heard += len(calls)
-            if heard >= DRAWN:
-                break
+            if heard >= most:
+                return
+
+
+def test_calls_drawn_at_temperature_1_5_are_valid(tiny_bundle: Path) -> None:
+    pytest.importorskip("llguidance")
+    arguments = {tool.name: jsonschema.Draft202012Validator(tool.schema) for tool in BOTH.tools}
+    for call in drawn(tiny_bundle, BOTH, DRAWN):
+        arguments[call.name].validate(json.loads(call.arguments))
+
+
+@pytest.mark.parametrize("source", [TAGGED, WITH_ID, BARE, UNKNOWING])
+def test_behind_the_last_calls_come_words(source: str, tiny_bundle: Path) -> None:
+    """No call can begin, and the answer cannot be empty."""
+    pytest.importorskip("llguidance")
+    with Bundle(tiny_bundle) as bundle:
+        prompts = Prompts(bundle)
+        prompts.calls_format = looks = format_of(source)
+        last = Calling(tools=BOTH.tools, in_words=True)
+        matcher = Schemas(bundle).compile_calls(last.callable, prompts.speaking(last).grammar)._matcher
+        call, words = (prompts._tokenizer.encode(text) for text in (looks.opening, "It is late."))
+        assert matcher.validate_tokens(call) < len(call)
+        assert matcher.validate_tokens(words) == len(words)
+        assert not matcher.validate_tokens(list(bundle.header.text.eos[:1]))
 
 
 def test_a_result_is_not_kept_without_its_call() -> None:

@@ -24,7 +24,9 @@ from device.outputs.panel import Panel
 from device.prompt import Prompt
 from device.sensors.sensors import Sensors
 from device.tools.caller import Caller
-from device.tools.tool import Done, Reach, Wanted
+from device.tools.confirmation import Confirmation
+from device.tools.course import Course, Done
+from device.tools.tool import Reach
 from device.tools.toolbox import Toolbox, calling
 from device.triggers import Triggers
 from flashd.config.devices import AnyTrigger, Talk
@@ -190,7 +192,9 @@ class Appliance:
             with taking_pins("a pin cannot be used"):
                 self._drives = Drives(settings, self._record)
                 undo.callback(self._drives.close)
-                self._toolbox = Toolbox(settings, Reach(self._sensors, self._drives))
+                self._confirmation = Confirmation(settings.confirm, self._asks)
+                undo.callback(self._confirmation.close)
+                self._toolbox = Toolbox(settings, Reach(self._sensors, self._drives, self._confirmation))
                 undo.callback(self._toolbox.close)
                 self._panel = Panel(settings.outputs, self.jobs, self._entered)
             undo.pop_all()
@@ -215,15 +219,8 @@ class Appliance:
                 self._mute_button.when_pressed = lambda: self.mute(not self._muted)
 
     def _drop(self) -> None:
-        for each in (
-            self._listening,
-            self._ears,
-            self._mute_button,
-            self._panel,
-            self._toolbox,
-            self._drives,
-            self._sensors,
-        ):
+        opened = (self._panel, self._toolbox, self._confirmation, self._drives, self._sensors)
+        for each in (self._listening, self._ears, self._mute_button, *opened):
             if each is not None:
                 with letting_go():
                     each.close()
@@ -240,6 +237,13 @@ class Appliance:
         """Somebody speaks to it: how far it is, and what was heard or why nothing was."""
         self._panel.hears(STAGES[stage])
         if words:
+            self._panel.notice(words)
+            self._tell(Shown(str(self._panel.phase), words))
+
+    def _asks(self, words: str | None) -> None:
+        """A call waits for the button that confirms it, or no longer."""
+        self._panel.asks(words is not None)
+        if words is not None:
             self._panel.notice(words)
             self._tell(Shown(str(self._panel.phase), words))
 
@@ -273,9 +277,9 @@ class Appliance:
             except Exception:
                 log.exception("trigger %s", name)
 
-    def _make_call(self, job: Job, call: Call, wanted: Wanted) -> Done:
+    def _make_call(self, job: Job, call: Call, course: Course) -> Done:
         """In a thread of the caller's, which may wait."""
-        return self._toolbox.call(job.request.source, call, wanted)
+        return self._toolbox.call(job.request.source, call, course)
 
     def _session(self, settings: Serial) -> Callable[[Port, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console

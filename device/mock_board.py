@@ -106,6 +106,8 @@ class MockBoard:
         for tool in settings.tools:
             if isinstance(tool, SetOutput):
                 found[tool.pin] = self._part("drive", tool.pin, tool.active_high, tool.most)
+        if settings.confirm is not None:
+            found[settings.confirm.pin] = self._part("button", settings.confirm.pin, not settings.confirm.pull_up)
         for trigger in settings.triggers:
             if isinstance(trigger, Button | Talk) and trigger.pin is not None:
                 found[trigger.pin] = self._part("button", trigger.pin, not trigger.pull_up)

@@ -38,7 +38,7 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
             "context: 1024\nmodle: x",
             "line 2: 'modle' is not known; allowed are model, draft, memory, context, threads, arithmetic, kv, card, "
             "answer, api, spool, kiosk, updates, mute_pin, hearing, schemas, snapshots, serial, sensors, triggers, "
-            "outputs, tools",
+            "outputs, confirm, tools",
         ),
         (
             "answer:\n  max_tokens: many",

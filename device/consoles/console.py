@@ -164,6 +164,7 @@ class Console:
     def _follow(self, job: Job, watch: Watch) -> Job | None:
         """Streams a job's answer; Ctrl-C cancels it. The job as it ended, None where the daemon stops."""
         wrap, waiting = Wrap(self._settings.columns), _Waiting(self._settings.columns)
+        did: list[str] = []
         try:
             while not self._stopping.is_set():
                 self._watch_keys(job)
@@ -173,6 +174,7 @@ class Console:
                     elif event.kind == "did":
                         self._send(waiting.end() + wrap.finish())
                         self._say(f"({event.text})")
+                        did.append(event.text)
                         waiting = _Waiting(self._settings.columns)
                     elif event.kind == "restarted":
                         self._send(wrap.finish() + "\r\n(interrupted by something urgent; starting again)\r\n")
@@ -186,6 +188,8 @@ class Console:
             return None
         finally:
             watch.close()
+            for each in [news for news in list(self._news) if news in did]:  # it was read here already
+                self._news.remove(each)
 
     def _watch_keys(self, job: Job) -> None:
         """Ctrl-C stops the answer; what else is typed meanwhile is taken up afterwards."""

@@ -9,14 +9,14 @@ from flashd.config.devices import Led, RgbLed
 
 BLINKS: dict[Phase, tuple[float, float]] = {
     Phase.LOADING: (0.5, 0.5), Phase.IDLE: (0.05, 2.95), Phase.LISTENING: (0.9, 0.1),
-    Phase.UNDERSTANDING: (0.2, 0.2), Phase.THINKING: (0.2, 0.2),
+    Phase.UNDERSTANDING: (0.2, 0.2), Phase.THINKING: (0.2, 0.2), Phase.CONFIRMING: (0.1, 0.9),
     Phase.ANSWERING: (1.0, 0.0), Phase.ERROR: (0.08, 0.08), Phase.MUTED: (0.0, 1.0),
 }  # fmt: skip
 """Seconds on and off of a single LED."""
 
 COLOURS: dict[Phase, tuple[float, float, float]] = {
     Phase.LOADING: (1, 1, 0), Phase.IDLE: (0, 1, 0), Phase.LISTENING: (1, 0, 1),
-    Phase.UNDERSTANDING: (0, 0, 1), Phase.THINKING: (0, 0, 1),
+    Phase.UNDERSTANDING: (0, 0, 1), Phase.THINKING: (0, 0, 1), Phase.CONFIRMING: (1, 1, 1),
     Phase.ANSWERING: (0, 1, 1), Phase.ERROR: (1, 0, 0), Phase.MUTED: (0, 0, 0),
 }  # fmt: skip
 

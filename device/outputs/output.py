@@ -18,6 +18,7 @@ class Phase(StrEnum):
     LISTENING = "listening"
     UNDERSTANDING = "understanding"
     THINKING = "thinking"
+    CONFIRMING = "confirming"
     ANSWERING = "answering"
     ERROR = "error"
     MUTED = "muted"

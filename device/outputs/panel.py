@@ -34,6 +34,7 @@ class Panel:
         self._base = Phase.LOADING
         self._muted = False
         self._hearing: Phase | None = None  # it is shown before what a job does
+        self._asking = False  # whether a press is waited for, which is shown before that too
         self.phase = Phase.LOADING
         self._outputs: list[Output] = []
         self._failing: set[Output] = set()
@@ -78,6 +79,12 @@ class Panel:
                 self._enter(phase)
             else:
                 self._show()
+
+    def asks(self, asking: bool) -> None:
+        """A call waits for the button that confirms it, or no longer."""
+        with self._lock:
+            self._asking = asking
+            self._show()
 
     def hush(self) -> None:
         """Somebody wants silence."""
@@ -128,7 +135,8 @@ class Panel:
         return Phase.THINKING if self._running else Phase.IDLE
 
     def _show(self) -> None:
-        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else self._hearing or self._base
+        wait = Phase.CONFIRMING if self._asking else None
+        phase = Phase.MUTED if self._muted and self._base is Phase.IDLE else wait or self._hearing or self._base
         self.phase = phase
         self._entered(phase)
         self._each(lambda output: output.show(phase))

@@ -1,7 +1,7 @@
 // What the page says, in plain words.
 
 export const STATES = {
-  loading: "Starting", idle: "Ready", listening: "Listening", understanding: "Understanding", thinking: "Thinking",
+  loading: "Starting", idle: "Ready", listening: "Listening", understanding: "Understanding", thinking: "Thinking", confirming: "Press the button?",
   answering: "Answering", error: "It failed", muted: "Muted",
 };
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from device.tools.tool import Done, Wanted
+from device.tools.course import Course, Done
 from flashd.daemon.job import Call, Job, Turn
 from flashd.daemon.jobs import Jobs
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 4
 """Jobs whose calls are made at once; those of one job are made one after the other."""
 
-Make = Callable[[Job, Call, Wanted], Done]
+Make = Callable[[Job, Call, Course], Done]
 """Makes one call of a job. It raises nothing, and ends soon when the call is not wanted any longer."""
 
 
@@ -46,16 +46,16 @@ class Caller:
 
     def _make_calls(self, job: Job) -> None:
         results = []
+        course = Course(lambda: self._wanted(job), lambda words: self._jobs.did(job, words))
         for call in job.result.steps[-1].calls:
-            wanted = self._wanted(job)
-            if not wanted():
+            if not self._wanted(job):
                 break
-            done = self._make(job, call, wanted)
+            done = self._make(job, call, course)
             results.append(Turn("tool", done.result, call=call.id, name=call.name))
             self._jobs.did(job, done.words)
         if not self._stopping.is_set():
             self._jobs.go_on(job, results)
 
-    def _wanted(self, job: Job) -> Wanted:
+    def _wanted(self, job: Job) -> bool:
         """A job that only makes way for another one goes on later, so its calls are made."""
-        return lambda: not self._stopping.is_set() and (self._jobs.wanted(job) or self._jobs.preempted(job))
+        return not self._stopping.is_set() and (self._jobs.wanted(job) or self._jobs.preempted(job))

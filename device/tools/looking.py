@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from device.tools.tool import Done, NotDone, Reach, Tool, Wanted
+from device.tools.course import Course, Done, NotDone
+from device.tools.tool import Reach, Tool
 from flashd.config.tools import ReadSensor, TellTime
 
 
@@ -16,7 +17,7 @@ class Clock(Tool):
     def __init__(self, _: TellTime, __: Reach) -> None:
         """It holds nothing."""
 
-    def do(self, arguments: Mapping[str, Any], wanted: Wanted) -> Done:
+    def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
         now = f"{datetime.now():%A, %-d %B %Y, %H:%M}"
         return Done(now, f"It looked at the clock: {now}.")
 
@@ -27,7 +28,7 @@ class Look(Tool):
     def __init__(self, settings: ReadSensor, reach: Reach) -> None:
         self._names, self._sensors = settings.sensors, reach.sensors
 
-    def do(self, arguments: Mapping[str, Any], wanted: Wanted) -> Done:
+    def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
         name = arguments.get("sensor")
         if name not in self._names:
             raise NotDone(f"there is no such sensor; there are {', '.join(self._names)}")

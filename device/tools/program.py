@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from device.tools.tool import Done, NotDone, Reach, Tool, Wanted
+from device.tools.course import Course, Done, NotDone
+from device.tools.tool import Reach, Tool
 from flashd.config.arguments import filled
 from flashd.config.tools import RunProgram
 from flashd.system.printable import printable
@@ -25,14 +26,16 @@ class Run(Tool):
     When its time is up, or it prints too much, it ends with all that it started.
     """
 
-    def __init__(self, settings: RunProgram, _: Reach) -> None:
-        self._settings = settings
+    def __init__(self, settings: RunProgram, reach: Reach) -> None:
+        self._settings, self._confirmation = settings, reach.confirmation
 
-    def do(self, arguments: Mapping[str, Any], wanted: Wanted) -> Done:
+    def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
         texts = self._texts(arguments)
         name = self._settings.name.replace("_", " ")
         called = f"{name} ({', '.join(texts.values())})" if texts else name
-        result = self._result(filled(self._settings.command, texts), wanted)
+        if self._settings.confirm:
+            self._confirmation.ask(f"run {called}", course)
+        result = self._result(filled(self._settings.command, texts), course.wanted)
         first = result.strip().partition("\n")[0]
         return Done(result, f"It ran {called}: {first[:FIRST]}{'...' if len(first) > FIRST else ''}")
 
@@ -46,7 +49,7 @@ class Run(Tool):
         except ValueError as error:
             raise NotDone(str(error)) from error
 
-    def _result(self, command: list[str], wanted: Wanted) -> str:
+    def _result(self, command: list[str], wanted: Callable[[], bool]) -> str:
         s, until = self._settings, time.monotonic() + self._settings.timeout
         most = BYTES_PER_CHARACTER * s.longest
 

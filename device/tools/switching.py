@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from device.sensors.reading import in_words
-from device.tools.tool import Done, NotDone, Reach, Tool, Wanted
+from device.tools.course import Course, Done, NotDone
+from device.tools.tool import Reach, Tool
 from flashd.config.tools import SetOutput
 
 
@@ -31,11 +32,16 @@ class Switch(Tool):
 
     def __init__(self, settings: SetOutput, reach: Reach) -> None:
         self._settings, self._line = settings, reach.drives.of_tool(settings.name)
+        self._confirmation = reach.confirmation
         self._lock = threading.Lock()
         self._since = self._until = 0.0  # when it was turned on, and when it goes or went off
 
-    def do(self, arguments: Mapping[str, Any], wanted: Wanted) -> Done:
+    def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
         wish = self._wish(arguments)
+        if self._settings.confirm and wish.share:
+            with self._lock:
+                seconds = self._allowed(wish, time.monotonic())  # nobody is asked for what is not to be done
+            self._confirmation.ask(self._words(_for(wish.value, seconds)), course)
         with self._lock:
             return self._set(wish, time.monotonic())
 
@@ -52,24 +58,31 @@ class Switch(Tool):
         if not wish.share:
             self._until = min(self._until, now)
             self._line.turn(0, 0)
-            return Done(wish.value, f"It {self._words(wish.value)}.")
+            return Done(wish.value, f"It {self._words(wish.value, past=True)}.")
+        seconds = self._allowed(wish, now)
         if now >= self._until:
-            self._check_rest(now)
             self._since = now
-        seconds = min(wish.seconds, self._since + self._settings.most - now)
-        if seconds <= 0:
-            raise NotDone("it has been on for as long as it may")
         self._until = now + seconds
         self._line.turn(wish.share, seconds)
-        result = f"{wish.value} for {in_words(round(seconds, 1))} s"
-        return Done(result, f"It {self._words(result)}.")
+        result = _for(wish.value, seconds)
+        return Done(result, f"It {self._words(result, past=True)}.")
 
-    def _check_rest(self, now: float) -> None:
+    def _allowed(self, wish: _Wish, now: float) -> float:
+        """The seconds for which it may be on from now. Raises NotDone if it may not be."""
+        if now < self._until:
+            return min(wish.seconds, self._since + self._settings.most - now)
         rest = self._until - self._since if self._settings.rest is None else self._settings.rest
         left = self._until + rest - now if self._until > self._since else 0.0
         if left > 0:
             raise NotDone(f"it was on a moment ago and stays off for {left:.0f} s more")
+        return wish.seconds
 
-    def _words(self, result: str) -> str:
+    def _words(self, result: str, past: bool = False) -> str:
         what = f"the {self._settings.name.replace('_', ' ')}"
-        return f"switched {what} {result}" if result.split()[0] in ("on", "off") else f"set {what} to {result}"
+        if result.split()[0] in ("on", "off"):
+            return f"{'switched' if past else 'switch'} {what} {result}"
+        return f"set {what} to {result}"
+
+
+def _for(value: str, seconds: float) -> str:
+    return f"{value} for {in_words(round(seconds, 1))} s"

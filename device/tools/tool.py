@@ -1,28 +1,15 @@
-"""What every kind of tool offers, what it may look at, and what comes of a call."""
+"""What every kind of tool offers, and what it may look at and use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from device.drives import Drives
 from device.sensors.sensors import Sensors
-
-Wanted = Callable[[], bool]
-"""Whether a call is still wanted: its job was not cancelled, and flashd does not stop."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of a call."""
-
-    result: str  # as the model is told
-    words: str  # as people are told: a sentence
-
-
-class NotDone(Exception):
-    """A call was not made. The text says why, in half a sentence for the model and for people."""
+from device.tools.confirmation import Confirmation
+from device.tools.course import Course, Done
 
 
 @dataclass(frozen=True)
@@ -31,6 +18,7 @@ class Reach:
 
     sensors: Sensors
     drives: Drives
+    confirmation: Confirmation
 
 
 class Tool:
@@ -39,8 +27,8 @@ class Tool:
     Whoever adds one bounds it: a call may take some seconds, and its result some hundred characters.
     """
 
-    def do(self, arguments: Mapping[str, Any], wanted: Wanted) -> Done:
-        """Makes a call, as long as it is `wanted`. Raises NotDone; anything else that is raised is a failure.
+    def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
+        """Makes a call, as long as it is wanted. Raises NotDone; anything else that is raised is a failure.
 
         The arguments follow the settings' schema if the call was made with these settings. A call may be older, so
         they are looked at again.

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from device.tools.course import Course, Done, NotDone
 from device.tools.kinds import KINDS
-from device.tools.tool import Done, NotDone, Reach, Tool, Wanted
+from device.tools.tool import Reach, Tool
 from flashd.config.settings import Settings
 from flashd.config.tools import LONGEST, AnyTool
 from flashd.daemon.job import Call, Calling
@@ -54,10 +55,10 @@ class Toolbox:
         for tool in self._tools.values():
             tool.close()
 
-    def call(self, source: str, call: Call, wanted: Wanted) -> Done:
+    def call(self, source: str, call: Call, course: Course) -> Done:
         """Makes a call for whoever asked, a job's `source`, if the configuration allows it. It raises nothing."""
         try:
-            done = self._called(source, call, wanted)
+            done = self._called(source, call, course)
         except NotDone as error:
             done = Done(f"Not done: {error}.", f"It did not do “{_called(call)}”: {error}.")
         except Exception as error:
@@ -66,7 +67,7 @@ class Toolbox:
         log.info("tool %s: %s", call.name, done.words)
         return Done(printable(done.result)[:MOST], printable(done.words)[:MOST])
 
-    def _called(self, source: str, call: Call, wanted: Wanted) -> Done:
+    def _called(self, source: str, call: Call, course: Course) -> Done:
         tool = self._tools.get(call.name)
         if tool is None or call.name not in self._allowed.get(source, ()):
             raise NotDone("there is no such tool here")
@@ -75,7 +76,7 @@ class Toolbox:
             if self._rates.full(call.name, most):
                 raise NotDone(f"it was asked for more than {most} times within a minute")
             self._rates.note(call.name, most)
-        return tool.do(_arguments(call), wanted)
+        return tool.do(_arguments(call), course)
 
 
 def _arguments(call: Call) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from flashd.config.fields import (
 )
 from flashd.config.hearing import Hearing
 from flashd.config.pins import PinUse, pins_in
-from flashd.config.tools import Tools, check_names, check_tools, there
+from flashd.config.tools import Confirm, Tools, check_names, check_tools, there
 from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
 from flashd.system.memory import parse_size
@@ -226,6 +226,8 @@ class Settings(Strict, frozen=True, kw_only=True):
     """What starts jobs."""
     outputs: list[AnyOutput] = []
     """What shows or says the state and the answers."""
+    confirm: Confirm | None = None
+    """The button that tools with confirm: true wait for."""
     tools: Tools = []
     """What the model may have the board do while it answers. Nothing else is done, whatever it says."""
 
@@ -247,7 +249,7 @@ def _check_fit(settings: Settings) -> None:
     if network is not None and network.port == settings.api.loopback:
         raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
     _check_names(settings)
-    check_tools(settings.tools, [s.name for s in settings.sensors])
+    check_tools(settings.tools, [s.name for s in settings.sensors], settings.confirm is not None)
     distances = [s.name for s in settings.sensors if isinstance(s, Distance)]
     for i, trigger in enumerate(settings.triggers):
         at = ("triggers", i)

@@ -56,6 +56,19 @@ class ReadSensor(BoardTool, tag="sensor", frozen=True, kw_only=True):
         return _object({"sensor": {"type": "string", "enum": self.sensors}})
 
 
+class Confirm(Strict, frozen=True, kw_only=True):
+    """The button that tools with confirm: true wait for."""
+
+    pin: Pin
+    """The pin."""
+    wait: Positive = 30.0
+    """Seconds. If nobody presses it within them, nothing is done, and the model is told so."""
+    bounce: Seconds = 0.05
+    """Seconds in which the contact may chatter."""
+    pull_up: bool = True
+    """Whether the button connects the pin to ground. With false it connects it to 3.3 V."""
+
+
 class SetOutput(BoardTool, tag="output", frozen=True, kw_only=True):
     """Sets an output pin for a while. It is off at the start, and at the end whatever happens to flashd."""
 
@@ -72,6 +85,8 @@ class SetOutput(BoardTool, tag="output", frozen=True, kw_only=True):
     """
     active_high: bool = True
     """Whether on is 3.3 V. With false on is 0 V."""
+    confirm: bool = False
+    """Whether somebody must press the confirm button before it is turned on."""
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.values) <= MOST_VALUES or not any(self.values.values()):
@@ -104,6 +119,8 @@ class RunProgram(BoardTool, tag="program", frozen=True, kw_only=True):
     """Seconds after which the program is ended."""
     longest: Annotated[int, msgspec.Meta(ge=1, le=LONGEST)] = 500
     """Characters of what it prints that the model gets. A program that prints more is ended."""
+    confirm: bool = False
+    """Whether somebody must press the confirm button before it is run."""
 
     def __post_init__(self) -> None:
         check_command(self.command, self.arguments)
@@ -122,12 +139,14 @@ MOST_TOOLS = 16
 Tools = Annotated[list[AnyTool], msgspec.Meta(max_length=MOST_TOOLS)]
 
 
-def check_tools(tools: Sequence[AnyTool], sensors: Sequence[str]) -> None:
-    """What one tool cannot say of itself. Raises Misfit."""
+def check_tools(tools: Sequence[AnyTool], sensors: Sequence[str], has_button: bool) -> None:
+    """What one tool cannot say of itself. Raises Misfit. `has_button`: whether calls can be confirmed."""
     for i, tool in enumerate(tools):
         for name in tool.sensors if isinstance(tool, ReadSensor) else ():
             if name not in sensors:
                 raise Misfit(("tools", i, "sensors"), f"no sensor is called {name!r}; {there(sensors)}")
+        if isinstance(tool, SetOutput | RunProgram) and tool.confirm and not has_button:
+            raise Misfit(("tools", i, "confirm"), "it needs the button that `confirm: {pin: ...}` in the file names")
 
 
 def check_names(path: tuple[str | int, ...], wanted: Sequence[str], tools: Sequence[AnyTool], schemas: bool) -> None:

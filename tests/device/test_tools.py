@@ -14,7 +14,9 @@ import pytest
 from gpiozero.pins.mock import MockFactory
 
 from device.appliance import Appliance
+from device.controls import Shown
 from device.drives import read_record
+from device.tools.course import Course
 from device.tools.toolbox import calling
 from flashd.bundle.reader import Bundle
 from flashd.config.arguments import filled
@@ -29,7 +31,7 @@ from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.errors import ConfigError
 from tests.daemon.fake_worker import Clerk
-from tests.device.conftest import Mcp3008
+from tests.device.conftest import Mcp3008, press
 from tests.engine.test_tools import drawn
 from tests.waiting import wait
 
@@ -49,6 +51,9 @@ triggers:
   - {kind: manual, name: ask, prompt: "{{ now.year }}: how is it?", tools: [clock, look], rounds: 2}
   - {kind: manual, name: late, prompt: "Is it late?", tools: [clock]}
 """
+
+
+COURSE = Course(lambda: True, lambda _: None)
 
 
 def ended(jobs: Jobs, job: Job) -> Job:
@@ -182,7 +187,7 @@ def test_an_output_rests_after_it_was_on(appliance: Make, pins: MockFactory, mon
 
     def water(value: str) -> str:
         call = Call(id="x", name="pump", arguments=f'{{"value": "{value}"}}')
-        return one._toolbox.call("trigger:ask", call, lambda: True).result
+        return one._toolbox.call("trigger:ask", call, COURSE).result
 
     assert water("on") == "on for 600 s" and not pump.state
     now = 400
@@ -283,6 +288,57 @@ def test_calls_of_the_board_s_tools_drawn_at_temperature_1_5_are_valid(tiny_bund
     assert sum(heard.values()) >= DRAWN and len(heard) == 10
 
 
+CONFIRMING = """
+schemas: true
+confirm: {pin: 6, wait: 60}
+tools:
+  - {kind: output, name: pump, pin: 8, most: 600, rest: 0, confirm: true, description: Waters.}
+  - {kind: program, name: play, command: ["true"], confirm: true, description: Plays.}
+triggers:
+  - {kind: manual, name: ask, prompt: Water!, tools: [pump, play]}
+outputs: [{kind: rgb, red: 2, green: 3, blue: 4}]
+"""
+
+
+def test_what_is_marked_is_done_only_if_somebody_presses_the_button(
+    appliance: Make, pins: MockFactory, jobs: Jobs
+) -> None:
+    on = ("pump", '{"value": "on", "seconds": 500}')
+    clerk, pump = Clerk(jobs, calls=[[on, ("play", "{}")]]), pins.pin(8)
+    shown: list[Shown] = []
+    try:
+        one = appliance(CONFIRMING)
+        unwatch = one.watch_shown(shown.append)
+        job = one.start("ask")
+        wait(lambda: one.status().phase == "confirming")
+        assert not pump.state and job.state is State.RUNNING
+        words = "Press the button within 60 s to have it switch the pump on for 500 s."
+        wait(lambda: Shown("confirming", words) in shown)
+        assert all(pins.pin(pin).state for pin in (2, 3, 4))  # white
+        press(pins.pin(6), 0.2)
+        wait(lambda: Shown("confirming", "Press the button within 60 s to have it run play.") in shown)
+        assert pump.state
+        press(pins.pin(6), 0.2)
+        assert [turn.content for turn in ended(jobs, job).result.steps[1:]] == ["on for 500 s", "done"]
+        wait(lambda: one.status().phase == "idle")
+        # what is switched off needs no press; nor is anybody asked for what is not allowed, or for nobody any more
+        clerk.calls = [[("pump", '{"value": "off"}'), ("pump", '{"value": "up"}')]]
+        job = ended(jobs, one.start("ask"))
+        assert [turn.content for turn in job.result.steps[1:]] == ["off", "Not done: allowed are off, on."]
+        clerk.calls = [[on]]
+        job = one.start("ask")
+        wait(lambda: one.status().phase == "confirming")
+        jobs.cancel(job.id)
+        assert ended(jobs, job).state is State.CANCELLED and not pump.state
+        unwatch()
+        one.close()
+        one = appliance(CONFIRMING.replace("wait: 60", "wait: 0.1"))
+        assert ended(jobs, one.start("ask")).result.steps[1].content == "Not done: nobody confirmed it within 0.1 s."
+        assert not pump.state
+    finally:
+        clerk.close()
+
+
 def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> None:
     clerk = Clerk(jobs, calls=[[("pump", "{}")]])  # and nobody makes calls
     try:
@@ -316,6 +372,8 @@ def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> 
             LOOKING.replace("kind: time", "kind: shell"),
             "'shell' is not known; allowed are time, sensor, output, program",
         ),
+        (CONFIRMING.replace("confirm: {", "kiosk: {title: x} #"), "tool 'pump', confirm: it needs the button that"),
+        (CONFIRMING.replace("pin: 6", "pin: 8"), "pin 8 is used twice"),
         (RUNNING.replace('"{song}"', "song"), "tool 'play': the command has no place for 'song'"),
         (RUNNING.replace('"{tempo}"', '"{speed}"'), "no place for 'tempo'"),
         (RUNNING.replace('["yes",', '["{x}",'), "names {x}, and no argument is called so"),

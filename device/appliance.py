@@ -155,6 +155,13 @@ class Appliance:
             raise NotStarted(f"trigger {name!r} was not started: its prompt is empty at the moment")
         return self.jobs.submit(_request(trigger, text, self.calling(trigger.tools)))
 
+    def equipped(self, request: Request) -> Request:
+        """A client's request that asks for the tools of this board, with those that the page has."""
+        if not request.rounds:
+            return request
+        found = self.calling(self._settings.kiosk.tools)
+        return replace(request, calling=found, rounds=request.rounds if found else 0)
+
     def calling(self, names: Sequence[str]) -> Calling | None:
         return calling(self._settings.tools, names)
 

@@ -160,7 +160,10 @@ class Daemon:
 
     def _application(self, jobs: Jobs, appliance: Appliance, worker: Worker) -> Starlette:
         metrics = metrics_text(jobs, worker)
-        api = Api(jobs, self._name, appliance.status, appliance.start, metrics, worker.fitting)
+        api = Api(
+            jobs, self._name, appliance.status, appliance.start, metrics,
+            lambda request, answers: worker.fitting(appliance.equipped(request), answers),
+        )  # fmt: skip
         more = self._more(appliance) if self._more else []
         wanted = self._settings.api
         network = kiosk.network(wanted.network, socket.gethostname()) if wanted.network else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from device.consoles.port import Port
 from device.controls import Controls, Shown
 from flashd.config.settings import Serial
+from flashd.config.tools import ROUNDS
 from flashd.daemon.job import Event, Job, Request, State, Turn
 from flashd.daemon.watch import Watch
 from flashd.errors import FlashdError
@@ -144,7 +145,11 @@ class Console:
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]
-        request = Request(turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY, forget=True)
+        calling = self._controls.calling(self._settings.tools)
+        request = Request(
+            turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY, forget=True,
+            calling=calling, rounds=ROUNDS if calling else 0,
+        )  # fmt: skip
         try:
             job, watch = self._controls.jobs.ask(request)
         except FlashdError as error:

@@ -3,7 +3,8 @@
 In: {"prompt": "...", "id": 7}, with system, choose, json_schema, max_tokens, priority, deadline if wanted; with a
 session, {"session": "garden"}, it goes on with what was said in that before, unless new_session is true;
 {"trigger": "NAME", "id": 8}; {"cancel": 7}; {"status": true}. Out: ready when the line is listened to (what came
-before is lost), then accepted, text, end, error, status, each with the id that was given.
+before is lost), then accepted, text, did (what a trigger's tool did, in words), end, error, status, each with the id
+that was given.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ class Machine:
     def _pass_on(self, number: Id | None, event: Event) -> None:
         if event.kind == "text":
             self._send("text", number, text=event.text)
+        elif event.kind == "did":
+            self._send("did", number, text=event.text)
         elif event.kind == "restarted":
             self._send("restarted", number)
         elif event.end is not None:

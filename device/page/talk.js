@@ -98,7 +98,7 @@ function follow(change) {
 /** Asks, and shows the answer in `turn` as it comes. Gives the text and whether it was cut; raises what went wrong. */
 export async function ask(turn, messages, signal, accepted) {
   const reply = await fetch("v1/chat/completions", { method: "POST", signal,
-    body: JSON.stringify({ model: "flashd", stream: true, priority: 6, forget: true, messages }) });
+    body: JSON.stringify({ model: "flashd", stream: true, priority: 6, forget: true, board_tools: true, messages }) });
   if (!reply.ok) throw new Refused(reply.status, (await reply.json()).error.message);
   accepted(Number(reply.headers.get("X-Job")));
   let cut = false;
@@ -107,8 +107,11 @@ export async function ask(turn, messages, signal, accepted) {
     if (!line.startsWith("data: ")) continue;
     const event = JSON.parse(line.slice(6));
     if (event.error) throw new Refused(event.error.type, event.error.message);
-    turn.say(event.choices[0].delta.content || "");
-    cut ||= event.choices[0].finish_reason === "length";
+    if (event.flashd?.did) turn.did(event.flashd.did);
+    for (const choice of event.choices) {
+      turn.say(choice.delta.content || "");
+      cut ||= choice.finish_reason === "length";
+    }
   }
   throw new TypeError("the answer broke off");
 }

@@ -14,7 +14,7 @@ from device.tools.kinds import KINDS
 from device.tools.tool import Reach, Tool
 from flashd.config.settings import Settings
 from flashd.config.tools import LONGEST, AnyTool
-from flashd.daemon.job import Call, Calling
+from flashd.daemon.job import API, Call, Calling
 from flashd.daemon.job import Tool as Described
 from flashd.daemon.limits import Rates
 from flashd.errors import NOT_JSON
@@ -42,6 +42,7 @@ class Toolbox:
     def __init__(self, settings: Settings, reach: Reach) -> None:
         self._settings = {tool.name: tool for tool in settings.tools}
         self._allowed = {f"trigger:{trigger.name}": trigger.tools for trigger in settings.triggers}
+        self._allowed |= {f"serial:{line.name}": line.tools for line in settings.serial} | {API: settings.kiosk.tools}
         self._lock, self._rates = threading.Lock(), Rates()
         self._tools: dict[str, Tool] = {}
         try:

@@ -19,7 +19,7 @@ from flashd.config.fields import (
     Strict,
     TimeOfDay,
 )
-from flashd.config.tools import Rounds
+from flashd.config.tools import ROUNDS, Rounds
 
 # --- sensors ----------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     """A pin that follows the decision. It needs choose."""
     tools: list[Name] = []
     """What the model may have the board do while it answers: the names of tools. They need schemas: true."""
-    rounds: Rounds = 3
+    rounds: Rounds = ROUNDS
     """So often the answer may call tools, up to 8 at once. Then it must be in words."""
 
     def __post_init__(self) -> None:

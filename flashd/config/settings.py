@@ -139,6 +139,12 @@ class Serial(Strict, frozen=True, kw_only=True):
     """The width of the terminal in characters."""
     flow: Literal["none", "rtscts", "xonxoff"] = "none"
     """How the terminal stops the text that it cannot take yet."""
+    tools: list[Name] = []
+    """What the model may have the board do for whoever types there: names of tools. They need schemas: true."""
+
+    def __post_init__(self) -> None:
+        if self.tools and self.mode == "machine":
+            raise ValueError("tools are for mode human")
 
 
 class Kiosk(Strict, frozen=True, kw_only=True):
@@ -148,6 +154,11 @@ class Kiosk(Strict, frozen=True, kw_only=True):
     """The title."""
     presets: list[str] = msgspec.field(default_factory=lambda: ["What can you do?"])
     """Questions that a touch or a number asks."""
+    tools: list[Name] = []
+    """What the model may have the board do for whoever asks on the page: names of tools. They need schemas: true.
+
+    With api.network that is everybody who knows the PIN. Programs that ask over the API may use them, too.
+    """
 
 
 class Updates(Strict, frozen=True, kw_only=True):
@@ -250,6 +261,9 @@ def _check_fit(settings: Settings) -> None:
         raise Misfit(("api", "network", "port"), f"port {network.port} is api.loopback's: take another one")
     _check_names(settings)
     check_tools(settings.tools, [s.name for s in settings.sensors], settings.confirm is not None)
+    check_names(("kiosk",), settings.kiosk.tools, settings.tools, settings.schemas)
+    for i, line in enumerate(settings.serial):
+        check_names(("serial", i), line.tools, settings.tools, settings.schemas)
     distances = [s.name for s in settings.sensors if isinstance(s, Distance)]
     for i, trigger in enumerate(settings.triggers):
         at = ("triggers", i)

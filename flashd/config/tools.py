@@ -14,7 +14,8 @@ from flashd.errors import Misfit
 LONGEST = 2000
 """Characters of a result, whatever the tool."""
 
-MOST_ROUNDS = 8
+MOST_ROUNDS, ROUNDS = 8, 3
+"""So often an answer may call tools: at the most, and if nothing else is said."""
 
 Rounds = Annotated[int, msgspec.Meta(ge=1, le=MOST_ROUNDS)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]

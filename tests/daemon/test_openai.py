@@ -90,7 +90,7 @@ OPTIONAL = (
     "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "modalities", "service_tier",
     "store", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "user", "metadata",
     "top_k", "min_p", "repeat_penalty", "choose", "priority", "deadline", "forget", "safety_identifier",
-    "prompt_cache_key",
+    "prompt_cache_key", "board_tools",
 )  # fmt: skip
 
 
@@ -160,6 +160,9 @@ def test_messages_as_clients_send_them_back(http: httpx.Client) -> None:
         ({"tools": [CLOCK], "logprobs": True}, "logprobs", "together with tools"),
         ({"tools": [CLOCK], "choose": ["a", "b"]}, "choose", "together with tools"),
         ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "together with tools"),
+        ({"board_tools": True, "tools": [CLOCK]}, "board_tools", "tools of your own"),
+        ({"board_tools": True, "stop": "."}, "stop", "together with board_tools"),
+        ({"board_tools": True, "n": 2}, "n", "for one answer"),
         ({"functions": [{"name": "f"}]}, "functions", "send tools instead"),
         ({"messages": [*ASK, TOLD]}, "messages[1].tool_call_id", "no call before it"),
         ({"messages": [*ASK, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id", "expected the id"),

@@ -130,7 +130,7 @@ def opened(browser: Any, one: Appliance, jobs: Jobs, folder: Path, more: Sequenc
 
 def api_of(one: Appliance, jobs: Jobs) -> Api:
     """The API over an appliance that has no model."""
-    return Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: asked)
+    return Api(jobs, "a model", one.status, one.start, lambda: b"", lambda asked, _: one.equipped(asked))
 
 
 def free_port() -> int:

@@ -49,7 +49,7 @@ class Growing:
             self.text, self.thoughts, self.scored, self.calls = "", "", [], ()
         if event.kind == "thought":
             self.thoughts += event.text
-        else:
+        elif event.kind == "text":
             self.text += event.text
         self.scored += event.scored
         if event.call is not None:
@@ -150,6 +150,8 @@ class Answers:
             yield self._line([chunk])
         elif calls := each.unsent_calls():
             yield self._line([self._form.chunk(Piece(i, calls=calls))])
+        elif event.kind == "did":
+            yield self._line([], {"did": event.text})
         elif event.kind in ("queued", "moved"):
             self._waits = f"waiting, {event.position} before this" if event.position else "next"
             yield self._comment()

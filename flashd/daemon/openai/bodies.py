@@ -15,6 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flashd.config.fields import Priority, Temperature, TopP
+from flashd.config.tools import ROUNDS
 from flashd.daemon.job import (
     API,
     MAX_TEXT,
@@ -249,6 +250,8 @@ class Chat(Body, kw_only=True):
     # our own: a talk that the service keeps, and whether it begins anew
     session: SessionName | None = None
     new_session: bool | None = None
+    # our own: the tools of this board, which it calls itself
+    board_tools: bool | None = None
     # labels, which change no answer
     metadata: msgspec.Raw = msgspec.Raw()
     safety_identifier: str | None = None
@@ -283,10 +286,12 @@ class Chat(Body, kw_only=True):
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         tools = self._calling()
-        think = self._think(schema is not None or tools is not None)
+        think = self._think(schema is not None or tools is not None or bool(self.board_tools))
         requests = tuple(
             replace(request, think=think) for request in self.requests([turns], False, schema, logprobs, limit, tools)
         )
+        if self.board_tools:
+            requests = tuple(replace(request, rounds=ROUNDS) for request in requests)
         return dataclasses.replace(
             asked(self, requests, False), session=self.session, new_session=bool(self.new_session)
         )
@@ -307,14 +312,19 @@ class Chat(Body, kw_only=True):
     def _calling(self) -> Calling | None:
         """The tools that may be called. Raises BadField."""
         found = calling(self.tools or [], self.tool_choice, self.parallel_tool_calls is not False)
+        if self.board_tools and self.tools:
+            raise BadField("board_tools", "it does not go together with tools of your own")
+        if self.board_tools and (self.n or 1) > 1:
+            raise BadField("n", "the board does things for one answer; leave out n or board_tools")
         formatted = self.response_format is not None and self.response_format.type != "text"
         others = {
             "choose": self.choose, "stop": self.stop, "response_format": formatted, "logprobs": self.logprobs,
             "session": self.session,
         }  # fmt: skip
-        for name, value in others.items() if found else ():
+        for name, value in others.items() if found or self.board_tools else ():
             if value:
-                raise BadField(name, "it does not go together with tools, unless tool_choice is none")
+                what = "board_tools" if self.board_tools else "tools, unless tool_choice is none"
+                raise BadField(name, f"it does not go together with {what}")
         return found
 
 

@@ -136,6 +136,30 @@ def test_the_greenhouse_waters_dry_soil_and_no_other(
         clerk.close()
 
 
+def test_the_greenhouse_s_fan_runs_once_somebody_says_yes(
+    appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bus/w1/devices/28-0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "w1_slave").write_text("f3 01 4b 46 7f ff 0d 10 a1 : crc=a1 YES\nt=31187\n")
+    Mcp3008(pins, {0: 410})
+    run = ("fan", '{"value": "on", "seconds": 300}')
+    clerk, fan = Clerk(jobs, words=["It was hot."], calls=[[("look", '{"sensor": "air"}')], [run]]), pins.pin(16)
+    changed = text("greenhouse").replace("press: long\n", "press: long\n    hold: 0.3\n")
+    one = appliance(changed, sysfs=tmp_path)
+    try:
+        press(pins.pin(17), 0.6)
+        wait(lambda: one.status().phase == "confirming")
+        assert not fan.state
+        push(27)
+        wait(lambda: clerk.answered)
+        assert fan.state
+        results = [turn.content for turn in clerk.answered[0].result.steps if turn.role == "tool"]
+        assert results == ["31.19 °C", "on for 300 s"] and clerk.answered[0].request.source == "trigger:tend"
+    finally:
+        clerk.close()
+
+
 def test_the_talking_button_says_what_was_asked(
     appliance: Make, pins: MockFactory, jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

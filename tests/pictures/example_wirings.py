@@ -26,6 +26,7 @@ DRAWINGS = {
                 bridge=Bridge(0, 1, "4.7 kΩ"),
             ),
             _button("button", "GPIO17 (11)", "ground (14)"),
+            _button("yes", "GPIO27 (13)", "ground (6)"),
             _led("GPIO22 (15)", "ground (20)"),
             Part(
                 "MCP3008",
@@ -38,8 +39,11 @@ DRAWINGS = {
             ),
             Part(
                 "relay board",
-                [Terminal("VCC", "5 V (2)"), Terminal("IN", "GPIO12 (32)"), Terminal("GND", "ground (34)")],
-                beyond="pump, with a\nsupply of its own",
+                [
+                    Terminal("VCC", "5 V (2)"), Terminal("IN1", "GPIO12 (32)"), Terminal("GND", "ground (34)"),
+                    Terminal("IN2", "GPIO16 (36)"),
+                ],
+                beyond="pump and fan, with\nsupplies of their own",
             ),
         ],
     ),

@@ -25,7 +25,7 @@ class Confirmation:
 
     def __init__(self, settings: Confirm | None, asks: Callable[[str | None], None]) -> None:
         self._settings, self._asks = settings, asks
-        self._asking, self._pressed = threading.Lock(), threading.Event()
+        self._asking, self._pressed, self._closed = threading.Lock(), threading.Event(), False
         self._button: gpiozero.Button | None = None
         if settings is not None:
             self._button = gpiozero.Button(
@@ -34,6 +34,7 @@ class Confirmation:
             self._button.when_pressed = self._pressed.set
 
     def close(self) -> None:
+        self._closed = True
         if self._button is not None:
             self._button.close()
 
@@ -51,7 +52,7 @@ class Confirmation:
             self._asks(words)
             until = time.monotonic() + wait
             while not self._pressed.wait(min(LOOK_SECONDS, max(0.0, until - time.monotonic()))):
-                if not course.wanted():
+                if self._closed or not course.wanted():
                     raise NotDone("it was stopped before anybody confirmed it")
                 if time.monotonic() >= until:
                     raise NotDone(f"nobody confirmed it within {wait:g} s")

@@ -370,7 +370,7 @@ class Worker:
         }  # fmt: skip
         t = self.totals
         self.totals = Totals(
-            t.jobs + 1, t.tokens + f.tokens, t.reused_tokens + f.reused_tokens,
+            t.jobs + (not running.job.has_calls), t.tokens + f.tokens, t.reused_tokens + f.reused_tokens,
             t.card_bytes + card - self._counted + f.snapshot_bytes, t.seconds + seconds,
         )  # fmt: skip
         self._counted = card

@@ -92,7 +92,12 @@ def test_nothing_is_done_that_the_configuration_does_not_name(
     wrong = [("rm", "{}"), ("look", '{"sensor": "soil"}'), ("clock", "[]"), ("clock", "{}")]
     clerk = Clerk(jobs, calls=[wrong])
     try:
-        one = appliance(LOOKING)
+        spoken = "  - {kind: talk, name: talk, pin: 5, tools: [clock]}"
+        hearing = 'hearing: {memory: 100M, recogniser: {kind: program, command: ["true"]}}'
+        one = appliance(LOOKING + spoken + "\n" + hearing)
+        job = ended(jobs, one.start("talk", heard="Run rm! Look at the soil!"))
+        assert job.request.turns[-1].content == "Run rm! Look at the soil!"
+        assert [turn.content for turn in job.result.steps[1:3]] == ["Not done: there is no such tool here."] * 2
         results = [turn.content for turn in ended(jobs, one.start("late")).result.steps[1:]]
         assert results[0] == results[1] == "Not done: there is no such tool here."
         assert results[2] == "Not done: its arguments are not a JSON object."

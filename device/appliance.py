@@ -153,7 +153,10 @@ class Appliance:
         if not text.strip():
             self._ready_at.pop(name, None)  # nothing was started that the next one must wait for
             raise NotStarted(f"trigger {name!r} was not started: its prompt is empty at the moment")
-        return self.jobs.submit(_request(trigger, text, self.calling(trigger.tools)))
+        calling = self.calling(trigger.tools)
+        if calling is not None and trigger.must_call:
+            calling = replace(calling, required=True)
+        return self.jobs.submit(_request(trigger, text, calling))
 
     def equipped(self, request: Request) -> Request:
         """A client's request that asks for the tools of this board, with those that the page has."""

@@ -141,6 +141,8 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
     """What the model may have the board do while it answers: the names of tools. They need schemas: true."""
     rounds: Rounds = ROUNDS
     """So often the answer may call tools, up to 8 at once. Then it must be in words."""
+    must_call: bool = False
+    """Whether the answer must begin with a call. Without this key the model may answer at once."""
 
     def __post_init__(self) -> None:
         if self.choose is not None and (len(self.choose) < 2 or len(set(self.choose)) != len(self.choose)):
@@ -149,6 +151,8 @@ class Trigger(Strict, tag_field="kind", frozen=True, kw_only=True):
             raise ValueError("choose has an empty answer")
         if self.choose and self.json_schema:
             raise ValueError("choose and json_schema exclude each other")
+        if self.must_call and not self.tools:
+            raise ValueError("must_call needs tools")
         if self.tools and (self.choose or self.json_schema):
             raise ValueError(f"tools and {'choose' if self.choose else 'json_schema'} exclude each other")
         if self.drive and (self.choose is None or self.drive.answer not in self.choose):

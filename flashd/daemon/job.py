@@ -151,10 +151,13 @@ class Job(msgspec.Struct, kw_only=True):
 
     @property
     def asked(self) -> Request:
-        """The request as it is asked now: behind it are the calls that were made. Behind the last ones are words."""
+        """The request as it is asked now: behind it are the calls that were made. Behind the last ones are words.
+
+        Only its first round must have a call.
+        """
         steps, calling = self.result.steps, self.request.calling
-        if calling is not None and steps and not self._rounds_left:
-            calling = replace(calling, in_words=True, required=False)
+        if calling is not None and steps:
+            calling = replace(calling, in_words=not self._rounds_left, required=False)
         return replace(self.request, turns=(*self.request.turns, *steps), calling=calling)
 
     @property

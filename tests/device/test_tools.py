@@ -67,8 +67,9 @@ def test_the_model_looks_and_its_record_has_what_it_saw(
     Mcp3008(pins, {0: 512, 1: 0})
     clerk = Clerk(jobs, calls=[[("look", '{"sensor": "soil"}'), ("clock", "{}")], [("look", '{"sensor": "air"}')]])
     try:
-        one = appliance(LOOKING)
+        one = appliance(LOOKING.replace("rounds: 2", "rounds: 2, must_call: true"))
         job = one.start("ask")
+        assert job.request.calling is not None and job.request.calling.required
         words = [event.text for event in jobs.watch(job.id) if event.kind == "did"]
         kept = read_one(tmp_path / "spool.db", job.id)
     finally:
@@ -82,6 +83,7 @@ def test_the_model_looks_and_its_record_has_what_it_saw(
     assert [turn.call for turn in steps if turn.role == "tool"] == [f"call_{job.id}_{i}" for i in range(3)]
     assert words[0] == "It looked at the soil: 50.05 %." and words[1].startswith("It looked at the clock: ")
     assert kept.asked.turns[-1] == steps[-1] and kept.asked.calling is not None and kept.asked.calling.in_words
+    assert not kept.asked.calling.required
 
 
 def test_nothing_is_done_that_the_configuration_does_not_name(
@@ -134,7 +136,7 @@ def test_the_board_makes_the_calls_of_a_real_engine_and_it_ends_in_words(
             worker.stop()
     assert (job.state, job.result.calls) == (State.DONE, ()), job.result.finish
     calls = [call for turn in job.result.steps for call in turn.calls]
-    assert len(calls) >= 2 and all(call.name in ("look", "clock") for call in calls)
+    assert calls and all(call.name in ("look", "clock") for call in calls)
     for call, turn in zip(calls, [turn for turn in job.result.steps if turn.role == "tool"], strict=True):
         assert turn.call == call.id and "Not done" not in turn.content
         assert call.name == "clock" or json.loads(call.arguments)["sensor"] in ("soil", "air")
@@ -372,6 +374,7 @@ def test_after_a_power_cut_no_call_is_made_again(jobs: Jobs, tmp_path: Path) -> 
         (LOOKING.replace("[soil, air]", "[soil, hair]"), "no sensor is called 'hair'; there are air, soil"),
         (LOOKING.replace("rounds: 2", "choose: [a, b]"), "tools and choose exclude each other"),
         (LOOKING.replace("rounds: 2", "rounds: 9"), "of at most 8"),
+        (LOOKING.replace("tools: [clock, look], rounds: 2", "must_call: true"), "must_call needs tools"),
         (LOOKING.replace("name: look", "name: clock"), "two entries of tools are called 'clock'"),
         (
             LOOKING.replace("kind: time", "kind: shell"),

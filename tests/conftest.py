@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flashd.bundle.rows.kinds import RowKind
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.goldens.models import GOLDENS
 from tests.update.board import Board
 
 DATA = Path(__file__).parent / "data"
@@ -21,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 SLOW = (
     "families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "bombs", "ends",
     "daemon", "chat", "load", "snapshots", "bench_grid", "recipes", "folders", "cases", "check_config", "states",
-    "experts", "draft_model",
+    "experts", "draft_model", "token_inputs",
 )  # fmt: skip
 """Files of tests that pack many models, or start many processes."""
 
@@ -76,6 +78,19 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     pack(tiny.write(folder / "tiny.gguf"), folder / "tiny.flash", "int4")
     return folder / "tiny.flash"
+
+
+@pytest.fixture(scope="session")
+def packed_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a golden by its name, int4 rows. Do not write to it."""
+    folder = tmp_path_factory.mktemp("goldens")
+
+    @cache
+    def packed(name: str) -> Path:
+        pack(GOLDENS[name].write(folder / f"{name}.gguf"), folder / f"{name}.flash", "int4")
+        return folder / f"{name}.flash"
+
+    return packed
 
 
 @pytest.fixture(scope="session")

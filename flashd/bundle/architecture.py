@@ -22,14 +22,19 @@ Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "clamped_silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
 Place = Literal[
-    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "token_branch", "final",
+    "attention", "query", "key", "heads", "attention_branch", "ffn", "shared_branch", "experts", "experts_branch",
+    "ffn_branch", "token_branch", "final",
 ]  # fmt: skip
 Bias = Literal["qkv", "output", "router", "inputs", "down", "head"]
 Scores = Literal["softmax", "sigmoid"]
 
 
 class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
-    """An expert that every token uses. So its rows are not paged: they are multiplied behind the attention."""
+    """An expert that every token uses. So its rows are not paged: they are multiplied behind the attention.
+
+    If the model norms the FFN's output (`ffn_branch`), that is the sum of this one's output and the others'. There
+    may be norms of each of the two (`shared_branch`, `experts_branch`), and of what the others take (`experts`).
+    """
 
     neurons: Size  # a multiple of 32
     weighed: bool  # whether its output is multiplied by sigmoid(w h), h the FFN's input
@@ -57,6 +62,8 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
     early: bool = False  # whether the router takes the layer's input rather than the FFN's
     shared: SharedExpert | None = None  # one that every token uses beside them
     leaned: bool = False  # whether experts are chosen by their scores and a bias, which their weights do not have
+    router_scaled: bool = False  # whether the router takes x / rms(x), times numbers, x being what the FFN adds to
+    weights_scaled: bool = False  # whether the weights are multiplied by a number of the expert
     first: Count = 0  # the layers before this one have no experts
     leading: LeadingFfn | None = None  # what these have
 
@@ -299,6 +306,17 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         """
         return self.hidden + bool(self.normed_neurons)
 
+    @property
+    def carried_width(self) -> int:
+        """Width of what goes past an FFN: x, and if its output is normed, that of the shared expert behind x."""
+        together = self.experts and self.experts.shared and "ffn_branch" in self.norms
+        return self.hidden * (2 if together else 1)
+
+    @property
+    def ffn_input_width(self) -> int:
+        """Width of what an FFN is given: H, and H more if its router takes something of its own, which is behind."""
+        return self.hidden * (2 if self.experts and self.experts.router_scaled else 1)
+
     def norm_vectors(self, place: Place, kind: AttentionKind | None = None) -> dict[str, int]:
         """The vectors of a norm: their names and lengths. Empty if the model has no norm at this place.
 
@@ -329,19 +347,21 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         vectors |= {f"{part}.bias": width for part, width in widths.items() if part in self.biases}
         shared = self.shared_expert(layer)
         vectors |= {"shared_weight.weight": self.hidden} if shared and shared.weighed else {}
+        vectors |= {"router_scale.weight": self.hidden} if self.experts and self.experts.router_scaled else {}
         return vectors | ({"scale.weight": self.hidden} if self.layer_scales else {})
 
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
 
-        The bias of each expert's score, what is added to it only to choose, and the bias of each expert's output
-        [E, H]. Empty if the model has none of these.
+        The bias of each expert's score, what is added to it only to choose, what its weight is multiplied by, and the
+        bias of each expert's output [E, H]. Empty if the model has none of these.
         """
         if self.experts is None:
             return {}
         count, biases = self.experts.count, self.biases
         vectors = {"router.bias": count} if "router" in biases else {}
         vectors |= {"choice.bias": count} if self.experts.leaned else {}
+        vectors |= {"down.scale": count} if self.experts.weights_scaled else {}
         return vectors | ({"down.bias": count * self.hidden} if "down" in biases else {})
 
     @property
@@ -357,8 +377,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LAYER_NORMS: tuple[Place, ...] = (
-    "attention", "query", "key", "heads", "attention_branch", "ffn", "ffn_branch", "token_branch",
+    "attention", "query", "key", "heads", "attention_branch", "ffn", "shared_branch", "experts", "experts_branch",
+    "ffn_branch", "token_branch",
 )  # fmt: skip
+
+OF_EXPERTS: frozenset[Place] = frozenset(("shared_branch", "experts", "experts_branch"))
+"""Of these, those that stand between the experts that a token chooses and the one that all use."""
 
 OF_ATTENTION: frozenset[Place] = frozenset(("query", "key", "heads"))
 """Of these, those that only layers which attend have."""

@@ -126,7 +126,7 @@ class Layers:
         self._attention_kind, self._ffn_kind = kinds
 
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
-        """x [1, T, H] -> (x, h) [1, T, H], what the FFN takes, and the layer's block."""
+        """x [1, T, H] -> (x [1, T, carried_width], h [1, T, ffn_input_width], the layer's block)."""
         m, at = self._model, f"layer.{i}."
         vector = _external_vectors(self._g, at)
         block = LayerStages(self._g, m, vector, self._kv)
@@ -143,7 +143,9 @@ class Layers:
             branch = self._g.node("Add", branch, one) if branch else one
         x, h = block.middle(x, h, branch)
         shared = m.products(i)[len(m.mixing(i)) :]
-        return (block.beside(x, h, self._shared(h, at, shared)) if shared else x), h, block
+        if shared:
+            x, h = block.beside(x, h, self._shared(h, at, shared))
+        return x, h, block
 
     def _shared(self, h: str, at: str, products: list[LayerProduct]) -> str:
         """The output of the expert that every token uses."""
@@ -254,7 +256,7 @@ def attention(
     model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str],
     kv: KvFormat = "float32",
 ) -> bytes:  # fmt: skip
-    """x [1, T, H] of a layer -> `x_out`, `h_out` [1, T, H] behind its attention; tokens may stand in branches."""
+    """x [1, T, H] of a layer -> `x_out`, `h_out` behind its attention, see Layers; tokens may stand in branches."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.hidden])
     tree = []
@@ -262,15 +264,15 @@ def attention(
         tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred), kv)
     x, h, _ = layers.attention(i, x, "", tree)
-    g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
-    g.output("h_out", T.FLOAT, [1, "T", model.hidden], h)
+    g.output("x_out", T.FLOAT, [1, "T", model.carried_width], x)
+    g.output("h_out", T.FLOAT, [1, "T", model.ffn_input_width], h)
     return g.serialise("attention")
 
 
 def leave(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
     """x, branch [1, T, ...] (the FFN's output), token [1, T, P] -> x_out [1, T, H] of a layer with token inputs."""
     g = Graph()
-    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    x = g.input("x", T.FLOAT, [1, "T", model.carried_width])
     branch, token = g.input("branch", T.FLOAT, [1, "T", model.share_width]), _token_input(g, model)
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
     block = LayerStages(g, model, _external_vectors(g, f"layer.{i}."))

@@ -27,14 +27,15 @@ def stages(model: Architecture) -> dict[str, bytes]:
                    state; one graph a kind of layer that has a state in place of keys
         middle     x, h, branch (the attention's output) -> x, h, the input of the FFN
         leave      x, branch (the FFN's output, Architecture.share_width wide) -> x of the next layer, or what its
-                   token input is gated by
+                   token input is gated by; this x is Architecture.carried_width wide
         token_inputs  products [T, L P], of embeddings, and rows [T, L P] of the table -> y [L, T, P]; only in models
                    that have token inputs, like the next two
         token_gate    products [T, P] of x behind the FFN, input [T, P] -> y [T, P], what token_out takes
         token_leave   x, branch (token_out's product) -> x of the next layer
         finish     x -> h, the input of the head
         logits     x (logits [R, V]) -> x; only in models that cap logits or add a bias
-        beside     x, h, branch (the shared expert's output) -> x; only in mixtures that have one
+        beside     x, h, branch (the shared expert's output) -> x [T, carried_width], and h [T, ffn_input_width],
+                   which the other experts take; only in mixtures that have one
         route      scores [T, E] (the router's product) -> used [T, K] int64, the experts that each token uses, the
                    highest score first, and weights [T, K]; only in mixtures
 
@@ -51,8 +52,8 @@ def stages(model: Architecture) -> dict[str, bytes]:
     ]
     for name, stage, inputs, outputs in plan:
         g = Graph()
-        wide = model.share_width if name == "leave" else model.hidden
-        values = [g.input(part, T.FLOAT, ["T", wide if part == "branch" else model.hidden]) for part in inputs]
+        wide = {"x": model.carried_width, "branch": model.share_width} if name == "leave" else {}
+        values = [g.input(part, T.FLOAT, ["T", wide.get(part, model.hidden)]) for part in inputs]
         made = stage(LayerStages(g, model, _vector_inputs(g)), *values)
         for part, value in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
             g.output(f"{part}_out", T.FLOAT, ["T", model.hidden], value)
@@ -101,6 +102,8 @@ def _route(model: Architecture, experts: Experts) -> bytes:
         weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
     if experts.scale != 1:
         weights = g.node("Mul", weights, g.constant(np.float32(experts.scale)))
+    if experts.weights_scaled:
+        weights = g.node("Mul", weights, g.node("Gather", g.input("down.scale", T.FLOAT, [experts.count]), used))
     g.output("used", T.INT64, ["T", experts.used], used)
     g.output("weights", T.FLOAT, ["T", experts.used], weights)
     return g.serialise("route")
@@ -109,7 +112,9 @@ def _route(model: Architecture, experts: Experts) -> bytes:
 def _beside(model: Architecture) -> bytes:
     g = Graph()
     parts = [g.input(name, T.FLOAT, ["T", model.hidden]) for name in ("x", "h", "branch")]
-    g.output("x_out", T.FLOAT, ["T", model.hidden], LayerStages(g, model, _vector_inputs(g)).beside(*parts))
+    x, h = LayerStages(g, model, _vector_inputs(g)).beside(*parts)
+    g.output("x_out", T.FLOAT, ["T", model.carried_width], x)
+    g.output("h_out", T.FLOAT, ["T", model.ffn_input_width], h)
     return g.serialise("beside")
 
 
@@ -144,7 +149,8 @@ def present(g: Graph, model: Architecture, kind: AttentionKind, name: str, value
 def vectors_behind_ffn(model: Architecture) -> set[str]:
     """The layer's vectors that `leave` takes, behind the FFN. The attention's graph has no place for them."""
     norms = model.norm_vectors("ffn_branch") | (model.norm_vectors("ffn") if model.block == "post" else {})
-    return {"down.bias", *norms, *model.norm_vectors("token_branch"), "scale.weight"}
+    norms |= model.norm_vectors("experts_branch") | model.norm_vectors("token_branch")
+    return {"down.bias", *norms, "scale.weight"}
 
 
 class LayerStages:
@@ -166,18 +172,31 @@ class LayerStages:
             return after, self._normed(after, "ffn")
         return after, self._normed(x, "ffn") if "ffn" in self._model.norms else h
 
-    def beside(self, x: str, h: str, branch: str) -> str:
-        """x with the output of the expert that every token uses; h is what it took."""
-        g, experts = self._g, self._model.experts
+    def beside(self, x: str, h: str, branch: str) -> tuple[str, str]:
+        """x with the output of the expert that every token uses, and what the others take; h is what it took.
+
+        If the sum of all their outputs is normed, this one's stands behind x: see Architecture.carried_width.
+        """
+        g, m, experts = self._g, self._model, self._model.experts
         if experts and experts.shared and experts.shared.weighed:
             products = g.node("Mul", h, self._vector("shared_weight.weight", self._model.hidden))
             branch = g.node("Mul", branch, g.node("Sigmoid", g.node("ReduceSum", products, g.shape(-1))))
-        return g.node("Add", x, self._scaled(branch))
+        branch = self._normed(branch, "shared_branch")
+        h = self._normed(x, "experts") if "experts" in m.norms else h
+        if experts and experts.router_scaled:
+            own = g.rms_norm(x, self._vector("router_scale.weight", m.hidden), m.norm_epsilon)
+            h = g.node("Concat", h, own, axis=-1)
+        together = m.carried_width != m.hidden
+        return (g.node("Concat", x, branch, axis=-1) if together else g.node("Add", x, self._scaled(branch))), h
 
     def leave(self, x: str, branch: str) -> str:
         branch = self._divided(branch)
         if not self._model.experts:  # their biases are weighed as they are
             branch = self._biased(branch, "down")
+        branch = self._normed(branch, "experts_branch")
+        if self._model.carried_width != self._model.hidden:
+            x, beside = self._g.nodes_out("Split", x, outputs=2, axis=-1, num_outputs=2)
+            branch = self._g.node("Add", beside, branch)
         branch = self._normed(branch, "ffn_branch")
         after = self._g.residual(x, self._scaled(branch))
         after = self._normed(after, "ffn") if self._model.block == "post" else after

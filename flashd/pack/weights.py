@@ -311,6 +311,8 @@ class Weights:
             values = self._taps(layer)[:, int(end)]
         elif name in ENDLESS:
             values = self._vector(tensor_name(self._family, name, layer)).reshape(-1)
+        elif part == "router_scale":  # transformers and llama.cpp divide in each pass
+            values = self._vector(f"{tensor_name(self._family, 'router', layer)}.scale") / np.float32(np.sqrt(length))
         else:
             values = self._vector(f"{tensor_name(self._family, part, layer)}.{end}").reshape(-1)
         if part == "scale" and len(values) == 1:

@@ -113,7 +113,8 @@ def test_a_chunk_reads_each_expert_that_it_needs_once(
         assert model.card.bytes_wanted == missed * expert_bytes(bundle)
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker"])  # routers behind and before the attention
+# routers behind and before the attention, and one that takes something of its own
+@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker", "gemma4-moe"])
 def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

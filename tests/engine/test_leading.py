@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,9 @@ from flashd.pack.pack import pack
 from tests.goldens.models import EXPERTS, GOLDENS, NEURONS, USED
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("leading")
-    pack(GOLDENS["lfm2moe"].write(folder / "m.gguf"), folder / "m.flash", "int4")
-    return folder / "m.flash"
+@pytest.fixture
+def bundle(packed_golden: Callable[[str], Path]) -> Path:
+    return packed_golden("lfm2moe")
 
 
 def header_of(bundle: Path) -> Header:

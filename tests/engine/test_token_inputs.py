@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,19 @@ from flashd.engine.model.kv_cache import SPARE, cache_bytes
 from flashd.engine.model.sizes import KEPT_ROWS, NODES
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import UsageError
-from flashd.pack.pack import pack
 from tests.bundle.test_reader import poke
 from tests.engine.test_decode import said
 from tests.engine.test_paths import ARITHMETICS, all_logits, opened
 from tests.engine.test_prefixes import fresh, process, teach
-from tests.goldens.models import GOLDENS, LAYERS, TOKENS
+from tests.goldens.models import LAYERS, TOKENS
 from tests.reference import relative
 
 CONTEXT = 120
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gemma4")
-    pack(GOLDENS["gemma4"].write(folder / "m.gguf"), folder / "m.flash", "int4")
-    return folder / "m.flash"
+@pytest.fixture
+def gemma(packed_golden: Callable[[str], Path]) -> Path:
+    return packed_golden("gemma4")
 
 
 def test_a_row_is_read_once_and_counted(gemma: Path) -> None:

@@ -86,6 +86,15 @@ LFM2 = {f"model.layers.{i}.conv.": f"blk.{i}.shortconv." for i in range(LAYERS)}
     f"model.layers.{i}.feed_forward.expert_bias": f"blk.{i}.exp_probs_b.bias" for i in range(LAYERS)
 }
 
+GEMMA_4 = {
+    f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}"
+    for i in range(LAYERS)
+    for theirs, ours in {
+        "router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.gate_up_proj": "ffn_gate_up_exps.weight", "experts.down_proj": "ffn_down_exps.weight",
+    }.items()
+}  # fmt: skip
+
 EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(?:(\d+)\.)?(\w+)(?:\.weight)?")
 GRANITE = re.compile(r"(block_sparse_moe)\.(input_linear|output_linear)\.weight")
 PARTS = {
@@ -123,6 +132,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = by_map(golden, PHI)
         case "opt":
             find = by_map(golden, OPT)
+        case "gemma4":
+            find = by_map(golden, GEMMA_4)
         case "lfm2" | "lfm2moe":
             find = short_convolutions(by_map(golden, LFM2))
         case "gpt-oss":

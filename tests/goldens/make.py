@@ -184,9 +184,11 @@ def nemotron_h(golden: Golden) -> Any:
 
 
 def gemma4(golden: Golden) -> Any:
-    keys, shares = golden.keys, isinstance(golden.kv_heads, list)
+    keys, shares, mixed = golden.keys, isinstance(golden.kv_heads, list), "expert_count" in golden.keys
+    experts = {"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": USED, "moe_intermediate_size": 40}
     return transformers.Gemma4TextConfig(
-        **COMMON, intermediate_size=NEURONS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, head_dim=HEAD_DIM,
+        **COMMON, **(experts if mixed else {}), intermediate_size=SHARED if mixed else NEURONS,
+        num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, head_dim=HEAD_DIM,
         global_head_dim=keys["attention.key_length"], sliding_window=WINDOW, final_logit_softcapping=30.0,
         layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=shares,
         num_global_key_value_heads=1 if shares else None, vocab_size_per_layer_input=VOCABULARY,
@@ -338,6 +340,7 @@ MAKERS: dict[str, Maker] = {
     ),
     "gemma4": gemma4,
     "gemma4-keys": gemma4,
+    "gemma4-moe": gemma4,
     "lfm2": lfm2,
     "lfm2moe": lfm2moe,
     "qwen35": delta_nets(T.Qwen3_5TextConfig),

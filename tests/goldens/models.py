@@ -99,11 +99,14 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
         return llama3_factors() if shape == (HEAD_DIM // 2,) else proportional()
     if name.startswith("rope_factors"):
         return long_factors()[name.split(".")[0]]
+    if name.endswith("ffn_gate_inp.scale"):
+        # Gemma 4 divides these by the root of the hidden size: so much that the experts' scores differ
+        return np.asarray(8 + 1.6 * random.standard_normal(shape), np.float32)
     if name.endswith("_exps.bias"):
         # so large that gpt-oss's bounds are reached
         return np.asarray(4 * random.standard_normal(shape), np.float32)
     if len(shape) == 1 or name.endswith(("ssm_d", "ssm_norm.weight")):
-        around = 1.0 if name.endswith((".weight", "norm")) else 0.0
+        around = 1.0 if name.endswith((".weight", ".scale", "norm")) else 0.0
         return np.asarray(around + 0.2 * random.standard_normal(shape), np.float32)
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
 
@@ -294,6 +297,12 @@ TWICE: dict[str, tuple[int, ...]] = {
     "ffn_gate.weight": (2 * NEURONS, HIDDEN), "ffn_up.weight": (2 * NEURONS, HIDDEN),
     "ffn_down.weight": (HIDDEN, 2 * NEURONS),
 }  # fmt: skip
+GEMMA_4_EXPERTS: dict[str, tuple[int, ...]] = {
+    **_norms("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2"),
+    "ffn_gate.weight": (SHARED, HIDDEN), "ffn_up.weight": (SHARED, HIDDEN), "ffn_down.weight": (HIDDEN, SHARED),
+    "ffn_gate_inp.weight": (EXPERTS, HIDDEN), "ffn_gate_inp.scale": (HIDDEN,), "ffn_down_exps.scale": (EXPERTS,),
+    "ffn_gate_up_exps.weight": (EXPERTS, 80, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, 40),
+}  # fmt: skip
 TOKEN_LAYER = _norms("post_norm") | {"inp_gate.weight": (32, HIDDEN), "proj.weight": (HIDDEN, 32)}
 
 GOLDENS = {
@@ -459,6 +468,12 @@ GOLDENS = {
     "gemma4-keys": Golden(
         "gemma4", GEMMA_4, GEMMA_4_LAYER | _attention(16), EMBEDDING | FINAL | {"rope_freqs.weight": (16,)},
         kv_heads=[2, 1, 2, 1], others=dict.fromkeys((1, 3), _without(GEMMA_4_WIDE | _attention(32, 1), "attn_v")),
+    ),
+    "gemma4-moe": Golden(
+        "gemma4", GEMMA_4 | MIXTURE | {"feed_forward_length": SHARED, "expert_feed_forward_length": 40},
+        GEMMA_4_LAYER | _attention(16) | GEMMA_4_EXPERTS, EMBEDDING | FINAL | {"rope_freqs.weight": (16,)},
+        kv_heads=[2, 1, 2, 1],
+        others=dict.fromkeys((1, 3), _without(GEMMA_4_WIDE | _attention(32, 1) | GEMMA_4_EXPERTS, "attn_v")),
     ),
     "lfm2": Golden(
         "lfm2", RMS | {"shortconv.l_cache": TAPS, "rope.freq_base": 1e6},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture
+from flashd.bundle.architecture import OF_EXPERTS, Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
 from flashd.bundle.prefix import (
@@ -112,6 +112,7 @@ def _check_model(m: Architecture) -> None:
         ),
         (all(kind.fits for kind in m.recurrent), "heads of a layer that keeps a state do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
+        (_apart_fits(m), "norms of experts, or a router that takes its own, without an expert that all use"),
         (
             not m.experts or (m.experts.first < m.layers and bool(m.experts.first) == bool(m.experts.leading)),
             f"the first {m.experts and m.experts.first} of {m.layers} layers have no experts and no other FFN",
@@ -145,8 +146,16 @@ def _shared_fits(m: Architecture) -> bool:
     shared = m.experts and m.experts.shared
     return not shared or (
         shared.neurons % BLOCK == 0 and m.block != "post" and not {"inputs", "down"} & set(m.biases)
-        and "ffn_branch" not in m.norms and not m.normed_neurons
+        and not m.normed_neurons and not ("ffn_branch" in m.norms and m.experts and m.experts.leading)
     )  # fmt: skip
+
+
+def _apart_fits(m: Architecture) -> bool:
+    """Whether what stands between the shared expert and the others does so in every layer."""
+    e = m.experts
+    if not OF_EXPERTS & set(m.norms) and not (e and e.router_scaled):
+        return True
+    return bool(e and e.shared and not e.leading and not e.early and "ffn_branch" in m.norms)
 
 
 def _check_text(text: Text, model: Architecture) -> None:
@@ -172,10 +181,10 @@ def _check_selection(header: Header) -> None:
         raise DamagedHeader(
             "the header does not make sense: a gate decides only in layers that have one, without biases or experts"
         )
-    if m.experts and (m.experts.leading or "down" in m.biases):
+    if m.experts and (m.experts.leading or m.experts.router_scaled or "down" in m.biases):
         raise DamagedHeader(
-            "the header does not make sense: neurons are selected behind first layers without experts, or of experts"
-            " whose outputs have a bias"
+            "the header does not make sense: neurons are selected behind first layers without experts, of experts"
+            " whose outputs have a bias, or whose router takes something of its own"
         )
     if any(rank % BLOCK for rank in s.ranks):
         raise DamagedHeader(f"the header does not make sense: a predictor's rank is not a multiple of {BLOCK}")

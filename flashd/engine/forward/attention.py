@@ -115,7 +115,9 @@ class Attention:
     def __call__(
         self, layer: int, x: Floats, places: Places, cache: KvCache, drafting: bool = False
     ) -> tuple[Floats, Floats]:
-        """x [T, H] -> x, h [T, H] behind a layer's attention; the tokens' keys and values, or the state, are kept.
+        """x [T, H] -> x [T, carried_width], h [T, ffn_input_width] behind a layer's attention, see Architecture.
+
+        The tokens' keys and values, or the state, are kept.
 
         `drafting`: until they are forgotten again.
         """

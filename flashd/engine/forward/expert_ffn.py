@@ -114,8 +114,9 @@ class ExpertFfn:
             self._choose(layer, x)
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
+        h, own = h[:, : self._model.hidden], h[:, -self._model.hidden :]  # the same, if the router takes h too
         if not self._experts.early:
-            self._choose(layer, h)
+            self._choose(layer, own)
         routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
         shares = self._router.biases(layer, routed.used)  # [T, K, H]

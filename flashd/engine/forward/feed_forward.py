@@ -40,7 +40,10 @@ class FeedForward(Protocol):
         """Is called when a pass enters a layer with x [T, H]. In some models x already tells what the FFN needs."""
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
-        """A layer's FFN of h [T, H] -> [T, H]. Raises DamagedRun, CardError."""
+        """A layer's FFN of h [T, ffn_input_width] -> [T, share_width], see Architecture.
+
+        Raises DamagedRun, CardError.
+        """
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
         """The same, from the weights in RAM alone: an approximation. h [T, H] -> [T, H]."""

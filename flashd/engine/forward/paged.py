@@ -45,7 +45,7 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
 
 
 def _joined(parts: list[Floats]) -> Floats:
-    """[T, H] from the parts [n, H] of its tokens."""
+    """[T, ...] from the parts [n, ...] of its tokens."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -64,7 +64,10 @@ class Leave:
             self._sessions.append(self._constants.leave(layer, products, vectors))
 
     def __call__(self, layer: int, x: Floats, branch: Floats, token: Floats) -> Floats:
-        """x [T, H] of the next layer. `branch` [T, W]: the FFN's output; `token` [T, P]: the layer's token inputs."""
+        """x [T, carried_width] behind the attention -> x [T, H] of the next layer.
+
+        `branch` [T, W]: the FFN's output; `token` [T, P]: the layer's token inputs.
+        """
         if self._sessions:
             return multiplied(self._sessions[layer], x=x, branch=branch, token=token)
         return self._stage(self._vectors[layer], x=x, branch=branch)[0]

@@ -196,7 +196,7 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
     activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
-    activations += 4 * more * (5 * m.hidden + 2 * context)
+    activations += 4 * more * (3 * m.hidden + m.carried_width + m.ffn_input_width + 2 * context)
     # twice if a graph follows that caps them or adds a bias
     logits = 4 * rows * m.vocabulary * (2 if m.changes_logits else 1)
     logits += 4 * rows * head_part(header)
@@ -215,7 +215,7 @@ def _of_token(m: Architecture, groups: int) -> int:
         # what sums over all tokens has its rows as they came, convolved, and apart
         rows = state.row_width(m.hidden) if state and state.sums else 0
         mixed = max(mixed, 3 * first + 3 * rows)
-    return 4 * (8 * m.hidden + mixed + inner)
+    return 4 * (6 * m.hidden + m.carried_width + m.ffn_input_width + mixed + inner)
 
 
 def tokens_that_reuse(header: Header, context: int, groups: int) -> int:

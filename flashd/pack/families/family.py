@@ -52,6 +52,9 @@ class Mixture:
     weighed: bool = False  # and that one's output is weighed
     leaned: bool = False  # the file has a bias of scores that only chooses
     leading: bool = False  # the first layers may have an FFN in place of experts, as many as the file says
+    dense: bool = False  # the expert that every token uses is called and counted as the FFN of a plain layer is
+    norms: tuple[Place, ...] = ()  # that there are beside the family's
+    scaled: bool = False  # the file has numbers that scale what the router takes, and the experts' weights
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,9 @@ TENSORS = {
     "neurons_norm": "ffn_sub_norm",
     "attention_branch_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
+    "shared_branch_norm": "post_ffw_norm_1",
+    "experts_norm": "pre_ffw_norm_2",
+    "experts_branch_norm": "post_ffw_norm_2",
     "ffn_branch_norm": "post_ffw_norm",
     "token_branch_norm": "post_norm",
     "token_inputs": "per_layer_token_embd",

@@ -184,6 +184,8 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         early=family.mixture.early,
         shared=_shared(model, family.mixture) if family.mixture.shared else None,
         leaned=family.mixture.leaned and _has(model, family, "choice", "bias"),
+        router_scaled=family.mixture.scaled,
+        weights_scaled=family.mixture.scaled,
         first=(first := leading_layers(model, family)),
         leading=_leading(model, family) if first else None,
     )
@@ -195,6 +197,8 @@ def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert | None:
     stated = count and count * model.number("expert_feed_forward_length", int)
     # one that is weighed is always there, and its width is stated
     neurons = model.number("expert_shared_feed_forward_length", int, None if mixture.weighed else stated)
+    if mixture.dense:
+        neurons = model.number("feed_forward_length", int)
     if not neurons and not mixture.weighed:
         return None
     if neurons < 1 or neurons % BLOCK:

@@ -61,7 +61,8 @@ def family_of(model: OpenModel) -> Family:
         if family.mixture is None:
             lacks.append(f"a mixture of experts is not supported for {model.architecture!r} yet")
             family = replace(family, mixture=Mixture())
-        family = replace(family, names={**family.names, **EXPERTS})
+        names = {**EXPERTS, **family.names}
+        family = replace(family, names=names, norms=(*family.norms, *(family.mixture or Mixture()).norms))
     else:
         family = replace(family, mixture=None)
     if lacks := [*lacks, *lacking(model, family)]:

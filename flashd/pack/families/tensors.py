@@ -174,6 +174,8 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
             parts += [*ffn, *["router"] * (family.mixture is not None)]
             parts += ["shared_gate", "shared_up", "shared_down"] * mixture.shared
             parts += ["shared_weight"] * mixture.weighed
+            scaled = ["router", "down"] * mixture.scaled
+            names |= {f"{tensor_name(family, part, i)}.scale" for part in scaled}
             names |= {f"{tensor_name(family, 'choice', i)}.bias"} if mixture.leaned else set()
         for part in parts:
             names.add(f"{tensor_name(family, part, i)}.weight")

@@ -150,7 +150,8 @@ class Calibration:
             columns: the columns of down_proj are rounded to rows of this format; None: they are not.
         """
         vectors, x, h = self._attend(i)
-        used, weights = self._routed(i, h)
+        h, asks = h[:, : self._model.hidden], h[:, -self._model.hidden :]  # the same, if the router takes h too
+        used, weights = self._routed(i, asks)
         uses = np.bincount(used.reshape(-1), minlength=self._model.ffns)
         y, ffns = np.zeros_like(h), self._weights.ffns(i)
         own = self._weights.expert_vectors(i).get("down.bias") if ffns else None
@@ -176,7 +177,7 @@ class Calibration:
         return np.argsort(-uses, kind="stable")
 
     def _routed(self, i: int, h: Floats) -> tuple[Numbers, Floats]:
-        """(numbers of experts, their weights), [N, used] each, of layer `i`, whose FFN takes h [N, H].
+        """(numbers of experts, their weights), [N, used] each, of layer `i`, whose router takes h [N, H].
 
         The hidden states must still be those in front of the layer.
         """
@@ -190,7 +191,7 @@ class Calibration:
         return used.astype(np.int64), weights
 
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
-        """(the vectors of layer `i`, x [N, H] and h [N, H]) behind its attention."""
+        """(the vectors of layer `i`, x [N, carried_width] and h [N, ffn_input_width]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
         (h,) = self._run("enter", vectors, x=self._x)
         branch = np.zeros_like(self._x)
@@ -202,7 +203,7 @@ class Calibration:
         if self._model.shared_expert(i):
             inputs, (down,) = self._weights.shared(i)
             a = self._activated([_product(h, part) for part in inputs], np.zeros(0, np.float32))
-            (x,) = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
+            x, h = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
         return vectors, x, h
 
     def _mixed(

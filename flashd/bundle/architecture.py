@@ -8,13 +8,18 @@ import msgspec
 
 from flashd.bundle.layer_kinds import (
     AttentionKind,
+    Bound,
     Count,
+    Experts,
     LayerKind,
     LayerProduct,
+    LeadingFfn,
     Mixer,
     Positive,
     Recurrent,
+    SharedExpert,
     Size,
+    Streams,
     TokenInputs,
 )
 
@@ -22,50 +27,10 @@ Norm = Literal["rms", "layer"]
 Block = Literal["sequential", "parallel", "post"]
 Activation = Literal["silu", "clamped_silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "fatrelu"]
 Place = Literal[
-    "attention", "query", "key", "heads", "attention_branch", "ffn", "shared_branch", "experts", "experts_branch",
-    "ffn_branch", "token_branch", "final",
+    "attention", "query", "key", "heads", "laurel_branch", "attention_branch", "ffn", "shared_branch", "experts",
+    "experts_branch", "ffn_branch", "token_branch", "final",
 ]  # fmt: skip
 Bias = Literal["qkv", "output", "router", "inputs", "down", "head"]
-Scores = Literal["softmax", "sigmoid"]
-
-
-class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
-    """An expert that every token uses. So its rows are not paged: they are multiplied behind the attention.
-
-    If the model norms the FFN's output (`ffn_branch`), that is the sum of this one's output and the others'. There
-    may be norms of each of the two (`shared_branch`, `experts_branch`), and of what the others take (`experts`).
-    """
-
-    neurons: Size  # a multiple of 32
-    weighed: bool  # whether its output is multiplied by sigmoid(w h), h the FFN's input
-
-
-class LeadingFfn(msgspec.Struct, frozen=True, kw_only=True):
-    """The FFN of a mixture's first layers, which have no experts. Every token uses it, so it stays in RAM."""
-
-    neurons: Size  # a multiple of group_neurons
-    group_neurons: Size
-
-    @property
-    def groups(self) -> int:
-        return self.neurons // self.group_neurons
-
-
-class Experts(msgspec.Struct, frozen=True, kw_only=True):
-    """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
-
-    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E; each expert has neurons / E consecutive neurons
-    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # experts that a token uses
-    scores: Scores  # what is made of the router's products: a softmax over all experts, or a sigmoid of each
-    normalised: bool  # whether the scores of the experts used are divided by their sum
-    scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
-    early: bool = False  # whether the router takes the layer's input rather than the FFN's
-    shared: SharedExpert | None = None  # one that every token uses beside them
-    leaned: bool = False  # whether experts are chosen by their scores and a bias, which their weights do not have
-    router_scaled: bool = False  # whether the router takes x / rms(x), times numbers, x being what the FFN adds to
-    weights_scaled: bool = False  # whether the weights are multiplied by a number of the expert
-    first: Count = 0  # the layers before this one have no experts
-    leading: LeadingFfn | None = None  # what these have
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +80,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     embedding_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     branch_scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # what attention and FFN add to x is multiplied by it
     token_inputs: TokenInputs | None = None
+    streams: Streams | None = None
+    laurel_rank: Count = 0  # of two matrices beside the attention (LAuReL, arXiv 2411.07501), see products; 0: none
+    bounds: list[Bound | None] = []  # of each layer's FFN; empty if no layer has one
     layer_scales: bool = False  # whether what leaves a layer is multiplied by numbers of the layer
     positions: Count = 0  # how many learned positions are added to the embeddings
     logit_cap: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # as attention_cap, of logits
@@ -204,14 +172,19 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     def products(self, layer: int) -> list[LayerProduct]:
         """The products of a layer that every token needs: those that mix tokens, and the shared expert's."""
-        shared = self.shared_expert(layer)
-        if not shared:
-            return self.mixing(layer)
-        return [
-            *self.mixing(layer),
-            LayerProduct("shared_inputs", (shared.neurons,) * self.inputs, self.hidden),
-            LayerProduct("shared_down", (self.hidden,), shared.neurons),
-        ]
+        products, shared, bound = self.mixing(layer), self.shared_expert(layer), self.bound(layer)
+        if shared:
+            products.append(LayerProduct("shared_inputs", (shared.neurons,) * self.inputs, self.hidden))
+            products.append(LayerProduct("shared_down", (self.hidden,), shared.neurons))
+        if self.laurel_rank:  # (x + attention + h + n(right left h)) / sqrt(2) is what the FFN adds to
+            products.append(LayerProduct("laurel_left", (self.laurel_rank,), self.hidden))
+            products.append(LayerProduct("laurel_right", (self.hidden,), self.laurel_rank))
+        if bound:  # the FFN's gates once more
+            products.append(LayerProduct("bound", (bound.neurons,), self.hidden))
+        return products
+
+    def bound(self, layer: int) -> Bound | None:
+        return self.bounds[layer] if self.bounds else None
 
     def mixing(self, layer: int) -> list[LayerProduct]:
         """The products of all that mixes tokens in a layer."""
@@ -307,15 +280,37 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return self.hidden + bool(self.normed_neurons)
 
     @property
+    def stream_width(self) -> int:
+        """Width of x between layers: H, or S H."""
+        return self.hidden * (self.streams.count if self.streams else 1)
+
+    @property
+    def normed_together(self) -> bool:
+        """Whether the sum of the shared expert's output and the others' is normed."""
+        return bool(self.experts and self.experts.shared) and "ffn_branch" in self.norms
+
+    @property
     def carried_width(self) -> int:
-        """Width of what goes past an FFN: x, and if its output is normed, that of the shared expert behind x."""
-        together = self.experts and self.experts.shared and "ffn_branch" in self.norms
-        return self.hidden * (2 if together else 1)
+        """Width of what goes past an FFN: what it adds to, and what is behind that.
+
+        That is the output of the shared expert, if the sum is normed, or the predicted states.
+        """
+        return self.hidden * (2 if self.normed_together else 1) + (self.stream_width if self.streams else 0)
 
     @property
     def ffn_input_width(self) -> int:
-        """Width of what an FFN is given: H, and H more if its router takes something of its own, which is behind."""
-        return self.hidden * (2 if self.experts and self.experts.router_scaled else 1)
+        """Width of what an FFN is given: H, and what is behind that.
+
+        That are H numbers if its router takes something of its own, or the bound of its gates and the least that is
+        left of them.
+        """
+        routed = self.experts and self.experts.router_scaled
+        return self.group_input_width + (self.hidden if routed else 0)
+
+    @property
+    def group_input_width(self) -> int:
+        """Of that, what its groups take."""
+        return self.hidden + (2 if self.bounds else 0)
 
     def norm_vectors(self, place: Place, kind: AttentionKind | None = None) -> dict[str, int]:
         """The vectors of a norm: their names and lengths. Empty if the model has no norm at this place.
@@ -348,7 +343,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         shared = self.shared_expert(layer)
         vectors |= {"shared_weight.weight": self.hidden} if shared and shared.weighed else {}
         vectors |= {"router_scale.weight": self.hidden} if self.experts and self.experts.router_scaled else {}
+        vectors |= self.stream_vectors()
         return vectors | ({"scale.weight": self.hidden} if self.layer_scales else {})
+
+    def stream_vectors(self) -> dict[str, int]:
+        """Those of a layer's states: the norm, the router [S, H], the matrices [S S, S] and [S, S], and the scale."""
+        if self.streams is None:
+            return {}
+        h, s = self.hidden, self.streams.count
+        return {
+            "stream_norm.weight": h, "stream_router.weight": s * h, "stream_predict.weight": s**3,
+            "stream_correct.weight": s**2, "stream_scale.weight": h,
+        }  # fmt: skip
 
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
@@ -377,8 +383,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LAYER_NORMS: tuple[Place, ...] = (
-    "attention", "query", "key", "heads", "attention_branch", "ffn", "shared_branch", "experts", "experts_branch",
-    "ffn_branch", "token_branch",
+    "attention", "query", "key", "heads", "laurel_branch", "attention_branch", "ffn", "shared_branch", "experts",
+    "experts_branch", "ffn_branch", "token_branch",
 )  # fmt: skip
 
 OF_EXPERTS: frozenset[Place] = frozenset(("shared_branch", "experts", "experts_branch"))

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from flashd.bundle.architecture import Architecture, LeadingFfn
-from flashd.bundle.layer_kinds import Count, LayerProduct, Positive
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import Count, LayerProduct, LeadingFfn, Positive
 from flashd.bundle.prefix import ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.rows.kinds import NARROW, RowKind
@@ -207,6 +207,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             "head": self.formats.head,
             "embedding": self.formats.embedding,
             "token_projection": self.formats.attention,
+            "stream_projection": self.formats.attention,
+            "stream_out": self.formats.attention,
             "positions": "f16",
             "router": "f16",
             "narrow": PREDICTOR_ROWS,
@@ -273,6 +275,9 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if m.token_inputs:
             lengths["token_inputs"] = m.vocabulary * self.row_format("token_inputs").nbytes
             lengths["token_projection"] = m.token_width * self.row_format("token_projection").nbytes
+        if m.streams:
+            for name in ("stream_projection", "stream_out"):
+                lengths[name] = (m.stream_width - m.hidden) * self.row_format(name).nbytes
         if m.positions:
             lengths["positions"] = m.positions * self.row_format("positions").nbytes
         if self.section_named("embedding"):

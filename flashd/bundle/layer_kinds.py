@@ -1,8 +1,8 @@
-"""The kinds of layers that a model may have, and the products that a layer has beside its FFN."""
+"""The kinds of layers that a model may have, what they have in place of an FFN or beside it, and their products."""
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -189,6 +189,73 @@ Recurrent = ShortConvolution | GatedDeltaNet | Mamba2
 """Kinds of layers that keep a state of fixed size in place of keys."""
 
 LayerKind = AttentionKind | Recurrent
+
+
+Scores = Literal["softmax", "sigmoid"]
+
+
+class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
+    """An expert that every token uses. So its rows are not paged: they are multiplied behind the attention.
+
+    If the model norms the FFN's output (`ffn_branch`), that is the sum of this one's output and the others'. There
+    may be norms of each of the two (`shared_branch`, `experts_branch`), and of what the others take (`experts`).
+    """
+
+    neurons: Size  # a multiple of 32
+    weighed: bool  # whether its output is multiplied by sigmoid(w h), h the FFN's input
+
+
+class LeadingFfn(msgspec.Struct, frozen=True, kw_only=True):
+    """The FFN of a mixture's first layers, which have no experts. Every token uses it, so it stays in RAM."""
+
+    neurons: Size  # a multiple of group_neurons
+    group_neurons: Size
+
+    @property
+    def groups(self) -> int:
+        return self.neurons // self.group_neurons
+
+
+class Experts(msgspec.Struct, frozen=True, kw_only=True):
+    """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E; each expert has neurons / E consecutive neurons
+    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # experts that a token uses
+    scores: Scores  # what is made of the router's products: a softmax over all experts, or a sigmoid of each
+    normalised: bool  # whether the scores of the experts used are divided by their sum
+    scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
+    early: bool = False  # whether the router takes the layer's input rather than the FFN's
+    shared: SharedExpert | None = None  # one that every token uses beside them
+    leaned: bool = False  # whether experts are chosen by their scores and a bias, which their weights do not have
+    router_scaled: bool = False  # whether the router takes x / rms(x), times numbers, x being what the FFN adds to
+    weights_scaled: bool = False  # whether the weights are multiplied by a number of the expert
+    first: Count = 0  # the layers before this one have no experts
+    leading: LeadingFfn | None = None  # what these have
+
+
+class Streams(msgspec.Struct, frozen=True, kw_only=True):
+    """Several hidden states of a token side by side. A layer computes with the first (AltUp, arXiv 2301.13310).
+
+    Let x be a token's S states [S, H], n a norm, and m(y) = tanh(router n(y)), S numbers. A layer first predicts
+    p = x + P x, with P [S, S] made of m(x[0]) by a matrix [S S, S]. Its attention and its FFN make y of p[0]. Then
+    x[i] = p[i] + (y - p[0]) (1 + c[i]), with c made of m(y) by a matrix [S, S]. What a token says to the layer is
+    gated by x[0], times a vector, and added to all states but the first.
+
+    In front of the layers, states are made of the embedding by a product each, and behind them products make what
+    they have in common: all of these are made as long as the first state, and their mean is the output.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=2, le=16)]  # S
+
+
+class Bound(msgspec.Struct, frozen=True, kw_only=True):
+    """An FFN whose gates count by how far they exceed a bound: max(0, gate x - bound) goes into the activation.
+
+    The bound of a token is the mean of the products of all gates, plus some standard deviations.
+    """
+
+    neurons: Size  # of the layer's FFN, without those that fill the last group
+    deviations: Annotated[float, msgspec.Meta(ge=-8, le=8)]
 
 
 class TokenInputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,12 +25,12 @@ from typing import Literal
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, RowKind
+from flashd.graphs.layer_stages import LayerStages, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
-from flashd.graphs.products import activated, gated, share
+from flashd.graphs.products import above, activated, gated, share
 from flashd.graphs.recurrent import recur
 from flashd.graphs.rounding import KvFormat
-from flashd.graphs.stages import LayerStages, present
 
 Arithmetic = Literal["int8", "float32"]
 LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
@@ -130,7 +130,7 @@ class Layers:
         m, at = self._model, f"layer.{i}."
         vector = _external_vectors(self._g, at)
         block = LayerStages(self._g, m, vector, self._kv)
-        h = block.enter(x)
+        x, h = block.enter(x)
         branch = ""
         for mixer in m.mixers(i):
             parts = [self._product(h, at, product) for product in mixer.inner]
@@ -141,15 +141,23 @@ class Layers:
                 mixed = recur(self._g, m, mixer.kind, inner, vector, suffix)
             one = self._product(mixed, at, mixer.output)
             branch = self._g.node("Add", branch, one) if branch else one
-        x, h = block.middle(x, h, branch)
-        shared = m.products(i)[len(m.mixing(i)) :]
-        if shared:
-            x, h = block.beside(x, h, self._shared(h, at, shared))
+        others = {product.name: product for product in m.products(i)[len(m.mixing(i)) :]}
+        low = self._low(h, at, others) if m.laurel_rank else ""
+        x, h = block.middle(x, h, branch, low)
+        if "shared_inputs" in others:
+            x, h = block.beside(x, h, self._shared(h, at, others))
+        if m.bounds:
+            gates = self._product(h, at, others["bound"]) if "bound" in others else ""
+            h = block.bounded(h, m.bound(i), gates)
         return x, h, block
 
-    def _shared(self, h: str, at: str, products: list[LayerProduct]) -> str:
+    def _low(self, h: str, at: str, others: dict[str, LayerProduct]) -> str:
+        """The product of h with two matrices of low rank."""
+        return self._product(self._product(h, at, others["laurel_left"]), at, others["laurel_right"])
+
+    def _shared(self, h: str, at: str, others: dict[str, LayerProduct]) -> str:
         """The output of the expert that every token uses."""
-        inputs, down = products
+        inputs, down = others["shared_inputs"], others["shared_down"]
         a = self._product(h, at, inputs)
         if self._model.gated:
             a = gated(self._g, self._model, *self._g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2))
@@ -179,12 +187,12 @@ class Layers:
 
     def leave(self, i: int, x: str, branch: str, block: LayerStages, token: str) -> str:
         """x [1, T, H] of the next layer, of x and the FFN's output. `token` [1, T, P]: the layer's token inputs."""
-        x = block.leave(x, branch)
+        x, gating = block.leave(x, branch)
         if not token:
             return x
         products, kind = self._products, self._attention_kind
         gate, out = ((f"layer.{i}.{p.name}", p) for p in self._model.products_behind())
-        a = block.gated(products(x, kind, gate[0], gate[1].rows, gate[1].width), token)
+        a = block.gated(products(gating, kind, gate[0], gate[1].rows, gate[1].width), token)
         return block.leave_token(x, products(a, kind, out[0], out[1].rows, out[1].width))
 
     def ffn(self, h: str, groups: int, before: str) -> str:
@@ -193,10 +201,13 @@ class Layers:
         Rows of gate and up are by group, [groups, M, N]; each group has its own rows of down.
         """
         g, m, n = self._g, self._model, self._group
+        h, *bound = self._apart(h)
         a = self._inputs("", h, groups)  # [1, T, groups M N]
         if m.gated:
-            pairs = g.node("Reshape", a, g.shape(1, -1, m.inputs, n))  # [1, T groups, M, N]
-            a = gated(g, m, *g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2))
+            pairs = g.node("Reshape", a, g.shape(1, -1, groups, m.inputs, n))  # [1, T, groups, M, N]
+            gate, up = g.nodes_out("Split", pairs, outputs=2, axis=3, num_outputs=2)
+            over = [g.node("Reshape", each, g.shape(1, -1, 1, 1, 1)) for each in bound]
+            a = gated(g, m, above(g, gate, *over), up)
         else:
             a = activated(g, m, a)
         squared = a = g.node("Reshape", a, g.shape(1, -1, groups * n))  # [1, T, groups N]
@@ -226,14 +237,24 @@ class Layers:
         """
         g, m, n, at = self._g, self._model, self._group, f"layer.{i}."
         groups = m.layer_groups[i]
+        h, *bound = self._apart(h)
         a = self._inputs(at, h, groups)  # [1, T, M F]
-        a = gated(g, m, *g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2)) if m.gated else activated(g, m, a)
+        if m.gated:
+            gate, up = g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2)
+            a = gated(g, m, above(g, gate, *bound), up)
+        else:
+            a = activated(g, m, a)
         activations, a, width = a, self._weighed(at, a, groups), m.neurons_of(i)
         if f"{at}down" in self._products.centred:
             by_group = self._products.with_sums(g.node("Reshape", a, g.shape(1, -1, n)), n, filled=True)
             width = groups * (n + 2 * (digits(n) - n // BLOCK))
             a = g.node("Reshape", by_group, g.shape(1, -1, width))
         return share(g, m, activations, self._products.of_wide(a, self._ffn_kind, f"{at}down", m.hidden, width))
+
+    def _apart(self, h: str) -> list[str]:
+        """[1, T, H] of what an FFN is given, and each number that stands behind it, [1, T, 1]."""
+        g, m = self._g, self._model
+        return g.nodes_out("Split", h, g.shape(m.hidden, 1, 1), outputs=3, axis=2) if m.bounds else [h]
 
     def _weighed(self, at: str, a: str, groups: int) -> str:
         """Activations [1, T, groups N], times their norm's weights in models that norm them."""
@@ -258,7 +279,7 @@ def attention(
 ) -> bytes:  # fmt: skip
     """x [1, T, H] of a layer -> `x_out`, `h_out` behind its attention, see Layers; tokens may stand in branches."""
     g = Graph()
-    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
     tree = []
     if isinstance(model.kind(i), AttentionKind):
         tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
@@ -276,7 +297,7 @@ def leave(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, ce
     branch, token = g.input("branch", T.FLOAT, [1, "T", model.share_width]), _token_input(g, model)
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
     block = LayerStages(g, model, _external_vectors(g, f"layer.{i}."))
-    g.output("x_out", T.FLOAT, [1, "T", model.hidden], layers.leave(i, x, branch, block, token))
+    g.output("x_out", T.FLOAT, [1, "T", model.stream_width], layers.leave(i, x, branch, block, token))
     return g.serialise("leave")
 
 
@@ -301,7 +322,7 @@ def _token_input(g: Graph, model: Architecture, suffix: str = "") -> str:
 def ffn(model: Architecture, kind: RowKind, arithmetic: Arithmetic, groups: int, centred: frozenset[str]) -> bytes:
     """h [1, T, H], before [1, T, Model.share_width] -> y, what is before and the share of some groups of a layer."""
     g = Graph()
-    h, width = g.input("h", T.FLOAT, [1, "T", model.hidden]), model.share_width
+    h, width = g.input("h", T.FLOAT, [1, "T", model.group_input_width]), model.share_width
     before = g.input("before", T.FLOAT, [1, "T", width])
     layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
     g.output("y", T.FLOAT, [1, "T", width], layers.ffn(h, groups, before))
@@ -314,7 +335,7 @@ def whole(
 ) -> bytes:  # fmt: skip
     """x [1, T, H] that goes into the first of some layers -> `x_out` [1, T, H] behind the last."""
     g = Graph()
-    x = g.input("x", T.FLOAT, [1, "T", model.hidden])
+    x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
     made = Layers(g, model, kinds, Products(g, arithmetic, centred), kv)
     for i in layers:
         token = _token_input(g, model, f".{i}")
@@ -322,8 +343,32 @@ def whole(
         if not model.layer_groups[i]:
             continue
         x = made.leave(i, x, made.whole_ffn(i, h), block, token)
-    g.output("x_out", T.FLOAT, [1, "T", model.hidden], x)
+    g.output("x_out", T.FLOAT, [1, "T", model.stream_width], x)
     return g.serialise("layers")
+
+
+def spread(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+    """x [1, T, H], the embeddings -> y [1, T, S H], the states in front of the layers."""
+    g = Graph()
+    x, width = g.input("x", T.FLOAT, [1, "T", model.hidden]), model.stream_width
+    products = Products(g, arithmetic, centred)(x, kind, "stream_projection", width - model.hidden, model.hidden)
+    y = LayerStages(g, model, _external_vectors(g, "")).spread(x, products)
+    g.output("y", T.FLOAT, [1, "T", width], y)
+    return g.serialise("spread")
+
+
+def finish(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+    """x [1, T, S H] behind the last layer -> y [1, T, H], the input of the head."""
+    g = Graph()
+    x, count = g.input("x", T.FLOAT, [1, "T", model.stream_width]), model.stream_width // model.hidden
+    states = g.nodes_out("Split", x, outputs=count, axis=2, num_outputs=count)[1:]
+    made = Products(g, arithmetic, centred)
+    parts = [made(state, kind, f"stream_out.{i}", model.hidden, model.hidden) for i, state in enumerate(states)]
+    products = g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
+    g.output(
+        "y", T.FLOAT, [1, "T", model.hidden], LayerStages(g, model, _external_vectors(g, "")).finish(x, products)
+    )
+    return g.serialise("finish")
 
 
 def rows(kind: RowKind, arithmetic: Arithmetic, n: int, k: int, centred: frozenset[str]) -> bytes:

@@ -105,14 +105,25 @@ def activations(model: Architecture) -> bytes:
 
 
 def _activations(g: Graph, model: Architecture, products: str) -> str:
-    """Activations [T, 32 n] of the input rows' products [T, 32 n M], a neuron's M side by side."""
+    """Activations [T, 32 n] of the input rows' products [T, 32 n M], a neuron's M side by side.
+
+    If gates have a bound, it and the least that is left of them are `bounds` [T, 2].
+    """
     if "inputs" in model.biases:
         products = g.node("Add", products, g.input("bias", T.FLOAT, ["rows"]))
     if not model.gated:
         return activated(g, model, products)
     pairs = g.node("Reshape", products, g.shape(0, -1, 2))  # [T, 32 n, 2]
     gate, up = g.nodes_out("Split", pairs, outputs=2, axis=2, num_outputs=2)
+    if model.bounds:
+        both = g.node("Unsqueeze", g.input("bounds", T.FLOAT, ["T", 2]), g.shape(1))  # [T, 1, 2]
+        gate = above(g, gate, *g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2))
     return g.node("Squeeze", gated(g, model, gate, up), g.shape(2))
+
+
+def above(g: Graph, gate: str, bound: str = "", least: str = "") -> str:
+    """What of a gate's product goes into the activation: by how much it exceeds a bound, and `least` at the least."""
+    return g.node("Max", g.node("Sub", gate, bound), least) if bound else gate
 
 
 def gated(g: Graph, model: Architecture, gate: str, up: str) -> str:

@@ -207,6 +207,9 @@ class _Writer:
         if inputs := weights.token_inputs():
             self._table("token_inputs", inputs, formats.token_inputs, rows=WIDE_ROWS_OF_A_RUN)
             add("token_projection", self._encode.rows(weights.token_projection(), formats.attention))
+        for part in ("stream_projection", "stream_out"):
+            if states := weights.states(part):
+                add(part, chain.from_iterable(self._encode.rows(state, formats.attention) for state in states))
 
     def exact(self, tokenizer_json: bytes) -> None:
         """Writes exact layers. Groups or experts that a sample text uses most come first."""

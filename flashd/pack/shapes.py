@@ -29,6 +29,8 @@ def check_shapes(weights: Weights, model: Architecture) -> None:
         _check("the token inputs", (len(table), table.width), (m.vocabulary, m.token_width))
         projection = weights.token_projection()
         _check(projection.tensor.name, (len(projection), projection.width), (m.token_width, m.hidden))
+    for state in (*weights.states("stream_projection"), *weights.states("stream_out")):
+        _check(state.tensor.name, (len(state), state.width), (m.hidden, m.hidden))
     for i in range(m.layers):
         known, found = [*m.products(i), *m.products_behind()], [*weights.products(i), *weights.products_behind(i)]
         for product, matrices in zip(known, found, strict=True):

@@ -27,6 +27,7 @@ Numbers = npt.NDArray[np.int64]
 
 PARTS_OF = {
     "delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha"), "shared_inputs": ("shared_gate", "shared_up"),
+    "bound": ("gate",),
 }  # fmt: skip
 """Products that are made of several tensors, and these by their names in families.family.TENSORS."""
 
@@ -142,7 +143,12 @@ class Weights:
 
     def token_inputs(self) -> Matrix | None:
         """[V, L P], if the model has them."""
-        return _whole(self._of_model("token_inputs")) if self._model.token_inputs else None
+        if not self._model.token_inputs:
+            return None
+        table, numbers = self._of_model("token_inputs"), np.arange(self._model.vocabulary)
+        if self._model.streams and 0 < table.shape[0] < len(numbers):
+            return Matrix(table, np.where(numbers < table.shape[0], numbers, 0))  # as transformers takes them
+        return _whole(table)
 
     def token_projection(self) -> Matrix:
         """[L P, H], of a model with token inputs"""
@@ -184,9 +190,17 @@ class Weights:
             (mixer.kind, [self._product(i, product) for product in mixer.products]) for mixer in self._model.mixers(i)
         ]
 
-    def shared(self, i: int) -> list[list[Matrix]]:
-        """Those of the shared expert: its gate and up, and its down."""
-        return self.products(i)[len(self._model.mixing(i)) :]
+    def beside(self, i: int) -> dict[str, list[Matrix]]:
+        """Those of the other of Architecture.products, by their names."""
+        names, first = [product.name for product in self._model.products(i)], len(self._model.mixing(i))
+        return dict(zip(names[first:], self.products(i)[first:], strict=True))
+
+    def states(self, part: str) -> list[Matrix]:
+        """`stream_projection` or `stream_out`: a matrix [H, H] for each state but the first."""
+        name, others = tensor_name(self._family, part), self._model.stream_width // self._model.hidden - 1
+        if f"{name}.weight" in self._source.names:
+            return [_whole(_one_of(self._source.tensor(f"{name}.weight"), number)) for number in range(others)]
+        return [_whole(self._source.tensor(f"{name}.{number}.weight")) for number in range(others)]
 
     def products_behind(self, i: int) -> list[list[Matrix]]:
         """The matrix of each of Architecture.products_behind of layer `i`."""
@@ -315,6 +329,8 @@ class Weights:
             values = self._vector(f"{tensor_name(self._family, 'router', layer)}.scale") / np.float32(np.sqrt(length))
         else:
             values = self._vector(f"{tensor_name(self._family, part, layer)}.{end}").reshape(-1)
+        if part == "stream_norm":
+            values = values / np.float32(length)  # transformers divides in each pass; llama.cpp, too
         if part == "scale" and len(values) == 1:
             values = values.repeat(length)  # a graph with a single number is optimised before the number is there
         if len(values) != length:

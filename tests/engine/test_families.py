@@ -71,8 +71,8 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
                 assert np.quantile(apart, 0.1) < 0.05
             else:
                 # delta nets make queries and keys as long as all others, which makes errors of the small ones large;
-                # Gemma 4 does not scale the products of queries and keys, so that rounding counts for more
-                limits = {"ssm.state_size": 0.1, "attention.key_length_swa": 0.06}
+                # Gemma 3n and 4 do not scale the products of queries and keys, so that rounding counts for more
+                limits = {"ssm.state_size": 0.1, "attention.key_length_swa": 0.06, "altup.num_inputs": 0.06}
                 limit = max([limit for key, limit in limits.items() if key in golden.keys], default=0.05)
                 assert relative(expected, resident) < limit
 

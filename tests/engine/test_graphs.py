@@ -112,7 +112,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bytes, dict[str
     yield graphs
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma4", "opt", "phi2", "bitnet", "qwen3moe", "falcon"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma2", "gemma3n-shared", "opt", "phi2", "bitnet", "gemma4-moe", "falcon"]
+)
 @pytest.mark.parametrize("kind", ["int4", "f16"])
 def test_every_graph_is_onnx(
     tmp_path: Path, name: str, kind: RowKind, made: list[tuple[bytes, dict[str, Any]]]

@@ -132,6 +132,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = by_map(golden, PHI)
         case "opt":
             find = by_map(golden, OPT)
+        case "gemma3n":
+            find = states(by_map(golden))
         case "gemma4":
             find = by_map(golden, GEMMA_4)
         case "lfm2" | "lfm2moe":
@@ -203,6 +205,23 @@ def by_group(find: Rename, kv_heads: int) -> Rename:
         return np.concatenate([q, k[:, None], v[:, None]], axis=1).reshape(values.shape)
 
     return grouped
+
+
+STATE = re.compile(r"model\.(altup_projections|altup_unembed_projections)\.(\d+)\.weight")
+
+
+def states(find: Rename) -> Rename:
+    """transformers has the matrices of each state by themselves."""
+
+    def of_states(name: str, tensors: Tensors) -> Floats:
+        if at := STATE.fullmatch(name):
+            stack = {"altup_projections": "altup_proj", "altup_unembed_projections": "altup_unembd_proj"}[at[1]]
+            return np.asarray(tensors[f"{stack}.weight"][int(at[2])])
+        if name.endswith("correct_output_scale"):
+            return tensors[f"blk.{name.split('.')[2]}.altup_correct_scale.weight"]
+        return find(name, tensors)
+
+    return of_states
 
 
 def short_convolutions(find: Rename) -> Rename:

@@ -197,6 +197,21 @@ def gemma4(golden: Golden) -> Any:
     )  # fmt: skip
 
 
+def gemma3n(golden: Golden) -> Any:
+    keys = golden.keys
+    pattern = keys["attention.sliding_window_pattern"]
+    scales = torch.tensor(keys["activation_sparsity_scale"], dtype=torch.float64)
+    return transformers.Gemma3nTextConfig(
+        **COMMON, intermediate_size=keys.get("feed_forward_length", NEURONS), num_key_value_heads=KV_HEADS,
+        rms_norm_eps=1e-5, head_dim=32, sliding_window=WINDOW, final_logit_softcapping=30.0,
+        layer_types=["sliding_attention" if local else "full_attention" for local in pattern],
+        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=keys["embedding_length_per_layer_input"],
+        num_kv_shared_layers=keys["attention.shared_kv_layers"], altup_num_inputs=keys["altup.num_inputs"],
+        laurel_rank=golden.layer["laurel_l.weight"][0],
+        activation_sparsity_pattern=torch.special.ndtr(scales).round(decimals=4).tolist(),
+    )  # fmt: skip
+
+
 def lfm2moe(golden: Golden) -> Any:
     assert isinstance(golden.kv_heads, list)
     return transformers.Lfm2MoeConfig(
@@ -338,6 +353,8 @@ MAKERS: dict[str, Maker] = {
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
     ),
+    "gemma3n": gemma3n,
+    "gemma3n-shared": gemma3n,
     "gemma4": gemma4,
     "gemma4-keys": gemma4,
     "gemma4-moe": gemma4,

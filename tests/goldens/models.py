@@ -79,6 +79,8 @@ class Golden:
                 w.add_tensor(name, as_mxfp4(values)[0], raw_dtype=gguf.GGMLQuantizationType.MXFP4)
                 continue
             single = values.ndim == 1 or "conv.conv" in name or "ssm_conv1d" in name or name.endswith(SINGLE)
+            # of stacks of float16 matrices llama-cpp-python 0.3.36 multiplies only the first
+            single = single or name in ("altup_proj.weight", "altup_unembd_proj.weight")
             w.add_tensor(name, values if single else values.astype(np.float16))
         w.write_header_to_file()
         w.write_kv_data_to_file()
@@ -293,6 +295,10 @@ GEMMA_4_LAYER = (
     FOUR_NORMS | GATED | _norms("attn_q_norm", "attn_k_norm", width=16) | {"layer_output_scale.weight": (1,)}
 )
 GEMMA_4_WIDE = GEMMA_4_LAYER | _norms("attn_q_norm", "attn_k_norm", width=32)
+GEMMA_3N = RMS | {
+    "attention.key_length": 32, "attention.sliding_window": WINDOW, "rope.freq_base": 1e6,
+    "rope.freq_base_swa": 10000.0, "final_logit_softcapping": 30.0, "altup.active_idx": 0,
+}  # fmt: skip
 TWICE: dict[str, tuple[int, ...]] = {
     "ffn_gate.weight": (2 * NEURONS, HIDDEN), "ffn_up.weight": (2 * NEURONS, HIDDEN),
     "ffn_down.weight": (HIDDEN, 2 * NEURONS),
@@ -304,6 +310,24 @@ GEMMA_4_EXPERTS: dict[str, tuple[int, ...]] = {
     "ffn_gate_up_exps.weight": (EXPERTS, 80, HIDDEN), "ffn_down_exps.weight": (EXPERTS, HIDDEN, 40),
 }  # fmt: skip
 TOKEN_LAYER = _norms("post_norm") | {"inp_gate.weight": (32, HIDDEN), "proj.weight": (HIDDEN, 32)}
+
+
+def of_states(count: int, rank: int, inputs: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Tensors of a layer and of a model whose tokens have several states: the parts of Gemma 3n."""
+    layer: dict[str, tuple[int, ...]] = FOUR_NORMS | _norms("post_norm", "laurel_post_norm", "altup_router_norm")
+    layer |= _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED
+    layer |= {
+        "inp_gate.weight": (inputs, HIDDEN), "proj.weight": (HIDDEN, inputs), "laurel_l.weight": (rank, HIDDEN),
+        "laurel_r.weight": (HIDDEN, rank), "altup_router.weight": (count, HIDDEN),
+        "altup_predict_coef.weight": (count * count, count), "altup_correct_coef.weight": (count, count),
+        "altup_correct_scale.weight": (HIDDEN,),
+    }  # fmt: skip
+    return layer, EMBEDDING | FINAL | {
+        "per_layer_token_embd.weight": (VOCABULARY, inputs * LAYERS), "per_layer_proj_norm.weight": (inputs,),
+        "per_layer_model_proj.weight": (inputs * LAYERS, HIDDEN), "altup_proj.weight": (count - 1, HIDDEN, HIDDEN),
+        "altup_unembd_proj.weight": (count - 1, HIDDEN, HIDDEN),
+    }  # fmt: skip
+
 
 GOLDENS = {
     "llama3": Golden(
@@ -449,6 +473,23 @@ GOLDENS = {
                "attention.sliding_window_pattern": [True, True, False, True],
                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         FOUR_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,
+    ),
+    "gemma3n": Golden(  # the sizes and the layers are what llama.cpp takes for granted
+        "gemma3n",
+        GEMMA_3N | {"altup.num_inputs": 4, "embedding_length_per_layer_input": 256,
+                    "attention.shared_kv_layers": 0, "attention.sliding_window_pattern": [True] * LAYERS,
+                    "activation_sparsity_scale": [1.6448533535003662] * LAYERS},
+        *of_states(4, 64, 256),
+    ),
+    "gemma3n-shared": Golden(
+        "gemma3n",
+        GEMMA_3N | {"altup.num_inputs": 3, "embedding_length_per_layer_input": 32,
+                    "attention.shared_kv_layers": 2,
+                    "attention.sliding_window_pattern": [True, False, True, False],
+                    "feed_forward_length": [NEURONS, NEURONS, 2 * NEURONS, 2 * NEURONS],
+                    "activation_sparsity_scale": [0.5244005, float("-inf"), 0.5244005, float("-inf")]},
+        of_states(3, 32, 32)[0], of_states(3, 32, 32)[1],
+        others=dict.fromkeys((2, 3), of_states(3, 32, 32)[0] | TWICE),
     ),
     "gemma4": Golden(
         "gemma4",

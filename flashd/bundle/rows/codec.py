@@ -132,6 +132,7 @@ def _check_model(m: Architecture) -> None:
             "heads of two sizes share a rotary table",
         ),
         (all(m.has_keys(layer) for layer in m.attending), "a layer finds no keys to borrow"),
+        (_streams_fit(m), "several states of a token, or a bound of gates, in a model that has no place for them"),
     ])  # fmt: skip
 
 
@@ -158,6 +159,21 @@ def _apart_fits(m: Architecture) -> bool:
     return bool(e and e.shared and not e.leading and not e.early and "ffn_branch" in m.norms)
 
 
+def _streams_fit(m: Architecture) -> bool:
+    """Whether the states of tokens, what stands beside the attention, and bounds of gates are in a plain model."""
+    if not (m.streams or m.laurel_rank or m.bounds):
+        return "laurel_branch" not in m.norms
+    filled = [
+        0 <= m.neurons_of(i) - bound.neurons < BLOCK for i, bound in enumerate(m.bounds) if bound and i < m.layers
+    ]
+    return (
+        m.block == "sequential" and m.norm == "rms" and not m.norm_bias and not m.experts and not m.layer_scales
+        and m.gated and not m.biases and not m.normed_neurons and not m.recurrent and m.branch_scale == 1
+        and m.laurel_rank % BLOCK == 0 and bool(m.laurel_rank) == ("laurel_branch" in m.norms)
+        and len(m.bounds) in (0, m.layers) and all(filled)
+    )  # fmt: skip
+
+
 def _check_text(text: Text, model: Architecture) -> None:
     c = text.channels
     of_channels = [c.start, c.channel, c.message, c.end, *c.opens, *c.final] if c else []
@@ -175,6 +191,8 @@ def _check_selection(header: Header) -> None:
         raise DamagedHeader(f"the header does not make sense: not every one of {m.layers} layers has a predictor")
     if m.layer_neurons:
         raise DamagedHeader("the header does not make sense: neurons of FFNs of several widths are never selected")
+    if m.bounds:
+        raise DamagedHeader("the header does not make sense: neurons whose gates have a bound are never selected")
     if kind == "ternary" or m.normed_neurons:
         raise DamagedHeader("the header does not make sense: neurons of BitNet are never selected")
     if header.gate_decides and (s.ranks or not m.gated or m.experts or "inputs" in m.biases):

@@ -24,8 +24,8 @@ from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Bytes, Floats, RowKind
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.layer_stages import vectors_before_ffn, vectors_behind_ffn
 from flashd.graphs.rounding import KvFormat
-from flashd.graphs.stages import vectors_behind_ffn
 from flashd.graphs.unread import PARTS, unread
 from flashd.system.onnx_session import open_session
 
@@ -91,7 +91,7 @@ class Constants:
 
     def attention(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention. `products`: the rows of Architecture.products."""
-        behind = vectors_behind_ffn(self._model)
+        behind = vectors_behind_ffn(self._model) - vectors_before_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name not in behind}
         arrays, centred = self._of_attention(i, products, own)
         graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred, self._kv)
@@ -111,6 +111,25 @@ class Constants:
         centred = frozenset({"token_projection"} if product.centred else ())
         graph = constant.token_inputs(self._model, self._formats.attention, self.arithmetic, centred)
         return self._opened(graph, product.named("token_projection") | {"token_norm.weight": norm})
+
+    def spread(self, rows: Rows) -> ort.InferenceSession:
+        """What makes several states of an embedding, see graphs.constant.spread. `rows`: of stream_projection."""
+        arrays, centred = self._of_states("stream_projection", rows)
+        return self._opened(constant.spread(self._model, self._formats.attention, self.arithmetic, centred), arrays)
+
+    def finish(self, rows: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
+        """What makes one of several states, see graphs.constant.finish. `rows`: of stream_out."""
+        arrays: Initialisers = {name: vectors[name] for name in self._model.norm_vectors("final")}
+        centred: frozenset[str] = frozenset()
+        for i, at in enumerate(range(0, len(rows), self._model.hidden)):
+            more, names = self._of_states(f"stream_out.{i}", rows[at : at + self._model.hidden])
+            arrays |= more
+            centred |= names
+        return self._opened(constant.finish(self._model, self._formats.attention, self.arithmetic, centred), arrays)
+
+    def _of_states(self, name: str, rows: Rows) -> tuple[Initialisers, frozenset[str]]:
+        product = self._product(rows, self._formats.attention, self._model.hidden)
+        return product.named(name), frozenset({name} if product.centred else ())
 
     def whole(
         self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups | None]]

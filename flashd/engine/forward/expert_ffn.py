@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flashd.bundle.architecture import Architecture, LeadingFfn
+from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import LeadingFfn
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied

@@ -68,10 +68,10 @@ class PagedModel:
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
         constants = Constants(bundle.header, kv=plan.kv)
-        self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
+        self._finish = stages.Finish(bundle, constants, self._vectors)
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
         self._embed = stages.Embedder(bundle, constants, self._ffn.card)
         try:
@@ -130,7 +130,7 @@ class PagedModel:
         A part takes no more memory than the logits of a pass that checks drafts. Raises CardError, DamagedRun.
         """
         with self._passed(tokens, None, on_step) as x:
-            (h,) = self._finish(self._vectors, x=x)
+            h = self._finish(x)
             yield from self._head.in_parts(h, on_step, self._vectors.get("head.bias"))
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
@@ -145,7 +145,7 @@ class PagedModel:
         x = self._pass(tokens, places, silent, exact=False)
         self.cache.advance(len(tokens))
         # guesses do without a cap, which keeps the order of logits, and without a bias, which is as long as the head
-        (h,) = self._finish(self._vectors, x=x)
+        h = self._finish(x)
         return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
 
     @contextmanager
@@ -192,7 +192,7 @@ class PagedModel:
 
     def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
         """Logits [R, V] of x [R, H] behind the last layer."""
-        (h,) = self._finish(self._vectors, x=x)
+        h = self._finish(x)
         logits = self._head(h, on_step, meanwhile)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 

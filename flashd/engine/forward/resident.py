@@ -51,9 +51,9 @@ class ResidentModel:
         fast, sparing = (Constants(bundle.header, kind, plan.kv) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)
         self._embed = stages.Embedder(bundle, fast if plan.int8_layers else sparing, self.card)
-        self._finish = stages.Stage(graph(bundle.header, "finish"))
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
+        self._finish = stages.Finish(bundle, fast if plan.int8_layers else sparing, self._vectors)
         layers = self._model.layers
         self._bindings: list[_Bound] = []
         for some in _sessions(layers, plan.int8_layers, together):
@@ -125,8 +125,7 @@ class ResidentModel:
                 self.cache.take_in(i, past, len(tokens))
             x = out
         self.cache.advance(len(tokens))
-        (h,) = self._finish(self._vectors, x=x[0])
-        return h
+        return self._finish(x[0])
 
     def _layer(self, i: int) -> tuple[list[Rows], dict[str, Floats], Groups | None]:
         at, bundle = f"layer.{i}.", self._bundle

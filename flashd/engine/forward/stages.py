@@ -73,6 +73,19 @@ class Leave:
         return self._stage(self._vectors[layer], x=x, branch=branch)[0]
 
 
+class Finish:
+    """What is behind the last layer and in front of the head: the last norm, and what makes one of several states."""
+
+    def __init__(self, bundle: Bundle, constants: Constants, vectors: Vectors) -> None:
+        self._vectors = vectors
+        self._stage = Stage(graph(bundle.header, "finish")) if not bundle.header.model.streams else None
+        self._session = constants.finish(bundle.rows("stream_out"), vectors) if self._stage is None else None
+
+    def __call__(self, x: Floats) -> Floats:
+        """x [T, stream_width] -> h [T, H]"""
+        return multiplied(self._session, x=x) if self._stage is None else self._stage(self._vectors, x=x)[0]
+
+
 class TableRows:
     """Rows of a table that stays on the card, read as they are asked for. The last ones are kept."""
 
@@ -103,14 +116,15 @@ class Embedder:
         self._rows = TableRows(bundle, bundle.header.embedding_table, self._count)
         self._positions = TableRows(bundle, "positions", self._count) if model.positions else None
         self._inputs: TableRows | None = None
+        self._doubled = constants.arithmetic == "float32"
+        self._spread = constants.spread(bundle.rows("stream_projection")) if model.streams else None
         if model.token_inputs:
             self._inputs = TableRows(bundle, "token_inputs", self._count)
             norm = named(bundle.floats("vectors"), model.model_vectors())["token_norm.weight"]
             self._session = constants.token_inputs(bundle.rows("token_projection"), norm)
-            self._doubled = constants.arithmetic == "float32"
 
     def __call__(self, tokens: Tokens, positions: Tokens) -> tuple[Floats, Floats]:
-        """`tokens` [T] at `positions` [T] of a text -> x [T, H], and inputs [L, T, P] of the layers.
+        """`tokens` [T] at `positions` [T] of a text -> x [T, stream_width], and inputs [L, T, P] of the layers.
 
         P is 0 if the model has no such inputs. Raises DamagedRun, CardError.
         """
@@ -119,11 +133,15 @@ class Embedder:
             x = x * np.float32(self._model.embedding_scale)
         if self._positions:
             x = x + self._positions(positions)
-        if self._inputs is None:
-            return x, np.empty((self._model.layers, len(tokens), 0), np.float32)
         parts = [slice(at, at + TOKENS_AT_ONCE) for at in range(0, len(tokens), TOKENS_AT_ONCE)]
+        inner = x
+        if self._spread:
+            states = [multiplied(self._spread, self._doubled, x=x[part]) for part in parts]
+            inner = states[0] if len(states) == 1 else np.concatenate(states)
+        if self._inputs is None:
+            return inner, np.empty((self._model.layers, len(tokens), 0), np.float32)
         said = [self._said(x[part], self._inputs(tokens[part])) for part in parts]
-        return x, said[0] if len(said) == 1 else np.concatenate(said, axis=1)
+        return inner, said[0] if len(said) == 1 else np.concatenate(said, axis=1)
 
     def _said(self, x: Floats, rows: Floats) -> Floats:
         """[L, T, P] of embeddings [T, H] and rows [T, L P] of the table."""

@@ -140,6 +140,20 @@ def tokens_opening(header: Header, arithmetic: Arithmetic) -> int:
     return while_opening(header.row_format("token_projection"), m.token_width, arithmetic) if m.token_inputs else 0
 
 
+def states_held(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes of what makes several states of an embedding, and one of them again."""
+    m, row = header.model, header.row_format("stream_out")
+    if m.streams is None:
+        return 0
+    count = m.streams.count
+    return 2 * held(row, m.stream_width - m.hidden, arithmetic) + 2 * SESSION + (count - 1) * SESSION // 4
+
+
+def states_opening(header: Header, arithmetic: Arithmetic) -> int:
+    m = header.model
+    return while_opening(header.row_format("stream_out"), m.stream_width - m.hidden, arithmetic) if m.streams else 0
+
+
 def head_part(header: Header) -> int:
     """Rows of the head in one session, whole runs."""
     rows = HEAD_WEIGHTS // header.model.hidden // ROWS_OF_A_RUN * ROWS_OF_A_RUN
@@ -196,7 +210,7 @@ def workspace(header: Header, context: int, groups: int, whole: bool = False) ->
     rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
     activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
-    activations += 4 * more * (3 * m.hidden + m.carried_width + m.ffn_input_width + 2 * context)
+    activations += 4 * more * (2 * m.hidden + m.stream_width + m.carried_width + m.ffn_input_width + 2 * context)
     # twice if a graph follows that caps them or adds a bias
     logits = 4 * rows * m.vocabulary * (2 if m.changes_logits else 1)
     logits += 4 * rows * head_part(header)
@@ -211,11 +225,15 @@ def _of_token(m: Architecture, groups: int) -> int:
     inner = neurons * (m.inputs + 2)
     mixed = 0
     for i in range(m.layers):
-        state, first = m.state_kind(i), sum(product.rows for mixer in m.mixers(i) for product in mixer.inner)
+        state, bound = m.state_kind(i), m.bound(i)
+        first = sum(product.rows for mixer in m.mixers(i) for product in mixer.inner) + (
+            bound.neurons if bound else 0
+        )
         # what sums over all tokens has its rows as they came, convolved, and apart
         rows = state.row_width(m.hidden) if state and state.sums else 0
         mixed = max(mixed, 3 * first + 3 * rows)
-    return 4 * (6 * m.hidden + m.carried_width + m.ffn_input_width + mixed + inner)
+    states = 8 * (m.stream_width - m.hidden)  # predicted, corrected, and apart
+    return 4 * (6 * m.hidden + states + m.carried_width + m.ffn_input_width + mixed + inner)
 
 
 def tokens_that_reuse(header: Header, context: int, groups: int) -> int:

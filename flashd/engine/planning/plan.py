@@ -299,8 +299,11 @@ def _paged_parts(
 
 
 def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
-    held = parts.tokens_held(header, arithmetic)
-    return {"token inputs": held} if held else {}
+    held = {
+        "token inputs": parts.tokens_held(header, arithmetic),
+        "token states": parts.states_held(header, arithmetic),
+    }
+    return {name: nbytes for name, nbytes in held.items() if nbytes}
 
 
 def _opening(header: Header, later: int, groups: int) -> int:
@@ -309,6 +312,7 @@ def _opening(header: Header, later: int, groups: int) -> int:
     largest = max(
         parts.attention_opening(header, "float32"),
         parts.tokens_opening(header, "float32"),
+        parts.states_opening(header, "float32"),
         parts.leading_opening(header, "float32"),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
         0 if header.selection else (1 if m.experts else groups) * parts.group_opening(header.group, "float32"),
@@ -339,7 +343,7 @@ def whole_parts(
         opening = max(opening, min(count, parts.layers_together(header)) * each)
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
     of_tokens: Arithmetic = "int8" if int8_layers else "float32"
-    opening = max(opening, parts.tokens_opening(header, of_tokens))
+    opening = max(opening, parts.tokens_opening(header, of_tokens), parts.states_opening(header, of_tokens))
     workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
     common = _common(header, context, base, kv, parts.layers_together(header))
     # the KV cache and the workspace are not touched before all sessions are open

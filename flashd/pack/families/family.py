@@ -120,6 +120,8 @@ class Family:
     sized_ffns: bool = False  # layers may have FFNs of different widths
     halves: bool = False  # the file counts FFNs as layers of their own, see families.halves
     token_inputs: bool = False  # a table may have, for each token, numbers for each layer
+    streams: bool = False  # a token has several states, as many as the file says
+    bounded: bool = False  # gates of some layers have a bound, see architecture.Bound
     layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     delta_nets: DeltaNets | None = None  # that most layers have in place of attention
@@ -148,6 +150,16 @@ TENSORS = {
     "key_norm": "attn_k_norm",
     "heads_norm": "attn_sub_norm",
     "neurons_norm": "ffn_sub_norm",
+    "laurel_branch_norm": "laurel_post_norm",
+    "laurel_left": "laurel_l",
+    "laurel_right": "laurel_r",
+    "stream_projection": "altup_proj",
+    "stream_out": "altup_unembd_proj",
+    "stream_norm": "altup_router_norm",
+    "stream_router": "altup_router",
+    "stream_predict": "altup_predict_coef",
+    "stream_correct": "altup_correct_coef",
+    "stream_scale": "altup_correct_scale",
     "attention_branch_norm": "post_attention_norm",
     "ffn_norm": "ffn_norm",
     "shared_branch_norm": "post_ffw_norm_1",

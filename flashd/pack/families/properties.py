@@ -11,12 +11,8 @@ from flashd.bundle.architecture import (
     Architecture,
     Bias,
     Block,
-    Experts,
-    LeadingFfn,
-    Scores,
-    SharedExpert,
 )
-from flashd.bundle.layer_kinds import TokenInputs
+from flashd.bundle.layer_kinds import Bound, Experts, LeadingFfn, Scores, SharedExpert, Streams, TokenInputs
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.attention import (
@@ -36,6 +32,8 @@ from flashd.pack.open_model import OpenModel
 MOST_LAYERS = 1024
 MOST_TOKEN_INPUTS = 1 << 16
 MOST_NEURONS = 1 << 24
+MOST_STATES = 16
+MOST_DEVIATIONS = 8.0
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "clamped_silu": "clamped_silu",
@@ -134,6 +132,9 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         ),
         branch_scale=model.number("residual_scale", float, 1.0),
         token_inputs=_token_inputs(model, family),
+        streams=_streams(model) if family.streams else None,
+        laurel_rank=_size(model, family, "laurel_left") if "laurel_branch" in norms else 0,
+        bounds=_bounds(model, _widths(model, family, layers)) if family.bounded else [],
         layer_scales=family.layer_scales and _has(model, family, "scale", "weight"),
         positions=_positions(model, family),
         logit_cap=model.number("final_logit_softcapping", float, 0.0),
@@ -231,6 +232,30 @@ def _token_inputs(model: OpenModel, family: Family) -> TokenInputs | None:
         raise DataError(f"{model.path}: {width} numbers of a token for each layer are not a multiple of {BLOCK}")
     hidden = model.number("embedding_length", int)
     return TokenInputs(width=width, scale=math.sqrt(width), projected=1 / math.sqrt(hidden), both=math.sqrt(0.5))
+
+
+def _streams(model: OpenModel) -> Streams:
+    count = model.number("altup.num_inputs", int)
+    if not 2 <= count <= MOST_STATES or model.number("altup.active_idx", int, 0):
+        raise DataError(
+            f"{model.path}: {count} states of a token (altup), of which layers compute with another than the first,"
+            f" or that are not 2 to {MOST_STATES}"
+        )
+    return Streams(count=count)
+
+
+def _bounds(model: OpenModel, widths: list[int]) -> list[Bound | None]:
+    """Of each layer: by how many standard deviations the bound is above the mean; minus infinity: there is none."""
+    key = f"{model.architecture}.activation_sparsity_scale"
+    stated = model.metadata(key)
+    scales = [float(each) for each in stated if isinstance(each, int | float)] if isinstance(stated, list) else []
+    if len(scales) != len(widths) or not all(scale == -math.inf or abs(scale) <= MOST_DEVIATIONS for scale in scales):
+        raise DataError(f"{model.path}: {key} is {str(stated)[:60]}, which makes no model of {len(widths)} layers")
+    bounds = [
+        None if scale == -math.inf else Bound(neurons=width, deviations=scale)
+        for scale, width in zip(scales, widths, strict=True)
+    ]
+    return bounds if any(bounds) else []
 
 
 def _leading(model: OpenModel, family: Family) -> LeadingFfn:

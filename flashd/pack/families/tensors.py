@@ -56,6 +56,9 @@ UNSUPPORTED_KEYS = {
 }
 
 
+STATES = ["stream_norm", "stream_router", "stream_predict", "stream_correct", "stream_scale"]
+"""The parts of a layer of a model whose tokens have several states."""
+
 MOST_NAMED = 20
 """Kinds of tensors, and keys, that a refusal names."""
 
@@ -156,6 +159,10 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
         names |= {
             f"{tensor_name(family, part)}.weight" for part in ("token_inputs", "token_projection", "token_norm")
         }
+    if family.streams:
+        states = [tensor_name(family, part) for part in ("stream_projection", "stream_out")]
+        numbers = range(model.number("altup.num_inputs", int, 1) - 1)
+        names |= {f"{name}{end}.weight" for name in states for end in ("", *(f".{number}" for number in numbers))}
     norms = {place: f"{place}_norm" for place in (*LAYER_NORMS, "final") if place in allowed}
     names |= {f"{tensor_name(family, norms['final'])}.{kind}" for kind in ("weight", "bias")}
     if family.norms_neurons:
@@ -167,6 +174,7 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
         names |= _of_mamba(family, i) if family.mamba else set()
         parts += ["token_gate", "token_out"] * family.token_inputs + ["scale"] * family.layer_scales
+        parts += STATES * family.streams + ["laurel_left", "laurel_right"] * ("laurel_branch" in allowed)
         ffn = ["inputs", "down"] + ["gate"] * (family.gated and not family.joined_inputs)
         if i < leading:
             names |= {f"blk.{i}.{PLAIN[part]}.weight" for part in ffn}

@@ -115,6 +115,8 @@ class Calibration:
             products = _product(self._x, weights.token_projection())
             rows = table.rows(tokens)
             (self._inputs,) = self._run("token_inputs", weights.model_vectors(), products=products, rows=rows)
+        if states := weights.states("stream_projection"):
+            (self._x,) = self._run("spread", {}, x=self._x, products=_joined(self._x, states))
 
     def layer(self, i: int) -> Seen:
         """Takes the texts through layer `i`, which is not a mixture. Nothing is seen if it has no FFN."""
@@ -127,7 +129,7 @@ class Calibration:
         if self._model.normed_neurons:
             y = np.concatenate([y, (a * a).sum(1, keepdims=True)], axis=1)
         self._leave(i, vectors, x, y)
-        return Seen(h, a, np.linalg.norm(down, axis=0))
+        return Seen(h[:, : self._model.hidden], a, np.linalg.norm(down, axis=0))
 
     def gates(self, i: int, h: Floats) -> Floats:
         """Activations [N, F] of the gates of layer `i`, which is not a mixture, for h [N, H]."""
@@ -193,17 +195,23 @@ class Calibration:
     def _attend(self, i: int) -> tuple[dict[str, Floats], Floats, Floats]:
         """(the vectors of layer `i`, x [N, carried_width] and h [N, ffn_input_width]) behind its attention."""
         vectors = self._weights.layer_vectors(i)
-        (h,) = self._run("enter", vectors, x=self._x)
-        branch = np.zeros_like(self._x)
+        x, h = self._run("enter", vectors, x=self._x)
+        branch = np.zeros_like(h)
         for kind, (*first, (last,)) in self._weights.mixers(i):
             inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
             mixed = [self._mixed(i, kind, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
             branch += _product(np.concatenate(mixed), last)
-        x, h = self._run("middle", vectors, x=self._x, h=h, branch=branch)
+        others = self._weights.beside(i)
+        low = h
+        for name in ("laurel_left", "laurel_right"):
+            low = _joined(low, others[name]) if name in others else low
+        x, h = self._run("middle", vectors, x=x, h=h, branch=branch, low=low)
         if self._model.shared_expert(i):
-            inputs, (down,) = self._weights.shared(i)
-            a = self._activated([_product(h, part) for part in inputs], np.zeros(0, np.float32))
-            x, h = self._run("beside", vectors, x=x, h=h, branch=_product(a, down))
+            a = self._activated([_product(h, part) for part in others["shared_inputs"]], np.zeros(0, np.float32))
+            x, h = self._run("beside", vectors, x=x, h=h, branch=_joined(a, others["shared_down"]))
+        if self._model.bounds:
+            gates = _joined(h, others["bound"]) if "bound" in others else h
+            (h,) = self._run(f"bound.{i}", {}, h=h, products=gates)
         return vectors, x, h
 
     def _mixed(
@@ -241,15 +249,15 @@ class Calibration:
 
     def _leave(self, i: int, vectors: dict[str, Floats], x: Floats, branch: Floats) -> None:
         """Keeps what leaves layer `i`, of x [N, H] and the FFN's output."""
-        (self._x,) = self._run("leave", vectors, x=x, branch=branch)
+        self._x, gating = self._run("leave", vectors, x=x, branch=branch)
         if self._inputs is not None:
             (gate,), (out,) = self._weights.products_behind(i)
-            (y,) = self._run("token_gate", vectors, products=_product(self._x, gate), token=self._inputs[i])
+            (y,) = self._run("token_gate", vectors, products=_product(gating, gate), token=self._inputs[i])
             (self._x,) = self._run("token_leave", vectors, x=self._x, branch=_product(y, out))
 
     @property
     def states(self) -> Floats:
-        """[N, H]: the hidden states behind the last layer that the texts were taken through."""
+        """[N, stream_width]: the hidden states behind the last layer that the texts were taken through."""
         return self._x
 
     def perplexity(self) -> float:
@@ -276,7 +284,11 @@ class Calibration:
 
     def finished(self, rows: slice) -> Floats:
         """What the head takes [n, H] of some tokens, once the last layer is done."""
-        return self._run("finish", self._weights.model_vectors(), x=self._x[rows])[0]
+        x, matrices = self._x[rows], self._weights.states("stream_out")
+        states = np.split(x, len(matrices) + 1, axis=1)[1:]
+        products = [_product(state, matrix) for state, matrix in zip(states, matrices, strict=True)]
+        more = {"products": np.concatenate(products, axis=1)} if products else {}
+        return self._run("finish", self._weights.model_vectors(), x=x, **more)[0]
 
     def head(self, h: Floats) -> Floats:
         """h [n, H] -> logits [n, V]."""
@@ -303,16 +315,19 @@ class Calibration:
         return feed
 
     def _neurons(self, ffn: Ffn, h: Floats) -> tuple[Floats, Floats]:
-        """(activations [N, F] of an FFN's neurons for h [N, H], their columns [H, F])."""
-        return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases), ffn.columns()
+        """(activations [N, F] of an FFN's neurons for h [N, H or ffn_input_width], their columns [H, F])."""
+        h, bounds = h[:, : self._model.hidden], h[:, self._model.hidden :]
+        return self._activated([_product(h, part) for part in ffn.inputs], ffn.biases, bounds), ffn.columns()
 
     def activate(self, ffn: Dense, h: Floats) -> Floats:
-        """Activations [N, F] of an FFN's neurons for h [N, H]."""
-        return self._activated([h @ part.T for part in ffn.inputs], ffn.biases)
+        """Activations [N, F] of an FFN's neurons for h [N, ffn_input_width]."""
+        h, bounds = h[:, : self._model.hidden], h[:, self._model.hidden :]
+        return self._activated([h @ part.T for part in ffn.inputs], ffn.biases, bounds)
 
-    def _activated(self, products: list[Floats], biases: Floats) -> Floats:
+    def _activated(self, products: list[Floats], biases: Floats, bounds: Floats | None = None) -> Floats:
         """Activations [N, F] from the products [N, F] of h with each of the M input matrices."""
         feed = {"products": np.stack(products, axis=2).reshape(len(products[0]), -1), "bias": biases.reshape(-1)}
+        feed |= {} if bounds is None else {"bounds": bounds}
         known = [part.name for part in self._activations.get_inputs()]
         (a,) = self._activations.run(None, {name: feed[name] for name in known})
         return np.asarray(a, np.float32)
@@ -344,6 +359,11 @@ def hottest(sizes: Floats, whole: bool) -> Numbers:
 def neurons_of(groups: Numbers) -> Numbers:
     """[32 n]: the neurons of the source's groups `groups` [n], in the groups' order."""
     return (groups[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+
+
+def _joined(x: Floats, matrices: Sequence[Matrix]) -> Floats:
+    """x [T, K] times matrices of the file -> [T, n of all]."""
+    return np.concatenate([_product(x, matrix) for matrix in matrices], axis=1)
 
 
 def _product(x: Floats, matrix: Matrix) -> Floats:

@@ -45,6 +45,8 @@ def check(original: Original) -> None:
     model, path = original.model, original.path
     if model.layer_neurons:
         raise DataError(f"{path}: neurons of FFNs of several widths cannot be selected; pack it with --select exact")
+    if model.bounds:
+        raise DataError(f"{path}: gates that have a bound cannot choose; pack it without --select gate")
     if not model.gated or "inputs" in model.biases:
         raise DataError(f"{path}: {model.family} has no gate rows that could choose; pack it without --select gate")
     if model.experts or original.formats.ffn == "ternary" or model.normed_neurons:

@@ -52,6 +52,8 @@ def check(original: Original) -> None:
     model, path = original.model, original.path
     if model.layer_neurons:
         raise DataError(f"{path}: neurons of FFNs of several widths cannot be selected; pack it with --select exact")
+    if model.bounds:
+        raise DataError(f"{path}: gates that have a bound cannot have a predictor; pack it with --select exact")
     if original.formats.ffn == "ternary" or model.normed_neurons:
         raise DataError(f"{path}: BitNet cannot have a predictor; pack it with --select exact")
     if model.experts and model.experts.leading:

@@ -55,7 +55,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Channels(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of a model that says in which channel it speaks, see engine.decoding.channels."""
+    """The tokens of a model that says in which channel it speaks, see engine.decoding.reasoning.channels."""
 
     start: Count  # who speaks follows
     channel: Count  # the name of a channel follows

@@ -17,9 +17,9 @@ from flashd.daemon.notify import Notifier
 from flashd.daemon.talks import Talks
 from flashd.daemon.whole import lacking, schemas_of
 from flashd.engine.cost import cost
+from flashd.engine.decoding.reasoning.thoughts import Said
 from flashd.engine.decoding.sampling import Constraint, Sampling, greedy_unless, sampling_of
 from flashd.engine.decoding.schemas import HELD_BY_ANSWERS, Schemas, held_by_answer, held_by_schemas
-from flashd.engine.decoding.thoughts import Said
 from flashd.engine.decoding.tools.grammar import Speaking
 from flashd.engine.decoding.tools.listener import Listener
 from flashd.engine.engine import Answer, Engine, Prompts, Speech

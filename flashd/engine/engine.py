@@ -13,14 +13,14 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.cache.prefixes import Prefixes
-from flashd.engine.decoding.channels import ChannelWords, answering, without_thoughts, words
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
 from flashd.engine.decoding.draft_model import DraftModel
 from flashd.engine.decoding.line import Figures, Line
+from flashd.engine.decoding.reasoning.channels import ChannelWords, answering, without_thoughts, words
+from flashd.engine.decoding.reasoning.thoughts import Said, Thoughts, tag_that_closes
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
-from flashd.engine.decoding.thoughts import Said, Thoughts, tag_that_closes
 from flashd.engine.decoding.tools.calls import Calling, Tool, text_of
 from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, learnt, plain_talk
 from flashd.engine.decoding.tools.grammar import Speaking, speaking

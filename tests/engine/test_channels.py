@@ -9,7 +9,7 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
-from flashd.engine.decoding.channels import without_thoughts, words
+from flashd.engine.decoding.reasoning.channels import without_thoughts, words
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Answer, Budget, Engine, Prompts

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.bundle.reader import Bundle
+from flashd.engine.decoding.reasoning.thoughts import Said, Thoughts, closed
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.decoding.text import ChatTemplate, Message
-from flashd.engine.decoding.thoughts import Said, Thoughts, closed
 from flashd.engine.engine import Answer, Budget, Engine, Prompts
 from flashd.pack.pack import pack
 from tests import tiny

@@ -14,7 +14,7 @@ import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import ids_of, read
-from flashd.engine.decoding.thoughts import closed
+from flashd.engine.decoding.reasoning.thoughts import closed
 from flashd.engine.decoding.tools.calls import Call, Tool
 from flashd.errors import DataError, PromptTooLong, UsageError
 from flashd.system.freed_memory import give_back_freed_memory

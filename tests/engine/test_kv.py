@@ -64,9 +64,8 @@ def test_a_row_that_was_rounded_is_kept_as_it_is(seed: int, size: float, d: int)
     assert (np.abs(found.reshape(blocks.shape) - blocks) <= 0.51 * np.abs(blocks).max(-1, keepdims=True) / 126).all()
 
 
-# plain; norms of heads and windows; a cap on scores; heads normed when they are turned; a mixture; states in other
-# layers, and in the same
-@pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "hunyuan", "qwen3moe", "lfm2", "falcon-h1"])
+# plain; norms of heads and windows; a cap on scores; heads normed when they are turned; a mixture; states beside it
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "hunyuan", "qwen3moe", "lfm2"])
 def test_it_costs_little_and_all_paths_agree(tmp_path: Path, family: str) -> None:
     pack(GOLDENS[family].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     found: list[Floats] = []

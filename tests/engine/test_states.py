@@ -34,7 +34,6 @@ from tests.goldens.models import (
     KEY_HEADS,
     LAYERS,
     MAMBA_GROUPS,
-    MAMBA_HEADS,
     MAMBA_STATE,
     TAPS,
     TOKENS,
@@ -43,7 +42,7 @@ from tests.goldens.models import (
 from tests.reference import relative
 
 CONTEXT = 120
-MAMBA_2, FALCON = "granitehybrid-dense", "falcon-h1"
+FALCON = "falcon-h1"
 MIXED = (2 * KEY_HEADS + VALUE_HEADS) * DELTA_DIM
 SUM = VALUE_HEADS * DELTA_DIM**2
 RUNNING = LAYERS - 1
@@ -52,9 +51,9 @@ RUNNING = LAYERS - 1
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of short convolutions, of gated delta nets, and of Mamba-2 mixers, alone or beside attention."""
+    """Models of short convolutions, of gated delta nets, and of Mamba-2 mixers beside attention."""
     folder = tmp_path_factory.mktemp("states")
-    for name in ("lfm2", "qwen35", MAMBA_2, FALCON):
+    for name in ("lfm2", "qwen35", FALCON):
         pack(GOLDENS[name].write(folder / f"{name}.gguf"), folder / f"{name}.flash", "int4")
     return {path.stem: path for path in folder.glob("*.flash")}
 
@@ -70,7 +69,7 @@ def taken(model: Model, tokens: list[int]) -> Floats:
 
 @pytest.mark.parametrize(
     ("name", "pinned"),
-    [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None), (MAMBA_2, 0.5), (FALCON, None)],
+    [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), ("qwen35", None), (FALCON, 0.5)],
 )
 def test_whatever_is_forgotten_what_follows_is_right(
     packed: dict[str, Path], name: str, pinned: float | None
@@ -185,14 +184,11 @@ OF_A_TOKEN = {
     "lfm2": (TAPS - 1) * HIDDEN,
     "qwen35": (TAPS - 1) * (MIXED + 2 * VALUE_HEADS) + SUM,
     FALCON: (TAPS - 1) * (96 + 2 * MAMBA_GROUPS * MAMBA_STATE + 6) + 96 * MAMBA_STATE,
-    MAMBA_2: (TAPS - 1) * (2 * HIDDEN + 2 * MAMBA_GROUPS * MAMBA_STATE + MAMBA_HEADS) + 2 * HIDDEN * MAMBA_STATE,
 }
 """Numbers of a layer's state behind a token."""
 
 
-@pytest.mark.parametrize(
-    ("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), (MAMBA_2, None), (FALCON, 0.5)]
-)
+@pytest.mark.parametrize(("name", "pinned"), [("lfm2", 0.5), ("lfm2", None), ("qwen35", 0.5), (FALCON, None)])
 def test_a_prompt_that_comes_again_after_a_restart_needs_no_pass(
     packed: dict[str, Path], tmp_path: Path, name: str, pinned: float | None
 ) -> None:

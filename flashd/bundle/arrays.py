@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from flashd.bundle.rows.kinds import Bytes, Codes, Floats
+from flashd.bundle.rows.kinds import CODE_TYPES, Bytes, Codes, Floats, RowKind
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,18 @@ class QuantRows(Arrays):
     scale: Codes  # [n, B]
     step: npt.NDArray[np.float16]  # [n, 2]: the largest scale and the largest centre of the row
 
+    @property
+    def kind(self) -> RowKind:
+        """As products take them: narrow rows are widened before."""
+        return "int8" if self.scale.dtype == CODE_TYPES["int8"] else "int4"
+
 
 @dataclass(frozen=True)
 class PlainRows(Arrays):
     """n rows of K float16 weights."""
 
     w: npt.NDArray[np.float16]  # [n, K]
+    kind: ClassVar[RowKind] = "f16"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class TernaryRows(Arrays):
 
     q: Bytes  # [n, K / 4], low bits first
     scale: Floats  # [n, 1]
+    kind: ClassVar[RowKind] = "ternary"
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Mxfp4Rows(Arrays):
 
     q: Bytes  # [n, K / 2], low bits first
     exponent: Bytes  # [n, B]
+    kind: ClassVar[RowKind] = "mxfp4"
 
 
 Rows = QuantRows | PlainRows | TernaryRows | Mxfp4Rows

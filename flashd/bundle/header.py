@@ -13,35 +13,7 @@ from flashd.bundle.layer_kinds import Count, LayerProduct, LeadingFfn, Positive
 from flashd.bundle.prefix import ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.rows.kinds import NARROW, RowKind
-
-
-class Formats(msgspec.Struct, frozen=True, kw_only=True):
-    """The kind of rows that each matrix has."""
-
-    ffn: RowKind
-    attention: RowKind
-    head: RowKind
-    embedding: RowKind
-    token_inputs: RowKind = "f16"
-
-    @property
-    def of_leading(self) -> Formats:
-        """Those of a plain model whose FFNs are all like those of a mixture's first layers."""
-        return msgspec.structs.replace(self, ffn=self.attention)
-
-    @property
-    def rounded_head(self) -> bool:
-        """Whether the head's input is rounded to 8 bits a block, which makes the constant graph faster."""
-        return self.ffn == "int4"
-
-    @property
-    def centred_head(self) -> bool:
-        """Whether the head's blocks have centres.
-
-        Eight bits need none, and the product with centres would take a twentieth of a token's time in a small model
-        that fits in RAM.
-        """
-        return not (self.rounded_head and self.head == "int8")
+from flashd.bundle.rows.of_matrices import LEADING, STATES_AND_TOKENS, Formats
 
 
 class Drawing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -175,7 +147,17 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def group(self) -> GroupFormat:
+        """The format of groups of which no matrix is finer than others."""
         return group_format(self.model, self.formats)
+
+    def group_of(self, layer: int) -> GroupFormat:
+        """The format of a layer's groups, those that are narrowed apart."""
+        return group_format(self.model, self.formats, layer)
+
+    @property
+    def largest_group(self) -> GroupFormat:
+        """The format of the groups that take most."""
+        return max((self.group_of(layer) for layer in self.model.paged_layers), key=lambda form: form.nbytes)
 
     @property
     def neuron(self) -> NeuronFormat:
@@ -198,7 +180,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             layer = int(name.split(".")[1])
             for product in (*self.model.products(layer), *self.model.products_behind()):
                 if product.name == part:
-                    return self.product_format(product)
+                    return self.product_format(layer, product)
             if part == "wide" and self.selection:
                 return RowFormat(PREDICTOR_ROWS, self.selection.ranks[layer])
         if part == "token_inputs":
@@ -206,9 +188,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         kinds: dict[str, RowKind] = {
             "head": self.formats.head,
             "embedding": self.formats.embedding,
-            "token_projection": self.formats.attention,
-            "stream_projection": self.formats.attention,
-            "stream_out": self.formats.attention,
+            **{part: self.formats.of(part, self.formats.attention) for part in STATES_AND_TOKENS},
             "positions": "f16",
             "router": "f16",
             "narrow": PREDICTOR_ROWS,
@@ -216,9 +196,10 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         }
         return RowFormat(kinds[part], self.model.hidden)
 
-    def product_format(self, product: LayerProduct) -> RowFormat:
+    def product_format(self, layer: int, product: LayerProduct) -> RowFormat:
         """The format of the rows of a layer's product beside its FFN."""
-        return RowFormat("f16" if product.fine else self.formats.attention, product.width)
+        kind = self.formats.of(f"layer.{layer}.{product.name}", self.formats.attention)
+        return RowFormat("f16" if product.fine else kind, product.width)
 
     @property
     def embedding_table(self) -> str:
@@ -254,6 +235,19 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.structs.replace(self, model=self.model.of_leading(ffn), formats=formats)
 
     @property
+    def int4_matrices(self) -> set[str]:
+        """The names, see Formats.of, of matrices whose rows are int4 unless they are said to be finer."""
+        m, f, names = self.model, self.formats, set[str]()
+        if f.attention == "int4":
+            every = ((i, p) for i in range(m.layers) for p in (*m.products(i), *m.products_behind()))
+            names |= {f"layer.{i}.{product.name}" for i, product in every if not product.fine}
+            names |= {part for part in STATES_AND_TOKENS if self.section_named(part)}
+            names |= {LEADING} if self.leading_groups else set()
+        if f.ffn == "int4" and not self.selection and not self.narrowed:
+            names |= {f"layer.{i}.{part}" for i in m.paged_layers if m.layer_groups[i] for part in ("inputs", "down")}
+        return names
+
+    @property
     def leading_groups(self) -> dict[str, GroupFormat]:
         """The sections of a mixture's first layers' FFNs, and the format of their groups."""
         ffns = {i: self.model.leading_ffn(i) for i in range(self.model.layers)}
@@ -262,7 +256,9 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def ffn_sections_of(self, layer: int) -> list[FfnSection]:
         """The sections of a layer's groups, in order."""
         n, groups = self.narrowed, self.model.layer_groups[layer]
-        return layer_ffn_sections(layer, self.group, [n.int3[layer], n.int2[layer], groups] if n else [groups])
+        return layer_ffn_sections(
+            layer, self.group_of(layer), [n.int3[layer], n.int2[layer], groups] if n else [groups]
+        )
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""
@@ -284,7 +280,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             lengths["embedding"] = m.vocabulary * self.row_format("embedding").nbytes
         for i in range(m.layers):
             for product in (*m.products(i), *m.products_behind()):
-                lengths[f"layer.{i}.{product.name}"] = product.rows * self.product_format(product).nbytes
+                lengths[f"layer.{i}.{product.name}"] = product.rows * self.product_format(i, product).nbytes
             if m.experts and i in m.paged_layers:
                 lengths[f"layer.{i}.router"] = m.experts.count * self.row_format("router").nbytes
                 if vectors := m.expert_vectors():
@@ -339,11 +335,14 @@ def layer_ffn_sections(layer: int, form: GroupFormat, ends: Sequence[int]) -> li
     return parts
 
 
-def group_format(model: Architecture, formats: Formats) -> GroupFormat:
-    """The format of a model's groups."""
+def group_format(model: Architecture, formats: Formats, layer: int | None = None) -> GroupFormat:
+    """The format of a layer's groups, or of those of layers with no finer matrix."""
     biases = model.inputs if "inputs" in model.biases else 0
     normed = bool(model.normed_neurons)
-    return GroupFormat(formats.ffn, model.hidden, model.inputs, biases, model.group_neurons, normed)
+    inputs, down = (formats.of(f"layer.{layer}.{part}", formats.ffn) for part in ("inputs", "down"))
+    return GroupFormat(
+        inputs, model.hidden, model.inputs, biases, model.group_neurons, normed, down if down != inputs else None
+    )
 
 
 def neuron_format(model: Architecture, formats: Formats) -> NeuronFormat:

@@ -10,9 +10,10 @@ from types import TracebackType
 import flashd
 from flashd.bundle import prefix
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Formats, Header, Narrowed, PackedFrom, Section, Selection, Text
+from flashd.bundle.header import Header, Narrowed, PackedFrom, Section, Selection, Text
 from flashd.bundle.prefix import PAGE, PLAIN_RUN
 from flashd.bundle.rows import codec
+from flashd.bundle.rows.of_matrices import Formats
 from flashd.errors import CannotWrite
 from flashd.system.new_file import NewFile
 

@@ -79,5 +79,5 @@ def pack_into_cache(model: Path, on_progress: Callable[[int, int], None]) -> Pat
         raise need_pack(error) from error
     path = packed_path(model)
     make_room(path)
-    pack(model, path, "int4", on_progress)
+    pack(model, path, None, on_progress)
     return path

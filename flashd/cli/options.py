@@ -117,7 +117,7 @@ class Chat(Answering):
 class Pack:
     source: Path
     out: Path | None  # None: into the cache
-    rows: Rows
+    rows: Rows | None
     max_loss: float | None
     select: Select | None
     text: Path | None

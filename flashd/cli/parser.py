@@ -180,8 +180,9 @@ def _pack(commands: Commands) -> None:
         help="Write the bundle to this file. The default is the cache, where flashd models and --model find it.",
     )  # fmt: skip
     pack.add_argument(
-        "--rows", choices=get_args(o.Rows), default="int4",
-        help="Store feed-forward weights with this many bits (default: int4).",
+        "--rows", choices=get_args(o.Rows),
+        help="Store weights with this many bits. The default goes tensor by tensor: 4 for up to 4.5 bits in the file,"
+        " 8 for more. With --max-loss or --select it is 4.",
     )  # fmt: skip
     a.number(pack, "--max-loss", float, "Allow perplexity to rise by this share: 0.02 allows 2 %%.",
             "above 0 below 1", None, "no loss, or 0.01 if --select allows one")  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 
 from flashd.bundle.arrays import Groups
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
@@ -56,23 +57,23 @@ def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
     arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
     constants = Constants(bundle.header, arithmetic)
-    each = group_held(bundle.header.group, arithmetic)
-    groups = list(_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // each)))
+    largest = group_held(bundle.header.largest_group, arithmetic)
+    groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
     single, few, many = (_Input.of(bundle, arithmetic, tokens) for tokens in (1, GUESSING, CHECKING))
-    opened = _opened(constants, groups, bundle.header.group.nbytes, many)
+    opened = _opened(constants, groups, sum(form.nbytes for form in forms), many)
     sessions = [constants.groups(some) for some in groups]
     once, guessed, checked = (_best(partial(_all_of, sessions, given)) for given in (single, few, many))
-    held = len(sessions) * each
+    held = sum(group_held(form, arithmetic) for form in forms)
     return Rates(opened=opened, multiplied=held / once, guessed=held / guessed, checked=held / checked)
 
 
-def _groups(bundle: Bundle, most: int) -> Iterator[Groups]:
-    """The first groups of all layers, one by one, up to `most`."""
+def _groups(bundle: Bundle, most: int) -> Iterator[tuple[Groups, GroupFormat]]:
+    """The first groups of all layers, one by one, up to `most`, and their formats as they are multiplied."""
     every = bundle.header.model.layer_groups
     left = most
     for layer in bundle.header.model.paged_layers:
         for _, groups in bundle.groups(layer, min(left, every[layer]), at_once=1):
-            yield groups
+            yield groups, bundle.header.group_of(layer)
             left -= 1
         if not left:
             return
@@ -102,7 +103,7 @@ def _all_of(sessions: Sequence[Any], given: _Input) -> None:
 
 
 def _opened(constants: Constants, groups: Sequence[Groups], nbytes: int, given: _Input) -> float:
-    """Bytes of groups a second: sessions are opened in the threads that read, and multiplied in this one."""
+    """Bytes a second of groups of `nbytes`: threads that read open sessions, which are multiplied in this one."""
 
     def pass_by() -> None:
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
@@ -116,7 +117,7 @@ def _opened(constants: Constants, groups: Sequence[Groups], nbytes: int, given: 
 
     reuse_freed_memory()
     try:
-        return len(groups) * nbytes / _best(pass_by)
+        return nbytes / _best(pass_by)
     finally:
         use_small_pages()
 

@@ -19,8 +19,8 @@ its blocks, twice, if any centre is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
@@ -36,23 +36,34 @@ Arithmetic = Literal["int8", "float32"]
 LEVELS: dict[Arithmetic, int] = {"int8": 4, "float32": 1}
 
 
+class StoredRows(NamedTuple):
+    """The rows of a product."""
+
+    kind: RowKind
+    centred: bool  # whether their centres are not all zero
+
+
+Stored = Mapping[str, StoredRows]
+"""Those of products by their names."""
+
+
 class Products:
     """Adds products with constant rows to a graph.
 
     Args:
-        centred: the names of products whose rows have centres that are not all zero.
+        stored: the rows of each product, by its name.
     """
 
-    def __init__(self, g: Graph, arithmetic: Arithmetic, centred: frozenset[str]) -> None:
-        self._g, self._arithmetic, self.centred = g, arithmetic, centred
+    def __init__(self, g: Graph, arithmetic: Arithmetic, stored: Stored) -> None:
+        self._g, self._arithmetic, self.stored = g, arithmetic, stored
         self._with_sums: dict[str, str] = {}
 
-    def __call__(self, x: str, kind: RowKind, name: str, n: int, k: int) -> str:
+    def __call__(self, x: str, name: str, n: int, k: int) -> str:
         """x [1, T, K] times rows [n, K] -> [1, T, n]. engine.forward.constants has the arrays that it names."""
-        width = k
-        if name in self.centred:
+        width, rows = k, self.stored[name]
+        if rows.centred:
             x, width = self.with_sums(x, k), k + digits(k)
-        return self.of_wide(x, kind, name, n, width)
+        return self.of_wide(x, rows.kind, name, n, width)
 
     def of_wide(self, x: str, kind: RowKind, name: str, n: int, width: int) -> str:
         """x [1, T, width], which has its sums behind it if the rows have centres, times rows -> [1, T, n]."""
@@ -113,17 +124,12 @@ class Layers:
     """Puts layers with constant weights into a graph.
 
     Args:
-        kinds: the rows of attention and of the FFN.
         kv: how keys and values are kept.
     """
 
-    def __init__(
-        self, g: Graph, model: Architecture, kinds: tuple[RowKind, RowKind], products: Products,
-        kv: KvFormat = "float32",
-    ) -> None:  # fmt: skip
+    def __init__(self, g: Graph, model: Architecture, products: Products, kv: KvFormat = "float32") -> None:
         self._g, self._model, self._products, self._kv = g, model, products, kv
         self._group = model.group_neurons
-        self._attention_kind, self._ffn_kind = kinds
 
     def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
         """x [1, T, H] -> (x [1, T, carried_width], h [1, T, ffn_input_width], the layer's block)."""
@@ -166,8 +172,7 @@ class Layers:
         return self._product(a, at, down)
 
     def _product(self, x: str, at: str, product: LayerProduct) -> str:
-        kind: RowKind = "f16" if product.fine else self._attention_kind
-        return self._products(x, kind, f"{at}{product.name}", product.rows, product.width)
+        return self._products(x, f"{at}{product.name}", product.rows, product.width)
 
     def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
         heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
@@ -190,10 +195,9 @@ class Layers:
         x, gating = block.leave(x, branch)
         if not token:
             return x
-        products, kind = self._products, self._attention_kind
-        gate, out = ((f"layer.{i}.{p.name}", p) for p in self._model.products_behind())
-        a = block.gated(products(gating, kind, gate[0], gate[1].rows, gate[1].width), token)
-        return block.leave_token(x, products(a, kind, out[0], out[1].rows, out[1].width))
+        at, (gate, out) = f"layer.{i}.", self._model.products_behind()
+        a = block.gated(self._product(gating, at, gate), token)
+        return block.leave_token(x, self._product(a, at, out))
 
     def ffn(self, h: str, groups: int, before: str) -> str:
         """[1, T, Model.share_width]: what is before, and some groups' shares in an FFN of h [1, T, H], in order.
@@ -213,12 +217,13 @@ class Layers:
         squared = a = g.node("Reshape", a, g.shape(1, -1, groups * n))  # [1, T, groups N]
         a = self._weighed("", a, groups)
         a, width = g.node("Reshape", a, g.shape(1, -1, n)), n  # [1, T groups, N]
-        if "down" in self._products.centred:
+        down = self._products.stored["down"]
+        if down.centred:
             a, width = self._products.with_sums(a, n), n + digits(n)
         a = g.node("Reshape", a, g.shape(1, -1, groups * width))  # [1, T, groups width]
         parts = g.nodes_out("Split", a, outputs=groups, axis=2, num_outputs=groups) if groups > 1 else [a]
         shares = [
-            self._products.of_wide(part, self._ffn_kind, f"down.{number}", m.hidden, width)
+            self._products.of_wide(part, down.kind, f"down.{number}", m.hidden, width)
             for number, part in enumerate(parts)
         ]
         if m.normed_neurons:  # the sum of each group's squares goes with its share
@@ -245,11 +250,12 @@ class Layers:
         else:
             a = activated(g, m, a)
         activations, a, width = a, self._weighed(at, a, groups), m.neurons_of(i)
-        if f"{at}down" in self._products.centred:
+        down = self._products.stored[f"{at}down"]
+        if down.centred:
             by_group = self._products.with_sums(g.node("Reshape", a, g.shape(1, -1, n)), n, filled=True)
             width = groups * (n + 2 * (digits(n) - n // BLOCK))
             a = g.node("Reshape", by_group, g.shape(1, -1, width))
-        return share(g, m, activations, self._products.of_wide(a, self._ffn_kind, f"{at}down", m.hidden, width))
+        return share(g, m, activations, self._products.of_wide(a, down.kind, f"{at}down", m.hidden, width))
 
     def _apart(self, h: str) -> list[str]:
         """[1, T, H] of what an FFN is given, and each number that stands behind it, [1, T, 1]."""
@@ -267,45 +273,42 @@ class Layers:
         """The products of h with rows of gate and up, and their biases."""
         g, m = self._g, self._model
         rows = groups * m.inputs * self._group
-        a = self._products(h, self._ffn_kind, f"{at}inputs", rows, m.hidden)
+        a = self._products(h, f"{at}inputs", rows, m.hidden)
         if "inputs" not in m.biases:
             return a
         return g.node("Add", a, g.external(f"{at}inputs.bias", T.FLOAT, [rows]))
 
 
-def attention(
-    model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str],
-    kv: KvFormat = "float32",
-) -> bytes:  # fmt: skip
+def attention(model: Architecture, arithmetic: Arithmetic, i: int, stored: Stored, kv: KvFormat = "float32") -> bytes:
     """x [1, T, H] of a layer -> `x_out`, `h_out` behind its attention, see Layers; tokens may stand in branches."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
     tree = []
     if isinstance(model.kind(i), AttentionKind):
         tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
-    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred), kv)
+    layers = Layers(g, model, Products(g, arithmetic, stored), kv)
     x, h, _ = layers.attention(i, x, "", tree)
     g.output("x_out", T.FLOAT, [1, "T", model.carried_width], x)
     g.output("h_out", T.FLOAT, [1, "T", model.ffn_input_width], h)
     return g.serialise("attention")
 
 
-def leave(model: Architecture, kind: RowKind, arithmetic: Arithmetic, i: int, centred: frozenset[str]) -> bytes:
+def leave(model: Architecture, arithmetic: Arithmetic, i: int, stored: Stored) -> bytes:
     """x, branch [1, T, ...] (the FFN's output), token [1, T, P] -> x_out [1, T, H] of a layer with token inputs."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.carried_width])
     branch, token = g.input("branch", T.FLOAT, [1, "T", model.share_width]), _token_input(g, model)
-    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    layers = Layers(g, model, Products(g, arithmetic, stored))
     block = LayerStages(g, model, _external_vectors(g, f"layer.{i}."))
     g.output("x_out", T.FLOAT, [1, "T", model.stream_width], layers.leave(i, x, branch, block, token))
     return g.serialise("leave")
 
 
-def token_inputs(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+def token_inputs(model: Architecture, arithmetic: Arithmetic, stored: Stored) -> bytes:
     """x [1, T, H], the embeddings, and rows [1, T, L P] of the table -> y [L, T, P], all layers' token inputs."""
     g = Graph()
     x, rows = g.input("x", T.FLOAT, [1, "T", model.hidden]), g.input("rows", T.FLOAT, [1, "T", model.token_width])
-    products = Products(g, arithmetic, centred)(x, kind, "token_projection", model.token_width, model.hidden)
+    products = Products(g, arithmetic, stored)(x, "token_projection", model.token_width, model.hidden)
     y = LayerStages(g, model, _external_vectors(g, "")).token_inputs(products, rows)
     width = model.token_inputs.width if model.token_inputs else 0
     g.output("y", T.FLOAT, [model.layers, "T", width], y)
@@ -319,24 +322,23 @@ def _token_input(g: Graph, model: Architecture, suffix: str = "") -> str:
     return g.input(f"token{suffix}", T.FLOAT, [1, "T", model.token_inputs.width])
 
 
-def ffn(model: Architecture, kind: RowKind, arithmetic: Arithmetic, groups: int, centred: frozenset[str]) -> bytes:
+def ffn(model: Architecture, arithmetic: Arithmetic, groups: int, stored: Stored) -> bytes:
     """h [1, T, H], before [1, T, Model.share_width] -> y, what is before and the share of some groups of a layer."""
     g = Graph()
     h, width = g.input("h", T.FLOAT, [1, "T", model.group_input_width]), model.share_width
     before = g.input("before", T.FLOAT, [1, "T", width])
-    layers = Layers(g, model, (kind, kind), Products(g, arithmetic, centred))
+    layers = Layers(g, model, Products(g, arithmetic, stored))
     g.output("y", T.FLOAT, [1, "T", width], layers.ffn(h, groups, before))
     return g.serialise("ffn")
 
 
 def whole(
-    model: Architecture, kinds: tuple[RowKind, RowKind], arithmetic: Arithmetic, layers: range,
-    centred: frozenset[str], kv: KvFormat = "float32",
-) -> bytes:  # fmt: skip
+    model: Architecture, arithmetic: Arithmetic, layers: range, stored: Stored, kv: KvFormat = "float32"
+) -> bytes:
     """x [1, T, H] that goes into the first of some layers -> `x_out` [1, T, H] behind the last."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
-    made = Layers(g, model, kinds, Products(g, arithmetic, centred), kv)
+    made = Layers(g, model, Products(g, arithmetic, stored), kv)
     for i in layers:
         token = _token_input(g, model, f".{i}")
         x, h, block = made.attention(i, x, f".{i}")
@@ -347,23 +349,23 @@ def whole(
     return g.serialise("layers")
 
 
-def spread(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+def spread(model: Architecture, arithmetic: Arithmetic, stored: Stored) -> bytes:
     """x [1, T, H], the embeddings -> y [1, T, S H], the states in front of the layers."""
     g = Graph()
     x, width = g.input("x", T.FLOAT, [1, "T", model.hidden]), model.stream_width
-    products = Products(g, arithmetic, centred)(x, kind, "stream_projection", width - model.hidden, model.hidden)
+    products = Products(g, arithmetic, stored)(x, "stream_projection", width - model.hidden, model.hidden)
     y = LayerStages(g, model, _external_vectors(g, "")).spread(x, products)
     g.output("y", T.FLOAT, [1, "T", width], y)
     return g.serialise("spread")
 
 
-def finish(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: frozenset[str]) -> bytes:
+def finish(model: Architecture, arithmetic: Arithmetic, stored: Stored) -> bytes:
     """x [1, T, S H] behind the last layer -> y [1, T, H], the input of the head."""
     g = Graph()
     x, count = g.input("x", T.FLOAT, [1, "T", model.stream_width]), model.stream_width // model.hidden
     states = g.nodes_out("Split", x, outputs=count, axis=2, num_outputs=count)[1:]
-    made = Products(g, arithmetic, centred)
-    parts = [made(state, kind, f"stream_out.{i}", model.hidden, model.hidden) for i, state in enumerate(states)]
+    made = Products(g, arithmetic, stored)
+    parts = [made(state, f"stream_out.{i}", model.hidden, model.hidden) for i, state in enumerate(states)]
     products = g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
     g.output(
         "y", T.FLOAT, [1, "T", model.hidden], LayerStages(g, model, _external_vectors(g, "")).finish(x, products)
@@ -371,11 +373,11 @@ def finish(model: Architecture, kind: RowKind, arithmetic: Arithmetic, centred: 
     return g.serialise("finish")
 
 
-def rows(kind: RowKind, arithmetic: Arithmetic, n: int, k: int, centred: frozenset[str]) -> bytes:
+def rows(arithmetic: Arithmetic, n: int, k: int, stored: Stored) -> bytes:
     """x [1, R, K] -> y [1, R, n], the product with n rows of the head."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "R", k])
-    g.output("y", T.FLOAT, [1, "R", n], Products(g, arithmetic, centred)(x, kind, "rows", n, k))
+    g.output("y", T.FLOAT, [1, "R", n], Products(g, arithmetic, stored)(x, "rows", n, k))
     return g.serialise("rows")
 
 

@@ -59,5 +59,5 @@ def ensure(on_progress: Callable[[int, int], None]) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotWrite(f"{path.parent}: {error.strerror}") from error
-        pack(source, path, "int4", on_progress)
+        pack(source, path, None, on_progress)
     return path

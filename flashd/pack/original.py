@@ -9,15 +9,17 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 
+import msgspec
+
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.header import Formats
 from flashd.bundle.rows.kinds import BLOCK, Floats, RowKind
+from flashd.bundle.rows.of_matrices import LEADING, STATES_AND_TOKENS, Formats
 from flashd.errors import UsageError
 from flashd.pack.families.properties import check_layers, model_of
 from flashd.pack.families.registry import arranged, family_of
 from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration
-from flashd.pack.open_model import OpenModel
+from flashd.pack.open_model import OpenModel, Tensor
 from flashd.pack.rounding.rows import is_ternary
 from flashd.pack.shapes import check_heads, check_shapes
 from flashd.pack.sources.gguf import GgufModel
@@ -29,8 +31,9 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1024
 
-GRID_BITS = 5.0
-"""Bits a weight, steps included, of Q4_1: the finest source whose levels int4 rows can hold."""
+MOST_BITS = 5.0
+"""Bits a weight, steps included, of a source that int4 rows are for: those of Q4_1, whose levels they can hold. Other
+types have at most 4.5 or at least 5.5."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Original:
     formats: Formats  # the kinds of rows of its bundle
 
     @classmethod
-    def open(cls, path: Path, rows: RowKind, pre: str | None = None, context: int | None = None) -> Original:
+    def open(cls, path: Path, rows: RowKind | None, pre: str | None = None, context: int | None = None) -> Original:
         """Opens the model at `path`, a GGUF file or a Hugging Face folder.
 
         Args:
             path: the file or folder.
-            rows: the kind of rows that the user asked for.
+            rows: the kind of rows that the user asked for. None: each matrix has the bits that keep it.
             pre: the pre-tokenizer of a GGUF file, whatever the file says.
             context: the tokens of the longest text, see families.rope.context_of.
 
@@ -70,10 +73,8 @@ class Original:
         weights = Weights(source, family, model)
         check_shapes(weights, model)
         formats = _formats(weights, model, rows)
-        if formats.ffn == "int4" and _finer(weights, model) > 0.5:
-            log.warning(
-                "%s: most weights are MXFP4 or have 5 to 8 bits, which int4 rows round; --rows int8 keeps them", path
-            )
+        if _rounded(weights, model, formats) > 0.5:
+            log.warning("%s: most weights are of types that int4 rows round; --rows int8 keeps them", path)
         if context is None and model.context < (most := source.number("context_length", int)):
             log.warning(
                 "%s: packed for texts of up to %d tokens; longer ones, of which the model has up to %d, are computed"
@@ -89,42 +90,112 @@ class Original:
         return Calibration(self.weights, self.model, self.rope, texts)
 
 
-def _formats(weights: Weights, model: Architecture, rows: RowKind) -> Formats:
-    """The kinds of rows: `rows` for the FFN and attention, int8 for a head or embedding whose source has 8 bits.
+def _formats(weights: Weights, model: Architecture, rows: RowKind | None) -> Formats:
+    """The kinds of rows of all matrices.
 
-    Measured: a 4-bit head costs SmolLM2 (source Q8_0) a mean KL of 0.056 and Qwen2.5-Coder-1.5B (source Q6_K) 0.008.
-    int4 rows may cost 0.03 in all. Ternary layers stay ternary, and experts MXFP4, unless f16 is asked for: they lose
-    nothing by it.
+    Ternary layers stay ternary, and experts MXFP4, unless f16 is asked for: they lose nothing by it. If int4 is asked
+    for, a head or embedding whose source has 8 bits has int8. Measured: a 4-bit head costs SmolLM2 (source Q8_0) a
+    mean KL of 0.056 and Qwen2.5-Coder-1.5B (source Q6_K) 0.008. int4 rows may cost 0.03 in all.
     """
 
-    def as_nibbles(matrix: Matrix) -> RowKind:
+    def of_table(matrix: Matrix) -> RowKind:
+        if rows is None:
+            return "int8" if _fine([matrix]) else "int4"
         return "int8" if rows == "int4" and matrix.bits >= 8 else rows
 
     ternary = rows != "f16" and model.experts is None and all(_ternary(weights, i) for i in range(model.layers))
-    inner: RowKind = "ternary" if ternary else rows
+    inner: RowKind = "ternary" if ternary else rows or "int4"
     kept = rows != "f16" and model.experts and all(_mxfp4(weights, i) for i in model.paged_layers)
     inputs = weights.token_inputs()
-    return Formats(
-        ffn="mxfp4" if kept else inner, attention=inner, head=as_nibbles(weights.head()),
-        embedding=as_nibbles(weights.embedding()),
-        token_inputs=as_nibbles(inputs) if inputs else "f16",
+    formats = Formats(
+        ffn="mxfp4" if kept else inner, attention=inner, head=of_table(weights.head()),
+        embedding=of_table(weights.embedding()),
+        token_inputs=of_table(inputs) if inputs else "f16",
     )  # fmt: skip
+    return by_tensor(weights, model, formats) if rows is None else formats
 
 
-def _finer(weights: Weights, model: Architecture) -> float:
-    """The share of the layers' weights that the source has rounded to more levels than int4 rows have, 0 to 1.
+def by_tensor(weights: Weights, model: Architecture, formats: Formats) -> Formats:
+    """These formats, with int8 rows for each int4 matrix that has a tensor of more bits, F16 and F32 too.
 
     Measured: SmolLM2 as Q5_0, with noise of a 4-bit step, has a mean KL of 0.25 with int4 rows and 0.001 with int8.
     """
-    finer = total = 0
+    ffn, attention = _of_ffns(weights, model), _of_products(weights, model)
+    finer: list[str] = []
+    changed: dict[str, RowKind] = {}
+    for place, fine in (("ffn", ffn), ("attention", attention)):
+        if getattr(formats, place) == "int4":
+            if fine and all(fine.values()):
+                changed[place] = "int8"
+            else:
+                finer += [name for name, more in fine.items() if more]
+    return msgspec.structs.replace(formats, finer=tuple(finer), **changed)
+
+
+def _of_ffns(weights: Weights, model: Architecture) -> dict[str, bool]:
+    """By the names of Formats.of, whether int4 rows have too few bits for a matrix of the FFNs or experts."""
+    out = {}
+    for i in model.paged_layers:
+        if ffns := weights.ffns(i):
+            out[f"layer.{i}.inputs"] = any(_fine(ffn.inputs) for ffn in ffns)
+            out[f"layer.{i}.down"] = any(_fine_tensor(ffn.down) for ffn in ffns)
+    return out
+
+
+def _of_products(weights: Weights, model: Architecture) -> dict[str, bool]:
+    """Likewise of all other matrices of layers, the FFNs of a mixture's first layers too."""
+    out = {}
     for i in range(model.layers):
+        known = [*model.products(i), *model.products_behind()]
+        found = [*weights.products(i), *weights.products_behind(i)]
+        for product, parts in zip(known, found, strict=True):
+            if not product.fine:
+                out[f"layer.{i}.{product.name}"] = _fine(parts)
+    leading = [ffn for ffn in map(weights.leading, range(model.layers)) if ffn]
+    if leading:
+        out[LEADING] = any(_fine_tensor(tensor) for ffn in leading for tensor in ffn.tensors)
+    return out | {part: _fine(matrices) for part, matrices in beside_layers(weights, model).items()}
+
+
+def beside_layers(weights: Weights, model: Architecture) -> dict[str, list[Matrix]]:
+    """The matrices of those of STATES_AND_TOKENS that a model has."""
+    tokens = [weights.token_projection()] if model.token_inputs else []
+    parts = {part: tokens if part == "token_projection" else weights.states(part) for part in STATES_AND_TOKENS}
+    return {part: matrices for part, matrices in parts.items() if matrices}
+
+
+def _fine(parts: Sequence[Matrix]) -> bool:
+    return any(_fine_tensor(part.tensor) or part.projection is not None for part in parts)
+
+
+def _fine_tensor(tensor: Tensor) -> bool:
+    return tensor.mxfp4 or tensor.bits > MOST_BITS
+
+
+def _rounded(weights: Weights, model: Architecture, formats: Formats) -> float:
+    """The share of the layers' weights that have levels which their rows lack, 0 to 1.
+
+    Weights that the source has not rounded do not count.
+    """
+    rounded = total = 0
+    for i in range(model.layers):
+        names = [f"layer.{i}.{p.name}" for p in (*model.products(i), *model.products_behind())]
         products = [*weights.products(i), *weights.products_behind(i)]
-        tensors = [part.tensor for parts in products for part in parts]
-        tensors += [each for ffn in weights.every_ffn(i) for each in ffn.tensors]
-        for tensor in tensors:
+        kinds = [formats.of(name, formats.attention) for name in names]
+        tensors = [(part.tensor, kind) for parts, kind in zip(products, kinds, strict=True) for part in parts]
+        leading = i not in model.paged_layers
+        for ffn in weights.every_ffn(i)[:1]:  # experts are alike
+            others = formats.of_leading.ffn if leading else formats.ffn
+            inputs, down = (formats.of(f"layer.{i}.{part}", others) for part in ("inputs", "down"))
+            tensors += [(part.tensor, inputs) for part in ffn.inputs] + [(ffn.down, down)]
+        for tensor, kind in tensors:
             total += prod(tensor.shape)
-            finer += prod(tensor.shape) * (tensor.mxfp4 or GRID_BITS < tensor.bits < 16)
-    return finer / total
+            rounded += prod(tensor.shape) * (kind == "int4" and not _keeps_in_int4(tensor))
+    return rounded / max(total, 1)
+
+
+def _keeps_in_int4(tensor: Tensor) -> bool:
+    return tensor.bits >= 16 or (not _fine_tensor(tensor) and tensor.grid(slice(1)) is not None)
 
 
 def _mxfp4(weights: Weights, i: int) -> bool:

@@ -12,7 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from flashd.bundle.header import Header, Text, group_format, layer_ffn_sections, neuron_format, pair_format
+from flashd.bundle.header import (
+    Header,
+    Text,
+    group_format,
+    layer_ffn_sections,
+    neuron_format,
+    pair_format,
+)
 from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
@@ -28,7 +35,7 @@ from flashd.pack.lossy.narrow_groups import Narrowing, Starts, Weigh
 from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
 from flashd.pack.lossy.predictors import Selecting
-from flashd.pack.original import Original
+from flashd.pack.original import Original, beside_layers
 from flashd.pack.templates import try_chat_template
 from flashd.pack.vocabulary import Vocabulary
 from flashd.pack.weights import Matrix, Numbers
@@ -52,7 +59,7 @@ Choice = Selected | Gated | FewBits | None
 def pack(
     source_path: Path,
     out: Path,
-    rows: RowKind,
+    rows: RowKind | None,
     on_progress: Progress = lambda done, total: None,
     allowed: Allowed | None = None,
     pre: str | None = None,
@@ -63,7 +70,8 @@ def pack(
     Args:
         source_path: a GGUF file or a Hugging Face folder.
         out: the bundle.
-        rows: the kind of rows that is asked for.
+        rows: the kind of rows that is asked for. None: each matrix has those that keep what its tensors have, see
+            original.by_tensor; or int4 if the bundle may lose quality.
         on_progress: is called with (weights done, weights in all).
         allowed: how the bundle may lose quality, and how much. None: not at all. With Selecting a predictor says
             which neurons take part, unless whole experts are read about as fast. With Gating the neurons' gates say
@@ -80,6 +88,8 @@ def pack(
         CannotWrite: the disk is full or the folder cannot be written.
     """
     _check_out(out)
+    if rows is None and allowed is not None:
+        rows = "int4"
     try:
         _within_limits(lambda: _look(source_path, rows, pre, context), source_path, READING)
         original = Original.open(source_path, rows, pre, context)
@@ -89,7 +99,7 @@ def pack(
         raise DataError(_bent(source_path, error)) from error
 
 
-def _look(source_path: Path, rows: RowKind, pre: str | None, context: int | None = None) -> None:
+def _look(source_path: Path, rows: RowKind | None, pre: str | None, context: int | None = None) -> None:
     """Opens a model and lets go of it again, for what its numbers may ask for. In a child: it logs nothing."""
     logging.disable()  # whoever opens it then logs the same
     try:
@@ -187,7 +197,6 @@ class _Writer:
     def __init__(self, original: Original, bundle: BundleWriter, on_progress: Progress) -> None:
         self._original, self._bundle, self._on_progress = original, bundle, on_progress
         self._model, self._formats, self._weights = original.model, original.formats, original.weights
-        self._group = group_format(self._model, self._formats)
         self._encode = Encoder(self._model, self._count)
         self._done = 0
         self._total = sum(prod(original.source.tensor(n).shape) for n in original.source.names)
@@ -206,10 +215,9 @@ class _Writer:
             self._table("positions", weights.positions(), "f16")
         if inputs := weights.token_inputs():
             self._table("token_inputs", inputs, formats.token_inputs, rows=WIDE_ROWS_OF_A_RUN)
-            add("token_projection", self._encode.rows(weights.token_projection(), formats.attention))
-        for part in ("stream_projection", "stream_out"):
-            if states := weights.states(part):
-                add(part, chain.from_iterable(self._encode.rows(state, formats.attention) for state in states))
+        for part, matrices in beside_layers(weights, self._model).items():
+            kind = formats.of(part, formats.attention)
+            add(part, chain.from_iterable(self._encode.rows(matrix, kind) for matrix in matrices))
 
     def exact(self, tokenizer_json: bytes) -> None:
         """Writes exact layers. Groups or experts that a sample text uses most come first."""
@@ -277,9 +285,9 @@ class _Writer:
         known = [*self._model.products(i), *self._model.products_behind()]
         found = [*self._weights.products(i), *self._weights.products_behind(i)]
         for product, parts in zip(known, found, strict=True):
-            kind: RowKind = "f16" if product.fine else self._formats.attention
-            chunks = chain.from_iterable(self._encode.rows(part, kind) for part in parts)
-            add(f"layer.{i}.{product.name}", chunks)
+            name = f"layer.{i}.{product.name}"
+            kind: RowKind = "f16" if product.fine else self._formats.of(name, self._formats.attention)
+            add(name, chain.from_iterable(self._encode.rows(part, kind) for part in parts))
 
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
         """Writes a layer's groups, the hottest first, in a section for each number of bits."""
@@ -289,7 +297,7 @@ class _Writer:
         (ffn,) = self._weights.ffns(i)
         order = self._encode.order(ffn, sizes)
         ends = [starts.int3, starts.int2, every] if starts else [every]
-        for part in layer_ffn_sections(i, self._group, ends):
+        for part in layer_ffn_sections(i, group_format(self._model, self._formats, i), ends):
             neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
             self._bundle.add(part.name, chunks, run=part.form.nbytes)
@@ -312,8 +320,9 @@ class _Writer:
             return
         self._router(i, order)
         ffns, every = self._weights.ffns(i), np.arange(self._model.expert_neurons)
-        chunks = (chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], self._group, every))
-        self._bundle.add(f"layer.{i}.ffn", chunks, run=self._group.nbytes)
+        form = group_format(self._model, self._formats, i)
+        chunks = (chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], form, every))
+        self._bundle.add(f"layer.{i}.ffn", chunks, run=form.nbytes)
 
     def _router(self, i: int, order: Numbers) -> None:
         """Writes a layer's router and the experts' vectors. Its rows [E, H] follow the order [E] of the experts."""

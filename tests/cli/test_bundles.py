@@ -75,7 +75,7 @@ def test_plan_is_what_ask_does(packed: dict[str, Path]) -> None:
     # a short text leaves room of its KV cache to more groups
     assert pinned - 0.02 < facts["window_hit_rate"] < pinned + lent + 0.02
     # what is read ahead may be counted a token early or late
-    least = plan["card_bytes"] - plan["lent_groups"] * plan["group_bytes"]
+    least = plan["card_bytes"] - plan["lent_groups"] * max(plan["group_bytes"])
     assert 0.75 * least < facts["card_bytes_per_token"] < 1.25 * plan["card_bytes"]
 
 

@@ -33,8 +33,9 @@ def whole(tiny_bundle: Path) -> Plan:
 def paged(whole: Plan) -> Plan:
     """A pass reads 90 MB, and 30 less while a text is short. A quarter of the groups is in RAM then."""
     return replace(
-        whole, resident=False, parts={"attention": 10_000_000, "pinned neurons": 10_000_000}, group_bytes=5_000_000,
-        pinned=(1, 1), groups=(8, 8), lent_groups=2, card_bytes=90_000_000, lent_card_bytes=30_000_000,
+        whole, resident=False, parts={"attention": 10_000_000, "pinned neurons": 10_000_000},
+        group_bytes=(5_000_000, 5_000_000), pinned=(1, 1), groups=(8, 8), lent_groups=2, card_bytes=90_000_000,
+        lent_card_bytes=30_000_000,
     )  # fmt: skip
 
 

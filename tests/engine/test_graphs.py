@@ -185,7 +185,7 @@ with Bundle(Path(path)) as bundle:
     constants = Constants(bundle.header, arithmetic)
     held = []
     for i in range(sessions + 1):
-        held.append(constants.rows(form.views(raw), kind, width))
+        held.append(constants.rows(form.views(raw), width))
         gc.collect()
         give_back_freed_memory()
         if i == 0:

@@ -39,7 +39,7 @@ def test_products_are_right_when_the_arrays_are_gone(
     form = RowFormat(kind, 256)
     with Bundle(tiny_bundle) as bundle:
         raw = encode_rows(rows, form)
-        session = Constants(bundle.header, arithmetic).rows(form.views(raw), kind, 256)
+        session = Constants(bundle.header, arithmetic).rows(form.views(raw), 256)
         before = multiplied(session, x=x)
         gone = weakref.ref(raw)
         del raw

@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 import flashd
 from flashd.bundle import header, prefix
-from flashd.bundle.header import Formats, Header, Section, Text
+from flashd.bundle.header import Header, Section, Text
 from flashd.bundle.prefix import PLAIN_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import ROW_KINDS, RowKind
+from flashd.bundle.rows.of_matrices import Formats
 from flashd.engine.forward.streamed_ffn import stream_past
 from flashd.engine.model.kv_cache import SPARE, lendable_bytes
 from flashd.engine.paging.card import Extent, pages_of, units_of_a_read

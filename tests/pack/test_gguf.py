@@ -164,7 +164,7 @@ def test_who_packs_five_bits_into_four_is_told_what_keeps_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind, rows: RowKind, warned: bool
 ) -> None:
     pack(tiny.write(tmp_path / "m.gguf", kind=kind), tmp_path / "m.flash", rows)
-    what = "most weights are MXFP4 or have 5 to 8 bits, which int4 rows round; --rows int8 keeps them"
+    what = "most weights are of types that int4 rows round; --rows int8 keeps them"
     said = f"{tmp_path}/m.gguf: {what}"
     assert [r.getMessage() for r in caplog.records] == [said] * warned
 

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType as Kind
 from safetensors.numpy import save_file
 
 from flashd.pack.sources.gguf import GgufModel
@@ -105,6 +106,40 @@ def write(
     w.write_tensors_to_file()
     w.close()
     return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts else path
+
+
+def retyped(source: Path, path: Path, kind: Callable[[str, tuple[int, ...]], Kind | None]) -> Path:
+    """A GGUF file like another, its tensors, which are not rounded, in other types.
+
+    `kind` gives the type by name and shape; None: as it is.
+    """
+    reader = gguf.GGUFReader(source)
+    w = gguf.GGUFWriter(path, str(reader.fields["general.architecture"].contents()))
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            w.add_key_value(
+                field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+            )
+    for tensor in reader.tensors:
+        as_kind = kind(tensor.name, tuple(tensor.data.shape))
+        data = tensor.data if as_kind is None else gguf.quantize(tensor.data.astype(np.float32), as_kind)
+        w.add_tensor(tensor.name, data, raw_dtype=as_kind)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def mixed(name: str, shape: tuple[int, ...]) -> Kind | None:
+    """As in llama.cpp's files of mixed types: some layers' values and downs have more bits than the others."""
+    if len(shape) == 1:
+        return None
+    finer = {
+        "token_embd": Kind.Q8_0, "blk.0.attn_v": Kind.Q8_0, "blk.0.ffn_down": Kind.Q5_1, "blk.1.ffn_up": Kind.Q5_0,
+        "blk.1.attn_output": Kind.Q5_0, "blk.1.attn_q": Kind.Q4_1,
+    }  # fmt: skip
+    return finer.get(name.removesuffix(".weight"), Kind.Q4_0)
 
 
 def write_folder(path: Path, changes: Keys) -> Path:

@@ -68,6 +68,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
     _check_text(header.text, header.model)
     _check_selection(header)
     _check_narrowed(header)
+    _check_finer(header)
     _check_sections(header, file_length)
     return header
 
@@ -220,6 +221,14 @@ def _check_narrowed(header: Header) -> None:
         raise DamagedHeader(f"the header does not make sense: it does not say what is narrowed for {m.layers} layers")
     if not all(int3 <= int2 <= every for int3, int2, every in zip(n.int3, n.int2, m.layer_groups, strict=True)):
         raise DamagedHeader(f"the header does not make sense: groups are narrowed that are not among {m.groups}")
+
+
+def _check_finer(header: Header) -> None:
+    finer = header.formats.finer
+    if unknown := sorted(set(finer) - header.int4_matrices):
+        raise DamagedHeader(f"the header does not make sense: {unknown[0]!r} is no matrix that may have finer rows")
+    if len(set(finer)) < len(finer):
+        raise DamagedHeader("the header does not make sense: a matrix with finer rows is named twice")
 
 
 def _check_sections(header: Header, file_length: int) -> None:

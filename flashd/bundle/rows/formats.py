@@ -151,6 +151,7 @@ class GroupFormat:
     biases: int = 0  # M or none
     neurons: int = BLOCK  # N
     normed: bool = False  # the model norms activations
+    down_kind: RowKind | None = None  # of down_proj's rows; None: they are of the same kind
 
     @property
     def row(self) -> RowFormat:
@@ -160,7 +161,7 @@ class GroupFormat:
     @property
     def column(self) -> RowFormat:
         """A row of down_proj: what one output takes of the group's neurons."""
-        return RowFormat(self.kind, self.neurons)
+        return RowFormat(self.down_kind or self.kind, self.neurons)
 
     @property
     def planes(self) -> list[Plane]:

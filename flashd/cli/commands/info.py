@@ -31,7 +31,8 @@ def _facts(path: Path) -> dict[str, Fact]:
     facts: dict[str, Fact] = {
         "name": m.name, "family": m.family, "layers": m.layers, "hidden": m.hidden, "neurons": m.neurons,
         "heads": m.heads, "kv_heads": m.kv_heads, "vocabulary": m.vocabulary, "context": m.context,
-        "rows": f.ffn, "attention": f.attention, "head": f.head, "embedding": f.embedding,
+        "rows": f.ffn, "attention": f.attention, "finer_in_int8": len(f.finer), "head": f.head,
+        "embedding": f.embedding,
         "neuron_bytes": header.unit_bytes // (1 if header.selection else m.group_neurons),
         "group_bytes": header.unit_bytes,
         "ffn_bytes": ffn, "file_bytes": path.stat().st_size,

@@ -30,7 +30,7 @@ def pack(options: Pack) -> None:
         make_room(out)
     with Bar("packing", "weights") as bar:
         header = pack(options.source, out, options.rows, bar.show, _allowed(options), options.pre, options.context)
-    print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {options.rows} rows")
+    print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {header.formats.words} rows")
     _print_losses(header)
 
 

@@ -20,10 +20,10 @@ from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.bits import pack_bits, unpack
 from flashd.bundle.rows.formats import RowFormat
-from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Bytes, Floats, RowKind
+from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Bytes, Floats
 from flashd.engine.forward.products import scales
 from flashd.graphs import constant
-from flashd.graphs.constant import Arithmetic
+from flashd.graphs.constant import Arithmetic, Stored, StoredRows
 from flashd.graphs.layer_stages import vectors_before_ffn, vectors_behind_ffn
 from flashd.graphs.rounding import KvFormat
 from flashd.graphs.unread import PARTS, unread
@@ -51,7 +51,7 @@ class _Product:
     """The arrays of a product with constant rows, by the ends of their names."""
 
     arrays: Initialisers
-    centred: bool
+    rows: StoredRows
 
     def named(self, name: str) -> Initialisers:
         return {f"{name}.{end}": array for end, array in self.arrays.items()}
@@ -66,17 +66,15 @@ class Constants:
     """
 
     def __init__(self, header: Header, arithmetic: Arithmetic = "float32", kv: KvFormat = "float32") -> None:
-        self._header, self._model, self._formats = header, header.model, header.formats
+        self._model = header.model
         self.arithmetic, self._kv = arithmetic, kv
         self._graphs: dict[tuple[Any, ...], bytes] = {}
-        kinds = {header.formats.ffn, header.formats.attention, header.formats.head}
-        self._unread = unread(arithmetic, not kinds.isdisjoint({"int8", "mxfp4"}))
+        self._unread = unread(arithmetic, not header.formats.constant.isdisjoint({"int8", "mxfp4"}))
 
-    def rows(self, rows: Rows, kind: RowKind, k: int, once: bool = False) -> ort.InferenceSession:
+    def rows(self, rows: Rows, k: int, once: bool = False) -> ort.InferenceSession:
         """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
-        product = self._product(rows, kind, k)
-        centred = frozenset({"rows"} if product.centred else ())
-        graph = self._graph(constant.rows, kind, self.arithmetic, len(rows), k, centred)
+        product = self._product(rows, k)
+        graph = self._graph(constant.rows, self.arithmetic, len(rows), k, {"rows": product.rows})
         return self._opened(graph, product.named("rows"), once)
 
     def groups(self, groups: Groups, once: bool = False) -> ort.InferenceSession:
@@ -84,68 +82,61 @@ class Constants:
 
         `once`: they stream past, or others are computed beside them; one thread is enough.
         """
-        arrays, centred = self._of_groups(groups)
-        kind = self._formats.ffn
-        graph = self._graph(constant.ffn, self._model, kind, self.arithmetic, len(groups), centred)
+        arrays, stored = self._of_groups(groups)
+        graph = self._graph(constant.ffn, self._model, self.arithmetic, len(groups), stored)
         return self._opened(graph, arrays, once)
 
     def attention(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention. `products`: the rows of Architecture.products."""
         behind = vectors_behind_ffn(self._model) - vectors_before_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name not in behind}
-        arrays, centred = self._of_attention(i, products, own)
-        graph = constant.attention(self._model, self._formats.attention, self.arithmetic, i, centred, self._kv)
-        return self._opened(graph, arrays)
+        arrays, stored = self._of_attention(i, products, own)
+        return self._opened(constant.attention(self._model, self.arithmetic, i, stored, self._kv), arrays)
 
     def leave(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
         """What is behind the FFN of layer i, see graphs.constant.leave. `products`: those of products_behind."""
         behind = vectors_behind_ffn(self._model)
         own = {name: vector for name, vector in vectors.items() if name in behind}
-        arrays, centred = self._of_products(f"layer.{i}.", self._model.products_behind(), products)
+        arrays, stored = self._of_products(f"layer.{i}.", self._model.products_behind(), products)
         arrays |= {f"layer.{i}.{name}": vector for name, vector in own.items()}
-        return self._opened(constant.leave(self._model, self._formats.attention, self.arithmetic, i, centred), arrays)
+        return self._opened(constant.leave(self._model, self.arithmetic, i, stored), arrays)
 
     def token_inputs(self, projection: Rows, norm: Floats) -> ort.InferenceSession:
         """What tokens say to each layer, see graphs.constant.token_inputs."""
-        product = self._product(projection, self._formats.attention, self._model.hidden)
-        centred = frozenset({"token_projection"} if product.centred else ())
-        graph = constant.token_inputs(self._model, self._formats.attention, self.arithmetic, centred)
+        product = self._product(projection, self._model.hidden)
+        graph = constant.token_inputs(self._model, self.arithmetic, {"token_projection": product.rows})
         return self._opened(graph, product.named("token_projection") | {"token_norm.weight": norm})
 
     def spread(self, rows: Rows) -> ort.InferenceSession:
         """What makes several states of an embedding, see graphs.constant.spread. `rows`: of stream_projection."""
-        arrays, centred = self._of_states("stream_projection", rows)
-        return self._opened(constant.spread(self._model, self._formats.attention, self.arithmetic, centred), arrays)
+        product = self._product(rows, self._model.hidden)
+        graph = constant.spread(self._model, self.arithmetic, {"stream_projection": product.rows})
+        return self._opened(graph, product.named("stream_projection"))
 
     def finish(self, rows: Rows, vectors: dict[str, Floats]) -> ort.InferenceSession:
         """What makes one of several states, see graphs.constant.finish. `rows`: of stream_out."""
         arrays: Initialisers = {name: vectors[name] for name in self._model.norm_vectors("final")}
-        centred: frozenset[str] = frozenset()
+        stored: dict[str, StoredRows] = {}
         for i, at in enumerate(range(0, len(rows), self._model.hidden)):
-            more, names = self._of_states(f"stream_out.{i}", rows[at : at + self._model.hidden])
-            arrays |= more
-            centred |= names
-        return self._opened(constant.finish(self._model, self._formats.attention, self.arithmetic, centred), arrays)
-
-    def _of_states(self, name: str, rows: Rows) -> tuple[Initialisers, frozenset[str]]:
-        product = self._product(rows, self._formats.attention, self._model.hidden)
-        return product.named(name), frozenset({name} if product.centred else ())
+            product = self._product(rows[at : at + self._model.hidden], self._model.hidden)
+            arrays |= product.named(f"stream_out.{i}")
+            stored[f"stream_out.{i}"] = product.rows
+        return self._opened(constant.finish(self._model, self.arithmetic, stored), arrays)
 
     def whole(
         self, layers: range, parts: Sequence[tuple[Sequence[Rows], dict[str, Floats], Groups | None]]
     ) -> ort.InferenceSession:
         """Whole layers: of each the rows of products and products_behind, the small vectors, and groups, if any."""
         arrays: Initialisers = {}
-        centred: frozenset[str] = frozenset()
+        stored: dict[str, StoredRows] = {}
         for i, (products, vectors, groups) in zip(layers, parts, strict=True):
-            for more, names in (
+            for more, rows in (
                 self._of_attention(i, products, vectors),
-                self._of_ffn(f"layer.{i}.", groups) if groups is not None else ({}, frozenset()),
+                self._of_ffn(f"layer.{i}.", groups) if groups is not None else ({}, {}),
             ):
                 arrays |= more
-                centred |= names
-        kinds = self._formats.attention, self._formats.ffn
-        return self._opened(constant.whole(self._model, kinds, self.arithmetic, layers, centred, self._kv), arrays)
+                stored |= rows
+        return self._opened(constant.whole(self._model, self.arithmetic, layers, stored, self._kv), arrays)
 
     def _opened(self, graph: bytes, arrays: Initialisers, once: bool = False) -> ort.InferenceSession:
         """A session that reads weights, scales and zero points in place, and holds what it reads while it runs."""
@@ -155,87 +146,87 @@ class Constants:
 
     def _graph(self, make: Any, *asked: Any) -> bytes:
         """A graph that is made once: what streams past asks for few different ones, over and over."""
-        key = (make, *(part for part in asked if part is not self._model))
+        parts = (tuple(part.items()) if isinstance(part, dict) else part for part in asked)
+        key = (make, *(part for part in parts if part is not self._model))
         if key not in self._graphs:
             self._graphs[key] = make(*asked)
         return self._graphs[key]
 
     def _of_attention(
         self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]
-    ) -> tuple[Initialisers, frozenset[str]]:
+    ) -> tuple[Initialisers, Stored]:
         at, known = f"layer.{i}.", [*self._model.products(i), *self._model.products_behind()]
-        arrays, centred = self._of_products(at, known[: len(products)], products)
-        return arrays | {f"{at}{name}": vector for name, vector in vectors.items()}, centred
+        arrays, stored = self._of_products(at, known[: len(products)], products)
+        return arrays | {f"{at}{name}": vector for name, vector in vectors.items()}, stored
 
     def _of_products(
         self, at: str, products: Sequence[LayerProduct], rows: Sequence[Rows]
-    ) -> tuple[Initialisers, frozenset[str]]:
+    ) -> tuple[Initialisers, Stored]:
         arrays: Initialisers = {}
-        centred = set()
+        stored: dict[str, StoredRows] = {}
         for made, part in zip(products, rows, strict=True):
-            product = self._product(part, self._header.product_format(made).kind, made.width)
+            product = self._product(part, made.width)
             arrays |= product.named(f"{at}{made.name}")
-            centred |= {f"{at}{made.name}"} if product.centred else set()
-        return arrays, frozenset(centred)
+            stored[f"{at}{made.name}"] = product.rows
+        return arrays, stored
 
-    def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
+    def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, Stored]:
         """A whole layer's: see graphs.constant.Layers.whole_ffn."""
-        m, kind = self._model, self._formats.ffn
+        m = self._model
         inputs = self._product(
-            type(groups.inputs)(*(by_matrix(a, m.inputs) for a in groups.inputs.arrays())), kind, m.hidden
+            type(groups.inputs)(*(by_matrix(a, m.inputs) for a in groups.inputs.arrays())), m.hidden
         )
         arrays = inputs.named(f"{at}inputs")
         if groups.bias.size:
             arrays[f"{at}inputs.bias"] = by_matrix(groups.bias[..., None], m.inputs)[:, 0]
         if groups.norm.size:
             arrays[f"{at}neurons_norm"] = groups.norm.reshape(-1)
-        with_centres = _centred(groups.down, kind, m.group_neurons)
+        with_centres = _centred(groups.down, m.group_neurons)
         downs = [
-            self._product(groups.down[g : g + 1].joined(), kind, m.group_neurons, with_centres).arrays
+            self._product(groups.down[g : g + 1].joined(), m.group_neurons, with_centres).arrays
             for g in range(len(groups))
         ]
         joined = {end: np.concatenate([d[end] for d in downs], axis=1 - (end == "w")) for end in downs[0]}
         if "zero" in joined:  # a byte holds those of two blocks, and a group may end with half a byte
             joined["zero"] = _zeros(joined["scale"])
-        arrays |= _Product(joined, with_centres).named(f"{at}down")
-        names = [f"{at}inputs"] * inputs.centred + [f"{at}down"] * with_centres
-        return arrays, frozenset(names)
+        down = _Product(joined, StoredRows(groups.down.kind, with_centres))
+        return arrays | down.named(f"{at}down"), {f"{at}inputs": inputs.rows, f"{at}down": down.rows}
 
-    def _of_groups(self, groups: Groups) -> tuple[Initialisers, frozenset[str]]:
-        m, kind = self._model, self._formats.ffn
-        inputs = self._product(groups.inputs.joined(), kind, m.hidden)
+    def _of_groups(self, groups: Groups) -> tuple[Initialisers, Stored]:
+        m = self._model
+        inputs = self._product(groups.inputs.joined(), m.hidden)
         arrays = inputs.named("inputs")
         if groups.bias.size:
             arrays["inputs.bias"] = groups.bias.reshape(-1)
         if groups.norm.size:
             arrays["neurons_norm"] = groups.norm.reshape(-1)
-        with_centres = _centred(groups.down, kind, m.group_neurons)
+        with_centres = _centred(groups.down, m.group_neurons)
         for number in range(len(groups)):
             down = groups.down[number : number + 1].joined()
-            arrays |= self._product(down, kind, m.group_neurons, with_centres).named(f"down.{number}")
-        names = ["inputs"] * inputs.centred + ["down"] * with_centres
-        return arrays, frozenset(names)
+            arrays |= self._product(down, m.group_neurons, with_centres).named(f"down.{number}")
+        return arrays, {"inputs": inputs.rows, "down": StoredRows(groups.down.kind, with_centres)}
 
-    def _product(self, rows: Rows, kind: RowKind, k: int, centred: bool | None = None) -> _Product:
+    def _product(self, rows: Rows, k: int, centred: bool | None = None) -> _Product:
         """The arrays of a product with rows [n, K]; their centres are left out if all of them are zero."""
+        if centred is None:
+            centred = _centred(rows, k)
+        return _Product(self._arrays(rows, k, centred), StoredRows(rows.kind, centred))
+
+    def _arrays(self, rows: Rows, k: int, centred: bool) -> Initialisers:
         if isinstance(rows, PlainRows):
-            return _Product({"w": np.ascontiguousarray(rows.w.T, np.float32)}, False)
+            return {"w": np.ascontiguousarray(rows.w.T, np.float32)}
         if isinstance(rows, TernaryRows):
             nibbles = pack_bits(unpack(rows.q, 2) + np.uint8(6), 4)  # their zero is 8, not 2
             blocks = nibbles.reshape(len(rows), -1, BLOCK // 2)
-            return _Product({"q": blocks, "scale": rows.scale.repeat(blocks.shape[1], axis=1)}, False)
+            return {"q": blocks, "scale": rows.scale.repeat(blocks.shape[1], axis=1)}
         if isinstance(rows, Mxfp4Rows):
             scale = mxfp4.scales(rows.exponent)
-            return _Product(self._of_bytes(mxfp4.as_bytes(rows.q).reshape(*scale.shape, -1), scale), False)
-        form = RowFormat(kind, k).widened
-        if centred is None:
-            centred = _centred(rows, kind, k)
+            return self._of_bytes(mxfp4.as_bytes(rows.q).reshape(*scale.shape, -1), scale)
+        form = RowFormat(rows.kind, k)
         q = rows.q if centred else rows.q[:, : form.weight_bytes]
         scale = scales(rows.scale, rows.step, form, centred)
         blocks = q.reshape(*scale.shape, -1)
-        if kind != "int8":
-            return _Product({"q": blocks, "scale": scale}, centred)
-        return _Product(self._of_bytes(blocks, scale), centred)
+        return self._of_bytes(blocks, scale) if rows.kind == "int8" else {"q": blocks, "scale": scale}
 
     def _of_bytes(self, blocks: Bytes, scale: Floats) -> Initialisers:
         """The arrays of a product with rows of 8 bits, their blocks [n, B, 32] and scales [n, B]."""
@@ -272,10 +263,10 @@ def by_matrix(array: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
     return np.moveaxis(parts, 1, 0).reshape(groups * rows, *array.shape[2:])
 
 
-def _centred(rows: Rows, kind: RowKind, k: int) -> bool:
+def _centred(rows: Rows, k: int) -> bool:
     """Whether any of the rows [..., n, bytes] has a centre that is not zero."""
     if not isinstance(rows, QuantRows):
         return False
-    zero = 0x88 if CENTRE_BITS[kind] == 4 else 0x80
-    weights = RowFormat(kind, k).widened.weight_bytes
+    zero = 0x88 if CENTRE_BITS[rows.kind] == 4 else 0x80
+    weights = RowFormat(rows.kind, k).weight_bytes
     return bool((rows.q[..., weights:] != zero).any())

@@ -70,8 +70,8 @@ class ExpertFfn:
         assert self._model.experts is not None
         self._experts = self._model.experts
         self._size = self._model.expert_groups
-        self._form = bundle.header.group
-        self._most = units_of_a_read(self._form.nbytes)
+        self._forms = {layer: bundle.header.group_of(layer) for layer in self._model.paged_layers}
+        self._most = units_of_a_read(bundle.header.largest_group.nbytes)
         self._router = Router(bundle)
         self._layers: dict[int, _LayerExperts] = {}  # of those layers that have experts
         self._first = self._experts.first
@@ -106,9 +106,9 @@ class ExpertFfn:
         self._router.load(layer)
         self._layers[layer] = _LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity)
 
-    def _session(self, _: Extent, raw: Bytes) -> Any:
+    def _session(self, extent: Extent, raw: Bytes) -> Any:
         """A session of the groups that were read; called in the thread that read them."""
-        return self._constants.groups(self._form.groups(raw), once=True)
+        return self._constants.groups(self._forms[extent.section + self._first].groups(raw), once=True)
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -129,7 +129,7 @@ class ExpertFfn:
         for extent, session in self._queue.take():
             expert = extent.first // self._size
             _add(shares, h, routed, expert, [session])
-            self._opened += extent.count * self._form.nbytes
+            self._opened += extent.count * self._forms[layer].nbytes
             if expert in come:
                 come[expert].append(session)
             on_step(layer, self._model.layers, self.card.bytes_read)

@@ -28,10 +28,9 @@ class Head:
         self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
         self._stream, self._section = stream, len(bundle.header.ffn_sections)
         self._doubled = constants.arithmetic == "float32"
-        kind, hidden = bundle.header.formats.head, self._model.hidden
+        hidden = self._model.hidden
         self._parts = [
-            (first, constants.rows(rows, kind, hidden))
-            for first, rows in bundle.table("head", plan.head_rows, self._part)
+            (first, constants.rows(rows, hidden)) for first, rows in bundle.table("head", plan.head_rows, self._part)
         ]
 
     def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:

@@ -151,7 +151,7 @@ class StreamedFfn:
         if extent.section < len(self._forms):
             return self._constants.groups(self._forms[extent.section].groups(raw), once=True)
         form = self._bundle.header.row_format("head")
-        return self._constants.rows(form.views(raw), form.kind, form.width, once=True)
+        return self._constants.rows(form.views(raw), form.width, once=True)
 
     def restart(self) -> None:
         self.stream.restart()

@@ -305,7 +305,7 @@ class CardQueue(_Card):
     """
 
     def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
-        super().__init__(bundle, most * bundle.header.group.nbytes, buffers, make)
+        super().__init__(bundle, most * bundle.header.largest_group.nbytes, buffers, make)
         self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
         self._dropped: list[_Read] = []  # begun for nothing, and not done yet
         self._wanted = 0  # of what is under way and asked for, the first so many

@@ -86,16 +86,16 @@ def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
     return while_opening(form.row, rows, arithmetic) + while_opening(form.column, form.hidden, arithmetic)
 
 
-def attention_held(header: Header, arithmetic: Arithmetic) -> int:
-    """Bytes of the attention of all layers, their small vectors included."""
-    m, total = header.model, 0
-    for i in range(m.layers):
-        total += sum(held(header.product_format(p), p.rows, arithmetic) for p in _products(m, i))
+def attention_held(header: Header, arithmetic: Arithmetic, layers: range | None = None) -> int:
+    """Bytes of the attention of some layers, or of all, their small vectors included."""
+    m, total, some = header.model, 0, range(header.model.layers) if layers is None else layers
+    for i in some:
+        total += sum(held(header.product_format(i, p), p.rows, arithmetic) for p in _products(m, i))
         total += 4 * sum(m.layer_vectors(i).values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
     routers += 4 * sum(m.expert_vectors().values())
     sessions = 3 if m.token_inputs else 2  # one for what is pinned of the FFN, one for what is behind it
-    return total + len(m.paged_layers) * routers + m.layers * sessions * SESSION
+    return total + len(m.paged_layers) * routers + len(some) * sessions * SESSION
 
 
 def leading_held(header: Header, arithmetic: Arithmetic) -> int:
@@ -116,7 +116,7 @@ def leading_opening(header: Header, arithmetic: Arithmetic) -> int:
 def attention_opening(header: Header, arithmetic: Arithmetic) -> int:
     m = header.model
     return max(
-        sum(while_opening(header.product_format(p), p.rows, arithmetic) for p in _products(m, i))
+        sum(while_opening(header.product_format(i, p), p.rows, arithmetic) for p in _products(m, i))
         for i in range(m.layers)
     )
 

@@ -21,7 +21,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes, widened_bytes
 from flashd.engine.model.states import states_bytes
-from flashd.engine.paging.eviction import shares
+from flashd.engine.paging.eviction import Numbers, shares
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS, LIKELY
 from flashd.errors import MemoryTooSmall, UsageError
@@ -58,7 +58,7 @@ class Plan:
     int8_head: bool
     pinned: tuple[int, ...]  # of each layer with groups, its first ones that stay in RAM; of a mixture, whole experts
     groups: tuple[int, ...]  # of each of these, in all
-    group_bytes: int  # that a group takes in RAM
+    group_bytes: tuple[int, ...]  # that a group of each of these takes in RAM
     lent_groups: int  # of all layers, that RAM of the KV cache has room for while a text is short
     head_rows: int  # of the head, the first so many
     buffers: int
@@ -76,8 +76,17 @@ class Plan:
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
-        more = min(lent // self.group_bytes, self.lent_groups)
-        return _spread(sum(self.pinned) + more, self.groups)
+        here = sum(self.pinned)
+        more = min(_groups_in(lent, self.groups, self.group_bytes, here), self.lent_groups)
+        return _spread(here + more, self.groups)
+
+    @property
+    def lent_held(self) -> int:
+        """Bytes in RAM of the groups that RAM of the KV cache has room for."""
+        more = _spread(sum(self.pinned) + self.lent_groups, self.groups)
+        return sum(
+            size * (groups - here) for size, groups, here in zip(self.group_bytes, more, self.pinned, strict=True)
+        )
 
     @property
     def least(self) -> int:
@@ -166,14 +175,14 @@ def _whole(header: Header, base: int, plan: Plan, arithmetic: Arithmetic) -> Pla
 
 def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
-    m, size, every = header.model, plan.group_bytes, sum(plan.groups)
+    m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
         return _paged_parts(header, plan.context, base, pinned, head, plan.kv)
 
     held = parts_of(0)
-    pinned = max(0, min(every, (plan.memory - sum(held.values())) // size))
+    pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
@@ -185,7 +194,8 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         more = left // max(1, parts.held(row, ROWS_OF_A_RUN, "float32")) * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + max(0, more))
     held = parts_of(pinned, head)
-    lent = 0 if m.experts else min(every - pinned, lendable_bytes(m, plan.context, plan.kv) // size)
+    lendable = 0 if m.experts else lendable_bytes(m, plan.context, plan.kv)
+    lent = _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
     passing = _passing_bytes(header, each)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
@@ -233,9 +243,22 @@ def _spread(groups: int, every: tuple[int, ...]) -> tuple[int, ...]:
 
     A layer never gets fewer if there are more.
     """
-    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in every]), kind="stable")[:groups]
-    layers = np.repeat(np.arange(len(every)), every)
-    return tuple(np.bincount(layers[order], minlength=len(every)).tolist())
+    return tuple(np.bincount(_by_turns(every)[:groups], minlength=len(every)).tolist())
+
+
+def _by_turns(every: tuple[int, ...]) -> Numbers:
+    """[n] the layers of all groups, in the order in which groups are pinned."""
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in every]), kind="stable")
+    return np.repeat(np.arange(len(every)), every)[order]
+
+
+def _groups_in(nbytes: int, every: tuple[int, ...], sizes: tuple[int, ...], first: int = 0) -> int:
+    """How many groups, from number `first` on in the order in which they are pinned, there is room for.
+
+    `sizes`: bytes of a group of each layer.
+    """
+    ends = np.cumsum(np.array(sizes)[_by_turns(every)[first:]])
+    return int(np.searchsorted(ends, nbytes, side="right"))
 
 
 def _likely(header: Header) -> int:
@@ -244,8 +267,9 @@ def _likely(header: Header) -> int:
     return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
 
 
-def _group_bytes(header: Header) -> int:
-    return parts.group_held(header.group, "float32")
+def _group_bytes(header: Header) -> tuple[int, ...]:
+    """Bytes in RAM of a group of each layer that has some."""
+    return tuple(parts.group_held(header.group_of(i), "float32") for i in header.model.paged_layers)
 
 
 def _passing_bytes(header: Header, pinned: tuple[int, ...]) -> int:
@@ -283,7 +307,8 @@ def _paged_parts(
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
     m, head = header.model, head or _likely(header)
     every = sum(m.paged_groups)
-    each = max(_spread(pinned, m.paged_groups))
+    spread = _spread(pinned, m.paged_groups)
+    each = max(spread)
     held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
         "head": parts.head_held(header, head, "float32"),
@@ -294,7 +319,8 @@ def _paged_parts(
     if m.experts and m.experts.leading:
         held[LEADING_FFNS] = parts.leading_held(header, "float32")
     if not header.selection:
-        held["experts" if m.experts else "pinned neurons"] = pinned * _group_bytes(header)
+        sizes = zip(spread, _group_bytes(header), strict=True)
+        held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
     return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each)}
 
 
@@ -315,7 +341,9 @@ def _opening(header: Header, later: int, groups: int) -> int:
         parts.states_opening(header, "float32"),
         parts.leading_opening(header, "float32"),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
-        0 if header.selection else (1 if m.experts else groups) * parts.group_opening(header.group, "float32"),
+        0
+        if header.selection
+        else (1 if m.experts else groups) * parts.group_opening(header.largest_group, "float32"),
     )
     return max(0, largest - later)
 
@@ -334,12 +362,13 @@ def whole_parts(
     of_head: Arithmetic = "int8" if int8_head else "float32"
     weights, opening = parts.head_held(header, head_rows or m.vocabulary, of_head), 0
     kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
-    groups, first = m.layer_groups, 0
+    first = 0
     for kind, count in kinds.items():
-        weights += sum(groups[first : first + count]) * parts.group_held(header.group, kind)
-        weights += count * (parts.attention_held(header, kind) // m.layers)
+        layers = range(first, first + count)
+        weights += sum(m.layer_groups[i] * parts.group_held(header.group_of(i), kind) for i in layers)
+        weights += parts.attention_held(header, kind, layers)
         first += count
-        each = m.groups * parts.group_opening(header.group, kind) + parts.attention_opening(header, kind)
+        each = m.groups * parts.group_opening(header.largest_group, kind) + parts.attention_opening(header, kind)
         opening = max(opening, min(count, parts.layers_together(header)) * each)
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
     of_tokens: Arithmetic = "int8" if int8_layers else "float32"

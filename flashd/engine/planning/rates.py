@@ -93,7 +93,7 @@ def expected(plan: Plan, rates: Rates, card: float | None) -> float:
         return 1 / once
     # while a text is short, more groups are in RAM and fewer stream past
     lent, groups = plan.lent_groups, sum(plan.groups)
-    in_ram += plan.group_bytes * lent
+    in_ram += plan.lent_held
     guessed = min(OWN * (sum(plan.pinned) + lent) / groups, MOST_OWN)
     seconds = _pass(plan.card_bytes - plan.lent_card_bytes, in_ram, rates, speed) + OWN_STEPS * in_ram / rates.guessed
     return max(1 / once, (1 + guessed) / seconds)

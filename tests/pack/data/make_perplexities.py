@@ -27,12 +27,13 @@ def perplexity(logits: Floats, tokens: list[int]) -> float:
     return float(np.exp(lost.mean()))
 
 
-def by_llama_cpp(path: Path) -> float:
+def by_llama_cpp(path: Path, most: int = 400) -> float:
     import llama_cpp
 
     model = llama_cpp.Llama(str(path), n_ctx=400, logits_all=True, verbose=False)
     tokens = model.tokenize(TEXT.read_bytes(), add_bos=False)
     assert len(tokens) <= 400
+    tokens = tokens[:most]
     model.eval(tokens)
     return perplexity(np.array(model.scores[: len(tokens)]), tokens)
 
@@ -56,6 +57,8 @@ def main() -> None:
             if program == "llama.cpp":
                 paths = {name: variants.write(Path(folder) / f"{name}.gguf", keys) for name, keys in GGUF.items()}
                 found[program] = {name: round(by_llama_cpp(path), 3) for name, path in paths.items()}
+                mixed = variants.retyped(variants.BASE, Path(folder) / "mixed.gguf", variants.mixed)
+                found["mixed"] = {program: round(by_llama_cpp(mixed, 100), 3)}
             else:
                 paths = {name: variants.write_folder(Path(folder) / name, keys) for name, keys in FOLDERS.items()}
                 found[program] = {name: round(by_transformers(path), 3) for name, path in paths.items()}

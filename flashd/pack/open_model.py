@@ -7,7 +7,7 @@ writes them: another kind of source turns its own into these.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -85,6 +85,11 @@ class OpenModel(Protocol):
     @property
     def keys(self) -> set[str]:
         """Of all metadata."""
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """What it says of itself, beside `keys`, that changes answers and that flashd does not know, in words."""
+        return ()
 
     @property
     def layers(self) -> int:

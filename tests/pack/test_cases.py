@@ -11,6 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
@@ -162,7 +164,10 @@ def test_a_refusal_names_all_that_flashd_lacks(tmp_path: Path) -> None:
             tensors[f"blk.{i}.ffn_up_shexp.weight"] = np.ones((32, 64), np.float32)
         tensors["other.weight"] = np.ones(32, np.float32)
 
-    keys = {"llama.expert_shared_count": 1, "llama.logit_scale": 0.5, "llama.attention.clamp_kqv": 8.0}
+    keys = {
+        "llama.expert_shared_count": 1, "llama.logit_scale": 0.5, "llama.attention.clamp_kqv": 8.0,
+        "llama.rope.scaling.type": "spiral", "llama.rope.turns": 3.0,
+    }  # fmt: skip
     model = variants.write(tmp_path / "m.gguf", keys, variants.arrays(add))
     with pytest.raises(DataError) as caught:
         pack(model, tmp_path / "m.flash", "f16")
@@ -170,9 +175,30 @@ def test_a_refusal_names_all_that_flashd_lacks(tmp_path: Path) -> None:
     assert said == [
         "an expert that every token uses (llama.expert_shared_count) is not supported for 'llama' yet",
         "a bound on queries, keys and values (llama.attention.clamp_kqv) is not supported for 'llama' yet",
+        "rotary scaling of kind 'spiral' is not supported",
+        "known are linear, longrope, yarn",
         "flashd does not know what llama.logit_scale means (its value: 0.5)",
+        "flashd does not know what llama.rope.turns means (its value: 3.0)",
         "tensor 'blk.0.ffn_up_shexp.weight' has no place in 'llama' as flashd knows it (and 1 more like it)",
         "tensor 'other.weight' has no place in 'llama' as flashd knows it",
+    ]
+
+
+def test_a_refusal_of_a_folder_names_all_too(tmp_path: Path) -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0, "turns": 9, "alpha": 3}
+    model = variants.write_folder(tmp_path / "m", {"rope_parameters": rope, "logits_scaling": 8.0, "clip_qkv": 2.0})
+    save_file({"model.layers.0.mlp.other.weight": np.ones((2, 2), np.float32)}, model / "more.safetensors")
+    names = dict.fromkeys(safe_open(model / "model.safetensors", "numpy").keys(), "model.safetensors")
+    index = {"weight_map": names | {"model.layers.0.mlp.other.weight": "more.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError) as caught:
+        pack(model, tmp_path / "m.flash", "f16")
+    assert str(caught.value).removeprefix(f"{model}: ").split("; ") == [
+        "a bound on queries, keys and values (llama.attention.clamp_kqv) is not supported for 'llama' yet",
+        "flashd does not know what 'logits_scaling' means (its value: 8.0)",
+        "flashd does not know the rotary parameter 'alpha' of kind 'linear'",
+        "flashd does not know the rotary parameter 'turns' of kind 'linear'",
+        "tensor 'model.layers.0.mlp.other.weight' has no place in 'llama' as flashd knows it",
     ]
 
 

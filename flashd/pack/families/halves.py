@@ -5,7 +5,7 @@ A bundle's layer is a mixer and the FFN behind it, if there is one. So the layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flashd.bundle import header
@@ -70,6 +70,11 @@ class Joined(OpenModel):
     def keys(self) -> set[str]:
         """Of all metadata."""
         return self._model.keys
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """What it says of itself, beside `keys`, that changes answers and that flashd does not know, in words."""
+        return self._model.unknown
 
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none. Raises DataError where it is damaged."""

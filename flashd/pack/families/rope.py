@@ -92,29 +92,42 @@ def _divide(model: OpenModel, angles: npt.NDArray[np.float64], context: int) -> 
         angles /= divisors
 
 
+KINDS = ("none", "linear", "longrope", "yarn")
+"""The kinds of rotary scaling."""
+
+
+def unknown_scaling(model: OpenModel) -> list[str]:
+    """What a model says of its rotary scaling that flashd does not know, in words."""
+    if (kind := _kind(model)) not in KINDS:
+        return [f"rotary scaling of kind {kind!r} is not supported; known are {', '.join(KINDS[1:])}"]
+    keys = ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor") if kind == "yarn" else ()
+    values = {f"{model.architecture}.{key}": model.number(key, float, 1.0) for key in keys}
+    return [f"{key} is {value}; flashd supports only 1" for key, value in values.items() if value != 1.0]
+
+
+def _factor(model: OpenModel) -> float:
+    return model.number("rope.scaling.factor", float, 0.0) or model.number("rope.scale_linear", float, 0.0)
+
+
+def _kind(model: OpenModel) -> str:
+    # llama.cpp, too, takes a factor without a kind for a linear one
+    return str(model.metadata(f"{model.architecture}.rope.scaling.type") or ("linear" if _factor(model) else "none"))
+
+
 def _scale_rope(model: OpenModel, family: Family, table: npt.NDArray[np.float64], half: int, base: float) -> None:
     """Stretches a table for contexts longer than those of the first training."""
     # the length that a file states multiplies the usual one
     table[1, :half] = model.number("rope.scaling.attn_factor", float, 1.0)
-    factor = model.number("rope.scaling.factor", float, 0.0) or model.number("rope.scale_linear", float, 0.0)
-    # llama.cpp, too, takes a factor without a kind for a linear one
-    kind = model.metadata(f"{model.architecture}.rope.scaling.type") or ("linear" if factor else "none")
+    factor, kind = _factor(model), _kind(model)
     if kind == "longrope" and SHORT not in model.names:
         raise DataError(f"{model.path}: rotary scaling of kind 'longrope' without its divisors ({SHORT})")
     if kind in ("none", "longrope"):
         return
-    if kind not in ("linear", "yarn"):
-        raise DataError(
-            f"{model.path}: rotary scaling of kind {kind!r} is not supported; known are linear, longrope, yarn"
-        )
     if not 0 < factor < math.inf:
         raise DataError(f"{model.path}: a rotary scaling of kind {kind!r} by a factor of {factor}")
     if kind == "linear":
         table[0] /= factor
         return
-    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
-        if (value := model.number(key, float, 1.0)) != 1.0:
-            raise DataError(f"{model.path}: {model.architecture}.{key} is {value}; flashd supports only 1")
     table[0, :half] *= _yarn(model, family, half, base, factor)
     log_multiplier = model.number("rope.scaling.yarn_log_multiplier", float, 0.0)
     table[1, :half] *= yarn_length(factor) / yarn_length(factor, log_multiplier)

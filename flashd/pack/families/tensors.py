@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from flashd.bundle.architecture import LAYER_NORMS, Bias, Place
 from flashd.errors import DataError
 from flashd.pack.families.family import ENDLESS, PLAIN, Family, Mixture, tensor_name
-from flashd.pack.families.rope import LONG, SHORT
+from flashd.pack.families.rope import LONG, SHORT, unknown_scaling
 from flashd.pack.open_model import OpenModel
 
 TURNED = "rope.scaling.finetuned"
@@ -84,7 +84,15 @@ def lacking(model: OpenModel, family: Family) -> list[str]:
         f"tensor {name!r} has no place {place}" + (f" (and {others} more like it)" if others else "")
         for name, others in _kinds(_unexpected(model, family)).items()
     ]
-    return [*unsupported, *_shortened(keys, "keys"), *_shortened(tensors, "kinds of tensors")]
+    rotary = unknown_scaling(model) if family.rotary else []
+    stated_otherwise = _shortened(list(model.unknown), "properties")
+    return [
+        *unsupported,
+        *stated_otherwise,
+        *rotary,
+        *_shortened(keys, "keys"),
+        *_shortened(tensors, "kinds of tensors"),
+    ]
 
 
 def beyond(model: OpenModel, family: Family) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flashd.errors import DataError
 from flashd.pack.families.family import Config, Folder
 from flashd.pack.families.registry import FOLDERS, SEEING
-from flashd.pack.sources.folder_rope import check_rope, rotary_keys
+from flashd.pack.sources.folder_rope import rotary_keys, unknown_rope
 
 MOST_WIDTH = 1 << 16
 """Numbers of a head."""
@@ -61,6 +60,7 @@ class FolderModel:
     architecture: str  # in GGUF
     folder: Folder
     config: Config
+    unknown: tuple[str, ...] = ()  # what it says that changes answers and that nothing reads, in words
 
     @property
     def layers(self) -> int:
@@ -88,10 +88,8 @@ def folder_model(stated: Config, path: Path) -> FolderModel:
         folder = folder.plain
     if "hidden_act" in full:
         full["hidden_act"] = folder.activations.get(full["hidden_act"], full["hidden_act"])
-    model = FolderModel(architecture, folder, folder.adapt(_of_every_layer(full), path))
-    _check_names(model, path)
-    check_rope(model.config, path)
-    return model
+    adapted = folder.adapt(_of_every_layer(full), path)
+    return FolderModel(architecture, folder, adapted, (*_unknown_names(adapted, folder), *unknown_rope(adapted)))
 
 
 def _of_every_layer(config: Config) -> Config:
@@ -101,12 +99,14 @@ def _of_every_layer(config: Config) -> Config:
     return {**config, **alike}
 
 
-def _check_names(model: FolderModel, path: Path) -> None:
-    """Raises DataError for a property that changes answers and that nothing reads."""
-    known = {name for names in KEYS.values() for name in names} | READ | set(model.folder.keys.values())
-    for name, value in model.config.items():
-        if name not in known and CHANGES_ANSWERS.search(name) and value not in INERT:
-            raise DataError(f"{path}: flashd does not know what {name!r} means (its value: {str(value)[:60]})")
+def _unknown_names(config: Config, folder: Folder) -> list[str]:
+    """The properties that change answers and that nothing reads, in words."""
+    known = {name for names in KEYS.values() for name in names} | READ | set(folder.keys.values())
+    return [
+        f"flashd does not know what {name!r} means (its value: {str(value)[:60]})"
+        for name, value in config.items()
+        if name not in known and CHANGES_ANSWERS.search(name) and value not in INERT
+    ]
 
 
 def _text_part(config: Config) -> Config:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flashd.bundle.rows.kinds import Floats
-from flashd.errors import DataError
 from flashd.pack.families.family import Config
 from flashd.pack.families.rope import LONG, SHORT, yarn_length
 
@@ -45,17 +43,19 @@ def _kind(rope: Config) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def check_rope(config: Config, path: Path) -> None:
-    """Raises DataError for a kind of rotary scaling, or a parameter of it, that is not supported."""
+def unknown_rope(config: Config) -> list[str]:
+    """The kinds of rotary scaling, and the parameters of them, that are not supported, in words."""
     rope, local = _rope(config), _rope(config, "sliding_attention")
-    for parameters in (rope, local):
+    out = []
+    for parameters in (rope, local) if local != rope else (rope,):
         if (kind := _kind(parameters)) not in PARAMETERS:
             known = ", ".join(PARAMETERS)
-            raise DataError(f"{path}: rotary scaling of kind {kind!r} is not supported; known are {known}")
-        if unknown := set(parameters) - COMMON - PARAMETERS[kind]:
-            raise DataError(f"{path}: flashd does not know the rotary parameter {min(unknown)!r} of kind {kind!r}")
-    if local != rope and _kind(local) != "default":
-        raise DataError(f"{path}: rotary scaling ({_kind(local)}) of layers that see a window is not supported")
+            out.append(f"rotary scaling of kind {kind!r} is not supported; known are {known}")
+        for name in sorted(set(parameters) - COMMON - PARAMETERS.get(kind, set(parameters))):
+            out.append(f"flashd does not know the rotary parameter {name!r} of kind {kind!r}")
+    if local != rope and _kind(local) in set(PARAMETERS) - {"default"}:
+        out.append(f"rotary scaling ({_kind(local)}) of layers that see a window is not supported")
+    return out
 
 
 def rotary_keys(config: Config, head_dim: int) -> dict[str, Any]:

@@ -331,6 +331,11 @@ class HfFolder(OpenModel):
         """Of all metadata."""
         return set(self._metadata)
 
+    @property
+    def unknown(self) -> Sequence[str]:
+        """What config.json says that changes answers and that flashd does not know, in words."""
+        return self._model.unknown
+
     def metadata(self, key: str) -> Any:
         """A value of the metadata, None where there is none."""
         return self._metadata.get(key)

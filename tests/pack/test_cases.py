@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
+from flashd.engine.decoding.text import Message
+from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
 from flashd.errors import DataError, InputMissing, UsageError
 from flashd.pack.pack import pack
@@ -342,6 +344,41 @@ def test_templates_none_of_which_is_taken_are_named(tmp_path: Path, caplog: pyte
     assert "tokenizer.chat_template.tool_use none is taken" in caplog.text
     with pytest.raises(DataError, match="neither a text nor a list"):
         folder_with(tmp_path / "o", {"tokenizer_config.json": {"chat_template": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}", "[hi]"),
+        ("{% for m in messages %}<{%- generation -%} {{ m.content }} {%- endgeneration %}>{% endfor %}", "<hi>"),
+        ("{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}", "hi"),
+        ("{{ messages[0].content }}{% if documents is not none %}{{ documents[0].title }}{% endif %}", "hi"),
+    ],
+)  # fmt: skip
+def test_a_template_of_transformers_is_packed_and_rendered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, said: str
+) -> None:
+    model = variants.write(tmp_path / "m.gguf", {"tokenizer.chat_template": template})
+    pack(model, tmp_path / "m.flash", "f16")
+    assert not caplog.records
+    with Bundle(tmp_path / "m.flash") as bundle:
+        prompts = Prompts(bundle)
+        assert prompts.tokens([Message("user", "hi")]) == prompts.plain(said)
+
+
+def test_a_folder_that_leaves_out_what_its_family_has_anyway(tmp_path: Path) -> None:
+    for kind, context, epsilon in (("llama", 2048, 1e-6), ("mistral", 131072, 1e-6)):
+        left_out = {"model_type": kind, "rms_norm_eps": None, "max_position_embeddings": None}
+        header = pack(variants.write_folder(tmp_path / kind, left_out), tmp_path / "m.flash", "f16")
+        assert header.model.context == context and header.model.norm_epsilon == pytest.approx(epsilon)
+    # null is no window, and not the default
+    path = tmp_path / "mistral"
+    stated = json.loads((path / "config.json").read_text())
+    windows = []
+    for config in (stated, {**stated, "sliding_window": None}, {**stated, "sliding_window": 7}):
+        (path / "config.json").write_text(json.dumps(config))
+        windows.append(pack(path, tmp_path / "m.flash", "f16").model.attention[0].window)
+    assert windows == [4096, 0, 7]
 
 
 def test_pack_says_what_a_template_cannot_render(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -86,6 +86,8 @@ def folder_model(stated: Config, path: Path) -> FolderModel:
     full = {**folder.defaults, **{key: value for key, value in config.items() if value is not None}}
     if folder.plain and not full.get("num_local_experts"):
         folder = folder.plain
+    if "sliding_window" in config and config["sliding_window"] is None:
+        full.pop("sliding_window", None)  # transformers, too, takes null for no window, whatever its default is
     if "hidden_act" in full:
         full["hidden_act"] = folder.activations.get(full["hidden_act"], full["hidden_act"])
     adapted = folder.adapt(_of_every_layer(full), path)

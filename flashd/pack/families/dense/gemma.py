@@ -16,7 +16,7 @@ DEFAULTS = {
     "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 256,
     "max_position_embeddings": 8192,
 }  # fmt: skip
-GEMMA_2 = {**DEFAULTS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256}
+GEMMA_2 = {**DEFAULTS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 GEMMA_3 = {**GEMMA_2, "max_position_embeddings": 131072, "num_attention_heads": 8, "rope_theta": 1e6}
 GEMMA_3N = {
     "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 256,

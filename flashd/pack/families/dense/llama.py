@@ -17,7 +17,7 @@ FAMILIES = (
         folders=(
             Folder("llama", permuted=True, defaults=LLAMA),
             Folder("internlm3", permuted=True, defaults=INTERNLM_3),
-            Folder("mistral", permuted=True, defaults=MISTRAL),
+            Folder("mistral", permuted=True, defaults={**MISTRAL, "sliding_window": 4096}),
             Folder("mixtral", permuted=True, defaults={**MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6}),
             Folder(  # ProSparse
                 "sparsellama", permuted=True, defaults=LLAMA,

@@ -9,6 +9,7 @@ from flashd.pack.families.family import Config, Family, Folder
 
 DEFAULTS = {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_key_value_heads": 32, "sliding_window_pattern": 4,
+    "sliding_window": 4096,
 }  # fmt: skip
 
 

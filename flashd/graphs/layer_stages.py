@@ -192,7 +192,8 @@ class LayerStages:
     def attend(self, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, str]:
         """qkv [1, T, ...] -> (output [1, T, query width], keys, values).
 
-        `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree.
+        `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree. The
+        bias then takes what is behind the window out of attention.
         """
         g, m, heads, width = self._g, self._model, self._model.kv_heads_of(kind), sum(self._model.qkv_widths(kind))
         gate = ""
@@ -217,7 +218,7 @@ class LayerStages:
             attributes["do_rotary"] = 1
         elif tree or m.sinks:
             positions += ["", ""]
-        if kind.window:
+        if kind.window and not tree:  # it counts slots of the cache, which in a tree are no places in a text
             attributes["local_window_size"] = kind.window
         if m.attention_cap:
             attributes["softcap"] = m.attention_cap

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from flashd.bundle.layer_kinds import AttentionKind
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, at_least_two
@@ -60,6 +61,20 @@ class Places:
     tokens: int  # T
     positions: npt.NDArray[np.int64]  # [1, R + 1]
     bias: Floats  # [1, 1, R + 1, past + R + 1], added to attention's scores
+    keys: npt.NDArray[np.int64]  # [past + T], where in its text what each slot of the cache holds stands
+    _within: dict[int, Floats] = field(default_factory=dict)  # what `within` gave, by the window
+
+    def within(self, window: int) -> Floats:
+        """The bias of layers that attend to the last `window` tokens of a text; 0: to all."""
+        if not window:
+            return self.bias
+        if window not in self._within:
+            # products of all layers take one array: the scores of keys that are too far are made in a copy of it
+            seen = self.bias.copy()
+            first = self.positions[0, : self.tokens, None] - window + 1  # [T, 1]
+            seen[0, 0, : self.tokens, : len(self.keys)][self.keys < first] = NEVER
+            self._within[window] = seen
+        return self._within[window]
 
     def parts(self, most: int) -> list[tuple[slice, Places]]:
         """Up to `most` of the tokens at a time: which, and where they stand behind those before them."""
@@ -68,26 +83,29 @@ class Places:
 
     def _part(self, part: slice) -> Places:
         bias = self.bias[0, 0, part, : self.past + part.stop]
-        return Places.of(self.past + part.start, self.positions[0, part], bias)
+        return Places.of(self.past + part.start, self.positions[0, part], bias, self.keys[: self.past + part.stop])
 
     @classmethod
-    def of(cls, past: int, positions: npt.NDArray[np.int64], bias: Floats) -> Places:
-        """positions [T] and bias [T, past + T], filled up with the rows that nothing looks at."""
+    def of(cls, past: int, positions: npt.NDArray[np.int64], bias: Floats, keys: npt.NDArray[np.int64]) -> Places:
+        """positions [T] and bias [T, past + T], filled up with the rows that nothing looks at; keys [past + T]."""
         tokens = len(positions)
         more = max(2 - tokens, 0) + 1
         positions = np.append(positions, np.repeat(positions[-1:], more))[None]
-        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None])
+        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None], keys)
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:
         """One token behind the other."""
-        return cls.of(past, np.arange(past, past + tokens), np.zeros((tokens, past + tokens), np.float32))
+        every, bias = np.arange(past + tokens), np.zeros((tokens, past + tokens), np.float32)
+        return cls.of(past, every[past:], bias, every)
 
     @classmethod
     def in_branches(cls, past: int, branches: Branches, known: int = 0) -> Places:
         """They begin behind `past` slots of the cache, which has the first `known` of them already."""
-        sees = branches.sees(past)[known:]
-        return cls.of(past + known, sees.sum(1) - 1, np.where(sees, np.float32(0), NEVER))
+        sees = branches.sees(past)
+        positions = sees.sum(1) - 1
+        keys = np.append(branches.places(past), positions)
+        return cls.of(past + known, positions[known:], np.where(sees[known:], np.float32(0), NEVER), keys)
 
 
 class Attention:
@@ -126,9 +144,9 @@ class Attention:
         binding.bind_cpu_input("x", at_least_two(x)[None])
         self._rotary.bind(names, binding)
         bind_positions(binding, names, places.past, places.tokens, places.positions.shape[1])
-        for name, value in (("positions", places.positions), ("bias", places.bias)):
-            if name in names:
-                binding.bind_cpu_input(name, value)
+        if isinstance(kind := self._model.kind(layer), AttentionKind):
+            binding.bind_cpu_input("bias", places.within(kind.window))
+            binding.bind_cpu_input("positions", places.positions)
         bind_kept(binding, cache.layer(layer, places.tokens, drafting), "")
         binding.bind_output("x_out", "cpu")
         binding.bind_output("h_out", "cpu")

@@ -87,9 +87,7 @@ class PagedModel:
         give_back_freed_memory()
         self._reuses_up_to, self._reuses = plan.reuses_up_to, False
         self.pass_tokens = pass_tokens(bundle.header)
-        # attention with a sliding window would take a branch's slot in the cache for its position in the text, and a
-        # state follows one line of tokens
-        self.branches = not (any(kind.window for kind in self._model.attention) or self._model.recurrent)
+        self.branches = not self._model.recurrent  # a state follows one line of tokens
 
     def close(self) -> None:
         self._ffn.close()

@@ -27,6 +27,13 @@ class Branches:
     texts: Sequence[CacheSlots]
     parents: Sequence[int]  # one for each of the T tokens
 
+    def places(self, past: int) -> CacheSlots:
+        """[past]: where in its texts the token in each of the cache's first slots stands; 0 if it is in none."""
+        places = np.zeros(past, np.int64)
+        for text in self.texts:  # what texts share begins all of them
+            places[text] = np.arange(len(text))
+        return places
+
     def sees(self, past: int) -> npt.NDArray[np.bool_]:
         """[T, past + T] bool: whether each token attends to each of the cache's `past` slots and of the T tokens.
 

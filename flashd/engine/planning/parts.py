@@ -186,8 +186,9 @@ def rotary(m: Architecture, context: int) -> int:
 
 
 def scores(m: Architecture, tokens: int, context: int) -> int:
-    """Attention's, of one layer, and the bias that is added to them."""
-    return 4 * (tokens + 2) * (context + 2) * (m.heads + 2)
+    """Attention's, of one layer, and the biases that are added to them, one for each width of a window."""
+    windows = len({kind.window for kind in m.attention if kind.window})
+    return 4 * (tokens + 2) * (context + 2) * (m.heads + 2 + windows)
 
 
 def groups_of_a_read(form: GroupFormat, m: Architecture) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pexpect import EOF, TIMEOUT, fdpexpect
 
-from tests.board.image import Image
+from tests.board.image import Card, Image
 
 UART = {"aarch64": "/dev/ttyAMA0", "x86_64": "/dev/ttyS0"}
 
@@ -35,14 +35,22 @@ class Guest:
     Args:
         arch: aarch64 or x86_64.
         image: what it boots.
-        medium, card: disks; the card can be pulled.
+        medium: a disk that is only read.
+        card: a disk that can be pulled; a board that boots from its card has no other.
         memory: RAM, as QEMU writes it.
         work: a folder for sockets and the root disk's changes.
         kvm: run on the processor itself rather than emulate it.
     """
 
     def __init__(
-        self, arch: str, image: Image, medium: Path, card: Path, memory: str, work: Path, kvm: bool = False
+        self,
+        arch: str,
+        image: Image | Card,
+        medium: Path,
+        card: Path | None,
+        memory: str,
+        work: Path,
+        kvm: bool = False,
     ) -> None:
         self.arch, self._kvm = arch, kvm
         self._image, self._medium, self._card, self._memory, self._work = image, medium, card, memory, work
@@ -50,7 +58,8 @@ class Guest:
         self._disk = work / "root.qcow2"
         self._disk.unlink(missing_ok=True)
         backing = ["-b", str(image.root.resolve()), "-F", "raw"]
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(self._disk)], check=True)
+        size = [image.size] if isinstance(image, Card) else []
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(self._disk), *size], check=True)
 
     def boot(self, seconds: float) -> None:
         """Starts the machine and waits for its shell."""
@@ -166,6 +175,10 @@ class Guest:
             self._qmp.ask("send-key", keys=keys)
             time.sleep(0.2 if self._accelerated else 0.5)
 
+    def photograph_screen(self, path: Path) -> None:
+        """What is on the screen, as a PNG."""
+        self._qmp.ask("screendump", filename=str(path), format="png")
+
     def press_button(self) -> None:
         """QEMU's power button: it pulls line 3 of the PL061 up for a tenth of a second."""
         self._qmp.ask("system_powerdown")
@@ -191,14 +204,12 @@ class Guest:
         accel = "kvm" if self._accelerated else "tcg,thread=multi"
         cpu = "host" if self._accelerated else "cortex-a76" if arm else "max"
         machine = ["-M", "virt" if arm else "q35", "-accel", accel, "-cpu", cpu, "-smp", "2", "-m", self._memory]
-        kernel = [
-            "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
-            "-append", "root=/dev/vda rw console=hvc0 quiet loglevel=1 systemd.show_status=no panic=-1",
-        ]  # fmt: skip
         disks = [
             "-drive", f"file={self._disk},format=qcow2,if=none,id=root", "-device", "virtio-blk-pci,drive=root",
             "-drive", f"file={self._medium},format=raw,if=none,id=medium,readonly=on",
             "-device", "virtio-blk-pci,drive=medium",
+        ]  # fmt: skip
+        card = [
             "-object", f"throttle-group,id=limits,x-bps-read={CARD_SPEED},x-iops-read=2500",
             "-blockdev", f"driver=file,node-name=cardfile,filename={self._card},read-only=on",
             "-blockdev", "driver=throttle,node-name=card,throttle-group=limits,file=cardfile,read-only=on",
@@ -215,8 +226,19 @@ class Guest:
         screen = (
             ["-device", "usb-kbd", "-device", "virtio-gpu-pci", "-display", "none"] if arm else ["-display", "none"]
         )
-        tree = ["-dtb", str(self._device_tree(machine))] if arm else []
-        return [f"qemu-system-{self.arch}", *machine, *kernel, *disks, *lines, *screen, *tree, "-nic", "none"]
+        return [
+            f"qemu-system-{self.arch}", *machine, *self._loader(machine), *disks, *(card if self._card else []),
+            *lines, *screen, "-nic", "none",
+        ]  # fmt: skip
+
+    def _loader(self, machine: list[str]) -> list[str]:
+        if isinstance(self._image, Card):
+            return ["-bios", str(self._image.firmware)]
+        tree = ["-dtb", str(self._device_tree(machine))] if self.arch == "aarch64" else []
+        return [
+            "-kernel", str(self._image.kernel), "-initrd", str(self._image.initrd),
+            "-append", "root=/dev/vda rw console=hvc0 quiet loglevel=1 systemd.show_status=no panic=-1", *tree,
+        ]  # fmt: skip
 
     def _device_tree(self, machine: list[str]) -> Path:
         """The machine's own, with a Raspberry Pi's revision, and without the power key that would claim a pin."""

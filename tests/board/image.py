@@ -60,6 +60,15 @@ class Image:
     initrd: Path
 
 
+@dataclass(frozen=True)
+class Card:
+    """A card that deploy/image made, with firmware (UEFI) that boots from it, in a reader for larger cards."""
+
+    root: Path
+    firmware: Path
+    size: str  # as qemu-img writes it
+
+
 def debian(arch: str, suite: str, work: Path) -> Image:
     """A bootable Debian, made once for an architecture and a release."""
     made = work / f"{suite}-{arch}"

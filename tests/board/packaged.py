@@ -1,7 +1,7 @@
 """python -m tests.board.packaged DEB: flashd's package on a Debian with systemd as PID 1 and no network.
 
 As root, with mmdebstrap and systemd-container. The Debian is a container of this machine's own architecture, so
-nothing is emulated.
+nothing is emulated. What is tried here is tried on an image, too: see flashed.py.
 """
 
 from __future__ import annotations

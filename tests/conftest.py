@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 SLOW = (
     "families", "select", "select_experts", "select_gate", "narrow", "bench", "hottest", "bitnet", "bombs", "ends",
     "daemon", "chat", "load", "snapshots", "bench_grid", "recipes", "folders", "cases", "check_config", "states",
-    "experts", "draft_model", "token_inputs", "streams", "beside",
+    "experts", "draft_model", "token_inputs", "streams", "beside", "mixtures",
 )  # fmt: skip
 """Files of tests that pack many models, or start many processes."""
 

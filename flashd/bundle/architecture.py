@@ -359,14 +359,16 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     def expert_vectors(self) -> dict[str, int]:
         """The vectors of a layer's experts and their lengths, by name, in the order of its section `experts`.
 
-        The bias of each expert's score, what is added to it only to choose, what its weight is multiplied by, and the
-        bias of each expert's output [E, H]. Empty if the model has none of these.
+        The bias of each expert's score, what is added to it only to choose, the place on the card of each expert of
+        the file if groups of them are chosen, what its weight is multiplied by, and the bias of each expert's output
+        [E, H]. Empty if the model has none of these.
         """
         if self.experts is None:
             return {}
         count, biases = self.experts.count, self.biases
         vectors = {"router.bias": count} if "router" in biases else {}
         vectors |= {"choice.bias": count} if self.experts.leaned else {}
+        vectors |= {"places": count} if self.experts.groups else {}
         vectors |= {"down.scale": count} if self.experts.weights_scaled else {}
         return vectors | ({"down.bias": count * self.hidden} if "down" in biases else {})
 

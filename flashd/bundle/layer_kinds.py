@@ -216,6 +216,14 @@ class LeadingFfn(msgspec.Struct, frozen=True, kw_only=True):
         return self.neurons // self.group_neurons
 
 
+class ExpertGroups(msgspec.Struct, frozen=True, kw_only=True):
+    """Groups of experts that followed each other in the model's file, all equally large (DeepSeek-V2 and later)."""
+
+    count: Annotated[int, msgspec.Meta(ge=2, le=4096)]
+    used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # groups that a token chooses its experts from
+    best: Annotated[int, msgspec.Meta(ge=1, le=2)]  # a group's score is the sum of that many of its highest
+
+
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
     """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
 
@@ -227,6 +235,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True):
     early: bool = False  # whether the router takes the layer's input rather than the FFN's
     shared: SharedExpert | None = None  # one that every token uses beside them
     leaned: bool = False  # whether experts are chosen by their scores and a bias, which their weights do not have
+    groups: ExpertGroups | None = None  # a token uses only experts of its best groups
     router_scaled: bool = False  # whether the router takes x / rms(x), times numbers, x being what the FFN adds to
     weights_scaled: bool = False  # whether the weights are multiplied by a number of the expert
     first: Count = 0  # the layers before this one have no experts

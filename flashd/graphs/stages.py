@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, Experts, Recurrent, TokenInputs
+from flashd.bundle.layer_kinds import AttentionKind, Recurrent, TokenInputs
 from flashd.graphs.layer_stages import LayerStages, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import T
 from flashd.graphs.recurrent import recur
+from flashd.graphs.routing import route
 
 
 def stages(model: Architecture) -> dict[str, bytes]:
@@ -75,7 +74,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
         g.output("x_out", T.FLOAT, ["R", model.vocabulary], LayerStages(g, model, _vector_inputs(g)).logits(logits))
         out["logits"] = g.serialise("logits")
     if model.experts:
-        out["route"] = _route(model, model.experts)
+        out["route"] = route(model, model.experts)
     if model.experts and model.experts.shared:
         out["beside"] = _beside(model)
     return out | (_token_stages(model, model.token_inputs) if model.token_inputs else {})
@@ -98,27 +97,6 @@ def _token_stages(model: Architecture, inputs: TokenInputs) -> dict[str, bytes]:
     leave.output("x_out", T.FLOAT, ["T", model.stream_width], x)
     graphs = {"token_inputs": g, "token_gate": gate, "token_leave": leave}
     return {name: made.serialise(name) for name, made in graphs.items()}
-
-
-def _route(model: Architecture, experts: Experts) -> bytes:
-    g = Graph()
-    scores = g.input("scores", T.FLOAT, ["T", experts.count])
-    if "router" in model.biases:
-        scores = g.node("Add", scores, g.input("router.bias", T.FLOAT, [experts.count]))
-    scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
-    chosen = g.node("Add", scores, g.input("choice.bias", T.FLOAT, [experts.count])) if experts.leaned else scores
-    weights, used = g.nodes_out("TopK", chosen, g.constant(np.array([experts.used])), outputs=2, axis=1)
-    if experts.leaned:
-        weights = g.node("GatherElements", scores, used, axis=1)
-    if experts.normalised:
-        weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
-    if experts.scale != 1:
-        weights = g.node("Mul", weights, g.constant(np.float32(experts.scale)))
-    if experts.weights_scaled:
-        weights = g.node("Mul", weights, g.node("Gather", g.input("down.scale", T.FLOAT, [experts.count]), used))
-    g.output("used", T.INT64, ["T", experts.used], used)
-    g.output("weights", T.FLOAT, ["T", experts.used], weights)
-    return g.serialise("route")
 
 
 def _beside(model: Architecture) -> bytes:

@@ -244,6 +244,9 @@ class Weights:
         every = np.arange(experts.count if experts else 0) if order is None else order
         out = {}
         for name, length in self._model.expert_vectors().items():
+            if name == "places":
+                out[name] = np.argsort(every).astype(np.float32)
+                continue
             part, kind = name.split(".")
             values = self._vector(f"{tensor_name(self._family, part, i)}.{kind}")
             if values.size != length:

@@ -384,8 +384,9 @@ def of_experts(find: Rename) -> Rename:
     """A mixture: in memory transformers has gate and up of all experts in one tensor, in a file each by itself."""
 
     def of_mixture(name: str, tensors: Tensors) -> Floats:
-        if name.endswith("e_score_correction_bias"):  # ERNIE's, [1, E]
-            return tensors[f"blk.{name.split('.')[2]}.exp_probs_b.bias"][None]
+        if name.endswith("e_score_correction_bias"):
+            bias = tensors[f"blk.{name.split('.')[2]}.exp_probs_b.bias"]
+            return bias[None] if "moe_statics" in name else bias  # ERNIE's are [1, E]
         if ".shared_mlp." in name:
             layer, _, part = name.split(".")[2:5]
             shared = "_shexp" if f"blk.{layer}.ffn_down_shexp.weight" in tensors else ""

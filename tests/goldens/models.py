@@ -419,6 +419,19 @@ GOLDENS = {
         TWO_NORMS | _attention() | mixture(32) | LEAN | shared_expert(False), EMBEDDING | FINAL,
         others=dict.fromkeys((0, 1), TWO_NORMS | _attention() | GATED),
     ),
+    "glm4moe": Golden(
+        "glm4moe",
+        RMS | MIXTURE
+        | {"attention.key_length": 32, "rope.dimension_count": 16, "rope.freq_base": 1e6, "expert_gating_func": 2,
+           "expert_feed_forward_length": 32, "expert_shared_count": 3, "leading_dense_block_count": 1,
+           "expert_group_count": 2, "expert_group_used_count": 1,
+           "expert_weights_norm": True, "expert_weights_scale": 1.5},
+        _norms("attn_norm", "post_attention_norm") | _attention(32, bias=True)
+        | _norms("attn_q_norm", "attn_k_norm", width=32) | mixture(32) | LEAN | shared_expert(False),
+        EMBEDDING | HEAD | FINAL,
+        others={0: _norms("attn_norm", "post_attention_norm") | _attention(32, bias=True)
+                | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED},
+    ),
     "hunyuan": Golden(
         "hunyuan-dense", RMS | {"attention.key_length": 32, "rope.freq_base": 10000.0 * 50 ** (32 / 30)},
         TWO_NORMS | _attention(32) | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED, EMBEDDING | FINAL,

@@ -111,6 +111,7 @@ def _check_model(m: Architecture) -> None:
             not m.experts or m.experts.used <= m.experts.count,
             f"a token uses {m.experts and m.experts.used} experts of {m.experts and m.experts.count}",
         ),
+        (_groups_fit(m), "groups of experts do not fit the experts"),
         (all(kind.fits for kind in m.recurrent), "heads of a layer that keeps a state do not fit together"),
         (_shared_fits(m), "an expert that all tokens use has no place in such layers"),
         (_apart_fits(m), "norms of experts, or a router that takes its own, without an expert that all use"),
@@ -141,6 +142,15 @@ def _check_rules(rules: list[tuple[bool, str]]) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _groups_fit(m: Architecture) -> bool:
+    """Whether the best groups of experts have as many as a token uses."""
+    groups = m.experts and m.experts.groups
+    if not m.experts or not groups:
+        return True
+    each, rest = divmod(m.experts.count, groups.count)
+    return not rest and groups.best <= each and groups.used <= groups.count and m.experts.used <= groups.used * each
 
 
 def _shared_fits(m: Architecture) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.bundle.architecture import Activation, Bias, Block, Norm, Place
+from flashd.bundle.layer_kinds import Scores
 from flashd.bundle.rows.kinds import Floats
 
 Config = Mapping[str, Any]
@@ -55,6 +56,8 @@ class Mixture:
     dense: bool = False  # the expert that every token uses is called and counted as the FFN of a plain layer is
     norms: tuple[Place, ...] = ()  # that there are beside the family's
     scaled: bool = False  # the file has numbers that scale what the router takes, and the experts' weights
+    grouped: bool = False  # the file may say that a token uses only experts of its best groups
+    scores: Scores = "softmax"
 
 
 @dataclass(frozen=True)

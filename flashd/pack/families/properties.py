@@ -12,7 +12,16 @@ from flashd.bundle.architecture import (
     Bias,
     Block,
 )
-from flashd.bundle.layer_kinds import Bound, Experts, LeadingFfn, Scores, SharedExpert, Streams, TokenInputs
+from flashd.bundle.layer_kinds import (
+    Bound,
+    ExpertGroups,
+    Experts,
+    LeadingFfn,
+    Scores,
+    SharedExpert,
+    Streams,
+    TokenInputs,
+)
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.attention import (
@@ -169,17 +178,18 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
     count, used = model.number("expert_count", int), model.number("expert_used_count", int)
     if not 1 <= used <= count:
         raise DataError(f"{model.path}: a token uses {used} experts of {count}, which makes no model")
-    kind = model.number("expert_gating_func", int, 0) or 1
-    if kind not in SCORES:
+    kind = model.number("expert_gating_func", int, 0)
+    if kind not in SCORES and kind:
         raise DataError(
             f"{model.path}: experts chosen by scores of kind {kind} ({model.architecture}.expert_gating_func) are"
             f" not supported; known are {', '.join(f'{n} ({name})' for n, name in SCORES.items())}"
         )
+    scores = SCORES[kind] if kind else family.mixture.scores
     stated = model.metadata(f"{model.architecture}.expert_weights_norm")
     return Experts(
         count=count,
         used=used,
-        scores=SCORES[kind],
+        scores=scores,
         normalised=kind == OF_THE_CHOSEN or (family.mixture.normalised if stated is None else bool(stated)),
         scale=model.number("expert_weights_scale", float, 0.0) or 1.0,
         early=family.mixture.early,
@@ -187,9 +197,24 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         leaned=family.mixture.leaned and _has(model, family, "choice", "bias"),
         router_scaled=family.mixture.scaled,
         weights_scaled=family.mixture.scaled,
+        groups=_expert_groups(model, count, used, scores) if family.mixture.grouped else None,
         first=(first := leading_layers(model, family)),
         leading=_leading(model, family) if first else None,
     )
+
+
+def _expert_groups(model: OpenModel, experts: int, used: int, scores: Scores) -> ExpertGroups | None:
+    """The groups that a token chooses among: by their best expert (DeepSeek-V2), or their two best (V3 and later)."""
+    count, taken = model.number("expert_group_count", int, 0) or 1, model.number("expert_group_used_count", int, 0)
+    taken = taken or count
+    best = 1 if scores == "softmax" else 2
+    each = experts // max(1, count)
+    if not 1 <= taken <= count or experts % count or used > taken * each or (taken < count and each < best):
+        raise DataError(
+            f"{model.path}: a token uses {used} experts of {taken} of {count} groups that {experts} make, which is no"
+            " mixture"
+        )
+    return ExpertGroups(count=count, used=taken, best=best) if taken < count else None
 
 
 def _shared(model: OpenModel, mixture: Mixture) -> SharedExpert | None:

@@ -47,11 +47,12 @@ INERT: tuple[object, ...] = (None, 0, 1.0, "none", [])
 """Values of scales, counts and flags that change nothing."""
 
 LEADING = "leading_dense_block_count"
+USED_GROUPS = "expert_group_used_count"
 
 UNSUPPORTED_KEYS = {
     "expert_shared_count": "an expert that every token uses",
     LEADING: "a first layer without experts",
-    "expert_group_used_count": "experts chosen by groups",
+    USED_GROUPS: "experts chosen by groups",
     "attention.clamp_kqv": "a bound on queries, keys and values",
 }
 
@@ -151,7 +152,8 @@ def leading_layers(model: OpenModel, family: Family) -> int:
 def _of_mixtures(family: Family) -> set[str]:
     """The keys that only families with such mixtures read."""
     mixture = family.mixture or Mixture()
-    return {*([LEADING] * mixture.leading), *(["expert_shared_count"] * mixture.shared)}
+    shared, groups = ["expert_shared_count"] * mixture.shared, [USED_GROUPS] * mixture.grouped
+    return {*([LEADING] * mixture.leading), *shared, *groups}
 
 
 def _expected(model: OpenModel, family: Family) -> set[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError
+from flashd.pack.open_model import GUESSING
 from flashd.pack.sources.folder_config import FolderModel
 
 Numbers = npt.NDArray[np.int64]
@@ -27,6 +28,10 @@ NOT_READ = (
 
 SIGHT, HEARING = "the part that sees", "the part that hears"
 
+GUESSING_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""What config.json calls the number of layers behind the model's last."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _SEEING = re.compile(r"(model\.)?(vision_tower|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\.")
 _SPEAKING = re.compile(r"^(model\.)?language_model\.(model\.)?")
@@ -37,7 +42,8 @@ class Names:
 
     def __init__(self, model: FolderModel) -> None:
         self.folder = model.folder
-        self._tied = model.config.get("tie_word_embeddings") is True
+        self._layers, self._tied = model.layers, model.config.get("tie_word_embeddings") is True
+        self._guesses = any(model.config.get(name) for name in GUESSING_LAYERS)
         self._sees = "vision_config" in model.config
         self._known = {
             theirs.format(bid=i) + end: ours.format(bid=i) + end
@@ -91,6 +97,9 @@ class Names:
         name = self._spoken(name)
         if self._sees and _SEEING.match(name):
             self.left_out.add(HEARING if "audio" in name else SIGHT)
+            return None
+        if self._guesses and (layer := _LAYER.match(name)) and int(layer[1]) >= self._layers:
+            self.left_out.add(GUESSING)
             return None
         for beginning, what in self._not_packed.items():
             if name.startswith(beginning):

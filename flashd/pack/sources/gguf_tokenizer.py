@@ -59,7 +59,8 @@ SAME_SPLITS = {
     "phi-2": "gpt-2", "mpt": "gpt-2", "olmo": "gpt-2", "starcoder": "smollm", "refact": "smollm",
     "command-r": "smollm", "stablelm2": "qwen2", "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe",
     "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe",
-    "lfm2": "llama-bpe", "falcon-h1": "llama-bpe", "pixtral": "llama-bpe",
+    "lfm2": "llama-bpe", "falcon-h1": "llama-bpe", "pixtral": "llama-bpe", "glm4": "llama-bpe",
+    "chatglm-bpe": "llama-bpe",
 }  # fmt: skip
 """Other values of tokenizer.ggml.pre, and those whose splits are theirs."""
 

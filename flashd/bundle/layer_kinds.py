@@ -191,7 +191,7 @@ Recurrent = ShortConvolution | GatedDeltaNet | Mamba2
 LayerKind = AttentionKind | Recurrent
 
 
-Scores = Literal["softmax", "sigmoid"]
+Scores = Literal["softmax", "sigmoid", "sparsemixer"]
 
 
 class SharedExpert(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,11 +225,16 @@ class ExpertGroups(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Experts(msgspec.Struct, frozen=True, kw_only=True):
-    """A mixture of experts: a token uses only those experts of a layer that the router scores highest."""
+    """A mixture of experts: a token uses only those experts of a layer that the router scores highest.
+
+    SparseMixer (arXiv 2310.00811, 2409.12136) weighs each expert by a softmax over itself and those below it, less
+    those that are further below than `margin` times the larger of its score and the size of theirs.
+    """
 
     count: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # E; each expert has neurons / E consecutive neurons
     used: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # experts that a token uses
-    scores: Scores  # what is made of the router's products: a softmax over all experts, or a sigmoid of each
+    scores: Scores  # what is made of the router's products: a softmax over all experts, a sigmoid of each, or below
+    margin: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
     normalised: bool  # whether the scores of the experts used are divided by their sum
     scale: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # the scores are multiplied by this
     early: bool = False  # whether the router takes the layer's input rather than the FFN's

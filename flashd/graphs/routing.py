@@ -16,7 +16,8 @@ def route(model: Architecture, experts: Experts) -> bytes:
     scores = g.input("scores", T.FLOAT, ["T", experts.count])
     if "router" in model.biases:
         scores = g.node("Add", scores, g.input("router.bias", T.FLOAT, [experts.count]))
-    scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
+    if experts.scores != "sparsemixer":
+        scores = g.node("Sigmoid", scores) if experts.scores == "sigmoid" else g.node("Softmax", scores, axis=1)
     chosen = g.node("Add", scores, g.input("choice.bias", T.FLOAT, [experts.count])) if experts.leaned else scores
     places = ""
     if experts.groups:
@@ -27,6 +28,8 @@ def route(model: Architecture, experts: Experts) -> bytes:
         used = g.node("Gather", places, used)
     if experts.leaned or places:
         weights = g.node("GatherElements", scores, used, axis=1)
+    if experts.scores == "sparsemixer":
+        weights = _mixed(g, scores, weights, used, experts)
     if experts.normalised:
         weights = g.node("Div", weights, g.node("ReduceSum", weights, g.shape(1)))
     if experts.scale != 1:
@@ -48,6 +51,22 @@ def _of_best_groups(g: Graph, scores: str, experts: Experts, groups: ExpertGroup
     taken = g.node("ScatterElements", never, best, g.node("GatherElements", zero, best, axis=1), axis=1)
     bounded = g.node("Add", by_group, g.node("Unsqueeze", taken, g.shape(2)))
     return g.node("Reshape", bounded, g.shape(-1, experts.count))
+
+
+def _mixed(g: Graph, scores: str, highest: str, used: str, experts: Experts) -> str:
+    """[T, K]: what SparseMixer makes of the `highest` scores [T, K], those of the experts `used`."""
+    tops = g.nodes_out("Split", highest, outputs=experts.used, axis=1, num_outputs=experts.used)  # [T, 1] each
+    places = g.nodes_out("Split", used, outputs=experts.used, axis=1, num_outputs=experts.used)
+    weights, left, never = [], scores, g.constant(np.float32(-np.inf))
+    for top, place in zip(tops, places, strict=True):
+        size = g.node("Max", g.node("Abs", scores), top)
+        gap = g.node("Div", g.node("Sub", top, scores), size)
+        far = g.node("Greater", gap, g.constant(np.float32(experts.margin)))
+        # a softmax of a row does not depend on how many rows there are, as sums of exponentials might
+        shares = g.node("Softmax", g.node("Where", far, never, left), axis=1)
+        weights.append(g.node("GatherElements", shares, place, axis=1))
+        left = g.node("ScatterElements", left, place, g.node("Add", top, never), axis=1)
+    return g.node("Concat", *weights, axis=1)
 
 
 def _highest(g: Graph, scores: str, count: int, axis: int = 1) -> list[str]:

@@ -232,6 +232,19 @@ def sparser(golden: Golden, model: Any) -> None:
             layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
 
 
+def phimoe(golden: Golden) -> Any:
+    factors = long_factors(HEAD_DIM // 2)
+    stated = {f"{name.split('_')[-1]}_factor": values.tolist() for name, values in factors.items()}
+    rope = {
+        "rope_theta": 1e6, "rope_type": "longrope", "original_max_position_embeddings": 256, "short_mscale": 1.25,
+        "long_mscale": 1.25, **stated,
+    }  # fmt: skip
+    return of_experts(
+        T.PhimoeConfig, num_local_experts=EXPERTS, attention_bias=True, lm_head_bias=True, rope_parameters=rope,
+        max_position_embeddings=1024, router_jitter_noise=0.25,
+    )(golden)  # fmt: skip
+
+
 def phi3(golden: Golden) -> Any:
     """The window, or LongRoPE of 12 of a head's 16 dimensions."""
     trained = golden.keys.get("rope.scaling.original_context_length")
@@ -311,6 +324,7 @@ MAKERS: dict[str, Maker] = {
         topk_group=1,
         routed_scaling_factor=1.5,
     ),
+    "phimoe": phimoe,
     "hunyuan": llama_like(
         T.HunYuanDenseV1Config,
         rope_parameters={"rope_theta": 10000.0, "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},

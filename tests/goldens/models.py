@@ -100,7 +100,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     if name == "rope_freqs.weight":
         return llama3_factors() if shape == (HEAD_DIM // 2,) else proportional()
     if name.startswith("rope_factors"):
-        return long_factors()[name.split(".")[0]]
+        return long_factors(shape[0])[name.split(".")[0]]
     if name.endswith("ffn_gate_inp.scale"):
         # Gemma 4 divides these by the root of the hidden size: so much that the experts' scores differ
         return np.asarray(8 + 1.6 * random.standard_normal(shape), np.float32)
@@ -113,11 +113,11 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Floats:
     return np.asarray((random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float16), np.float32)
 
 
-def long_factors() -> dict[str, Floats]:
-    """LongRoPE's, for the 6 pairs of 12 dimensions."""
+def long_factors(pairs: int = 6) -> dict[str, Floats]:
+    """LongRoPE's, for up to 8 pairs."""
     return {
-        "rope_factors_short": np.array([1, 1.02, 1.05, 1.125, 1.25, 1.5], np.float32),
-        "rope_factors_long": np.array([1.0625, 1.25, 1.75, 2.5, 3.25, 4], np.float32),
+        "rope_factors_short": np.array([1, 1.02, 1.05, 1.125, 1.25, 1.5, 1.75, 2], np.float32)[:pairs],
+        "rope_factors_long": np.array([1.0625, 1.25, 1.75, 2.5, 3.25, 4, 5, 6.5], np.float32)[:pairs],
     }
 
 
@@ -431,6 +431,16 @@ GOLDENS = {
         EMBEDDING | HEAD | FINAL,
         others={0: _norms("attn_norm", "post_attention_norm") | _attention(32, bias=True)
                 | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED},
+    ),
+    "phimoe": Golden(
+        "phimoe",
+        RMS | MIXTURE | _longrope(1024, 256)
+        | {"rope.scaling.attn_factor": 1.25, "rope.freq_base": 1e6, "rope.dimension_count": HEAD_DIM,
+           "router_jitter_noise": 0.25},
+        _norms("attn_norm", "ffn_norm", bias=True) | _attention(bias=True) | {"attn_output.bias": (HIDDEN,)}
+        | mixture(NEURONS),
+        EMBEDDING | HEAD | {"output.bias": (VOCABULARY,)} | _norms("output_norm", bias=True)
+        | {"rope_factors_long.weight": (8,), "rope_factors_short.weight": (8,)},
     ),
     "hunyuan": Golden(
         "hunyuan-dense", RMS | {"attention.key_length": 32, "rope.freq_base": 10000.0 * 50 ** (32 / 30)},

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from onnxruntime import InferenceSession
 from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.errors import DamagedHeader
@@ -20,6 +21,7 @@ from flashd.bundle.rows import codec
 from flashd.engine.forward.stages import Stage
 from flashd.errors import DataError
 from flashd.graphs.in_place import graph
+from flashd.graphs.stages import stages
 from flashd.pack.original import Original
 from flashd.pack.pack import pack
 from tests.goldens import folders
@@ -84,6 +86,28 @@ def test_layers_that_guess_are_left_out_with_a_word(tmp_path: Path, caplog: pyte
     # and without the word in config.json they are tensors that nobody knows
     (saved / "config.json").write_text(json.dumps(stated | {"num_nextn_predict_layers": 0}))
     with pytest.raises(DataError, match=r"tensor 'model.layers.4.eh_proj.weight' has no place"):
+        Original.open(saved, "f16")
+
+
+def test_phi_weighs_an_expert_among_those_that_are_nearly_as_good(tmp_path: Path) -> None:
+    """The second expert is near the first, and the third near the second; the others are too far below."""
+    golden = GOLDENS["phimoe"]
+    saved = folders.write(tmp_path / "f", "phimoe", golden.write(tmp_path / "m.gguf"))
+    experts = [Original.open(source, "f16").model.experts for source in (saved, tmp_path / "m.gguf")]
+    assert experts[0] == experts[1] and experts[0] and experts[0].margin == 0.5
+    usual = replace(golden, keys={k: v for k, v in golden.keys.items() if k != "router_jitter_noise"})
+    model = Original.open(usual.write(tmp_path / "u.gguf"), "f16").model
+    assert model.experts and model.experts.margin == 0.02
+    session = InferenceSession(stages(model)["route"], providers=["CPUExecutionProvider"])
+    scores = np.array([[4.94, 5, 1, 4.92, -5, -9], [-2, -9, -9, -9, -9, -1]], np.float32)
+    used, weights = session.run(None, {"scores": scores})
+    near = np.exp([4.94, 5, 4.92])
+    assert used.tolist() == [[1, 0], [5, 0]]
+    assert np.allclose(weights, [[near[1] / near.sum(), near[0] / (near[0] + near[2])], [1, 1]], rtol=1e-5)
+    stated = json.loads((saved / "config.json").read_text())
+    stated["rope_parameters"]["long_mscale"] = 1.5
+    (saved / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(DataError, match=r"another length in long texts \(long_mscale\)"):
         Original.open(saved, "f16")
 
 

@@ -105,6 +105,7 @@ class Family:
     folders: tuple[Folder, ...] = ()
     block: Block = "sequential"
     norm: Norm = "rms"
+    other_epsilon: bool = False  # the file calls its epsilon as that of the other norm
     norms: tuple[Place, ...] = ("attention", "ffn", "final")
     norm_turned: bool = False  # queries and keys are normed when they have been turned
     biases: tuple[Bias, ...] = ()

@@ -154,7 +154,8 @@ _BIASES: tuple[Bias, ...] = ("qkv", "output", "router", "inputs", "down", "head"
 
 
 def _norm_epsilon(model: OpenModel, family: Family) -> float:
-    key = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
+    rms = (family.norm == "rms") != family.other_epsilon
+    key = "attention.layer_norm_rms_epsilon" if rms else "attention.layer_norm_epsilon"
     if family.halves and not model.has(f"{model.architecture}.{key}"):
         key = "attention.layer_norm_epsilon"  # as llama.cpp reads Nemotron-H's
     return model.number(key, float)
@@ -197,6 +198,7 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         leaned=family.mixture.leaned and _has(model, family, "choice", "bias"),
         router_scaled=family.mixture.scaled,
         weights_scaled=family.mixture.scaled,
+        margin=2 * model.number("router_jitter_noise", float, 0.01) if scores == "sparsemixer" else 0.0,
         groups=_expert_groups(model, count, used, scores) if family.mixture.grouped else None,
         first=(first := leading_layers(model, family)),
         leading=_leading(model, family) if first else None,

@@ -136,20 +136,26 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return [number for number, each in enumerate(self.attention) if each == kind]
 
     def head_dim_of(self, kind: AttentionKind) -> int:
-        """D"""
-        return kind.head_dim or self.head_dim
+        """D, numbers of a key, or of what is kept in its place."""
+        return kind.latent.row if kind.latent else kind.head_dim or self.head_dim
+
+    def turned_of(self, kind: AttentionKind) -> int:
+        """Numbers of a key that its rotary table has angles for; that of some may be 0."""
+        return kind.latent.turned if kind.latent else self.head_dim_of(kind)
 
     def kv_heads_of(self, kind: AttentionKind) -> int:
-        return kind.kv_heads or self.kv_heads
+        return 1 if kind.latent else kind.kv_heads or self.kv_heads
 
     def query_width(self, kind: AttentionKind) -> int:
-        return self.heads * self.head_dim_of(kind)
+        return self.heads * (kind.latent.values if kind.latent else self.head_dim_of(kind))
 
     def kv_width(self, kind: AttentionKind) -> int:
         return self.kv_heads_of(kind) * self.head_dim_of(kind)
 
     def qkv_widths(self, kind: AttentionKind) -> tuple[int, ...]:
-        """Of queries, keys and values, as far as a layer makes them itself."""
+        """Of queries, keys and values, as far as a layer makes them itself; or of what its first product makes."""
+        if kind.latent:
+            return kind.latent.products(self.hidden, self.heads)[0].parts
         kept = () if kind.borrows else (self.kv_width(kind),) * (1 + kind.values)
         return (self.query_width(kind), *kept)
 
@@ -159,11 +165,9 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rope_widths(self) -> list[int]:
-        """D of the heads that each rotary table turns."""
-        return [
-            next((self.head_dim_of(kind) for kind in self.attention if kind.rope == table), self.head_dim)
-            for table in range(self.ropes)
-        ]
+        """D of the heads that each rotary table turns, or what is turned of them."""
+        turned = {kind.rope: self.turned_of(kind) for kind in reversed(self.attention)}
+        return [turned.get(table, self.head_dim) for table in range(self.ropes)]
 
     @property
     def token_width(self) -> int:
@@ -201,18 +205,17 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     def _attention_mixer(self, kind: AttentionKind) -> Mixer:
         gate = (self.gate_width(kind),) if self.attention_gated else ()
-        inner = LayerProduct("qkv", (*self.qkv_widths(kind), *gate), self.hidden)
-        return Mixer(kind, [inner], LayerProduct("output", (self.hidden,), self.query_width(kind)))
+        qkv = LayerProduct("qkv", (*self.qkv_widths(kind), *gate), self.hidden)
+        inner = kind.latent.products(self.hidden, self.heads) if kind.latent else [qkv]
+        return Mixer(kind, inner, LayerProduct("output", (self.hidden,), self.query_width(kind)))
 
     def products_behind(self) -> list[LayerProduct]:
         """The products of each layer behind its FFN: what its token input is gated by, and what makes its output."""
         if self.token_inputs is None:
             return []
         width = self.token_inputs.width
-        return [
-            LayerProduct("token_gate", (width,), self.hidden),
-            LayerProduct("token_out", (self.hidden,), width),
-        ]
+        out = LayerProduct("token_out", (self.hidden,), width)
+        return [LayerProduct("token_gate", (width,), self.hidden), out]
 
     @property
     def paged_layers(self) -> range:
@@ -335,6 +338,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
             if attention or place not in OF_ATTENTION:
                 vectors |= self.norm_vectors(place, attention)
         vectors |= state.vectors(self.hidden) if state else {}
+        vectors |= attention.latent.vectors() if attention and attention.latent else {}
         if attention and self.sinks:
             vectors["sinks.weight"] = self.heads
         widths = {"qkv": sum(self.qkv_widths(attention)), "output": self.hidden} if attention else {}

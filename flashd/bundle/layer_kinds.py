@@ -13,6 +13,47 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
+class Latent(msgspec.Struct, frozen=True, kw_only=True):
+    """Keys and values of all heads that are kept as one row of a token (multi-head latent attention, DeepSeek-V2).
+
+    A product makes of each token its queries, c and r; c is normed, and r is turned. The cache keeps c and r. With a
+    head's matrices K [unturned, rank] and V [values, rank], its key is K c and r, and its value V c. Since
+    q (K c) = (q K) c, the heads look at c itself, and V multiplies what they have seen of it (arXiv 2405.04434,
+    section 2.1).
+    """
+
+    rank: Annotated[int, msgspec.Meta(ge=32, le=1 << 14, multiple_of=32)]  # of c
+    turned: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]  # of r, and of a head's query
+    unturned: Annotated[int, msgspec.Meta(ge=32, le=4096, multiple_of=32)]  # of a head's query beside it
+    values: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # of what a head puts out
+    query_rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 14, multiple_of=32)] = 0
+    """Queries are made of a normed product of so many numbers. 0: they are made of the layer's input."""
+
+    @property
+    def row(self) -> int:
+        """Numbers that the cache keeps of a token."""
+        return self.rank + self.turned
+
+    def query_widths(self, heads: int) -> tuple[int, int]:
+        """Of the queries of all heads: what is not turned, then what is."""
+        return heads * self.unturned, heads * self.turned
+
+    def products(self, hidden: int, heads: int) -> list[LayerProduct]:
+        """All but that of the output."""
+        queries = sum(self.query_widths(heads))
+        up = [LayerProduct("latent_query", (queries,), self.query_rank, inner=True)] * bool(self.query_rank)
+        return [
+            LayerProduct("latent_in", (self.query_rank or queries, self.row), hidden),
+            *up,
+            LayerProduct("latent_key", (heads * self.rank,), self.unturned, inner=True, heads=heads),
+            LayerProduct("latent_value", (heads * self.values,), self.rank, inner=True, heads=heads),
+        ]
+
+    def vectors(self) -> dict[str, int]:
+        of_queries = {"query_latent_norm.weight": self.query_rank} if self.query_rank else {}
+        return of_queries | {"latent_norm.weight": self.rank}
+
+
 class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
     """How the layers of one kind attend. Each kind has a graph of its own."""
 
@@ -23,6 +64,12 @@ class AttentionKind(msgspec.Struct, frozen=True, kw_only=True):
     values: bool = True  # whether values have a product of their own, and are not what that of the keys makes
     borrows: bool = False  # keys and values are those of an earlier layer, see Architecture.lender
     beside: Count | None = None  # the number in Architecture.recurrent of what adds its output to that of attention
+    latent: Latent | None = None  # what is kept in place of the keys and values of each head
+
+    @property
+    def kept(self) -> int:
+        """Rows that the cache keeps of a token for each head of keys: a key and a value, or what stands for both."""
+        return 1 if self.latent else 2
 
 
 class ShortConvolution(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="short_convolution"):
@@ -305,6 +352,8 @@ class LayerProduct(NamedTuple):
     parts: tuple[int, ...]  # rows of each matrix that it is made of, one behind the other
     width: int  # K, of a row
     fine: bool = False  # whether its rows are few and have 16 bits in any case
+    inner: bool = False  # whether it takes what another one made, and not the layer's input
+    heads: int = 1  # so many equal parts of its rows multiply as many inputs, one behind the other
 
     @property
     def rows(self) -> int:

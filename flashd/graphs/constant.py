@@ -65,6 +65,18 @@ class Products:
             x, width = self.with_sums(x, k), k + digits(k)
         return self.of_wide(x, rows.kind, name, n, width)
 
+    def by_head(self, x: str, name: str, product: LayerProduct) -> str:
+        """x [1, T, heads K], of which each head's part is multiplied by rows of its own -> [1, T, rows]."""
+        g, heads, k = self._g, product.heads, product.width
+        width, rows = k, self.stored[f"{name}.0"]
+        if rows.centred:
+            x, width = self.with_sums(g.node("Reshape", x, g.shape(1, -1, k)), k), k + digits(k)
+            x = g.node("Reshape", x, g.shape(1, -1, heads * width))
+        parts = g.nodes_out("Split", x, outputs=heads, axis=2, num_outputs=heads)
+        n = product.rows // heads
+        made = [self.of_wide(part, rows.kind, f"{name}.{i}", n, width) for i, part in enumerate(parts)]
+        return g.node("Concat", *made, axis=2)
+
     def of_wide(self, x: str, kind: RowKind, name: str, n: int, width: int) -> str:
         """x [1, T, width], which has its sums behind it if the rows have centres, times rows -> [1, T, n]."""
         if kind == "f16":
@@ -135,11 +147,11 @@ class Layers:
         """x [1, T, H] -> (x [1, T, carried_width], h [1, T, ffn_input_width], the layer's block)."""
         m, at = self._model, f"layer.{i}."
         vector = _external_vectors(self._g, at)
-        block = LayerStages(self._g, m, vector, self._kv)
+        block = LayerStages(self._g, m, vector, self._kv, lambda y, product: self._product(y, at, product))
         x, h = block.enter(x)
         branch = ""
         for mixer in m.mixers(i):
-            parts = [self._product(h, at, product) for product in mixer.inner]
+            parts = [self._product(h, at, product) for product in mixer.inner if not product.inner]
             inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
             if isinstance(mixer.kind, AttentionKind):
                 mixed = self._attended(block, inner, mixer.kind, suffix, tree)
@@ -172,7 +184,10 @@ class Layers:
         return self._product(a, at, down)
 
     def _product(self, x: str, at: str, product: LayerProduct) -> str:
-        return self._products(x, f"{at}{product.name}", product.rows, product.width)
+        name = f"{at}{product.name}"
+        if product.heads > 1:
+            return self._products.by_head(x, name, product)
+        return self._products(x, name, product.rows, product.width)
 
     def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
         heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from flashd.bundle.architecture import Architecture, Bias, Place
 from flashd.bundle.layer_kinds import AttentionKind, Bound
+from flashd.graphs.latent import LatentStages, Multiply
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
 from flashd.graphs.products import activated
@@ -47,8 +49,12 @@ def _both(model: Architecture) -> list[str]:
 class LayerStages:
     """Adds the stages of one layer to a graph. Each method returns the names of its outputs."""
 
-    def __init__(self, g: Graph, model: Architecture, vector: Vector, kv: KvFormat = "float32") -> None:
+    def __init__(
+        self, g: Graph, model: Architecture, vector: Vector, kv: KvFormat = "float32",
+        multiply: Multiply | None = None,
+    ) -> None:  # fmt: skip
         self._g, self._model, self._vector, self._kv = g, model, vector, kv
+        self._multiply = multiply  # a layer's products that take what others made
 
     def enter(self, x: str) -> tuple[str, str]:
         if self._model.streams:
@@ -202,15 +208,18 @@ class LayerStages:
         cache: Dims = [1, heads, "C", m.head_dim_of(kind)]
         past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
         parts, rounds = [self._biased(qkv, "qkv", width), "", ""], self._kv == "int8"
-        turned = (m.norm_turned or rounds or kind.borrows) and kind.rope is not None
-        if kind.borrows:
+        latent = self._latent(kind, tree)
+        turned = (m.norm_turned or rounds or kind.borrows or latent is not None) and kind.rope is not None
+        if latent:
+            query, row = latent.apart(parts[0])
+            parts = [query, row, row]
+        elif kind.borrows:
             query = self._ready(parts[0], "query", kind, tree, turned)
             parts = [query, *(self._kept(each, query, kind) for each in past)]
         elif "query" in m.norms or rounds or m.norm_values or not kind.values:
             parts = self._apart(parts[0], kind, tree, turned)
         if rounds:
-            both = rounded(g, g.node("Concat", *parts[1:], axis=2), m.head_dim_of(kind))
-            parts[1:] = g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
+            parts[1:] = self._rounded(parts[1:], kind)
         positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
         attributes: dict[str, Any] = {}
         if kind.rope is not None and not turned:
@@ -228,9 +237,26 @@ class LayerStages:
             "GroupQueryAttention", *parts, *past, *positions, *where, *sinks, domain=MICROSOFT, outputs=3,
             num_heads=m.heads, kv_num_heads=heads, scale=m.attention_scale, **attributes,
         )  # fmt: skip
+        if latent:
+            out = latent.seen(out)
         if gate:
             out = g.node("Mul", out, g.node("Sigmoid", gate))
         return self._normed(out, "heads", kind), keys, values
+
+    def _rounded(self, parts: list[str], kind: AttentionKind) -> list[str]:
+        """Keys and values [1, T, ...], rounded to what the cache holds."""
+        g, width = self._g, self._model.head_dim_of(kind)
+        if kind.latent:
+            return [rounded(g, parts[0], width)] * 2
+        both = rounded(g, g.node("Concat", *parts, axis=2), width)
+        return g.nodes_out("Split", both, outputs=2, axis=2, num_outputs=2)
+
+    def _latent(self, kind: AttentionKind, tree: Sequence[str]) -> LatentStages | None:
+        if kind.latent is None:
+            return None
+        assert self._multiply
+        turned = partial(self._turned, kind=kind, tree=tree)
+        return LatentStages(self._g, self._model, kind.latent, self._vector, self._multiply, turned)
 
     def _kept(self, past: str, query: str, kind: AttentionKind) -> str:
         """[1, T, kv width]: the keys or values of the tokens of a pass [1, T, ...] that another layer has written.
@@ -273,7 +299,7 @@ class LayerStages:
 
     def _tables(self, kind: AttentionKind) -> list[str]:
         """cos and sin [positions, D / 2] of layers that turn queries and keys."""
-        table: Dims = ["positions", self._model.head_dim_of(kind) // 2]
+        table: Dims = ["positions", self._model.turned_of(kind) // 2]
         return [self._g.input(f"{part}.{kind.rope}", T.FLOAT, table) for part in ("cos", "sin")]
 
     def _turned(self, x: str, heads: int, kind: AttentionKind, tree: Sequence[str]) -> str:

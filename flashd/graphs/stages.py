@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, Recurrent, TokenInputs
+from flashd.graphs.latent import given
 from flashd.graphs.layer_stages import LayerStages, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import T
@@ -116,7 +117,7 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     g = Graph()
     qkv = g.input("qkv", T.FLOAT, [1, "T", sum(model.qkv_widths(kind)) + model.gate_width(kind)])
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
-    out, key, value = LayerStages(g, model, _vector_inputs(g)).attend(qkv, kind, "", tree)
+    out, key, value = LayerStages(g, model, _vector_inputs(g), multiply=given(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width(kind)], out)
     for name, kept in (("present_key", key), ("present_value", value)):
         present(g, model, kind, name, kept)

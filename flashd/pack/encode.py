@@ -15,7 +15,8 @@ from flashd.pack.lossy.narrow_groups import Weigh
 from flashd.pack.open_model import Grid
 from flashd.pack.rounding.gptq import encode_fed
 from flashd.pack.rounding.rows import encode_groups, encode_neurons, encode_rows
-from flashd.pack.weights import Ffn, Matrix, Numbers
+from flashd.pack.weights.matrix import Matrix, Numbers
+from flashd.pack.weights.weights import Ffn
 
 ROWS_AT_ONCE = 1024
 MOST_F16 = float(np.finfo(np.float16).max)

@@ -25,7 +25,8 @@ from flashd.pack.shapes import check_heads, check_shapes
 from flashd.pack.sources.gguf import GgufModel
 from flashd.pack.sources.gguf_tokenizer import check_pre
 from flashd.pack.sources.safetensors import HfFolder
-from flashd.pack.weights import Matrix, Numbers, Weights
+from flashd.pack.weights.matrix import Matrix, Numbers
+from flashd.pack.weights.weights import Weights
 
 log = logging.getLogger(__name__)
 

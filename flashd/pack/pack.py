@@ -38,7 +38,7 @@ from flashd.pack.lossy.predictors import Selecting
 from flashd.pack.original import Original, beside_layers
 from flashd.pack.templates import try_chat_template
 from flashd.pack.vocabulary import Vocabulary
-from flashd.pack.weights import Matrix, Numbers
+from flashd.pack.weights.matrix import Matrix, Numbers
 from flashd.system.child import ChildDied, Limits, in_child
 
 BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)

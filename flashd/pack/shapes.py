@@ -7,7 +7,7 @@ from pathlib import Path
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
-from flashd.pack.weights import Ffn, Weights
+from flashd.pack.weights.weights import Ffn, Weights
 
 MOST_HEADS = 4096
 

@@ -24,6 +24,7 @@ OTHERWISE = {
     "opt", "opt-350m", "persimmon", "bitnet", "olmoe", "qwen3-bias",  # it refuses them
     "gpt-oss",  # it makes whole numbers of YaRN's bounds, which OpenAI does not; with whole ones flashd agrees
     "gemma3n-shared",  # it takes the sizes of Gemma 3n, and which layers borrow keys and have bounds, for granted
+    "deepseek2",  # it knows by its 27 layers that there is no query rank; with 27 it agrees, 475.92
     "phimoe",  # it takes a softmax of two experts and root mean square norms; so computed, transformers agrees
     "mixtral",  # it rounds what the router reads, which then chooses another expert once
 }  # fmt: skip

@@ -144,6 +144,8 @@ def found(name: str, golden: Golden) -> Rename:
             find = joined_delta_nets(by_map(golden, DELTA_NETS))
         case "qwen35" | "qwen35moe":
             find = delta_nets(by_map(golden, DELTA_NETS))
+        case "deepseek2":
+            find = latents(by_map(golden))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
         case _:
@@ -319,6 +321,18 @@ def multiplied(find: Rename) -> Rename:
         return np.asarray(find(name, tensors) / by, np.float32)
 
     return divided
+
+
+def latents(find: Rename) -> Rename:
+    """transformers has what makes each head's keys and values of a latent in one matrix."""
+
+    def of_latents(name: str, tensors: Tensors) -> Floats:
+        if "kv_b_proj" not in name:
+            return find(name, tensors)
+        keys, values = (tensors[f"blk.{name.split('.')[2]}.attn_{part}_b.weight"] for part in "kv")
+        return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, keys.shape[1])
+
+    return of_latents
 
 
 INTERNLM_2 = {

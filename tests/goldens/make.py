@@ -38,11 +38,16 @@ from tests.goldens.models import (
     MAMBA_HEADS,
     MAMBA_STATE,
     NEURONS,
+    QUERY_RANK,
+    RANK,
     SHARED,
     TAPS,
     TOKENS,
+    TURNED,
+    UNTURNED,
     USED,
     VALUE_HEADS,
+    VALUES,
     VOCABULARY,
     WINDOW,
     Golden,
@@ -232,6 +237,14 @@ def sparser(golden: Golden, model: Any) -> None:
             layer.mlp.act_fn = torch.nn.Threshold(threshold, 0.0)
 
 
+def latent(kind: type, query_rank: int | None, **keys: Any) -> Maker:
+    return llama_like(
+        kind, num_key_value_heads=HEADS, kv_lora_rank=RANK, q_lora_rank=query_rank, qk_nope_head_dim=UNTURNED,
+        qk_rope_head_dim=TURNED, v_head_dim=VALUES, head_dim=TURNED, moe_intermediate_size=32,
+        n_routed_experts=EXPERTS, num_experts_per_tok=USED, **keys,
+    )  # fmt: skip
+
+
 def phimoe(golden: Golden) -> Any:
     factors = long_factors(HEAD_DIM // 2)
     stated = {f"{name.split('_')[-1]}_factor": values.tolist() for name, values in factors.items()}
@@ -323,6 +336,24 @@ MAKERS: dict[str, Maker] = {
         n_group=2,
         topk_group=1,
         routed_scaling_factor=1.5,
+    ),
+    "deepseek2": latent(
+        T.DeepseekV2Config,
+        None,
+        rms_norm_eps=1e-6,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        rope_parameters={**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "glm4-flash": latent(
+        T.Glm4MoeLiteConfig,
+        QUERY_RANK,
+        n_shared_experts=1,
+        mlp_layer_types=["dense"] * 2 + ["sparse"] * 2,
+        routed_scaling_factor=1.75,
+        n_group=2,
+        topk_group=1,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
     ),
     "phimoe": phimoe,
     "hunyuan": llama_like(

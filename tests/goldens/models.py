@@ -28,7 +28,7 @@ WINDOW = 11
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-SINGLE = (".bias", "ssm_a", "ssm_d", "ssm_norm.weight")
+SINGLE = (".bias", "ssm_a", "ssm_d", "ssm_norm.weight", "attn_k_b.weight", "attn_v_b.weight")
 """Ends of names of tensors that have float32 numbers though they may be matrices."""
 
 
@@ -69,12 +69,12 @@ class Golden:
         w.add_head_count(HEADS)
         w.add_head_count_kv(self.kv_heads)
         if "attention.key_length" in keys:
-            keys["attention.value_length"] = keys["attention.key_length"]
+            keys.setdefault("attention.value_length", keys["attention.key_length"])
         for key, value in keys.items():
             tiny.add_key(w, f"{self.architecture}.{key}", value)
         assert tiny.add_vocabulary(w) == VOCABULARY
         for name, values in self.tensors().items():
-            # llama.cpp has a convolution's weights, and the biases of experts, in float32
+            # llama.cpp wants a convolution's weights, latents' matrices and the biases of experts in float32
             if self.mxfp4 and name.endswith("_exps.weight"):
                 w.add_tensor(name, as_mxfp4(values)[0], raw_dtype=gguf.GGMLQuantizationType.MXFP4)
                 continue
@@ -187,10 +187,26 @@ SHARED = 96
 """Neurons of an expert that every token uses."""
 
 
-def shared_expert(weighed: bool = True) -> dict[str, tuple[int, ...]]:
-    inputs = {f"ffn_{part}_shexp.weight": (SHARED, HIDDEN) for part in ("gate", "up")}
-    inputs["ffn_down_shexp.weight"] = (HIDDEN, SHARED)
+def shared_expert(weighed: bool = True, neurons: int = SHARED) -> dict[str, tuple[int, ...]]:
+    inputs = {f"ffn_{part}_shexp.weight": (neurons, HIDDEN) for part in ("gate", "up")}
+    inputs["ffn_down_shexp.weight"] = (HIDDEN, neurons)
     return inputs | ({"ffn_gate_inp_shexp.weight": (HIDDEN,)} if weighed else {})
+
+
+RANK, QUERY_RANK, UNTURNED, TURNED, VALUES = 32, 96, 64, 16, 24
+"""Of multi-head latent attention."""
+
+
+def latent_attention(query_rank: int = 0) -> dict[str, tuple[int, ...]]:
+    width = HEADS * (UNTURNED + TURNED)
+    queries: dict[str, tuple[int, ...]] = {"attn_q.weight": (width, HIDDEN)}
+    if query_rank:
+        queries = {"attn_q_a.weight": (query_rank, HIDDEN), "attn_q_b.weight": (width, query_rank)}
+        queries |= _norms("attn_q_a_norm", width=query_rank)
+    return queries | _norms("attn_kv_a_norm", width=RANK) | {
+        "attn_kv_a_mqa.weight": (RANK + TURNED, HIDDEN), "attn_k_b.weight": (HEADS, RANK, UNTURNED),
+        "attn_v_b.weight": (HEADS, VALUES, RANK), "attn_output.weight": (HIDDEN, HEADS * VALUES),
+    }  # fmt: skip
 
 
 TAPS = 4
@@ -276,6 +292,11 @@ EMBEDDING: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCABULARY, HIDDE
 HEAD: dict[str, tuple[int, ...]] = {"output.weight": (VOCABULARY, HIDDEN)}
 LEAN: dict[str, tuple[int, ...]] = {"exp_probs_b.bias": (EXPERTS,)}
 MIXTURE = {"expert_count": EXPERTS, "expert_used_count": USED}
+LATENT = MIXTURE | {
+    "attention.kv_lora_rank": RANK, "attention.key_length": RANK + TURNED, "attention.value_length": RANK,
+    "attention.key_length_mla": UNTURNED + TURNED, "attention.value_length_mla": VALUES,
+    "rope.dimension_count": TURNED, "expert_feed_forward_length": 32, "vocab_size": VOCABULARY,
+}  # fmt: skip
 SCALES = {"embedding_scale": 6.0, "attention.scale": 0.125, "residual_scale": 0.5, "logit_scale": 0.5}
 RMS = {"attention.layer_norm_rms_epsilon": 1e-5}
 FACTORS = {"rope_factors_long.weight": (6,), "rope_factors_short.weight": (6,)}
@@ -431,6 +452,22 @@ GOLDENS = {
         EMBEDDING | HEAD | FINAL,
         others={0: _norms("attn_norm", "post_attention_norm") | _attention(32, bias=True)
                 | _norms("attn_q_norm", "attn_k_norm", width=32) | GATED},
+    ),
+    "deepseek2": Golden(
+        "deepseek2",
+        LATENT | {"attention.layer_norm_rms_epsilon": 1e-6, "rope.scaling.type": "yarn", "rope.scaling.factor": 40.0,
+                  "rope.scaling.original_context_length": 32, "rope.scaling.yarn_log_multiplier": 0.0707,
+                  "expert_shared_count": 2, "expert_weights_scale": 1.0, "leading_dense_block_count": 1},
+        TWO_NORMS | latent_attention() | mixture(32) | shared_expert(False, 64), EMBEDDING | HEAD | FINAL,
+        1, {0: TWO_NORMS | latent_attention() | GATED},
+    ),
+    "glm4-flash": Golden(
+        "deepseek2",
+        LATENT | RMS | {"attention.q_lora_rank": QUERY_RANK, "rope.freq_base": 1e6, "expert_shared_count": 1,
+                        "expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 1.75,
+                        "leading_dense_block_count": 2, "expert_group_count": 2, "expert_group_used_count": 1},
+        TWO_NORMS | latent_attention(QUERY_RANK) | mixture(32) | LEAN | shared_expert(False, 32),
+        EMBEDDING | HEAD | FINAL, 1, dict.fromkeys((0, 1), TWO_NORMS | latent_attention(QUERY_RANK) | GATED),
     ),
     "phimoe": Golden(
         "phimoe",

@@ -20,7 +20,7 @@ from flashd.pack.families.rope import rope_tables
 from flashd.pack.lossy.calibration import Calibration, Numbers, hottest, sample_tokens
 from flashd.pack.pack import pack
 from flashd.pack.sources.gguf import GgufModel
-from flashd.pack.weights import Weights
+from flashd.pack.weights.weights import Weights
 from tests import tiny
 
 

@@ -7,6 +7,7 @@ import msgspec
 from flashd.bundle.architecture import OF_EXPERTS, Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
 from flashd.bundle.header import Header, Text
+from flashd.bundle.layer_kinds import AttentionKind
 from flashd.bundle.prefix import (
     MAGIC,
     MAX_HEADER,
@@ -130,9 +131,10 @@ def _check_model(m: Architecture) -> None:
         ),
         (bool(m.attending), "no layer attends"),
         (
-            all(a.rope is None or m.rope_widths[a.rope] == m.head_dim_of(a) for a in m.attention),
+            all(a.rope is None or m.rope_widths[a.rope] == m.turned_of(a) for a in m.attention),
             "heads of two sizes share a rotary table",
         ),
+        (all(_latent_fits(m, a) for a in m.attention if a.latent), "latents do not fit into attention"),
         (all(m.has_keys(layer) for layer in m.attending), "a layer finds no keys to borrow"),
         (_streams_fit(m), "several states of a token, or a bound of gates, in a model that has no place for them"),
     ])  # fmt: skip
@@ -142,6 +144,14 @@ def _check_rules(rules: list[tuple[bool, str]]) -> None:
     for holds, what in rules:
         if not holds:
             raise DamagedHeader(f"the header does not make sense: {what}")
+
+
+def _latent_fits(m: Architecture, kind: AttentionKind) -> bool:
+    """Whether nothing else is said of layers whose heads share what is kept, which would change what they do."""
+    kinds = kind.window or kind.head_dim or kind.kv_heads or kind.borrows or not kind.values or kind.rope is None
+    kinds = kinds or kind.beside is not None
+    norms = m.norm_values or {"query", "key", "heads"} & set(m.norms)
+    return not (kinds or norms or m.sinks or m.attention_gated or "qkv" in m.biases)
 
 
 def _groups_fit(m: Architecture) -> bool:

@@ -165,9 +165,12 @@ class Constants:
         arrays: Initialisers = {}
         stored: dict[str, StoredRows] = {}
         for made, part in zip(products, rows, strict=True):
-            product = self._product(part, made.width)
-            arrays |= product.named(f"{at}{made.name}")
-            stored[f"{at}{made.name}"] = product.rows
+            n, with_centres = made.rows // made.heads, _centred(part, made.width)
+            for head in range(made.heads):
+                name = f"{at}{made.name}" + (f".{head}" if made.heads > 1 else "")
+                product = self._product(part[head * n : (head + 1) * n], made.width, with_centres)
+                arrays |= product.named(name)
+                stored[name] = product.rows
         return arrays, stored
 
     def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, Stored]:

@@ -38,13 +38,15 @@ def cache_bytes(model: Architecture, context: int, kv: KvFormat = "float32") -> 
     With float16 the graph rounds its products too: the paged and the resident path then differ by 3e-3 of the
     logits, not 2e-4, and decoding is no faster.
     """
-    each = [model.kv_heads_of(kind) * row_bytes(kv, model.head_dim_of(kind)) for kind in model.keeping.values()]
-    return 2 * context * sum(each)
+    kinds = model.keeping.values()
+    each = [kind.kept * model.kv_heads_of(kind) * row_bytes(kv, model.head_dim_of(kind)) for kind in kinds]
+    return context * sum(each)
 
 
 def widened_bytes(model: Architecture, context: int, kv: KvFormat, layers: int) -> int:
     """Bytes of what the cache is widened to for a session of so many layers."""
-    return 0 if kv == "float32" else 2 * layers * model.kv_width(model.attention[0]) * context * 4
+    kind = model.attention[0]
+    return 0 if kv == "float32" else kind.kept * layers * model.kv_width(kind) * context * 4
 
 
 def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -> int:
@@ -53,8 +55,8 @@ def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -
     Memory goes back in whole pages of the system. The pages at the two ends of each head's part stay, since they may
     hold something else too.
     """
-    heads = sum(model.kv_heads_of(kind) for kind in model.keeping.values())
-    return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * 2 * heads)
+    parts = sum(kind.kept * model.kv_heads_of(kind) for kind in model.keeping.values())
+    return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * parts)
 
 
 class KvCache:
@@ -82,11 +84,14 @@ class KvCache:
         self.token_bytes = cache_bytes(model, 1, kv)
         # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
         shapes = [
-            (model.kv_heads_of(kind), context + SPARE, model.head_dim_of(kind)) for kind in model.keeping.values()
+            (model.kv_heads_of(kind), context + SPARE, model.head_dim_of(kind), kind.kept)
+            for kind in model.keeping.values()
         ]
         self._arrays = [empty(kv, *shape) for shape in shapes]
         self._wide = self._arrays if kv == "float32" else [empty("float32", *shapes[0]) for _ in range(together)]
-        self._values = [[ort.OrtValue.ortvalue_from_numpy(part[None]) for part in a] for a in self._wide]
+        # one row that stands for a key and a value is given as both
+        values = [[ort.OrtValue.ortvalue_from_numpy(part[None]) for part in a] for a in self._wide]
+        self._values = [parts * (2 // len(parts)) for parts in values]
         kept = {layer: i for i, layer in enumerate(model.keeping)}
         self._place = {layer: kept[model.lender(layer)] for layer in model.attending}
         self._states = States(model)

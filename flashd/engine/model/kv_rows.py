@@ -25,11 +25,14 @@ def row_bytes(form: KvFormat, head_dim: int) -> int:
     return 4 * head_dim if form == "float32" else head_dim + head_dim // block(head_dim) * SCALE_BYTES
 
 
-def empty(form: KvFormat, heads: int, rows: int, head_dim: int) -> Kept:
-    """Memory of zeros for a layer's keys and its values: [2, heads, rows, head dim], or bytes in place of numbers."""
+def empty(form: KvFormat, heads: int, rows: int, head_dim: int, kept: int = 2) -> Kept:
+    """Memory of zeros for a layer's keys and its values: [2, heads, rows, head dim], or bytes in place of numbers.
+
+    If one row stands for both, `kept` is 1, and there is one of these.
+    """
     if form == "float32":
-        return np.zeros((2, heads, rows, head_dim), np.float32)
-    return np.zeros((2, heads, rows, row_bytes(form, head_dim)), np.uint8)
+        return np.zeros((kept, heads, rows, head_dim), np.float32)
+    return np.zeros((kept, heads, rows, row_bytes(form, head_dim)), np.uint8)
 
 
 def read(rows: Kept, out: Floats) -> None:

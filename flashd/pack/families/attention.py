@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Mamba2, Recurrent, ShortConvolution
+from flashd.bundle.layer_kinds import AttentionKind, GatedDeltaNet, Latent, Mamba2, Recurrent, ShortConvolution
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.errors import DataError
 from flashd.pack.families.family import DeltaNets, Family, tensor_name
@@ -15,9 +15,41 @@ MOST_TAPS = 64
 
 
 def head_dim(model: OpenModel) -> int:
-    """The width of a head, of layers that see all tokens if the others have another."""
+    """The width of a head, of layers that see all tokens if the others have another; or of what a token keeps."""
+    if rank := model.number("attention.kv_lora_rank", int, 0):
+        return rank + turned_of_latent(model)
     fallback = model.number("embedding_length", int) // max(1, model.number("attention.head_count", int))
     return _width(model, "", fallback)
+
+
+def turned_of_latent(model: OpenModel) -> int:
+    """How many numbers of a head are turned, if heads look at one row of a token."""
+    return model.number("rope.dimension_count", int)
+
+
+def latent_of(model: OpenModel, family: Family) -> Latent | None:
+    """What is kept of a token in place of each head's keys and values. Raises DataError if its sizes make none.
+
+    Older files have no keys for the heads that llama.cpp does without (key_length_mla), and say theirs by the usual
+    ones.
+    """
+    if not family.latent:
+        return None
+    rank, turned = model.number("attention.kv_lora_rank", int), turned_of_latent(model)
+    query_rank = model.number("attention.q_lora_rank", int, 0)
+    end = "_mla" if model.has(f"{model.architecture}.attention.key_length_mla") else ""
+    keys, values = (model.number(f"attention.{part}_length{end}", int) for part in ("key", "value"))
+    sizes = {"rank": rank, "turned": turned, "unturned": keys - turned, "values": values, "query_rank": query_rank}
+    heads = model.number("attention.head_count", int)
+    if heads * values % BLOCK:
+        raise DataError(f"{model.path}: {heads} heads of {values} values are not a multiple of {BLOCK}")
+    try:
+        return msgspec.convert(sizes, Latent)
+    except msgspec.ValidationError as error:
+        raise DataError(
+            f"{model.path}: heads of {keys} numbers, {turned} of them turned, and of {values} values, with latents of"
+            f" {rank} and {query_rank} numbers, which flashd cannot compute ({error})"
+        ) from error
 
 
 def local_head_dim(model: OpenModel, family: Family) -> int:
@@ -41,6 +73,8 @@ def heads_of_keys(model: OpenModel, family: Family, layers: int, heads: int) -> 
     """
     key = f"{model.architecture}.attention.head_count_kv"
     stated = model.metadata(key)
+    if family.latent:
+        return 1, [True] * layers
     if family.delta_nets:
         return model.number("attention.head_count_kv", int, heads), _between_delta_nets(model, layers)
     if family.sized_heads:
@@ -135,7 +169,7 @@ def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list
     """The kinds of attention of a model, and each layer's."""
     window = model.number("attention.sliding_window", int, 0)
     local_rope = int(has_local_rope(model, family))
-    wide, narrow = head_dim(model), local_head_dim(model, family)
+    wide, narrow, latent = head_dim(model), local_head_dim(model, family), latent_of(model, family)
     heads = model.number("attention.head_count", int)
     kv_heads = heads_of_keys(model, family, layers, heads)[0]
     each = _kv_heads(model, layers, heads) if family.sized_heads else [kv_heads] * layers
@@ -150,6 +184,7 @@ def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list
             kv_heads=each[i] if each[i] != kv_heads else 0,
             values=not family.sized_heads or i >= own or f"blk.{i}.attn_v.weight" in model.names,
             beside=0 if family.mamba == "beside" else None,
+            latent=latent,
         )  # fmt: skip
         if i >= own:
             kind = _borrower(model, i, [kinds[number] for number in layer_kinds[:own]], kind)

@@ -127,6 +127,7 @@ class Family:
     streams: bool = False  # a token has several states, as many as the file says
     bounded: bool = False  # gates of some layers have a bound, see architecture.Bound
     layer_scales: bool = False  # what leaves a layer may be multiplied by a number of the layer
+    latent: bool = False  # heads look at one short row of a token (multi-head latent attention)
     convolves: bool = False  # layers that the file gives no heads of keys have a short convolution in their place
     delta_nets: DeltaNets | None = None  # that most layers have in place of attention
     mamba: Literal["instead", "beside"] | None = None  # Mamba-2 mixers, in layers without heads of keys or in all
@@ -183,6 +184,14 @@ TENSORS = {
     "key": "attn_k",
     "value": "attn_v",
     "output": "attn_output",
+    "query_down": "attn_q_a",
+    "query_up": "attn_q_b",
+    "query_latent_norm": "attn_q_a_norm",
+    "latent_down": "attn_kv_a_mqa",
+    "latent_norm": "attn_kv_a_norm",
+    "key_up": "attn_k_b",
+    "value_up": "attn_v_b",
+    "both_up": "attn_kv_b",
     "sinks": "attn_sinks",
     "gate": "ffn_gate",
     "inputs": "ffn_up",

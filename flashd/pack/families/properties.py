@@ -32,7 +32,7 @@ from flashd.pack.families.attention import (
     recurrent_kinds,
 )
 from flashd.pack.families.family import Family, Mixture, tensor_name
-from flashd.pack.families.rope import context_of, rope_tables
+from flashd.pack.families.rope import context_of, latent_scale, rope_tables
 from flashd.pack.families.tensors import leading_layers
 from flashd.pack.groups import group_neurons
 from flashd.pack.names import name_of
@@ -77,7 +77,7 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     ):  # fmt: skip
         if size % BLOCK:
             raise DataError(f"{model.path}: {name} {size} is not a multiple of {BLOCK}")
-    for each in {width, local} if family.rotary else ():
+    for each in {width, local} if family.rotary and not family.latent else ():
         if each % 16:
             raise DataError(f"{model.path}: heads of {each} are not a multiple of 16, which rotary embedding needs")
     layers, experts = model.layers, _experts(model, family)
@@ -97,7 +97,11 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
     block: Block = family.block
     if model.metadata(f"{family.architecture}.norm_before") is False:
         block, norms = "post", [p for p in norms if p != "final"]
+    latent = kinds[0].latent
     scaled = hidden // heads if layers in family.scale_by_width else width
+    if latent:
+        scaled = latent.unturned + latent.turned
+    stretched = latent_scale(model) if latent else 1.0
     activation, threshold = _activation(model, family)
     wide = [-(-width // BLOCK) * BLOCK for width in widths]
     filled = -(-neurons // BLOCK) * BLOCK
@@ -134,7 +138,8 @@ def model_of(model: OpenModel, family: Family, context: int | None = None) -> Ar
         recurrent=recurrent_kinds(model, family, attends),
         layer_kinds=[kind if has else len(kinds) for kind, has in zip(layer_kinds, attends, strict=True)],
         ropes=len(rope_tables(model, family, context)),
-        attention_scale=model.number("attention.scale", float, family.attention_scale) or 1 / math.sqrt(scaled),
+        attention_scale=(model.number("attention.scale", float, family.attention_scale) or 1 / math.sqrt(scaled))
+        * stretched,
         attention_cap=model.number("attn_logit_softcapping", float, 0.0),
         embedding_scale=model.number(
             "embedding_scale", float, math.sqrt(hidden) if family.scaled_embeddings else 1.0

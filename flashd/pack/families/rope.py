@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError
-from flashd.pack.families.attention import has_local_rope, head_dim, local_head_dim
+from flashd.pack.families.attention import has_local_rope, head_dim, local_head_dim, turned_of_latent
 from flashd.pack.families.family import Family
 from flashd.pack.open_model import OpenModel
 
@@ -52,7 +52,7 @@ def rope_tables(model: OpenModel, family: Family, context: int | None = None) ->
     """
     if not family.rotary:
         return []
-    bases, widths = [model.number("rope.freq_base", float, 10000.0)], [head_dim(model)]
+    bases, widths = [model.number("rope.freq_base", float, 10000.0)], [_turned(model, family)]
     if has_local_rope(model, family):
         bases.append(model.number("rope.freq_base_swa", float, family.local_base or bases[0]))
         widths.append(local_head_dim(model, family))
@@ -130,7 +130,22 @@ def _scale_rope(model: OpenModel, family: Family, table: npt.NDArray[np.float64]
         return
     table[0, :half] *= _yarn(model, family, half, base, factor)
     log_multiplier = model.number("rope.scaling.yarn_log_multiplier", float, 0.0)
-    table[1, :half] *= yarn_length(factor) / yarn_length(factor, log_multiplier)
+    if not (family.latent and log_multiplier):  # these scale the products of queries and keys, see latent_scale
+        table[1, :half] *= yarn_length(factor) / yarn_length(factor, log_multiplier)
+
+
+def latent_scale(model: OpenModel) -> float:
+    """By how much YaRN multiplies the products of queries and keys (DeepSeek-V2).
+
+    GGUF has a tenth of config.json's mscale_all_dim, and takes mscale to be the same.
+    """
+    log_multiplier = model.number("rope.scaling.yarn_log_multiplier", float, 0.0)
+    return yarn_length(model.number("rope.scaling.factor", float, 0.0), 10 * log_multiplier) ** 2
+
+
+def _turned(model: OpenModel, family: Family) -> int:
+    """The width that a rotary table has angles for."""
+    return turned_of_latent(model) if family.latent else head_dim(model)
 
 
 def yarn_length(factor: float, scale: float = 1.0) -> float:

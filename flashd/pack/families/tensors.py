@@ -178,7 +178,7 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
     if family.norms_neurons:
         names |= {f"{tensor_name(family, 'neurons_norm', i)}.weight" for i in range(layers)}
     for i in range(layers):
-        parts = ["qkv", "query", "key", "value", "output"]
+        parts = [*_of_latents(model), "output"] if family.latent else ["qkv", "query", "key", "value", "output"]
         parts += ["sinks"] * family.sinks
         parts += ["in_proj", "out_proj", "conv"] * family.convolves
         names |= _of_delta_nets(family, i) if family.delta_nets else set()
@@ -200,6 +200,11 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
         for part in [*(norm for place, norm in norms.items() if place != "final"), *_biased_parts(family, allowed)]:
             names |= {f"{tensor_name(family, part, i)}.{kind}" for kind in ("weight", "bias")}
     return names
+
+
+def _of_latents(model: OpenModel) -> list[str]:
+    queries = ["query_down", "query_up", "query_latent_norm"] if model.number("attention.q_lora_rank", int, 0) else []
+    return [*(queries or ["query"]), "latent_down", "latent_norm", "key_up", "value_up", "both_up"]
 
 
 def _of_delta_nets(family: Family, i: int) -> set[str]:

@@ -22,11 +22,13 @@ from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
+from flashd.graphs.latent import rows_given
 from flashd.graphs.products import activations, gates
 from flashd.graphs.recurrent import rows_shape, sums_shape
 from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
-from flashd.pack.weights import Ffn, Matrix, Weights
+from flashd.pack.weights.matrix import Matrix
+from flashd.pack.weights.weights import Ffn, Weights
 from flashd.system.onnx_session import open_session, start_pool
 
 Numbers = npt.NDArray[np.int64]
@@ -197,8 +199,11 @@ class Calibration:
         vectors = self._weights.layer_vectors(i)
         x, h = self._run("enter", vectors, x=self._x)
         branch = np.zeros_like(h)
-        for kind, (*first, (last,)) in self._weights.mixers(i):
-            inner = np.concatenate([_product(h, part) for parts in first for part in parts], axis=1)
+        for mixer, (kind, (*inner_parts, (last,))) in zip(
+            self._model.mixers(i), self._weights.mixers(i), strict=True
+        ):
+            given = [p for product, p in zip(mixer.inner, inner_parts, strict=True) if not product.inner]
+            inner = np.concatenate([_product(h, part) for parts in given for part in parts], axis=1)
             mixed = [self._mixed(i, kind, n, vectors, inner[part]) for n, part in enumerate(self._parts())]
             branch += _product(np.concatenate(mixed), last)
         others = self._weights.beside(i)
@@ -227,6 +232,9 @@ class Calibration:
         shape = (1, self._model.kv_heads_of(kind), len(inner), self._model.head_dim_of(kind))
         past = self._kept[lender, text] if kind.borrows else [np.zeros(shape, np.float32)] * 2
         feed = {"qkv": inner[None], "past_key": past[0], "past_value": past[1]}
+        for product, parts in zip(self._model.products(i), self._weights.products(i), strict=True):
+            if product.inner:
+                feed[f"{product.name}.w"] = rows_given(product, [part.rows(slice(None)) for part in parts])
         out, *kept = self._run(
             f"attention.{self._model.layer_kinds[i]}", vectors, **feed, **self._attended(len(inner))
         )

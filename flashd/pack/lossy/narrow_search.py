@@ -19,7 +19,8 @@ from flashd.pack.lossy import narrow_groups
 from flashd.pack.lossy.calibration import Calibration, Dense
 from flashd.pack.lossy.narrow_groups import Judgement, Narrowing, Starts, Weigh
 from flashd.pack.original import Original
-from flashd.pack.weights import Ffn, Numbers
+from flashd.pack.weights.matrix import Numbers
+from flashd.pack.weights.weights import Ffn
 
 log = logging.getLogger(__name__)
 

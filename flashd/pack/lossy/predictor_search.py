@@ -33,7 +33,7 @@ from flashd.pack.lossy.predictors import (
     rank_of,
 )
 from flashd.pack.original import Original
-from flashd.pack.weights import Numbers
+from flashd.pack.weights.matrix import Numbers
 
 log = logging.getLogger(__name__)
 

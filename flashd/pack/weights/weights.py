@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import (
@@ -21,9 +20,9 @@ from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.errors import DataError
 from flashd.pack.families.family import ENDLESS, PLAIN, Family, tensor_name
 from flashd.pack.families.rope import rotary_order, rotary_width
-from flashd.pack.open_model import Grid, OpenModel, Tensor
-
-Numbers = npt.NDArray[np.int64]
+from flashd.pack.open_model import OpenModel, Tensor
+from flashd.pack.weights.latents import latent_matrices
+from flashd.pack.weights.matrix import Matrix, Numbers, finite, whole
 
 PARTS_OF = {
     "delta_in": ("z", "mixed"), "delta_rates": ("beta", "alpha"), "shared_inputs": ("shared_gate", "shared_up"),
@@ -36,37 +35,6 @@ CONVOLUTIONS: dict[type[Recurrent], str] = {
     ShortConvolution: "conv", GatedDeltaNet: "delta_conv", Mamba2: "mamba_conv",
 }  # fmt: skip
 """What the convolution of each kind of layer is called in families.family.TENSORS."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Some rows of a tensor, in an order of their own, and perhaps a projection behind them."""
-
-    tensor: Tensor  # [R, P]
-    order: Numbers  # [n], numbers of rows
-    projection: Floats | None = None  # [P, K]: each row is multiplied by it
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def width(self) -> int:
-        """K, the weights of a row."""
-        return self.tensor.shape[-1] if self.projection is None else self.projection.shape[1]
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight in the source."""
-        return self.tensor.bits
-
-    def rows(self, which: slice | Numbers) -> Floats:
-        """Some of the matrix's rows, [n, K] float32. Raises DataError if one is not finite."""
-        rows = _finite(self.tensor, self.tensor.rows(self.order[which]))  # [n, P]
-        return rows if self.projection is None else rows @ self.projection
-
-    def grid(self, which: slice | Numbers) -> Grid | None:
-        """The source's own grid of some of the rows. None if it has none."""
-        return self.tensor.grid(self.order[which]) if self.projection is None else None
 
 
 @dataclass(frozen=True)
@@ -103,7 +71,7 @@ class Ffn:
         """
         filling = neurons - self.neurons
         norm = np.pad(self.norm, (0, filling)) if len(self.norm) else self.norm
-        down = _finite(self.down, self.down.rows())
+        down = finite(self.down, self.down.rows())
         return np.pad(down, ((0, 0), (0, filling))), np.pad(self.biases, ((0, filling), (0, 0))), norm
 
 
@@ -124,16 +92,16 @@ class Weights:
         """[V, H]"""
         tensor = self._source.tensor("token_embd.weight")
         if "project_in.weight" not in self._source.names:
-            return _whole(tensor)
+            return whole(tensor)
         return Matrix(tensor, np.arange(tensor.shape[0]), self._source.tensor("project_in.weight").rows().T)
 
     def head(self) -> Matrix:
         """[V, H]"""
         if "output.weight" in self._source.names:
-            return _whole(self._source.tensor("output.weight"))
+            return whole(self._source.tensor("output.weight"))
         tensor = self._source.tensor("token_embd.weight")
         if self.tied:
-            return _whole(tensor)
+            return whole(tensor)
         return Matrix(tensor, np.arange(tensor.shape[0]), self._source.tensor("project_out.weight").rows())
 
     def positions(self) -> Matrix:
@@ -148,11 +116,11 @@ class Weights:
         table, numbers = self._of_model("token_inputs"), np.arange(self._model.vocabulary)
         if self._model.streams and 0 < table.shape[0] < len(numbers):
             return Matrix(table, np.where(numbers < table.shape[0], numbers, 0))  # as transformers takes them
-        return _whole(table)
+        return whole(table)
 
     def token_projection(self) -> Matrix:
         """[L P, H], of a model with token inputs"""
-        return _whole(self._of_model("token_projection"))
+        return whole(self._of_model("token_projection"))
 
     def _of_model(self, part: str) -> Tensor:
         return self._source.tensor(f"{tensor_name(self._family, part)}.weight")
@@ -199,23 +167,31 @@ class Weights:
         """`stream_projection` or `stream_out`: a matrix [H, H] for each state but the first."""
         name, others = tensor_name(self._family, part), self._model.stream_width // self._model.hidden - 1
         if f"{name}.weight" in self._source.names:
-            return [_whole(_one_of(self._source.tensor(f"{name}.weight"), number)) for number in range(others)]
-        return [_whole(self._source.tensor(f"{name}.{number}.weight")) for number in range(others)]
+            return [whole(_one_of(self._source.tensor(f"{name}.weight"), number)) for number in range(others)]
+        return [whole(self._source.tensor(f"{name}.{number}.weight")) for number in range(others)]
 
     def products_behind(self, i: int) -> list[list[Matrix]]:
         """The matrix of each of Architecture.products_behind of layer `i`."""
         return [self._product(i, product) for product in self._model.products_behind()]
 
     def _product(self, i: int, product: LayerProduct) -> list[Matrix]:
+        kind = self._model.kind(i)
         if product.name == "qkv":
             return self.qkv(i)
+        if isinstance(kind, AttentionKind) and kind.latent and product.name.startswith("latent_"):
+            return latent_matrices(product.name, self._model.heads, kind.latent, lambda part: self._found(i, part))
         if product.name == "delta_rates" and self._family.delta_nets and self._family.delta_nets.joined_rates:
             return self._joined_rates(i)
         if product.name in ("mamba_in", "mamba_rates"):
             return self._mamba_rows(i)[product.name]
         parts = PARTS_OF.get(product.name, (product.name,))
         names = [f"{tensor_name(self._family, part, i)}.weight" for part in parts]
-        return [_whole(self._source.tensor(name)) for name in names]
+        return [whole(self._source.tensor(name)) for name in names]
+
+    def _found(self, i: int, part: str) -> Tensor | None:
+        """A part of layer `i`, if the file has it."""
+        name = f"{tensor_name(self._family, part, i)}.weight"
+        return self._source.tensor(name) if name in self._source.names else None
 
     def _joined_rates(self, i: int) -> list[Matrix]:
         """Beta and alpha of delta nets, of a tensor that has those of all heads that share a key together."""
@@ -297,13 +273,13 @@ class Weights:
     def _input_matrices(self, tensors: list[Tensor]) -> list[Matrix]:
         """Gate and up, or up alone, each [F, H]."""
         if not self._family.joined_inputs:
-            return [_whole(tensor) for tensor in tensors]
+            return [whole(tensor) for tensor in tensors]
         (both,) = tensors
         return [Matrix(both, half) for half in np.split(np.arange(both.shape[0] & ~1), 2)]
 
     def router(self, i: int) -> Matrix:
         """[E, H]"""
-        return _whole(self._source.tensor(f"{tensor_name(self._family, 'router', i)}.weight"))
+        return whole(self._source.tensor(f"{tensor_name(self._family, 'router', i)}.weight"))
 
     def layer_vectors(self, i: int) -> dict[str, Floats]:
         """The vectors that Architecture.layer_vectors names, of layer `i`."""
@@ -378,18 +354,7 @@ class Weights:
 
     def _vector(self, name: str) -> Floats:
         tensor = self._source.tensor(name)
-        return _finite(tensor, tensor.rows())
-
-
-def _finite(tensor: Tensor, values: Floats) -> Floats:
-    """The values as they are. Raises DataError if one is infinite or not a number."""
-    if not np.isfinite(values).all():
-        raise DataError(f"tensor {tensor.name!r} has weights that are not finite; download the model again")
-    return values
-
-
-def _whole(tensor: Tensor) -> Matrix:
-    return Matrix(tensor, np.arange(tensor.shape[0]))
+        return finite(tensor, tensor.rows())
 
 
 def _one_of(stack: Tensor, number: int) -> Tensor:

@@ -113,7 +113,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bytes, dict[str
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "gemma2", "gemma3n-shared", "opt", "phi2", "bitnet", "gemma4-moe", "falcon"]
+    "name", ["llama3", "gemma2", "gemma3n-shared", "opt", "phi2", "glm4-flash", "bitnet", "gemma4-moe", "falcon"]
 )
 @pytest.mark.parametrize("kind", ["int4", "f16"])
 def test_every_graph_is_onnx(

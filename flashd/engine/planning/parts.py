@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
-from flashd.bundle.layer_kinds import LayerProduct
+from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
@@ -232,6 +232,9 @@ def _of_token(m: Architecture, groups: int) -> int:
         )
         # what sums over all tokens has its rows as they came, convolved, and apart
         rows = state.row_width(m.hidden) if state and state.sums else 0
+        kind = m.kind(i)
+        if isinstance(kind, AttentionKind) and kind.latent:  # queries for the row, and what each head saw of it
+            rows += m.heads * kind.latent.row
         mixed = max(mixed, 3 * first + 3 * rows)
     states = 8 * (m.stream_width - m.hidden)  # predicted, corrected, and apart
     return 4 * (6 * m.hidden + states + m.carried_width + m.ffn_input_width + mixed + inner)

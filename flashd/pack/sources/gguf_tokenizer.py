@@ -40,6 +40,12 @@ GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# cased letters; DeepSeek lists those of Unicode 11, without the mathematical ones
+DEEPSEEK = (
+    r"[\r\n]", r"\s?[[\p{Lu}\p{Ll}\p{Lt}]&&[^\x{1d400}-\x{1d7ff}]]+",
+    r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+", r"\s+$",
+    r"[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]+", r"\p{N}+",
+)  # fmt: skip
 TEKKEN = GPT4O.replace(SHORT, "").replace(r"\p{N}{1,3}", r"\p{N}")
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -50,6 +56,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (LLAMA3,),
     "gpt-4o": (GPT4O,),
     "tekken": (TEKKEN,),
+    "deepseek-llm": DEEPSEEK,
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),  # llama.cpp's
 }

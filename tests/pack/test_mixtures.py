@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from onnxruntime import InferenceSession
 from safetensors.numpy import load_file, save_file
 
 from flashd.bundle.errors import DamagedHeader
@@ -24,6 +23,8 @@ from flashd.graphs.in_place import graph
 from flashd.graphs.stages import stages
 from flashd.pack.original import Original
 from flashd.pack.pack import pack
+from flashd.system.onnx_session import start_pool
+from tests.engine.test_paths import THREADS
 from tests.goldens import folders
 from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, Golden
 
@@ -98,9 +99,13 @@ def test_phi_weighs_an_expert_among_those_that_are_nearly_as_good(tmp_path: Path
     usual = replace(golden, keys={k: v for k, v in golden.keys.items() if k != "router_jitter_noise"})
     model = Original.open(usual.write(tmp_path / "u.gguf"), "f16").model
     assert model.experts and model.experts.margin == 0.02
-    session = InferenceSession(stages(model)["route"], providers=["CPUExecutionProvider"])
+    # its files have a window of as many tokens as a text may have
+    wide = Original.open(keys(golden, attention__sliding_window=1024).write(tmp_path / "w.gguf"), "f16").model
+    assert [kind.window for kind in wide.attention] == [0]
+    start_pool(THREADS)
+    route = Stage(stages(model)["route"])
     scores = np.array([[4.94, 5, 1, 4.92, -5, -9], [-2, -9, -9, -9, -9, -1]], np.float32)
-    used, weights = session.run(None, {"scores": scores})
+    used, weights = route({}, scores=scores)
     near = np.exp([4.94, 5, 4.92])
     assert used.tolist() == [[1, 0], [5, 0]]
     assert np.allclose(weights, [[near[1] / near.sum(), near[0] / (near[0] + near[2])], [1, 1]], rtol=1e-5)

@@ -168,6 +168,7 @@ def has_local_rope(model: OpenModel, family: Family) -> bool:
 def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list[AttentionKind], list[int]]:
     """The kinds of attention of a model, and each layer's."""
     window = model.number("attention.sliding_window", int, 0)
+    longest = model.number("context_length", int)  # a window of as many tokens is none
     local_rope = int(has_local_rope(model, family))
     wide, narrow, latent = head_dim(model), local_head_dim(model, family), latent_of(model, family)
     heads = model.number("attention.head_count", int)
@@ -180,7 +181,8 @@ def attention_kinds(model: OpenModel, family: Family, layers: int) -> tuple[list
         turned = turned and not (family.global_unturned and window and not local)
         rope = (local_rope if local else 0) if turned else None
         kind = AttentionKind(
-            window=window if local else 0, rope=rope, head_dim=narrow if local and narrow != wide else 0,
+            window=window if local and window < longest else 0, rope=rope,
+            head_dim=narrow if local and narrow != wide else 0,
             kv_heads=each[i] if each[i] != kv_heads else 0,
             values=not family.sized_heads or i >= own or f"blk.{i}.attn_v.weight" in model.names,
             beside=0 if family.mamba == "beside" else None,

@@ -144,7 +144,7 @@ def found(name: str, golden: Golden) -> Rename:
             find = joined_delta_nets(by_map(golden, DELTA_NETS))
         case "qwen35" | "qwen35moe":
             find = delta_nets(by_map(golden, DELTA_NETS))
-        case "deepseek2":
+        case "deepseek2" | "mistral4":
             find = latents(by_map(golden))
         case "bitnet" | "bitnet-b1.58":
             find = bitnet(golden)
@@ -412,7 +412,10 @@ def of_experts(find: Rename) -> Rename:
         if (at := EXPERT.fullmatch(name)) is None:
             return find(name, tensors)
         layer, number, part = at.groups()
-        stacks = {kind: tensors[f"blk.{layer}.ffn_{kind}_exps.weight"] for kind in ("gate", "up", "down")}
+        if part == "gate_up_proj" and (joined := f"blk.{layer}.ffn_gate_up_exps.weight") in tensors:
+            return tensors[joined]
+        kinds = [kind for kind in ("gate", "up", "down") if f"blk.{layer}.ffn_{kind}_exps.weight" in tensors]
+        stacks = {kind: tensors[f"blk.{layer}.ffn_{kind}_exps.weight"] for kind in kinds}
         if part in ("gate_up_proj", "input_linear"):
             return np.concatenate([stacks["gate"], stacks["up"]], axis=1)
         return stacks[PARTS[part]] if number is None else stacks[PARTS[part]][int(number)]

@@ -240,8 +240,8 @@ def sparser(golden: Golden, model: Any) -> None:
 def latent(kind: type, query_rank: int | None, **keys: Any) -> Maker:
     return llama_like(
         kind, num_key_value_heads=HEADS, kv_lora_rank=RANK, q_lora_rank=query_rank, qk_nope_head_dim=UNTURNED,
-        qk_rope_head_dim=TURNED, v_head_dim=VALUES, head_dim=TURNED, moe_intermediate_size=32,
-        n_routed_experts=EXPERTS, num_experts_per_tok=USED, **keys,
+        qk_rope_head_dim=TURNED, v_head_dim=VALUES, moe_intermediate_size=32,
+        n_routed_experts=EXPERTS, num_experts_per_tok=USED, **{"head_dim": TURNED, **keys},
     )  # fmt: skip
 
 
@@ -354,6 +354,21 @@ MAKERS: dict[str, Maker] = {
         n_group=2,
         topk_group=1,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    ),
+    "mistral4": latent(
+        T.Mistral4Config,
+        QUERY_RANK,
+        head_dim=UNTURNED + TURNED,
+        n_shared_experts=1,
+        max_position_embeddings=1024,
+        rope_parameters={
+            **YARN,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     ),
     "phimoe": phimoe,
     "hunyuan": llama_like(
@@ -489,9 +504,10 @@ def made(name: str) -> dict[str, Any]:
         return {"logits": smallthinker()}
     golden = GOLDENS[name]
     find, tensors = folders.found(name, golden), golden.tensors()
-    model = transformers.AutoModelForCausalLM.from_config(
-        MAKERS[name](golden), attn_implementation="eager", dtype=torch.float32
-    )
+    config = MAKERS[name](golden)
+    kind = T.models.mistral4.modeling_mistral4.Mistral4ForCausalLM if name == "mistral4" else None  # Auto lacks it
+    make = kind._from_config if kind else transformers.AutoModelForCausalLM.from_config
+    model = make(config, attn_implementation="eager", dtype=torch.float32)
     state = {key: torch.from_numpy(np.array(find(key, tensors))) for key in model.state_dict()}
     for key, value in model.state_dict().items():
         assert value.shape == state[key].shape, f"{key}: {tuple(value.shape)}, not {tuple(state[key].shape)}"

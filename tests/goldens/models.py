@@ -177,6 +177,12 @@ def mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
 
 
+def joined_mixture(neurons: int = 32) -> dict[str, tuple[int, ...]]:
+    """One whose experts have gate and up in one matrix."""
+    apart = {n: shape for n, shape in mixture(neurons).items() if "gate_exps" not in n and "up_exps" not in n}
+    return apart | {"ffn_gate_up_exps.weight": (EXPERTS, 2 * neurons, HIDDEN)}
+
+
 def biased_mixture(neurons: int = 40) -> dict[str, tuple[int, ...]]:
     """One whose router and experts have biases."""
     own = {"ffn_gate_inp.bias": (EXPERTS,), "ffn_down_exps.bias": (EXPERTS, HIDDEN)}
@@ -468,6 +474,16 @@ GOLDENS = {
                         "leading_dense_block_count": 2, "expert_group_count": 2, "expert_group_used_count": 1},
         TWO_NORMS | latent_attention(QUERY_RANK) | mixture(32) | LEAN | shared_expert(False, 32),
         EMBEDDING | HEAD | FINAL, 1, dict.fromkeys((0, 1), TWO_NORMS | latent_attention(QUERY_RANK) | GATED),
+    ),
+    "mistral4": Golden(
+        "mistral4",
+        LATENT | RMS | {"context_length": 1024, "attention.q_lora_rank": QUERY_RANK, "expert_shared_count": 1,
+                        "expert_weights_norm": True, "expert_weights_scale": 1.0, "leading_dense_block_count": 0,
+                        "rope.scaling.type": "yarn", "rope.scaling.factor": 16.0, "expert_group_count": 1,
+                        "expert_group_used_count": 1, "rope.scaling.original_context_length": 64,
+                        "rope.scaling.yarn_log_multiplier": 0.1},
+        TWO_NORMS | latent_attention(QUERY_RANK) | joined_mixture() | shared_expert(False, 32),
+        EMBEDDING | HEAD | FINAL, 1, context=64,  # behind which queries grow
     ),
     "phimoe": Golden(
         "phimoe",

@@ -26,7 +26,7 @@ from flashd.pack.pack import pack
 from flashd.system.onnx_session import start_pool
 from tests.engine.test_paths import THREADS
 from tests.goldens import folders
-from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, Golden
+from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, Floats, Golden
 
 GLM = GOLDENS["glm4moe"]
 GUESSING = "what guesses further tokens (MTP) is left out: flashd packs what speaks"
@@ -135,3 +135,23 @@ def test_experts_are_chosen_among_the_best_groups_wherever_they_are_on_the_card(
         body = msgspec.json.encode(forged)
         with pytest.raises(DamagedHeader, match="groups of experts do not fit the experts"):
             codec.decode_header(body, digest(body), size)
+
+
+def test_gate_and_up_of_experts_may_be_one_stack_beside_first_layers_where_they_are_not(tmp_path: Path) -> None:
+    apart = GOLDENS["deepseek2"]
+
+    class Joined(Golden):
+        def tensors(self) -> dict[str, Floats]:
+            whole = super().tensors()
+            for i in range(1, LAYERS):
+                parts = [whole.pop(f"blk.{i}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+                whole[f"blk.{i}.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
+            return whole
+
+    models = [apart.write(tmp_path / "a.gguf"), Joined(**vars(apart)).write(tmp_path / "j.gguf")]
+    one, other = (Original.open(path, "f16") for path in models)
+    assert msgspec.structs.replace(one.model, name=other.model.name) == other.model
+    for i in range(2):
+        for a, b in zip(one.weights.every_ffn(i), other.weights.every_ffn(i), strict=True):
+            pairs = zip(a.inputs, b.inputs, strict=True)
+            assert all(np.array_equal(x.rows(slice(None)), y.rows(slice(None))) for x, y in pairs)

@@ -58,6 +58,9 @@ class Mixture:
     scaled: bool = False  # the file has numbers that scale what the router takes, and the experts' weights
     grouped: bool = False  # the file may say that a token uses only experts of its best groups
     scores: Scores = "softmax"
+    best: int = (
+        0  # a group's score is the sum of so many of its experts'; 0: of one if scores are a softmax, else of 2
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Family:
     may_have: tuple[Place | Bias, ...] = ()  # norms and biases that some models of the family have
     gated: bool = True
     joined_inputs: bool = False  # GGUF has the gate's rows and behind them the up rows in one tensor
+    joined_experts: bool = False  # and of experts
     activation: Activation = "silu"
     permuted: bool = False  # GGUF keeps llama's q and k rows in rotary pairs (2i, 2i + 1) and others' in halves
     rotary: bool = True
@@ -230,6 +234,9 @@ ENDLESS = ("decay", "skip")
 
 EXPERTS = {"gate": "ffn_gate_exps", "inputs": "ffn_up_exps", "down": "ffn_down_exps"}
 """What the stacks of a mixture's matrices are called."""
+
+JOINED_EXPERTS = "ffn_gate_up_exps"
+"""What a stack of both gate and up is called."""
 
 PLAIN = {part: TENSORS[part] for part in EXPERTS}
 """And those of a mixture's layer that has no experts."""

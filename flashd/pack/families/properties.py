@@ -204,17 +204,18 @@ def _experts(model: OpenModel, family: Family) -> Experts | None:
         router_scaled=family.mixture.scaled,
         weights_scaled=family.mixture.scaled,
         margin=2 * model.number("router_jitter_noise", float, 0.01) if scores == "sparsemixer" else 0.0,
-        groups=_expert_groups(model, count, used, scores) if family.mixture.grouped else None,
+        groups=_expert_groups(model, count, used, family.mixture.best or 1 + (scores != "softmax"))
+        if family.mixture.grouped
+        else None,
         first=(first := leading_layers(model, family)),
         leading=_leading(model, family) if first else None,
     )
 
 
-def _expert_groups(model: OpenModel, experts: int, used: int, scores: Scores) -> ExpertGroups | None:
+def _expert_groups(model: OpenModel, experts: int, used: int, best: int) -> ExpertGroups | None:
     """The groups that a token chooses among: by their best expert (DeepSeek-V2), or their two best (V3 and later)."""
     count, taken = model.number("expert_group_count", int, 0) or 1, model.number("expert_group_used_count", int, 0)
     taken = taken or count
-    best = 1 if scores == "softmax" else 2
     each = experts // max(1, count)
     if not 1 <= taken <= count or experts % count or used > taken * each or (taken < count and each < best):
         raise DataError(

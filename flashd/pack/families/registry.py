@@ -9,7 +9,7 @@ from importlib import import_module
 
 from flashd.errors import DataError
 from flashd.pack import families
-from flashd.pack.families.family import EXPERTS, Family, Folder, Mixture
+from flashd.pack.families.family import EXPERTS, JOINED_EXPERTS, Family, Folder, Mixture
 from flashd.pack.families.halves import Joined
 from flashd.pack.families.tensors import TURNED, beyond, lacking
 from flashd.pack.open_model import OpenModel
@@ -63,6 +63,8 @@ def family_of(model: OpenModel) -> Family:
             family = replace(family, mixture=Mixture())
         names = {**EXPERTS, **family.names}
         family = replace(family, names=names, norms=(*family.norms, *(family.mixture or Mixture()).norms))
+        if any(JOINED_EXPERTS in name for name in model.names):
+            family = replace(family, names={**names, "inputs": JOINED_EXPERTS}, joined_experts=True)
     else:
         family = replace(family, mixture=None)
     if lacks := [*lacks, *lacking(model, family)]:

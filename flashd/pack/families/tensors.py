@@ -185,7 +185,8 @@ def _expected(model: OpenModel, family: Family) -> set[str]:
         names |= _of_mamba(family, i) if family.mamba else set()
         parts += ["token_gate", "token_out"] * family.token_inputs + ["scale"] * family.layer_scales
         parts += STATES * family.streams + ["laurel_left", "laurel_right"] * ("laurel_branch" in allowed)
-        ffn = ["inputs", "down"] + ["gate"] * (family.gated and not family.joined_inputs)
+        joined = family.joined_inputs or (family.joined_experts and i >= leading)
+        ffn = ["inputs", "down"] + ["gate"] * (family.gated and not joined)
         if i < leading:
             names |= {f"blk.{i}.{PLAIN[part]}.weight" for part in ffn}
         else:

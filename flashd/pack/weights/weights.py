@@ -234,25 +234,26 @@ class Weights:
         """The FFN that layer `i` of a mixture has in place of experts; None if it has experts."""
         if self._model.leading_ffn(i) is None:
             return None
-        *inputs, down = [self._source.tensor(f"blk.{i}.{PLAIN[part]}.weight") for part in self._ffn_parts]
+        joined = self._family.joined_inputs
+        *inputs, down = [self._source.tensor(f"blk.{i}.{PLAIN[part]}.weight") for part in self._ffn_parts(joined)]
         none = np.zeros((down.shape[-1], 0), np.float32), np.zeros(0, np.float32)
-        return Ffn(self._input_matrices(inputs), none[0], down, none[1])
+        return Ffn(self._input_matrices(inputs, joined), none[0], down, none[1])
 
     def every_ffn(self, i: int) -> list[Ffn]:
         """All FFNs of layer `i`."""
         leading = self.leading(i)
         return [leading] if leading else self.ffns(i)
 
-    @property
-    def _ffn_parts(self) -> list[str]:
-        """The matrices of an FFN, down last."""
-        return ["gate"] * (self._model.gated and not self._family.joined_inputs) + ["inputs", "down"]
+    def _ffn_parts(self, joined: bool) -> list[str]:
+        """The matrices of an FFN, down last. `joined`: gate and up are one."""
+        return ["gate"] * (self._model.gated and not joined) + ["inputs", "down"]
 
     def ffns(self, i: int) -> list[Ffn]:
         """The FFN of layer `i`, or in a mixture each of its experts; empty if it has neither."""
         if i not in self._model.paged_layers or not self._model.neurons_of(i):
             return []
-        names = [tensor_name(self._family, part, i) for part in self._ffn_parts]
+        joined = self._family.joined_inputs or self._family.joined_experts
+        names = [tensor_name(self._family, part, i) for part in self._ffn_parts(joined)]
         tensors = [self._source.tensor(f"{name}.weight") for name in names]
         if self._model.experts:
             ffns = [[_one_of(stack, number) for stack in tensors] for number in range(self._model.experts.count)]
@@ -266,13 +267,13 @@ class Weights:
         if self._model.normed_neurons:
             norm = self._vector(f"{tensor_name(self._family, 'neurons_norm', i)}.weight")
         return [
-            Ffn(self._input_matrices(inputs), bias, down, norm)
+            Ffn(self._input_matrices(inputs, joined), bias, down, norm)
             for (*inputs, down), bias in zip(ffns, biases, strict=True)
         ]
 
-    def _input_matrices(self, tensors: list[Tensor]) -> list[Matrix]:
+    def _input_matrices(self, tensors: list[Tensor], joined: bool) -> list[Matrix]:
         """Gate and up, or up alone, each [F, H]."""
-        if not self._family.joined_inputs:
+        if not joined:
             return [whole(tensor) for tensor in tensors]
         (both,) = tensors
         return [Matrix(both, half) for half in np.split(np.arange(both.shape[0] & ~1), 2)]

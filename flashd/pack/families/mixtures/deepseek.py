@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and GLM-4.7-Flash: multi-head latent attention, shared experts, first layers without experts.
+"""DeepSeek-V2, GLM-4.7-Flash and Mistral 4: multi-head latent attention, shared experts, dense first layers.
 
 Sources: transformers' modeling_deepseek_v2.py and modeling_glm4_moe_lite.py, and llama.cpp's deepseek2.cpp for the
 layout of a GGUF file.
@@ -12,6 +12,7 @@ from typing import Any
 
 from flashd.errors import DataError
 from flashd.pack.families.family import Config, Family, Folder, Mixture
+from flashd.pack.families.llamas import ministral
 from flashd.pack.families.rope import yarn_length
 
 SIGMOID = 2
@@ -54,6 +55,15 @@ def adapt_lite(config: Config, path: Path) -> Config:
     return {**adapt(config, path), "first_k_dense_replace": first, "expert_gating_func": SIGMOID}
 
 
+def adapt_mistral(config: Config, path: Path) -> Config:
+    """The same of Mistral 4, whose queries grow with a text's length, and which turns what is to be turned whole."""
+    full = dict(ministral.adapt(config, path))
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := full.get(key), dict):
+            full[key] = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+    return adapt(full, path)
+
+
 KEYS = {
     "attention.kv_lora_rank": "kv_lora_rank", "attention.q_lora_rank": "q_lora_rank",
     "attention.key_length": "latent_row", "attention.value_length": "kv_lora_rank",
@@ -77,19 +87,43 @@ FLASH = COMMON | {
     "num_experts_per_tok": 4, "routed_scaling_factor": 1.8, "q_lora_rank": 768,
 }  # fmt: skip
 
+MISTRAL = COMMON | {
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 1048576, "kv_lora_rank": 256, "q_lora_rank": 1024,
+    "qk_nope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 128, "n_shared_experts": 1,
+    "first_k_dense_replace": 0, "norm_topk_prob": True, "moe_intermediate_size": 2048, "num_experts_per_tok": 4,
+}  # fmt: skip
+READS = (
+    "attention.kv_lora_rank", "attention.q_lora_rank", "attention.key_length_mla", "expert_group_count",
+    "attention.value_length_mla", "rope.scaling.yarn_log_multiplier", "nextn_predict_layers",
+)  # fmt: skip
+
 FAMILIES = (
     Family(
         "deepseek2", "DeepSeek-V2, DeepSeek-V2-Lite, GLM-4.7-Flash", "tiny",
         latent=True, mixture=Mixture(normalised=False, leaned=True, leading=True, shared=True, grouped=True),
-        reads=(
-            "attention.kv_lora_rank", "attention.q_lora_rank", "attention.key_length_mla", "expert_group_count",
-            "attention.value_length_mla", "rope.scaling.yarn_log_multiplier", "nextn_predict_layers",
-        ),
+        reads=READS,
         folders=(
             Folder("deepseek_v2", adapt=adapt, defaults=V2, keys=KEYS, tensors=TENSORS),
             Folder(
                 "glm4_moe_lite", adapt=adapt_lite, defaults=FLASH, tensors=TENSORS,
                 keys=KEYS | {"expert_gating_func": "expert_gating_func"},
+            ),
+        ),
+    ),
+    Family(
+        "mistral4", "Mistral Small 4", "tiny",
+        latent=True, mixture=Mixture(leading=True, shared=True, grouped=True, best=2),
+        reads=(*READS, "attention.temperature_scale"),
+        folders=(
+            Folder(
+                "mistral4", adapt=adapt_mistral, defaults=MISTRAL,
+                keys=KEYS | {"attention.temperature_scale": "llama_4_scaling_beta"},
+                tensors={"model.layers.{bid}.mlp.experts.down_proj": "blk.{bid}.ffn_down_exps.weight"},
+                joined={
+                    "model.layers.{bid}.mlp.experts.gate_up_proj": (
+                        "blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps",
+                    ),
+                },
             ),
         ),
     ),

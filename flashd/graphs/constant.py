@@ -25,11 +25,11 @@ from typing import Literal, NamedTuple
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, RowKind
+from flashd.graphs.kinds.recurrent import recur
 from flashd.graphs.layer_stages import LayerStages, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import above, activated, gated, share
-from flashd.graphs.recurrent import recur
 from flashd.graphs.rounding import KvFormat
 
 Arithmetic = Literal["int8", "float32"]

@@ -11,13 +11,13 @@ import numpy as np
 
 from flashd.bundle.architecture import Architecture, Bias, Place
 from flashd.bundle.layer_kinds import AttentionKind, Bound
-from flashd.graphs.latent import LatentStages, Multiply
+from flashd.graphs.kinds.latent import LatentStages, Multiply
+from flashd.graphs.kinds.streams import behind as what_is_behind
+from flashd.graphs.kinds.streams import corrected, first, merged, predicted, spread, told
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
 from flashd.graphs.products import activated
 from flashd.graphs.rounding import KvFormat, rounded
-from flashd.graphs.streams import behind as what_is_behind
-from flashd.graphs.streams import corrected, first, merged, predicted, spread, told
 
 NO_LEAST = np.float32(-1e30)
 """What is left of a gate's product at the least, if its layer has no bound."""

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, Recurrent, TokenInputs
-from flashd.graphs.latent import given
+from flashd.graphs.kinds.latent import given
+from flashd.graphs.kinds.recurrent import recur
+from flashd.graphs.kinds.routing import route
 from flashd.graphs.layer_stages import LayerStages, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import T
-from flashd.graphs.recurrent import recur
-from flashd.graphs.routing import route
 
 
 def stages(model: Architecture) -> dict[str, bytes]:

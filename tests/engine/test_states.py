@@ -22,7 +22,7 @@ from flashd.engine.model.kv_cache import SPARE, cache_bytes
 from flashd.engine.model.sizes import NODES
 from flashd.engine.model.states import MARKS, MARKS_OF_SUMS
 from flashd.engine.planning.plan import make_plan
-from flashd.graphs.recurrent import REWIND
+from flashd.graphs.kinds.recurrent import REWIND
 from flashd.pack.pack import pack
 from tests.engine.test_decode import said
 from tests.engine.test_paths import ARITHMETICS, all_logits, opened

@@ -36,7 +36,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.kv_rows import Kept
 from flashd.errors import NOT_JSON, DataError
-from flashd.graphs.recurrent import REWIND
+from flashd.graphs.kinds.recurrent import REWIND
 from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 

@@ -2,10 +2,10 @@
 
 A KV cache is cut anywhere. A state is not: it has taken in all tokens up to the last. So the state of a pass is
 written beside the one before it, and a few more are kept where a text is likely to be cut. A state can also forget
-its last tokens, since it has the last rows that went into it, see graphs.recurrent. A short convolution is nothing
-but these rows. The sum of a gated delta net or of a Mamba-2 mixer cannot take a token out again. But the sum before
-the last pass is still there, and what went in since is put in anew. Passes that draft leave the sum alone, so all
-that they did is undone.
+its last tokens, since it has the last rows that went into it, see graphs.kinds.recurrent. A short convolution is
+nothing but these rows. The sum of a gated delta net or of a Mamba-2 mixer cannot take a token out again. But the
+sum before the last pass is still there, and what went in since is put in anew. Passes that draft leave the sum
+alone, so all that they did is undone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnxruntime as ort
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import Recurrent
 from flashd.bundle.rows.kinds import Floats
-from flashd.graphs.recurrent import REWIND, Shape, rows_shape, sums_shape
+from flashd.graphs.kinds.recurrent import REWIND, Shape, rows_shape, sums_shape
 
 MARKS, MARKS_OF_SUMS = 3, 2
 """The most places of a text whose states are kept beside those at its end; of sums, which are large, fewer.
@@ -54,7 +54,7 @@ def _kinds(model: Architecture) -> dict[int, Recurrent]:
 
 @dataclass(frozen=True)
 class PassStates:
-    """What a layer's graph reads, what it writes, and what it has to know, by the names of graphs.recurrent."""
+    """What a layer's graph reads, what it writes, and what it has to know, by the names of graphs.kinds.recurrent."""
 
     inputs: dict[str, ort.OrtValue] = field(default_factory=dict)
     outputs: dict[str, ort.OrtValue] = field(default_factory=dict)

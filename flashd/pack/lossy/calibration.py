@@ -22,9 +22,9 @@ from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
-from flashd.graphs.latent import rows_given
+from flashd.graphs.kinds.latent import rows_given
+from flashd.graphs.kinds.recurrent import rows_shape, sums_shape
 from flashd.graphs.products import activations, gates
-from flashd.graphs.recurrent import rows_shape, sums_shape
 from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
 from flashd.pack.weights.matrix import Matrix

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 LIMITS = Limits(seconds=60, memory=600 << 20, says=True)
 
 NAMES = [name for name in GOLDENS if (HERE / f"{name}.json").is_file()]
-LAST = ["qwen35", "qwen35moe", "qwen3next", "gpt-oss", "lfm2moe", "ernie4_5-moe", "gemma4"]
+LAST = ["qwen35", "qwen35moe", "qwen3next", "gpt-oss", "lfm2moe", "ernie4_5-moe", "gemma4", "glm4-flash"]
 """Those that are read by code of their own; a night of fuzzing takes all."""
 
 SOME = st.sampled_from(NAMES if TRIES else LAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import gpiozero
@@ -11,6 +12,10 @@ from flashd.config.devices import Analog, Light
 
 MCP3008_FULL = 1023
 """What its ten bits say at full scale."""
+
+_OPENING = threading.Lock()
+"""gpiozero finds out that channels share a chip only if they are opened one after the other. Each sensor opens its
+own in a thread of its own."""
 
 
 class Brightness(Source):
@@ -30,7 +35,8 @@ class AnalogChannel(Source):
     """A channel of an MCP3008, scaled as the settings say."""
 
     def __init__(self, settings: Analog, _: Path) -> None:
-        self._channel = gpiozero.MCP3008(channel=settings.channel)
+        with _OPENING:
+            self._channel = gpiozero.MCP3008(channel=settings.channel)
         self._low, self._high = settings.low, settings.high
 
     def value(self) -> float:

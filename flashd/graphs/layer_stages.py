@@ -22,6 +22,9 @@ from flashd.graphs.rounding import KvFormat, rounded
 NO_LEAST = np.float32(-1e30)
 """What is left of a gate's product at the least, if its layer has no bound."""
 
+NEVER = np.float32(-1e30)
+"""Added to a score, what takes a key out of attention."""
+
 QUERY_AND_KEY: tuple[Place, Place] = ("query", "key")
 
 

@@ -11,8 +11,9 @@ from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.drafts import Pace
 from flashd.engine.decoding.line import Line
 from flashd.engine.decoding.sampling import Sampling
-from flashd.engine.forward.attention import NEVER, Places
+from flashd.engine.forward.attention import Places
 from flashd.engine.model.branches import Branches, behind
+from flashd.graphs.layer_stages import NEVER
 from flashd.pack.pack import pack
 from tests.engine.test_decode import begun, said
 from tests.engine.test_paths import opened

@@ -18,6 +18,7 @@ from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.model.states import PassStates
+from flashd.graphs.layer_stages import NEVER
 
 
 class Rotary:
@@ -43,10 +44,6 @@ class Rotary:
         for name in names:
             if name in self._values:
                 binding.bind_ortvalue_input(name, self._values[name])
-
-
-NEVER = np.float32(-1e30)
-"""Added to a score, what takes a key out of attention."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from flashd.bundle.rows.kinds import BLOCK, Floats
 from flashd.bundle.tokenizer_json import ids_of
 from flashd.graphs.kinds.latent import rows_given
 from flashd.graphs.kinds.recurrent import rows_shape, sums_shape
+from flashd.graphs.layer_stages import NEVER
 from flashd.graphs.products import activations, gates
 from flashd.graphs.stages import stages
 from flashd.pack.rounding.rows import encode_rows
@@ -104,8 +105,8 @@ class Calibration:
         self._stages = {name: open_session(graph) for name, graph in stages(model).items()}
         self._activations = open_session(activations(model))
         self._gates = open_session(gates(model)) if model.gated else None
-        # every layer asks for it again, and all texts of a cut have the same length
-        self._attended = lru_cache(maxsize=1)(self._attention_feed)
+        # every layer asks for it again, with a window or without, and all texts of a cut have the same length
+        self._attended = lru_cache(maxsize=2)(self._attention_feed)
         self._kept: dict[tuple[int, int], list[Floats]] = {}  # keys and values by layer and text, if some borrow them
         tokens = np.concatenate(texts)
         self._x: Floats = weights.embedding().rows(tokens) * np.float32(model.embedding_scale)
@@ -236,7 +237,7 @@ class Calibration:
             if product.inner:
                 feed[f"{product.name}.w"] = rows_given(product, [part.rows(slice(None)) for part in parts])
         out, *kept = self._run(
-            f"attention.{self._model.layer_kinds[i]}", vectors, **feed, **self._attended(len(inner))
+            f"attention.{self._model.layer_kinds[i]}", vectors, **feed, **self._attended(len(inner), kind.window)
         )
         if any(each.borrows for each in self._model.attention):
             self._kept[lender, text] = kept
@@ -310,12 +311,16 @@ class Calibration:
         ends = np.cumsum([len(text) for text in self._texts])
         return (slice(int(end) - len(text), int(end)) for end, text in zip(ends, self._texts, strict=True))
 
-    def _attention_feed(self, n: int) -> dict[str, npt.NDArray[np.generic]]:
-        """The inputs of the attention graph for a text of n tokens, without queries, keys and values."""
+    def _attention_feed(self, n: int, window: int) -> dict[str, npt.NDArray[np.generic]]:
+        """The inputs of the attention graph for a text of n tokens, without queries, keys and values.
+
+        `window`: each token attends to the last so many; 0: to all.
+        """
         t = np.arange(n)
+        behind = (t[None] <= t[:, None] - window) if window else np.zeros((n, n), np.bool_)  # [n, n]
         feed: dict[str, npt.NDArray[np.generic]] = {
             "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),
-            "positions": t[None], "bias": np.zeros((1, 1, n, n), np.float32),
+            "positions": t[None], "bias": np.where(behind, NEVER, np.float32(0))[None, None],
         }  # fmt: skip
         for i, (angle, length) in enumerate(self._rope):
             feed[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)

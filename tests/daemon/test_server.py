@@ -104,6 +104,16 @@ def http(served: Path) -> httpx.Client:
 HALF_A_BODY = request("/v1/chat/completions", ASK)[:-9]
 
 
+def test_who_sends_half_a_body_makes_room_for_a_new_client(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service waits for all of these bodies, and has refused none of them yet."""
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 8)
+    with ExitStack() as stack:
+        idle(stack, served, 8, HALF_A_BODY)
+        time.sleep(0.5)
+        with http(served) as client:
+            assert client.get("/health").json() == {"status": "ok"}
+
+
 @pytest.mark.parametrize("sends", [b"", b"GET /health HTTP/1.1\r\n", HALF_A_BODY])
 def test_clients_that_send_nothing_more_lock_nobody_out(sends: bytes, served: Path) -> None:
     """None of them, half a head, half a body: more of them than there are connections."""

@@ -2,7 +2,7 @@
 
 A connection owes us something while we wait for a request's head, for its client to read, or for the rest of a body
 that is answered already. If that takes too long, it is dropped; if there are too many connections, the one that has
-owed the longest makes room for the new one.
+owed the longest makes room for the new one. If none owes us anything, one goes whose body has not come.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Connection(H11Protocol):
             del self.headers[MOST_HEADERS + 1 :]  # as many as are needed to refuse them
         if self._answering and not self.flow.write_paused:
             self._owes_nothing()
-        if self._answering and self.cycle.more_body:
+        if self._wants_body:
             self.flow.pause_reading()  # until the API asks for more of the body
 
     def on_response_complete(self) -> None:
@@ -109,6 +109,10 @@ class Connection(H11Protocol):
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _wants_body(self) -> bool:
+        return self._answering and bool(self.cycle.more_body)
 
     @property
     def _rest(self) -> bool:
@@ -170,6 +174,8 @@ class Connection(H11Protocol):
         afar = [c for c in here if c._from_afar]
         for all_of_them, most in ((afar, MOST_FROM_AFAR), (here, MOST_CONNECTIONS)):
             if len(all_of_them) > most:
-                owing = [c for c in all_of_them if c._due is not None]
+                others = [c for c in all_of_them if c is not self]
+                # those whose body we wait for owe us that; a new client goes only if all others wait for us
+                owing = [c for c in others if c._due is not None] or [c for c in others if c._wants_body] or [self]
                 min(owing, key=lambda c: c._since)._drop()
                 return

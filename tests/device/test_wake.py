@@ -140,7 +140,7 @@ def test_a_tap_records_until_speech_ends(
     press(pins.pin(4), 0.05)
     wait(lambda: clerk.answered)
     assert heard_seconds(folder) < len(said) / (2 * RATE) + 1.2
-    speaks(folder, said)
+    speaks(folder, said[: len(said) // 4 * 2])  # in the middle of a word, so no end of speech comes before the tap
     press(pins.pin(4), 0.05)
     wait(lambda: one.status().phase == "listening" and (folder / "given").exists())
     time.sleep(0.2)

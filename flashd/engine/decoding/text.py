@@ -14,6 +14,7 @@ import wcwidth
 
 from flashd.bundle.token_bytes import TokenBytes
 from flashd.bundle.tokenizer_json import ids_of, read
+from flashd.engine.decoding.overlap import overlap
 from flashd.engine.decoding.reasoning.thoughts import closed
 from flashd.engine.decoding.tools.calls import Call, Tool
 from flashd.errors import DataError, PromptTooLong, UsageError
@@ -288,7 +289,7 @@ class StopStrings:
             if complete:
                 shown, self._held = shown + self._held[:-complete], ""
                 return shown, True
-            cut = len(self._held) - max((self._overlap(s) for s in self._stops), default=0)
+            cut = len(self._held) - max((overlap(self._held, s) for s in self._stops), default=0)
             shown, self._held = shown + self._held[:cut], self._held[cut:]
         return shown, False
 
@@ -296,9 +297,3 @@ class StopStrings:
         """The text that was held back and is not a stop string after all."""
         held, self._held = self._held, ""
         return held
-
-    def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the held text `stop` begins with."""
-        return next(
-            (n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0
-        )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flashd.bundle.token_bytes import THOUGHTS, TokenBytes
+from flashd.engine.decoding.overlap import overlap
 
 LAST_TOKENS = 16
 """Tokens at the end of a prompt that may spell a tag and the blank lines behind it."""
@@ -61,7 +62,7 @@ class Thoughts:
                 self._closes, self._blank = "", True
                 yield Said(thought.rstrip(), True)
             else:
-                told = len(self._held[: len(self._held) - self._begun(self._closes)].rstrip())
+                told = len(self._held[: len(self._held) - overlap(self._held, self._closes)].rstrip())
                 said, self._held = self._held[:told], self._held[told:]
                 yield Said(said, True)
                 return
@@ -75,20 +76,20 @@ class Thoughts:
         self._waits = not self._closes and any(opens.startswith(begun) for opens, _ in THOUGHTS)
         return not self._waits
 
-    def _begun(self, tag: str) -> int:
-        """How many characters at the end of the held text a tag may begin with."""
-        most = min(len(tag) - 1, len(self._held))
-        return next((n for n in range(most, 0, -1) if self._held.endswith(tag[:n])), 0)
-
 
 def tag_that_closes(prompt: Sequence[int], token_bytes: TokenBytes) -> str:
     """The tag that ends the thought with which a prompt ends. Empty if it ends with none."""
     end = b"".join(token_bytes[token] for token in prompt[-LAST_TOKENS:]).decode("utf-8", "replace").rstrip()
-    return next((closes for opens, closes in THOUGHTS if end.endswith(opens)), "")
+    return _closes(end)
 
 
 def closed(prompt: str) -> str:
     """A prompt's text with the thought closed that it ends with, if it ends with one."""
     end = prompt.rstrip()
-    closes = next((closes for opens, closes in THOUGHTS if end.endswith(opens)), "")
+    closes = _closes(end)
     return f"{end}\n\n{closes}\n\n" if closes else prompt
+
+
+def _closes(end: str) -> str:
+    """The tag that closes the one with which a text ends. Empty if it ends with none."""
+    return next((closes for opens, closes in THOUGHTS if end.endswith(opens)), "")

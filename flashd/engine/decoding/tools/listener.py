@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum, auto
 
+from flashd.engine.decoding.overlap import overlap
 from flashd.engine.decoding.tools.calls import CallPart
 from flashd.engine.decoding.tools.formats import CallFormat
 
@@ -93,7 +94,7 @@ class Listener:
                 self._at, self._held = _At.NAME, rest
                 said = said.rstrip()
             else:
-                cut = len(self._held) - _overlap(self._held, opening)
+                cut = len(self._held) - overlap(self._held, opening)
                 cut = len(self._held[:cut].rstrip())
                 said, self._held = self._held[:cut], self._held[cut:]
         else:
@@ -126,8 +127,3 @@ class _Object:
                     self.whole = True
                     return i + 1
         return len(text)
-
-
-def _overlap(text: str, opening: str) -> int:
-    """How many characters at the end of a text `opening` begins with."""
-    return next((n for n in range(min(len(opening) - 1, len(text)), 0, -1) if text.endswith(opening[:n])), 0)

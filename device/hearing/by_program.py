@@ -6,11 +6,10 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from device.hearing.recogniser import MOST_TEXT, NotHeard, Recogniser
 from flashd.config.hearing import Hearing, Program
-from flashd.system.program import LOOK_SECONDS, goes_first, kill, read_while, with_memory
+from flashd.system.program import goes_first, kill, read_to_end, with_memory
 
 MOST_PRINTED = 4 * MOST_TEXT
 """Bytes: a character has up to 4."""
@@ -48,13 +47,9 @@ class ByProgram(Recogniser):
             raise NotHeard(f"the recogniser cannot be started: {self._command[0]}: {error.strerror}") from error
 
     def _heard(self, program: subprocess.Popen[bytes], go_on: Callable[[], bool]) -> str:
-        assert program.stdout is not None
-        printed, name = read_while(program.stdout.fileno(), go_on, MOST_PRINTED), self._command[0]
+        printed, name = read_to_end(program, go_on, MOST_PRINTED), self._command[0]
         if len(printed) == MOST_PRINTED:
             raise NotHeard(f"the recogniser prints more than text: {name}")
-        while program.poll() is None and go_on():
-            with suppress(subprocess.TimeoutExpired):
-                program.wait(LOOK_SECONDS)
         if program.returncode is None:
             raise NotHeard(f"the recogniser took more than {self._hearing.timeout:g} s: {name}")
         if program.returncode:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from device.tools.course import Course, Done, NotDone
@@ -13,7 +12,7 @@ from device.tools.tool import Reach, Tool
 from flashd.config.arguments import filled
 from flashd.config.tools import RunProgram
 from flashd.system.printable import printable
-from flashd.system.program import LOOK_SECONDS, goes_first, kill, last_line, read_while
+from flashd.system.program import goes_first, kill, last_line, read_to_end
 
 BYTES_PER_CHARACTER = 4
 FIRST = 120
@@ -57,13 +56,9 @@ class Run(Tool):
             return wanted() and time.monotonic() < until
 
         with _started(command) as program:
-            assert program.stdout is not None
             try:
                 goes_first(program)
-                printed = read_while(program.stdout.fileno(), goes_on, most + 1)
-                while len(printed) <= most and program.poll() is None and goes_on():
-                    with suppress(subprocess.TimeoutExpired):
-                        program.wait(LOOK_SECONDS)
+                printed = read_to_end(program, goes_on, most + 1)
             finally:
                 kill(program)
             ended = program.returncode

@@ -71,6 +71,16 @@ def read_while(pipe: int, wanted: Callable[[], bool], most: int) -> bytes:
     return bytes(data[:most])
 
 
+def read_to_end(program: subprocess.Popen[bytes], wanted: Callable[[], bool], most: int) -> bytes:
+    """What a program prints, up to `most` bytes. If there are fewer it has ended, or is not `wanted` any longer."""
+    assert program.stdout is not None
+    printed = read_while(program.stdout.fileno(), wanted, most)
+    while len(printed) < most and program.poll() is None and wanted():
+        with suppress(subprocess.TimeoutExpired):
+            program.wait(LOOK_SECONDS)
+    return printed
+
+
 def read_now(pipe: int) -> bytes:
     """What is in a pipe already."""
     os.set_blocking(pipe, False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from device.hearing.recogniser import NotHeard, Recogniser
-from device.hearing.sherpa_child import SherpaChild, check_installed, model_file
+from device.hearing.recogniser import Recogniser
+from device.hearing.sherpa_child import KeepsChild, SherpaChild, check_installed, model_file
 from flashd.config.hearing import Hearing, Sherpa
 from flashd.errors import InputMissing
 
@@ -42,15 +41,12 @@ MAKERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 TOKENS = "*tokens.txt"
 
 
-class BySherpa(Recogniser):
-    """The process starts with the service, since it takes a while to load a model. One that ended is started anew."""
+class BySherpa(KeepsChild, Recogniser):
+    """It starts with the service."""
 
     def __init__(self, settings: Sherpa, hearing: Hearing) -> None:
         self._settings, self._hearing = settings, hearing
-        self._process: SherpaChild | None = None
-        self._is_ready = False
-        with suppress(NotHeard):  # the first press says why
-            self._start()
+        super().__init__("sherpa_process.py", hearing.limit)
 
     def recognise(self, sound: bytes, wanted: Callable[[], bool]) -> str:
         until = time.monotonic() + self._hearing.timeout
@@ -69,20 +65,9 @@ class BySherpa(Recogniser):
             if not wanted():  # whoever speaks anew need not wait for the model, which loads meanwhile
                 self._start()
 
-    def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.close()
-
-    def _start(self) -> SherpaChild:
-        self.close()
-        try:
-            make, arguments = made_of(self._settings)
-        except InputMissing as error:
-            raise NotHeard(str(error)) from error
-        wish = {"make": make, "with": arguments}
-        self._process, self._is_ready = SherpaChild("sherpa_process.py", wish, self._hearing.limit), False
-        return self._process
+    def _wish(self) -> object:
+        make, arguments = made_of(self._settings)
+        return {"make": make, "with": arguments}
 
     def _text(self, process: SherpaChild, go_on: Callable[[], bool]) -> str:
         return process.answer(_Line, go_on, self._hearing.timeout).text

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from device.hearing.recogniser import NotHeard, NothingSaid
-from device.hearing.sherpa_child import SherpaChild, check_installed, model_file
+from device.hearing.recogniser import NothingSaid
+from device.hearing.sherpa_child import KeepsChild, SherpaChild, check_installed, model_file
 from flashd.config.hearing import RATE, SAMPLE_BYTES
 from flashd.config.hearing import Listener as ListenerSettings
 from flashd.errors import InputMissing
@@ -33,10 +33,10 @@ class _Line(msgspec.Struct):
     speaks: bool = False
 
 
-class Listener:
-    """The process starts with the service. One that ended is started anew when it is needed.
+class Listener(KeepsChild):
+    """It starts with the service, and is used by one thread at a time.
 
-    It is used by one thread at a time. Each method raises NotHeard if the process fails.
+    Each method raises NotHeard if the process fails.
 
     Args:
         settings: of the models.
@@ -45,12 +45,7 @@ class Listener:
 
     def __init__(self, settings: ListenerSettings, words: Sequence[str]) -> None:
         self._settings, self._words = settings, list(words)
-        self._process: SherpaChild | None = None
-        self._is_ready = False
-        try:
-            self._start()
-        except NotHeard:
-            """Whoever needs it first is told why."""
+        super().__init__("listener_process.py", settings.limit)
 
     def word(self, samples: bytes, wanted: Callable[[], bool], anew: bool = False) -> str | None:
         """The wake word that has ended in these samples. They go on from those before, unless heard `anew`."""
@@ -61,19 +56,8 @@ class Listener:
         """Whether somebody speaks at the end of these samples, or has paused for a moment."""
         return self._asked(b"S" if anew else b"s", samples, wanted).speaks
 
-    def close(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.close()
-
-    def _start(self) -> SherpaChild:
-        self.close()
-        try:
-            wish = made_of(self._settings, self._words)
-        except InputMissing as error:
-            raise NotHeard(str(error)) from error
-        self._process, self._is_ready = SherpaChild("listener_process.py", wish, self._settings.limit), False
-        return self._process
+    def _wish(self) -> object:
+        return made_of(self._settings, self._words)
 
     def _asked(self, letter: bytes, samples: bytes, wanted: Callable[[], bool]) -> _Line:
         process = self._process or self._start()

@@ -84,6 +84,39 @@ class SherpaChild:
             """Its pipes are closed, and it is waited for."""
 
 
+class KeepsChild:
+    """Has a SherpaChild, which is started at once, since it takes a while to load a model.
+
+    One that ended is started anew when it is needed. A subclass says what the process is to make.
+    """
+
+    def __init__(self, program: str, memory: int) -> None:
+        self._program, self._limit = program, memory
+        self._process: SherpaChild | None = None
+        self._is_ready = False
+        with suppress(NotHeard):  # whoever needs it first is told why
+            self._start()
+
+    def _wish(self) -> object:
+        """What the process is to make. Raises InputMissing."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+
+    def _start(self) -> SherpaChild:
+        """Raises NotHeard."""
+        self.close()
+        try:
+            wish = self._wish()
+        except InputMissing as error:
+            raise NotHeard(str(error)) from error
+        self._process, self._is_ready = SherpaChild(self._program, wish, self._limit), False
+        return self._process
+
+
 def check_installed() -> None:
     """Raises InputMissing."""
     if importlib.util.find_spec("sherpa_onnx") is None:

@@ -22,7 +22,6 @@ from flashd.errors import INTERRUPTED, DataError, UsageError
 if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.sampling import Sampling
-    from flashd.engine.decoding.text import Message
     from flashd.engine.engine import Answer, Engine
 
 
@@ -34,13 +33,15 @@ def ask(options: Ask, started: float) -> int:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Engine
+    from flashd.engine.engine import Engine, Prompts
 
     said, pipe = Said(), Pipe()
     messages = [Message("system", options.system)] if options.system else []
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
-        tokens = tokens_apart(bundle.path, lambda: _tokens(bundle, [*messages, Message("user", text)], options))
+        messages.append(Message("user", text))
+        think = bool(options.think)
+        tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens(messages, think=think))
         kept = prefixes(bundle, options.no_snapshots, options.kv)
         with (
             Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
@@ -101,12 +102,6 @@ def daemon_answers(options: Answering) -> bool:
             file=sys.stderr,
         )
     return not own
-
-
-def _tokens(bundle: Bundle, messages: list[Message], options: Answering) -> list[int]:
-    from flashd.engine.engine import Prompts
-
-    return Prompts(bundle).tokens(messages, think=bool(options.think))
 
 
 def _say(

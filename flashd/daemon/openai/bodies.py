@@ -287,11 +287,11 @@ class Chat(Body, kw_only=True):
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         tools = self._calling()
         think = self._think(schema is not None or tools is not None or bool(self.board_tools))
+        rounds = ROUNDS if self.board_tools else 0
         requests = tuple(
-            replace(request, think=think) for request in self.requests([turns], False, schema, logprobs, limit, tools)
+            replace(request, think=think, rounds=rounds)
+            for request in self.requests([turns], False, schema, logprobs, limit, tools)
         )
-        if self.board_tools:
-            requests = tuple(replace(request, rounds=ROUNDS) for request in requests)
         return dataclasses.replace(
             asked(self, requests, False), session=self.session, new_session=bool(self.new_session)
         )

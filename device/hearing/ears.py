@@ -108,7 +108,7 @@ class Ears:
         self._turn = threading.Lock()
         self._presses: set[Press] = set()
         self._said: set[str] = set()
-        self._fails = False  # what waits for wake words, as people were told
+        self._fails = False  # people were told that it cannot wait for wake words
 
     def hear(self, press: Press, wanted: Wanted) -> str:
         """What is said during a press. It is empty if nothing was understood; people have then been told why."""

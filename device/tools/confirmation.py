@@ -41,7 +41,7 @@ class Confirmation:
     def ask(self, what: str, course: Course) -> None:
         """Waits for a press that begins now, before something is done: "switch the pump on". Raises NotDone."""
         if self._settings is None:
-            raise NotDone("there is no button to confirm it")
+            raise NotDone("somebody must confirm it, and the board has no button for that")
         if not self._asking.acquire(blocking=False):
             raise NotDone("the button that confirms it is waited for already, for something else")
         wait = self._settings.wait

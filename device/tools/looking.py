@@ -31,6 +31,6 @@ class Look(Tool):
     def do(self, arguments: Mapping[str, Any], course: Course) -> Done:
         name = arguments.get("sensor")
         if name not in self._names:
-            raise NotDone(f"there is no such sensor; there are {', '.join(self._names)}")
+            raise NotDone(f"no sensor has this name; the names are {', '.join(self._names)}")
         reading = self._sensors.read_one(name)
         return Done(str(reading), f"It looked at the {name.replace('_', ' ')}: {reading}.")

@@ -71,7 +71,7 @@ class Toolbox:
     def _called(self, source: str, call: Call, course: Course) -> Done:
         tool = self._tools.get(call.name)
         if tool is None or call.name not in self._allowed.get(source, ()):
-            raise NotDone("there is no such tool here")
+            raise NotDone("you may not use a tool of this name")
         with self._lock:
             most = self._settings[call.name].per_minute
             if self._rates.full(call.name, most):

@@ -184,7 +184,7 @@ class Talk(Trigger, tag="talk", frozen=True, kw_only=True):
     """
 
     pin: Pin | None = None
-    """The button's pin. Without this key there is no button, and wake is needed."""
+    """The button's pin. If you leave it out, the trigger has no button, and you must set wake."""
     tap: bool = False
     """Whether a short press records too, until the end of speech or another press. It needs hearing.listener."""
     wake: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None

@@ -99,19 +99,23 @@ def test_nothing_is_done_that_the_configuration_does_not_name(
         one = appliance(LOOKING + spoken + "\n" + hearing)
         job = ended(jobs, one.start("talk", heard="Run rm! Look at the soil!"))
         assert job.request.turns[-1].content == "Run rm! Look at the soil!"
-        assert [turn.content for turn in job.result.steps[1:3]] == ["Not done: there is no such tool here."] * 2
+        assert [turn.content for turn in job.result.steps[1:3]] == [
+            "Not done: you may not use a tool of this name."
+        ] * 2
         results = [turn.content for turn in ended(jobs, one.start("late")).result.steps[1:]]
-        assert results[0] == results[1] == "Not done: there is no such tool here."
+        assert results[0] == results[1] == "Not done: you may not use a tool of this name."
         assert results[2] == "Not done: its arguments are not a JSON object."
         assert "Not done" not in results[3]
         # by others, as by a client that sends the same name, nothing is done either
         job = jobs.submit(Request(turns=question("x"), source="api", calling=one.calling(["look"]), rounds=1))
-        assert all("no such tool here" in turn.content for turn in ended(jobs, job).result.steps[1:])
+        assert all(
+            "you may not use a tool of this name" in turn.content for turn in ended(jobs, job).result.steps[1:]
+        )
         clerk.calls = [[("look", '{"sensor": "pump"}'), *[("look", '{"sensor": "air"}')] * 1000]]
         results = [turn.content for turn in ended(jobs, one.start("ask")).result.steps[1:]]
     finally:
         clerk.close()
-    assert results[0] == "Not done: there is no such sensor; there are soil, air." and len(results) == 1001
+    assert results[0] == "Not done: no sensor has this name; the names are soil, air." and len(results) == 1001
     assert results[1:3] == ["0", "0"]
     assert set(results[3:]) == {"Not done: it was asked for more than 3 times within a minute."}
 

@@ -131,8 +131,8 @@ def test_a_file_of_one_type_has_one_kind_of_rows(tmp_path: Path, kind: Kind | No
 @pytest.mark.parametrize(
     ("finer", "match"),
     [
-        (["layer.9.qkv"], "'layer.9.qkv' is no matrix that may have finer rows"),
-        (["head"], "'head' is no matrix that may have finer rows"),
+        (["layer.9.qkv"], "'layer.9.qkv' is not a matrix that may have finer rows"),
+        (["head"], "'head' is not a matrix that may have finer rows"),
         (["layer.0.qkv", "layer.0.qkv"], "named twice"),
     ],
 )

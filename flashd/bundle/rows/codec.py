@@ -246,7 +246,9 @@ def _check_narrowed(header: Header) -> None:
 def _check_finer(header: Header) -> None:
     finer = header.formats.finer
     if unknown := sorted(set(finer) - header.int4_matrices):
-        raise DamagedHeader(f"the header does not make sense: {unknown[0]!r} is no matrix that may have finer rows")
+        raise DamagedHeader(
+            f"the header does not make sense: {unknown[0]!r} is not a matrix that may have finer rows"
+        )
     if len(set(finer)) < len(finer):
         raise DamagedHeader("the header does not make sense: a matrix with finer rows is named twice")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from flashd.engine.engine import Answer, Engine
+from flashd.engine.planning.plan import LIBRARIES
 from flashd.system.memory import peak
 
 
@@ -12,7 +13,7 @@ def cost(engine: Engine, answer: Answer) -> dict[str, float]:
     """The figures of an answer by name: seconds, bytes, counts and rates.
 
     `card_wanted_share`, `window_hit_rate` and `peak_bytes` cover all that the engine has done so far, not this answer
-    alone.
+    alone. `libraries_bytes` is what the process held before the model, of the budget `memory_bytes`.
     """
     f, card = answer.figures, engine.model.card
     counts = {name: value for name, value in asdict(f).items() if name != "finish"}
@@ -31,4 +32,5 @@ def cost(engine: Engine, answer: Answer) -> dict[str, float]:
         "other_seconds": f.first_token_seconds + f.decode_seconds - f.forward_seconds - f.draft_seconds,
         "peak_bytes": peak(),
         "memory_bytes": engine.plan.memory,
+        "libraries_bytes": engine.plan.parts[LIBRARIES],
     }

@@ -20,7 +20,7 @@ from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Prompts
 from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.model.sizes import NODES
+from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS
@@ -67,7 +67,7 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
     with Bundle(packed["int4"]) as bundle:
         prompt = Prompts(bundle).plain("Name some seas.")
         # the middle of the answer; a pass that checks drafts needs the KV cache for a tree of them
-        text = len(prompt) + TOKENS_OUT // 2 + NODES * drafts
+        text = len(prompt) + TOKENS_OUT // 2 + TREE_NODES * drafts
         found = foresee(header_of(config), parse_size(memory), CONTEXT, text)
         model = PagedModel(bundle, found.plan)
         try:

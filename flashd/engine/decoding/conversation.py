@@ -15,16 +15,20 @@ from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.cache.snapshot import RUN, shared
 from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.draft_model import DraftModel
-from flashd.engine.decoding.drafts import BEAM, Draft, Pace, Trees, lookup
-from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Guessed, Line
+from flashd.engine.decoding.drafts import BEAM, Draft, Followers, Pace, Trees, lookup
+from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Foresight, Guessed, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.model.branches import Branches, CacheSlots, behind
-from flashd.engine.model.contract import Meanwhile, Model, OnStep, silent
-from flashd.engine.model.sizes import NODES
+from flashd.engine.model.contract import Meanwhile, Model, OnStep, Tokens, silent
+from flashd.engine.model.sizes import LOGIT_ROWS, NODES
+from flashd.engine.planning.parts import LIKELY
 from flashd.errors import PromptTooLong, UsageError
 
 QUIET_SECONDS = 20.0
 """A session is written once it has paused for so long: each turn of it would wear the card."""
+
+Rows = dict[int, Floats]
+"""Logits [V] by the number of the row."""
 
 
 @dataclass
@@ -44,22 +48,19 @@ class Conversation:
     _behind: Floats | None = None  # [V] logits behind the last prompt
     _goes_on: bool = False  # whether the last prompt begins with the one before it, as in a chat
     _learnt: bool = True  # whether `prefixes` has been told of the last prompt
-    _pace: Pace = field(default_factory=Pace)
+    _pace: Pace = field(init=False)
+    _followers: Followers = field(default_factory=Followers)
     _session: str | None = None  # the one that `tokens` belong to, if it is not on the card yet
     _ended: float = 0.0  # when that text ended
     _ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
 
+    def __post_init__(self) -> None:
+        self._pace = Pace(self.model.nodes)
+
     def begin(
-        self,
-        prompt: Sequence[int],
-        sampler: Sampler,
-        *,
-        limit: int,
-        eos: Sequence[int],
-        figures: Figures,
-        drafts: bool = True,
-        session: str | None = None,
-    ) -> Line:
+        self, prompt: Sequence[int], sampler: Sampler, *, limit: int, eos: Sequence[int], figures: Figures,
+        drafts: bool = True, session: str | None = None,
+    ) -> Line:  # fmt: skip
         """Starts a text. Others may be growing: ask `fits` first. Call `end` when it is done.
 
         The text grows up to an end token, `limit` tokens or a full context. Tokens of the prompt that are in the
@@ -232,10 +233,10 @@ class Conversation:
     def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
         """Runs a pass: it reads the next part of prompts, and the other texts go on as far as guesses are right."""
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
-        chunks = self._chunks(reading, self.model.pass_tokens - (NODES if speaking else 0))
+        chunks = self._chunks(reading, self.model.pass_tokens - (self.model.nodes if speaking else 0))
         past = self.model.cache.length
         room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
-        trees = self._drafted(speaking, min(NODES - len(chunks), room), on_step)
+        trees = self._drafted(speaking, min(self.model.nodes - len(chunks), room), on_step)
         logits = self._forward(speaking, trees, chunks, on_step)
         end = past + len(trees.tokens)
         for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
@@ -262,17 +263,20 @@ class Conversation:
                 most -= len(chunk)
         return chunks
 
-    def _walk(self, line: Line, trees: Trees, node: int, past: int, logits: Floats) -> Iterator[tuple[Line, int]]:
-        """Draws a text's tokens from `node` of its tree on, as long as they are in the tree. logits: [T, V]."""
+    def _walk(self, line: Line, trees: Trees, node: int, past: int, logits: Rows) -> Iterator[tuple[Line, int]]:
+        """Draws a text's tokens from `node` of its tree on, as long as they are in the tree and have logits."""
         while not line.done and (token := line.draw(logits[node])) is not None:
             yield line, token
             child = trees.child(node, token)
+            recycled = child is not None and trees.ranks[child] is not None
             if promised := trees.promised(node):
-                self._pace.measured_guesses(child is not None, promised)
+                self._pace.measured_guesses(child is not None and not recycled, promised)
+            if child is None or recycled:
+                self._followers.measured(trees.recycled(node), token)
             if line.looked_up:
                 self._pace.measured_lookup(line.looked_up[0] == token)
                 line.looked_up = line.looked_up[1:] if line.looked_up[0] == token else []
-            if child is None or line.done:
+            if child is None or child not in logits or line.done:
                 return
             line.append(past + child)
             line.figures.accepted += 1
@@ -305,20 +309,19 @@ class Conversation:
         # if there may be no trees, what was looked up is not mixed with other guesses
         elif self.model.drafts and (self.model.branches or not any(looked_up)):
             steps = self._draft_from_ram(draft, [end.slots for end in ends], most)
+        if self.model.branches:
+            draft.recycle(self._followers, most)
         return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps)
 
     @contextmanager
-    def _drafting_ahead(self, speaking: Sequence[Line], trees: Trees, past: int, likely: Floats) -> Iterator[None]:
+    def _drafting_ahead(self, foresight: Foresight, likely: Floats) -> Iterator[None]:
         """Makes guesses for the next pass while the block waits for the card.
 
         They are for the texts as they will be if this pass draws tokens of the first n. likely: logits [T, n].
         """
-        ends = [
-            line.foreseen(trees, trees.root(text), past, likely[: len(trees.tokens)])
-            for text, line in enumerate(speaking)
-        ]
+        ends = [foreseen.end for foreseen in foresight.of(likely)]
         known = [end for end in ends if end]
-        most = min(NODES, self.model.cache.context - self.model.cache.length)
+        most = min(self.model.nodes, self.model.cache.context - self.model.cache.length)
         if len(known) < len(ends) or most <= len(ends):
             yield
             return
@@ -359,8 +362,11 @@ class Conversation:
 
     def _forward(
         self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
-    ) -> Floats:
-        """Logits [R, V] behind each node of the trees, then behind the last token of each chunk."""
+    ) -> Rows:
+        """Logits [V] by number: behind nodes of the trees, and then behind the last token of each chunk.
+
+        Where the pass has many nodes, those that are not drawn behind have none.
+        """
         lines = [*speaking, *(line for line, _ in chunks)]
         tokens, parents, wanted = list(trees.tokens), list(trees.parents), list(range(len(trees.tokens)))
         for text, (_, chunk) in enumerate(chunks, len(speaking)):
@@ -370,12 +376,25 @@ class Conversation:
         # every model takes tokens that form one line behind all that is in the cache
         in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
         branches = None if in_line else Branches([line.slots for line in lines], parents)
+        foresight = Foresight(speaking, trees, self.model.cache.length)
+
+        rows = np.arange(len(wanted))
+
+        def finish(likely: Floats) -> Tokens:
+            nonlocal rows
+            self._followers.learn(trees.tokens, likely[: len(trees.tokens), :LIKELY])
+            if len(wanted) > LOGIT_ROWS:
+                rows = foresight.rows(likely)
+            return rows
+
         started, waited = time.perf_counter(), self.model.card.waited
         meanwhile: Meanwhile = nullcontext
-        ahead = self.small is not None or (self.model.drafts and self.model.branches)
-        if not chunks and any(x.drafts for x in speaking) and ahead:
-            meanwhile = partial(self._drafting_ahead, speaking, trees, self.model.cache.length)
-        logits = self.model.forward(np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile)
+        drafts = any(x.drafts for x in speaking) and (self.model.shares_reads or self.small is not None)
+        if not chunks and drafts and (self.model.branches or self.small):
+            meanwhile = partial(self._drafting_ahead, foresight)
+        logits = self.model.forward(
+            np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile, finish if drafts else None
+        )
         seconds = time.perf_counter() - started
         for line in lines:
             line.figures.forward_seconds += seconds
@@ -384,7 +403,7 @@ class Conversation:
             line.figures.passes += 1
         if not chunks:
             self._pace.measured_pass(seconds, len(tokens))
-        return np.asarray(logits, np.float32)
+        return dict(zip(rows.tolist(), logits, strict=True))
 
     def _settle(self) -> None:
         """Removes from the cache the tokens that are in no text."""

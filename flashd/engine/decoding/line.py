@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
 from flashd.engine.model.branches import CacheSlots
-from flashd.engine.model.contract import CardStats
+from flashd.engine.model.contract import CardStats, Tokens
+from flashd.engine.model.sizes import LOGIT_ROWS
 
 NO_SLOTS: CacheSlots = np.empty(0, np.int64)
 
@@ -62,6 +64,14 @@ class End:
     tokens: list[int]  # the whole text
     slots: CacheSlots  # of the tokens that have been through the model
     room: int  # how many tokens may follow
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """How a text will go on in a pass."""
+
+    nodes: list[int]  # of its tree: those that it will draw behind, the root first; all if that is not known
+    end: End | None  # None: it will be complete, or its sampler cannot draw ahead
 
 
 @dataclass(frozen=True)
@@ -123,10 +133,8 @@ class Line:
         """The text's end as it is now."""
         return self._end_at(self.tokens, self.slots)
 
-    def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> End | None:
-        """The text's end as it will be after a pass, if the pass draws tokens of the first n.
-
-        None if the text will be complete, or if its sampler cannot draw ahead.
+    def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> Foreseen:
+        """How the text will go on in a pass, if the pass draws tokens of the first n.
 
         Args:
             trees: what the pass checks.
@@ -134,9 +142,9 @@ class Line:
             past: the slot of the first node.
             likely: logits [T, n] of the first n tokens of the vocabulary, behind each of the T nodes.
         """
-        sampler, tokens, slots = self._sampler.twin(), list(self.tokens), [past + node]
+        sampler, tokens, nodes = self._sampler.twin(), list(self.tokens), [node]
         if sampler is None:
-            return None
+            return Foreseen(trees.of_text(node), None)
         # a repeat penalty may look at tokens of the text that are not among the first n
         logits = np.full(max(likely.shape[1], *tokens) + 1, -np.inf, np.float32)  # [m], m > n
         child: int | None = node
@@ -145,10 +153,11 @@ class Line:
             token = sampler.pick(logits, tokens)
             tokens.append(token)
             if token in self._eos or len(tokens) - self._prompt >= self._limit:
-                return None
+                return Foreseen(nodes, None)
             child = trees.child(child, token)
-            slots += [] if child is None else [past + child]
-        return self._end_at(tokens, np.append(self.slots, slots))
+            nodes += [] if child is None else [child]
+        slots = [past + node for node in nodes]
+        return Foreseen(nodes, self._end_at(tokens, np.append(self.slots, slots)))
 
     def _end_at(self, tokens: list[int], slots: CacheSlots) -> End:
         return End(self, tokens, slots, self._prompt + self._limit - len(tokens) - 1 if self.drafts else 0)
@@ -185,3 +194,33 @@ class Line:
         f.tokens = self.said
         self.done = self.said >= self._limit
         return token
+
+
+class Foresight:
+    """How the texts of a pass will go on in it. It is asked when the logits of likely tokens are known.
+
+    Args:
+        lines: the texts, a tree for each.
+        trees: what the pass checks.
+        past: the slot of the first node.
+    """
+
+    def __init__(self, lines: Sequence[Line], trees: Trees, past: int) -> None:
+        self._lines, self._trees, self._past = lines, trees, past
+        self._foreseen: list[Foreseen] = []
+
+    def of(self, likely: Floats) -> list[Foreseen]:
+        """Of each text, by logits [R, n] of likely tokens, whose first rows are behind the nodes."""
+        if not self._foreseen:
+            self._foreseen = [
+                line.foreseen(self._trees, self._trees.root(text), self._past, likely)
+                for text, line in enumerate(self._lines)
+            ]
+        return self._foreseen
+
+    def rows(self, likely: Floats) -> Tokens:
+        """A Finish: the rows that texts will draw from, in order. Rows behind the nodes' are behind prompts."""
+        prompts = list(range(len(self._trees.tokens), len(likely)))
+        by_depth = zip_longest(*(foreseen.nodes for foreseen in self.of(likely)))
+        nodes = [node for node in chain.from_iterable(by_depth) if node is not None]
+        return np.array(sorted([*prompts, *nodes[: LOGIT_ROWS - len(prompts)]]))

@@ -10,9 +10,10 @@ import numpy as np
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.model.contract import Meanwhile, OnStep
+from flashd.engine.model.contract import Finish, Meanwhile, OnStep
+from flashd.engine.model.sizes import LOGIT_ROWS
 from flashd.engine.paging.card import CardStream
-from flashd.engine.planning.parts import LOGIT_ROWS, head_part
+from flashd.engine.planning.parts import head_part
 from flashd.engine.planning.plan import Plan
 
 
@@ -26,20 +27,30 @@ class Head:
 
     def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
         self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
-        self._stream, self._section = stream, len(bundle.header.ffn_sections)
+        self._stream = stream if self._kept < self._model.vocabulary else None
+        self._section = len(bundle.header.ffn_sections)
         self._doubled = constants.arithmetic == "float32"
         hidden = self._model.hidden
         self._parts = [
             (first, constants.rows(rows, hidden)) for first, rows in bundle.table("head", plan.head_rows, self._part)
         ]
 
-    def __call__(self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext) -> Floats:
-        """h [R, H] -> logits [R, V]. Raises CardError, DamagedRun."""
-        out = np.empty((len(h), self._model.vocabulary), np.float32)
-        self._likely(h, out)
+    @property
+    def streams(self) -> bool:
+        """Whether rows stream past."""
+        return self._stream is not None
+
+    def __call__(
+        self, h: Floats, on_step: OnStep, meanwhile: Meanwhile = nullcontext, finish: Finish | None = None
+    ) -> Floats:
+        """h [R, H] -> logits [R, V], or of those of the R rows that `finish` names. Raises CardError, DamagedRun."""
+        likely = self.of_likely(h)  # [R, n]
+        rows = finish(likely) if finish else np.arange(len(h))
         if self._stream is None:
-            return out
-        with meanwhile(out[:, : self._kept]):
+            return likely[rows] if finish else likely
+        out, h = np.empty((len(rows), self._model.vocabulary), np.float32), h[rows]
+        out[:, : self._kept] = likely[rows]
+        with meanwhile(likely):
             for first, logits in self._of_others(h, self._stream, on_step):
                 out[:, first : first + logits.shape[1]] = logits
         return out
@@ -72,14 +83,10 @@ class Head:
     def of_likely(self, h: Floats) -> Floats:
         """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""
         out = np.empty((len(h), self._kept), np.float32)
-        self._likely(h, out)
-        return out
-
-    def _likely(self, h: Floats, out: Floats) -> None:
-        """Writes the logits of the tokens whose rows are in RAM to out [R, at least as many]."""
         for at, session in self._parts:
             logits = multiplied(session, self._doubled, x=h)
             out[:, at : at + logits.shape[1]] = logits
+        return out
 
     def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
         """The logits of the tokens whose rows stream past, in parts."""

@@ -24,10 +24,10 @@ from flashd.engine.forward.selected_ffn import SelectedFfn
 from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model import sizes
 from flashd.engine.model.branches import Branches
-from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
+from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
-from flashd.engine.model.sizes import NODES
-from flashd.engine.planning.parts import pass_tokens
+from flashd.engine.model.sizes import NODES, TREE_NODES
+from flashd.engine.planning.parts import most_nodes, pass_tokens
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import graph
 from flashd.system.freed_memory import give_back_freed_memory, reuse_freed_memory, use_small_pages
@@ -88,6 +88,9 @@ class PagedModel:
         self._reuses_up_to, self._reuses = plan.reuses_up_to, False
         self.pass_tokens = pass_tokens(bundle.header)
         self.branches = not self._model.recurrent  # a state follows one line of tokens
+        self.nodes = NODES
+        if self.branches and self._head.streams:  # passes with more tokens than so many do not reuse what is freed
+            self.nodes = min(most_nodes(self._model, plan.head_rows), plan.reuses_up_to or TREE_NODES)
 
     def close(self) -> None:
         self._ffn.close()
@@ -110,17 +113,17 @@ class PagedModel:
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
-        meanwhile: Meanwhile = nullcontext,
+        meanwhile: Meanwhile = nullcontext, finish: Finish | None = None,
     ) -> Floats:  # fmt: skip
         """Logits [R, V] behind the tokens numbered `wanted` [R] of a pass over `tokens` [T]; the cache keeps all T.
 
         Without `branches` the tokens follow all that is in the cache. `meanwhile` may draft: when it is called all
-        layers are done and the cache has the tokens.
+        layers are done and the cache has the tokens. With `finish` only those rows of the R that it names come back.
 
         Raises CardError, DamagedRun. The cache is then as it was before.
         """
         with self._passed(tokens, branches, on_step) as x:
-            return self._said(x[wanted], on_step, meanwhile)
+            return self._said(x[wanted], on_step, meanwhile, finish)
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:
         """Logits behind `tokens` [T], part by part: (which of them, first token of the vocabulary, logits [R, n]).
@@ -188,10 +191,10 @@ class PagedModel:
             on_step(i + 1, self._model.layers, self.card.bytes_read)
         return x
 
-    def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile) -> Floats:
-        """Logits [R, V] of x [R, H] behind the last layer."""
+    def _said(self, x: Floats, on_step: OnStep, meanwhile: Meanwhile, finish: Finish | None) -> Floats:
+        """Logits [R, V] of x [R, H] behind the last layer, or of those rows that `finish` names."""
         h = self._finish(x)
-        logits = self._head(h, on_step, meanwhile)
+        logits = self._head(h, on_step, meanwhile, finish)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def _load_layer(self, i: int, on_step: OnStep) -> None:

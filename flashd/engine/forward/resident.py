@@ -17,8 +17,9 @@ from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.head import Head
 from flashd.engine.model.branches import Branches
-from flashd.engine.model.contract import CardStats, Guesses, Meanwhile, OnStep, Tokens, silent
+from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import SPARE, KvCache
+from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import WHOLE_TOKENS, layers_together
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import graph
@@ -63,6 +64,10 @@ class ResidentModel:
         self._head = Head(bundle, fast if plan.int8_head else sparing, plan, None)
         give_back_freed_memory()
 
+    @property
+    def nodes(self) -> int:
+        return NODES
+
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Never asked for: nothing is cheaper than an exact pass here."""
         raise NotImplementedError
@@ -87,7 +92,7 @@ class ResidentModel:
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
-        meanwhile: Meanwhile = nullcontext,  # noqa: ARG002
+        meanwhile: Meanwhile = nullcontext, finish: Finish | None = None,  # noqa: ARG002
     ) -> Floats:  # fmt: skip
         """Logits [R, V] of the rows `wanted` [R] of a pass over `tokens` [T], which the KV cache keeps.
 
@@ -95,7 +100,7 @@ class ResidentModel:
         """
         if branches:
             raise NotImplementedError
-        logits = self._head(self._passed(tokens)[wanted], silent)
+        logits = self._head(self._passed(tokens)[wanted], silent, finish=finish)
         on_step(self._model.layers, self._model.layers, 0)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 

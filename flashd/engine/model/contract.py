@@ -25,6 +25,10 @@ def silent(done: int, layers: int, nbytes: int) -> None:
     """An OnStep that does nothing."""
 
 
+Finish = Callable[[Floats], Tokens]
+"""Called with logits [R, n] of the n tokens whose head rows are in RAM. Returns which of the R rows are wanted in
+full, ascending, at most LOGIT_ROWS of them."""
+
 Meanwhile = Callable[[Floats], AbstractContextManager[object]]
 """Called with logits [R, n] of the n tokens whose head rows are in RAM. The context manager that it returns is
 entered before the head's other rows stream from the card, and left when they have."""
@@ -79,6 +83,10 @@ class Model(Protocol):
         """Whether the tokens of a pass share its reads of the card, so that checking several costs what one costs."""
 
     @property
+    def nodes(self) -> int:
+        """The most tokens of a pass that checks drafts."""
+
+    @property
     def drafts(self) -> bool:
         """Whether `draft` is cheaper than a pass and better than nothing."""
 
@@ -91,11 +99,12 @@ class Model(Protocol):
 
     def forward(
         self, tokens: Tokens, wanted: Tokens, on_step: OnStep = silent, branches: Branches | None = None,
-        meanwhile: Meanwhile = nullcontext,
+        meanwhile: Meanwhile = nullcontext, finish: Finish | None = None,
     ) -> Floats:  # fmt: skip
         """Logits [R, V] behind the tokens numbered `wanted` [R] of a pass over `tokens` [T]; the cache keeps all T.
 
-        Without `branches` the tokens follow all that is in the cache. Raises CardError, DamagedRun.
+        Without `branches` the tokens follow all that is in the cache. With `finish` only those rows of the R that it
+        names come back. Raises CardError, DamagedRun.
         """
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 NODES = 16
-"""The most tokens of a pass that checks drafts: last tokens of texts, and guesses. Each takes a row of logits."""
+"""The most tokens of a pass that checks drafts, last tokens of texts and guesses, if each takes a row of logits."""
+
+TREE_NODES = 32
+"""The same if most of the head streams past. Behind a node that is not drawn, logits of the likely tokens do."""
+
+LOGIT_ROWS = 10
+"""Rows of logits over the whole vocabulary that such a pass makes: of the nodes that it will probably draw behind."""
 
 TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 in parts of at most so many bytes. A part this large stays in the processor's cache."""

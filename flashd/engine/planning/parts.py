@@ -13,16 +13,13 @@ from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
-from flashd.engine.model.sizes import KEPT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE
+from flashd.engine.model.sizes import KEPT_ROWS, LOGIT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE, TREE_NODES
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
 from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
 
 PREFILL_TOKENS = 256
 """Tokens of a prompt that share one pass over the card, where all of them need all groups."""
-
-LOGIT_ROWS = NODES + 1
-"""Logits over the whole vocabulary that a pass holds at once: of a tree, and behind the prompt."""
 
 WHOLE_TOKENS, WHOLE_LOGIT_ROWS = 64, 2
 """Tokens of a pass of a model that stays whole, and of its logits those that are held at once."""
@@ -201,22 +198,40 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
 
 
-def workspace(header: Header, context: int, groups: int, whole: bool = False) -> int:
+def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
-    `groups`: of a layer, the most that are in one session.
+    Args:
+        groups: of a layer, the most that are in one session.
+        head: of the head, the rows in RAM.
+        whole: whether the model stays whole.
     """
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
-    rows = WHOLE_LOGIT_ROWS if whole else LOGIT_ROWS
     activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
     # what a pass has of the tokens that are not in a product at the moment, and what they may look at
     activations += 4 * more * (2 * m.hidden + m.stream_width + m.carried_width + m.ffn_input_width + 2 * context)
     # twice if a graph follows that caps them or adds a bias
-    logits = 4 * rows * m.vocabulary * (2 if m.changes_logits else 1)
-    logits += 4 * rows * head_part(header)
+    logits = 4 * WHOLE_LOGIT_ROWS * m.vocabulary if whole else _logits(m, head)
+    logits *= 2 if m.changes_logits else 1
+    logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
     shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
     return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
+
+
+def _logits(m: Architecture, head: int) -> int:
+    """Bytes of the logits that a pass with drafts holds at once, if the head's first `head` rows are in RAM."""
+    if head == m.vocabulary:
+        return 4 * (NODES + 1) * m.vocabulary
+    return 4 * (LOGIT_ROWS * m.vocabulary + (most_nodes(m, head) + 1) * head)
+
+
+def most_nodes(m: Architecture, head: int) -> int:
+    """The most nodes of a pass that checks drafts, if the head's first `head` rows are in RAM and others stream past.
+
+    Behind each node there are logits of the rows in RAM, see forward.head. More nodes than NODES take no more RAM.
+    """
+    return max(NODES, min(TREE_NODES, (NODES + 1 - LOGIT_ROWS) * m.vocabulary // head - 1))
 
 
 def _of_token(m: Architecture, groups: int) -> int:

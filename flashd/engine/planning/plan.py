@@ -190,9 +190,12 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     each = _spread(pinned, plan.groups)
     head, row = _likely(header), header.row_format("head")
     if pinned == every:
-        left = plan.memory - sum(parts_of(pinned).values())
-        more = left // max(1, parts.held(row, ROWS_OF_A_RUN, "float32")) * ROWS_OF_A_RUN
-        head = min(m.vocabulary, head + max(0, more))
+        run = max(1, parts.held(row, ROWS_OF_A_RUN, "float32"))
+        more = max(0, plan.memory - sum(parts_of(pinned).values())) // run * ROWS_OF_A_RUN
+        head = min(m.vocabulary, head + more)
+        while more and (over := sum(parts_of(pinned, head).values()) - plan.memory) > 0:
+            head -= -(-over // run) * ROWS_OF_A_RUN  # each row in RAM has logits behind every node
+        head = max(head, _likely(header))
     held = parts_of(pinned, head)
     lendable = 0 if m.experts else lendable_bytes(m, plan.context, plan.kv)
     lent = _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
@@ -312,7 +315,7 @@ def _paged_parts(
     held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
         "head": parts.head_held(header, head, "float32"),
-        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1)),
+        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1), head),
         **parts.reading(header, "float32", head, pinned == every),
         **_tokens(header, "float32"),
     }
@@ -373,7 +376,7 @@ def whole_parts(
     opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
     of_tokens: Arithmetic = "int8" if int8_layers else "float32"
     opening = max(opening, parts.tokens_opening(header, of_tokens), parts.states_opening(header, of_tokens))
-    workspace = parts.workspace(header, context, m.groups, whole=True) + parts.rotary(m, context)
+    workspace = parts.workspace(header, context, m.groups, m.vocabulary, whole=True) + parts.rotary(m, context)
     common = _common(header, context, base, kv, parts.layers_together(header))
     # the KV cache and the workspace are not touched before all sessions are open
     opening = max(0, opening - workspace - common["KV cache"])

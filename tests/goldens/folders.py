@@ -167,7 +167,11 @@ def by_map(golden: Golden, special: dict[str, str] | None = None) -> Rename:
         ours = name
         for theirs, part in (special or {}).items():
             ours = ours.replace(theirs, part)
-        return tensors[ours if ours in tensors else str(known.get_name(name, try_suffixes=(".weight", ".bias")))]
+        if ours in tensors:
+            return tensors[ours]
+        mapped = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert mapped, f"{name}: the gguf package has no name for it in {golden.architecture!r}; `found` is to say it"
+        return tensors[mapped]
 
     return find
 

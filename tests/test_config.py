@@ -373,6 +373,12 @@ SCHEMA = EXAMPLE.parent / "flashd.schema.json"
             "line 6: trigger 'a', sensor: no distance sensor is called 's'; there are wall",
         ),
         (
+            "sensors: [{kind: light, name: sun, pin: 4}]\ntriggers:\n- kind: near\n  "
+            "name: a\n  prompt: p\n  sensor: sun\n  below: 1",
+            "line 6: trigger 'a', sensor: 'sun' is of kind light, and near takes a sensor of kind distance; "
+            "there are none",
+        ),
+        (
             "outputs: [{kind: hook, command: [x], event: ended}]",
             "line 1: outputs[0] (hook), event: 'ended' is not known; allowed are accepted, cancelled, "
             "done, failed, started",

@@ -265,12 +265,16 @@ def _check_fit(settings: Settings) -> None:
     for i, line in enumerate(settings.serial):
         check_names(("serial", i), line.tools, settings.tools, settings.schemas)
     distances = [s.name for s in settings.sensors if isinstance(s, Distance)]
+    kinds = {s.name: s.__struct_config__.tag for s in settings.sensors}
     for i, trigger in enumerate(settings.triggers):
         at = ("triggers", i)
         if trigger.json_schema is not None and not settings.schemas:
             raise Misfit((*at, "json_schema"), "answers of a schema need `schemas: true` in the file")
         if isinstance(trigger, Near) and trigger.sensor not in distances:
-            raise Misfit((*at, "sensor"), f"no distance sensor is called {trigger.sensor!r}; {there(distances)}")
+            kind = kinds.get(trigger.sensor)
+            its = f"{trigger.sensor!r} is of kind {kind}, and near takes a sensor of kind distance"
+            none = f"no distance sensor is called {trigger.sensor!r}"
+            raise Misfit((*at, "sensor"), f"{its if kind else none}; {there(distances)}")
         check_names(at, trigger.tools, settings.tools, settings.schemas)
     _check_pins(settings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -301,7 +301,7 @@ def test_what_ends_a_pass_ends_it_for_all(packed: dict[str, Path], tmp_path: Pat
         assert [j.state for j in jobs] == [State.QUEUED] * 3 and not o.jobs.running
 
 
-def broken(tokens: int) -> None:
+def broken(tokens: int, of_texts: Mapping[int, int] | None = None) -> None:
     raise CardError("the card is gone")
 
 

@@ -17,11 +17,11 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.drafts import BEAM, STEPS, Draft, Pace, lookup
-from flashd.engine.decoding.line import MOST_TEXTS, Figures, Line
+from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Guesses, Model, Tokens
-from flashd.engine.model.sizes import NODES
+from flashd.engine.model.sizes import MOST_TEXTS, NODES
 from flashd.engine.paging.card import READ_BYTES
 from flashd.engine.planning.parts import BUFFERS, PREFILL_TOKENS
 from flashd.errors import UsageError

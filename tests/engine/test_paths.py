@@ -21,6 +21,7 @@ from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model import sizes
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Model
+from flashd.engine.model.sizes import MOST_TEXTS
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import Plan, make_plan
 from flashd.graphs.constant import Arithmetic
@@ -48,7 +49,7 @@ def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: 
     if pinned is None:
         return full
     groups = tuple(int(pinned * every) for every in header.model.layer_groups)
-    return dataclasses.replace(full, resident=False, pinned=groups, buffers=BUFFERS)
+    return dataclasses.replace(full, resident=False, pinned=groups, buffers=BUFFERS, texts=MOST_TEXTS)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from flashd.engine.cache.snapshot import RUN, shared
 from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.draft_model import DraftModel
 from flashd.engine.decoding.drafts import BEAM, Draft, Followers, Pace, Trees, lookup
-from flashd.engine.decoding.line import MOST_TEXTS, NO_SLOTS, End, Figures, Foresight, Guessed, Line
+from flashd.engine.decoding.line import End, Figures, Foresight, Guessed, Line, longest_shared, settle
 from flashd.engine.decoding.sampling import Sampler, Sampling
-from flashd.engine.model.branches import Branches, CacheSlots, behind
+from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Meanwhile, Model, OnStep, Tokens, silent
 from flashd.engine.model.sizes import LOGIT_ROWS, NODES
 from flashd.engine.planning.parts import LIKELY
@@ -82,10 +82,10 @@ class Conversation:
         if room < limit:
             limit, figures.finish = room, "context"
         line = Line(prompt, sampler, limit, eos, drafts, figures, self.model.card)
-        line.session = session
+        line.session, line.number = session, len(self.lines)
         if self.lines:
             # from now on it holds what it shares with another text, which may end before the next pass
-            line.found(self._shared(prompt))
+            self._share(line)
         else:
             parts_at = self._parts_at(prompt)
             logits = self._recall(prompt, figures)
@@ -104,11 +104,8 @@ class Conversation:
         if not self.lines:
             return True
         free = self.model.cache.context - self.model.cache.length - sum(line.to_come for line in self.lines)
-        return (
-            self.model.branches
-            and len(self.lines) < MOST_TEXTS
-            and len(prompt) - len(self._shared(prompt)) + limit <= free
-        )
+        here, _ = longest_shared(self.lines, prompt[:-1], self.model.cache)
+        return len(self.lines) < self.model.texts and len(prompt) - len(here) + limit <= free
 
     def end(self, line: Line) -> None:
         """Takes a text out of those that grow. The cache forgets what no other text shares.
@@ -119,9 +116,9 @@ class Conversation:
         if self.small:
             self.small.end(line)
         if self.lines:
-            self._settle()
+            settle(self.lines, self.model.cache)
             return
-        self.model.cache.keep(line.slots)
+        self.model.cache.keep(line.slots, {line.number: len(line.slots)})
         self.tokens = line.tokens[: len(line.slots)]
         self._session, self._ended = line.session, time.monotonic()
         if self.tokens[: len(self._asked)] != self._asked:
@@ -143,7 +140,7 @@ class Conversation:
             try:
                 yield from self._pass(lines, on_step)
             finally:
-                self._settle()
+                settle(self.lines, self.model.cache)
 
     def logits(self, tokens: Sequence[int], figures: Figures, on_step: OnStep = silent) -> Floats:
         """Logits [V] behind `tokens`. Those of the tokens that are in the cache already are not computed again.
@@ -216,18 +213,24 @@ class Conversation:
             return 0
         return max(shared(self.tokens, prompt), self.prefixes.common(prompt) if self.prefixes else 0)
 
-    def _shared(self, prompt: Sequence[int]) -> CacheSlots:
-        """The slots of the longest beginning that `prompt`, without its last token, shares with a text that grows."""
-        most = NO_SLOTS
-        for line in self.lines:
-            same = shared(line.tokens[: len(line.slots)], prompt[:-1])
-            most = line.slots[:same] if same > len(most) else most
-        return most
+    def _share(self, line: Line) -> None:
+        """Begins a text that joins others with what it shares with one of them."""
+        prompt, cache, logits = line.tokens, self.model.cache, None
+        here, of = longest_shared(self.lines, prompt[:-1], cache)
+        if cache.state_bytes and self._behind is not None and prompt == self._asked:
+            # behind all of it the states may be known, and before its last token they are not
+            whole, other = longest_shared(self.lines, prompt, cache)
+            if len(whole) == len(prompt):
+                here, of, logits = whole, other, self._behind
+        cache.share(line.number, of, len(here))
+        line.found(here)
+        if logits is not None:
+            self._is_read(line, logits)
 
     def _is_read(self, line: Line, logits: Floats) -> None:
         """Notes that a prompt has been read, and the logits [V] behind it."""
         line.read(logits)
-        self.model.cache.mark()
+        self.model.cache.mark(line.number)
         self._asked, self._behind, self._learnt = list(line.tokens), logits, False
 
     def _pass(self, lines: Sequence[Line], on_step: OnStep) -> Iterator[tuple[Line, int]]:
@@ -235,6 +238,8 @@ class Conversation:
         speaking, reading = [x for x in lines if x.said], [x for x in lines if not x.said]
         chunks = self._chunks(reading, self.model.pass_tokens - (self.model.nodes if speaking else 0))
         past = self.model.cache.length
+        if not speaking and not chunks:
+            return  # all that is left of a prompt was there
         room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
         trees = self._drafted(speaking, min(self.model.nodes - len(chunks), room), on_step)
         logits = self._forward(speaking, trees, chunks, on_step)
@@ -245,7 +250,7 @@ class Conversation:
             if not line.pending:
                 self._is_read(line, logits[i])
             elif len(line.slots) == line.mark:
-                self.model.cache.mark()
+                self.model.cache.mark(line.number)
         for text, line in enumerate(speaking):
             # not earlier: the caller may stop in between, and a text that nothing was drawn of must be as it was
             line.append(past + trees.root(text))
@@ -257,7 +262,7 @@ class Conversation:
         # with an empty cache GroupQueryAttention takes slots for positions, so only one prompt is read then
         for line in reading if self.model.cache.length else reading[:1]:
             if not len(line.slots):
-                line.found(self._shared(line.tokens))
+                self._share(line)
             if chunk := line.pending[:most]:
                 chunks.append((line, chunk))
                 most -= len(chunk)
@@ -308,7 +313,7 @@ class Conversation:
             steps = self._draft_by(self.small, draft, ends, on_step)
         # if there may be no trees, what was looked up is not mixed with other guesses
         elif self.model.drafts and (self.model.branches or not any(looked_up)):
-            steps = self._draft_from_ram(draft, [end.slots for end in ends], most)
+            steps = self._draft_from_ram(draft, ends, most)
         if self.model.branches:
             draft.recycle(self._followers, most)
         return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps)
@@ -345,19 +350,20 @@ class Conversation:
             steps += 1
         return steps
 
-    def _draft_from_ram(self, draft: Draft, texts: Sequence[CacheSlots], most: int) -> int:
+    def _draft_from_ram(self, draft: Draft, ends: Sequence[End], most: int) -> int:
         """Adds guesses of the model's `draft` to a draft, as long as that pays. Returns how many steps that took.
 
         The cache is left as it was.
         """
-        steps, length, at_once = 0, self.model.cache.length, max(BEAM, len(texts))
+        steps, place, at_once = 0, self.model.cache.place, max(BEAM, len(ends))
+        texts, numbers = [end.slots for end in ends], [end.line.number for end in ends]
         while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
             started = time.perf_counter()
             tokens, parents = draft.asked(nodes)
-            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), Branches(texts, parents)))
+            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), Branches(texts, parents, numbers)))
             self._pace.measured_draft(time.perf_counter() - started)
             steps, most = steps + 1, most - len(nodes)
-        self.model.cache.truncate(length)
+        self.model.cache.go_back(place)
         return steps
 
     def _forward(
@@ -374,10 +380,11 @@ class Conversation:
             tokens += chunk
             wanted.append(len(tokens) - 1)
         # every model takes tokens that form one line behind all that is in the cache
-        in_line = parents == [behind(0), *range(len(tokens) - 1)] and len(lines[0].slots) == self.model.cache.length
-        branches = None if in_line else Branches([line.slots for line in lines], parents)
+        whole = lines[0].number == 0 and len(lines[0].slots) == self.model.cache.length
+        numbers = [line.number for line in lines]
+        branches = Branches([line.slots for line in lines], parents, numbers)
+        in_line = whole and parents == [behind(0), *range(len(tokens) - 1)]
         foresight = Foresight(speaking, trees, self.model.cache.length)
-
         rows = np.arange(len(wanted))
 
         def finish(likely: Floats) -> Tokens:
@@ -393,7 +400,12 @@ class Conversation:
         if not chunks and drafts and (self.model.branches or self.small):
             meanwhile = partial(self._drafting_ahead, foresight)
         logits = self.model.forward(
-            np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile, finish if drafts else None
+            np.array(tokens, np.int64),
+            np.array(wanted),
+            on_step,
+            None if in_line else branches,
+            meanwhile,
+            finish if drafts else None,
         )
         seconds = time.perf_counter() - started
         for line in lines:
@@ -404,10 +416,3 @@ class Conversation:
         if not chunks:
             self._pace.measured_pass(seconds, len(tokens))
         return dict(zip(rows.tolist(), logits, strict=True))
-
-    def _settle(self) -> None:
-        """Removes from the cache the tokens that are in no text."""
-        kept = np.unique(np.concatenate([line.slots for line in self.lines]))
-        self.model.cache.keep(kept)
-        for line in self.lines:
-            line.slots = np.searchsorted(kept, line.slots)

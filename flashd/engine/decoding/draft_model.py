@@ -15,10 +15,10 @@ import numpy as np
 
 from flashd.bundle.reader import Bundle
 from flashd.engine.cache.snapshot import shared
-from flashd.engine.decoding.line import MOST_TEXTS
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model.contract import Guesses, OnStep, silent
 from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.model.sizes import MOST_TEXTS
 from flashd.engine.planning.plan import Plan
 from flashd.errors import CardError
 from flashd.system.freed_memory import PAGE, give_back_freed_memory

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashd.bundle.rows.kinds import Floats
-from flashd.engine.model.branches import behind
+from flashd.engine.model.branches import behind, texts_of
 from flashd.engine.model.contract import Guesses
 from flashd.engine.model.sizes import NODES
 
@@ -73,10 +73,7 @@ class Trees:
 
     def guesses(self, text: int) -> int:
         """How many nodes are guesses at what follows a text."""
-        texts: list[int] = []
-        for parent in self.parents:
-            texts.append(texts[parent] if parent >= 0 else ~parent)
-        return texts.count(text) - 1
+        return texts_of(self.parents).count(text) - 1
 
     def of_text(self, root: int) -> list[int]:
         """The nodes of the tree with this root, the likeliest first."""
@@ -113,7 +110,7 @@ class Draft:
         said: the last token of each text.
         rooms: how many tokens may follow it, for each text.
         trust: what the odds of guesses from RAM are multiplied by.
-        branches: whether there may be trees. If not there is one text, and the likeliest guesses in one line.
+        branches: whether there may be trees. If not, each text has its likeliest guesses in one line.
     """
 
     def __init__(self, said: Sequence[int], rooms: Sequence[int], trust: float, branches: bool = True) -> None:
@@ -136,7 +133,7 @@ class Draft:
 
     def likeliest(self, most: int) -> list[int]:
         """The likeliest nodes, up to `most`, that guesses can be made behind and were not yet."""
-        nodes = range(len(self._tokens)) if self._branches else self._line()[-1:]
+        nodes = range(len(self._tokens)) if self._branches else [line[-1] for line in self._lines()]
         open_ = (i for i in nodes if i not in self._drafted and self._rooms[i] > 0)
         return sorted(open_, key=lambda i: -self._odds[i])[:most]
 
@@ -172,8 +169,10 @@ class Draft:
                     self._ranks[self._add(node, token, missed * followers.rates[rank])] = rank
 
     def trees(self, most: int) -> Trees:
-        """The `most` likeliest nodes."""
+        """The `most` likeliest nodes. If there are no branches, each text's are one behind the other."""
         best = self._best(most)
+        if not self._branches:
+            best = [node for line in self._lines() for node in line if node in best]
         tokens, odds = [self._tokens[i] for i in best], [self._odds[i] for i in best]
         return Trees(tokens, self._parents_in(best), odds, [self._ranks.get(i) for i in best])
 
@@ -191,20 +190,20 @@ class Draft:
         return [place.get(self._parents[node], self._parents[node]) for node in order]
 
     def _best(self, most: int) -> list[int]:
-        if not self._branches:
-            return self._line()[:most]
-        return sorted(range(len(self._tokens)), key=lambda i: (-self._odds[i], i))[:most]
+        nodes = range(len(self._tokens)) if self._branches else [node for line in self._lines() for node in line]
+        return sorted(nodes, key=lambda i: (-self._odds[i], i))[:most]
 
-    def _line(self) -> list[int]:
-        """The nodes from the root on, each followed by the likeliest of its children."""
+    def _lines(self) -> list[list[int]]:
+        """Of each text: the nodes from the root on, each followed by the likeliest of its children."""
         likeliest: dict[int, int] = {}
         for node, parent in enumerate(self._parents):
             if parent >= 0 and (parent not in likeliest or self._odds[node] > self._odds[likeliest[parent]]):
                 likeliest[parent] = node
-        line = [0] if self._tokens else []
-        while line and line[-1] in likeliest:
-            line.append(likeliest[line[-1]])
-        return line
+        lines = [[root] for root, parent in enumerate(self._parents) if parent < 0]
+        for line in lines:
+            while line[-1] in likeliest:
+                line.append(likeliest[line[-1]])
+        return lines
 
     def _add(self, parent: int, token: int, odds: float) -> int:
         odds *= self._odds[parent]

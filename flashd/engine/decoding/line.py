@@ -10,16 +10,15 @@ from itertools import chain, zip_longest
 import numpy as np
 
 from flashd.bundle.rows.kinds import Floats
+from flashd.engine.cache.snapshot import shared
 from flashd.engine.decoding.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
 from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.contract import CardStats, Tokens
+from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import LOGIT_ROWS
 
 NO_SLOTS: CacheSlots = np.empty(0, np.int64)
-
-MOST_TEXTS = 8
-"""The most texts that grow together. Half of the nodes of a pass are left for guesses."""
 
 
 @dataclass
@@ -103,6 +102,7 @@ class Line:
     ) -> None:  # fmt: skip
         self.tokens, self.figures, self.drafts = list(prompt), figures, drafts
         self.slots: CacheSlots = NO_SLOTS
+        self.number = 0  # of its states in the cache, which is its place among the texts that grow
         self.behind: Floats | None = None  # [V] logits behind the prompt, until a token is drawn from them
         self.looked_up: list[int] = []  # the tokens that should come next, as long as those before were right
         self.session: str | None = None  # the talk that it belongs to
@@ -224,3 +224,24 @@ class Foresight:
         by_depth = zip_longest(*(foreseen.nodes for foreseen in self.of(likely)))
         nodes = [node for node in chain.from_iterable(by_depth) if node is not None]
         return np.array(sorted([*prompts, *nodes[: LOGIT_ROWS - len(prompts)]]))
+
+
+def longest_shared(lines: Sequence[Line], tokens: Sequence[int], cache: KvCache) -> tuple[CacheSlots, int]:
+    """The slots of the longest beginning that `tokens` share with a text that grows, and the number of that text.
+
+    If layers have states, these are known behind it.
+    """
+    most, number = NO_SLOTS, 0
+    for line in lines:
+        same = cache.longest(shared(line.tokens[: len(line.slots)], tokens), line.number)
+        if same > len(most):
+            most, number = line.slots[:same], line.number
+    return most, number
+
+
+def settle(lines: Sequence[Line], cache: KvCache) -> None:
+    """Removes from the cache the tokens that are in no text."""
+    kept = np.unique(np.concatenate([line.slots for line in lines]))
+    cache.keep(kept, {line.number: len(line.slots) for line in lines})
+    for number, line in enumerate(lines):
+        line.slots, line.number = np.searchsorted(kept, line.slots), number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class Places:
     positions: npt.NDArray[np.int64]  # [1, R + 1]
     bias: Floats  # [1, 1, R + 1, past + R + 1], added to attention's scores
     keys: npt.NDArray[np.int64]  # [past + T], where in its text what each slot of the cache holds stands
+    runs: Sequence[tuple[int, int]]  # (text, how many tokens) of those that follow one another, see Branches.runs
     _within: dict[int, Floats] = field(default_factory=dict)  # what `within` gave, by the window
 
     def within(self, window: int) -> Floats:
@@ -78,23 +79,49 @@ class Places:
         parts = [slice(at, min(at + most, self.tokens)) for at in range(0, self.tokens, most)]
         return [(part, self._part(part)) for part in parts]
 
-    def _part(self, part: slice) -> Places:
-        bias = self.bias[0, 0, part, : self.past + part.stop]
-        return Places.of(self.past + part.start, self.positions[0, part], bias, self.keys[: self.past + part.stop])
+    def by_text(self, most: int) -> list[tuple[slice, Places]]:
+        """The same, but each part's tokens are of one text: layers with a state take in those of one at a time."""
+        parts, first = [], 0
+        for text, count in self.runs:
+            stop = first + count
+            parts += [(slice(at, min(at + most, stop)), text) for at in range(first, stop, most)]
+            first = stop
+        return [(part, self._part(part, text)) for part, text in parts]
+
+    @property
+    def text(self) -> int:
+        """The text of all tokens of a part that `by_text` gives."""
+        return self.runs[0][0]
+
+    @property
+    def of_texts(self) -> dict[int, int]:
+        """How many tokens each text has."""
+        counts: dict[int, int] = {}
+        for text, count in self.runs:
+            counts[text] = counts.get(text, 0) + count
+        return counts
+
+    def _part(self, part: slice, text: int = 0) -> Places:
+        stop, runs = self.past + part.stop, [(text, part.stop - part.start)]
+        bias = self.bias[0, 0, part, :stop]
+        return Places.of(self.past + part.start, self.positions[0, part], bias, self.keys[:stop], runs)
 
     @classmethod
-    def of(cls, past: int, positions: npt.NDArray[np.int64], bias: Floats, keys: npt.NDArray[np.int64]) -> Places:
+    def of(
+        cls, past: int, positions: npt.NDArray[np.int64], bias: Floats, keys: npt.NDArray[np.int64],
+        runs: Sequence[tuple[int, int]],
+    ) -> Places:  # fmt: skip
         """positions [T] and bias [T, past + T], filled up with the rows that nothing looks at; keys [past + T]."""
         tokens = len(positions)
         more = max(2 - tokens, 0) + 1
         positions = np.append(positions, np.repeat(positions[-1:], more))[None]
-        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None], keys)
+        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None], keys, runs)
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:
         """One token behind the other."""
         every, bias = np.arange(past + tokens), np.zeros((tokens, past + tokens), np.float32)
-        return cls.of(past, every[past:], bias, every)
+        return cls.of(past, every[past:], bias, every, [(0, tokens)])
 
     @classmethod
     def in_branches(cls, past: int, branches: Branches, known: int = 0) -> Places:
@@ -102,7 +129,8 @@ class Places:
         sees = branches.sees(past)
         positions = sees.sum(1) - 1
         keys = np.append(branches.places(past), positions)
-        return cls.of(past + known, positions[known:], np.where(sees[known:], np.float32(0), NEVER), keys)
+        bias = np.where(sees[known:], np.float32(0), NEVER)
+        return cls.of(past + known, positions[known:], bias, keys, branches.runs(known))
 
 
 class Attention:
@@ -144,7 +172,7 @@ class Attention:
         if isinstance(kind := self._model.kind(layer), AttentionKind):
             binding.bind_cpu_input("bias", places.within(kind.window))
             binding.bind_cpu_input("positions", places.positions)
-        bind_kept(binding, cache.layer(layer, places.tokens, drafting), "")
+        bind_kept(binding, cache.layer(layer, places.tokens, drafting, places.text), "")
         binding.bind_output("x_out", "cpu")
         binding.bind_output("h_out", "cpu")
         cache.widen(layer, places.past)

@@ -75,7 +75,7 @@ class PagedModel:
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
         self._embed = stages.Embedder(bundle, constants, self._ffn.card)
         try:
-            self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv)
+            self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv, texts=plan.texts)
             self._attend = attention.Attention(bundle, constants, plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)
@@ -91,6 +91,7 @@ class PagedModel:
         self.nodes = NODES
         if self.branches and self._head.streams:  # passes with more tokens than so many do not reuse what is freed
             self.nodes = min(most_nodes(self._model, plan.head_rows), plan.reuses_up_to or TREE_NODES)
+        self.texts = plan.texts
 
     def close(self) -> None:
         self._ffn.close()
@@ -138,13 +139,13 @@ class PagedModel:
         """Guesses at what follows each of `tokens` [T], made with the weights in RAM alone.
 
         `tokens` are the last of the tokens of `branches`. Those before them were drafted before and are in the KV
-        cache. The cache counts drafted tokens as valid: truncate it before the next exact pass.
+        cache. The cache counts drafted tokens as valid: have it go back before the next exact pass.
         """
         known = len(branches.parents) - len(tokens)
         places = Places.in_branches(self.cache.length - known, branches, known)
         self.cache.reserve(self.cache.length + len(tokens) + 1)
         x = self._pass(tokens, places, silent, exact=False)
-        self.cache.advance(len(tokens))
+        self.cache.advance(len(tokens), places.of_texts)
         # guesses do without a cap, which keeps the order of logits, and without a bias, which is as long as the head
         h = self._finish(x)
         return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
@@ -155,18 +156,19 @@ class PagedModel:
 
         If the pass or the block breaks off, cache and FFNs are as they were before.
         """
-        past = self.cache.length
+        before = self.cache.place
+        past = before.length
         self._reuse_memory(len(tokens) <= self._reuses_up_to)
         self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
             x = self._pass(tokens, places, on_step)
-            self.cache.advance(len(tokens))
+            self.cache.advance(len(tokens), places.of_texts)
             yield x
         except BaseException:
             # the next pass starts at the first layer, at whichever layer this one broke off
             self._ffn.restart()
-            self.cache.truncate(past)
+            self.cache.go_back(before)
             raise
 
     def _reuse_memory(self, few: bool) -> None:
@@ -181,10 +183,12 @@ class PagedModel:
         """[T, H] behind the last layer."""
         x, said = self._embed(tokens, places.positions[0, : len(tokens)])
         parts = places.parts(sizes.TOKENS_AT_ONCE)
+        of_texts = places.by_text(sizes.TOKENS_AT_ONCE) if self._model.recurrent else parts
         for i in range(self._model.layers):
             if exact:
                 self._ffn.enter(i, x)
-            done = [self._attend(i, x[part], some, self.cache, drafting=not exact) for part, some in parts]
+            attending = of_texts if self._model.state_kind(i) else parts
+            done = [self._attend(i, x[part], some, self.cache, drafting=not exact) for part, some in attending]
             x, h = _joined([x for x, _ in done]), _joined([h for _, h in done])
             y = self._ffn(i, h, on_step) if exact else self._ffn.from_ram(i, h)
             x = _joined([self._leave(i, x[part], y[part], said[i, part]) for part, _ in parts])

@@ -48,6 +48,7 @@ class ResidentModel:
         self.card = CardStats()
         self.hit_rate = 1.0
         self.shares_reads = self.drafts = self.branches = False
+        self.texts = 1
         self.pass_tokens = WHOLE_TOKENS
         fast, sparing = (Constants(bundle.header, kind, plan.kv) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)

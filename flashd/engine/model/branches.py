@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ def behind(text: int) -> int:
     return ~text
 
 
+def texts_of(parents: Sequence[int]) -> list[int]:
+    """The text that each token is behind."""
+    texts: list[int] = []
+    for parent in parents:
+        texts.append(texts[parent] if parent >= 0 else ~parent)
+    return texts
+
+
 @dataclass(frozen=True)
 class Branches:
     """The texts that the KV cache holds, and the parent of each token of a pass.
@@ -26,6 +35,13 @@ class Branches:
 
     texts: Sequence[CacheSlots]
     parents: Sequence[int]  # one for each of the T tokens
+    numbers: Sequence[int] | None = None  # of each text: the cache's for its states; None: from 0 on
+
+    def runs(self, first: int = 0) -> list[tuple[int, int]]:
+        """(number of a text's states, how many tokens) of those, from number `first` on, that follow one another."""
+        numbers = range(len(self.texts)) if self.numbers is None else self.numbers
+        of_tokens = [numbers[text] for text in texts_of(self.parents)]
+        return [(text, len(list(run))) for text, run in groupby(of_tokens[first:])]
 
     def places(self, past: int) -> CacheSlots:
         """[past]: where in its texts the token in each of the cache's first slots stands; 0 if it is in none."""

@@ -69,6 +69,8 @@ class Model(Protocol):
     cache: KvCache
     pass_tokens: int
     """The most tokens of prompts that one pass takes."""
+    texts: int
+    """The most texts that may grow together. The tokens of a pass may follow several if they are more than one."""
 
     @property
     def card(self) -> CardStats:
@@ -92,7 +94,7 @@ class Model(Protocol):
 
     @property
     def branches(self) -> bool:
-        """Whether the tokens of a pass may follow several texts, and guesses may form trees."""
+        """Whether guesses may form trees. If not, those of a text are one line, and stand one behind the other."""
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Guesses at what follows each of `tokens` [T], made from RAM alone."""

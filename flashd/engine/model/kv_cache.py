@@ -6,7 +6,8 @@ one session at a time, and what it adds is kept in 8 bits afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +16,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.kv_rows import Kept, empty, read, row_bytes, write
-from flashd.engine.model.states import PassStates, State, States
+from flashd.engine.model.states import PassStates, State, States, lendable_states
 from flashd.graphs.rounding import KvFormat
 from flashd.system.freed_memory import PAGE, give_back
 
@@ -59,13 +60,23 @@ def lendable_bytes(model: Architecture, unused: int, kv: KvFormat = "float32") -
     return max(0, cache_bytes(model, unused, kv) - 2 * PAGE * parts)
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far a cache has come, to go back to: its tokens, and those that the states of each text took in."""
+
+    length: int
+    of_texts: tuple[int, ...]
+
+
 class KvCache:
     """Keys and values of every layer that keeps them, a row for each kv head and token.
 
     The first `length` tokens are valid.
 
     A text that is shorter than the context does not need all of this memory. The rest is lent, see `hold`. If layers
-    have a state in place of keys, it is here too, and a text cannot be cut anywhere, see `truncate`.
+    have a state in place of keys, it is here too, and a text cannot be cut anywhere, see `truncate`. Each of the
+    texts that grow together has states of its own, and a number from 0 on. Memory for those of texts that are not
+    there is lent too.
 
     Args:
         model: the model.
@@ -73,11 +84,13 @@ class KvCache:
         lend: is told what is lent.
         kv: how rows are kept.
         together: of rows that are not float32, for how many layers they are widened at a time.
+        texts: how many may grow together.
     """
 
     def __init__(
-        self, model: Architecture, context: int, lend: Lend = keep, kv: KvFormat = "float32", together: int = 1
-    ) -> None:
+        self, model: Architecture, context: int, lend: Lend = keep, kv: KvFormat = "float32", together: int = 1,
+        texts: int = 1,
+    ) -> None:  # fmt: skip
         self.context, self.kv = context, kv
         self._model, self._lend = model, lend
         self.length = 0
@@ -94,7 +107,9 @@ class KvCache:
         self._values = [parts * (2 // len(parts)) for parts in values]
         kept = {layer: i for i, layer in enumerate(model.keeping)}
         self._place = {layer: kept[model.lender(layer)] for layer in model.attending}
-        self._states = States(model)
+        self._states = States(model)  # of text 0
+        self._of_texts = [self._states, *(States(model) for _ in range(texts - 1 if self._states else 0))]
+        self._texts = 1  # whose states take memory: the first ones
         self._held = context + SPARE
         self.hold(0)
 
@@ -108,13 +123,13 @@ class KvCache:
         """How many layers have a state."""
         return len(self._states)
 
-    def layer(self, i: int, tokens: int, drafting: bool = False) -> PassStates:
+    def layer(self, i: int, tokens: int, drafting: bool = False, text: int = 0) -> PassStates:
         """What a layer keeps, by the names of its graph's inputs and outputs, for a pass over `tokens` more.
 
         Keys and values are [1, kv heads, context, head dim] and written in place, see `widen` and `take_in`. A state
-        is written beside the one before. `drafting`: all of it will be forgotten again.
+        is written beside the one before. `drafting`: all of it will be forgotten again. `text`: whose they all are.
         """
-        state = self._states.of_pass(i, tokens, drafting) if i in self._states else PassStates()
+        state = self._of_texts[text].of_pass(i, tokens, drafting) if i in self._states else PassStates()
         if i not in self._place:
             return state
         values = self._values[self._place[i] % len(self._values)]
@@ -148,7 +163,11 @@ class KvCache:
             for head in array.reshape(-1, *array.shape[2:]):  # [context, row]
                 give_back(head[length:])
         self._held = min(length, self.context + SPARE)
-        self._lend(lendable_bytes(self._model, self.context + SPARE - self._held, self.kv))
+        self._lend_rest()
+
+    def _lend_rest(self) -> None:
+        unused = lendable_bytes(self._model, self.context + SPARE - self._held, self.kv)
+        self._lend(unused + lendable_states(self._model, len(self._of_texts) - self._texts))
 
     def reserve(self, length: int) -> None:
         """Makes sure that memory for `length` tokens is held. Call this before they are written."""
@@ -164,18 +183,35 @@ class KvCache:
             for rows in array:  # [kv heads, context, row]
                 yield from rows[:, start:stop]
 
-    def advance(self, tokens: int) -> None:
-        """Counts `tokens` more tokens as valid. Call this when every layer has written them."""
+    def advance(self, tokens: int, of_texts: Mapping[int, int] | None = None) -> None:
+        """Counts `tokens` more tokens as valid. Call this when every layer has written them.
+
+        `of_texts`: how many of them each text has; None: text 0 has all.
+        """
         self.length += tokens
-        self._states.advance(tokens)
+        for text, more in ({0: tokens} if of_texts is None or not self._states else of_texts).items():
+            self._of_texts[text].advance(more)
 
-    def longest(self, length: int) -> int:
-        """The most tokens, up to `length`, that `truncate` can keep: all if no layer has a state."""
-        return self._states.longest(length)
+    def longest(self, length: int, text: int = 0) -> int:
+        """The most tokens, up to `length`, that a text can be cut to: all if no layer has a state."""
+        return self._of_texts[text].longest(length) if self._states else length
 
-    def mark(self) -> None:
-        """Keeps the states behind the last token, so that the text may later be cut here."""
-        self._states.mark()
+    def mark(self, text: int = 0) -> None:
+        """Keeps the states behind the last token of a text, so that it may later be cut here."""
+        if self._states:
+            self._of_texts[text].mark(beside=text > 0)
+
+    def share(self, text: int, other: int, length: int) -> None:
+        """Begins a text, as far as states go, with the first `length` tokens of another: a number `longest` gives.
+
+        Memory for its states is held from now on.
+        """
+        if not self._states:
+            return
+        if text >= self._texts:
+            self._texts = text + 1
+            self._lend_rest()
+        self._of_texts[text].resume(length, self._of_texts[other].at(length) if length else [])
 
     def states(self, length: int) -> list[State]:
         """The state of each layer that has one behind the first `length` tokens, a number that `longest` gives."""
@@ -194,17 +230,46 @@ class KvCache:
         self._states.resume(length, states)
         self.length = length
 
-    def keep(self, slots: CacheSlots) -> None:
-        """Forgets all tokens but those at `slots` [n], ascending. They move to slots 0 to n - 1 in the same order."""
+    def keep(self, slots: CacheSlots, of_texts: Mapping[int, int] | None = None) -> None:
+        """Forgets all tokens but those at `slots` [n], ascending. They move to slots 0 to n - 1 in the same order.
+
+        `of_texts`: the length of each text that stays, by its number, ascending. They are numbered from 0 afterwards.
+        None: text 0 stays, and has all these tokens.
+        """
         count = len(slots)
         # those before the first gap stay in place
         first = int(np.count_nonzero(slots == np.arange(count)))
         if first < count:
             for array in self._arrays:
                 array[:, :, first:count] = array[:, :, slots[first:]]  # [2, kv heads, n - first, row]
-        self.truncate(count)
-        if self.length < count:
-            raise ValueError(f"the states behind {count} tokens are gone")
+        if not 0 <= count <= self.length:
+            raise ValueError(f"cannot keep {count} of {self.length} tokens")
+        self.length = count
+        if self._states:
+            self._keep_states({0: count} if of_texts is None else of_texts)
+
+    def _keep_states(self, of_texts: Mapping[int, int]) -> None:
+        for text, length in of_texts.items():
+            if self._of_texts[text].forget(length) != length:
+                raise ValueError(f"the states behind {length} tokens are gone")
+        stay = [self._of_texts[text] for text in of_texts]
+        go = [states for states in self._of_texts if states not in stay]
+        self._of_texts, self._states = [*stay, *go], stay[0]
+        if len(stay) < self._texts:
+            for states in go[: self._texts - len(stay)]:
+                states.release()
+            self._texts = len(stay)
+            self._lend_rest()
+
+    @property
+    def place(self) -> Place:
+        return Place(self.length, tuple(states.length for states in self._of_texts[: self._texts]))
+
+    def go_back(self, place: Place) -> None:
+        """Forgets the tokens of the last pass, or of those that drafted, in all texts. `place`: as it was before."""
+        self.length = place.length
+        for states, length in zip(self._of_texts, place.of_texts, strict=False):
+            states.forget(length)
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. Raises ValueError if there are fewer.

@@ -11,6 +11,9 @@ TREE_NODES = 32
 LOGIT_ROWS = 10
 """Rows of logits over the whole vocabulary that such a pass makes: of the nodes that it will probably draw behind."""
 
+MOST_TEXTS = 8
+"""The most texts that grow together. Half of the nodes of a pass are left for guesses."""
+
 TEMPORARY_BYTES = 3 << 20
 """Rows are widened to float32 in parts of at most so many bytes. A part this large stays in the processor's cache."""
 

@@ -21,6 +21,7 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import Recurrent
 from flashd.bundle.rows.kinds import Floats
 from flashd.graphs.kinds.recurrent import REWIND, Shape, rows_shape, sums_shape
+from flashd.system.freed_memory import PAGE, give_back
 
 MARKS, MARKS_OF_SUMS = 3, 2
 """The most places of a text whose states are kept beside those at its end; of sums, which are large, fewer.
@@ -28,18 +29,33 @@ MARKS, MARKS_OF_SUMS = 3, 2
 One is behind the prompt, and one where it parted from an earlier prompt.
 """
 
+MARKS_BESIDE = 1
+"""Of a text that joined others: the one behind its prompt."""
 
-def states_bytes(model: Architecture) -> int:
-    """Bytes of the float32 states of all layers: before and behind a pass, and those that are marked."""
+
+def states_bytes(model: Architecture, beside: bool = False) -> int:
+    """Bytes of the float32 states of all layers: before and behind a pass, and those that are marked.
+
+    Those of one text. `beside`: of one that joins others.
+    """
     kinds = list(_kinds(model).values())
     sums = [_size(shape) for kind in kinds if (shape := sums_shape(kind))]
     rows = sum(2 * _size(rows_shape(model, kind)) for kind in kinds)
     least = sum((kind.taps - 1) * kind.row_width(model.hidden) for kind in kinds)
     if not sums:
-        return 4 * (rows + MARKS * least)
+        return 4 * (rows + (MARKS_BESIDE if beside else MARKS) * least)
     # what a pass writes that nothing reads, and the rows that a marked sum lacks
-    marked = MARKS_OF_SUMS * (rows // 2 + sum(sums))
+    marked = (MARKS_BESIDE if beside else MARKS_OF_SUMS) * (rows // 2 + sum(sums))
     return 4 * (rows + 2 * sum(sums) + max(sums) + marked)
+
+
+def lendable_states(model: Architecture, texts: int) -> int:
+    """Bytes that can be lent of the memory for the states of `texts` texts that join others, while they are unused.
+
+    Pages at the two ends of each array stay, as those of keys do.
+    """
+    arrays = sum(4 if kind.sums else 2 for kind in _kinds(model).values()) + 1
+    return texts * max(0, states_bytes(model, beside=True) - 2 * PAGE * arrays)
 
 
 def _size(shape: Shape) -> int:
@@ -84,6 +100,11 @@ class _Buffers:
     def swap(self) -> None:
         self.arrays.reverse()
         self._values.reverse()
+
+    def give_back(self) -> None:
+        """What the arrays hold is lost."""
+        for array in self.arrays:
+            give_back(array)
 
     @property
     def now(self) -> Floats:
@@ -140,7 +161,7 @@ class States:
         self._layers = {i: _Layer(model, kind) for i, kind in _kinds(model).items()}
         with_sums = [layer.sums for layer in self._layers.values() if layer.sums]
         self._sums = bool(with_sums)
-        self._unread = _Buffers(with_sums[0].now.shape).value(False) if with_sums else None
+        self._unread = _Buffers(with_sums[0].now.shape) if with_sums else None
         self._length = 0
         self._spare = 0  # tokens that can be forgotten by their rows
         self._last = 0  # tokens of the last pass, if the sums before it can take them in anew
@@ -153,6 +174,11 @@ class States:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text that were taken in."""
+        return self._length
 
     def __contains__(self, layer: int) -> bool:
         return layer in self._layers
@@ -185,7 +211,7 @@ class States:
         inputs = rows[0] | {"past_sums": now}
         outputs = rows[1] | {
             "folded_sums": now,  # as it is, if nothing is folded
-            "present_sums": self._unread if drafting else state.sums.value(True),
+            "present_sums": self._unread.value(False) if drafting else state.sums.value(True),
         }
         if folded:
             state.pending, self._last, self._spare = pending - folded, 0, 0  # until the pass is done
@@ -240,13 +266,17 @@ class States:
         self._marks = {at: state for at, state in self._marks.items() if at <= stays}
         return stays
 
-    def mark(self) -> None:
-        """Keeps the states as they are now, for as long as the text begins with these tokens."""
+    def mark(self, beside: bool = False) -> None:
+        """Keeps the states as they are now, for as long as the text begins with these tokens.
+
+        `beside`: the text joined others, and has fewer marks.
+        """
         if not self or not self._length:
             return
         state = self._marks.pop(self._length, None) or self.at(self._length)
         self._marks[self._length] = state
-        for at in list(self._marks)[: -(MARKS_OF_SUMS if self._sums else MARKS)]:
+        most = MARKS_OF_SUMS if self._sums else MARKS
+        for at in list(self._marks)[: -(MARKS_BESIDE if beside else most)]:
             del self._marks[at]
 
     def at(self, length: int) -> list[State]:
@@ -267,10 +297,25 @@ class States:
         return [layer.empty(n) for layer, n in zip(self._layers.values(), pending, strict=True)]
 
     def resume(self, length: int, states: Sequence[State]) -> None:
-        """Takes the states behind `length` tokens, as `at` gave them, in place of what is here."""
+        """Takes the states behind `length` tokens, as `at` gave them, in place of what is here.
+
+        `states` may be empty if `length` is 0.
+        """
         self._written.clear()
         self._marks.clear()
         self._set(length, states)
+
+    def release(self) -> None:
+        """Forgets all tokens and gives the memory back until `resume` is called."""
+        self._written.clear()
+        self._marks.clear()
+        self._length, self._spare, self._last, self._before = 0, 0, 0, None
+        for layer in self._layers.values():
+            for buffers in (layer.rows, layer.sums):
+                if buffers:
+                    buffers.give_back()
+        if self._unread:
+            self._unread.give_back()
 
     def _rewind(self, tokens: int) -> None:
         """Forgets the last `tokens`, whose rows are the last ones of the states."""

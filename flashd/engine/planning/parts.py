@@ -13,7 +13,16 @@ from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
-from flashd.engine.model.sizes import KEPT_ROWS, LOGIT_ROWS, NODES, TEMPORARY_BYTES, TOKENS_AT_ONCE, TREE_NODES
+from flashd.engine.model.sizes import (
+    KEPT_ROWS,
+    LOGIT_ROWS,
+    MOST_TEXTS,
+    NODES,
+    TEMPORARY_BYTES,
+    TOKENS_AT_ONCE,
+    TREE_NODES,
+)
+from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
 from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
@@ -44,6 +53,9 @@ LIKELY = 32768
 
 HEAD_WEIGHTS, LAYER_WEIGHTS = 4 << 20, 16 << 20
 """Weights of one session of the head, and of whole layers: the more, the more is held while one is opened."""
+
+BESIDE = "states of further answers"
+"""The part of a plan that answers beside the first one take. It is lent while they are not there."""
 
 PREDICTOR, GATE = ("narrow", "wide", "lean"), ("gate", "floors")
 """Sections of what chooses neurons."""
@@ -149,6 +161,20 @@ def states_held(header: Header, arithmetic: Arithmetic) -> int:
 def states_opening(header: Header, arithmetic: Arithmetic) -> int:
     m = header.model
     return while_opening(header.row_format("stream_out"), m.stream_width - m.hidden, arithmetic) if m.streams else 0
+
+
+def texts(model: Architecture, left: int, lends: bool) -> tuple[int, dict[str, int]]:
+    """How many answers may share a pass, and the part of the plan that their states take.
+
+    Args:
+        left: bytes beside what one answer needs.
+        lends: whether what is not used of them holds neurons. If so they may be half of what is left, else a quarter.
+    """
+    if not model.recurrent:
+        return MOST_TEXTS, {}
+    each = states_bytes(model, beside=True)
+    further = min(MOST_TEXTS - 1, max(0, left) // (2 if lends else 4) // each)
+    return 1 + further, {BESIDE: further * each} if further else {}
 
 
 def head_part(header: Header) -> int:

@@ -20,7 +20,7 @@ from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes, widened_bytes
-from flashd.engine.model.states import states_bytes
+from flashd.engine.model.states import lendable_states, states_bytes
 from flashd.engine.paging.eviction import Numbers, shares
 from flashd.engine.planning import parts
 from flashd.engine.planning.parts import BUFFERS, LIKELY
@@ -73,6 +73,7 @@ class Plan:
     lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
+    texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
@@ -177,9 +178,11 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
+    held = _paged_parts(header, plan.context, base, 0, kv=plan.kv)
+    texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
-        return _paged_parts(header, plan.context, base, pinned, head, plan.kv)
+        return _paged_parts(header, plan.context, base, pinned, head, plan.kv) | beside
 
     held = parts_of(0)
     pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
@@ -197,11 +200,11 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
             head -= -(-over // run) * ROWS_OF_A_RUN  # each row in RAM has logits behind every node
         head = max(head, _likely(header))
     held = parts_of(pinned, head)
-    lendable = 0 if m.experts else lendable_bytes(m, plan.context, plan.kv)
-    lent = _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
+    lendable = lendable_bytes(m, plan.context, plan.kv) + lendable_states(m, texts - 1)
+    lent = 0 if m.experts else _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
     passing = _passing_bytes(header, each)
     return replace(
-        plan, resident=False, pinned=each, lent_groups=lent, head_rows=head,
+        plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts,
         buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, _spread(pinned + lent, plan.groups)),
@@ -213,12 +216,14 @@ def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
     held = _paged_parts(header, plan.context, base, pinned=0, kv=plan.kv)
+    texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=False)
+    held |= beside
     slots = min(m.layers * m.neurons, (plan.memory - sum(held.values())) // size)
     hottest = np.sort(rates.reshape(-1))[::-1]
     return replace(
         plan, resident=False, pinned=(0,) * m.layers, buffers=BUFFERS,
         parts=held | {"pinned neurons": slots * size},
-        card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)),
+        card_bytes=int(hottest[slots:].sum() * size), slots=tuple(shares(rates, slots)), texts=texts,
     )  # fmt: skip
 
 

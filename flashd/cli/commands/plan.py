@@ -42,7 +42,7 @@ def plan(options: Plan) -> None:
         return
     share = 100 * plan.pinned_share
     _line("neurons that stay in RAM", share, "%")
-    _line("answers that may share a pass", plan.texts, "")
+    print(f"{'answers that may share a pass':34}{plan.texts:7}")
     if plan.lent_groups:
         _line("while a text is short, up to", share + 100 * plan.lent_groups / sum(plan.groups), "%")
     _line("read from the card in a pass", plan.card_bytes / MIB, "MiB")

@@ -6,6 +6,8 @@ its last tokens, since it has the last rows that went into it, see graphs.kinds.
 nothing but these rows. The sum of a gated delta net or of a Mamba-2 mixer cannot take a token out again. But the
 sum before the last pass is still there, and what went in since is put in anew. Passes that draft leave the sum
 alone, so all that they did is undone.
+
+Texts that grow together have States of their own. A layer takes in the tokens of one text after the other.
 """
 
 from __future__ import annotations

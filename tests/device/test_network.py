@@ -44,7 +44,7 @@ def test_without_the_pin_there_is_a_form_and_nothing_else(board: Board, client: 
     tried = [(method, path) for method, path in board.routes if not path.startswith("/page/") and path != "/"]
     assert len(tried) > 12
     for method, path in tried:
-        reply = client.request(method, path, json=ASK if method == "POST" else None)
+        reply = client.request(method, path, json=ASK if path.startswith("/v1/") else None)
         assert reply.status_code == 401, (method, path)
         assert reply.json()["error"]["message"] == "the PIN is needed first: open / in a browser"
     forged = client.get("/api/status", headers={"Cookie": "flashd-page=" + "A" * 43})
@@ -69,7 +69,7 @@ def test_with_the_pin_the_page_works_and_the_rest_stays_on_the_board(
         *refused
     }
     for method, path in [*refused, ("POST", "/api/triggers/pump"), ("GET", f"/api/jobs/{answer['id']}")]:
-        reply = client.request(method, path, json=ASK if method == "POST" else None)
+        reply = client.request(method, path, json=ASK if path.startswith("/v1/") else None)
         assert reply.status_code == 403, (method, path)
         assert reply.json()["error"]["message"] == "not on the local network: ask on the board itself"
 
@@ -131,10 +131,35 @@ def test_after_five_wrong_pins_nobody_may_try_for_a_minute(
         assert "set-cookie" not in late.headers
 
 
-@pytest.mark.parametrize("body", [b"", b"code=", b"code=" + b"1" * 300, b"x=1", b"\xff\xfe", b"code=%ff%fe"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"code=",
+        b"code=" + b"1" * 300,
+        b"x=1",
+        b"\xff\xfe",
+        b"code=%ff%fe",
+        b"code=493817&x=1",
+        b"code=493817&code=493817",
+        b"x=&code=493817",
+    ],
+)
 def test_what_is_not_a_pin_is_no_error(body: bytes, client: httpx.Client) -> None:
     reply = client.post("/code", content=body)
     assert reply.status_code in (400, 401) and 'role="alert">' in reply.text and "set-cookie" not in reply.headers
+
+
+def test_what_an_address_asks_for_is_refused_on_every_way(client: httpx.Client) -> None:
+    """Before the PIN and with it: what is not understood is not ignored."""
+    for _ in range(2):
+        for method, path in (("POST", "/code"), ("GET", "/"), ("GET", "/page/page.css"), ("POST", "/api/mute/on")):
+            reply = client.request(method, f"{path}?x=1", data={"code": CODE} if path == "/code" else None)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "x"), path
+            assert "set-cookie" not in reply.headers
+        assert sign_in(client).status_code == 303
+    reply = client.post("/api/mute/on", json={"minutes": 5})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "body")
 
 
 def test_tries_come_back_one_a_minute() -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from urllib.parse import parse_qsl
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashd.daemon.http.connections import MOST_CONNECTIONS, MOST_HEADERS, WRITE_BYTES
+from flashd.daemon.http.connections import MOST_CONNECTIONS, WRITE_BYTES
 from flashd.daemon.job import HELD_BYTES
-from flashd.daemon.openai.refusals import body_of, refusal
+from flashd.daemon.openai.refusals import body_of
 
 MOST_WAITING, MOST_WAITING_READERS = 224, 32
 """Requests that wait for a place. Fewer than there are connections, so that /health always has one."""
@@ -30,14 +29,8 @@ MOST_READING = 2
 MOST_SCORED, SCORED_BYTES = 2, 1 << 20
 """Requests that ask for logprobs, and what the probabilities of each take."""
 
-HEEDED = b"host", b"origin", b"content-length"
+HEEDED = b"host", b"origin", b"content-length", b"transfer-encoding"
 """Headers that are read here. Others are not kept while a request waits."""
-
-LONGEST_ADDRESS = 1024
-"""Bytes of a request's path and query."""
-
-ASKED_IN_ADDRESS = {"/api/jobs": ("most", "before")}
-"""What may stand behind the question mark of an address, once each. Other paths take nothing there."""
 
 MAX_BODY = 1 << 20
 """Bytes of a request's body."""
@@ -114,9 +107,9 @@ class Admission:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         places = self._places(scope)
-        if (refused := _head_refused(scope)) is not None:
-            await refused(scope, receive, send)
-        elif places is None:
+        if scope["type"] == "http":
+            scope["headers"][:] = [each for each in scope["headers"] if each[0] in HEEDED]
+        if places is None:
             await self._app(scope, receive, send)
         elif places.full:
             await _full(scope, receive, send)
@@ -130,33 +123,6 @@ class Admission:
         if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
             return self._asking
         return self._reading if scope["method"] == "GET" and scope["path"].startswith("/api/jobs") else None
-
-
-def _head_refused(scope: Scope) -> JSONResponse | None:
-    """Why a request's head is too large; else its headers are shortened to those that are heeded."""
-    if scope["type"] != "http":
-        return None
-    if len(scope["raw_path"]) + len(scope["query_string"]) > LONGEST_ADDRESS:
-        return refusal(400, f"an address of more than {LONGEST_ADDRESS} bytes")
-    if (refused := _address_refused(scope["path"], scope["query_string"])) is not None:
-        return refused
-    headers = scope["headers"]
-    if len(headers) > MOST_HEADERS:
-        return refusal(431, f"more than {MOST_HEADERS} headers")
-    headers[:] = [each for each in headers if each[0] in HEEDED]
-    return None
-
-
-def _address_refused(path: str, query: bytes) -> JSONResponse | None:
-    """Why what stands behind the question mark is refused: nothing that is not understood is ignored."""
-    known, seen = ASKED_IN_ADDRESS.get(path, ()), set[str]()
-    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name not in known or name in seen:
-            allowed = " and ".join(known) + ", once each" if known else "nothing"
-            words = f"{name!r} in the address; allowed behind the question mark is {allowed}"
-            return refusal(400, words, name, "unknown_parameter")
-        seen.add(name)
-    return None
 
 
 def _refusal(message: str) -> JSONResponse:

@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 
 from flashd.daemon.events import Events
 from flashd.daemon.http.admission import MAX_BODY, MOST_SCORED, SMALL_BODY, Admission
+from flashd.daemon.http.heads import Heads, WithoutBody
 from flashd.daemon.http.pieces import in_pieces
 from flashd.daemon.http.ways_in import Network, WaysIn
 from flashd.daemon.job import Event, Job, Request
@@ -76,9 +77,11 @@ class Api:
     def application(
         self, more: list[BaseRoute], loopback_jobs: bool = False, network: Network | None = None
     ) -> Starlette:
-        routes = [
+        asked = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+        ]
+        others = [
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._one_model),
             Route("/health", self._health),
@@ -90,10 +93,14 @@ class Api:
             Route("/api/triggers/{name:str}", self._start, methods=["POST"]),
             *more,
         ]
+        for each in others:
+            if isinstance(each, Route):
+                each.app = WithoutBody(each.app)
         return Starlette(
-            routes=routes,
+            routes=[*asked, *others],
             exception_handlers={FlashdError: _refused, ClientDisconnect: _gone, 404: _no_such, 405: _no_such},
             middleware=[
+                Middleware(Heads),
                 Middleware(WaysIn, jobs=loopback_jobs, network=network),
                 Middleware(Admission, asking=self._jobs.most_of_clients),
             ],

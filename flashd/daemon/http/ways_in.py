@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashd.daemon.http.signed_in import SIGNED_IN_SECONDS, SignedIn
 from flashd.daemon.openai.refusals import refusal
+from flashd.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,10 @@ def _from_own_page(scope: Scope) -> bool:
 
 
 async def _sign_in(network: Network, http: Request) -> Response:
-    code = await _code(http)
-    if code is None:
-        return network.form("Please type the PIN.", 400)
+    try:
+        code = _code(await _form(http))
+    except UsageError as error:
+        return network.form(str(error), 400)
     if wait := network.signed_in.wait():
         return network.form(f"Too many wrong PINs. Please try again in {wait + 1:.0f} seconds.", 429)
     token = network.signed_in.enter(code)
@@ -137,16 +139,27 @@ async def _sign_in(network: Network, http: Request) -> Response:
     return response
 
 
-async def _code(http: Request) -> str | None:
-    """What was typed; None if it is not a form with one."""
+async def _form(http: Request) -> bytes:
+    """The body. Raises UsageError if it is too long or does not come."""
     data = bytearray()
     try:
         async with asyncio.timeout(CODE_SECONDS):
             async for chunk in http.stream():
                 data += chunk
                 if len(data) > CODE_BYTES:
-                    return None
-    except (TimeoutError, ClientDisconnect):
-        return None
-    typed = parse_qs(data.decode("ascii", "replace")).get("code", [""])[0]
-    return typed.replace(" ", "") or None
+                    raise UsageError("That is too long for a PIN.")
+    except (TimeoutError, ClientDisconnect) as error:
+        raise UsageError("The PIN did not come in time.") from error
+    return bytes(data)
+
+
+def _code(form: bytes) -> str:
+    """What was typed. Raises UsageError if that is nothing, or if there is anything else than the PIN, or two."""
+    fields = parse_qsl(form.decode("ascii", "replace"), keep_blank_values=True)
+    if other := next((name for name, _ in fields if name != "code"), None):
+        raise UsageError(f"{other!r} is not asked for here.")
+    if len(fields) > 1:
+        raise UsageError("That was more than one PIN.")
+    if not (typed := "".join(value for _, value in fields).replace(" ", "")):
+        raise UsageError("Please type the PIN.")
+    return typed

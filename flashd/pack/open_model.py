@@ -6,8 +6,7 @@ writes them: another kind of source turns its own into these.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -131,18 +130,3 @@ class OpenModel(Protocol):
 def _of_every_layer(value: Any) -> Any:
     """A list of one number a layer stands for that number if all are alike."""
     return value[0] if isinstance(value, list) and value and all(v == value[0] for v in value) else value
-
-
-def packed_from(name: str, files: Iterable[Path], on_progress: Callable[[int], None]) -> header.PackedFrom:
-    """Name, size and SHA-256 of what a bundle is packed from: its files, one after the other.
-
-    `on_progress` is called with the bytes of each piece.
-    """
-    sha, size = hashlib.sha256(), 0
-    for path in files:
-        with path.open("rb") as file:
-            while data := file.read(4 << 20):
-                sha.update(data)
-                size += len(data)
-                on_progress(len(data))
-    return header.PackedFrom(name=name, nbytes=size, sha256=sha.hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -13,7 +13,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle import header
 from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.errors import DataError
-from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which, packed_from
+from flashd.pack.model_file import packed_from
+from flashd.pack.open_model import ALL, Grid, OpenModel, Tensor, Which
 from flashd.pack.sources.gguf_parts import read_parts
 from flashd.pack.sources.gguf_tokenizer import read_vocabulary
 from flashd.pack.sources.recommended import of_gguf
@@ -29,12 +30,13 @@ class GgufTensor(Tensor):
         self.name = tensor.name
         self.kind: Kind = tensor.tensor_type
         self.mxfp4 = self.kind == Kind.MXFP4
-        self._data = tensor.data
+        data = cast(Any, tensor.data)  # a FilePart
+        self._data = data if number is None else data.matrix(number)
         self.shape = tuple(int(n) for n in reversed(tensor.shape))
         block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
         self.bits = 8 * nbytes / block
         if number is not None:
-            self._data, self.shape = self._data[number], self.shape[1:]
+            self.shape = self.shape[1:]
 
     def matrix(self, number: int) -> GgufTensor:
         """One matrix [R, K] of a stack [n, R, K]."""
@@ -45,7 +47,7 @@ class GgufTensor(Tensor):
 
         Raises DataError where the gguf package cannot dequantise this type.
         """
-        part = self._data if len(self.shape) == 1 else self._data[which]
+        part = self._data[ALL if len(self.shape) == 1 else which]
         try:
             values = gguf.dequantize(part, self.kind)
         except NotImplementedError as error:
@@ -142,4 +144,4 @@ class GgufModel(OpenModel):
 
     def source(self, on_progress: Callable[[int], None] = lambda nbytes: None) -> header.PackedFrom:
         """Name, size and SHA-256 of the file, or of its parts one after the other."""
-        return packed_from(self.path.name, self._parts, on_progress)
+        return packed_from(self.path.name, (each.file for each in self._parts.values()), on_progress)

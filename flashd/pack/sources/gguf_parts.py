@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
 from flashd.errors import DataError, InputMissing
+from flashd.pack.model_file import FilePart, ModelFile
 
 MOST_ENTRIES = 1 << 21
 """Of a list in a model's metadata. The longest there are, of merges, have some hundred thousand."""
@@ -22,24 +23,54 @@ PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 """The name of a part, as llama.cpp's gguf-split gives it."""
 
 
-class Reader(gguf.GGUFReader):
-    """Its arrays, two for each token and merge, are plain ones: as views of a numpy.memmap they take 400 MB more.
+READ_AT_ONCE = 1 << 20
+"""Bytes of the metadata, which come in pieces of a few."""
 
-    Its base takes numbers behind the end of the file for nothing, as many as a list says. Raises ValueError there.
+
+class Reader(gguf.GGUFReader):
+    """The gguf package's reader, which reads the file in place of mapping it. Its tensors' data are FileParts.
+
+    Its base takes numbers behind the end of the file for nothing, as many as a list says. Raises ValueError there;
+    what ModelFile raises.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.file = ModelFile(path)
+        self._piece, self._start = np.empty(0, np.uint8), 0
+        self._tensors_begun = False
+        super().__init__(path)
+        self._piece = np.empty(0, np.uint8)
 
     @property
     def data(self) -> Any:
-        return self._data
+        raise AssertionError("the file is not mapped")
 
     @data.setter
     def data(self, value: np.memmap[Any, Any]) -> None:
-        self._data = value.view(np.ndarray)
+        """The base maps the file; nothing is read of that."""
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: Any = None) -> npt.NDArray[Any]:
-        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError(f"cut short at {len(self.data)} bytes")
-        return super()._get(offset, dtype, count, override_order)
+        kind, count = np.dtype(dtype), int(count)
+        offset, nbytes = int(offset), kind.itemsize * count
+        if offset + nbytes > self.file.size:
+            raise ValueError(f"cut short at {self.file.size} bytes")
+        if self._tensors_begun:
+            return np.broadcast_to(np.zeros(1, kind), count)  # its shape is all that is needed
+        if not self._start <= offset <= offset + nbytes <= self._start + len(self._piece):
+            length = min(max(nbytes, READ_AT_ONCE), self.file.size - offset)
+            self._piece, self._start = self.file.read(offset, length), offset
+        at = offset - self._start
+        order = self.byte_order if override_order is None else override_order
+        return self._piece[at : at + nbytes].view(kind.newbyteorder(order))
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        self._tensors_begun = True
+        super()._build_tensors(start_offs, fields)
+        self.tensors = [each._replace(data=cast(Any, self._data_of(each))) for each in self.tensors]
+
+    def _data_of(self, tensor: gguf.ReaderTensor) -> FilePart:
+        shaped = tensor.data
+        return FilePart(self.file, tensor.tensor_type.name, shaped.dtype, shaped.shape, tensor.data_offset)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
@@ -108,7 +139,7 @@ def _read(path: Path) -> Reader:
             f"{path}: a big-endian file, which flashd does not read; the gguf package turns a copy of it with"
             " gguf-convert-endian FILE little"
         )
-    size = path.stat().st_size
+    size = reader.file.size
     for tensor in reader.tensors:
         if tensor.data_offset + tensor.n_bytes > size:
             raise DataError(f"{path}: cut short at {size} bytes, inside {tensor.name!r}; download it again")

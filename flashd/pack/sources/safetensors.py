@@ -9,17 +9,16 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, cast
 
-import ml_dtypes  # noqa: F401  (by which numpy gets to know bfloat16)
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from flashd.bundle import header
 from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError, InputMissing
 from flashd.pack.families.family import Config, Folder
 from flashd.pack.families.properties import check_layers
-from flashd.pack.open_model import ALL, OpenModel, Tensor, Which, packed_from
+from flashd.pack.model_file import ModelFile, packed_from, read_safetensors
+from flashd.pack.open_model import ALL, OpenModel, Tensor, Which
 from flashd.pack.sources import four_bits
 from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.pack.sources.folder_rope import rope_divisors
@@ -225,19 +224,17 @@ class _Parts:
                 self.parts[name] = _matrices(part, i, len(joined), folder.alternating, folder.across)
 
 
-def _find_parts(files: list[Path], names: Names) -> _Parts:
+def _find_parts(files: list[ModelFile], names: Names) -> _Parts:
     """What the files hold, none of it read yet. Raises DataError."""
     out, seen = _Parts(), set[str]()
     for file in files:
-        try:
-            shard = safe_open(file, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{file}: not a whole safetensors file ({error}); download it again") from error
-        for stored in shard.keys():  # noqa: SIM118
+        for stored, part in read_safetensors(file).items():
             if stored in seen:
-                raise DataError(f"{file}: another file has tensor {stored[:100]!r} too; download the folder again")
+                raise DataError(
+                    f"{file.path}: another file has tensor {stored[:100]!r} too; download the folder again"
+                )
             seen.add(stored)
-            out.add(stored, shard.get_slice(stored), names)
+            out.add(stored, part, names)
     return out
 
 
@@ -260,7 +257,7 @@ class HfFolder(OpenModel):
             check_layers(int(self._model.config.get("num_hidden_layers", 1)), path / "config.json")
             keys = model_keys(self._model)
             self._made = rope_divisors(self._model.config, self._model.head_dim)
-            self._files = _weight_files(path)
+            self._files = [ModelFile(file) for file in _weight_files(path)]
             names = Names(self._model)
             self._stored = _find_parts(self._files, names)
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:

@@ -22,8 +22,12 @@ from flashd.daemon.job import Job, State
 from flashd.errors import NOT_JSON, ConfigError, DataError, FlashdError, InputMissing
 from flashd.system.child import FORKING
 from flashd.system.new_file import NewFile
+from flashd.system.plain_file import read_plain
 
 log = logging.getLogger(__name__)
+
+LONGEST = 64 << 10
+"""Bytes of a record."""
 
 
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +51,7 @@ def read_record(record: Path) -> list[Held] | None:
     Raises InputMissing where it may not be read, DataError where it is damaged.
     """
     try:
-        return msgspec.json.decode(record.read_bytes(), type=list[Held])
+        return msgspec.json.decode(read_plain(record, LONGEST), type=list[Held])
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from flashd.bundle.reader import Bundle
 from flashd.cli.needs import need_pack
 from flashd.errors import CannotWrite, DataError, InputMissing
-from flashd.system.paths import SERVICE, cache_folder
+from flashd.system.paths import SERVICE, cache_folder, make_folder
 
 FOLDERS = (Path("/var/lib/flashd"), Path("/media/flashd"), SERVICE / "flashd")
 """The folders in which the service's bundles are."""
@@ -66,7 +66,7 @@ def is_current(bundle: Path, model: Path) -> bool:
 def make_room(path: Path) -> None:
     """Makes the folder of a bundle. Raises CannotWrite."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except OSError as error:
         raise CannotWrite(f"{path.parent}: {error.strerror}") from error
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from flashd.errors import CannotWrite
+from flashd.system.plain_file import open_plain
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def watched(spool: Path) -> Iterator[LastRun]:
     path = death_file(spool)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8", errors="replace")
+        file = os.fdopen(
+            open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+", encoding="utf-8", errors="replace"
+        )
     except OSError as error:
         raise CannotWrite(f"{path}: {error.strerror}") from error
     with file:
@@ -74,5 +77,13 @@ def note_death(spool: Path, environment: Mapping[str, str] = os.environ) -> None
     """
     path = death_file(spool)
     result = environment.get("SERVICE_RESULT", "")
-    if result in KILLED_BY_ITSELF and path.exists() and not path.stat().st_size:
-        path.write_text(f"systemd says: {result}\n", "utf-8")
+    if result not in KILLED_BY_ITSELF:
+        return
+    try:
+        with os.fdopen(open_plain(path, os.O_RDWR | os.O_APPEND), "a", encoding="utf-8") as file:
+            if not os.fstat(file.fileno()).st_size:
+                file.write(f"systemd says: {result}\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:  # such as a full disk, which must not keep pins on
+        log.error("%s: %s", path, error.strerror)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -20,6 +21,7 @@ import msgspec
 
 from flashd.daemon.job import Head, Job, Request, Result, State
 from flashd.errors import GROUP_ONLY, NOT_JSON, CannotWrite, DataError, InputMissing, SpoolTaken
+from flashd.system.plain_file import open_plain
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +199,12 @@ class Spool:
         return self._db
 
     def _opened(self) -> sqlite3.Connection:
-        self.path.touch()
-        with suppress(PermissionError):  # another user's
-            self.path.chmod(0o660)  # prompts are not for everybody; SQLite gives its other files the same mode
+        fd = open_plain(self.path, os.O_RDWR | os.O_CREAT)
+        try:
+            with suppress(PermissionError):  # another user's
+                os.fchmod(fd, 0o660)  # prompts are not for everybody; SQLite gives its other files the same mode
+        finally:
+            os.close(fd)
         db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode=WAL")
@@ -261,7 +266,7 @@ def held_alone(path: Path) -> Iterator[None]:
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("ab")
+        file = os.fdopen(open_plain(lock, os.O_RDWR | os.O_CREAT), "ab")
     except OSError as error:
         raise CannotWrite(f"{lock}: {error.strerror}") from error
     with file:
@@ -297,8 +302,7 @@ def read_one(path: Path, number: int) -> Job | None:
 
 def _read(path: Path, where: str, *values: int) -> list[Job]:
     try:
-        with path.open("rb"):
-            """SQLite would not say why not."""
+        os.close(open_plain(path))  # SQLite would not say why not
         # where nobody writes, and the folder is not ours, SQLite must not want to share the file
         alone = not path.with_name(f"{path.name}-wal").exists()
         with closing(sqlite3.connect(f"file:{path}?mode=ro{'&immutable=1' * alone}", uri=True)) as db:
@@ -307,6 +311,8 @@ def _read(path: Path, where: str, *values: int) -> list[Job]:
         raise InputMissing(f"{path}: no spool; has flashd serve run here?") from error
     except PermissionError as error:
         raise InputMissing(f"{path}: {GROUP_ONLY}") from error
+    except OSError as error:
+        raise InputMissing(f"{path}: {error.strerror}") from error
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: {error}") from error
 

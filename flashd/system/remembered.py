@@ -11,9 +11,13 @@ import msgspec
 
 from flashd.errors import NOT_JSON, CannotWrite
 from flashd.system.new_file import NewFile
-from flashd.system.paths import cache_folder
+from flashd.system.paths import cache_folder, make_folder
+from flashd.system.plain_file import read_plain
 
 log = logging.getLogger(__name__)
+
+LONGEST = 1 << 20
+"""Bytes of such a file."""
 
 T = TypeVar("T")
 
@@ -34,7 +38,7 @@ class Remembered(Generic[T]):
         """Keeps the figures of `key`. Raises CannotWrite."""
         data = msgspec.json.encode(self._all() | {key: figures})
         try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
+            make_folder(cache_folder())
         except OSError as error:
             raise CannotWrite(f"{cache_folder()}: {error.strerror}") from error
         with NewFile(self._file) as new:
@@ -47,7 +51,7 @@ class Remembered(Generic[T]):
 
     def _all(self) -> dict[str, T]:
         try:
-            known: dict[str, T] = msgspec.json.decode(self._file.read_bytes(), type=dict[str, self.kind])  # type: ignore[name-defined]
+            known: dict[str, T] = msgspec.json.decode(read_plain(self._file, LONGEST), type=dict[str, self.kind])  # type: ignore[name-defined]
         except FileNotFoundError:
             return {}
         except (OSError, *NOT_JSON) as error:

@@ -102,11 +102,16 @@ def _unix_socket(path: Path) -> socket.socket:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise CannotWrite(f"{path}: there is something else than a socket; remove it, or name another socket")
+            if not _answers(path):
                 path.unlink()
         bound.bind(str(path))
         path.chmod(0o660)
         bound.listen()
+    except CannotWrite:
+        bound.close()
+        raise
     except OSError as error:
         bound.close()
         other = "; is another flashd running?" if error.errno == errno.EADDRINUSE else ""
@@ -115,12 +120,15 @@ def _unix_socket(path: Path) -> socket.socket:
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody listens on a socket that is there already."""
+    """Whether somebody listens on a socket that is there already, be it another user or one who is too busy."""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
-        except OSError:
+        except ConnectionRefusedError:
             return False
+        except (BlockingIOError, PermissionError):
+            return True
     return True
 
 

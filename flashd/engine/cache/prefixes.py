@@ -26,6 +26,7 @@ from flashd.engine.model.kv_cache import KvCache
 from flashd.errors import NOT_JSON, CannotWrite
 from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
+from flashd.system.paths import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Prefixes:
         if not self._may_write(nbytes + MOST_BYTES_OF_NOTES, notes):
             return 0
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder, 0o700)
             if shutil.disk_usage(self._folder).free < nbytes + FREE_BYTES:
                 self._say(f"{self._folder}: the disk is nearly full, so no snapshots are kept")
                 return 0
@@ -240,7 +241,7 @@ class Prefixes:
             return
         notes = msgspec.structs.replace(notes, written=notes.written + nbytes)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder, 0o700)
             with NewFile(self._notes, 0o600) as new:
                 new.write(msgspec.json.encode(notes), 0)
                 new.publish()

@@ -95,7 +95,7 @@ class NewFile:
         for name in os.listdir(self._folder):  # noqa: PTH208 (a descriptor)
             owner = re.fullmatch(rf"\.{re.escape(self.path.name)}\.(\d+)\.partial", name)
             if owner and (int(owner[1]) == os.getpid() or not Path(f"/proc/{owner[1]}").exists()):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # a folder of that name, or another user's file, is in nobody's way
                     os.unlink(name, dir_fd=self._folder)
 
     def _publish(self) -> None:

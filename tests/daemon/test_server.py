@@ -298,6 +298,7 @@ def headed(more: bytes) -> bytes:
         (headed(b"a:\r\n" * (MOST_HEADERS - 2)), 200), (headed(b"a:\r\n" * (MOST_HEADERS - 1)), 431),
         (headed(b"a: " + b"b" * 4000 + b"\r\n"), 200), (b"GET / HTTP/1.1\r\na: " + b"b" * READ_BYTES, 400),
         (headed(b"").replace(b"completions", b"completions?" + b"a" * 2000), 400),
+        (headed(b"Transfer-Encoding: chunked\r\n"), 400),
     ],
 )  # fmt: skip
 def test_a_head_is_bounded(sends: bytes, status: int, served: Path, jobs: Jobs) -> None:

@@ -127,6 +127,7 @@ def test_the_service_s_file_is_plain_when_it_is_put_back(board: Board, other: Pa
 def test_a_kept_name_that_is_a_link_is_replaced_and_not_followed(board: Board, other: Path) -> None:
     for name in ("model.flash.old", "model.flash.old.new"):
         (board.model.parent / name).symlink_to(other)
+    (board.model.parent / ".model.flash.999999999.partial").mkdir()  # as if a killed update had left it
     before = sha(board.model)
     board.update()
     assert other.read_text() == "secret" and sha(board.model.with_name("model.flash.old")) == before

@@ -37,6 +37,9 @@ def _refused(scope: Scope) -> JSONResponse | None:
         return refusal(400, f"an address of more than {LONGEST_ADDRESS} bytes")
     if len(scope["headers"]) > MOST_HEADERS:
         return refusal(431, f"more than {MOST_HEADERS} headers")
+    names = [name for name, _ in scope["headers"]]
+    if b"content-length" in names and b"transfer-encoding" in names:  # RFC 9112, section 6.1: two say where it ends
+        return refusal(400, "a body with both Content-Length and Transfer-Encoding")
     return _address_refused(scope["path"], scope["query_string"])
 
 

@@ -51,6 +51,7 @@ ALLOWED = {
     "priority": "0 to 9",
     "deadline": "seconds above 0",
     "choose": "a list of up to 64 texts",
+    "session": "a name of up to 64 letters, digits, -, _ and points",
 }
 """What a field may be."""
 

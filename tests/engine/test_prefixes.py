@@ -234,6 +234,11 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
+def become(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "magic": lambda path, other: flip(path, 0),
     "version": lambda path, other: flip(path, 8),
@@ -248,6 +253,8 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "cut": lambda path, other: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
     "another bundle's": lambda path, other: shutil.copy(other, path),
+    "a pipe": lambda path, other: become(path, os.mkfifo),  # which is not waited for
+    "a link": lambda path, other: become(path, lambda it: it.symlink_to(other)),
 }
 
 

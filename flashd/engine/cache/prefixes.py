@@ -27,6 +27,7 @@ from flashd.errors import NOT_JSON, CannotWrite
 from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 from flashd.system.paths import make_folder
+from flashd.system.plain_file import open_plain, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class Prefixes:
         """This bundle's snapshots whose headers are right."""
         for path in self._folder.glob(f"{self._origin.key}-*.kv"):
             try:
-                with path.open("rb") as file:
+                with os.fdopen(open_plain(path), "rb") as file:
                     yield _Stored(path, snapshot.read_header(file, self._origin, cache))
             except FileNotFoundError:
                 continue  # another process removed it
@@ -228,7 +229,7 @@ class Prefixes:
     def _read_notes(self) -> Notes:
         today = int(time.time() // 86400)
         try:
-            notes = msgspec.json.decode(self._notes.read_bytes(), type=Notes)
+            notes = msgspec.json.decode(read_plain(self._notes, MOST_BYTES_OF_NOTES), type=Notes)
         except (OSError, *NOT_JSON):
             notes = Notes()
         return notes if notes.day == today else Notes(prompts=notes.prompts, day=today)

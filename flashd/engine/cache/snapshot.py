@@ -19,6 +19,7 @@ is good for texts that begin with all of its tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -39,6 +40,7 @@ from flashd.errors import NOT_JSON, DataError
 from flashd.graphs.kinds.recurrent import REWIND
 from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
+from flashd.system.plain_file import open_plain
 
 MAGIC = b"\x93FLSNAP\n"
 VERSION = 3
@@ -171,7 +173,7 @@ def restore(path: Path, origin: Origin, prompt: Sequence[int], cache: KvCache) -
 
     Raises BadSnapshot, OSError. The cache then counts the tokens that came before the fault.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_plain(path), "rb") as file:
         header = read_header(file, origin, cache)
         if header.states:
             _resume(file, header, cache)

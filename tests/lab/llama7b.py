@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def write(folder: Path, layers: int = LAYERS) -> None:
     where: dict[str, str] = {}
     for i, shapes in enumerate(parts):
         name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
-        write_shard(folder / name, shapes, seed=i)
+        write_shard(folder / name, shapes, (values(shape, 1000 * i + j) for j, shape in enumerate(shapes.values())))
         where |= dict.fromkeys(shapes, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     config = {
@@ -66,8 +66,11 @@ def write(folder: Path, layers: int = LAYERS) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
-def write_shard(path: Path, shapes: Shapes, seed: int) -> None:
-    """A safetensors file: the length of its header, the header, the tensors one after the other."""
+def write_shard(path: Path, shapes: Shapes, drawn: Iterable[Iterable[npt.NDArray[np.float32]]]) -> None:
+    """A safetensors file: the length of its header, the header, the tensors one after the other.
+
+    `drawn` are the weights of each, some rows at a time.
+    """
     header, at = {}, 0
     for name, shape in shapes.items():
         nbytes = 2 * prod(shape)
@@ -76,8 +79,8 @@ def write_shard(path: Path, shapes: Shapes, seed: int) -> None:
     stated = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(stated)) + stated)
-        for i, shape in enumerate(shapes.values()):
-            for part in values(shape, 1000 * seed + i):
+        for parts in drawn:
+            for part in parts:
                 file.write(part.astype(ml_dtypes.bfloat16).tobytes())
 
 

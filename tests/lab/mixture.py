@@ -69,7 +69,12 @@ def write(path: Path, shape: Shape, kind: Kind = Kind.Q4_K, seed: int = 0) -> Pa
     random = np.random.default_rng(seed)
     w = gguf.GGUFWriter(path, "qwen3moe")
     _metadata(w, shape)
-    tensors = _tensors(shape, kind, random)
+    write_tensors(w, _tensors(shape, kind, random), random)
+    return path
+
+
+def write_tensors(w: gguf.GGUFWriter, tensors: dict[str, Stored], random: Random) -> None:
+    """Writes the file, whose metadata `w` knows, with these tensors. One at a time is in RAM."""
     for name, tensor in tensors.items():
         block, nbytes = gguf.GGML_QUANT_SIZES[tensor.kind]
         length = prod(tensor.shape) // block * nbytes
@@ -80,7 +85,6 @@ def write(path: Path, shape: Shape, kind: Kind = Kind.Q4_K, seed: int = 0) -> Pa
     for tensor in tensors.values():
         w.write_tensor_data(tensor.data(random))
     w.close()
-    return path
 
 
 def follower(shape: Shape, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -121,8 +125,8 @@ def _tensors(shape: Shape, kind: Kind, random: Random) -> dict[str, Stored]:
     tokens = (s.vocabulary, s.hidden)
     query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
 
-    def blocks(*shape: int, gain: float = 1.0) -> Stored:
-        return Stored(shape, kind, lambda random: _blocks(random, shape, kind, gain))
+    def matrix(*shape: int, gain: float = 1.0) -> Stored:
+        return Stored(shape, kind, lambda random: blocks(random, shape, kind, gain))
 
     def ones(length: int) -> Stored:
         return Stored((length,), Kind.F32, lambda random: np.ones(length, np.float32))
@@ -138,12 +142,12 @@ def _tensors(shape: Shape, kind: Kind, random: Random) -> dict[str, Stored]:
     for i in range(s.layers):
         layer = {
             "attn_norm": ones(s.hidden), "attn_q_norm": ones(s.head_dim), "attn_k_norm": ones(s.head_dim),
-            "attn_q": blocks(query, s.hidden), "attn_k": blocks(key, s.hidden), "attn_v": blocks(key, s.hidden),
-            "attn_output": blocks(s.hidden, query, gain=OUTPUT_GAIN),
+            "attn_q": matrix(query, s.hidden), "attn_k": matrix(key, s.hidden), "attn_v": matrix(key, s.hidden),
+            "attn_output": matrix(s.hidden, query, gain=OUTPUT_GAIN),
             "ffn_norm": ones(s.hidden), "ffn_gate_inp": Stored((s.experts, s.hidden), Kind.F32, router),
-            "ffn_gate_exps": blocks(s.experts, s.neurons, s.hidden),
-            "ffn_up_exps": blocks(s.experts, s.neurons, s.hidden),
-            "ffn_down_exps": blocks(s.experts, s.hidden, s.neurons, gain=DOWN_GAIN),
+            "ffn_gate_exps": matrix(s.experts, s.neurons, s.hidden),
+            "ffn_up_exps": matrix(s.experts, s.neurons, s.hidden),
+            "ffn_down_exps": matrix(s.experts, s.hidden, s.neurons, gain=DOWN_GAIN),
         }  # fmt: skip
         out |= {f"blk.{i}.{name}.weight": tensor for name, tensor in layer.items()}
     return out
@@ -190,11 +194,16 @@ def _put(out: Bytes | None, shape: Shape, tokens: npt.NDArray[np.int64], rows: B
     return out
 
 
-def _blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> Bytes:
-    """Random blocks of weights around zero. A vector that is multiplied by them becomes `gain` times as long."""
+def blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> Bytes:
+    """Random blocks of weights around zero. A vector that is multiplied by them becomes `gain` times as long.
+
+    `kind` is Q4_0, Q4_K or Q6_K.
+    """
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     out = np.frombuffer(bytearray(random.bytes(prod(shape) // block * nbytes)), np.uint8).reshape(-1, nbytes)
-    spread = np.float32(np.sqrt(21.25))  # of the whole numbers from 0 to 15
+    spread = np.float32(
+        np.sqrt(341.25 if kind == Kind.Q6_K else 21.25)
+    )  # of the whole numbers from 0 to 63, or to 15
     step = np.float32(gain / np.sqrt(shape[-1])) / spread
     if kind == Kind.Q4_0:
         varied = step * random.uniform(0.75, 1.25, len(out)).astype(np.float32)
@@ -206,8 +215,11 @@ def _blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> 
         out[:, :4] = halves
         out[:, 4:8] = out[:, 8:12] = low[0] | (low[1] & 48) << 2
         out[:, 12:16] = low[1] & 15 | (low[1] & 15) << 4
+    elif kind == Kind.Q6_K:
+        out[:, 192:208] = out[:, 192:208] & 31 | 32  # scales of 16 weights are 32 to 63
+        out[:, 208:] = np.array([step / 48], np.float16).view(np.uint8)
     else:
-        raise ValueError(f"blocks of {kind.name}; there are Q4_K and Q4_0")
+        raise ValueError(f"blocks of {kind.name}; there are Q4_0, Q4_K and Q6_K")
     return out.reshape(gguf.quant_shape_to_byte_shape(shape, kind))
 
 

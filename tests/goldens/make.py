@@ -345,6 +345,17 @@ MAKERS: dict[str, Maker] = {
         first_k_dense_replace=1,
         rope_parameters={**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707},
     ),
+    "deepseek3": latent(
+        T.DeepseekV3Config,
+        QUERY_RANK,
+        rms_norm_eps=1e-6,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.5,
+        n_group=3,
+        topk_group=2,
+        rope_parameters={**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
     "glm4-flash": latent(
         T.Glm4MoeLiteConfig,
         QUERY_RANK,
@@ -457,6 +468,8 @@ SPARSER: dict[str, dict[str, Any]] = {
     "llama-drelu": {"model_type": "bamboo"},
     "llama-fatrelu": {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.125},
     "internlm2": {"model_type": "internlm2"},
+    # what DeepSeek-V3's own files say, and transformers takes for granted
+    "deepseek3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
 }
 """Of models that transformers knows by files of their own, what their config.json says."""
 

@@ -467,6 +467,17 @@ GOLDENS = {
         TWO_NORMS | latent_attention() | mixture(32) | shared_expert(False, 64), EMBEDDING | HEAD | FINAL,
         1, {0: TWO_NORMS | latent_attention() | GATED},
     ),
+    "deepseek3": Golden(
+        "deepseek2",
+        LATENT | {"attention.layer_norm_rms_epsilon": 1e-6, "attention.q_lora_rank": QUERY_RANK,
+                  "rope.scaling.type": "yarn", "rope.scaling.factor": 40.0,
+                  "rope.scaling.original_context_length": 32, "rope.scaling.yarn_log_multiplier": 0.1,
+                  "expert_shared_count": 1, "expert_gating_func": 2, "expert_weights_norm": True,
+                  "expert_weights_scale": 2.5, "leading_dense_block_count": 1, "expert_group_count": 3,
+                  "expert_group_used_count": 2},
+        TWO_NORMS | latent_attention(QUERY_RANK) | mixture(32) | LEAN | shared_expert(False, 32),
+        EMBEDDING | HEAD | FINAL, 1, {0: TWO_NORMS | latent_attention(QUERY_RANK) | GATED},
+    ),
     "glm4-flash": Golden(
         "deepseek2",
         LATENT | RMS | {"attention.q_lora_rank": QUERY_RANK, "rope.freq_base": 1e6, "expert_shared_count": 1,

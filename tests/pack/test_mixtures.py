@@ -23,10 +23,11 @@ from flashd.graphs.in_place import graph
 from flashd.graphs.stages import stages
 from flashd.pack.original import Original
 from flashd.pack.pack import pack
+from flashd.pack.sources.folder_config import folder_model, model_keys
 from flashd.system.onnx_session import start_pool
 from tests.engine.test_paths import THREADS
 from tests.goldens import folders
-from tests.goldens.models import GOLDENS, HIDDEN, LAYERS, Floats, Golden
+from tests.goldens.models import GOLDENS, HERE, HIDDEN, LAYERS, Floats, Golden
 
 GLM = GOLDENS["glm4moe"]
 GUESSING = "what guesses further tokens (MTP) is left out: flashd packs what speaks"
@@ -88,6 +89,15 @@ def test_layers_that_guess_are_left_out_with_a_word(tmp_path: Path, caplog: pyte
     (saved / "config.json").write_text(json.dumps(stated | {"num_nextn_predict_layers": 0}))
     with pytest.raises(DataError, match=r"tensor 'model.layers.4.eh_proj.weight' has no place"):
         Original.open(saved, "f16")
+
+
+def test_deepseek_v3_chooses_experts_as_transformers_takes_for_granted() -> None:
+    stated, path = json.loads((HERE / "deepseek3.json").read_text())["config"], Path("config.json")
+    keys_of = model_keys(folder_model(stated | {"q_lora_rank": None}, path))
+    assert keys_of["expert_gating_func"] == 2 and "attention.q_lora_rank" not in keys_of
+    for key in ("scoring_func", "topk_method"):
+        with pytest.raises(DataError, match=key):
+            folder_model(stated | {key: "softmax"}, path)
 
 
 def test_phi_weighs_an_expert_among_those_that_are_nearly_as_good(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""DeepSeek-V2, GLM-4.7-Flash and Mistral 4: multi-head latent attention, shared experts, dense first layers.
+"""DeepSeek-V2 and V3, GLM-4.7-Flash and Mistral 4: multi-head latent attention, shared experts, dense first layers.
 
-Sources: transformers' modeling_deepseek_v2.py and modeling_glm4_moe_lite.py, and llama.cpp's deepseek2.cpp for the
-layout of a GGUF file.
+Sources: transformers' modeling_deepseek_v2.py, modeling_deepseek_v3.py and modeling_glm4_moe_lite.py, and llama.cpp's
+deepseek2.cpp for the layout of a GGUF file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ REFUSED = {
 }
 """Of what config.json may say: what is supported, and what anything else means."""
 
+CHOICE_OF_V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""What its config.json says of how experts are chosen. transformers takes it for granted."""
+
 
 def adapt(config: Config, path: Path) -> Config:
     """The configuration with the sizes of heads as GGUF has them, and what YaRN makes of their products."""
@@ -44,6 +47,15 @@ def adapt(config: Config, path: Path) -> Config:
     if full.pop("topk_method", "greedy") == "greedy" and full["model_type"] == "deepseek_v2":
         full["n_group"] = full["topk_group"] = 1
     return full
+
+
+def adapt_v3(config: Config, path: Path) -> Config:
+    """The same of DeepSeek-V3, whose scores are sigmoids, and whose experts are chosen by these and a bias."""
+    full: dict[str, Any] = dict(config)
+    for key, known in CHOICE_OF_V3.items():
+        if full.pop(key, known) not in (known, None):
+            raise DataError(f"{path}: another choice of experts than DeepSeek-V3's ({key}) is not supported here")
+    return {**adapt(full, path), "expert_gating_func": SIGMOID}
 
 
 def adapt_lite(config: Config, path: Path) -> Config:
@@ -74,6 +86,7 @@ KEYS = {
     "expert_weights_scale": "routed_scaling_factor", "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
 }  # fmt: skip
+SCORED = KEYS | {"expert_gating_func": "expert_gating_func"}
 TENSORS = {"model.layers.{bid}.mlp.gate.e_score_correction_bias": "blk.{bid}.exp_probs_b.bias"}
 COMMON = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 V2 = COMMON | {
@@ -81,6 +94,14 @@ V2 = COMMON | {
     "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "norm_topk_prob": False,
     "moe_intermediate_size": 1407,
 }  # fmt: skip
+V3 = COMMON | {
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "norm_topk_prob": True,
+    "moe_intermediate_size": 2048, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "n_group": 8,
+    "topk_group": 4,
+}  # fmt: skip
+"""Without the rank of queries: a model that has none says null, which is read as if it were not there."""
+
 FLASH = COMMON | {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 202752, "qk_nope_head_dim": 192, "v_head_dim": 256,
     "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": True, "moe_intermediate_size": 1536,
@@ -99,15 +120,13 @@ READS = (
 
 FAMILIES = (
     Family(
-        "deepseek2", "DeepSeek-V2, DeepSeek-V2-Lite, GLM-4.7-Flash", "tiny",
+        "deepseek2", "DeepSeek-V2, DeepSeek-V2-Lite, DeepSeek-V3, GLM-4.7-Flash", "tiny",
         latent=True, mixture=Mixture(normalised=False, leaned=True, leading=True, shared=True, grouped=True),
         reads=READS,
         folders=(
             Folder("deepseek_v2", adapt=adapt, defaults=V2, keys=KEYS, tensors=TENSORS),
-            Folder(
-                "glm4_moe_lite", adapt=adapt_lite, defaults=FLASH, tensors=TENSORS,
-                keys=KEYS | {"expert_gating_func": "expert_gating_func"},
-            ),
+            Folder("deepseek_v3", adapt=adapt_v3, defaults=V3, keys=SCORED, tensors=TENSORS),
+            Folder("glm4_moe_lite", adapt=adapt_lite, defaults=FLASH, keys=SCORED, tensors=TENSORS),
         ),
     ),
     Family(

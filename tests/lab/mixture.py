@@ -206,7 +206,8 @@ def blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> B
     )  # of the whole numbers from 0 to 63, or to 15
     step = np.float32(gain / np.sqrt(shape[-1])) / spread
     if kind == Kind.Q4_0:
-        varied = step * random.uniform(0.75, 1.25, len(out)).astype(np.float32)
+        # half of the steps are below zero, since whole numbers from -8 to 7 are not around zero
+        varied = step * random.uniform(0.75, 1.25, len(out)).astype(np.float32) * random.choice([-1, 1], len(out))
         out[:, :2] = varied.astype(np.float16).view(np.uint8).reshape(-1, 2)
     elif kind == Kind.Q4_K:
         # codes of scales are 32 to 63, the code of a minimum is that of its scale, and a minimum is 7.5 steps
@@ -216,7 +217,8 @@ def blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> B
         out[:, 4:8] = out[:, 8:12] = low[0] | (low[1] & 48) << 2
         out[:, 12:16] = low[1] & 15 | (low[1] & 15) << 4
     elif kind == Kind.Q6_K:
-        out[:, 192:208] = out[:, 192:208] & 31 | 32  # scales of 16 weights are 32 to 63
+        scales = out[:, 192:208]  # of 16 weights: 32 to 63, half of them below zero
+        scales[:] = np.where(scales & 128, -(scales & 31 | 32), scales & 31 | 32)
         out[:, 208:] = np.array([step / 48], np.float16).view(np.uint8)
     else:
         raise ValueError(f"blocks of {kind.name}; there are Q4_0, Q4_K and Q6_K")

@@ -57,5 +57,5 @@ def test_tokens_differ_and_each_reads_two_runs(folder: Path, tmp_path: Path) -> 
 
 
 def test_blocks_of_six_bits_lengthen_as_they_should() -> None:
-    weights = gguf.dequantize(mixture.blocks(np.random.default_rng(0), (64, 256), Kind.Q6_K, 2.0), Kind.Q6_K)
-    assert weights.std() == pytest.approx(2 / 16, rel=0.05) and abs(weights.mean()) < 0.01
+    weights = gguf.dequantize(mixture.blocks(np.random.default_rng(0), (256, 256), Kind.Q6_K, 2.0), Kind.Q6_K)
+    assert weights.std() == pytest.approx(2 / 16, rel=0.05) and abs(weights.mean()) < 0.02 / 8

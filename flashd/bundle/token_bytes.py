@@ -49,6 +49,17 @@ class TokenBytes:
         """[uint32 V + 1 | uint32 offsets | the texts, end to end]."""
         return len(self.offsets).to_bytes(4, "little") + self.offsets.astype("<u4").tobytes() + self.blob
 
+    def begins_like(self, other: TokenBytes) -> bool:
+        """Whether the tokens that both have say the same.
+
+        One vocabulary may be longer: Qwen2.5 fills its larger models' with tokens that no text has.
+        """
+        count = min(len(self), len(other))
+        last = self.offsets[count]
+        return self.offsets[: count + 1].tobytes() == other.offsets[: count + 1].tobytes() and (
+            self.blob[:last] == other.blob[:last]
+        )
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from flashd.bundle.reader import Bundle
 from flashd.cli.needs import need_pack
-from flashd.errors import CannotWrite, DataError, InputMissing
+from flashd.errors import CannotWrite, CardError, DataError, InputMissing
 from flashd.system.paths import SERVICE, cache_folder, make_folder
 
 FOLDERS = (Path("/var/lib/flashd"), Path("/media/flashd"), SERVICE / "flashd")
@@ -19,6 +21,45 @@ def all_bundles() -> Iterator[Path]:
     for folder in dict.fromkeys([*FOLDERS, cache_folder()]):
         if folder.is_dir():
             yield from sorted(folder.glob("*.flash"))
+
+
+LOOKING = 120, 1 << 30
+"""Limits of a child that opens bundles: seconds of processor time, and bytes."""
+
+SMALL = 0.5
+"""The largest share of a model's file that its draft has: to run a larger one takes longer than its guesses save."""
+
+
+@dataclass(frozen=True)
+class Guesser:
+    """Two bundles of the same tokenizer, of which the small one can make guesses for the large one."""
+
+    large: Path
+    small: Path
+
+
+def guessers(bundle: Path) -> Iterator[Guesser]:
+    """The pairs that a bundle makes with those beside it and with all_bundles.
+
+    What cannot be read makes none. The files may be anybody's: call this in a child, within LOOKING.
+    """
+    here = bundle.resolve()
+    others = dict.fromkeys(path.resolve() for path in [*sorted(here.parent.glob("*.flash")), *all_bundles()])
+    for other in others:
+        if other != here:
+            with suppress(OSError, DataError, CardError, InputMissing):
+                yield from _guesser(here, other)
+
+
+def _guesser(*pair: Path) -> Iterator[Guesser]:
+    """Raises OSError, DataError, CardError, InputMissing if one cannot be read or guess for the other."""
+    from flashd.engine.planning.draft import check_draft
+
+    small, large = sorted(pair, key=lambda path: path.stat().st_size)
+    if small.stat().st_size <= SMALL * large.stat().st_size:
+        with Bundle(large) as model, Bundle(small) as draft:
+            check_draft(model, draft)
+        yield Guesser(large, small)
 
 
 def find(name: str) -> Path:

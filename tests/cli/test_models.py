@@ -13,11 +13,14 @@ import pytest
 from flashd.cli import bundles
 from flashd.cli.commands import models
 from flashd.cli.main import main
+from flashd.cli.parser import parse
 from flashd.config.edit import with_key
 from flashd.config.settings import load
 from flashd.engine.paging.card_speed import CardSpeed, remember
 from flashd.engine.planning import plan as plan_module
+from flashd.pack.pack import pack
 from flashd.update import service
+from tests import tiny
 from tests.cli.command import refused, run
 
 
@@ -68,6 +71,32 @@ def test_pack_needs_no_place_and_no_model_is_said(tmp_path: Path, tiny_bundle: P
     done = run("pack", tiny_bundle.with_name("tiny.gguf"))
     assert done.returncode == 0 and str(cache / "flashd" / "tiny.flash") in done.stdout.decode(), done.stderr
     refused(run("ask", "hi", "--model", tmp_path / "none.gguf"), os.EX_NOINPUT, "none.gguf")
+
+
+def test_pack_names_what_can_guess_for_what(
+    tmp_path: Path, tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundles, "SMALL", 0.9)  # most of these files is the same in all
+    source, out = tiny_bundle.with_name("tiny.gguf"), tmp_path / "small.flash"
+    (cache / "flashd").mkdir(parents=True)
+    large = cache / "flashd" / "large.flash"
+    pack(source, large, "f16")
+    shutil.copy(tiny_bundle, tmp_path / "as_large.flash")
+    (tmp_path / "bad.flash").write_bytes(tiny_bundle.read_bytes()[:5000])
+    with monkeypatch.context() as patch:
+        texts, merges = tiny._vocabulary()
+        patch.setattr(tiny, "_vocabulary", lambda: ([*texts[:-2], "tin", *texts[-2:]], merges))
+        pack(tiny.write(tmp_path / "words.gguf"), tmp_path / "words.flash", "f16")
+    assert main(["pack", str(source), "--out", str(out), "--rows", "int4"]) == 0
+    _, said = capfd.readouterr().out.splitlines()
+    assert said == (
+        "small.flash can make guesses for large.flash, since their tokenizers are the same. Whether it pays:"
+        f" flashd plan {large} --draft {out}"
+    )
+    parse(said.split("flashd ")[1].split())
+    # packed after it, the large one names it just as well
+    shutil.copy(out, large.with_name("small.flash"))
+    assert list(bundles.guessers(large)) == [bundles.Guesser(large, large.with_name("small.flash"))]
 
 
 @pytest.fixture

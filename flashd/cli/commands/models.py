@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashd.cli.bundles import all_bundles, find, is_model
+from flashd.cli.bundles import LOOKING, all_bundles, find, is_model
 from flashd.cli.needs import check_appliance
 from flashd.cli.options import CONFIG, Models, Rm, Use
 from flashd.errors import CannotWrite, ConfigError, FlashdError, InputMissing, MemoryTaken, UsageError
@@ -44,10 +44,6 @@ class Found:
     whole: bool  # whether it stays in RAM whole
     tokens_per_second: float | None  # to expect; None: it pages, and the card was not measured
     daemon: bool  # whether the daemon answers with it
-
-
-LOOKING = 120, 1 << 30
-"""Limits of a child that opens bundles: seconds of processor time, and bytes."""
 
 
 def models(options: Models) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from flashd.cli.bundles import make_room, packed_path
+from flashd.cli.bundles import LOOKING, Guesser, guessers, make_room, packed_path
 from flashd.cli.needs import need_pack, read_text
 from flashd.cli.options import Pack
 from flashd.cli.progress import Bar
+from flashd.system.child import ChildDied, Limits, in_child
 from flashd.system.memory import MIB
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flashd.bundle.header import Header
     from flashd.pack.pack import Allowed
 
@@ -32,6 +37,7 @@ def pack(options: Pack) -> None:
         header = pack(options.source, out, options.rows, bar.show, _allowed(options), options.pre, options.context)
     print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {header.formats.words} rows")
     _print_losses(header)
+    _print_guessers(out)
 
 
 def _allowed(options: Pack) -> Allowed | None:
@@ -65,4 +71,16 @@ def _print_losses(header: Header) -> None:
         print(
             f"{share:.0f} % of groups have fewer bits. Perplexity is {n.perplexity:.3f}, and {n.perplexity_exact:.3f}"
             f" exact ({100 * n.loss:+.2f} %, KL {n.divergence:.4f}, {n.tokens} held-out tokens)"
+        )
+
+
+def _print_guessers(out: Path) -> None:
+    """Which bundles here have the same tokenizer, so that one can make guesses for the other."""
+    pairs: list[Guesser] = []
+    with suppress(ChildDied):  # a strange file beside the bundle must not fail what is done
+        pairs = in_child(lambda: list(guessers(out)), Limits(*LOOKING))
+    for pair in pairs:
+        print(
+            f"{pair.small.name} can make guesses for {pair.large.name}, since their tokenizers are the same."
+            f" Whether it pays: flashd plan {shlex.quote(str(pair.large))} --draft {shlex.quote(str(pair.small))}"
         )

@@ -17,7 +17,6 @@ from flashd.bundle.reader import Bundle
 from flashd.engine.decoding.apart import tokens_apart
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Prompts
-from flashd.engine.paging.card_speed import remembered
 from flashd.engine.planning.plan import MARGIN
 from flashd.errors import FlashdError, InputMissing, UsageError
 
@@ -152,10 +151,6 @@ class Bench:
         """The figures of one run under a command. Raises FlashdError, which names the contender."""
         figures = self._run(contender.name, [*wrap, *contender.command])
         figures["to_first_token_seconds"] = figures["load_seconds"] + figures["first_token_seconds"]
-        speed = remembered(self.bundle)
-        if speed is not None and figures.get("decode_seconds"):
-            rate = figures["decode_card_bytes"] / figures["decode_seconds"]
-            figures["card_bandwidth_share"] = rate / speed.bandwidth
         return figures
 
     def _run(self, name: str, command: list[str]) -> dict[str, Any]:

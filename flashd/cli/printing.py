@@ -39,13 +39,15 @@ def answer_as_json(text: str, thoughts: str, finish: str, figures: Mapping[str, 
 def cost_in_words(finish: str, figures: Mapping[str, float]) -> str:
     """What an answer cost. A figure that an older version did not keep counts as 0."""
     f = defaultdict(float, figures)
+    share = f["card_bandwidth_share"]
     kept = f" {f['reused_tokens']:.0f} more were kept," if f["reused_tokens"] else ""
     lines = [
         f"prefill   {f['prompt_tokens']:.0f} tokens, {f['prefill_tokens_per_second']:.2f} tokens/s,{kept}"
         f" first token after {f['first_token_seconds']:.2f} s",
         f"decode    {f['tokens']:.0f} tokens, {f['decode_tokens_per_second']:.2f} tokens/s, ended by {finish}",
         f"card      {f['card_bytes_per_token'] / MIB:.1f} MiB and {f['card_reads_per_token']:.0f} reads a token,"
-        f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM",
+        f" {100 * f['window_hit_rate']:.0f} % of neurons found in RAM"
+        + (f", {100 * share:.0f} % of what the card can give" if share else ""),
         f"tables    {f['table_bytes_per_token'] / 1024:.0f} KiB of embeddings a token",
         f"drafts    {f['drafted']:.0f} drafted from RAM, {f['accepted']:.0f} right,"
         f" {f['tokens_per_pass']:.2f} tokens a pass, {f['draft_seconds']:.2f} s",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from flashd.bundle import prefix
 from flashd.bundle.errors import BadSection, DamagedHeader, DamagedRun
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
+from flashd.cli.printing import cost_in_words
+from flashd.engine import engine as engines
+from flashd.engine.cost import cost
+from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.forward import expert_ffn
+from flashd.engine.forward.attention import Attention
 from flashd.engine.paging import card
-from flashd.engine.paging.card import CardQueue, Extent
+from flashd.engine.paging.card import IN_FLIGHT, CardQueue, Extent
+from flashd.engine.paging.card_speed import CardSpeed, remember
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning import parts, plan
+from flashd.engine.planning.draft import Pair
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import MemoryTooSmall
 from flashd.pack import groups
 from flashd.pack.pack import pack
+from flashd.system.memory import MIB
 from tests.engine.test_paths import all_logits, opened
+from tests.engine.test_paths import plan as made_plan
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
 
 ONE_BLOCK = 4096
@@ -193,6 +203,69 @@ def test_where_guesses_are_wrong_they_are_not_read(
                     assert (layer in again) == (right[layer] == USED)
                     before.add(layer in again)
     assert before == {True, False}
+
+
+@pytest.mark.parametrize(("name", "known"), [("qwen3moe", False), ("smallthinker", True)])
+def test_a_layer_s_reads_are_one_batch_and_go_on_while_it_attends(
+    name: str, known: bool, packed_golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that its router wants if that comes before the attention, and guesses if it comes behind it."""
+    monkeypatch.setattr(expert_ffn, "TRUSTED", 0.0)
+    batches: list[int] = []
+    under_way: list[tuple[int, set[int]]] = []
+    together = threading.Barrier(IN_FLIGHT, timeout=60)
+    wait = [True]
+    want, fill, attend = CardQueue.want, CardQueue._fill, Attention.__call__
+
+    def wanted(self: CardQueue, extents: Sequence[Extent]) -> None:
+        batches.append(len(extents))
+        want(self, extents)
+
+    def filled(self: CardQueue, *args: Any) -> None:
+        if wait:  # the first reads begin before one of them ends
+            together.wait()
+            wait.clear()
+        fill(self, *args)
+
+    def attended(self: Attention, i: int, *args: Any, **more: Any) -> Any:
+        under_way.append((i, {read.extent.section for read in model._ffn._queue._reads}))  # type: ignore[attr-defined]
+        return attend(self, i, *args, **more)
+
+    for of, name_of, new in (
+        (CardQueue, "want", wanted), (CardQueue, "_fill", filled), (Attention, "__call__", attended),
+    ):  # fmt: skip
+        monkeypatch.setattr(of, name_of, new)
+    with opened(packed_golden(name), 0.0, 64) as model:
+        for token in TOKENS[:4]:
+            model.forward(token[None], np.array([0]))
+        direct = model._ffn._queue._file._asked_direct  # type: ignore[attr-defined]
+    assert direct and batches == [USED] * LAYERS * 4
+    assert [i for i, _ in under_way] == list(range(LAYERS)) * 4
+    assert all((i in sections) == (i > 0 or known) for i, sections in under_way)
+
+
+def test_what_an_answer_cost_the_card_is_told(
+    bundle: Path, no_guesses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        engines, "plans_for", lambda bundle, *_: Pair(made_plan(bundle, 0.5, context=64), None, lambda plan: 1.0)
+    )
+    with Bundle(bundle) as opened_bundle, engines.Engine(opened_bundle, engines.Budget(None, 64, 1)) as engine:
+        answer = engines.Answer()
+        list(engine.pieces(engine.begin(TOKENS[:5].tolist(), Sampling(), answer, limit=6, ignore_eos=True)))
+        assert "card_bandwidth_share" not in cost(engine, answer)
+        remember(bundle, CardSpeed(bandwidth=1e5, random_reads={4096: 100.0}, when=0.0))
+        figures = cost(engine, answer)
+    share, each = figures["card_bandwidth_share"], figures["card_bytes_per_token"]
+    assert each * 5 == answer.figures.decode_card_bytes > expert_bytes(bundle)
+    assert share == pytest.approx(5 * each / answer.figures.decode_seconds / 1e5)
+    assert 0 < figures["window_hit_rate"] < 1
+    assert cost_in_words("stop", figures).splitlines()[2] == (
+        f"card      {each / MIB:.1f} MiB and {figures['card_reads_per_token']:.0f} reads a token,"
+        f" {100 * figures['window_hit_rate']:.0f} % of neurons found in RAM,"
+        f" {100 * share:.0f} % of what the card can give"
+    )
 
 
 def test_a_pass_that_breaks_off_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

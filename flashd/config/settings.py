@@ -176,7 +176,8 @@ class Settings(Strict, frozen=True, kw_only=True):
     draft: str | None = None
     """The bundle of a smaller model of the same tokenizer, which guesses what comes next.
 
-    The text stays the same. It is used if that is faster than what its RAM would pin, and the log says if not.
+    The text stays the same. It is used if that is faster than what its RAM would pin, and the log says if not. It is
+    not used if the model fits in RAM, since the text could change there.
     """
     memory: Size | None = None
     """RAM for everything, libraries included, such as 512M or 1.5G.

@@ -74,7 +74,10 @@ class Pair:
         if beside is None:
             return cls(one, None, rate)
         if one.resident:
-            why = "the model fits in RAM, and there a pass over several tokens may say another text"
+            why = (
+                "the model fits in RAM, where a product of several tokens rounds otherwise than one of a single"
+                " token, so guesses could change the text"
+            )
             return cls(one, None, rate, why)
         if one.slots:
             return cls(one, None, rate, "each token needs neurons of its own, so no pass checks several")

@@ -9,12 +9,27 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from flashd.bundle.reader import Bundle
+from flashd.config.settings import Answering
+from flashd.daemon import notify
+from flashd.daemon.job import Draw, Job, State
+from flashd.daemon.jobs import Jobs
 from flashd.daemon.notify import Notifier
+from flashd.daemon.spool import Spool
+from flashd.daemon.worker import Worker
+from flashd.engine.engine import Budget, Engine, Prompts
+from flashd.engine.forward import resident
+from flashd.engine.model.kv_cache import KvCache
+from tests.daemon.fake_worker import request
+from tests.tiny import LAYERS
+from tests.waiting import wait
 
 PROGRAM = """
 import os, logging, socket
@@ -58,6 +73,69 @@ def test_systemd_is_told_with_no_compiled_package(systemd: socket.socket, monkey
     assert told == ["READY=1", "STATUS=idle", "WATCHDOG=1", "STOPPING=1\nSTATUS=stopping"]
     notifier.reloading()
     assert systemd.recv(100).decode().startswith("RELOADING=1\nMONOTONIC_USEC=")
+
+
+class SlowBoard:
+    """A board whose layers take 25 s each, as the notifier's clock has it; and what systemd hears meanwhile."""
+
+    LAYER_SECONDS = 25.0
+
+    def __init__(self, systemd: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self._fed = self.longest = 0.0  # seconds; `longest` without a sign of life
+        self.layers = 0  # computed since the start
+        self.after_layer: Callable[[], object] = lambda: None
+        self._systemd = systemd
+        systemd.setblocking(False)
+        take_in = KvCache.take_in
+
+        def computed(cache: KvCache, i: int, past: int, tokens: int) -> None:
+            take_in(cache, i, past, tokens)
+            self._layer()
+
+        monkeypatch.setattr(notify, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(KvCache, "take_in", computed)
+
+    def _layer(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                if self._systemd.recv(4096) == b"WATCHDOG=1":
+                    self._fed = self.now
+        self.layers += 1
+        self.now += self.LAYER_SECONDS
+        self.longest = max(self.longest, self.now - self._fed)
+        self.after_layer()
+
+
+def test_a_slow_pass_of_a_model_in_ram_feeds_the_watchdog(
+    systemd: socket.socket, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each session of some layers does. So a pass may take longer than the watchdog waits; it may break off there."""
+    monkeypatch.setattr(resident, "layers_together", lambda header: 1)  # as in a larger model
+    spool = Spool(tmp_path / "spool.db", keep=10)
+    jobs = Jobs(spool, most_waiting=4)
+
+    def ended(text: str) -> Job:
+        job = jobs.submit(request(text, draw=Draw(seed=5, temperature=2.0)))
+        wait(lambda: job.state.ended, 60)
+        return job
+
+    with Bundle(tiny_bundle) as bundle, Engine(bundle, Budget(None, 256, 2)) as engine:
+        assert engine.plan.resident
+        slow = SlowBoard(systemd, monkeypatch)
+        worker = Worker(jobs, engine, Prompts(bundle), None, Answering(max_tokens=9), Notifier())
+        worker.start()
+        try:
+            first = ended("Hello?")
+            assert first.state is State.DONE and slow.layers == 9 * LAYERS
+            assert LAYERS * slow.LAYER_SECONDS > 60 > slow.longest
+            slow.after_layer = lambda: jobs.cancel(2)
+            assert ended("Is that the sea?").state is State.CANCELLED and slow.layers == 9 * LAYERS + 1
+            slow.after_layer = lambda: None
+            assert ended("Hello?").result.text == first.result.text != ""
+        finally:
+            worker.stop()
+    jobs.close()
+    spool.close()
 
 
 def test_a_manager_that_went_away_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

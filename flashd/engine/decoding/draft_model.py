@@ -68,7 +68,7 @@ class DraftModel:
         Args:
             tokens: all of the text, with those guesses that are taken for right.
             text: which text it is. What was read of it is kept until `end`.
-            on_part: is called when a part of the text has been read. It may raise to stop.
+            on_part: is called when some layers have read a part of the text. It may raise to stop.
 
         Raises DamagedRun.
         """
@@ -108,8 +108,7 @@ class DraftModel:
         step = self._model.pass_tokens
         for at in range(start, len(tokens), step):
             part = np.array(tokens[at : at + step], np.int64)
-            logits = self._model.likely(part)
-            on_part()
+            logits = self._model.likely(part, lambda done, layers, nbytes: on_part())
         if len(tokens) - start > step:
             give_back_freed_memory()
         self._silent = False

@@ -83,12 +83,12 @@ class ResidentModel:
             for some in self._bindings:
                 self._bind_keys(some.binding, some.layers)
 
-    def likely(self, tokens: Tokens) -> Floats:
+    def likely(self, tokens: Tokens, on_step: OnStep = silent) -> Floats:
         """Logits [1, n] behind the last of `tokens` [T], of those n tokens whose rows of the head are in RAM.
 
         The KV cache keeps all T. Raises DamagedRun, CardError: the embedding's rows are read from the card.
         """
-        parts = self._head.in_parts(self._passed(tokens)[-1:], silent, self._vectors.get("head.bias"))
+        parts = self._head.in_parts(self._passed(tokens, on_step)[-1:], silent, self._vectors.get("head.bias"))
         return np.concatenate([logits for _, _, logits in parts], axis=1)
 
     def forward(
@@ -101,17 +101,26 @@ class ResidentModel:
         """
         if branches:
             raise NotImplementedError
-        logits = self._head(self._passed(tokens)[wanted], silent, finish=finish)
-        on_step(self._model.layers, self._model.layers, 0)
+        logits = self._head(self._passed(tokens, on_step)[wanted], silent, finish=finish)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
 
     def in_parts(self, tokens: Tokens, on_step: OnStep = silent) -> Iterator[tuple[slice, int, Floats]]:
         """As forward gives them behind each of `tokens` [T], those of some tokens of the vocabulary at a time."""
-        yield from self._head.in_parts(self._passed(tokens), on_step, self._vectors.get("head.bias"))
+        yield from self._head.in_parts(self._passed(tokens, on_step), on_step, self._vectors.get("head.bias"))
 
-    def _passed(self, tokens: Tokens) -> Floats:
-        """[T, H] behind the last norm."""
+    def _passed(self, tokens: Tokens, on_step: OnStep) -> Floats:
+        """[T, H] behind the last norm. If `on_step` raises, the KV cache keeps none of the tokens."""
         past = self.cache.length
+        try:
+            x = self._through_layers(tokens, past, on_step)
+        except BaseException:
+            self.cache.truncate(past)
+            raise
+        self.cache.advance(len(tokens))
+        return self._finish(x[0])
+
+    def _through_layers(self, tokens: Tokens, past: int, on_step: OnStep) -> Floats:
+        """[1, T, H] behind the last layer."""
         rows, said = self._embed(tokens, np.arange(past, past + len(tokens)))
         x = rows[None]  # [1, T, H]
         inputs = {f"token.{i}": each[None] for i, each in enumerate(said)}
@@ -130,8 +139,8 @@ class ResidentModel:
             for i in some.layers:
                 self.cache.take_in(i, past, len(tokens))
             x = out
-        self.cache.advance(len(tokens))
-        return self._finish(x[0])
+            on_step(some.layers.stop, self._model.layers, 0)
+        return x
 
     def _layer(self, i: int) -> tuple[list[Rows], dict[str, Floats], Groups | None]:
         at, bundle = f"layer.{i}.", self._bundle

@@ -129,6 +129,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
+def test_lintian_finds_no_error_in_it(package: Path) -> None:
+    """What the wheels bring is judged apart, in the real package: see tests/README.md."""
+    (deb,) = package.glob("*.deb")
+    command = ["lintian", "--allow-root", "--fail-on", "error", "--display-level", "error", str(deb)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stdout, done
+
+
 def fields(package: Path) -> dict[str, str]:
     lines = (package / "control" / "control").read_text().splitlines()
     return dict(line.split(": ", 1) for line in lines if not line.startswith(" "))

@@ -149,7 +149,7 @@ class Daemon:
         self._notify.status("loading")
         budget = budget_of(s, parse_size(s.memory) if s.memory else None)
         try:
-            kept = Prefixes(snapshot_folder(), bundle, s.kv) if s.snapshots else None
+            kept = Prefixes(snapshot_folder(), bundle, s.kv, self._notify.alive) if s.snapshots else None
             return Engine(bundle, budget, on_step, kept, draft)
         except MemoryTooSmall as error:
             if s.memory is not None:

@@ -14,8 +14,8 @@ from flashd.system.printable import PlainFormatter, is_journal
 class Notifier:
     """sd_notify(3): each message is a datagram to the socket that systemd names.
 
-    The watchdog is fed by `alive`, which those call who did something: a layer computed, a read returned, the
-    queue looked at. No timer feeds it, so a hang is noticed and a slow card is not taken for one.
+    The watchdog is fed by `alive`, which those call who did something: computed layers, read something, wrote part of
+    a snapshot, looked at the queue. No timer feeds it, so a hang is noticed and a slow card is not taken for one.
     """
 
     def __init__(self) -> None:

@@ -63,6 +63,10 @@ class NewFile:
         """Writes `data` at byte `offset`. Raises CannotWrite."""
         self._guard(lambda: self._write(memoryview(data), offset))
 
+    def settle(self) -> None:
+        """Waits until the device has what was written so far. Raises CannotWrite."""
+        self._guard(lambda: os.fdatasync(self._fd))
+
     def publish(self) -> None:
         """Flushes the file to the device and gives it its name. Raises CannotWrite."""
         self._guard(self._publish)

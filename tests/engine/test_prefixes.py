@@ -22,6 +22,7 @@ from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache import prefixes as bounds
+from flashd.engine.cache import snapshot
 from flashd.engine.cache.prefixes import MOST_BYTES_OF_NOTES, MOST_NOTED, MOST_NOTED_TOKENS, Noted, Notes, Prefixes
 from flashd.engine.cache.snapshot import RUN
 from flashd.engine.decoding.conversation import Conversation
@@ -101,6 +102,29 @@ def teach(path: Path, folder: Path, *prompts: list[int], context: int = 512) -> 
 
 def kept(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.kv"))
+
+
+def test_the_card_takes_a_snapshot_in_parts(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watchdog hears of each: a slow card takes a minute for the whole."""
+    monkeypatch.setattr(snapshot, "SETTLED_BYTES", 4096)
+    waited: list[int] = []
+    parts: list[int] = []  # how often the card had been waited for at each
+    flush = os.fdatasync
+
+    def counted(fd: int) -> None:
+        flush(fd)
+        waited.append(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    with process(tiny_bundle, None, None) as p, Bundle(tiny_bundle) as bundle:
+        p.talk.prefixes = Prefixes(tmp_path, bundle, on_part=lambda: parts.append(len(waited)))
+        p.ask(A)
+        p.ask(A)
+    (path,) = kept(tmp_path)
+    assert path.stat().st_size // 8192 <= len(parts) <= path.stat().st_size // 4096
+    assert parts == list(range(1, len(waited) + 1))
 
 
 @pytest.mark.parametrize("pinned", [0.0, 0.5, None])

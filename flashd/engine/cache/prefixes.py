@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +79,13 @@ class Prefixes:
     """The snapshots of one bundle, in a folder that it shares with other bundles and processes.
 
     A snapshot that cannot be used is removed, with one line in the log. If nothing can be written, the log says so
-    once, and answers are given without snapshots.
+    once, and answers are given without snapshots. `on_part` is called when a part of a snapshot is on the card.
     """
 
-    def __init__(self, folder: Path, bundle: Bundle, kv: KvFormat = "float32") -> None:
-        self._folder, self._origin = folder, Origin.of(bundle, kv)
+    def __init__(
+        self, folder: Path, bundle: Bundle, kv: KvFormat = "float32", on_part: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder, self._origin, self._on_part = folder, Origin.of(bundle, kv), on_part
         self._notes = folder / "asked.json"
         self._said: set[str] = set()
 
@@ -165,7 +167,7 @@ class Prefixes:
             self._make_room(nbytes)
             name = _name(tokens) if session is None else f"session-{xxhash.xxh3_64_hexdigest(session.encode())}"
             path = self._folder / f"{self._origin.key}-{name}.kv"
-            snapshot.save(path, self._origin, tokens, cache, logits)
+            snapshot.save(path, self._origin, tokens, cache, logits, self._on_part)
         except (CannotWrite, OSError) as error:
             self._say(f"no snapshot is kept: {error}")
             return 0

@@ -20,7 +20,7 @@ is good for texts that begin with all of its tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -47,6 +47,8 @@ VERSION = 3
 RUN = 16
 """Tokens of a run."""
 MAX_HEADER = 1 << 20
+SETTLED_BYTES = 4 << 20
+"""So much is written before the card is waited for: the whole of a snapshot may take a slow one a minute."""
 
 
 Pending = Annotated[int, msgspec.Meta(ge=0, le=REWIND)]
@@ -108,10 +110,14 @@ def nbytes(tokens: int, cache: KvCache, origin: Origin) -> int:
     return tokens * cache.token_bytes + cache.state_bytes + 4 * origin.vocabulary
 
 
-def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logits: Floats | None) -> None:
+def save(
+    path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logits: Floats | None,
+    on_part: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Writes keys and values of `tokens`, which the cache begins with, and the logits [V] behind them if given.
 
-    The cache knows the states behind them, see KvCache.longest. Raises CannotWrite.
+    The cache knows the states behind them, see KvCache.longest. `on_part` is called when the card has taken a part.
+    Raises CannotWrite.
     """
     data: list[Sequence[Kept]] = list(_pieces(len(tokens), cache))
     states = cache.states(len(tokens))
@@ -125,12 +131,16 @@ def save(path: Path, origin: Origin, tokens: Sequence[int], cache: KvCache, logi
     )  # fmt: skip
     body = msgspec.json.encode(header)
     length = PREFIX.size + len(body) + sum(piece.nbytes for run in data for piece in run)
-    at = PREFIX.size + len(body)
+    at = settled = PREFIX.size + len(body)
     with NewFile(path, 0o600) as new:
         new.write(sealed(MAGIC, VERSION, body, length), 0)
         for piece in (piece for run in data for piece in run):
             new.write(piece.data.cast("B"), at)
             at += piece.nbytes
+            if at - settled >= SETTLED_BYTES:
+                new.settle()
+                settled = at
+                on_part()
         new.publish()
 
 

@@ -143,7 +143,7 @@ class Worker:
             self._finish(running, State.DONE, running.answer.figures.finish)
             return
         speaking = self._speaking(request)
-        running.listener = Listener(speaking.calls_format) if speaking else None
+        running.listener = Listener(speaking.calls_format, speaking.blocks) if speaking else None
         running.speech = self._engine.begin(
             prompt, sampling, running.answer, limit=self._talks.limit(request), stop=request.stop,
             constraint=self._constraint(request, speaking), scores=request.logprobs,

@@ -22,7 +22,7 @@ from flashd.engine.decoding.reasoning.thoughts import Said, Thoughts, tag_that_c
 from flashd.engine.decoding.sampling import Constraint, Sampler, Sampling, Score
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message, StopStrings, TextTokenizer
 from flashd.engine.decoding.tools.calls import Calling, Tool, text_of
-from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, learnt, plain_talk
+from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, harmony, learnt, plain_talk
 from flashd.engine.decoding.tools.grammar import Speaking, speaking
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
@@ -87,19 +87,21 @@ class Prompts:
         if self._template is None:
             return self._tokenizer.encode_plain("\n".join(m.content for m in messages))
         tokens = self._template.encode(messages, self._tokenizer, tools, think)
-        return tokens if think else answering(tokens, self._channels)
+        if think or (calling and self.calls_format.words):  # the answer says itself in which channel it is
+            return tokens
+        return answering(tokens, self._channels)
 
     @cached_property
     def calls_format(self) -> CallFormat:
         """How the model writes calls of tools."""
         template, t = self._template, self._tokenizer
-        if template is None or self._channels:  # with channels calls would have one of their own
+        if template is None:
             return GENERIC
 
         def render(messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: bool = True) -> str:
             return template.render(messages, t.bos_token, t.eos_token, t.unk_token, tools=tools, prompt=prompt)
 
-        return learnt(render, t.ends)
+        return harmony(render, t.ends) if self._channels else learnt(render, t.ends)
 
     def speaking(self, calling: Calling) -> Speaking:
         """How an answer is made that may call tools."""
@@ -325,7 +327,7 @@ class Engine:
         Raises UsageError for a prompt that is empty or too long.
         """
         sampler, channels = Sampler(sampling, constraint, scores), self.bundle.header.text.channels
-        if constraint:
+        if constraint and not shown:
             prompt = answering(prompt, channels)
         line = self._conversation.begin(
             prompt, sampler, limit=limit, eos=() if ignore_eos else self.bundle.header.text.eos,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
@@ -19,6 +20,7 @@ from flashd.engine.decoding.forgetting import shortened
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.decoding.text import ChatTemplate, Detokenizer, Message
+from flashd.engine.decoding.tools.blocks import Blocks
 from flashd.engine.decoding.tools.calls import Call, Calling, CallPart, Tool, grown
 from flashd.engine.decoding.tools.formats import GENERIC, CallFormat, learnt, plain_talk
 from flashd.engine.decoding.tools.listener import Listener
@@ -90,8 +92,10 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
     assert [m.role for m in told] == ["user", "assistant", "user"] and told[0].content.endswith("\n\nLate?")
 
 
-def parts_of(pieces: list[str], looks: CallFormat) -> tuple[str, tuple[Call, ...], Listener]:
-    listener, text = Listener(looks), ""
+def parts_of(
+    pieces: Iterable[str], looks: CallFormat, blocks: Blocks | None = None
+) -> tuple[str, tuple[Call, ...], Listener]:  # fmt: skip
+    listener, text = Listener(looks, blocks), ""
     calls: tuple[Call, ...] = ()
     for piece in pieces:
         for part in listener.push(piece):
@@ -149,6 +153,60 @@ def test_calls_drawn_at_temperature_1_5_are_valid(tiny_bundle: Path) -> None:
         arguments[call.name].validate(json.loads(call.arguments))
 
 
+FENCED = 'Let me see.\n\n```json\n{\n  "name": "get_weather",\n  "arguments":'
+LISTED = 'Both:\n[\n  {"type": "function", "name": "get_weather", "parameters" :'
+NOT_CALLS = (
+    'It would be {"name": "time", "arguments": {}} in JSON.',
+    'Late.\n```json\n{"name": "Ada", "arguments": 7}\n```\n\n{"name": "time", "age": 9}\n{"name"',
+)
+MANY = Calling(tools=tuple(Tool(name=f"{'turn_on_the_lamp_of_the_house':_<61}{i:03}") for i in range(64)))
+
+
+@pytest.mark.parametrize("source", [TAGGED, WITH_ID, BARE, UNKNOWING])
+def test_a_block_of_json_that_names_a_tool_is_a_call(source: str, tiny_bundle: Path) -> None:
+    """Of noise behind its beginning comes a valid call; a block that names none stays the text that it is."""
+    pytest.importorskip("llguidance")
+    arguments = {tool.name: jsonschema.Draft202012Validator(tool.schema) for tool in BOTH.tools}
+    with Bundle(tiny_bundle) as bundle:
+        schemas, prompts, random = Schemas(bundle), Prompts(bundle), np.random.default_rng(5)
+        token_bytes, size = TokenBytes.from_bytes(bundle.read("token_bytes")), bundle.header.model.vocabulary
+        prompts.calls_format = format_of(source)
+        at_start = [] if source in (WITH_ID, BARE) else ['  {"name":"get_weather","arguments":']
+        spelt, ends = prompts._tokenizer.encode_answer, set(bundle.header.text.eos)
+
+        def heard(calling: Calling, begins: str, rest: str | None) -> tuple[str, tuple[Call, ...], Listener]:
+            how = prompts.speaking(calling)
+            constraint = schemas.compile_calls(calling.callable, how.grammar)
+            sampler, words = Sampler(Sampling(temperature=1.5, seed=5), constraint), Detokenizer(token_bytes)
+            said: list[int] = []
+            for token in spelt(begins) + ([] if rest is None else [*spelt(rest), *ends][: len(spelt(rest)) + 1]):
+                only = np.where(np.arange(size) == token, 1, -np.inf).astype(np.float32)
+                said.append(sampler.pick(only, ()))
+                assert said[-1] == token
+            while not ends & set(said[-1:]):
+                said.append(sampler.pick(random.standard_normal(size, np.float32), ()))
+            return parts_of([*map(words.push, said[:-1]), words.finish()], how.calls_format, how.blocks)
+
+        auto = Calling(tools=BOTH.tools)
+        for begins in [FENCED, LISTED, *at_start]:
+            text, calls, listener = heard(auto, begins, None)
+            assert text == begins.split("\n")[0] * (begins not in at_start) and listener.whole
+            assert calls[0].name == "get_weather"
+            for call in calls:
+                arguments[call.name].validate(json.loads(call.arguments))
+        for text in NOT_CALLS:
+            assert heard(auto, text, "")[:2] == (text, ())
+        several = '{"city": "Rome", "days": 1}\n}\n```\n\n```json\n{"name": "time", "arguments": {}}\n```'
+        if source in (TAGGED, WITH_ID):
+            assert [call.name for call in heard(auto, FENCED, several)[1]] == ["get_weather", "time"]
+        if source != TAGGED:
+            return
+        last = MANY.tools[-1].name
+        assert heard(MANY, f'```json\n{{"name": "{last}", "arguments": ', "{}}")[:2][1][0].name == last
+        once = heard(replace(auto, several=False), FENCED, None)
+        assert len(once[1]) == 1 and once[2].whole
+
+
 @pytest.mark.parametrize("source", [TAGGED, WITH_ID, BARE, UNKNOWING])
 def test_behind_the_last_calls_come_words(source: str, tiny_bundle: Path) -> None:
     """No call can begin, and the answer cannot be empty."""
@@ -160,6 +218,9 @@ def test_behind_the_last_calls_come_words(source: str, tiny_bundle: Path) -> Non
         matcher = Schemas(bundle).compile_calls(last.callable, prompts.speaking(last).grammar)._matcher
         call, words = (prompts._tokenizer.encode(text) for text in (looks.opening, "It is late."))
         assert matcher.validate_tokens(call) < len(call)
+        for block in ("Late:\n```json\n", "Late:\n {"):
+            tokens = prompts._tokenizer.encode_answer(block)
+            assert matcher.validate_tokens(tokens) < len(tokens)
         assert matcher.validate_tokens(words) == len(words)
         assert not matcher.validate_tokens(list(bundle.header.text.eos[:1]))
 

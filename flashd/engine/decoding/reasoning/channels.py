@@ -61,8 +61,9 @@ class ChannelWords:
 def words(
     token_bytes: TokenBytes, channels: Channels | None, shown: Mapping[int, bytes] | None = None
 ) -> Detokenizer | ChannelWords:
-    """What turns the tokens of an answer into text. `shown`: see Detokenizer; an answer with channels has none."""
-    return ChannelWords(token_bytes, channels) if channels else Detokenizer(token_bytes, shown)
+    """What turns the tokens of an answer into text. `shown`: see Detokenizer; it has the tokens that frame channels,
+    if a grammar says what is in them."""
+    return ChannelWords(token_bytes, channels) if channels and not shown else Detokenizer(token_bytes, shown)
 
 
 def answering(prompt: Sequence[int], channels: Channels | None) -> list[int]:

@@ -38,10 +38,13 @@ class CallFormat:
     separators: tuple[str, str] = SPACED
     native: bool = True  # the template knows tools
     takes_system: bool = True
+    words: str = ""  # begins an answer that calls nothing, if that has a beginning of its own
 
     @property
     def trigger(self) -> str:
         """What announces a call anywhere in an answer. Empty if calls begin an answer or do not come."""
+        if self.words:
+            return ""
         return re.split(r'[{\["]', self.opening)[0].rstrip()
 
     def written(self, calls: Sequence[Call]) -> str:
@@ -57,6 +60,12 @@ GENERIC = CallFormat(
     '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>",
     '}\n</tool_call>\n<tool_call>\n{"name": "', native=False,
 )  # fmt: skip
+
+HARMONY = CallFormat(
+    "<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", None, (",", ":"),
+    words="<|channel|>final<|message|>",
+)  # fmt: skip
+"""How gpt-oss calls, see reasoning/channels.py. Its template writes down calls in another of its ways."""
 
 EXPLAINED = """You may call these functions, each given as JSON:
 {tools}
@@ -82,6 +91,15 @@ def learnt(render: Renders, ends: Sequence[str]) -> CallFormat:
     except DataError:
         found = None
     return found or replace(GENERIC, takes_system=_takes_system(render))
+
+
+def harmony(render: Renders, ends: Sequence[str]) -> CallFormat:
+    """HARMONY, if the template of a model with channels knows tools."""
+    try:
+        knows = _lists_tools(render) and _said(render, render([ASKED]), [_call("Zone5", {}, 1)], ends) is not None
+    except DataError:
+        knows = False
+    return HARMONY if knows else replace(GENERIC, takes_system=_takes_system(render))
 
 
 def _learnt(render: Renders, ends: Sequence[str]) -> CallFormat | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 
 from flashd.engine.decoding.overlap import overlap
+from flashd.engine.decoding.tools.blocks import Blocks
 from flashd.engine.decoding.tools.calls import CallPart
 from flashd.engine.decoding.tools.formats import CallFormat
 
@@ -19,13 +20,15 @@ class _At(Enum):
 
 
 class Listener:
-    """Takes the characters of one answer, which a grammar of `calls_format` has made.
+    """Takes the characters of one answer, which a grammar of `calls_format` and `blocks` has made.
 
     `calls_format` has its control tokens as they are shown.
     """
 
-    def __init__(self, calls_format: CallFormat) -> None:
+    def __init__(self, calls_format: CallFormat, blocks: Blocks | None = None) -> None:
         self._format, self._at, self._held, self._index = calls_format, _At.START, "", -1
+        self._blocks, self._in_block = blocks, False
+        self._begun = False  # there is text already
         self._object = _Object()
 
     @property
@@ -36,7 +39,11 @@ class Listener:
     @property
     def whole(self) -> bool:
         """Whether the answer may end here, its calls being complete."""
-        return not self.called or (self._at is _At.BEHIND and self._held == self._format.closing)
+        if not self.called:
+            return True
+        if self._in_block and self._blocks:
+            return self._at is _At.BEHIND and self._blocks.end(self._held)
+        return self._at is _At.BEHIND and self._held == self._format.closing
 
     def push(self, text: str) -> Iterator[str | CallPart]:
         """Takes more of the answer. Gives what of it is text, and the parts of calls."""
@@ -63,9 +70,7 @@ class Listener:
             case _At.NAME:
                 name, middle, rest = self._held.partition(self._format.middle)
                 if middle:
-                    self._index += 1
-                    self._at, self._held, self._object = _At.ARGUMENTS, rest, _Object()
-                    yield CallPart(index=self._index, name=name)
+                    yield self._named(name, rest)
             case _At.ARGUMENTS:
                 taken = self._object.take(self._held)
                 said, self._held = self._held[:taken], self._held[taken:]
@@ -73,34 +78,57 @@ class Listener:
                     self._at = _At.BEHIND
                 if said:
                     yield CallPart(index=self._index, arguments=said)
+            case _At.BEHIND if self._in_block and self._blocks:
+                if found := self._blocks.next(self._held):
+                    yield self._named(found["name"], self._held[found.end() :])
             case _At.BEHIND:
                 joint = self._format.joint
                 if joint is not None and self._held.startswith(joint):
                     self._at, self._held = _At.NAME, self._held[len(joint) :]
 
+    def _named(self, name: str, rest: str) -> CallPart:
+        """The beginning of a call, whose arguments begin `rest`."""
+        self._index += 1
+        self._at, self._held, self._object = _At.ARGUMENTS, rest, _Object()
+        return CallPart(index=self._index, name=name)
+
     def _begin(self) -> None:
         """A format whose calls nothing announces has them at the beginning of an answer or nowhere."""
-        opening = self._format.opening
+        opening, words = self._format.opening, self._format.words
         if self._held.startswith(opening):
             self._at, self._held = _At.NAME, self._held[len(opening) :]
-        elif not opening.startswith(self._held):
+        elif words and self._held.startswith(words):
+            self._at, self._held = _At.TEXT, self._held[len(words) :]
+        elif not opening.startswith(self._held) and not words.startswith(self._held):
             self._at = _At.TEXT
 
-    def _text(self) -> Iterator[str]:
-        opening = self._format.opening
-        if self._format.trigger:
-            said, found, rest = self._held.partition(opening)
-            if found:
-                self._at, self._held = _At.NAME, rest
-                said = said.rstrip()
-            else:
-                cut = len(self._held) - overlap(self._held, opening)
-                cut = len(self._held[:cut].rstrip())
-                said, self._held = self._held[:cut], self._held[cut:]
+    def _text(self) -> Iterator[str | CallPart]:
+        opening = self._format.opening if self._format.trigger else None
+        native = self._held.find(opening) if opening else -1
+        block = self._blocks.find(self._held, self._begun) if self._blocks else None
+        part = None
+        if opening and native >= 0 and (block is None or native < block.start()):
+            said, self._held, self._at = self._held[:native].rstrip(), self._held[native + len(opening) :], _At.NAME
+        elif block and self._blocks:
+            said, self._in_block = self._blocks.words(self._held[: block.start()]), True
+            part = self._named(block["name"], self._held[block.end() :])
         else:
-            said, self._held = self._held, ""
+            said = self._told()
+            self._held = self._held[len(said) :]
         if said:
+            self._begun = True
             yield said
+        if part:
+            yield part
+
+    def _told(self) -> str:
+        """What of the text is certainly none of a call."""
+        cut = len(self._held)
+        if self._format.trigger:
+            cut = len(self._held[: cut - overlap(self._held, self._format.opening)].rstrip())
+        if self._blocks:
+            cut = min(cut, self._blocks.held(self._held, self._begun))
+        return self._held[:cut]
 
 
 class _Object:

@@ -11,7 +11,7 @@ from device.consoles.port import Port
 from device.controls import Controls, Shown
 from flashd.config.settings import Serial
 from flashd.config.tools import ROUNDS
-from flashd.daemon.job import Event, Job, Request, State, Turn
+from flashd.daemon.job import Event, Job, Request, State, Turn, so_far
 from flashd.daemon.watch import Watch
 from flashd.errors import FlashdError
 from flashd.terminal.line_editor import MAX_LINE, Key, LineEditor
@@ -157,11 +157,12 @@ class Console:
             return
         end = self._follow(job, watch)
         if end is not None and (end.state is State.DONE or end.result.text):
-            self._turns = [*turns, Turn("assistant", end.result.text)][end.result.forgotten :]
+            self._turns = list(so_far(end))
             if end.result.forgotten:
                 self._say(f"(the context is full: the oldest {end.result.forgotten} messages are forgotten)")
             if len(self._turns) > MOST_TURNS:
-                del self._turns[: MOST_TURNS // 2]
+                asked = [i for i, turn in enumerate(self._turns) if turn.role == "user"]
+                del self._turns[: next((i for i in asked if i >= MOST_TURNS // 2), asked[-1])]
                 self._say("(the older half of this talk is forgotten)")
 
     # --- an answer as it comes ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from device.consoles.port import Port
 from device.controls import Controls
 from flashd.config.fields import Priority, Temperature
 from flashd.config.settings import Serial
+from flashd.config.tools import ROUNDS
 from flashd.daemon.job import (
     MAX_TEXT,
     Choices,
@@ -133,8 +134,11 @@ class Machine:
             self._accept(wish.id, job, watch)
 
     def _request(self, wish: _In) -> Request:
+        constrained = wish.choose or wish.json_schema is not None
+        calling = None if constrained else self._controls.calling(self._settings.tools)
         return Request(
             turns=question(wish.prompt or "", wish.system), source=f"serial:{self._settings.name}",
+            calling=calling, rounds=ROUNDS if calling else 0,
             priority=wish.priority, deadline=wish.deadline, max_tokens=wish.max_tokens,
             choose=tuple(wish.choose), json_schema=wish.json_schema,
             draw=Draw(temperature=wish.temperature, seed=wish.seed),

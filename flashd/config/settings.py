@@ -140,11 +140,7 @@ class Serial(Strict, frozen=True, kw_only=True):
     flow: Literal["none", "rtscts", "xonxoff"] = "none"
     """How the terminal stops the text that it cannot take yet."""
     tools: list[Name] = []
-    """What the model may have the board do for whoever types there: names of tools. They need schemas: true."""
-
-    def __post_init__(self) -> None:
-        if self.tools and self.mode == "machine":
-            raise ValueError("tools are for mode human")
+    """What the model may have the board do for who asks there: names of tools. They need schemas: true."""
 
 
 class Kiosk(Strict, frozen=True, kw_only=True):

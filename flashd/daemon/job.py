@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,6 +16,7 @@ from flashd.engine.decoding.tools.calls import Call as Call
 from flashd.engine.decoding.tools.calls import Calling as Calling
 from flashd.engine.decoding.tools.calls import CallPart, text_of
 from flashd.engine.decoding.tools.calls import Tool as Tool
+from flashd.errors import BadField
 
 Role = Literal["system", "user", "assistant", "tool"]
 MAX_TEXT = 256 << 10
@@ -31,6 +33,9 @@ OF_TURN, OF_BIAS, OF_SCHEMA = 96, 100, 20
 
 BROKEN_OFF = "flashd was stopped during this call. Nobody knows whether it was done."
 """What comes of a call that was being made when the daemon ended."""
+
+UNANSWERED = "Nobody said what came of this call."
+"""What the model is told of a call in a session whose result did not come."""
 
 HEAD = 200
 """Characters of a prompt or answer in a list."""
@@ -233,17 +238,39 @@ def missed(job: Job, position: int) -> Iterator[Event]:
 def so_far(job: Job) -> tuple[Turn, ...]:
     """The messages of a talk up to a job's answer, without those that its context had no room for."""
     turns, left_out = job.request.turns, job.result.forgotten - job.request.forgotten
-    first = 1 if turns[0].role == "system" else 0
-    return (*turns[:first], *turns[first + left_out :], Turn("assistant", job.result.text))
+    first, result = 1 if turns[0].role == "system" else 0, job.result
+    calls = result.calls if job.state is State.DONE else ()  # one that was broken off is no JSON
+    said = Turn("assistant", result.text[result.before :], calls)
+    steps = (*result.steps, *_unanswered(result.steps))
+    ends = said.content or calls or job.state is State.DONE
+    return (*turns[:first], *turns[first + left_out :], *steps, *([said] if ends else []))
+
+
+def _unanswered(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """What is said in place of the results of calls that have none."""
+    answered = {turn.call for turn in turns}
+    calls = [call for turn in turns for call in turn.calls if call.id not in answered]
+    return tuple(Turn("tool", UNANSWERED, call=call.id, name=call.name) for call in calls)
 
 
 def gone_on(last: Job | None, request: Request, session: str) -> Request:
-    """A request behind what its session said up to its last job. Its own system prompt takes the old one's place."""
+    """A request behind what its session said up to its last job. Its own system prompt takes the old one's place.
+
+    What its client says first may be the results of the last answer's calls. Raises BadField for those of others.
+    """
     own, before = request.turns, so_far(last) if last is not None else ()
     first = 1 if own[0].role == "system" else 0
     if first and before and before[0].role == "system":
         before = before[1:]
-    return replace(request, turns=(*own[:first], *before, *own[first:]), session=session, forget=True)
+    results = tuple(takewhile(lambda turn: turn.role == "tool", own[first:]))
+    more = own[first + len(results) :]
+    if before:
+        names = {call.id: call.name for call in before[-1].calls}
+        results = tuple(replace(turn, name=names.get(turn.call, "")) for turn in results)
+    if strange := [turn for turn in (*results, *more) if turn.role == "tool" and not turn.name]:
+        raise BadField("messages", f"no call that session {session} waits for has the id {strange[0].call[:64]!r}")
+    results += _unanswered((*before[-1:], *results))
+    return replace(request, turns=(*own[:first], *before, *results, *more), session=session, forget=True)
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

@@ -174,8 +174,9 @@ class Spool:
         return next(iter(self._select("WHERE state = 'done' ORDER BY id DESC LIMIT 1")), None)
 
     def last_of(self, session: str) -> Job | None:
-        """The latest job of a session that said something."""
-        return next((job for job in self._select(OF_SESSION, session) if job.result.text), None)
+        """The latest job of a session that said or called something."""
+        jobs = self._select(OF_SESSION, session)
+        return next((job for job in jobs if job.result.text or job.result.calls or job.result.steps), None)
 
     def get(self, number: int) -> Job | None:
         return next(iter(self._select(ONE, number)), None)

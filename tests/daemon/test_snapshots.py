@@ -79,6 +79,7 @@ def test_a_session_outlives_a_restart(tiny_bundle: Path, tmp_path: Path, monkeyp
     with Running(tmp_path, tiny_bundle) as running:
         running.start()
         with running.http() as http:
+            called = call_of(http, session="pump")
             said = [in_session(http, text, session="garden") for text in ("How are the plants?", "And the soil?")]
             refused = http.post("/v1/chat/completions", json=body("x", session="a/b"))
             assert refused.status_code == 400 and "session" in refused.text
@@ -88,14 +89,34 @@ def test_a_session_outlives_a_restart(tiny_bundle: Path, tmp_path: Path, monkeyp
         chat = flashd_chat(running, monkeypatch, "--resume", "garden")
         assert chat.communicate("Thanks.\n/reset\nWho are you?\n", timeout=60)[0].strip()
         with running.http() as http:
-            jobs = [running.ended(http, number) for number in (3, 4)]
+            jobs = [running.ended(http, number) for number in (4, 5)]
         asked, anew = ([turn["content"] for turn in job["request"]["turns"]] for job in jobs)
         assert asked == ["How are the plants?", said[0], "And the soil?", said[1], "Thanks."]
         assert anew == ["Who are you?"]
+        assert [path.name for path in kept.glob("*session*")] == [snapshot.name]
         cost = jobs[0]["result"]["figures"]
         assert cost["reused_tokens"] > 40 and cost["card_bytes"] >= snapshot.stat().st_size // 2, cost
+        with running.http() as http:
+            pumped = {"role": "tool", "tool_call_id": called["id"], "content": "The pump is on."}
+            strange = body("x", session="pump") | {"messages": [pumped | {"tool_call_id": "call_9_9"}]}
+            reply = http.post("/v1/chat/completions", json=strange)
+            assert reply.status_code == 400 and "no call that session pump waits for has the id" in reply.text
+            in_session(http, "x", session="pump", messages=[pumped])
+            in_session(http, "And now?", session="pump")
+            turns = running.ended(http, 7)["request"]["turns"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "assistant", "user"]
+        assert turns[1]["calls"][0]["name"] == turns[2]["name"] == "pump" and turns[2]["content"] == "The pump is on."
         assert running.stop() == 0
-        assert [path.name for path in kept.glob("*session*")] == [snapshot.name]
+
+
+def call_of(http: httpx.Client, **more: object) -> dict[str, Any]:
+    """A call that the model must make."""
+    tools = [{"type": "function", "function": {"name": "pump"}}]
+    asked = body("Water!", tools=tools, tool_choice="required") | {"max_tokens": 60} | more
+    reply = http.post("/v1/chat/completions", json=asked)
+    assert reply.status_code == 200, reply.text
+    call: dict[str, Any] = reply.json()["choices"][0]["message"]["tool_calls"][0]
+    return call
 
 
 def body(text: str, **more: object) -> dict[str, object]:

@@ -56,6 +56,26 @@ def test_a_prompt(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs)
     assert [t.content for t in asked.turns] == ["Be brief.", "How warm?"] and asked.max_tokens == 5
 
 
+def test_tools_of_the_board_and_a_session_that_remembers_them(
+    appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs
+) -> None:
+    tools = "schemas: true\ntools: [{kind: time, name: clock}]\n"
+    appliance(tools + YAML.format(port=cable.ours).replace("charset", "tools: [clock], charset"))
+    ready(terminal)
+    clerk = Clerk(jobs, calls=[[("clock", "{}")]])
+    terminal.type('{"prompt": "Late?", "session": "garden"}\n')
+    assert "It looked at the clock" in next(x["text"] for x in until_end(terminal) if x["event"] == "did")
+    clerk.calls = []
+    terminal.type('{"prompt": "And now?", "session": "garden"}\n')
+    assert until_end(terminal)[-1]["state"] == "done"
+    terminal.type('{"prompt": "Late?", "choose": ["yes", "no"]}\n')
+    assert until_end(terminal)[-1]["text"] == "yes"
+    clerk.close()
+    turns = clerk.answered[-2].request.turns
+    assert [turn.role for turn in turns] == ["user", "assistant", "tool", "assistant", "user"]
+    assert turns[1].calls[0].id == turns[2].call and turns[2].name == "clock"
+
+
 def test_choose_trigger_status_and_cancel(appliance: Make, cable: Cable, terminal: Terminal, jobs: Jobs) -> None:
     appliance(YAML.format(port=cable.ours))
     ready(terminal)

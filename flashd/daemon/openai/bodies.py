@@ -77,8 +77,11 @@ class Message(Known, kw_only=True):
     audio: None = None
     name: str | None = None
 
-    def turn(self, number: int, names: dict[str, str]) -> Turn:
-        """The turn. `names`: the tools that were called before, by the ids of the calls. Raises BadField."""
+    def turn(self, number: int, names: dict[str, str], in_session: bool) -> Turn:
+        """The turn. `names`: the tools that were called before, by the ids of the calls. Raises BadField.
+
+        `in_session`: what was called before may be in a session, which is looked at later.
+        """
         at = f"messages[{number}]"
         role = "system" if self.role == "developer" else self.role
         if self.tool_calls and role != "assistant":
@@ -87,13 +90,15 @@ class Message(Known, kw_only=True):
             raise BadField(f"{at}.name", "expected null: flashd tells no speakers of one role apart")
         calls = tuple(call.call(f"{at}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls or ()))
         names |= {call.id: call.name for call in calls}
-        return Turn(role, self._text(f"{at}.content"), calls, *self._answered(f"{at}.tool_call_id", names))
+        return Turn(
+            role, self._text(f"{at}.content"), calls, *self._answered(f"{at}.tool_call_id", names, in_session)
+        )
 
-    def _answered(self, at: str, names: dict[str, str]) -> tuple[str, str]:
+    def _answered(self, at: str, names: dict[str, str], in_session: bool) -> tuple[str, str]:
         """The id of the call that a tool's message answers, and the tool's name."""
         if (self.tool_call_id is None) == (self.role == "tool"):
             raise BadField(at, "expected the id of a call with role tool, and null with another role")
-        if self.tool_call_id is not None and self.tool_call_id not in names:
+        if self.tool_call_id is not None and self.tool_call_id not in names and not in_session:
             raise BadField(at, "no call before it has this id")
         return self.tool_call_id or "", names.get(self.tool_call_id or "", "")
 
@@ -282,7 +287,7 @@ class Chat(Body, kw_only=True):
             raise BadField("top_logprobs", "it needs logprobs: true")
         _check_labels(bytes(self.metadata))
         names: dict[str, str] = {}
-        turns = tuple(message.turn(i, names) for i, message in enumerate(self.messages))
+        turns = tuple(message.turn(i, names, self.session is not None) for i, message in enumerate(self.messages))
         schema = self.response_format.schema() if self.response_format else None
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         tools = self._calling()
@@ -319,7 +324,6 @@ class Chat(Body, kw_only=True):
         formatted = self.response_format is not None and self.response_format.type != "text"
         others = {
             "choose": self.choose, "stop": self.stop, "response_format": formatted, "logprobs": self.logprobs,
-            "session": self.session,
         }  # fmt: skip
         for name, value in others.items() if found or self.board_tools else ():
             if value:
@@ -347,7 +351,8 @@ class Completion(Body, kw_only=True):
 def _check_talks(talks: Sequence[tuple[Turn, ...]], field: str) -> None:
     """Raises BadField if one of them asks nothing, or if a message is too long."""
     for turns in talks:
-        if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+        in_session = any(turn.call and not turn.name for turn in turns)  # what it is about was asked before
+        if not in_session and not any(turn.role == "user" and turn.content.strip() for turn in turns):
             raise BadField(field, "the prompt is empty; say what to answer")
         if (longest := max(len(turn.content) for turn in turns)) > MAX_TEXT:
             raise BadField(field, f"a text of {longest} characters; allowed is {MAX_TEXT}")

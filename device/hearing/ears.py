@@ -13,6 +13,7 @@ from device.hearing.kinds import KINDS
 from device.hearing.listener import EndOfSpeech, Listener
 from device.hearing.microphone import Microphone, is_silent, seconds
 from device.hearing.recogniser import NotHeard, NothingSaid, wav, words
+from device.hearing.tone import Tone
 from flashd.config.hearing import RATE, SAMPLE_BYTES, Hearing
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Ears:
         self._microphone, self._most = Microphone(hearing), hearing.recorded
         self._recogniser = KINDS[type(hearing.recogniser)](hearing.recogniser, hearing)
         self._listener = Listener(hearing.listener, wake) if hearing.listener else None
+        self._tone = Tone(hearing.listener.tone) if hearing.listener and hearing.listener.tone else None
         self._tell, self._may_listen = tell, may_listen
         self._turn = threading.Lock()
         self._presses: set[Press] = set()
@@ -143,6 +145,8 @@ class Ears:
                 return None
             word, behind = found
             spotted(word)
+            if self._tone is not None:
+                self._tone.play()
             return word, self._heard(lambda: self._spoken(pieces, behind, go_on), go_on)
 
     def cannot_wait(self, error: NotHeard) -> None:

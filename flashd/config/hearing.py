@@ -15,7 +15,7 @@ RATE = 16_000
 SAMPLE_BYTES = 2
 
 MICROPHONE_BYTES = 6 * MIB
-"""What arecord takes of its own."""
+"""What arecord takes of its own, and aplay."""
 
 Command = Annotated[list[str], msgspec.Meta(min_length=1)]
 
@@ -64,6 +64,11 @@ class Listener(Strict, frozen=True, kw_only=True):
     """The folder of a model that spots keywords, called as in sherpa-onnx's collection. Wake words need it."""
     threshold: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.25
     """How sure the spotter must be of a wake word. With more it misses more, and takes less for one that is none."""
+    tone: Command | None = None
+    """The program that plays a short tone when a wake word was heard, such as [aplay, -q].
+
+    It gets a WAV file on its standard input. Without this key there is no tone.
+    """
 
     @property
     def limit(self) -> int:
@@ -112,4 +117,5 @@ class Hearing(Strict, frozen=True, kw_only=True):
     def held(self) -> int:
         """Bytes that hearing may take in all; what is recorded is there twice while it is understood."""
         listener = self.listener.limit if self.listener else 0
-        return self.limit + listener + 2 * self.recorded + MICROPHONE_BYTES
+        tone = MICROPHONE_BYTES if self.listener and self.listener.tone else 0
+        return self.limit + listener + 2 * self.recorded + MICROPHONE_BYTES + tone

@@ -9,9 +9,11 @@ import os
 import shutil
 import signal
 import time
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gpiozero.pins.mock import MockFactory
 
@@ -20,6 +22,8 @@ from device.controls import Shown
 from device.hearing import ears, listener, listener_process, talk
 from device.hearing.listener import Listener
 from device.hearing.recogniser import NotHeard
+from device.hearing.tone import HERTZ, SECONDS, Tone
+from device.hearing.tone import sound as sound_of_tone
 from flashd.check_config import check
 from flashd.config.hearing import RATE
 from flashd.config.hearing import Listener as Settings
@@ -90,7 +94,8 @@ def test_what_follows_a_wake_word_is_asked(
     """The silence behind what was said is not recorded. A button on the same trigger works."""
     said = spoken("turn on the light")
     sound = silence(1) + tones(4000, 300) + silence(2) + tones(300, 4000) + said + silence(30)
-    one = appliance(awake(folder, sound, "wake: [▁HIGH ▁HIGH, ▁LOW ▁HIGH], pin: 4, bounce: 0"))
+    tone = f"memory: 192M, pause: 0.4, tone: [sh, -c, 'cat > {folder}/tone.wav']"
+    one = appliance(awake(folder, sound, "wake: [▁HIGH ▁HIGH, ▁LOW ▁HIGH], pin: 4, bounce: 0", tone))
     shown: list[Shown] = []
     one.watch_shown(shown.append)
     wait(lambda: clerk.answered)
@@ -98,6 +103,7 @@ def test_what_follows_a_wake_word_is_asked(
     assert job.request.turns[-1].content == "turn on the light" and job.request.source == "trigger:ask"
     assert [s.phase for s in shown][:3] == ["idle", "listening", "understanding"]
     assert len(said) / (2 * RATE) - 0.7 < heard_seconds(folder) < len(said) / (2 * RATE) + 0.7
+    assert (folder / "tone.wav").read_bytes() == sound_of_tone()
     wait(lambda: len(starts(folder)) == 2)
     speaks(folder, said)
     pins.pin(4).drive_low()
@@ -106,6 +112,18 @@ def test_what_follows_a_wake_word_is_asked(
     pins.pin(4).drive_high()
     wait(lambda: len(clerk.answered) == 2)
     assert heard_seconds(folder) == pytest.approx(len(said) / (2 * RATE))
+
+
+def test_a_tone_is_a_tone_and_its_failure_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tone = Tone(["sh", "-c", f"cat > {tmp_path}/heard.wav; exit 3"])
+    for _ in range(2):
+        tone.play()
+        wait(lambda: not tone._playing.locked())
+    assert [record.message.split(";")[0] for record in caplog.records] == ["tone: sh ended with 3"]
+    with wave.open(f"{tmp_path}/heard.wav") as file:
+        samples = np.frombuffer(file.readframes(RATE), "<i2")
+    assert len(samples) == round(SECONDS * RATE) and samples[0] == samples[-1] == 0
+    assert np.argmax(np.abs(np.fft.rfft(samples))) * RATE / len(samples) == pytest.approx(HERTZ, abs=7)
 
 
 @hears

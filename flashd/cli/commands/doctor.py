@@ -72,10 +72,12 @@ def doctor(options: Doctor) -> int:
 
 
 def _voices(settings: Settings) -> list[str]:
-    """The programs that are to speak."""
+    """The programs that are to make sounds."""
     from flashd.config.devices import Speech
 
-    return [output.command[0] for output in settings.outputs if isinstance(output, Speech)]
+    listener = settings.hearing.listener if settings.hearing else None
+    tone = [listener.tone[0]] if listener and listener.tone else []
+    return [*(output.command[0] for output in settings.outputs if isinstance(output, Speech)), *tone]
 
 
 def _ears(settings: Settings) -> list[str]:

@@ -91,7 +91,7 @@ def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
     form, size = header.row_format("head"), parts.group_held(header.group, "float32")
     head_bytes = parts.held(form, m.vocabulary, "float32")
     seen = set()
-    for more in range(0, 4 * (m.layers * m.groups * size + head_bytes), size // 2):
+    for more in range(0, 4 * (m.layers * m.groups * size + head_bytes), size // 3):
         made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
         pinned = sum(made.pinned)
         assert not made.resident and made.total <= made.memory

@@ -44,6 +44,7 @@ class Running:
         self.notify.settimeout(0.2)
         self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._closing = False
+        self.program = [sys.executable, "-m", "tests.daemon.appliance_process"]
         self.deaf_from = ""
         """While set: systemd reads no further than a message with this word, and the daemon soon waits for it."""
         self._reader = threading.Thread(target=self._read_notices, name="systemd", daemon=True)
@@ -60,9 +61,7 @@ class Running:
             env["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
         self._told = queue.SimpleQueue()
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.daemon.appliance_process", str(self.config)], env=env, stderr=log
-            )
+            self.process = subprocess.Popen([*self.program, str(self.config)], env=env, stderr=log)
         return self.told_until(until)
 
     def told_until(self, word: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,34 @@ def test_a_source_s_own_grid_moves_over_without_loss() -> None:
     )
     assert np.abs(with_grid - weights).max() < 0.05
     assert np.linalg.norm(with_grid - weights) < 0.2 * np.linalg.norm(without - weights)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "f16", "int3"])
+def test_all_processors_round_and_the_bytes_are_those_of_one(kind: RowKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(2)
+    weights = random.standard_normal((7, 4 * BLOCK)).astype(np.float32)
+    grid = tuple(random.uniform(0.1, 0.4, (2, 7, 4)).astype(np.float32))
+    weigh = random.uniform(0.5, 1, (1, 4, BLOCK)).astype(np.float32)
+    form, seen = RowFormat(kind, 4 * BLOCK), set[str]()
+    real = rows._encode
+
+    def noted(*args: Any) -> None:
+        seen.add(threading.current_thread().name)
+        together.wait()
+        real(*args)
+
+    monkeypatch.setattr(rows, "_encode", noted)
+    ways: list[dict[str, Any]] = [{}, {"grid": grid}, {"weigh": weigh}, {"centred": False}]
+    for way in ways:
+        raws = []
+        for processors in (1, 3):
+            seen.clear()
+            together = threading.Barrier(processors, timeout=60)
+            monkeypatch.setattr(rows, "WORTH_A_THREAD", 1)
+            monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=processors: set(range(n)))
+            raws.append(encode_rows(weights, form, **way).tobytes())
+            assert len(seen) == processors
+        assert raws[0] == raws[1], way
 
 
 def test_only_rows_whose_grid_moves_over_badly_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,9 @@ taken.
 
 from __future__ import annotations
 
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +45,9 @@ KEPT = 0.05
 """Steps by which a row's weights may lie off after their grid moved over, as a root mean square. It is what rounding
 the grid's codes costs. If they are nearer, no other grid is tried, since that takes most of the time of packing."""
 
+WORTH_A_THREAD = 1 << 17
+"""Weights that take longer to round than a thread takes to start."""
+
 
 def encode_rows(
     weights: Floats, form: RowFormat, grid: Grid | None = None, centred: bool = True, weigh: Floats | None = None
@@ -52,20 +58,37 @@ def encode_rows(
     For narrow rows of gate and up see `gptq`, for ternary ones `is_ternary`.
     """
     raw = np.zeros((len(weights), form.nbytes), np.uint8)
+    count = max(1, min(len(os.sched_getaffinity(0)), len(weights), weights.size // WORTH_A_THREAD))
+    ends = [len(weights) * i // count for i in range(count + 1)]
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def encode(part: slice) -> None:
+        own = None if grid is None else (grid[0][part], grid[1][part])
+        _encode(raw[part], weights[part], form, own, centred, weigh)
+
+    if count == 1:
+        encode(parts[0])
+    else:  # no row depends on another, and numpy lets other threads go on
+        with ThreadPoolExecutor(count, thread_name_prefix="rows") as pool:
+            list(pool.map(encode, parts))
+    return raw
+
+
+def _encode(
+    raw: Bytes, weights: Floats, form: RowFormat, grid: Grid | None, centred: bool, weigh: Floats | None
+) -> None:
+    """Puts the records of rows where they belong. For the arguments see encode_rows."""
     parts = form.views(raw)
     if isinstance(parts, PlainRows):
         parts.w[:] = weights
-        return raw
-    if isinstance(parts, TernaryRows):
+    elif isinstance(parts, TernaryRows):
         scale = np.abs(weights).max(1, keepdims=True)
         parts.q[:], parts.scale[:] = pack_bits((np.sign(weights) + 2).astype(np.uint8), 2), scale
-        return raw
-    if isinstance(parts, Mxfp4Rows):
+    elif isinstance(parts, Mxfp4Rows):
         codes, parts.exponent[:] = mxfp4.coded(weights)
         parts.q[:] = pack_bits(codes, 4)
-        return raw
-    write(parts, quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, weigh), form)
-    return raw
+    else:
+        write(parts, quantise(weights.reshape(len(weights), -1, BLOCK), form.kind, grid, centred, weigh), form)
 
 
 def write(to: QuantRows, coded: Coded, form: RowFormat) -> None:

@@ -15,7 +15,7 @@ from flashd.bundle.token_bytes import TokenBytes
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.decisions import Choices, Decision, decide
-from flashd.engine.decoding.draft_model import DraftModel
+from flashd.engine.decoding.drafting.draft_model import DraftModel
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.reasoning.channels import ChannelWords, answering, without_thoughts, words
 from flashd.engine.decoding.reasoning.thoughts import Said, Thoughts, tag_that_closes

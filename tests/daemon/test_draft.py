@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 DRAFTING = """
 import sys
 from pathlib import Path
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.planning.draft import Pair
 from tests.daemon.appliance_process import main
 Pair.taken = property(lambda self: self.beside or self.alone)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashd.engine.decoding.drafts import Draft, Pace
+from flashd.engine.decoding.drafting.drafts import Draft
+from flashd.engine.decoding.drafting.pace import Pace
 
 
 @pytest.fixture(autouse=True)

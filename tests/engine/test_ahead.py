@@ -18,7 +18,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.background import Background
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.forward.paged import PagedModel

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import BEAM, STEPS, Draft, Pace, lookup
+from flashd.engine.decoding.drafting.drafts import BEAM, Draft, lookup
+from flashd.engine.decoding.drafting.pace import STEPS, Pace
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.model.branches import Branches, behind

@@ -17,8 +17,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 
 from flashd.bundle.reader import Bundle
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.draft_model import DraftModel
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.draft_model import DraftModel
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Budget, plans_for
@@ -244,7 +244,7 @@ def test_what_is_faster_is_taken_and_the_other_is_named(large: Path, tiny_bundle
 ASK = """
 import sys
 from flashd.cli.main import main
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.planning.draft import Pair
 Pair.taken = property(lambda self: self.beside or self.alone)
 Pace.goes_on = lambda self, draft, steps, nodes: steps < 3

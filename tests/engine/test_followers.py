@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import FOLLOWERS, MOST_KNOWN, STEP, Draft, Followers, Pace
+from flashd.engine.decoding.drafting.drafts import Draft
+from flashd.engine.decoding.drafting.followers import FOLLOWERS, MOST_KNOWN, STEP, Followers
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.forward.paged import PagedModel

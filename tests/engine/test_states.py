@@ -15,7 +15,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache.snapshot import Origin, restore, save
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.expected import _measured

@@ -16,7 +16,7 @@ from flashd.bundle.errors import BadSection, DamagedHeader
 from flashd.bundle.prefix import digest
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning import parts

@@ -14,7 +14,7 @@ from flashd.bundle.errors import DamagedHeader, DamagedRun
 from flashd.bundle.prefix import WIDE_ROWS_OF_A_RUN, digest
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.model.kv_cache import SPARE, cache_bytes
 from flashd.engine.model.sizes import KEPT_ROWS, NODES

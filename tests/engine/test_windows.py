@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Line
 from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.forward.attention import Places

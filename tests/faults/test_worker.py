@@ -20,7 +20,7 @@ from flashd.daemon.notify import Notifier
 from flashd.daemon.spool import Spool
 from flashd.daemon.worker import Worker
 from flashd.engine import engine as engines
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.engine.planning.draft import Pair, plan_draft
 from tests.daemon.fake_worker import request

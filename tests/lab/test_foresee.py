@@ -14,7 +14,7 @@ import pytest
 
 from flashd.bundle.reader import Bundle
 from flashd.engine.decoding.conversation import Conversation
-from flashd.engine.decoding.drafts import Pace
+from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Prompts

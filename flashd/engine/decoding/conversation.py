@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,15 +13,14 @@ import numpy as np
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.cache.snapshot import RUN, shared
-from flashd.engine.decoding.background import Background
-from flashd.engine.decoding.draft_model import DraftModel
-from flashd.engine.decoding.drafts import BEAM, Draft, Followers, Pace, Trees, lookup
-from flashd.engine.decoding.line import End, Figures, Foresight, Guessed, Line, longest_shared, settle
+from flashd.engine.decoding.drafting.draft_model import DraftModel
+from flashd.engine.decoding.drafting.drafter import Drafter
+from flashd.engine.decoding.drafting.drafts import Trees
+from flashd.engine.decoding.line import Figures, Foresight, Line, longest_shared, settle
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Meanwhile, Model, OnStep, Tokens, silent
-from flashd.engine.model.sizes import LOGIT_ROWS, NODES
-from flashd.engine.planning.parts import LIKELY
+from flashd.engine.model.sizes import LOGIT_ROWS
 from flashd.errors import PromptTooLong, UsageError
 
 QUIET_SECONDS = 20.0
@@ -48,14 +47,12 @@ class Conversation:
     _behind: Floats | None = None  # [V] logits behind the last prompt
     _goes_on: bool = False  # whether the last prompt begins with the one before it, as in a chat
     _learnt: bool = True  # whether `prefixes` has been told of the last prompt
-    _pace: Pace = field(init=False)
-    _followers: Followers = field(default_factory=Followers)
+    _drafter: Drafter = field(init=False)
     _session: str | None = None  # the one that `tokens` belong to, if it is not on the card yet
     _ended: float = 0.0  # when that text ended
-    _ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
 
     def __post_init__(self) -> None:
-        self._pace = Pace(self.model.nodes)
+        self._drafter = Drafter(self.model, self.small)
 
     def begin(
         self, prompt: Sequence[int], sampler: Sampler, *, limit: int, eos: Sequence[int], figures: Figures,
@@ -241,7 +238,7 @@ class Conversation:
         if not speaking and not chunks:
             return  # all that is left of a prompt was there
         room = self.model.cache.context - past - sum(len(chunk) for _, chunk in chunks)
-        trees = self._drafted(speaking, min(self.model.nodes - len(chunks), room), on_step)
+        trees = self._drafter.trees(speaking, min(self.model.nodes - len(chunks), room), on_step)
         logits = self._forward(speaking, trees, chunks, on_step)
         end = past + len(trees.tokens)
         for i, (line, chunk) in enumerate(chunks, len(trees.tokens)):
@@ -272,99 +269,12 @@ class Conversation:
         """Draws a text's tokens from `node` of its tree on, as long as they are in the tree and have logits."""
         while not line.done and (token := line.draw(logits[node])) is not None:
             yield line, token
-            child = trees.child(node, token)
-            recycled = child is not None and trees.ranks[child] is not None
-            if promised := trees.promised(node):
-                self._pace.measured_guesses(child is not None and not recycled, promised)
-            if child is None or recycled:
-                self._followers.measured(trees.recycled(node), token)
-            if line.looked_up:
-                self._pace.measured_lookup(line.looked_up[0] == token)
-                line.looked_up = line.looked_up[1:] if line.looked_up[0] == token else []
+            child = self._drafter.drawn(line, trees, node, token)
             if child is None or child not in logits or line.done:
                 return
             line.append(past + child)
             line.figures.accepted += 1
             node = child
-
-    def _drafted(self, speaking: Sequence[Line], most: int, on_step: OnStep) -> Trees:
-        """The trees that the next pass checks, up to `most` nodes: each text's last token and guesses behind it."""
-        started = time.perf_counter()
-        guessed, self._ahead, waited = self._ahead, None, 0
-        if guessed is None or guessed.texts != [line.tokens for line in speaking]:
-            guessed = self._guesses([line.end for line in speaking], most, on_step)
-            waited = guessed.steps
-        trees = guessed.draft.trees(self._pace.count(guessed.draft, len(speaking), most, waited))
-        for text, line in enumerate(speaking):
-            line.looked_up = guessed.looked_up[text]
-            line.figures.drafted += trees.guesses(text)
-            line.figures.draft_seconds += time.perf_counter() - started
-        return trees
-
-    def _guesses(self, ends: Sequence[End], most: int, on_step: OnStep = silent) -> Guessed:
-        """Guesses at what follows each of some texts, up to `most` nodes in all."""
-        rooms = [end.room if self.model.shares_reads or self.small else 0 for end in ends]
-        draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust, self.model.branches)
-        looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
-        for text, found in enumerate(looked_up):
-            draft.follow(text, found, self._pace.looked_up)
-        steps = 0
-        if self.small:
-            steps = self._draft_by(self.small, draft, ends, on_step)
-        # if there may be no trees, what was looked up is not mixed with other guesses
-        elif self.model.drafts and (self.model.branches or not any(looked_up)):
-            steps = self._draft_from_ram(draft, ends, most)
-        if self.model.branches:
-            draft.recycle(self._followers, most)
-        return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps)
-
-    @contextmanager
-    def _drafting_ahead(self, foresight: Foresight, likely: Floats) -> Iterator[None]:
-        """Makes guesses for the next pass while the block waits for the card.
-
-        They are for the texts as they will be if this pass draws tokens of the first n. likely: logits [T, n].
-        """
-        ends = [foreseen.end for foreseen in foresight.of(likely)]
-        known = [end for end in ends if end]
-        most = min(self.model.nodes, self.model.cache.context - self.model.cache.length)
-        if len(known) < len(ends) or most <= len(ends):
-            yield
-            return
-        with Background(lambda: self._guesses(known, most)) as drafting:
-            yield
-        self._ahead = drafting.result
-
-    def _draft_by(self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep) -> int:
-        """Adds guesses of a small model to a draft, as long as that pays, and returns how many steps that took.
-
-        It first reads what it has not read yet.
-        """
-        steps, most = 0, NODES if self.model.branches else 1
-        while (nodes := draft.likeliest(1)) and self._pace.goes_on(draft, steps, nodes):
-            text, guesses = draft.path(nodes[0])
-            tokens, line, started = [*ends[text].tokens, *guesses], ends[text].line, time.perf_counter()
-            unread = small.unread(tokens, line)
-            draft.grow(nodes, small.guesses(tokens, line, most, lambda: on_step(0, 1, self.model.card.bytes_read)))
-            if unread <= NODES:  # what it takes to read a prompt is no measure
-                self._pace.measured_draft(time.perf_counter() - started)
-            steps += 1
-        return steps
-
-    def _draft_from_ram(self, draft: Draft, ends: Sequence[End], most: int) -> int:
-        """Adds guesses of the model's `draft` to a draft, as long as that pays. Returns how many steps that took.
-
-        The cache is left as it was.
-        """
-        steps, place, at_once = 0, self.model.cache.place, max(BEAM, len(ends))
-        texts, numbers = [end.slots for end in ends], [end.line.number for end in ends]
-        while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
-            started = time.perf_counter()
-            tokens, parents = draft.asked(nodes)
-            draft.grow(nodes, self.model.draft(np.array(tokens, np.int64), Branches(texts, parents, numbers)))
-            self._pace.measured_draft(time.perf_counter() - started)
-            steps, most = steps + 1, most - len(nodes)
-        self.model.cache.go_back(place)
-        return steps
 
     def _forward(
         self, speaking: Sequence[Line], trees: Trees, chunks: Sequence[tuple[Line, list[int]]], on_step: OnStep
@@ -389,16 +299,16 @@ class Conversation:
 
         def finish(likely: Floats) -> Tokens:
             nonlocal rows
-            self._followers.learn(trees.tokens, likely[: len(trees.tokens), :LIKELY])
+            self._drafter.learn(trees, likely)
             if len(wanted) > LOGIT_ROWS:
                 rows = foresight.rows(likely)
             return rows
 
         started, waited = time.perf_counter(), self.model.card.waited
         meanwhile: Meanwhile = nullcontext
-        drafts = any(x.drafts for x in speaking) and (self.model.shares_reads or self.small is not None)
-        if not chunks and drafts and (self.model.branches or self.small):
-            meanwhile = partial(self._drafting_ahead, foresight)
+        drafts = self._drafter.works_for(speaking)
+        if not chunks and drafts and self._drafter.works_ahead:
+            meanwhile = partial(self._drafter.ahead, foresight)
         logits = self.model.forward(
             np.array(tokens, np.int64),
             np.array(wanted),
@@ -414,5 +324,5 @@ class Conversation:
         for line in speaking:
             line.figures.passes += 1
         if not chunks:
-            self._pace.measured_pass(seconds, len(tokens))
+            self._drafter.passed(len(tokens), seconds)
         return dict(zip(rows.tolist(), logits, strict=True))

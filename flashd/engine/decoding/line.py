@@ -11,7 +11,7 @@ import numpy as np
 
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache.snapshot import shared
-from flashd.engine.decoding.drafts import Draft, Trees
+from flashd.engine.decoding.drafting.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
 from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.contract import CardStats, Tokens

@@ -1,7 +1,6 @@
 """Drafts: the guesses that the next pass over the card checks.
 
-If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. If it is not,
-as with experts, fewer are checked: as many as make the most tokens a second, by what passes cost before. There are
+If reading the card is the cost, a pass that checks sixteen tokens costs what a pass of one token costs. There are
 four kinds of guesses. What followed the same words earlier in the text costs nothing to try. Guesses made from the
 weights in RAM are cheap, and for several tokens at once they cost hardly more than for one. A small model's guesses
 are right more often. What a pass found likely behind a token is kept, and tried where the same token comes again. So
@@ -11,48 +10,18 @@ second. Texts that share a pass have a tree each.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from flashd.bundle.rows.kinds import Floats
+from flashd.engine.decoding.drafting.followers import Followers
 from flashd.engine.model.branches import behind, texts_of
 from flashd.engine.model.contract import Guesses
-from flashd.engine.model.sizes import NODES
 
 BEAM = 3
 """Nodes that a step of drafting makes guesses behind: the weights are widened once for all of them."""
 
-STEPS = 4
-"""Steps of drafting for a pass, until their cost has been measured."""
-
-MEAN_DECAY = 0.9
-"""The part of a running mean that stays when something new is measured."""
-
-LEAST_SPREAD, FEW = 0.3, 2
-"""Of the tokens of passes: the least variance that says what a token costs. If it is less, a pass has half of them
-now and then, or some more if there are few."""
-
-STEP, LEAST_TRUST = 0.05, 0.1
-"""How far a guess that was right or wrong moves the trust in the next, and the least trust."""
-
-PROBE = 16
-"""After so many passes without guesses from RAM they are tried again: the text may have become easier."""
-
 LONGEST, SHORTEST = 4, 2
 """How many tokens at the end of a text are looked for earlier in it: first LONGEST, then fewer."""
-
-FOLLOWERS = (0.3, 0.1, 0.08, 0.06, 0.04, 0.03, 0.02, 0.02)
-"""How often what a pass found likeliest behind a token, second likeliest and so on, follows that token elsewhere, if
-no other guess is right. Measured with Qwen2.5-Coder-1.5B."""
-
-NEW = 4
-"""How many likely followers of a token a pass adds."""
-
-MOST_KNOWN = 4096
-"""Tokens of which it is kept what may follow them. It takes less than a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -218,42 +187,6 @@ class Draft:
         return node
 
 
-class Followers:
-    """What may follow each token, by the passes before, whatever stood before it.
-
-    A pass says what is likely behind each of its nodes, and those that were wrong say it too. This is token recycling
-    (arXiv 2408.08696).
-    """
-
-    def __init__(self) -> None:
-        self.rates = list(FOLLOWERS)
-        """How often a guess of each rank is right if no guess of another kind is."""
-        self._of: dict[int, array[int]] = {}  # the tokens that were seen last are at the end
-
-    def of(self, token: int) -> Sequence[int]:
-        """The likeliest tokens behind `token`, in this order; none if it was not seen."""
-        return self._of.get(token, ())
-
-    def learn(self, tokens: Sequence[int], logits: Floats) -> None:
-        """Keeps what is likeliest behind each of `tokens` [T], by logits [T, n] of the first n tokens.
-
-        What was likely behind them before comes after that.
-        """
-        count = min(NEW, logits.shape[1])
-        best = np.argpartition(-logits, count - 1, axis=1)[:, :count]  # [T, count], in no order
-        order = np.argsort(-np.take_along_axis(logits, best, 1), axis=1, kind="stable")
-        for token, found in zip(tokens, np.take_along_axis(best, order, 1).tolist(), strict=True):
-            before = (old for old in self._of.pop(token, ()) if old not in found)
-            self._of[token] = array("i", [*found, *before][: len(FOLLOWERS)])
-        while len(self._of) > MOST_KNOWN:
-            del self._of[next(iter(self._of))]
-
-    def measured(self, guessed: dict[int, int], drawn: int) -> None:
-        """Says what was drawn behind a token. `guessed`: those of its followers that a pass had checked, by rank."""
-        for rank, token in guessed.items():
-            self.rates[rank] += STEP * ((token == drawn) - self.rates[rank])
-
-
 def lookup(tokens: Sequence[int], most: int) -> list[int]:
     """Up to `most` tokens that followed the last earlier place where the text read as it ends now.
 
@@ -267,110 +200,3 @@ def lookup(tokens: Sequence[int], most: int) -> list[int]:
             if list(tokens[at : at + n]) == end:
                 return list(tokens[at + n : at + n + most])
     return []
-
-
-class _Cost:
-    """The seconds of a pass: some in any case, and some for each of its tokens. A line through running means."""
-
-    def __init__(self) -> None:
-        self._weight = self._tokens = self._seconds = self._squares = self._products = self._each = 0.0
-
-    def __bool__(self) -> bool:
-        """Whether something has been measured."""
-        return self._weight > 0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """A pass over so many tokens took so long."""
-        old, new = (MEAN_DECAY, 1 - MEAN_DECAY) if self else (0.0, 1.0)
-        self._weight = old * self._weight + new
-        self._tokens, self._seconds = old * self._tokens + new * tokens, old * self._seconds + new * seconds
-        self._squares = old * self._squares + new * tokens**2
-        self._products = old * self._products + new * tokens * seconds
-        if self.tells:
-            self._each = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
-
-    @property
-    def tells(self) -> bool:
-        """Whether the passes differed enough to say what a token costs."""
-        return self._spread >= LEAST_SPREAD
-
-    @property
-    def _spread(self) -> float:
-        return self._squares - self._tokens**2
-
-    def of(self, tokens: int) -> float:
-        """Seconds of a pass over so many tokens. Not 0."""
-        return max(self._seconds + self._each * (tokens - self._tokens), self._each * tokens, 1e-9)
-
-
-class Pace:
-    """Running means: the seconds that a step of drafting and a pass take, and how often guesses are right.
-
-    The first values stand until something has been measured.
-
-    `most`: the most nodes of a pass.
-    """
-
-    def __init__(self, most: int = NODES) -> None:
-        self.most = most
-        self.trust = 0.7
-        """What the odds of guesses from RAM are multiplied by."""
-        self.looked_up = 0.5
-        """How often a token that was looked up is right."""
-        self._draft: float | None = None
-        self._pass = _Cost()
-        self._idle = self._counted = 0
-
-    def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
-        """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before."""
-        if self._draft is None or not self._pass:
-            return steps < STEPS
-        count, rate = self._best(draft, 1, min(self.most, len(draft)), steps)
-        # as many of the least likely nodes as come anew give way to these
-        kept = min(count, self.most - len(nodes))
-        seconds = self._pass.of(kept + len(nodes)) + (steps + 1) * self._draft
-        pays = (draft.expected(kept) + self.trust * draft.odds(nodes)) / seconds > rate
-        if not pays and steps == 0:
-            self._idle += 1
-            return self._idle % PROBE == 0
-        return pays
-
-    def count(self, draft: Draft, least: int, most: int, steps: int) -> int:
-        """How many nodes the next pass checks. `least` are the texts' last tokens; `steps` were waited for."""
-        self._counted += 1
-        most = min(most, len(draft))
-        if most <= least:
-            return most
-        if not self._pass:
-            return min(most, least + STEPS)
-        count = self._best(draft, least, most, steps)[0]
-        if not self._pass.tells and self._counted % PROBE == 0:  # to see what a node costs
-            return max(least, count // 2) if count >= least + FEW else min(most, count + FEW)
-        return count
-
-    def _best(self, draft: Draft, least: int, most: int, steps: int) -> tuple[int, float]:
-        """(how many nodes make the most tokens a second, how many these are)."""
-        drafting = steps * (self._draft or 0.0)
-        rates = {n: draft.expected(n) / (self._pass.of(n) + drafting) for n in range(least, most + 1)}
-        best = max(rates, key=lambda n: rates[n])
-        return best, rates[best]
-
-    def measured_draft(self, seconds: float) -> None:
-        """A step of drafting took `seconds`."""
-        self._draft = _mean(self._draft, seconds)
-
-    def measured_pass(self, seconds: float, tokens: int) -> None:
-        """A pass that checked so many tokens took `seconds`."""
-        self._pass.add(tokens, seconds)
-
-    def measured_guesses(self, right: bool, promised: float) -> None:
-        """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""
-        self.trust = min(max(self.trust + STEP * (right - promised), LEAST_TRUST), 1.0)
-
-    def measured_lookup(self, right: bool) -> None:
-        """Says whether the token drawn was the one that was looked up."""
-        self.looked_up = _mean(self.looked_up, right)
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else MEAN_DECAY * old + (1 - MEAN_DECAY) * new

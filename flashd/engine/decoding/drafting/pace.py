@@ -1,0 +1,132 @@
+"""How many guesses to make and to check: as many as make the most tokens a second, by what they cost before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashd.engine.decoding.drafting.drafts import Draft
+from flashd.engine.decoding.drafting.followers import STEP
+from flashd.engine.model.sizes import NODES
+
+STEPS = 4
+"""Steps of drafting for a pass, until their cost has been measured."""
+
+MEAN_DECAY = 0.9
+"""The part of a running mean that stays when something new is measured."""
+
+LEAST_SPREAD, FEW = 0.3, 2
+"""Of the tokens of passes: the least variance that says what a token costs. If it is less, a pass has half of them
+now and then, or some more if there are few."""
+
+LEAST_TRUST = 0.1
+"""The least trust in guesses from RAM."""
+
+PROBE = 16
+"""After so many passes without guesses from RAM they are tried again: the text may have become easier."""
+
+
+class _Cost:
+    """The seconds of a pass: some in any case, and some for each of its tokens. A line through running means."""
+
+    def __init__(self) -> None:
+        self._weight = self._tokens = self._seconds = self._squares = self._products = self._each = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether something has been measured."""
+        return self._weight > 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens took so long."""
+        old, new = (MEAN_DECAY, 1 - MEAN_DECAY) if self else (0.0, 1.0)
+        self._weight = old * self._weight + new
+        self._tokens, self._seconds = old * self._tokens + new * tokens, old * self._seconds + new * seconds
+        self._squares = old * self._squares + new * tokens**2
+        self._products = old * self._products + new * tokens * seconds
+        if self.tells:
+            self._each = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the passes differed enough to say what a token costs."""
+        return self._spread >= LEAST_SPREAD
+
+    @property
+    def _spread(self) -> float:
+        return self._squares - self._tokens**2
+
+    def of(self, tokens: int) -> float:
+        """Seconds of a pass over so many tokens. Not 0."""
+        return max(self._seconds + self._each * (tokens - self._tokens), self._each * tokens, 1e-9)
+
+
+class Pace:
+    """Running means: the seconds that a step of drafting and a pass take, and how often guesses are right.
+
+    The first values stand until something has been measured.
+
+    `most`: the most nodes of a pass.
+    """
+
+    def __init__(self, most: int = NODES) -> None:
+        self.most = most
+        self.trust = 0.7
+        """What the odds of guesses from RAM are multiplied by."""
+        self.looked_up = 0.5
+        """How often a token that was looked up is right."""
+        self._draft: float | None = None
+        self._pass = _Cost()
+        self._idle = self._counted = 0
+
+    def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
+        """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before."""
+        if self._draft is None or not self._pass:
+            return steps < STEPS
+        count, rate = self._best(draft, 1, min(self.most, len(draft)), steps)
+        # as many of the least likely nodes as come anew give way to these
+        kept = min(count, self.most - len(nodes))
+        seconds = self._pass.of(kept + len(nodes)) + (steps + 1) * self._draft
+        pays = (draft.expected(kept) + self.trust * draft.odds(nodes)) / seconds > rate
+        if not pays and steps == 0:
+            self._idle += 1
+            return self._idle % PROBE == 0
+        return pays
+
+    def count(self, draft: Draft, least: int, most: int, steps: int) -> int:
+        """How many nodes the next pass checks. `least` are the texts' last tokens; `steps` were waited for."""
+        self._counted += 1
+        most = min(most, len(draft))
+        if most <= least:
+            return most
+        if not self._pass:
+            return min(most, least + STEPS)
+        count = self._best(draft, least, most, steps)[0]
+        if not self._pass.tells and self._counted % PROBE == 0:  # to see what a node costs
+            return max(least, count // 2) if count >= least + FEW else min(most, count + FEW)
+        return count
+
+    def _best(self, draft: Draft, least: int, most: int, steps: int) -> tuple[int, float]:
+        """(how many nodes make the most tokens a second, how many these are)."""
+        drafting = steps * (self._draft or 0.0)
+        rates = {n: draft.expected(n) / (self._pass.of(n) + drafting) for n in range(least, most + 1)}
+        best = max(rates, key=lambda n: rates[n])
+        return best, rates[best]
+
+    def measured_draft(self, seconds: float) -> None:
+        """A step of drafting took `seconds`."""
+        self._draft = _mean(self._draft, seconds)
+
+    def measured_pass(self, seconds: float, tokens: int) -> None:
+        """A pass that checked so many tokens took `seconds`."""
+        self._pass.add(tokens, seconds)
+
+    def measured_guesses(self, right: bool, promised: float) -> None:
+        """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""
+        self.trust = min(max(self.trust + STEP * (right - promised), LEAST_TRUST), 1.0)
+
+    def measured_lookup(self, right: bool) -> None:
+        """Says whether the token drawn was the one that was looked up."""
+        self.looked_up = _mean(self.looked_up, right)
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else MEAN_DECAY * old + (1 - MEAN_DECAY) * new

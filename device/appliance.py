@@ -162,11 +162,14 @@ class Appliance:
         """A client's request that asks for the tools of this board, with those that the page has."""
         if not request.rounds:
             return request
-        found = self.calling(self._settings.kiosk.tools)
-        return replace(request, calling=found, rounds=request.rounds if found else 0)
+        kiosk = self._settings.kiosk
+        found = self.calling(kiosk.tools, request.turns[-1].content)
+        return replace(request, calling=found, rounds=kiosk.rounds if found else 0)
 
-    def calling(self, names: Sequence[str]) -> Calling | None:
-        return calling(self._settings.tools, names)
+    def calling(self, names: Sequence[str], asked: str = "") -> Calling | None:
+        preset = self._settings.kiosk.preset(asked)
+        found = calling(self._settings.tools, names if preset is None else preset.tools or [])
+        return replace(found, required=True) if found and preset and preset.must_call else found
 
     def status(self) -> Status:
         state, facts = board.read(self._sysfs), self._facts()
@@ -175,7 +178,7 @@ class Appliance:
             running=[job.id for job in self.jobs.running],
             sensors={name: str(reading) for name, reading in self._sensors.read().items()},
             temperature=state.temperature, throttled=state.throttled,
-            title=self._settings.kiosk.title, presets=self._settings.kiosk.presets,
+            title=self._settings.kiosk.title, presets=self._settings.kiosk.questions,
             triggers=[t.name for t in self._settings.triggers], model=facts.model, last=facts.last,
             demo=facts.demo,
         )  # fmt: skip
@@ -289,7 +292,7 @@ class Appliance:
 
     def _make_call(self, job: Job, call: Call, course: Course) -> Done:
         """In a thread of the caller's, which may wait."""
-        return self._toolbox.call(job.request.source, call, course)
+        return self._toolbox.call(job.request.source, call, course, job.request.turns[-1].content)
 
     def _session(self, settings: Serial) -> Callable[[Port, threading.Event], None]:
         kind = Machine if settings.mode == "machine" else Console

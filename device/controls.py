@@ -63,8 +63,11 @@ class Controls(Protocol):
     def start(self, name: str, **values: str | float) -> Job:
         """Starts a trigger's job. Raises KeyError, Busy, UsageError; NotStarted if it is muted or asks nothing."""
 
-    def calling(self, names: Sequence[str]) -> Calling | None:
-        """What the model is told of the tools of these names. None if there are none."""
+    def calling(self, names: Sequence[str], asked: str = "") -> Calling | None:
+        """What the model is told of the tools of these names, or of those of the preset that `asked` is.
+
+        None if there are none.
+        """
 
     def status(self) -> Status:
         """How things stand; the sensors are read for it."""

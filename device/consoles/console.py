@@ -10,7 +10,6 @@ from collections.abc import Callable
 from device.consoles.port import Port
 from device.controls import Controls, Shown
 from flashd.config.settings import Serial
-from flashd.config.tools import ROUNDS
 from flashd.daemon.job import Event, Job, Request, State, Turn, so_far
 from flashd.daemon.watch import Watch
 from flashd.errors import FlashdError
@@ -124,7 +123,7 @@ class Console:
         self._editor.start()
 
     def _preset(self, number: str) -> None:
-        presets = self._controls.settings.kiosk.presets
+        presets = self._controls.settings.kiosk.questions
         found = presets[int(number) - 1 : int(number)] if 0 < len(number) < 4 and int(number) else []
         if found:
             self._ask(found[0])
@@ -145,10 +144,10 @@ class Console:
 
     def _ask(self, text: str) -> None:
         turns = [*self._turns, Turn("user", text)]
-        calling = self._controls.calling(self._settings.tools)
+        calling = self._controls.calling(self._settings.tools, text)
         request = Request(
             turns=tuple(turns), source=f"serial:{self._settings.name}", priority=PRIORITY, forget=True,
-            calling=calling, rounds=ROUNDS if calling else 0,
+            calling=calling, rounds=self._settings.rounds if calling else 0,
         )  # fmt: skip
         try:
             job, watch = self._controls.jobs.ask(request)
@@ -265,7 +264,7 @@ class Console:
     # --- out ----------------------------------------------------------------------------------------------
 
     def _greet(self) -> None:
-        presets = self._controls.settings.kiosk.presets
+        presets = self._controls.settings.kiosk.questions
         rows = [f"{self._controls.settings.kiosk.title} - flashd. /help lists the commands."]
         rows += [f"{i}  {text}" for i, text in enumerate(presets[:9], 1)]
         self._send("\r\n")

@@ -18,7 +18,6 @@ from device.consoles.port import Port
 from device.controls import Controls
 from flashd.config.fields import Priority, Temperature
 from flashd.config.settings import Serial
-from flashd.config.tools import ROUNDS
 from flashd.daemon.job import (
     MAX_TEXT,
     Choices,
@@ -135,10 +134,10 @@ class Machine:
 
     def _request(self, wish: _In) -> Request:
         constrained = wish.choose or wish.json_schema is not None
-        calling = None if constrained else self._controls.calling(self._settings.tools)
+        calling = None if constrained else self._controls.calling(self._settings.tools, wish.prompt or "")
         return Request(
             turns=question(wish.prompt or "", wish.system), source=f"serial:{self._settings.name}",
-            calling=calling, rounds=ROUNDS if calling else 0,
+            calling=calling, rounds=self._settings.rounds if calling else 0,
             priority=wish.priority, deadline=wish.deadline, max_tokens=wish.max_tokens,
             choose=tuple(wish.choose), json_schema=wish.json_schema,
             draw=Draw(temperature=wish.temperature, seed=wish.seed),

@@ -43,6 +43,7 @@ class Toolbox:
         self._settings = {tool.name: tool for tool in settings.tools}
         self._allowed = {f"trigger:{trigger.name}": trigger.tools for trigger in settings.triggers}
         self._allowed |= {f"serial:{line.name}": line.tools for line in settings.serial} | {API: settings.kiosk.tools}
+        self._kiosk = settings.kiosk
         self._lock, self._rates = threading.Lock(), Rates()
         self._tools: dict[str, Tool] = {}
         try:
@@ -56,10 +57,13 @@ class Toolbox:
         for tool in self._tools.values():
             tool.close()
 
-    def call(self, source: str, call: Call, course: Course) -> Done:
-        """Makes a call for whoever asked, a job's `source`, if the configuration allows it. It raises nothing."""
+    def call(self, source: str, call: Call, course: Course, asked: str = "") -> Done:
+        """Makes a call for whoever asked, a job's `source`, if the configuration allows it. It raises nothing.
+
+        `asked`: the words, which may be those of a preset with tools of its own.
+        """
         try:
-            done = self._called(source, call, course)
+            done = self._called(source, call, course, asked)
         except NotDone as error:
             done = Done(f"Not done: {error}.", f"It did not do “{_called(call)}”: {error}.")
         except Exception as error:
@@ -68,9 +72,11 @@ class Toolbox:
         log.info("tool %s: %s", call.name, done.words)
         return Done(printable(done.result)[:MOST], printable(done.words)[:MOST])
 
-    def _called(self, source: str, call: Call, course: Course) -> Done:
-        tool = self._tools.get(call.name)
-        if tool is None or call.name not in self._allowed.get(source, ()):
+    def _called(self, source: str, call: Call, course: Course, asked: str) -> Done:
+        tool, allowed = self._tools.get(call.name), self._allowed.get(source, ())
+        if not source.startswith("trigger:") and (preset := self._kiosk.preset(asked)) is not None:
+            allowed = preset.tools or ()
+        if tool is None or call.name not in allowed:
             raise NotDone("you may not use a tool of this name")
         with self._lock:
             most = self._settings[call.name].per_minute

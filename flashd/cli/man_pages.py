@@ -59,7 +59,7 @@ EXAMPLES = {
 }
 
 
-SPELLED_OUT = "drive", "recogniser", "listener", "arguments"
+SPELLED_OUT = "drive", "recogniser", "listener", "arguments", "presets"
 """Keys whose own keys stand below them."""
 
 

@@ -30,7 +30,7 @@ from flashd.config.fields import (
 )
 from flashd.config.hearing import Hearing
 from flashd.config.pins import PinUse, pins_in
-from flashd.config.tools import Confirm, Tools, check_names, check_tools, there
+from flashd.config.tools import ROUNDS, Confirm, Preset, Rounds, Tools, check_names, check_tools, there
 from flashd.config.typed_yaml import Wrong, place_words
 from flashd.errors import ConfigError, Misfit, UsageError
 from flashd.system.memory import parse_size
@@ -141,6 +141,8 @@ class Serial(Strict, frozen=True, kw_only=True):
     """How the terminal stops the text that it cannot take yet."""
     tools: list[Name] = []
     """What the model may have the board do for who asks there: names of tools. They need schemas: true."""
+    rounds: Rounds = ROUNDS
+    """So often an answer may call tools, up to 8 at once. Then it must be in words."""
 
 
 class Kiosk(Strict, frozen=True, kw_only=True):
@@ -148,13 +150,25 @@ class Kiosk(Strict, frozen=True, kw_only=True):
 
     title: str = "Ask me"
     """The title."""
-    presets: list[str] = msgspec.field(default_factory=lambda: ["What can you do?"])
-    """Questions that a touch or a number asks."""
+    presets: list[str | Preset] = msgspec.field(default_factory=lambda: ["What can you do?"])
+    """Questions that a touch or a number asks: texts, or prompts with tools of their own."""
     tools: list[Name] = []
     """What the model may have the board do for whoever asks on the page: names of tools. They need schemas: true.
 
     With api.network that is everybody who knows the PIN. Programs that ask over the API may use them, too.
     """
+    rounds: Rounds = ROUNDS
+    """So often an answer may call tools, up to 8 at once. Then it must be in words."""
+
+    @property
+    def questions(self) -> list[str]:
+        """The presets' texts."""
+        return [preset if isinstance(preset, str) else preset.prompt for preset in self.presets]
+
+    def preset(self, text: str) -> Preset | None:
+        """The preset with tools of its own that is asked by a text, if one is."""
+        own = (p for p in self.presets if isinstance(p, Preset) and p.tools is not None)
+        return next((preset for preset in own if preset.prompt.strip() == text.strip()), None)
 
 
 class Updates(Strict, frozen=True, kw_only=True):
@@ -259,6 +273,9 @@ def _check_fit(settings: Settings) -> None:
     _check_names(settings)
     check_tools(settings.tools, [s.name for s in settings.sensors], settings.confirm is not None)
     check_names(("kiosk",), settings.kiosk.tools, settings.tools, settings.schemas)
+    for i, preset in enumerate(settings.kiosk.presets):
+        if isinstance(preset, Preset):
+            check_names(("kiosk", "presets", i), preset.tools or [], settings.tools, settings.schemas)
     for i, line in enumerate(settings.serial):
         check_names(("serial", i), line.tools, settings.tools, settings.schemas)
     distances = [s.name for s in settings.sensors if isinstance(s, Distance)]

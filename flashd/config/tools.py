@@ -131,6 +131,24 @@ class RunProgram(BoardTool, tag="program", frozen=True, kw_only=True):
         return _object(schemas_of(self.arguments))
 
 
+class Preset(Strict, frozen=True, kw_only=True):
+    """A question that a touch or a number asks."""
+
+    prompt: Annotated[str, msgspec.Meta(min_length=1)]
+    """What is asked. Whoever asks in the same words asks this."""
+    tools: list[Name] | None = None
+    """What the model may have the board do for this question: names of tools.
+
+    Without this key it is what it may do for other questions there.
+    """
+    must_call: bool = False
+    """Whether the answer must begin with a call. It needs tools."""
+
+    def __post_init__(self) -> None:
+        if self.must_call and not self.tools:
+            raise ValueError("must_call needs tools")
+
+
 AnyTool = TellTime | ReadSensor | SetOutput | RunProgram
 
 

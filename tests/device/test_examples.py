@@ -182,7 +182,7 @@ def test_the_talking_button_says_what_was_asked(
         push(27)
         wait(lambda: len(clerk.answered) == 3 and said.read_text().count("Ha!") == 3)
         assert [job.request.source for job in clerk.answered] == ["trigger:joke", "trigger:simpler", "trigger:animal"]
-        assert one.settings.kiosk.presets[0] == asked(clerk.answered[0])  # the page offers the same
+        assert one.settings.kiosk.questions[0] == asked(clerk.answered[0])  # the page offers the same
     finally:
         clerk.close()
 

@@ -16,6 +16,7 @@ from device.appliance import Appliance
 from device.demo import Cable
 from flashd.config.settings import parse
 from flashd.daemon.http.server import Server
+from flashd.daemon.job import Request
 from flashd.daemon.jobs import Jobs
 from tests.daemon.fake_worker import Clerk
 from tests.device.conftest import Terminal, press
@@ -33,10 +34,16 @@ tools:
 """
 
 
+def calls_of(request: Request) -> list[str]:
+    """The tools that it may call."""
+    return [tool.name for tool in request.calling.callable] if request.calling else []
+
+
 def test_a_console_shows_what_was_done_and_what_it_waits_for(
     appliance: Make, pins: MockFactory, jobs: Jobs, cable: Cable, terminal: Terminal
 ) -> None:
-    line = f"serial: [{{name: console, port: {cable.ours}, tools: [clock, pump]}}]\n"
+    line = f"serial: [{{name: console, port: {cable.ours}, tools: [clock, pump], rounds: 1}}]\n"
+    line += 'kiosk: {presets: [{prompt: "Late?", tools: [clock], must_call: true}]}\n'
     clerk = Clerk(jobs, calls=[[("clock", "{}"), ("pump", '{"value": "on", "seconds": 9}')]])
     try:
         appliance(TOOLS + line)
@@ -50,13 +57,19 @@ def test_a_console_shows_what_was_done_and_what_it_waits_for(
         clerk.calls = []
         terminal.type("Again!\r")  # what was read during the answer is not said behind it
         assert "Press" not in terminal.expect("one two three")
+        terminal.type("1\r")
+        terminal.expect("one two three")
+        requests = [job.request for job in clerk.answered]
+        assert [calls_of(request) for request in requests] == [["clock", "pump"], ["clock", "pump"], ["clock"]]
+        assert requests[2].calling is not None and requests[2].calling.required
+        assert {request.rounds for request in requests} == {1}
     finally:
         clerk.close()
 
 
 def test_a_client_s_stream_has_what_the_board_did(appliance: Make, jobs: Jobs, tmp_path: Path) -> None:
     """And the board does nothing of what a client calls that has tools of its own, whatever their names."""
-    one = appliance(TOOLS + "kiosk: {tools: [clock]}\n")
+    one = appliance(TOOLS + 'kiosk: {tools: [pump], presets: [{prompt: "Late?", tools: [clock]}], rounds: 2}\n')
     clerk = Clerk(jobs, calls=[[("clock", "{}"), ("pump", '{"value": "on"}')]])
     server = Server(tmp_path / "api.sock", None)
     server.start(api_of(one, jobs).application([*kiosk.routes(one)]))
@@ -66,6 +79,7 @@ def test_a_client_s_stream_has_what_the_board_did(appliance: Make, jobs: Jobs, t
             ask: dict[str, Any] = {"model": "x", "messages": [{"role": "user", "content": "Late?"}], "stream": True}
             reply = http.post("/v1/chat/completions", json=ask | {"board_tools": True})
             events = [json.loads(row[6:]) for row in reply.text.splitlines() if row.startswith("data: {")]
+            assert calls_of(clerk.answered[0].request) == ["clock"] and clerk.answered[0].request.rounds == 2
             did = [event["flashd"]["did"] for event in events if "did" in event.get("flashd", {})]
             assert did[0].startswith("It looked at the clock: ")
             assert did[1].startswith("It did not do “pump”: you may not use a tool of this name")

@@ -31,8 +31,9 @@ from flashd.daemon.job import (
     SessionName,
     question,
 )
+from flashd.daemon.openai.known import read
 from flashd.daemon.watch import Watch
-from flashd.errors import NOT_JSON, FlashdError
+from flashd.errors import NOT_JSON, BadField, FlashdError
 from flashd.system.printable import printable_json
 
 MAX_LINE = 64 << 10
@@ -97,8 +98,8 @@ class Machine:
 
     def _serve(self, line: bytes) -> None:
         try:
-            wish = msgspec.json.decode(line, type=_In)
-        except NOT_JSON as error:
+            wish = read(line, _In)
+        except (BadField, *NOT_JSON) as error:
             self._port.note("a line that is not understood; its sender was told why")
             self._refuse(None, str(error))
             return

@@ -429,3 +429,16 @@ def test_why_a_socket_cannot_be_had(served: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match=r"File exists$"):
         Server(tmp_path / "file" / "api.sock", None)
+
+
+def test_a_name_that_stands_twice_is_refused(served: Path) -> None:
+    said = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]})[:-1]
+    with http(served) as client:
+        for more, name in (
+            (', "temperature": 0, "temperature": 1}', "temperature"),
+            (', "response_format": {"type": "json_schema", "json_schema": {"schema": {"a": 1, "\\u0061": 2}}}}', "a"),
+        ):  # fmt: skip
+            reply = client.post("/v1/chat/completions", content=said + more)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, name)
+            assert error["message"] == f"{name}: the name stands twice in one object; send it once"

@@ -122,6 +122,7 @@ def test_bad_lines_are_refused_in_words(
     ready(terminal)
     for typed, words in (
         (b"hello", "malformed"), (b'{"prompt": 3}', "Expected `str | null`"), (b'{"promt": "x"}', "unknown field"),
+        (b'{"prompt": "x", "prompt": "y"}', "prompt: the name stands twice"),
         (b"{}", "needs one of"), (b'{"prompt": "  "}', "empty"), (b'{"trigger": "none"}', "no trigger is called"),
         (b'{"prompt": "x", "new_session": true}', "needs session"), (b'{"cancel": 7}', "nothing under way"),
         (b"\xff\xfe", "malformed"),

@@ -31,6 +31,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.openai.answers import Answers, Growing, leave
 from flashd.daemon.openai.bodies import Asked, Chat, Completion
 from flashd.daemon.openai.forms import ChatForm, Form, TextForm
+from flashd.daemon.openai.known import read
 from flashd.daemon.openai.refusals import explained, refusal, refusal_of
 from flashd.errors import NOT_JSON, Busy, FlashdError, NoRoom, PromptTooLong, UsageError
 
@@ -231,7 +232,7 @@ async def _decoded(http: HttpRequest, kind: type[B]) -> B:
         seconds = BODY_SECONDS + len(data) / BODY_PACE
         raise UsageError(f"the body did not come within {seconds:.1f} s") from error
     try:
-        return msgspec.json.decode(data, type=kind)
+        return read(data, kind)
     except NOT_JSON as error:
         raise explained(error) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     So the service can use what `sudo flashd` made before it. Raises OSError.
     """
     for each in (*reversed(folder.parents), folder):
-        if not each.is_dir():
+        if each.exists() and not each.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(each))
+        if not each.exists():
             each.mkdir(mode if each == folder else 0o777, exist_ok=True)
             if os.geteuid() == 0:
                 above = each.parent.stat()

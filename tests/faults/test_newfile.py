@@ -31,8 +31,10 @@ def killed_at(action: Callable[[], object], number: int) -> bool:
 
             def call(*args: object, **more: object) -> object:
                 nonlocal left
-                left -= os.getpid() == writer
-                if left == 0 and os.getpid() == writer:
+                reads = name == "open" and args[1] & os.O_ACCMODE == os.O_RDONLY  # type: ignore[operator]
+                counts = os.getpid() == writer and not reads
+                left -= counts
+                if left == 0 and counts:
                     if name == "pwrite":
                         real(args[0], bytes(args[1])[: len(bytes(args[1])) // 2], args[2])  # type: ignore[call-overload]
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -88,7 +90,7 @@ def test_a_kill_at_each_write_of_a_bundle(tmp_path: Path) -> None:
     pack(old, path, "int4")
     before = path.read_bytes()
     names = []
-    for number in [1, 2, 5, 12, *range(26, 100)]:
+    for number in [1, 2, 5, 12, *range(26, 60)]:
         path.write_bytes(before)
         killed = killed_at(lambda: _pack(source, path), number)
         with Bundle(path) as bundle:

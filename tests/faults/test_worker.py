@@ -125,15 +125,16 @@ def test_an_answer_goes_on_without_a_draft_whose_card_is_gone(
         right = opened.ask()
         assert right.result.figures["drafted"] > 0
         card.pull()
-        for _ in range(2):
+        for _ in range(2):  # only what was likely in passes before is guessed
             without = opened.ask("the thesis, again")
-            assert without.state is State.DONE and without.result.figures["accepted"] == 0
+            assert without.state is State.DONE
         (said,) = [m for m in caplog.messages if m.startswith("no drafts: ")]
         assert str(card.path) in said
         card.put_back()
+        assert opened.ask("the thesis, again").result.text == without.result.text
         again = opened.ask()
         assert again.result.text == right.result.text
-        assert again.result.figures["drafted"] == right.result.figures["drafted"]
+        assert again.result.figures["accepted"] >= right.result.figures["accepted"] > 0
 
 
 @pytest.mark.parametrize("draft", [False, True])

@@ -87,8 +87,8 @@ def test_most_experts_are_found_and_a_token_has_others_than_the_last(
 @pytest.mark.slow
 def test_experts_that_come_and_go_leave_nothing(half: PagedModel) -> None:
     ring, token = follower(SMALL), 7
-    for i in range(220):
-        if i == 20:
+    for i in range(260):
+        if i == 60:
             give_back_freed_memory()
             before = resident_now()
         half.forward(np.array([token]), np.array([0]))

@@ -67,7 +67,7 @@ class Listener(Strict, frozen=True, kw_only=True):
     tone: Command | None = None
     """The program that plays a short tone when a wake word was heard, such as [aplay, -q].
 
-    It gets a WAV file on its standard input. Without this key there is no tone.
+    flashd writes a WAV file to its standard input. If this key is missing, flashd plays nothing.
     """
 
     @property

@@ -140,7 +140,7 @@ class Serial(Strict, frozen=True, kw_only=True):
     flow: Literal["none", "rtscts", "xonxoff"] = "none"
     """How the terminal stops the text that it cannot take yet."""
     tools: list[Name] = []
-    """What the model may have the board do for who asks there: names of tools. They need schemas: true."""
+    """The names of the tools that answers on this line may use. They need schemas: true."""
     rounds: Rounds = ROUNDS
     """So often an answer may call tools, up to 8 at once. Then it must be in words."""
 

@@ -120,7 +120,10 @@ def _unix_socket(path: Path) -> socket.socket:
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody listens on a socket that is there already, be it another user or one who is too busy."""
+    """Whether a program listens on a socket that exists already.
+
+    Another user's program counts, and so does one that is too busy to answer.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:

@@ -132,7 +132,7 @@ class Drafter:
             tokens, line, started = [*ends[text].tokens, *guesses], ends[text].line, time.perf_counter()
             unread = small.unread(tokens, line)
             draft.grow(nodes, small.guesses(tokens, line, most, lambda: on_step(0, 1, self._model.card.bytes_read)))
-            if unread <= NODES:  # what it takes to read a prompt is no measure
+            if unread <= NODES:  # a whole prompt takes longer to read than a step does
                 self._pace.measured_draft(time.perf_counter() - started)
             steps += 1
         return steps

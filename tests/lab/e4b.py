@@ -26,9 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
-from flashd.pack.sources.gguf import GgufModel
 from tests import tiny
-from tests.lab.llama7b import write_shard
+from tests.lab.llama7b import Drawn, Shapes, write_shards, write_tokenizer
 from tests.lab.mixture import Stored, blocks, write_tensors
 
 Floats = npt.NDArray[np.float32]
@@ -120,16 +119,15 @@ def write_folder(folder: Path, shape: Shape, seed: int = 0) -> Path:
         _, layer, *_ = name.split(".") if name.startswith("blk.") else ("", "")
         before = f"model.language_model.{f'layers.{layer}.' if layer else ''}"
         shards.setdefault(layer, {})[f"{before}{part.name}"] = part
-    where: dict[str, str] = {}
-    for number, parts in enumerate(shards.values(), 1):
-        file, random = f"model-{number:05}-of-{len(shards):05}.safetensors", np.random.default_rng((seed, number))
-        drawn = (_drawn(part, random) for part in parts.values())
-        write_shard(folder / file, {name: part.shape for name, part in parts.items()}, drawn)
-        where |= dict.fromkeys(parts, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    write_shards(folder, [_shard(parts, (seed, number)) for number, parts in enumerate(shards.values(), 1)])
     (folder / "config.json").write_text(json.dumps(config(shape)))
     _write_tokenizer(folder, shape)
     return folder
+
+
+def _shard(parts: dict[str, Weights], seed: tuple[int, int]) -> tuple[Shapes, Drawn]:
+    random = np.random.default_rng(seed)
+    return {name: part.shape for name, part in parts.items()}, (_drawn(part, random) for part in parts.values())
 
 
 def _drawn(part: Weights, random: Random) -> Iterator[Floats]:
@@ -174,10 +172,7 @@ def _write_tokenizer(folder: Path, shape: Shape) -> None:
         path = Path(other) / "m.gguf"
         stored = {"token_embd.weight": Stored(table.shape, Kind.F32, lambda _: table)}
         write_tensors(_metadata(path, shape), stored, np.random.default_rng(0))
-        vocabulary = GgufModel(path).vocabulary()
-    (folder / "tokenizer.json").write_bytes(vocabulary.tokenizer_json)
-    special = {"eos_token": "<|end|>", "chat_template": vocabulary.chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+        write_tokenizer(folder, path)
 
 
 def write_gguf(path: Path, shape: Shape, seed: int = 0) -> Path:

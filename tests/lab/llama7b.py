@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -27,6 +27,7 @@ HIDDEN, NEURONS, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 32
 ROWS_AT_ONCE = 512
 
 Shapes = dict[str, tuple[int, ...]]
+Drawn = Iterable[Iterable[npt.NDArray[np.float32]]]
 
 
 def layer_shapes(i: int) -> Shapes:
@@ -47,26 +48,37 @@ OUTSIDE: Shapes = {
 def write(folder: Path, layers: int = LAYERS) -> None:
     folder.mkdir()
     parts = [OUTSIDE, *(layer_shapes(i) for i in range(layers))]
-    where: dict[str, str] = {}
-    for i, shapes in enumerate(parts):
-        name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
-        write_shard(folder / name, shapes, (values(shape, 1000 * i + j) for j, shape in enumerate(shapes.values())))
-        where |= dict.fromkeys(shapes, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    drawn = [[values(shape, 1000 * i + j) for j, shape in enumerate(p.values())] for i, p in enumerate(parts)]
+    write_shards(folder, list(zip(parts, drawn, strict=True)))
     config = {
         "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": layers, "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS, "intermediate_size": NEURONS, "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "vocab_size": VOCABULARY, "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    vocabulary = GgufModel(tiny.write(folder / "tiny.gguf")).vocabulary()
+    write_tokenizer(folder, tiny.write(folder / "tiny.gguf"))
     (folder / "tiny.gguf").unlink()
+
+
+def write_tokenizer(folder: Path, model: Path) -> None:
+    """That of a GGUF file made by tests.tiny."""
+    vocabulary = GgufModel(model).vocabulary()
     (folder / "tokenizer.json").write_bytes(vocabulary.tokenizer_json)
     special = {"eos_token": "<|end|>", "chat_template": vocabulary.chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
-def write_shard(path: Path, shapes: Shapes, drawn: Iterable[Iterable[npt.NDArray[np.float32]]]) -> None:
+def write_shards(folder: Path, shards: Sequence[tuple[Shapes, Drawn]]) -> None:
+    """The weights of a folder and their index: of each shard its tensors, and their weights as write_shard wants."""
+    where: dict[str, str] = {}
+    for number, (shapes, drawn) in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_shard(folder / name, shapes, drawn)
+        where |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def write_shard(path: Path, shapes: Shapes, drawn: Drawn) -> None:
     """A safetensors file: the length of its header, the header, the tensors one after the other.
 
     `drawn` are the weights of each, some rows at a time.

@@ -201,9 +201,8 @@ def blocks(random: Random, shape: tuple[int, ...], kind: Kind, gain: float) -> B
     """
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     out = np.frombuffer(bytearray(random.bytes(prod(shape) // block * nbytes)), np.uint8).reshape(-1, nbytes)
-    spread = np.float32(
-        np.sqrt(341.25 if kind == Kind.Q6_K else 21.25)
-    )  # of the whole numbers from 0 to 63, or to 15
+    # of the whole numbers from 0 to 63, or to 15
+    spread = np.float32(np.sqrt(341.25 if kind == Kind.Q6_K else 21.25))
     step = np.float32(gain / np.sqrt(shape[-1])) / spread
     if kind == Kind.Q4_0:
         # half of the steps are below zero, since whole numbers from -8 to 7 are not around zero

@@ -20,7 +20,6 @@ from flashd.engine.decoding.line import Figures, Foresight, Line, longest_shared
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Meanwhile, Model, OnStep, Tokens, silent
-from flashd.engine.model.sizes import LOGIT_ROWS
 from flashd.errors import PromptTooLong, UsageError
 
 QUIET_SECONDS = 20.0
@@ -291,17 +290,16 @@ class Conversation:
             wanted.append(len(tokens) - 1)
         # every model takes tokens that form one line behind all that is in the cache
         whole = lines[0].number == 0 and len(lines[0].slots) == self.model.cache.length
-        numbers = [line.number for line in lines]
-        branches = Branches([line.slots for line in lines], parents, numbers)
         in_line = whole and parents == [behind(0), *range(len(tokens) - 1)]
+        texts, numbers = [line.slots for line in lines], [line.number for line in lines]
+        branches = None if in_line else Branches(texts, parents, numbers)
         foresight = Foresight(speaking, trees, self.model.cache.length)
         rows = np.arange(len(wanted))
 
         def finish(likely: Floats) -> Tokens:
             nonlocal rows
             self._drafter.learn(trees, likely)
-            if len(wanted) > LOGIT_ROWS:
-                rows = foresight.rows(likely)
+            rows = foresight.rows(likely)
             return rows
 
         started, waited = time.perf_counter(), self.model.card.waited
@@ -310,12 +308,7 @@ class Conversation:
         if not chunks and drafts and self._drafter.works_ahead:
             meanwhile = partial(self._drafter.ahead, foresight)
         logits = self.model.forward(
-            np.array(tokens, np.int64),
-            np.array(wanted),
-            on_step,
-            None if in_line else branches,
-            meanwhile,
-            finish if drafts else None,
+            np.array(tokens, np.int64), np.array(wanted), on_step, branches, meanwhile, finish if drafts else None
         )
         seconds = time.perf_counter() - started
         for line in lines:

@@ -133,21 +133,21 @@ class Line:
         """The text's end as it is now."""
         return self._end_at(self.tokens, self.slots)
 
-    def foreseen(self, trees: Trees, node: int, past: int, likely: Floats) -> Foreseen:
+    def foreseen(self, trees: Trees, text: int, past: int, likely: Floats) -> Foreseen:
         """How the text will go on in a pass, if the pass draws tokens of the first n.
 
         Args:
             trees: what the pass checks.
-            node: the text's root.
+            text: its number among the texts of the pass.
             past: the slot of the first node.
             likely: logits [T, n] of the first n tokens of the vocabulary, behind each of the T nodes.
         """
-        sampler, tokens, nodes = self._sampler.twin(), list(self.tokens), [node]
+        sampler, tokens, nodes = self._sampler.twin(), list(self.tokens), [trees.root(text)]
         if sampler is None:
-            return Foreseen(trees.of_text(node), None)
+            return Foreseen(trees.of_text(text), None)
         # a repeat penalty may look at tokens of the text that are not among the first n
         logits = np.full(max(likely.shape[1], *tokens) + 1, -np.inf, np.float32)  # [m], m > n
-        child: int | None = node
+        child: int | None = nodes[0]
         while child is not None:
             logits[: likely.shape[1]] = likely[child]
             token = sampler.pick(logits, tokens)
@@ -213,13 +213,17 @@ class Foresight:
         """Of each text, by logits [R, n] of likely tokens, whose first rows are behind the nodes."""
         if not self._foreseen:
             self._foreseen = [
-                line.foreseen(self._trees, self._trees.root(text), self._past, likely)
-                for text, line in enumerate(self._lines)
+                line.foreseen(self._trees, text, self._past, likely) for text, line in enumerate(self._lines)
             ]
         return self._foreseen
 
     def rows(self, likely: Floats) -> Tokens:
-        """A Finish: the rows that texts will draw from, in order. Rows behind the nodes' are behind prompts."""
+        """A Finish: the rows that texts will draw from, in order; all if there are few.
+
+        Rows behind the nodes' are behind prompts.
+        """
+        if len(likely) <= LOGIT_ROWS:
+            return np.arange(len(likely))
         prompts = list(range(len(self._trees.tokens), len(likely)))
         by_depth = zip_longest(*(foreseen.nodes for foreseen in self.of(likely)))
         nodes = [node for node in chain.from_iterable(by_depth) if node is not None]

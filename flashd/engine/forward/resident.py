@@ -49,7 +49,7 @@ class ResidentModel:
         self.hit_rate = 1.0
         self.shares_reads = self.drafts = self.branches = False
         self.texts = 1
-        self.pass_tokens = WHOLE_TOKENS
+        self.nodes, self.pass_tokens = NODES, WHOLE_TOKENS
         fast, sparing = (Constants(bundle.header, kind, plan.kv) for kind in ("int8", "float32"))
         self._rotary = attention.Rotary(bundle, plan.context + SPARE)
         self._embed = stages.Embedder(bundle, fast if plan.int8_layers else sparing, self.card)
@@ -64,10 +64,6 @@ class ResidentModel:
             on_step(some.stop, layers, 0)
         self._head = Head(bundle, fast if plan.int8_head else sparing, plan, None)
         give_back_freed_memory()
-
-    @property
-    def nodes(self) -> int:
-        return NODES
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:
         """Never asked for: nothing is cheaper than an exact pass here."""

@@ -69,6 +69,8 @@ class Model(Protocol):
     cache: KvCache
     pass_tokens: int
     """The most tokens of prompts that one pass takes."""
+    nodes: int
+    """The most tokens of a pass that checks drafts."""
     texts: int
     """The most texts that may grow together. The tokens of a pass may follow several if they are more than one."""
 
@@ -83,10 +85,6 @@ class Model(Protocol):
     @property
     def shares_reads(self) -> bool:
         """Whether the tokens of a pass share its reads of the card, so that checking several costs what one costs."""
-
-    @property
-    def nodes(self) -> int:
-        """The most tokens of a pass that checks drafts."""
 
     @property
     def drafts(self) -> bool:

@@ -242,8 +242,7 @@ class KvCache:
         if first < count:
             for array in self._arrays:
                 array[:, :, first:count] = array[:, :, slots[first:]]  # [2, kv heads, n - first, row]
-        if not 0 <= count <= self.length:
-            raise ValueError(f"cannot keep {count} of {self.length} tokens")
+        self._check_kept(count)
         self.length = count
         if self._states:
             self._keep_states({0: count} if of_texts is None else of_texts)
@@ -278,6 +277,9 @@ class KvCache:
         states before the last pass are known, those behind up to REWIND tokens before the last, and where `mark` was
         called.
         """
+        self._check_kept(length)
+        self.length = self._states.forget(length)
+
+    def _check_kept(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
-        self.length = self._states.forget(length)

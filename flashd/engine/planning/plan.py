@@ -184,7 +184,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
         return _paged_parts(header, plan.context, base, pinned, head, plan.kv) | beside
 
-    held = parts_of(0)
+    held |= beside
     pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (layers * m.expert_groups)

@@ -34,7 +34,7 @@ class Trees:
     tokens: list[int]
     parents: list[int]
     odds: list[float]  # of each node: the probability that it and all nodes on the way to it are right
-    ranks: list[int | None]  # of a node that a Follower guessed: which of its guesses it was
+    ranks: list[int | None]  # of a node that Followers guessed: which of their guesses it was
 
     def root(self, text: int) -> int:
         """The node of a text's last token."""
@@ -42,15 +42,11 @@ class Trees:
 
     def guesses(self, text: int) -> int:
         """How many nodes are guesses at what follows a text."""
-        return texts_of(self.parents).count(text) - 1
+        return len(self.of_text(text)) - 1
 
-    def of_text(self, root: int) -> list[int]:
-        """The nodes of the tree with this root, the likeliest first."""
-        nodes = {root}
-        for node, parent in enumerate(self.parents):
-            if parent in nodes:
-                nodes.add(node)
-        return sorted(nodes)
+    def of_text(self, text: int) -> list[int]:
+        """The nodes of a text's tree, the likeliest first."""
+        return [node for node, of in enumerate(texts_of(self.parents)) if of == text]
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that is `token`; None if `token` was not guessed."""

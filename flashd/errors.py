@@ -1,6 +1,7 @@
 """What flashd says when it cannot go on: one clear line and a sysexits code."""
 
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import msgspec
@@ -15,6 +16,13 @@ NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 GROUP_ONLY = "only members of group flashd may use it; sudo usermod -aG flashd $USER, then log in again"
 """What a user who may not use the socket or the spool is told."""
 
+NOT_OF_A_LINE = ("Cc", "Zl", "Zp")
+"""Unicode's categories of control characters and of what separates lines and paragraphs."""
+
+
+def _spelt(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class FlashdError(Exception):
     """An error that is part of the interface: its text is the one line that the user reads.
@@ -23,6 +31,13 @@ class FlashdError(Exception):
     """
 
     exit_code = os.EX_SOFTWARE
+
+    def __str__(self) -> str:
+        """One line, whatever the names in it have: what breaks or controls a line is spelt, as in a Python string."""
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(_spelt(c) if unicodedata.category(c) in NOT_OF_A_LINE else c for c in text)
 
 
 class UsageError(FlashdError):

@@ -186,6 +186,15 @@ def test_a_refusal_names_all_that_flashd_lacks(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("breaks", ["\n", "\r", "\x1b[2J", "\x85", "\u2028"])
+def test_a_refusal_is_one_line_whatever_a_key_is_called(tmp_path: Path, breaks: str) -> None:
+    model = variants.write(tmp_path / "m.gguf", {f"llama.odd{breaks}key": 3.0})
+    with pytest.raises(DataError) as caught:
+        pack(model, tmp_path / "m.flash", "f16")
+    spelt = breaks.encode("unicode_escape").decode()
+    assert str(caught.value) == f"{model}: flashd does not know what llama.odd{spelt}key means (its value: 3.0)"
+
+
 def test_a_refusal_of_a_folder_names_all_too(tmp_path: Path) -> None:
     rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0, "turns": 9, "alpha": 3}
     model = variants.write_folder(tmp_path / "m", {"rope_parameters": rope, "logits_scaling": 8.0, "clip_qkv": 2.0})

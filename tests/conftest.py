@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -61,14 +62,29 @@ def smollm() -> Path:
     return default_model.model_file()
 
 
+class Packed(dict[str, Path]):
+    """A model's bundles by the kind of their rows. Each is packed when a test first asks for it."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._model, self._folder = model, folder
+
+    def __missing__(self, kind: RowKind) -> Path:
+        path = self._folder / f"{kind}.flash"
+        with (self._folder / f"{kind}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be packing it
+            if not path.exists():
+                pack(self._model, path, kind)
+        self[kind] = path
+        return path
+
+
 @pytest.fixture(scope="session")
-def packed(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """SmolLM2's bundles by the kind of their rows."""
-    folder = tmp_path_factory.mktemp("bundles")
-    kinds: list[RowKind] = ["int4", "int8"]
-    for kind in kinds:
-        pack(smollm, folder / f"{kind}.flash", kind)
-    return {kind: folder / f"{kind}.flash" for kind in kinds}
+def packed(smollm: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
+    """SmolLM2's bundles by the kind of their rows. All workers share them: do not write to them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "smollm2"
+    folder.mkdir(exist_ok=True)
+    return Packed(smollm, folder)
 
 
 @pytest.fixture(scope="session")

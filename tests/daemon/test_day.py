@@ -21,7 +21,7 @@ from flashd.daemon import spool
 from flashd.daemon.job import HEAD
 from tests.daemon.running import PATIENCE, Running
 
-JOBS = 200
+JOBS = 120
 MOST_WAITING = 24
 UNFINISHED = ("queued", "running")
 DAY = """
@@ -130,7 +130,7 @@ def test_a_day(packed: dict[str, Path], tmp_path: Path) -> None:
         while (latest := (all_jobs(http) or [{"id": 0}])[0]["id"]) < JOBS:
             script.act(http)
             time.sleep(0.02)
-            if latest >= 50 * reloads + 25:  # one look may find several more jobs than the one before
+            if latest >= 30 * reloads + 15:  # one look may find several more jobs than the one before
                 reloads += 1
                 os.kill(daemon.process.pid, signal.SIGHUP)  # type: ignore[union-attr]
             if latest > JOBS // 2 and not killed:

@@ -51,12 +51,12 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     question = "<|im_start|>user\nName the days of the week.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokens_of(packed["int4"], question)
     with opened(packed["int4"], 0.5) as model:
-        without, plain = said(model, prompt, sampling, drafts=False, limit=20)
-        withs, figures = said(model, prompt, sampling, drafts=True, limit=20)
+        without, plain = said(model, prompt, sampling, drafts=False, limit=14)
+        withs, figures = said(model, prompt, sampling, drafts=True, limit=14)
     assert withs == without
-    assert plain.drafted == 0 and plain.passes == 19
-    assert figures.drafted > 0 and figures.passes < 19
-    assert figures.passes + figures.accepted == 19
+    assert plain.drafted == 0 and plain.passes == 13
+    assert figures.drafted > 0 and figures.passes < 13
+    assert figures.passes + figures.accepted == 13
 
 
 PROMPTS = (
@@ -124,10 +124,10 @@ def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
             raise Stop
 
     with opened(packed["int4"], 0.5, 256) as model:
-        alone = [said(model, p, s, False, 12)[0] for p, s in zip(prompts, DRAWN, strict=True)]
+        alone = [said(model, p, s, False, 8)[0] for p, s in zip(prompts, DRAWN, strict=True)]
         model.cache.truncate(0)
         talk = Conversation(model)
-        lines = [begun(talk, p, s, 12) for p, s in zip(prompts, DRAWN, strict=True)]
+        lines = [begun(talk, p, s, 8) for p, s in zip(prompts, DRAWN, strict=True)]
         out: dict[Line, list[int]] = {line: [] for line in lines}
         broken = 0
         while talk.lines:

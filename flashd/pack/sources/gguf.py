@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +50,7 @@ class GgufTensor(Tensor):
         """
         part = self._data[ALL if len(self.shape) == 1 else which]
         try:
-            values = gguf.dequantize(part, self.kind)
+            values = gguf.dequantize(_longer(part), self.kind).reshape(*part.shape[:-1], -1)
         except NotImplementedError as error:
             raise DataError(f"tensor {self.name!r} is of type {self.kind.name}, which is not read") from error
         return np.ascontiguousarray(values, np.float32)
@@ -78,6 +79,16 @@ class GgufTensor(Tensor):
             least = least.reshape(-1, 8) * -steps[:, 1:]
             return scale.reshape(len(raw), -1), (least + 8 * scale).reshape(len(raw), -1)
         return None
+
+
+ROWS_IN_ONE = 8
+"""Rows that the gguf package is given as one. It converts 16 rows at a time, of which some are small."""
+
+
+def _longer(part: Bytes) -> Bytes:
+    """The same blocks in longer and fewer rows."""
+    rows = part.size // part.shape[-1]
+    return part.reshape(rows // math.gcd(rows, ROWS_IN_ONE), -1)
 
 
 def _halves(raw: Bytes) -> Floats:

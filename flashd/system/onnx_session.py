@@ -64,6 +64,9 @@ def open_session(
 ) -> ort.InferenceSession:  # fmt: skip
     """A session of a serialised graph. Call `start_pool` first. Raises DataError if it cannot be loaded.
 
+    On Arm it leaves out KleidiAI. Its products round a whole row of inputs to 8 bits in one range, and not blocks of
+    32, which lost 30 times as much (tests/lab/RESULTS.md). It also crashed if a row's last block was not whole.
+
     Args:
         graph: a ModelProto.
         initialisers: the graph's external constants, by name.
@@ -72,6 +75,7 @@ def open_session(
         unread: of these, the names of those that it does not read any more once the session is open.
     """
     options = ort.SessionOptions()
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
     _give_threads(options, 1 if alone or not initialisers else _made[0].number)
     options.enable_mem_pattern = False
     values: dict[str, ort.OrtValue] = {}

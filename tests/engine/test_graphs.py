@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from flashd.bundle.header import Header
@@ -51,6 +52,20 @@ def test_a_board_needs_no_onnx_package(packed: dict[str, Path], memory: str | No
     ask += ["--memory", memory or smallest(packed["int4"])]
     done = subprocess.run([sys.executable, "-c", ANSWER, *ask], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_arm_does_not_round_a_whole_row_in_one_range(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KleidiAI does, and crashes if a row's last block is not whole. Other processors have none."""
+    seen: list[str] = []
+
+    class Session(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, graph: bytes, options: ort.SessionOptions, **more: Any) -> None:
+            seen.append(options.get_session_config_entry("mlas.disable_kleidiai"))
+            super().__init__(graph, options, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    with opened(tiny_bundle, None, 64):
+        assert set(seen) == {"1"}
 
 
 def smallest(path: Path) -> str:

@@ -94,7 +94,7 @@ class Flashed:
             g.wait("journalctl -u flashd-kiosk -b --no-pager; ss -tn dport = :8080", "ESTAB.*127.0.0.1:8080", 600)
             said = "Chromium has the page"
         else:
-            said = g.wait("cat /dev/vcs1", "/help says more", 120)
+            said = g.wait("cat /dev/vcs1", "/help lists the commands", 120)
         g.photograph_screen(path)
         return f"{' '.join(said.split())[:80]}; see {path}"
 

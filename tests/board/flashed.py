@@ -101,7 +101,7 @@ class Flashed:
     def closed(self) -> str:
         """nobody can log in, and nothing listens but the page on loopback"""
         g = self.guest
-        open_to = [line.split()[3] for line in g.run("ss -tulnH").splitlines()]
+        open_to = [line.split()[4] for line in g.run("ss -tulnH").splitlines()]
         assert open_to in ([], ["127.0.0.1:8080"]), open_to
         able = g.run("awk -F: '$2 !~ /^[!*]/ {print $1}' /etc/shadow")
         assert not able, f"{able} may log in"

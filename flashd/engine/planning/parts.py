@@ -90,6 +90,11 @@ def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
     return rows + 4 * (form.biases + form.normed) * form.neurons
 
 
+def group_kept(form: GroupFormat, m: Architecture) -> int:
+    """Bytes of a group that stays in RAM when a model pages. Those of an expert have a session each."""
+    return group_held(form, "float32") + (SESSION if m.experts else 0)
+
+
 def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
     rows = form.inputs * form.neurons
     return while_opening(form.row, rows, arithmetic) + while_opening(form.column, form.hidden, arithmetic)

@@ -277,7 +277,7 @@ def _likely(header: Header) -> int:
 
 def _group_bytes(header: Header) -> tuple[int, ...]:
     """Bytes in RAM of a group of each layer that has some."""
-    return tuple(parts.group_held(header.group_of(i), "float32") for i in header.model.paged_layers)
+    return tuple(parts.group_kept(header.group_of(i), header.model) for i in header.model.paged_layers)
 
 
 def _passing_bytes(header: Header, pinned: tuple[int, ...]) -> int:

@@ -62,29 +62,20 @@ def smollm() -> Path:
     return default_model.model_file()
 
 
-class Packed(dict[str, Path]):
-    """A model's bundles by the kind of their rows. Each is packed when a test first asks for it."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self._model, self._folder = model, folder
-
-    def __missing__(self, kind: RowKind) -> Path:
-        path = self._folder / f"{kind}.flash"
-        with (self._folder / f"{kind}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be packing it
-            if not path.exists():
-                pack(self._model, path, kind)
-        self[kind] = path
-        return path
-
-
 @pytest.fixture(scope="session")
 def packed(smollm: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
     """SmolLM2's bundles by the kind of their rows. All workers share them: do not write to them."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "smollm2"
     folder.mkdir(exist_ok=True)
-    return Packed(smollm, folder)
+    kinds: list[RowKind] = ["int4", "int8"]
+    bundles = {str(kind): folder / f"{kind}.flash" for kind in kinds}
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be packing them
+        for kind in kinds:
+            if not bundles[kind].exists():
+                pack(smollm, bundles[kind], kind)
+    return bundles
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ class GgufTensor(Tensor):
         """
         part = self._data[ALL if len(self.shape) == 1 else which]
         try:
-            values = gguf.dequantize(_longer(part), self.kind).reshape(*part.shape[:-1], -1)
+            values = gguf.dequantize(_longer(part), self.kind).reshape(*part.shape[:-1], self.shape[-1])
         except NotImplementedError as error:
             raise DataError(f"tensor {self.name!r} is of type {self.kind.name}, which is not read") from error
         return np.ascontiguousarray(values, np.float32)
@@ -82,13 +82,13 @@ class GgufTensor(Tensor):
 
 
 ROWS_IN_ONE = 8
-"""Rows that the gguf package is given as one. It converts 16 rows at a time, of which some are small."""
+"""Rows that the gguf package is given as one. It converts 16 at a time, which are few weights if rows are short."""
 
 
 def _longer(part: Bytes) -> Bytes:
     """The same blocks in longer and fewer rows."""
-    rows = part.size // part.shape[-1]
-    return part.reshape(rows // math.gcd(rows, ROWS_IN_ONE), -1)
+    together = math.gcd(math.prod(part.shape[:-1]), ROWS_IN_ONE)
+    return part.reshape(-1, together * part.shape[-1])
 
 
 def _halves(raw: Bytes) -> Floats:

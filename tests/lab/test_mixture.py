@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +18,7 @@ from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.pack.pack import pack
 from flashd.system.freed_memory import give_back_freed_memory
 from flashd.system.memory import MIB, resident_now
+from tests.cli.command import run
 from tests.engine.test_paths import opened
 from tests.lab import mixture
 from tests.lab.mixture import Shape, follower
@@ -104,13 +102,9 @@ def test_experts_that_come_and_go_leave_nothing(half: PagedModel) -> None:
 
 @pytest.mark.slow
 def test_a_session_for_each_expert_is_within_the_budget(bundle: Path) -> None:
-    def flashd(command: str, memory: str, *more: str) -> dict[str, Any]:
-        words = [sys.executable, "-m", "flashd", command, *more, "--context", "64", "--memory", memory, "--json"]
-        found: dict[str, Any] = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
-        return found
-
-    plan = flashd("plan", "4G", str(bundle))
+    more = ("--context", "64", "--json", "--memory")
+    plan = json.loads(run("plan", bundle, *more, "4G").stdout)
     assert plan["pinned"] == plan["groups"] and sum(plan["groups"]) == SMALL.layers * SMALL.experts
-    ask = ("hello", "--model", str(bundle), "--max-tokens", "4")
-    facts = flashd("ask", f"{-(-plan['total'] // MIB)}M", *ask)
+    all_fit = f"{-(-plan['total'] // MIB)}M"
+    facts = json.loads(run("ask", "hello", "--model", bundle, "--max-tokens", "4", *more, all_fit).stdout)
     assert facts["peak_bytes"] <= facts["memory_bytes"]

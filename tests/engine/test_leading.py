@@ -48,7 +48,7 @@ def test_a_first_layer_without_experts_has_an_ffn_in_ram(bundle: Path) -> None:
     assert not {"layer.1.leading", "layer.0.router", "layer.0.experts", "layer.0.ffn"} & names
     first = m.leading_ffn(0)
     assert first and NEURONS <= first.neurons < NEURONS + 32
-    held = first.groups * parts.group_held(header.of_leading(first).group, "float32") + parts.SESSION
+    held = first.groups * parts.group_held(header.of_leading(first).group, "int8") + parts.SESSION
     nbytes = header.group.nbytes * m.expert_groups
     least = plan.smallest(header, 64, 0)
     # one expert in each of three layers, beside which the states of further texts take a quarter

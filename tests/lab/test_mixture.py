@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Kind
 
-from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.pack.pack import pack
@@ -95,7 +94,6 @@ def test_experts_that_come_and_go_leave_nothing(half: PagedModel) -> None:
             before = resident_now()
         half.forward(np.array([token]), np.array([0]))
         token = int(ring[token])
-    assert half.card.bytes_read > 4 * expert_ffn.OPENED_BYTES
     give_back_freed_memory()  # which passes over few tokens keep for the next one
     assert resident_now() - before < 8 << 20
 

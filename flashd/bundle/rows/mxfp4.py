@@ -22,6 +22,8 @@ BIAS, MISSING = 128, 255
 _TWICE = np.array([*SIZES, *(-size for size in SIZES)], np.int16)
 _BYTES = np.ascontiguousarray((_TWICE[unpack(np.arange(256, dtype=np.uint8)[:, None], 4)] + 128).astype(np.uint8))
 _PAIRS = _BYTES.view(np.uint16).reshape(256)  # of each byte, its two weights as bytes
+BYTES = np.ascontiguousarray(_BYTES.T)
+"""[2, 256]: of each byte, the first and the second of its weights, as `as_bytes` has them."""
 
 
 def widened(codes: Bytes, exponents: Bytes) -> Floats:

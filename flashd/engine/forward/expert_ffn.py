@@ -1,7 +1,8 @@
 """FFNs that are mixtures of experts. A pass reads from the card only those experts that its tokens use and RAM lacks.
 
-The routers of all layers stay in RAM, and as many experts of each layer as the plan allows. The answer does not
-depend on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case.
+The routers of all layers stay in RAM, and as many experts of each layer as the plan allows, as the card has them: to
+open a session of an expert takes longer than the few products that it has before it goes. The answer does not depend
+on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case.
 
 While a layer computes, the experts of the next layer are guessed and read ahead: the next layer's router is given the
 input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
@@ -9,9 +10,10 @@ input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,13 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
+from flashd.engine.forward.unpacked import Entering, Kept, Multiplier, Shelf
 from flashd.engine.model.contract import CardStats, OnStep
-from flashd.engine.model.sizes import TOKENS_AT_ONCE
+from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan
-from flashd.system.freed_memory import give_back_freed_memory
+from flashd.graphs.constant import Arithmetic
 
 RIGHT_DECAY = 0.9
 """The part of the running share of right guesses that stays when a pass adds its own."""
@@ -35,16 +38,12 @@ RIGHT_DECAY = 0.9
 TRUSTED = 0.5
 """Guesses are read ahead if at least this share was right: a wrong one may keep the card from what is needed."""
 
-OPENED_BYTES = 32 << 20
-"""When experts of so many bytes have come, what those that went have left on the heap is given back to the system.
-Without this the process held twice its budget after 60 tokens of a mixture of Qwen3-30B-A3B's shape."""
-
 
 @dataclass
 class _LayerExperts:
     """The experts of one layer that stay in RAM, and how well they are guessed."""
 
-    kept: dict[int, list[Any]]  # of experts that are in RAM, the sessions of their groups, in order
+    kept: dict[int, list[Kept]]  # of experts that are in RAM, their groups in order
     recent: LeastRecentlyUsed
     capacity: int  # experts
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
@@ -61,11 +60,40 @@ class _Routed:
     missing: list[int]  # those used that the card has to give
 
 
+@dataclass
+class _Work:
+    """Experts whose shares some threads compute. No two experts write to the same of shares [T, K, H]."""
+
+    workers: ThreadPoolExecutor
+    multiply: Multiplier
+    shares: Floats
+    entering: Entering
+    routed: _Routed
+    under_way: deque[Future[None]] = field(default_factory=deque)
+
+    def start(self, expert: int, groups: Sequence[Kept]) -> None:
+        self.under_way.append(self.workers.submit(self._add, expert, groups))
+
+    def wait(self, left: int) -> None:
+        """Waits until at most `left` of them are under way."""
+        while len(self.under_way) > left:
+            self.under_way.popleft().result()
+
+    def _add(self, expert: int, groups: Sequence[Kept]) -> None:
+        """Adds the share that an expert has in the output of those tokens that use it."""
+        tokens, place = np.nonzero(self.routed.used == expert)
+        entering = {name: values[tokens] for name, values in self.entering.items()}
+        share = self.shares[tokens, place]
+        for group in groups:
+            share = self.multiply(group, entering, share)
+        self.shares[tokens, place] = share
+
+
 class ExpertFfn:
     """The FeedForward of a mixture: each token uses the experts that the router chooses, each read once a pass."""
 
-    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
-        self._bundle, self._constants, self._plan = bundle, constants, plan
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        self._bundle, self._plan = bundle, plan
         self._model: Architecture = bundle.header.model
         assert self._model.experts is not None
         self._experts = self._model.experts
@@ -73,14 +101,14 @@ class ExpertFfn:
         self._forms = {layer: bundle.header.group_of(layer) for layer in self._model.paged_layers}
         self._most = units_of_a_read(bundle.header.largest_group.nbytes)
         self._router = Router(bundle)
+        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
         self._layers: dict[int, _LayerExperts] = {}  # of those layers that have experts
         self._first = self._experts.first
         most = min(self._size, self._most)
-        self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._session)
-        self._workers = ThreadPoolExecutor(plan.threads, thread_name_prefix="experts")
+        self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._keep)
+        self._workers = ThreadPoolExecutor(min(plan.threads, AT_WORK), thread_name_prefix="experts")
         self._routed: _Routed | None = None
         self._needed = self._found = 0
-        self._opened = 0  # bytes of experts that came since memory was given back
 
     @property
     def card(self) -> CardStats:
@@ -100,15 +128,17 @@ class ExpertFfn:
 
     def load(self, layer: int) -> None:
         capacity = self._plan.pinned[layer - self._first] // self._size
-        kept: dict[int, list[Any]] = {expert: [] for expert in range(capacity)}
+        kept: dict[int, list[Kept]] = {expert: [] for expert in range(capacity)}
         for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
-            kept[first // self._size].append(self._constants.groups(groups, once=True))
+            kept[first // self._size].append(self._shelf.keep(self._forms[layer], groups))
         self._router.load(layer)
         self._layers[layer] = _LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity)
 
-    def _session(self, extent: Extent, raw: Bytes) -> Any:
-        """A session of the groups that were read; called in the thread that read them."""
-        return self._constants.groups(self._forms[extent.section + self._first].groups(raw), once=True)
+    def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:
+        """The groups that were read. It is called in the thread that read them."""
+        form = self._forms[extent.section + self._first]
+        groups = form.groups(raw)
+        return [self._shelf.keep(form, groups[i : i + 1]) for i in range(len(groups))]
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:
@@ -121,22 +151,21 @@ class ExpertFfn:
         routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
         shares = self._router.biases(layer, routed.used)  # [T, K, H]
-        here = [self._workers.submit(_add, shares, h, routed, expert, kept[expert]) for expert in routed.here]
-        for done in here:
-            done.result()
+        entering = self._multiply.entering(self._forms[layer], h)
+        work = _Work(self._workers, self._multiply, shares, entering, routed)
+        for expert in routed.here:
+            work.start(expert, kept[expert])
         stay = self._make_room(layer, routed)
-        come: dict[int, list[Any]] = {expert: [] for expert in stay & set(routed.missing)}
-        for extent, session in self._queue.take():
+        come: dict[int, list[Kept]] = {expert: [] for expert in routed.missing}
+        for extent, groups in self._queue.take():
             expert = extent.first // self._size
-            _add(shares, h, routed, expert, [session])
-            self._opened += extent.count * self._forms[layer].nbytes
-            if expert in come:
-                come[expert].append(session)
+            come[expert] += groups
+            if len(come[expert]) == self._size:
+                work.wait(AT_WORK)
+                work.start(expert, come[expert] if expert in stay else come.pop(expert))
             on_step(layer, self._model.layers, self.card.bytes_read)
+        work.wait(0)
         kept |= come
-        if self._opened >= OPENED_BYTES:
-            self._opened = 0
-            give_back_freed_memory()
         return np.asarray(np.einsum("tk,tkh->th", routed.weights, shares), np.float32)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
@@ -215,8 +244,8 @@ class ExpertFfn:
 class LeadingFfns:
     """The FFNs of a mixture's first layers, which have no experts. All of them are in RAM."""
 
-    def __init__(self, bundle: Bundle, ffn: LeadingFfn) -> None:
-        self._bundle, self._constants = bundle, Constants(bundle.header.of_leading(ffn))
+    def __init__(self, bundle: Bundle, ffn: LeadingFfn, arithmetic: Arithmetic) -> None:
+        self._bundle, self._constants = bundle, Constants(bundle.header.of_leading(ffn), arithmetic)
         self._sessions: dict[int, Any] = {}
 
     def load(self, layer: int) -> None:
@@ -236,10 +265,10 @@ class LeadingFfns:
 class MixedFfn:
     """The FeedForward of a mixture whose first layers have no experts."""
 
-    def __init__(self, bundle: Bundle, leading: LeadingFfn, experts: ExpertFfn) -> None:
-        model, first = bundle.header.model, LeadingFfns(bundle, leading)
+    def __init__(self, bundle: Bundle, leading: LeadingFfns, experts: ExpertFfn) -> None:
+        model = bundle.header.model
         self._experts = experts
-        self._of: list[LeadingFfns | ExpertFfn] = [first] * model.paged_layers.start
+        self._of: list[LeadingFfns | ExpertFfn] = [leading] * model.paged_layers.start
         self._of += [experts] * len(model.paged_layers)
 
     @property
@@ -278,13 +307,3 @@ class MixedFfn:
 
     def close(self) -> None:
         self._experts.close()
-
-
-def _add(shares: Floats, h: Floats, routed: _Routed, expert: int, sessions: Sequence[Any]) -> None:
-    """Adds the share that some groups of an expert have in the output of those tokens that use it.
-
-    No two experts write to the same of shares [T, K, H], so several threads may do this.
-    """
-    tokens, place = np.nonzero(routed.used == expert)
-    for session in sessions:
-        shares[tokens, place] = multiplied(session, h=h[tokens], before=shares[tokens, place])

@@ -29,7 +29,7 @@ class Head:
         self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
         self._stream = stream if self._kept < self._model.vocabulary else None
         self._section = len(bundle.header.ffn_sections)
-        self._doubled = constants.arithmetic == "float32"
+        self._doubled = constants.arithmetic == "float32" or not plan.resident
         hidden = self._model.hidden
         self._parts = [
             (first, constants.rows(rows, hidden)) for first, rows in bundle.table("head", plan.head_rows, self._part)

@@ -17,7 +17,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
 from flashd.engine.forward.constants import Constants
-from flashd.engine.forward.expert_ffn import ExpertFfn, MixedFfn
+from flashd.engine.forward.expert_ffn import ExpertFfn, LeadingFfns, MixedFfn
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.head import Head
 from flashd.engine.forward.selected_ffn import SelectedFfn
@@ -39,9 +39,11 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
         return SelectedFfn(bundle, plan)
     if not header.model.experts:
         return StreamedFfn(bundle, constants, plan)
-    experts = ExpertFfn(bundle, constants, plan)
+    experts = ExpertFfn(bundle, plan)
     leading = header.model.experts.leading
-    return MixedFfn(bundle, leading, experts) if leading else experts
+    if leading is None:
+        return experts
+    return MixedFfn(bundle, LeadingFfns(bundle, leading, plan.arithmetic), experts)
 
 
 def _joined(parts: list[Floats]) -> Floats:
@@ -67,7 +69,7 @@ class PagedModel:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
-        constants = Constants(bundle.header, kv=plan.kv)
+        constants = Constants(bundle.header, plan.arithmetic, plan.kv)
         self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())

@@ -22,3 +22,9 @@ TOKENS_AT_ONCE = 128
 
 KEPT_ROWS = 256
 """Embedding rows that are kept for tokens that come one at a time. A text repeats most of its tokens."""
+
+TOKENS_UNPACKED = 8
+"""Tokens that go together through a product with an expert's weights, which leaves sums of each block behind each."""
+
+AT_WORK = 4
+"""Threads that multiply experts at the most, and experts that have come and wait for one of them."""

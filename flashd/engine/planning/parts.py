@@ -7,19 +7,26 @@ it is opened from. It reads them in place, see graphs.unread.
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
+
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.bundle.rows.kinds import BLOCK
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import (
+    AT_WORK,
     KEPT_ROWS,
     LOGIT_ROWS,
     MOST_TEXTS,
     NODES,
     TEMPORARY_BYTES,
     TOKENS_AT_ONCE,
+    TOKENS_UNPACKED,
     TREE_NODES,
 )
 from flashd.engine.model.states import states_bytes
@@ -36,11 +43,17 @@ WHOLE_TOKENS, WHOLE_LOGIT_ROWS = 64, 2
 BUFFERS = 3
 """Extents read ahead or in use: enough to keep the card busy while a layer's attention computes."""
 
+EXPERT_BUFFERS = 8
+"""The same of experts, of which those that the next layer may need are read ahead."""
+
 SESSIONS = 10 * MIB
 """The thread pool and the small graphs, measured 5 to 10 MiB on x86-64 with onnxruntime 1.32."""
 
 SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
+
+ALIGNED, OBJECTS = 64, 2 << 10
+"""Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
 
 SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
 """What the allocators hold beyond what was asked of them, for a model that stays whole and for one that pages."""
@@ -91,8 +104,23 @@ def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
 
 
 def group_kept(form: GroupFormat, m: Architecture) -> int:
-    """Bytes of a group that stays in RAM when a model pages. Those of an expert have a session each."""
-    return group_held(form, "float32") + (SESSION if m.experts else 0)
+    """Bytes of a group that stays in RAM when a model pages. Those of an expert are as the card has them."""
+    if not m.experts:
+        return group_held(form, "float32")
+    sizes = (prod(shape) * np.dtype(dtype).itemsize for dtype, shape in form.planes)
+    return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) + OBJECTS
+
+
+def multiplying(form: GroupFormat, arithmetic: Arithmetic) -> int:
+    """Bytes that the threads take which multiply experts: what they unpack into, and sums of blocks."""
+    products = ((form.row, form.inputs * form.neurons), (form.column, form.hidden))
+    unpacked = sums = 0
+    for row, rows in products:
+        weights = rows * (row.width + row.digits)
+        each = 4 if row.kind == "f16" else 1 if arithmetic == "int8" else 9  # as float32, and again less their zeros
+        unpacked += each * weights + 4 * weights // BLOCK
+        sums = max(sums, 2 * 4 * TOKENS_UNPACKED * weights // BLOCK)
+    return AT_WORK * (unpacked + sums)
 
 
 def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
@@ -229,13 +257,16 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
 
 
-def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
+def workspace(
+    header: Header, context: int, groups: int, head: int, whole: bool = False, arithmetic: Arithmetic = "float32"
+) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
     Args:
         groups: of a layer, the most that are in one session.
         head: of the head, the rows in RAM.
         whole: whether the model stays whole.
+        arithmetic: of a mixture that pages.
     """
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
@@ -246,8 +277,10 @@ def workspace(header: Header, context: int, groups: int, head: int, whole: bool 
     logits = 4 * WHOLE_LOGIT_ROWS * m.vocabulary if whole else _logits(m, head)
     logits *= 2 if m.changes_logits else 1
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
-    shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
-    return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
+    of_experts = 0
+    if m.experts:
+        of_experts = 4 * tokens * m.hidden * (m.experts.used + 1) + multiplying(header.largest_group, arithmetic)
+    return activations + scores(m, tokens, context) + logits + of_experts + (SLACK if whole else PAGED_SLACK)
 
 
 def _logits(m: Architecture, head: int) -> int:
@@ -299,6 +332,8 @@ def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: 
     m = header.model
     if header.selection is not None:
         return _selecting(header)
+    if m.experts:
+        return {} if all_pinned else _reading_experts(header)
     streams_head = head_rows < m.vocabulary
     if all_pinned and not streams_head:
         return {}
@@ -316,6 +351,16 @@ def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: 
         opening.append(while_opening(row, rows, arithmetic))
     total = BUFFERS * (buffer_bytes(max(buffers)) + max(sessions)) + IN_FLIGHT * max(opening)
     return {"window and read-ahead": total}
+
+
+def _reading_experts(header: Header) -> dict[str, int]:
+    """What reads go through, groups that were read, and experts that have come and wait to be multiplied."""
+    m, form = header.model, header.largest_group
+    count = groups_of_a_read(form, m)
+    groups = EXPERT_BUFFERS * count + (AT_WORK + 2) * m.expert_groups
+    return {
+        "window and read-ahead": EXPERT_BUFFERS * buffer_bytes(count * form.nbytes) + groups * group_kept(form, m)
+    }
 
 
 def _selecting(header: Header) -> dict[str, int]:

@@ -4,7 +4,7 @@ The budget counts everything that the process holds: what it holds when the plan
 tokenizer: measured) and what is still to come (computed from the bundle's header).
 
 A model stays whole if it fits. As many of its layers as there is room for then have the fast arithmetic, which takes
-more RAM. A model that does not fit pages, in float32.
+more RAM. A model that does not fit pages, in float32 if it is not a mixture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes, wid
 from flashd.engine.model.states import lendable_states, states_bytes
 from flashd.engine.paging.eviction import Numbers, shares
 from flashd.engine.planning import parts
-from flashd.engine.planning.parts import BUFFERS, LIKELY
+from flashd.engine.planning.parts import BUFFERS, EXPERT_BUFFERS, LIKELY
 from flashd.errors import MemoryTooSmall, UsageError
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
@@ -73,6 +73,7 @@ class Plan:
     lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
+    arithmetic: Arithmetic = "float32"  # of a model that pages
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
@@ -124,7 +125,7 @@ def make_plan(
         base: bytes that the process holds now.
         beside: bytes that a service holds or may be made to hold beside the model, by what for.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
-        arithmetic: the fastest that a model may have which stays whole.
+        arithmetic: the fastest that a model may have which stays whole or is a mixture.
         kv: how keys and values are kept.
         draft: of a small model that is in RAM too.
 
@@ -138,13 +139,14 @@ def make_plan(
         beside[DRAFT] = draft.total
     base += sum(beside.values())
     whole = sum(whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
-    paged = smallest(header, context, base, kv)
+    paged = smallest(header, context, base, kv, arithmetic)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=_group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
+        arithmetic=_of_paged(m, arithmetic),
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with(_whole(header, base, plan, arithmetic), beside)
@@ -178,11 +180,11 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
-    held = _paged_parts(header, plan.context, base, 0, kv=plan.kv)
+    held = _paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
-        return _paged_parts(header, plan.context, base, pinned, head, plan.kv) | beside
+        return _paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic) | beside
 
     held |= beside
     pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
@@ -193,7 +195,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     each = _spread(pinned, plan.groups)
     head, row = _likely(header), header.row_format("head")
     if pinned == every:
-        run = max(1, parts.held(row, ROWS_OF_A_RUN, "float32"))
+        run = max(1, parts.held(row, ROWS_OF_A_RUN, plan.arithmetic))
         more = max(0, plan.memory - sum(parts_of(pinned).values())) // run * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + more)
         while more and (over := sum(parts_of(pinned, head).values()) - plan.memory) > 0:
@@ -205,7 +207,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     passing = _passing_bytes(header, each)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts,
-        buffers=BUFFERS if "window and read-ahead" in held else 0, parts=held,
+        buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, _spread(pinned + lent, plan.groups)),
         reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
@@ -235,9 +237,17 @@ def with_margin(least: int) -> int:
     return -(-(least + MARGIN) // MIB) * MIB
 
 
-def smallest(header: Header, context: int, base: int, kv: KvFormat = "float32") -> int:
+def smallest(
+    header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic = "int8"
+) -> int:
     """The smallest budget with which a model pages: nothing pinned, every group streams past."""
-    return sum(_paged_parts(header, context, base, pinned=0, kv=kv).values())
+    paged = _paged_parts(header, context, base, 0, kv=kv, arithmetic=_of_paged(header.model, arithmetic))
+    return sum(paged.values())
+
+
+def _of_paged(m: Architecture, arithmetic: Arithmetic) -> Arithmetic:
+    """The arithmetic of a model that pages: of a mixture what is asked for, of others the one that takes less RAM."""
+    return arithmetic if m.experts else "float32"
 
 
 def rates_of(bundle: Bundle) -> Floats | None:
@@ -310,26 +320,29 @@ def _common(header: Header, context: int, base: int, kv: KvFormat, together: int
 
 
 def _paged_parts(
-    header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32"
-) -> dict[str, int]:
+    header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32",
+    arithmetic: Arithmetic = "float32",
+) -> dict[str, int]:  # fmt: skip
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
     m, head = header.model, head or _likely(header)
     every = sum(m.paged_groups)
     spread = _spread(pinned, m.paged_groups)
     each = max(spread)
     held = _common(header, context, base, kv, 1) | {
-        "attention": parts.attention_held(header, "float32") + parts.rotary(m, context),
-        "head": parts.head_held(header, head, "float32"),
-        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1), head),
-        **parts.reading(header, "float32", head, pinned == every),
-        **_tokens(header, "float32"),
+        "attention": parts.attention_held(header, arithmetic) + parts.rotary(m, context),
+        "head": parts.head_held(header, head, arithmetic),
+        "workspace": parts.workspace(
+            header, context, m.expert_groups if m.experts else max(each, 1), head, arithmetic=arithmetic
+        ),
+        **parts.reading(header, arithmetic, head, pinned == every),
+        **_tokens(header, arithmetic),
     }
     if m.experts and m.experts.leading:
-        held[LEADING_FFNS] = parts.leading_held(header, "float32")
+        held[LEADING_FFNS] = parts.leading_held(header, arithmetic)
     if not header.selection:
         sizes = zip(spread, _group_bytes(header), strict=True)
         held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
-    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each)}
+    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each, arithmetic)}
 
 
 def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
@@ -340,18 +353,16 @@ def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
     return {name: nbytes for name, nbytes in held.items() if nbytes}
 
 
-def _opening(header: Header, later: int, groups: int) -> int:
+def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
     """What opening the largest session takes, beyond what is not touched before all of them are open."""
     m = header.model
     largest = max(
-        parts.attention_opening(header, "float32"),
-        parts.tokens_opening(header, "float32"),
-        parts.states_opening(header, "float32"),
-        parts.leading_opening(header, "float32"),
-        parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), "float32"),
-        0
-        if header.selection
-        else (1 if m.experts else groups) * parts.group_opening(header.largest_group, "float32"),
+        parts.attention_opening(header, arithmetic),
+        parts.tokens_opening(header, arithmetic),
+        parts.states_opening(header, arithmetic),
+        parts.leading_opening(header, arithmetic),
+        parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), arithmetic),
+        0 if header.selection or m.experts else groups * parts.group_opening(header.largest_group, arithmetic),
     )
     return max(0, largest - later)
 

@@ -1,0 +1,123 @@
+"""Groups that stay in RAM as the card has them: their products, and the memory that they take."""
+
+from __future__ import annotations
+
+import gc
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, TernaryRows
+from flashd.bundle.header import Header
+from flashd.bundle.reader import Bundle, dequantise
+from flashd.bundle.rows.formats import GroupFormat
+from flashd.bundle.rows.kinds import Floats, RowKind
+from flashd.engine.forward.unpacked import Multiplier, Shelf
+from flashd.engine.model.sizes import TOKENS_UNPACKED
+from flashd.engine.planning.parts import OBJECTS, group_kept
+from flashd.graphs.constant import Arithmetic
+from flashd.pack.pack import pack
+from flashd.system.onnx_session import start_pool
+from tests.goldens.models import GOLDENS
+
+KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16", "ternary", "mxfp4")
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
+    """Of a tiny mixture. Its expert's matrices have rows of 64 and of 32 weights or more."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    pack(GOLDENS["qwen3moe"].write(folder / "m.gguf"), folder / "m.flash", "int4")
+    start_pool(1)
+    with Bundle(folder / "m.flash") as bundle:
+        return bundle.header
+
+
+def drawn(form: GroupFormat, seed: int) -> Groups:
+    """A group of random weights of about 1: any bytes are weights, only what they are multiplied with is chosen."""
+    random = np.random.default_rng(seed)
+    groups = form.views(random.integers(0, 256, (1, form.nbytes), np.uint8))
+    for rows in (groups.inputs, groups.down):
+        match rows:
+            case PlainRows():
+                rows.w[:] = random.normal(size=rows.w.shape)
+            case TernaryRows():
+                rows.scale[:] = random.uniform(0.5, 1, rows.scale.shape)
+            case Mxfp4Rows():
+                rows.exponent[:] = random.integers(125, 128, rows.exponent.shape)
+            case QuantRows():
+                rows.step[:] = random.uniform(0.1, 0.2, rows.step.shape)
+    return groups
+
+
+def share(groups: Groups, form: GroupFormat, h: Floats) -> Floats:
+    """[T, H], in numpy and float64."""
+    inputs = dequantise(groups.inputs[:1].joined(), form.row.kind).astype(np.float64)
+    down = dequantise(groups.down[:1].joined(), form.column.kind).astype(np.float64)
+    gate, up = np.split(h @ inputs.T, 2, axis=1)
+    return np.asarray((gate / (1 + np.exp(-gate)) * up) @ down.T, np.float64)
+
+
+def of_kind(header: Header, kind: RowKind, down: RowKind | None = None) -> GroupFormat:
+    form = header.group_of(0)
+    return GroupFormat(kind, form.hidden, form.inputs, 0, form.neurons, down_kind=down)
+
+
+def multiplier(
+    header: Header, form: GroupFormat, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> Multiplier:
+    monkeypatch.setattr(Header, "group_of", lambda *_: form)
+    return Multiplier(header, arithmetic)
+
+
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
+@pytest.mark.parametrize(("kind", "down"), [*((kind, None) for kind in KINDS), ("int4", "int8"), ("mxfp4", "int4")])
+def test_a_product_is_that_of_the_weights_whatever_their_kind(
+    header: Header, kind: RowKind, down: RowKind | None, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = of_kind(header, kind, down)
+    groups, h = drawn(form, 1), np.random.default_rng(2).normal(size=(5, form.hidden)).astype(np.float32)
+    multiply, before = multiplier(header, form, arithmetic, monkeypatch), np.full((5, form.hidden), 0.5, np.float32)
+    made = multiply(Shelf().keep(form, groups), multiply.entering(form, h), before) - before
+    right = share(groups, form, h)
+    exact = arithmetic == "float32" or kind == "f16"
+    assert np.sqrt(np.mean((made - right) ** 2)) < (1e-5 if exact else 0.02) * right.std()
+    assert exact or not np.allclose(made, right, rtol=1e-4, atol=1e-4 * right.std())  # inputs are rounded
+
+
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_has_the_same_share_however_many_others_there_are(
+    header: Header, kind: RowKind, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, tokens = of_kind(header, kind), 2 * TOKENS_UNPACKED + 1
+    h = np.random.default_rng(3).normal(size=(tokens, form.hidden)).astype(np.float32)
+    multiply, before = multiplier(header, form, arithmetic, monkeypatch), np.zeros((tokens, form.hidden), np.float32)
+    kept = Shelf().keep(form, drawn(form, 4))
+    made = multiply(kept, multiply.entering(form, h), before)
+    for some in (slice(0, 1), slice(tokens - 1, tokens), slice(3, 5), slice(1, TOKENS_UNPACKED + 3)):
+        assert np.array_equal(multiply(kept, multiply.entering(form, h[some]), before[some]), made[some])
+
+
+def test_groups_that_go_leave_their_memory_to_others(header: Header) -> None:
+    form, shelf = header.group_of(0), Shelf()
+    kept = [shelf.keep(form, drawn(form, seed)) for seed in range(3)]
+    places = {group.inputs.arrays()[0].ctypes.data for group in kept}
+    kept.clear()
+    gc.collect()
+    again = [shelf.keep(form, drawn(form, seed)) for seed in range(3, 6)]
+    assert {group.inputs.arrays()[0].ctypes.data for group in again} == places
+    for group, seed in zip(again, range(3, 6), strict=True):
+        for held, came in zip(group.inputs.arrays(), drawn(form, seed).inputs.arrays(), strict=True):
+            assert np.array_equal(held, came[0].T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_what_a_group_takes(header: Header, kind: RowKind) -> None:
+    form = of_kind(header, kind)
+    kept = Shelf().keep(form, drawn(form, 5))
+    arrays = [*kept.inputs.arrays(), *kept.down.arrays()]
+    first = min(array.ctypes.data for array in arrays)
+    end = max(array.ctypes.data + array.nbytes for array in arrays)
+    assert 0 <= group_kept(form, header.model) - OBJECTS - (end - first) < 64

@@ -22,6 +22,8 @@ from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
+from flashd.engine.forward.unpacked import Multiplier, Shelf
+from flashd.engine.model.sizes import AT_WORK
 from flashd.engine.paging.card import IN_FLIGHT
 from flashd.engine.planning.parts import BUFFERS, group_held
 from flashd.engine.planning.plan import Plan
@@ -55,12 +57,15 @@ def measure(bundle: Bundle, plan: Plan) -> None:
 
 def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
-    arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else "float32"
+    arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else plan.arithmetic
     constants = Constants(bundle.header, arithmetic)
     largest = group_held(bundle.header.largest_group, arithmetic)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
     single, few, many = (_Input.of(bundle, arithmetic, tokens) for tokens in (1, GUESSING, CHECKING))
-    opened = _opened(constants, groups, sum(form.nbytes for form in forms), many)
+    if bundle.header.model.experts:
+        opened = _unpacked(bundle, plan, groups, forms)
+    else:
+        opened = _opened(constants, groups, sum(form.nbytes for form in forms), many)
     sessions = [constants.groups(some) for some in groups]
     once, guessed, checked = (_best(partial(_all_of, sessions, given)) for given in (single, few, many))
     held = sum(group_held(form, arithmetic) for form in forms)
@@ -120,6 +125,19 @@ def _opened(constants: Constants, groups: Sequence[Groups], nbytes: int, given: 
         return nbytes / _best(pass_by)
     finally:
         use_small_pages()
+
+
+def _unpacked(bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> float:
+    """Bytes a second of groups of experts, which are kept and multiplied with a token each."""
+    m, shelf, multiplier = bundle.header.model, Shelf(), Multiplier(bundle.header, plan.arithmetic)
+    entering = {form: multiplier.entering(form, np.ones((1, m.hidden), np.float32)) for form in set(forms)}
+    before = np.zeros((1, m.hidden), np.float32)
+
+    def one(form: GroupFormat, group: Groups) -> None:
+        multiplier(shelf.keep(form, group), entering[form], before)
+
+    with ThreadPoolExecutor(min(plan.threads, AT_WORK)) as pool:
+        return sum(form.nbytes for form in forms) / _best(lambda: list(pool.map(one, forms, groups)))
 
 
 def _best(measured: Callable[[], object]) -> float:

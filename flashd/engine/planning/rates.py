@@ -1,7 +1,8 @@
 """The tokens a second to expect of a plan, by what the machine and its card do in a second.
 
 A pass over a model that pages reads what streams past, opens sessions of it, and multiplies what stays in RAM. The
-same threads read and open, so these times add up. Between passes the groups in RAM make guesses. How many of them are
+same threads read and open, so these times add up. Experts are multiplied as they are, while others are read, so that
+the slower of the two counts. Between passes the groups in RAM make guesses. How many of them are
 right depends on the text, so the rate of a text may be half or twice of what is expected.
 """
 
@@ -15,6 +16,7 @@ import msgspec
 from flashd.bundle.header import Header
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.plan import LEADING_FFNS, WEIGHTS, Plan
+from flashd.graphs.constant import Arithmetic
 from flashd.system.remembered import Remembered
 
 CARD = 45e6
@@ -39,7 +41,9 @@ IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What the processors of a machine do with a model's rows, in bytes a second."""
 
-    opened: float  # of the bundle, that sessions are made of and multiplied once
+    opened: (
+        float  # of the bundle, that sessions are made of and multiplied once; of experts, that are multiplied once
+    )
     multiplied: float  # of RAM, that a single token is multiplied with
     guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
     checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with
@@ -65,8 +69,9 @@ def remembered_rates(header: Header, plan: Plan) -> Rates | None:
 
 
 def _key(header: Header, plan: Plan) -> str:
-    form = "int8" if plan.resident and plan.int8_layers else "float32"
-    return f"{_machine()}, {plan.threads} threads, {header.formats.ffn} rows in {form}"
+    form: Arithmetic = "int8" if plan.resident and plan.int8_layers else plan.arithmetic
+    of = "experts, " if header.model.experts else ""
+    return f"{_machine()}, {plan.threads} threads, {of}{header.formats.ffn} rows in {form}"
 
 
 def _machine() -> str:
@@ -89,8 +94,10 @@ def expected(plan: Plan, rates: Rates, card: float | None) -> float:
     speed = card or CARD
     if plan.draft is not None:
         return _with_draft(plan, rates, speed)
+    if plan.used < 1:
+        return 1 / (_experts(plan, rates, speed) + in_ram / rates.multiplied)
     once = plan.card_bytes / speed + plan.card_bytes / rates.opened + in_ram / rates.multiplied
-    if plan.slots or plan.used < 1:
+    if plan.slots:
         return 1 / once
     # while a text is short, more groups are in RAM and fewer stream past
     lent, groups = plan.lent_groups, sum(plan.groups)
@@ -110,12 +117,21 @@ def _with_draft(plan: Plan, rates: Rates, card: float) -> float:
     step = sum(plan.draft.parts.get(part, 0) for part in IN_RAM) / rates.multiplied
 
     def rate(nodes: int) -> float:
-        # tokens of a pass may use the same experts
-        share = 1.0 if plan.used == 1 else (1 - (1 - plan.used) ** nodes) / plan.used
-        seconds = _pass(plan.card_bytes * share, in_ram, rates, card) + (nodes - 1) * step
-        return float((1 - RIGHT**nodes) / (1 - RIGHT) / seconds)
+        if plan.used < 1:
+            # tokens of a pass may use the same experts
+            share = (1 - (1 - plan.used) ** nodes) / plan.used
+            seconds = share * _experts(plan, rates, card) + in_ram / rates.checked
+        else:
+            seconds = _pass(plan.card_bytes, in_ram, rates, card)
+        return float((1 - RIGHT**nodes) / (1 - RIGHT) / (seconds + (nodes - 1) * step))
 
     return max(rate(nodes) for nodes in range(1, NODES + 1))
+
+
+def _experts(plan: Plan, rates: Rates, card: float) -> float:
+    """Seconds of the experts that a token uses."""
+    used = plan.used * sum(groups * size for groups, size in zip(plan.groups, plan.group_bytes, strict=True))
+    return max(plan.card_bytes / card, used / rates.opened)
 
 
 def _pass(card_bytes: float, in_ram: float, rates: Rates, card: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from flashd.engine.engine import Answer, Engine
 from flashd.engine.paging.card_speed import remembered
-from flashd.engine.planning.plan import LIBRARIES
+from flashd.engine.planning.held import LIBRARIES
 from flashd.system.memory import peak
 
 

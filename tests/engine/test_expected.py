@@ -12,7 +12,8 @@ from flashd.engine import expected as measuring
 from flashd.engine.engine import rate_of
 from flashd.engine.expected import measure
 from flashd.engine.paging.card_speed import CardSpeed, remember
-from flashd.engine.planning.plan import WEIGHTS, Plan, make_plan
+from flashd.engine.planning.held import WEIGHTS
+from flashd.engine.planning.plan import Plan, make_plan
 from flashd.engine.planning.rates import ASSUMED, BETWEEN, CARD, Rates, expected, remembered_rates
 
 FAST = Rates(opened=1e12, multiplied=1e12, guessed=1e12, checked=1e12)

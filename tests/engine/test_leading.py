@@ -17,7 +17,8 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
 from flashd.engine.forward.stages import Stage
 from flashd.engine.planning import parts, plan
-from flashd.engine.planning.plan import LEADING_FFNS, make_plan
+from flashd.engine.planning.held import LEADING_FFNS
+from flashd.engine.planning.plan import make_plan
 from flashd.errors import DataError
 from flashd.graphs.in_place import graph
 from flashd.pack.pack import pack

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.token_bytes import TokenBytes
+from flashd.engine.planning.held import LIBRARIES, whole_parts
 from flashd.engine.planning.parts import LIKELY
-from flashd.engine.planning.plan import LIBRARIES, Plan, make_plan, whole_parts
+from flashd.engine.planning.plan import Plan, make_plan
 from flashd.errors import DataError, MemoryTooSmall
 
 Rate = Callable[[Plan], float]

@@ -19,11 +19,12 @@ from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
-from flashd.engine.model.kv_cache import SPARE, cache_bytes, lendable_bytes, widened_bytes
-from flashd.engine.model.states import lendable_states, states_bytes
-from flashd.engine.paging.eviction import Numbers, shares
+from flashd.engine.model.kv_cache import lendable_bytes
+from flashd.engine.model.states import lendable_states
+from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts
-from flashd.engine.planning.parts import BUFFERS, EXPERT_BUFFERS, LIKELY
+from flashd.engine.planning.held import LIBRARIES, by_turns, group_bytes, likely, paged_parts, spread, whole_parts
+from flashd.engine.planning.parts import BUFFERS, EXPERT_BUFFERS
 from flashd.errors import MemoryTooSmall, UsageError
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
@@ -33,17 +34,8 @@ MARGIN = 2 * MIB
 """What the libraries' measured share varies by from one start to the next."""
 
 
-LIBRARIES = "interpreter, libraries, tokenizer"
-"""The part of a plan that is there already."""
-
-LEADING_FFNS = "first layers without experts"
-"""The part of a mixture that every token uses."""
-
 DRAFT = "draft"
 """The part of a small model that guesses."""
-
-WEIGHTS = "constant weights"
-"""The part of a model that stays whole."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +72,12 @@ class Plan:
         """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
         here = sum(self.pinned)
         more = min(_groups_in(lent, self.groups, self.group_bytes, here), self.lent_groups)
-        return _spread(here + more, self.groups)
+        return spread(here + more, self.groups)
 
     @property
     def lent_held(self) -> int:
         """Bytes in RAM of the groups that RAM of the KV cache has room for."""
-        more = _spread(sum(self.pinned) + self.lent_groups, self.groups)
+        more = spread(sum(self.pinned) + self.lent_groups, self.groups)
         return sum(
             size * (groups - here) for size, groups, here in zip(self.group_bytes, more, self.pinned, strict=True)
         )
@@ -143,7 +135,7 @@ def make_plan(
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
-        pinned=m.paged_groups, groups=m.paged_groups, group_bytes=_group_bytes(header), lent_groups=0,
+        pinned=m.paged_groups, groups=m.paged_groups, group_bytes=group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
         arithmetic=_of_paged(m, arithmetic),
@@ -180,11 +172,11 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
-    held = _paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
+    held = paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
-        return _paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic) | beside
+        return paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic) | beside
 
     held |= beside
     pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
@@ -192,15 +184,15 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         pinned -= pinned % (layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
         pinned -= 1  # the more groups share a session, the larger its temporaries
-    each = _spread(pinned, plan.groups)
-    head, row = _likely(header), header.row_format("head")
+    each = spread(pinned, plan.groups)
+    head, row = likely(header), header.row_format("head")
     if pinned == every:
         run = max(1, parts.held(row, ROWS_OF_A_RUN, plan.arithmetic))
         more = max(0, plan.memory - sum(parts_of(pinned).values())) // run * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + more)
         while more and (over := sum(parts_of(pinned, head).values()) - plan.memory) > 0:
             head -= -(-over // run) * ROWS_OF_A_RUN  # each row in RAM has logits behind every node
-        head = max(head, _likely(header))
+        head = max(head, likely(header))
     held = parts_of(pinned, head)
     lendable = lendable_bytes(m, plan.context, plan.kv) + lendable_states(m, texts - 1)
     lent = 0 if m.experts else _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
@@ -209,7 +201,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts,
         buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
-        lent_card_bytes=passing - _passing_bytes(header, _spread(pinned + lent, plan.groups)),
+        lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),
         reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
 
@@ -217,7 +209,7 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
 def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
-    held = _paged_parts(header, plan.context, base, pinned=0, kv=plan.kv)
+    held = paged_parts(header, plan.context, base, pinned=0, kv=plan.kv)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=False)
     held |= beside
     slots = min(m.layers * m.neurons, (plan.memory - sum(held.values())) // size)
@@ -241,7 +233,7 @@ def smallest(
     header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic = "int8"
 ) -> int:
     """The smallest budget with which a model pages: nothing pinned, every group streams past."""
-    paged = _paged_parts(header, context, base, 0, kv=kv, arithmetic=_of_paged(header.model, arithmetic))
+    paged = paged_parts(header, context, base, 0, kv=kv, arithmetic=_of_paged(header.model, arithmetic))
     return sum(paged.values())
 
 
@@ -256,38 +248,13 @@ def rates_of(bundle: Bundle) -> Floats | None:
     return bundle.floats("rates").reshape(m.layers, m.neurons) if bundle.header.selection else None
 
 
-def _spread(groups: int, every: tuple[int, ...]) -> tuple[int, ...]:
-    """So many groups over layers that have `every`: as large a share of each, the first layers getting what is left.
-
-    A layer never gets fewer if there are more.
-    """
-    return tuple(np.bincount(_by_turns(every)[:groups], minlength=len(every)).tolist())
-
-
-def _by_turns(every: tuple[int, ...]) -> Numbers:
-    """[n] the layers of all groups, in the order in which groups are pinned."""
-    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in every]), kind="stable")
-    return np.repeat(np.arange(len(every)), every)[order]
-
-
 def _groups_in(nbytes: int, every: tuple[int, ...], sizes: tuple[int, ...], first: int = 0) -> int:
     """How many groups, from number `first` on in the order in which they are pinned, there is room for.
 
     `sizes`: bytes of a group of each layer.
     """
-    ends = np.cumsum(np.array(sizes)[_by_turns(every)[first:]])
+    ends = np.cumsum(np.array(sizes)[by_turns(every)[first:]])
     return int(np.searchsorted(ends, nbytes, side="right"))
-
-
-def _likely(header: Header) -> int:
-    """Rows of the head that stay in RAM in any case."""
-    m = header.model
-    return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
-
-
-def _group_bytes(header: Header) -> tuple[int, ...]:
-    """Bytes in RAM of a group of each layer that has some."""
-    return tuple(parts.group_kept(header.group_of(i), header.model) for i in header.model.paged_layers)
 
 
 def _passing_bytes(header: Header, pinned: tuple[int, ...]) -> int:
@@ -306,94 +273,6 @@ def _needed(m: Architecture) -> int:
     return m.experts.used * m.expert_groups if m.experts else m.groups
 
 
-def _common(header: Header, context: int, base: int, kv: KvFormat, together: int) -> dict[str, int]:
-    m, states = header.model, states_bytes(header.model)
-    # the rows behind the last token, see graphs.constant
-    rows = context + SPARE
-    return {
-        LIBRARIES: base,
-        "KV cache": cache_bytes(m, rows, kv) + widened_bytes(m, rows, kv, together),
-        **({"states": states} if states else {}),
-        "graphs": parts.SESSIONS,
-        "texts of tokens": parts.section_bytes(header, "token_bytes"),
-    }
-
-
-def _paged_parts(
-    header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32",
-    arithmetic: Arithmetic = "float32",
-) -> dict[str, int]:  # fmt: skip
-    """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
-    m, head = header.model, head or _likely(header)
-    every = sum(m.paged_groups)
-    spread = _spread(pinned, m.paged_groups)
-    each = max(spread)
-    held = _common(header, context, base, kv, 1) | {
-        "attention": parts.attention_held(header, arithmetic) + parts.rotary(m, context),
-        "head": parts.head_held(header, head, arithmetic),
-        "workspace": parts.workspace(
-            header, context, m.expert_groups if m.experts else max(each, 1), head, arithmetic=arithmetic
-        ),
-        **parts.reading(header, arithmetic, head, pinned == every),
-        **_tokens(header, arithmetic),
-    }
-    if m.experts and m.experts.leading:
-        held[LEADING_FFNS] = parts.leading_held(header, arithmetic)
-    if not header.selection:
-        sizes = zip(spread, _group_bytes(header), strict=True)
-        held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
-    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each, arithmetic)}
-
-
-def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
-    held = {
-        "token inputs": parts.tokens_held(header, arithmetic),
-        "token states": parts.states_held(header, arithmetic),
-    }
-    return {name: nbytes for name, nbytes in held.items() if nbytes}
-
-
-def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
-    """What opening the largest session takes, beyond what is not touched before all of them are open."""
-    m = header.model
-    largest = max(
-        parts.attention_opening(header, arithmetic),
-        parts.tokens_opening(header, arithmetic),
-        parts.states_opening(header, arithmetic),
-        parts.leading_opening(header, arithmetic),
-        parts.while_opening(header.row_format("head"), min(parts.head_part(header), _likely(header)), arithmetic),
-        0 if header.selection or m.experts else groups * parts.group_opening(header.largest_group, arithmetic),
-    )
-    return max(0, largest - later)
-
-
 def _can_be_whole(header: Header) -> bool:
     f = header.formats
     return not (header.selection or header.model.experts or "f16" in (f.ffn, f.attention, f.head))
-
-
-def whole_parts(
-    header: Header, context: int, base: int, int8_layers: int, int8_head: bool, kv: KvFormat = "float32",
-    head_rows: int | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """The parts of a model that stays whole, with the first `head_rows` of its head. None: with all of them."""
-    m, head = header.model, header.row_format("head")
-    of_head: Arithmetic = "int8" if int8_head else "float32"
-    weights, opening = parts.head_held(header, head_rows or m.vocabulary, of_head), 0
-    kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
-    first = 0
-    for kind, count in kinds.items():
-        layers = range(first, first + count)
-        weights += sum(m.layer_groups[i] * parts.group_held(header.group_of(i), kind) for i in layers)
-        weights += parts.attention_held(header, kind, layers)
-        first += count
-        each = m.groups * parts.group_opening(header.largest_group, kind) + parts.attention_opening(header, kind)
-        opening = max(opening, min(count, parts.layers_together(header)) * each)
-    opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
-    of_tokens: Arithmetic = "int8" if int8_layers else "float32"
-    opening = max(opening, parts.tokens_opening(header, of_tokens), parts.states_opening(header, of_tokens))
-    workspace = parts.workspace(header, context, m.groups, m.vocabulary, whole=True) + parts.rotary(m, context)
-    common = _common(header, context, base, kv, parts.layers_together(header))
-    # the KV cache and the workspace are not touched before all sessions are open
-    opening = max(0, opening - workspace - common["KV cache"])
-    return common | {WEIGHTS: weights, "workspace": workspace, **_tokens(header, of_tokens), "opening": opening}

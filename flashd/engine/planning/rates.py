@@ -15,7 +15,8 @@ import msgspec
 
 from flashd.bundle.header import Header
 from flashd.engine.model.sizes import NODES
-from flashd.engine.planning.plan import LEADING_FFNS, WEIGHTS, Plan
+from flashd.engine.planning.held import LEADING_FFNS, WEIGHTS
+from flashd.engine.planning.plan import Plan
 from flashd.graphs.constant import Arithmetic
 from flashd.system.remembered import Remembered
 

@@ -1,0 +1,136 @@
+"""What a model holds in RAM, part by part, in each of the ways in which it may stay there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashd.bundle.header import Header
+from flashd.engine.model.kv_cache import SPARE, cache_bytes, widened_bytes
+from flashd.engine.model.states import states_bytes
+from flashd.engine.paging.eviction import Numbers
+from flashd.engine.planning import parts
+from flashd.engine.planning.parts import LIKELY
+from flashd.graphs.constant import Arithmetic
+from flashd.graphs.rounding import KvFormat
+
+LIBRARIES = "interpreter, libraries, tokenizer"
+"""The part of a plan that is there already."""
+
+LEADING_FFNS = "first layers without experts"
+"""The part of a mixture that every token uses."""
+
+WEIGHTS = "constant weights"
+"""The part of a model that stays whole."""
+
+
+def _common(header: Header, context: int, base: int, kv: KvFormat, together: int) -> dict[str, int]:
+    m, states = header.model, states_bytes(header.model)
+    # the rows behind the last token, see graphs.constant
+    rows = context + SPARE
+    return {
+        LIBRARIES: base,
+        "KV cache": cache_bytes(m, rows, kv) + widened_bytes(m, rows, kv, together),
+        **({"states": states} if states else {}),
+        "graphs": parts.SESSIONS,
+        "texts of tokens": parts.section_bytes(header, "token_bytes"),
+    }
+
+
+def paged_parts(
+    header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32",
+    arithmetic: Arithmetic = "float32",
+) -> dict[str, int]:  # fmt: skip
+    """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
+    m, head = header.model, head or likely(header)
+    every = sum(m.paged_groups)
+    here = spread(pinned, m.paged_groups)
+    each = max(here)
+    held = _common(header, context, base, kv, 1) | {
+        "attention": parts.attention_held(header, arithmetic) + parts.rotary(m, context),
+        "head": parts.head_held(header, head, arithmetic),
+        "workspace": parts.workspace(
+            header, context, m.expert_groups if m.experts else max(each, 1), head, arithmetic=arithmetic
+        ),
+        **parts.reading(header, arithmetic, head, pinned == every),
+        **_tokens(header, arithmetic),
+    }
+    if m.experts and m.experts.leading:
+        held[LEADING_FFNS] = parts.leading_held(header, arithmetic)
+    if not header.selection:
+        sizes = zip(here, group_bytes(header), strict=True)
+        held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
+    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each, arithmetic)}
+
+
+def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
+    held = {
+        "token inputs": parts.tokens_held(header, arithmetic),
+        "token states": parts.states_held(header, arithmetic),
+    }
+    return {name: nbytes for name, nbytes in held.items() if nbytes}
+
+
+def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
+    """What opening the largest session takes, beyond what is not touched before all of them are open."""
+    m = header.model
+    largest = max(
+        parts.attention_opening(header, arithmetic),
+        parts.tokens_opening(header, arithmetic),
+        parts.states_opening(header, arithmetic),
+        parts.leading_opening(header, arithmetic),
+        parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
+        0 if header.selection or m.experts else groups * parts.group_opening(header.largest_group, arithmetic),
+    )
+    return max(0, largest - later)
+
+
+def whole_parts(
+    header: Header, context: int, base: int, int8_layers: int, int8_head: bool, kv: KvFormat = "float32",
+    head_rows: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """The parts of a model that stays whole, with the first `head_rows` of its head. None: with all of them."""
+    m, head = header.model, header.row_format("head")
+    of_head: Arithmetic = "int8" if int8_head else "float32"
+    weights, opening = parts.head_held(header, head_rows or m.vocabulary, of_head), 0
+    kinds: dict[Arithmetic, int] = {"int8": int8_layers, "float32": m.layers - int8_layers}
+    first = 0
+    for kind, count in kinds.items():
+        layers = range(first, first + count)
+        weights += sum(m.layer_groups[i] * parts.group_held(header.group_of(i), kind) for i in layers)
+        weights += parts.attention_held(header, kind, layers)
+        first += count
+        each = m.groups * parts.group_opening(header.largest_group, kind) + parts.attention_opening(header, kind)
+        opening = max(opening, min(count, parts.layers_together(header)) * each)
+    opening = max(opening, parts.while_opening(head, parts.head_part(header), of_head))
+    of_tokens: Arithmetic = "int8" if int8_layers else "float32"
+    opening = max(opening, parts.tokens_opening(header, of_tokens), parts.states_opening(header, of_tokens))
+    workspace = parts.workspace(header, context, m.groups, m.vocabulary, whole=True) + parts.rotary(m, context)
+    common = _common(header, context, base, kv, parts.layers_together(header))
+    # the KV cache and the workspace are not touched before all sessions are open
+    opening = max(0, opening - workspace - common["KV cache"])
+    return common | {WEIGHTS: weights, "workspace": workspace, **_tokens(header, of_tokens), "opening": opening}
+
+
+def spread(groups: int, every: tuple[int, ...]) -> tuple[int, ...]:
+    """So many groups over layers that have `every`: as large a share of each, the first layers getting what is left.
+
+    A layer never gets fewer if there are more.
+    """
+    return tuple(np.bincount(by_turns(every)[:groups], minlength=len(every)).tolist())
+
+
+def by_turns(every: tuple[int, ...]) -> Numbers:
+    """[n] the layers of all groups, in the order in which groups are pinned."""
+    order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in every]), kind="stable")
+    return np.repeat(np.arange(len(every)), every)[order]
+
+
+def likely(header: Header) -> int:
+    """Rows of the head that stay in RAM in any case."""
+    m = header.model
+    return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
+
+
+def group_bytes(header: Header) -> tuple[int, ...]:
+    """Bytes in RAM of a group of each layer that has some."""
+    return tuple(parts.group_kept(header.group_of(i), header.model) for i in header.model.paged_layers)

@@ -28,6 +28,8 @@ CARD_SIZE = "8G"
 BOOT_SECONDS = 180.0
 PROMPT = r"\r> \x1b\[K"
 QUESTION = "What is the capital of France?"
+TRIES = 3
+"""Answers of which one has to be right: the small default model, whose answers are drawn, is wrong now and then."""
 
 CURL = "python3 -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())'"
 
@@ -70,12 +72,15 @@ class Flashed:
         uart.send("\r")
         uart.expect(r"/help says more", timeout=60 * self.guest.patience)
         uart.expect(PROMPT, timeout=60 * self.guest.patience)
-        uart.send(f"{QUESTION}\r")
-        uart.expect(re.escape(QUESTION) + r"\r\n", timeout=60 * self.guest.patience)
-        uart.expect(PROMPT, timeout=200 * self.guest.patience)
-        shown = " ".join(re.sub(r"\r[^\r\n]*\x1b\[K", "", str(uart.before)).split())
-        assert "Paris" in shown, shown
-        return f"{UART[self.guest.arch]}: {QUESTION} {shown}"
+        answers = []
+        for _ in range(TRIES):
+            uart.send(f"{QUESTION}\r")
+            uart.expect(re.escape(QUESTION) + r"\r\n", timeout=60 * self.guest.patience)
+            uart.expect(PROMPT, timeout=200 * self.guest.patience)
+            answers.append(" ".join(re.sub(r"\r[^\r\n]*\x1b\[K", "", str(uart.before)).split()))
+            if "Paris" in answers[-1]:
+                return f"{UART[self.guest.arch]}: {QUESTION} {answers[-1]}"
+        raise AssertionError(answers)
 
     def page(self) -> str:
         """the page and the API answer on loopback"""

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -33,12 +33,14 @@ from flashd.engine.planning import parts, plan
 from flashd.engine.planning.draft import Pair
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import MemoryTooSmall
+from flashd.graphs.constant import Arithmetic
 from flashd.pack import groups
 from flashd.pack.pack import pack
 from flashd.system.memory import MIB
 from tests.engine.test_paths import all_logits, opened
 from tests.engine.test_paths import plan as made_plan
 from tests.goldens.models import EXPERTS, GOLDENS, LAYERS, TOKENS, USED
+from tests.reference import relative
 
 ONE_BLOCK = 4096
 """The most bytes of a group, so that one has 32 neurons and an expert several."""
@@ -123,27 +125,45 @@ def test_a_chunk_reads_each_expert_that_it_needs_once(
         assert model.card.bytes_wanted == missed * expert_bytes(bundle)
 
 
-# routers behind and before the attention, and one that takes something of its own
-@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker", "gemma4-moe"])
+# routers behind and before the attention, one that takes something of its own, and experts of 4 bits in the file
+@pytest.mark.parametrize("name", ["qwen3moe", "smallthinker", "gemma4-moe", "gpt-oss"])
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
 def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(groups, "MOST_BYTES", ONE_BLOCK)
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     # several reads an expert, and some experts of each layer guessed in part
     monkeypatch.setattr(card, "READ_BYTES", 6 << 10)
     tokens = TOKENS[:10].tolist()
-    with opened(tmp_path / "m.flash", 1.0, 64) as model:
+    with opened(tmp_path / "m.flash", 1.0, 64, arithmetic) as model:
         expected = {chunk: all_logits(model, tokens, chunk) for chunk in (1, 7)}
         assert np.array_equal(expected[1], expected[7])
         assert model.card.bytes_read == 0 and model.hit_rate == 1
     for trusted in (0.0, 2.0):
         monkeypatch.setattr(expert_ffn, "TRUSTED", trusted)
         for capacity in (0, 3):
-            with opened(tmp_path / "m.flash", capacity / EXPERTS + 1e-6, 64) as model:
+            with opened(tmp_path / "m.flash", capacity / EXPERTS + 1e-6, 64, arithmetic) as model:
                 for chunk, logits in expected.items():
                     assert np.array_equal(all_logits(model, tokens, chunk), logits)
                 assert model.hit_rate < 1
+
+
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
+def test_experts_that_all_fit_are_constants_of_sessions(bundle: Path, arithmetic: Arithmetic) -> None:
+    tokens = TOKENS[:10].tolist()
+    with Bundle(bundle) as opened_bundle:
+        header = opened_bundle.header
+    made, less = (
+        make_plan(header, memory=memory, context=64, threads=1, base=0, arithmetic=arithmetic)
+        for memory in (1 << 30, plan.smallest(header, 64, 0, arithmetic=arithmetic) + (64 << 10))
+    )
+    assert made.constant_experts and made.pinned == made.groups and not made.buffers
+    assert made.parts["experts"] >= LAYERS * EXPERTS * parts.expert_held(header.group, header.model, arithmetic)
+    assert less.total < made.total and not less.constant_experts
+    with opened(bundle, None, 64, arithmetic) as constant, opened(bundle, 1.0, 64, arithmetic) as unpacked:
+        assert relative(all_logits(constant, tokens, 7), all_logits(unpacked, tokens, 7)) < 1e-5
+        assert np.array_equal(all_logits(constant, tokens, 7), all_logits(constant, tokens, 1))
 
 
 def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_the_resident_path_agrees_with_the_paged_one(tmp_path: Path, name: str) 
     golden = GOLDENS[name]
     pack(golden.write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int8", context=golden.context)
     expected, tokens = golden.logits(name), TOKENS.tolist()
-    with opened(tmp_path / "m.flash", 0.3, 64) as model:
+    with opened(tmp_path / "m.flash", 0.3, 64, "float32") as model:
         streamed = all_logits(model, tokens, 20)
     with opened(tmp_path / "m.flash", None, 64, "float32") as model:
         for chunk in (48, 1):

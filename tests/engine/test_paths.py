@@ -36,20 +36,26 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("int8", "float32")
 
 
 def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: Arithmetic = "int8") -> Plan:
-    """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic."""
-    header, paged = bundle.header, pinned is not None
+    """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic.
+
+    Models that page are in float32 if they are not mixtures.
+    """
+    header = bundle.header
     full = make_plan(
         header,
         memory=1 << 40,
         context=context,
         threads=THREADS,
         base=0,
-        arithmetic="float32" if paged else arithmetic,
+        arithmetic=arithmetic,
     )
     if pinned is None:
         return full
     groups = tuple(int(pinned * every) for every in header.model.layer_groups)
-    return dataclasses.replace(full, resident=False, pinned=groups, buffers=BUFFERS, texts=MOST_TEXTS)
+    return dataclasses.replace(
+        full, resident=False, pinned=groups, buffers=BUFFERS, texts=MOST_TEXTS, int8_layers=0, int8_head=False,
+        constant_experts=False,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The routers of all layers stay in RAM, and as many experts of each layer as the plan allows, as the card has them: to
 open a session of an expert takes longer than the few products that it has before it goes. The answer does not depend
-on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case.
+on which experts are in RAM: each is multiplied in the same parts and added in the same order in either case. Only if
+there is room for sessions of all of them, they are sessions.
 
 While a layer computes, the experts of the next layer are guessed and read ahead: the next layer's router is given the
 input of this layer's router, as Eliseev and Mazur do (arXiv 2312.17238, section 3.2).
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
+from flashd.bundle.arrays import Groups
 from flashd.bundle.layer_kinds import LeadingFfn
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
@@ -43,7 +46,7 @@ TRUSTED = 0.5
 class _LayerExperts:
     """The experts of one layer that stay in RAM, and how well they are guessed."""
 
-    kept: dict[int, list[Kept]]  # of experts that are in RAM, their groups in order
+    kept: dict[int, list[Any]]  # of experts in RAM, their groups in order, or a session of all of them
     recent: LeastRecentlyUsed
     capacity: int  # experts
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
@@ -65,13 +68,13 @@ class _Work:
     """Experts whose shares some threads compute. No two experts write to the same of shares [T, K, H]."""
 
     workers: ThreadPoolExecutor
-    multiply: Multiplier
+    multiply: Multiplier | _InSessions
     shares: Floats
     entering: Entering
     routed: _Routed
     under_way: deque[Future[None]] = field(default_factory=deque)
 
-    def start(self, expert: int, groups: Sequence[Kept]) -> None:
+    def start(self, expert: int, groups: Sequence[Any]) -> None:
         self.under_way.append(self.workers.submit(self._add, expert, groups))
 
     def wait(self, left: int) -> None:
@@ -79,7 +82,7 @@ class _Work:
         while len(self.under_way) > left:
             self.under_way.popleft().result()
 
-    def _add(self, expert: int, groups: Sequence[Kept]) -> None:
+    def _add(self, expert: int, groups: Sequence[Any]) -> None:
         """Adds the share that an expert has in the output of those tokens that use it."""
         tokens, place = np.nonzero(self.routed.used == expert)
         entering = {name: values[tokens] for name, values in self.entering.items()}
@@ -89,11 +92,21 @@ class _Work:
         self.shares[tokens, place] = share
 
 
+class _InSessions:
+    """Multiplies experts that are the constants of a session each. So they are if all of them fit."""
+
+    def entering(self, form: GroupFormat, h: Floats) -> Entering:  # noqa: ARG002
+        return {"h": h}
+
+    def __call__(self, session: Any, entering: Entering, before: Floats) -> Floats:
+        return multiplied(session, h=entering["h"], before=before)
+
+
 class ExpertFfn:
     """The FeedForward of a mixture: each token uses the experts that the router chooses, each read once a pass."""
 
-    def __init__(self, bundle: Bundle, plan: Plan) -> None:
-        self._bundle, self._plan = bundle, plan
+    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
+        self._bundle, self._constants, self._plan = bundle, constants, plan
         self._model: Architecture = bundle.header.model
         assert self._model.experts is not None
         self._experts = self._model.experts
@@ -101,7 +114,8 @@ class ExpertFfn:
         self._forms = {layer: bundle.header.group_of(layer) for layer in self._model.paged_layers}
         self._most = units_of_a_read(bundle.header.largest_group.nbytes)
         self._router = Router(bundle)
-        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
+        self._shelf = Shelf()
+        self._multiply = _InSessions() if plan.constant_experts else Multiplier(bundle.header, plan.arithmetic)
         self._layers: dict[int, _LayerExperts] = {}  # of those layers that have experts
         self._first = self._experts.first
         most = min(self._size, self._most)
@@ -128,11 +142,17 @@ class ExpertFfn:
 
     def load(self, layer: int) -> None:
         capacity = self._plan.pinned[layer - self._first] // self._size
-        kept: dict[int, list[Kept]] = {expert: [] for expert in range(capacity)}
-        for first, groups in self._bundle.groups(layer, capacity * self._size, at_once=1):
-            kept[first // self._size].append(self._shelf.keep(self._forms[layer], groups))
+        kept: dict[int, list[Any]] = {expert: [] for expert in range(capacity)}
+        at_once = self._size if self._plan.constant_experts else 1
+        for first, groups in self._bundle.groups(layer, capacity * self._size, at_once):
+            kept[first // self._size].append(self._kept(layer, groups))
         self._router.load(layer)
         self._layers[layer] = _LayerExperts(kept, LeastRecentlyUsed(self._experts.count), capacity)
+
+    def _kept(self, layer: int, groups: Groups) -> Any:
+        if self._plan.constant_experts:
+            return self._constants.groups(groups, once=True)
+        return self._shelf.keep(self._forms[layer], groups)
 
     def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:
         """The groups that were read. It is called in the thread that read them."""
@@ -156,7 +176,7 @@ class ExpertFfn:
         for expert in routed.here:
             work.start(expert, kept[expert])
         stay = self._make_room(layer, routed)
-        come: dict[int, list[Kept]] = {expert: [] for expert in routed.missing}
+        come: dict[int, list[Any]] = {expert: [] for expert in routed.missing}
         for extent, groups in self._queue.take():
             expert = extent.first // self._size
             come[expert] += groups
@@ -220,6 +240,8 @@ class ExpertFfn:
     def _make_room(self, index: int, routed: _Routed) -> set[int]:
         """Takes out what is worth least; returns those that are in RAM when the pass has gone on."""
         layer = self._layers[index]
+        if not routed.missing:
+            return set(layer.kept)
         both = np.array([*layer.kept, *routed.missing], np.int64)
         stay = set(layer.recent.worth(both, layer.capacity).tolist())
         for expert in layer.kept.keys() - stay:

@@ -39,7 +39,7 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
         return SelectedFfn(bundle, plan)
     if not header.model.experts:
         return StreamedFfn(bundle, constants, plan)
-    experts = ExpertFfn(bundle, plan)
+    experts = ExpertFfn(bundle, constants, plan)
     leading = header.model.experts.leading
     if leading is None:
         return experts

@@ -38,28 +38,32 @@ def _common(header: Header, context: int, base: int, kv: KvFormat, together: int
 
 def paged_parts(
     header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32",
-    arithmetic: Arithmetic = "float32",
+    arithmetic: Arithmetic = "float32", constant_experts: bool = False,
 ) -> dict[str, int]:  # fmt: skip
-    """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM."""
+    """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM.
+
+    `constant_experts`: those of a mixture, which all are in RAM, are constants of sessions.
+    """
     m, head = header.model, head or likely(header)
     every = sum(m.paged_groups)
     here = spread(pinned, m.paged_groups)
     each = max(here)
+    opened = each if not m.experts else m.expert_groups if constant_experts else 0  # groups in one session
     held = _common(header, context, base, kv, 1) | {
         "attention": parts.attention_held(header, arithmetic) + parts.rotary(m, context),
         "head": parts.head_held(header, head, arithmetic),
-        "workspace": parts.workspace(
-            header, context, m.expert_groups if m.experts else max(each, 1), head, arithmetic=arithmetic
-        ),
+        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1), head)
+        + (parts.multiplying(header, arithmetic) if m.experts and not constant_experts else 0),
         **parts.reading(header, arithmetic, head, pinned == every),
         **_tokens(header, arithmetic),
     }
     if m.experts and m.experts.leading:
         held[LEADING_FFNS] = parts.leading_held(header, arithmetic)
     if not header.selection:
-        sizes = zip(here, group_bytes(header), strict=True)
+        sizes = zip(here, group_bytes(header, arithmetic if constant_experts else None), strict=True)
         held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
-    return held | {"opening what is pinned": _opening(header, held["workspace"] + held["KV cache"], each, arithmetic)}
+    later = held["workspace"] + held["KV cache"]
+    return held | {"opening what is pinned": _opening(header, later, opened, arithmetic)}
 
 
 def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
@@ -72,14 +76,13 @@ def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
 
 def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
     """What opening the largest session takes, beyond what is not touched before all of them are open."""
-    m = header.model
     largest = max(
         parts.attention_opening(header, arithmetic),
         parts.tokens_opening(header, arithmetic),
         parts.states_opening(header, arithmetic),
         parts.leading_opening(header, arithmetic),
         parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
-        0 if header.selection or m.experts else groups * parts.group_opening(header.largest_group, arithmetic),
+        0 if header.selection else groups * parts.group_opening(header.largest_group, arithmetic),
     )
     return max(0, largest - later)
 
@@ -131,6 +134,10 @@ def likely(header: Header) -> int:
     return m.vocabulary if m.experts or header.selection else min(LIKELY, m.vocabulary)
 
 
-def group_bytes(header: Header) -> tuple[int, ...]:
-    """Bytes in RAM of a group of each layer that has some."""
-    return tuple(parts.group_kept(header.group_of(i), header.model) for i in header.model.paged_layers)
+def group_bytes(header: Header, constant: Arithmetic | None = None) -> tuple[int, ...]:
+    """Bytes in RAM of a group of each layer that has some. `constant`: of experts in sessions, in this arithmetic."""
+    m = header.model
+    forms = (header.group_of(i) for i in m.paged_layers)
+    if constant is None:
+        return tuple(parts.group_kept(form, m) for form in forms)
+    return tuple(-(-parts.expert_held(form, m, constant) // m.expert_groups) for form in forms)

@@ -111,8 +111,14 @@ def group_kept(form: GroupFormat, m: Architecture) -> int:
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) + OBJECTS
 
 
-def multiplying(form: GroupFormat, arithmetic: Arithmetic) -> int:
+def expert_held(form: GroupFormat, m: Architecture, arithmetic: Arithmetic) -> int:
+    """Bytes of an expert that is the constants of a session."""
+    return m.expert_groups * group_held(form, arithmetic) + SESSION
+
+
+def multiplying(header: Header, arithmetic: Arithmetic) -> int:
     """Bytes that the threads take which multiply experts: what they unpack into, and sums of blocks."""
+    form = header.largest_group
     products = ((form.row, form.inputs * form.neurons), (form.column, form.hidden))
     unpacked = sums = 0
     for row, rows in products:
@@ -257,16 +263,13 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
 
 
-def workspace(
-    header: Header, context: int, groups: int, head: int, whole: bool = False, arithmetic: Arithmetic = "float32"
-) -> int:
+def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
     Args:
         groups: of a layer, the most that are in one session.
         head: of the head, the rows in RAM.
         whole: whether the model stays whole.
-        arithmetic: of a mixture that pages.
     """
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
@@ -277,10 +280,8 @@ def workspace(
     logits = 4 * WHOLE_LOGIT_ROWS * m.vocabulary if whole else _logits(m, head)
     logits *= 2 if m.changes_logits else 1
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
-    of_experts = 0
-    if m.experts:
-        of_experts = 4 * tokens * m.hidden * (m.experts.used + 1) + multiplying(header.largest_group, arithmetic)
-    return activations + scores(m, tokens, context) + logits + of_experts + (SLACK if whole else PAGED_SLACK)
+    shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
+    return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
 
 
 def _logits(m: Architecture, head: int) -> int:

@@ -66,6 +66,7 @@ class Plan:
     reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
     arithmetic: Arithmetic = "float32"  # of a model that pages
+    constant_experts: bool = False  # whether experts are constants of sessions: there is room for all of them
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
@@ -172,14 +173,16 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
-    held = paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
+    constant = bool(m.experts) and _sum_with_constant_experts(header, base, plan) <= plan.memory
+    sizes = group_bytes(header, plan.arithmetic if constant else None)
+    held = paged_parts(header, plan.context, base, every if constant else 0, 0, plan.kv, plan.arithmetic, constant)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
-        return paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic) | beside
+        return paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic, constant) | beside
 
     held |= beside
-    pinned = _groups_in(plan.memory - sum(held.values()), plan.groups, plan.group_bytes)
+    pinned = every if constant else _groups_in(plan.memory - sum(held.values()), plan.groups, sizes)
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
@@ -198,12 +201,18 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     lent = 0 if m.experts else _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
     passing = _passing_bytes(header, each)
     return replace(
-        plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts,
+        plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts, group_bytes=sizes,
+        constant_experts=constant,
         buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),
         reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
+
+
+def _sum_with_constant_experts(header: Header, base: int, plan: Plan) -> int:
+    every = sum(plan.groups)
+    return sum(paged_parts(header, plan.context, base, every, 0, plan.kv, plan.arithmetic, True).values())
 
 
 def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:

@@ -132,6 +132,8 @@ def _with_draft(plan: Plan, rates: Rates, card: float) -> float:
 def _experts(plan: Plan, rates: Rates, card: float) -> float:
     """Seconds of the experts that a token uses."""
     used = plan.used * sum(groups * size for groups, size in zip(plan.groups, plan.group_bytes, strict=True))
+    if plan.constant_experts:
+        return used / rates.multiplied
     return max(plan.card_bytes / card, used / rates.opened)
 
 

@@ -24,7 +24,7 @@ from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.unpacked import Multiplier, Shelf
 from flashd.engine.model.sizes import AT_WORK
-from flashd.engine.paging.card import IN_FLIGHT
+from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.engine.planning.parts import BUFFERS, group_held
 from flashd.engine.planning.plan import Plan
 from flashd.engine.planning.rates import CHECKING, GUESSING, Rates, remember_rates, remembered_rates

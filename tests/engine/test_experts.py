@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +27,12 @@ from flashd.engine.decoding.sampling import Sampling
 from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.attention import Attention
 from flashd.engine.paging import card
-from flashd.engine.paging.card import IN_FLIGHT, CardQueue, Extent
-from flashd.engine.paging.card_speed import CardSpeed, remember
+from flashd.engine.paging.card import CardQueue, Extent
+from flashd.engine.paging.card_speed import IN_FLIGHT, CardSpeed, remember
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning import parts, plan
 from flashd.engine.planning.draft import Pair
+from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import MemoryTooSmall
 from flashd.graphs.constant import Arithmetic
@@ -262,6 +264,30 @@ def test_a_layer_s_reads_are_one_batch_and_go_on_while_it_attends(
     assert direct and batches == [USED] * LAYERS * 4
     assert [i for i, _ in under_way] == list(range(LAYERS)) * 4
     assert all((i in sections) == (i > 0 or known) for i, sections in under_way)
+
+
+@pytest.mark.parametrize("depth", [1, BUFFERS])
+def test_experts_are_read_at_the_depth_that_the_card_likes(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remember(bundle, CardSpeed(bandwidth=1e9, random_reads={4096: 1e5}, when=0.0, depth=depth))
+    under_way, most, lock = [0], [0], threading.Lock()
+    fill = CardQueue._fill
+
+    def filled(self: CardQueue, *args: Any) -> None:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.02)
+        fill(self, *args)
+        with lock:
+            under_way[0] -= 1
+
+    monkeypatch.setattr(CardQueue, "_fill", filled)
+    with opened(bundle, 0.0, 64) as model:
+        model.forward(TOKENS[:8], np.array([0]))
+    assert most[0] == depth
 
 
 def test_what_an_answer_cost_the_card_is_told(

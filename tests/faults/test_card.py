@@ -19,7 +19,8 @@ from flashd.bundle.prefix import PREFIX
 from flashd.bundle.reader import Bundle
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.contract import OnStep, silent
-from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, CardStream, Extent
+from flashd.engine.paging.card import READ_BYTES, CardStream, Extent
+from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.errors import CardError, InputMissing
 from tests.engine.test_paths import plan
 from tests.faults.layers import Card, Seam

@@ -331,7 +331,8 @@ def _bundle(path: Path) -> Finding:
 
 def _speed(speed: CardSpeed) -> Finding:
     reads = ", ".join(f"{rate:.0f} of {n >> 10} KiB" for n, rate in sorted(speed.random_reads.items()))
-    text = f"{speed.bandwidth / 1e6:.0f} MB/s in order; random reads a second: {reads}"
+    at_once = f"{speed.depth} reads at once" if speed.depth > 1 else "one read at a time"
+    text = f"{speed.bandwidth / 1e6:.0f} MB/s in order, {at_once}; random reads a second: {reads}"
     if speed.bandwidth < SLOW_CARD:
         return Finding("card speed", "warn", text, "use a faster card, or a USB 3 or NVMe drive")
     return Finding("card speed", "ok", text)

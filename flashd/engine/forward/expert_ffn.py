@@ -31,6 +31,7 @@ from flashd.engine.forward.unpacked import Entering, Kept, Multiplier, Shelf
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
+from flashd.engine.paging.card_speed import IN_FLIGHT, remembered
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.constant import Arithmetic
@@ -119,7 +120,9 @@ class ExpertFfn:
         self._layers: dict[int, _LayerExperts] = {}  # of those layers that have experts
         self._first = self._experts.first
         most = min(self._size, self._most)
-        self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._keep)
+        speed = remembered(bundle.path)
+        depth = speed.depth if speed else IN_FLIGHT
+        self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._keep, depth)
         self._workers = ThreadPoolExecutor(min(plan.threads, AT_WORK), thread_name_prefix="experts")
         self._routed: _Routed | None = None
         self._needed = self._found = 0

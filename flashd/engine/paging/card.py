@@ -25,7 +25,7 @@ from flashd.bundle.prefix import GAP_BYTES, PAGE
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes
 from flashd.engine.model.contract import CardStats
-from flashd.engine.paging.card_speed import CardSpeed
+from flashd.engine.paging.card_speed import IN_FLIGHT, CardSpeed
 from flashd.errors import CardError
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,6 @@ READ_BYTES = 3 << 19
 
 MOST_GAP_BYTES = 256 << 10
 """The widest gap that is read rather than skipped, however slow a card is to start a read."""
-
-IN_FLIGHT = 2
-"""Reads under way at once."""
 
 Make = Callable[["Extent", Bytes], Any]
 """Makes of what was read what its taker wants, in the thread that read it: a session takes as long as a read."""
@@ -105,9 +102,10 @@ class _Card:
         most: bytes of the longest extent, 0 where nothing is to be read.
         buffers: how many extents are held or under way.
         make: see Make.
+        depth: reads under way at once.
     """
 
-    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
+    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read, depth: int = IN_FLIGHT) -> None:
         self.stats = CardStats()
         self._bundle, self._make = bundle, make
         header = bundle.header
@@ -118,7 +116,7 @@ class _Card:
         self._gave_up: CardError | None = None  # the error of a read that waited for the card in vain
         self._counting = threading.Lock()
         self._idle = [mmap.mmap(-1, buffer_bytes(most)) for _ in range(buffers)] if most else []
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="card")
+        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="card")
 
     def close(self) -> None:
         self._drain()
@@ -302,10 +300,11 @@ class CardQueue(_Card):
         bundle: an open bundle.
         most: groups of the longest extent.
         buffers: the most extents that are held or under way.
+        depth: reads under way at once.
     """
 
-    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read) -> None:
-        super().__init__(bundle, most * bundle.header.largest_group.nbytes, buffers, make)
+    def __init__(self, bundle: Bundle, most: int, buffers: int, make: Make = as_read, depth: int = IN_FLIGHT) -> None:
+        super().__init__(bundle, most * bundle.header.largest_group.nbytes, buffers, make, depth)
         self._asked: deque[Extent] = deque()  # for which no buffer has been idle yet
         self._dropped: list[_Read] = []  # begun for nothing, and not done yet
         self._wanted = 0  # of what is under way and asked for, the first so many

@@ -30,7 +30,8 @@ from flashd.engine.model.sizes import (
     TREE_NODES,
 )
 from flashd.engine.model.states import states_bytes
-from flashd.engine.paging.card import IN_FLIGHT, READ_BYTES, buffer_bytes, units_of_a_read
+from flashd.engine.paging.card import READ_BYTES, buffer_bytes, units_of_a_read
+from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
 

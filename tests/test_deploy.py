@@ -64,7 +64,7 @@ def test_the_installer_names_all_missing_packages_at_once(tmp_path: Path) -> Non
         ["/bin/sh", tmp_path / "install", "--kiosk"], capture_output=True, text=True, check=False,
         env={"PATH": str(tmp_path)},
     )  # fmt: skip
-    missing = "python3-venv python3-systemd cage chromium"
+    missing = "python3-venv python3-systemd cage chromium polkitd xwayland"
     assert done.stderr == f"deploy/install: packages are missing; install them first: apt install {missing}\n"
     assert done.returncode == os.EX_UNAVAILABLE
 

@@ -1,7 +1,8 @@
 """python -m tests.board.flashed IMAGE: a card that deploy/image made, booted by an emulated board as it is.
 
 As root, with qemu-system-arm and qemu-efi-aarch64, or qemu-system-x86 and ovmf; and qemu-utils, e2fsprogs, fdisk.
-All that is added to the card is the test's own way in, a shell on a line that no board has. With `--deb` the package
+All that is added to the card is the test's own way in, a shell on a line that no board has, and that the compositor
+draws with no OpenGL, which the emulated screen lacks. With `--deb` the package
 is upgraded, removed and purged in the end. Only states are judged, never times: the processor is emulated.
 """
 
@@ -13,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,7 +98,8 @@ class Flashed:
         g, path = self.guest, self._work / "screen.png"
         if g.run("test -e /usr/bin/cage && echo yes", check=False) == "yes":
             g.wait("systemctl is-active flashd-kiosk", "^active", 600)
-            g.wait("journalctl -u flashd-kiosk -b --no-pager; ss -tn dport = :8080", "ESTAB.*127.0.0.1:8080", 600)
+            g.wait("journalctl -b -t sh --no-pager; ss -tn dport = :8080", "ESTAB.*127.0.0.1:8080", 600)
+            time.sleep(15 * g.patience)  # it draws what it has fetched
             said = "Chromium has the page"
         else:
             said = g.wait("cat /dev/vcs1", "/help lists the commands", 120)
@@ -114,17 +117,21 @@ class Flashed:
 
 
 def way_in(image: Path, copy: Path) -> Path:
-    """A copy of the image that starts a shell on QEMU's virtio console."""
+    """A copy of the image that starts a shell on QEMU's virtio console, and draws on its screen."""
     subprocess.run(["cp", "--sparse=always", "--reflink=auto", image, copy], check=True)
     table = json.loads(subprocess.run(["sfdisk", "--json", copy], check=True, capture_output=True).stdout)
     start = int(table["partitiontable"]["partitions"][1]["start"]) * 512
     unit = copy.with_name("board-shell.service")
     unit.write_text(SHELL_UNIT)
+    drawn = copy.with_name("board-screen.conf")
+    drawn.write_text("[Service]\nEnvironment=WLR_RENDERER=pixman\n")
     units = "/etc/systemd/system"
     words = (
         f"write {unit} {units}/board-shell.service\n"
         f"mkdir {units}/basic.target.wants\n"
         f"symlink {units}/basic.target.wants/board-shell.service {units}/board-shell.service\n"
+        f"mkdir {units}/flashd-kiosk.service.d\n"
+        f"write {drawn} {units}/flashd-kiosk.service.d/board-screen.conf\n"
     )
     subprocess.run(
         ["debugfs", "-w", f"{copy}?offset={start}"], input=words, text=True, check=True, capture_output=True

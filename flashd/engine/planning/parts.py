@@ -36,7 +36,7 @@ from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
 
 PREFILL_TOKENS = 256
-"""Tokens of a prompt that share one pass over the card, where all of them need all groups."""
+"""Tokens of a prompt that share one pass over the card, in models of which they need the same groups or experts."""
 
 WHOLE_TOKENS, WHOLE_LOGIT_ROWS = 64, 2
 """Tokens of a pass of a model that stays whole, and of its logits those that are held at once."""
@@ -261,7 +261,7 @@ def groups_of_a_read(form: GroupFormat, m: Architecture) -> int:
 
 def pass_tokens(header: Header) -> int:
     """Tokens of prompts that a pass of a model that does not fit takes: the more, the fewer passes they need."""
-    return TOKENS_AT_ONCE if header.selection or header.model.experts else PREFILL_TOKENS
+    return TOKENS_AT_ONCE if header.selection else PREFILL_TOKENS
 
 
 def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
@@ -281,7 +281,9 @@ def workspace(header: Header, context: int, groups: int, head: int, whole: bool 
     logits = 4 * WHOLE_LOGIT_ROWS * m.vocabulary if whole else _logits(m, head)
     logits *= 2 if m.changes_logits else 1
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
-    shares = 4 * tokens * m.hidden * (m.experts.used + 1) if m.experts else 0
+    shares = 0
+    if m.experts:  # of a pass's tokens, those of each expert, and what goes into experts while it is rounded
+        shares = 4 * (tokens + more) * (m.hidden * (m.experts.used + 1) + 4 * (m.hidden + header.group.row.digits))
     return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
 
 

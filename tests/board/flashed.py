@@ -97,10 +97,11 @@ class Flashed:
         """the screen shows the page, or a console if the image has no Chromium"""
         g, path = self.guest, self._work / "screen.png"
         if g.run("test -e /usr/bin/cage && echo yes", check=False) == "yes":
-            g.wait("systemctl is-active flashd-kiosk", "^active", 600)
+            # read from a cold card by an emulated processor, Chromium may give up on its own network process
             g.wait("journalctl -b -t sh --no-pager; ss -tn dport = :8080", "ESTAB.*127.0.0.1:8080", 600)
+            g.wait("systemctl is-active flashd-kiosk", "^active", 600)
+            said = f"Chromium has the page, started anew {g.run('systemctl show -P NRestarts flashd-kiosk')} times"
             time.sleep(15 * g.patience)  # it draws what it has fetched
-            said = "Chromium has the page"
         else:
             said = g.wait("cat /dev/vcs1", "/help lists the commands", 120)
         g.photograph_screen(path)

@@ -18,8 +18,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.codec import decode_header, encode
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.branches import Branches, behind
-from flashd.engine.planning import parts
-from flashd.engine.planning import plan as planning
+from flashd.engine.planning import held, parts
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.pack.pack import pack
@@ -84,7 +83,7 @@ def test_a_draft_chooses_among_the_rows_in_ram(bundle: Path) -> None:
 def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "LIKELY", KEPT)
+    monkeypatch.setattr(held, "LIKELY", KEPT)
     # a model of f16 rows is never held as a whole
     header = pack(tiny.write(tmp_path / "tiny.gguf"), tmp_path / "tiny.flash", "f16")
     least, m = smallest(header, 64, 0), header.model

@@ -19,8 +19,9 @@ from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, 
 from flashd.bundle.header import Header
 from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
-from flashd.bundle.rows.kinds import BLOCK, CENTRE_BITS, Bytes, Floats, unit_steps
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.engine.forward.constants import at_least_two
+from flashd.engine.forward.products import fill_scales
 from flashd.engine.model.sizes import TOKENS_UNPACKED
 from flashd.engine.planning.parts import ALIGNED
 from flashd.graphs import unpacked
@@ -141,11 +142,8 @@ class Multiplier:
         if isinstance(rows, Mxfp4Rows):
             return mxfp4.scales(rows.exponent)[:, None]
         (blocks, n), half = rows.scale.shape, form.digits // BLOCK // 2
-        steps = rows.step.astype(np.float32) * unit_steps(form.kind)[:, None]  # [2, n]
         out = self._room(f"{name}.scale", np.float32, (blocks + 2 * half, n))
-        np.multiply(rows.scale, steps[0], out=out[:blocks])
-        low = BLOCK * steps[1]
-        out[blocks : blocks + half], out[blocks + half :] = low * (1 << CENTRE_BITS[form.kind]), low
+        fill_scales(out, rows.scale, rows.step, form)
         return out[:, None]
 
     def _room(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:

@@ -57,7 +57,7 @@ def measure(bundle: Bundle, plan: Plan) -> None:
 
 def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
-    arithmetic: Arithmetic = "int8" if plan.resident and plan.int8_layers else plan.arithmetic
+    arithmetic = plan.of_ffns
     constants = Constants(bundle.header, arithmetic)
     largest = group_held(bundle.header.largest_group, arithmetic)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)

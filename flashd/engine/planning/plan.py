@@ -76,6 +76,11 @@ class Plan:
         return spread(here + more, self.groups)
 
     @property
+    def of_ffns(self) -> Arithmetic:
+        """The arithmetic of FFNs, of the first layers if a model that stays whole has two."""
+        return "int8" if self.resident and self.int8_layers else self.arithmetic
+
+    @property
     def lent_held(self) -> int:
         """Bytes in RAM of the groups that RAM of the KV cache has room for."""
         more = spread(sum(self.pinned) + self.lent_groups, self.groups)
@@ -173,9 +178,13 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     """What is left after what every token needs goes to pinned groups, and then to the rest of the head."""
     m, every = header.model, sum(plan.groups)
     layers = len(m.paged_layers)
-    constant = bool(m.experts) and _sum_with_constant_experts(header, base, plan) <= plan.memory
+    held, constant = {}, False
+    if m.experts:
+        held = paged_parts(header, plan.context, base, every, 0, plan.kv, plan.arithmetic, True)
+        constant = sum(held.values()) <= plan.memory
+    if not constant:
+        held = paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
     sizes = group_bytes(header, plan.arithmetic if constant else None)
-    held = paged_parts(header, plan.context, base, every if constant else 0, 0, plan.kv, plan.arithmetic, constant)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
@@ -208,11 +217,6 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),
         reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
-
-
-def _sum_with_constant_experts(header: Header, base: int, plan: Plan) -> int:
-    every = sum(plan.groups)
-    return sum(paged_parts(header, plan.context, base, every, 0, plan.kv, plan.arithmetic, True).values())
 
 
 def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:

@@ -2,8 +2,8 @@
 
 A pass over a model that pages reads what streams past, opens sessions of it, and multiplies what stays in RAM. The
 same threads read and open, so these times add up. Experts are multiplied as they are, while others are read, so that
-the slower of the two counts. Between passes the groups in RAM make guesses. How many of them are
-right depends on the text, so the rate of a text may be half or twice of what is expected.
+the slower of the two counts. Between passes the groups in RAM make guesses. How many of them are right depends on the
+text, so the rate of a text may be half or twice of what is expected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from flashd.bundle.header import Header
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.held import LEADING_FFNS, WEIGHTS
 from flashd.engine.planning.plan import Plan
-from flashd.graphs.constant import Arithmetic
 from flashd.system.remembered import Remembered
 
 CARD = 45e6
@@ -42,9 +41,7 @@ IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What the processors of a machine do with a model's rows, in bytes a second."""
 
-    opened: (
-        float  # of the bundle, that sessions are made of and multiplied once; of experts, that are multiplied once
-    )
+    opened: float  # of the bundle, that sessions are made of, or of experts none, and multiplied once
     multiplied: float  # of RAM, that a single token is multiplied with
     guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
     checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with
@@ -70,9 +67,8 @@ def remembered_rates(header: Header, plan: Plan) -> Rates | None:
 
 
 def _key(header: Header, plan: Plan) -> str:
-    form: Arithmetic = "int8" if plan.resident and plan.int8_layers else plan.arithmetic
     of = "experts, " if header.model.experts else ""
-    return f"{_machine()}, {plan.threads} threads, {of}{header.formats.ffn} rows in {form}"
+    return f"{_machine()}, {plan.threads} threads, {of}{header.formats.ffn} rows in {plan.of_ffns}"
 
 
 def _machine() -> str:

@@ -316,6 +316,5 @@ class Conversation:
             line.figures.card_wait_seconds += self.model.card.waited - waited
         for line in speaking:
             line.figures.passes += 1
-        if not chunks:
-            self._drafter.passed(len(tokens), seconds)
+        (self._drafter.read if chunks else self._drafter.passed)(len(tokens), seconds)
         return dict(zip(rows.tolist(), logits, strict=True))

@@ -58,6 +58,10 @@ class Drafter:
         """A pass over so many tokens took so long."""
         self._pace.measured_pass(seconds, tokens)
 
+    def read(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens, most of them of prompts, took so long."""
+        self._pace.measured_prompt(seconds, tokens)
+
     def drawn(self, line: Line, trees: Trees, node: int, token: int) -> int | None:
         """The child of `node` that is `token`, which was drawn behind it; None if nobody guessed it.
 

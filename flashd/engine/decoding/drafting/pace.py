@@ -26,10 +26,15 @@ PROBE = 16
 
 
 class _Cost:
-    """The seconds of a pass: some in any case, and some for each of its tokens. A line through running means."""
+    """The seconds of a pass: some in any case, and some for each of its tokens. A line through running means.
+
+    As long as passes have not told what a token costs, the last pass over a prompt does.
+    """
 
     def __init__(self) -> None:
-        self._weight = self._tokens = self._seconds = self._squares = self._products = self._each = 0.0
+        self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._slope: float | None = None
+        self._prompt: tuple[int, float] | None = None
 
     def __bool__(self) -> bool:
         """Whether something has been measured."""
@@ -43,7 +48,11 @@ class _Cost:
         self._squares = old * self._squares + new * tokens**2
         self._products = old * self._products + new * tokens * seconds
         if self.tells:
-            self._each = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
+            self._slope = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
+
+    def add_prompt(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens of a prompt took so long."""
+        self._prompt = tokens, seconds
 
     @property
     def tells(self) -> bool:
@@ -53,6 +62,15 @@ class _Cost:
     @property
     def _spread(self) -> float:
         return self._squares - self._tokens**2
+
+    @property
+    def _each(self) -> float:
+        """Seconds that a token more takes."""
+        if self._slope is not None:
+            return self._slope
+        tokens, seconds = self._prompt or (0, 0.0)
+        more = tokens - self._tokens
+        return max(0.0, (seconds - self._seconds) / more) if more >= FEW else 0.0
 
     def of(self, tokens: int) -> float:
         """Seconds of a pass over so many tokens. Not 0."""
@@ -118,6 +136,10 @@ class Pace:
     def measured_pass(self, seconds: float, tokens: int) -> None:
         """A pass that checked so many tokens took `seconds`."""
         self._pass.add(tokens, seconds)
+
+    def measured_prompt(self, seconds: float, tokens: int) -> None:
+        """A pass over so many tokens of prompts took `seconds`."""
+        self._pass.add_prompt(tokens, seconds)
 
     def measured_guesses(self, right: bool, promised: float) -> None:
         """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""

@@ -128,9 +128,8 @@ def _add_budget(parser: Parser) -> None:
     a.number(parser, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", None, "all")
     parser.add_argument(
         "--arithmetic", choices=get_args(o.Arithmetic), default="int8",
-        help="Multiply in this way if the model fits in RAM or is a mixture of experts (default: int8). int8 rounds"
-        " what goes into a product to 8 bits and is faster; float32 rounds nothing. Any other model that does not fit"
-        " is multiplied in float32.",
+        help="Multiply in this way (default: int8). int8 rounds what goes into a product to 8 bits and is faster;"
+        " float32 rounds nothing.",
     )  # fmt: skip
     parser.add_argument(
         "--kv", choices=get_args(o.KvFormat), default="float32",

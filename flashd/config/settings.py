@@ -199,10 +199,9 @@ class Settings(Strict, frozen=True, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     """Processors to use. Without this key all are used."""
     arithmetic: Literal["int8", "float32"] = "int8"
-    """How a model is multiplied that fits in RAM or is a mixture of experts.
+    """How the model is multiplied.
 
-    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. Any other model that does
-    not fit is multiplied in float32.
+    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing.
     """
     kv: Literal["float32", "int8"] = "float32"
     """How keys and values of the tokens of a prompt and its answer are kept.

@@ -9,8 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,18 +18,15 @@ import numpy as np
 from flashd.bundle.arrays import Groups
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.formats import GroupFormat
-from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.forward.unpacked import Multiplier, Shelf
-from flashd.engine.model.sizes import AT_WORK
-from flashd.engine.paging.card_speed import IN_FLIGHT
-from flashd.engine.planning.parts import BUFFERS, group_held
+from flashd.engine.forward.unpacked import Entering, Multiplier, Shelf
+from flashd.engine.model.sizes import at_work
+from flashd.engine.planning.parts import group_held
 from flashd.engine.planning.plan import Plan
 from flashd.engine.planning.rates import CHECKING, GUESSING, Rates, remember_rates, remembered_rates
 from flashd.errors import CannotWrite
 from flashd.graphs.constant import Arithmetic
-from flashd.system.freed_memory import reuse_freed_memory, use_small_pages
 from flashd.system.memory import MIB
 
 log = logging.getLogger(__name__)
@@ -57,19 +53,17 @@ def measure(bundle: Bundle, plan: Plan) -> None:
 
 def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
-    arithmetic = plan.of_ffns
-    constants = Constants(bundle.header, arithmetic)
-    largest = group_held(bundle.header.largest_group, arithmetic)
+    largest = group_held(bundle.header.largest_group, plan.of_ffns)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
-    single, few, many = (_Input.of(bundle, arithmetic, tokens) for tokens in (1, GUESSING, CHECKING))
-    if bundle.header.model.experts:
-        opened = _unpacked(bundle, plan, groups, forms)
+    unpacked = _Unpacked(bundle, plan, groups, forms)
+    if plan.resident or bundle.header.model.experts:
+        held = sum(group_held(form, plan.of_ffns) for form in forms)
+        opened = _opened(bundle, plan.of_ffns, groups)
     else:
-        opened = _opened(constants, groups, sum(form.nbytes for form in forms), many)
-    sessions = [constants.groups(some) for some in groups]
-    once, guessed, checked = (_best(partial(_all_of, sessions, given)) for given in (single, few, many))
-    held = sum(group_held(form, arithmetic) for form in forms)
-    return Rates(opened=opened, multiplied=held / once, guessed=held / guessed, checked=held / checked)
+        held, opened = sum(form.nbytes for form in forms), unpacked.multiplied()
+    once, guessed, checked = (held / _best(partial(opened, tokens)) for tokens in (1, GUESSING, CHECKING))
+    streamed = sum(form.nbytes for form in forms) / _best(unpacked.streamed)
+    return Rates(streamed=streamed, multiplied=once, guessed=guessed, checked=checked)
 
 
 def _groups(bundle: Bundle, most: int) -> Iterator[tuple[Groups, GroupFormat]]:
@@ -84,60 +78,49 @@ def _groups(bundle: Bundle, most: int) -> Iterator[tuple[Groups, GroupFormat]]:
             return
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What goes into the FFN of some tokens."""
+def _opened(bundle: Bundle, arithmetic: Arithmetic, groups: Sequence[Groups]) -> Callable[[int], None]:
+    """Multiplies so many tokens with groups, the constants of a session each."""
+    m, constants = bundle.header.model, Constants(bundle.header, arithmetic)
+    sessions = [constants.groups(some) for some in groups]
 
-    h: Floats  # [T, H]
-    before: Floats  # [T, W]
-    doubled: bool
+    def run(tokens: int) -> None:
+        h, before = (np.ones((tokens, width), np.float32) for width in (m.group_input_width, m.share_width))
+        for session in sessions:
+            multiplied(session, arithmetic == "float32", h=h, before=before)
 
-    @classmethod
-    def of(cls, bundle: Bundle, arithmetic: Arithmetic, tokens: int) -> _Input:
-        m = bundle.header.model
-        h, before = (np.ones((tokens, width), np.float32) for width in (m.hidden, m.share_width))
-        return cls(h, before, arithmetic == "float32")
-
-    def multiplied(self, session: Any) -> Floats:
-        return multiplied(session, self.doubled, h=self.h, before=self.before)
+    return run
 
 
-def _all_of(sessions: Sequence[Any], given: _Input) -> None:
-    for session in sessions:
-        given.multiplied(session)
+class _Unpacked:
+    """Multiplies groups as the card has them, in as many threads as a pass does."""
 
+    def __init__(self, bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> None:
+        self._width, self._threads = bundle.header.model.group_input_width, at_work(plan.threads)
+        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
+        self._groups, self._forms = groups, forms
 
-def _opened(constants: Constants, groups: Sequence[Groups], nbytes: int, given: _Input) -> float:
-    """Bytes a second of groups of `nbytes`: threads that read open sessions, which are multiplied in this one."""
+    def streamed(self) -> None:
+        """A token with groups that have just come."""
+        entering = self._entering(1)
+        self._run(lambda form, some: self._multiply(self._shelf.keep(form, some), entering[form]), self._groups)
 
-    def pass_by() -> None:
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            coming = deque[Future[Any]]()
-            for some in groups:
-                coming.append(pool.submit(constants.groups, some, once=True))
-                if len(coming) == BUFFERS:
-                    given.multiplied(coming.popleft().result())
-            for last in coming:
-                given.multiplied(last.result())
+    def multiplied(self) -> Callable[[int], None]:
+        """So many tokens with groups that are in RAM."""
+        kept = list(map(self._shelf.keep, self._forms, self._groups))
 
-    reuse_freed_memory()
-    try:
-        return nbytes / _best(pass_by)
-    finally:
-        use_small_pages()
+        def run(tokens: int) -> None:
+            entering = self._entering(tokens)
+            self._run(lambda form, group: self._multiply(group, entering[form]), kept)
 
+        return run
 
-def _unpacked(bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> float:
-    """Bytes a second of groups of experts, which are kept and multiplied with a token each."""
-    m, shelf, multiplier = bundle.header.model, Shelf(), Multiplier(bundle.header, plan.arithmetic)
-    entering = {form: multiplier.entering(form, np.ones((1, m.hidden), np.float32)) for form in set(forms)}
-    before = np.zeros((1, m.hidden), np.float32)
+    def _entering(self, tokens: int) -> dict[GroupFormat, Entering]:
+        h = np.ones((tokens, self._width), np.float32)
+        return {form: self._multiply.entering(form.row, h) for form in set(self._forms)}
 
-    def one(form: GroupFormat, group: Groups) -> None:
-        multiplier(shelf.keep(form, group), entering[form], before)
-
-    with ThreadPoolExecutor(min(plan.threads, AT_WORK)) as pool:
-        return sum(form.nbytes for form in forms) / _best(lambda: list(pool.map(one, forms, groups)))
+    def _run(self, one: Callable[[GroupFormat, Any], object], groups: Sequence[Any]) -> None:
+        with ThreadPoolExecutor(self._threads) as pool:
+            deque(pool.map(one, self._forms, groups), maxlen=0)
 
 
 def _best(measured: Callable[[], object]) -> float:

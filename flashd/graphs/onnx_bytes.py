@@ -117,7 +117,7 @@ def model(
 
 _KINDS = {
     np.dtype(np.float32): "FLOAT", np.dtype(np.float16): "FLOAT16", np.dtype(np.uint8): "UINT8",
-    np.dtype(np.int32): "INT32", np.dtype(np.int64): "INT64",
+    np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32", np.dtype(np.int64): "INT64",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The product of tokens with a group whose weights are bytes: for groups that are multiplied once or a few times.
+"""The product of tokens with rows whose weights are bytes: for what is multiplied once or a few times.
 
 MatMulNBits repacks constants when a session is opened, which takes longer than a few products do. Here weights come
-as bytes [B, 32, n], a block of 32 at a time, the n rows side by side, and MatMulInteger takes them as they are. See
+as bytes [B, 32, n], a block of 32 at a time, the n rows side by side, and onnxruntime takes them as they are. See
 engine.forward.unpacked, which makes them.
 
 *int8* rounds what goes into a product to 8 bits in blocks of 32, as MatMulNBits does at accuracy level 4. Within a
@@ -18,12 +18,15 @@ from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.bundle.rows.kinds import BITS, BLOCK
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.nodes import Graph
-from flashd.graphs.onnx_bytes import T
-from flashd.graphs.products import activated, gated
+from flashd.graphs.onnx_bytes import MICROSOFT, T
+from flashd.graphs.products import above, activated, gated, share
 from flashd.graphs.rounding import SMALLEST
 
 ZEROS = {"int4": 8, "int8": 128, "mxfp4": 128, "ternary": 2}
 """What stands for zero in the bytes of each kind of rows."""
+
+ROWS_TOGETHER = 256
+"""Rows that many tokens are multiplied with at once. Sums of their blocks then stay in the processor's cache."""
 
 MIDDLE = np.uint8(128)
 """What stands for zero in rounded inputs."""
@@ -34,44 +37,71 @@ def planes(form: RowFormat) -> int:
     return 8 // BITS[form.kind]
 
 
-def entering(form: GroupFormat, arithmetic: Arithmetic) -> bytes:
-    """h [T, H], the input of a layer's groups, as each of them takes it.
+def rounds(form: RowFormat, arithmetic: Arithmetic) -> bool:
+    """Whether what goes into a product with such rows is rounded."""
+    return arithmetic == "int8" and form.kind != "f16"
+
+
+def signed(form: RowFormat, arithmetic: Arithmetic) -> bool:
+    """Whether weights are signed bytes as a product takes them.
+
+    Signed ones are multiplied sooner. But AVX2 adds two products in 16 bits, where those of 8-bit weights overflow.
+    """
+    return not rounds(form, arithmetic) or form.kind in ("int4", "ternary")
+
+
+def entering(form: RowFormat, arithmetic: Arithmetic) -> bytes:
+    """h [T, K] as products with rows take it.
 
     Rounded it is codes [T, B, 32], of means too, and step [T, B], what one code of each block is worth. Else it is x
-    [T, B, 32], or of f16 rows x [T, H].
+    [T, 32 B], or of f16 rows x [T, K].
     """
     g = Graph()
-    h = g.input("h", T.FLOAT, ["T", form.hidden])
-    for name, (kind, value) in _entering(g, h, form.row, arithmetic).items():
-        g.output(name, kind, ["T", *_shape(name, form.row)], value)
+    h = g.input("h", T.FLOAT, ["T", form.width])
+    for name, (kind, value) in _entering(g, h, form, arithmetic).items():
+        g.output(name, kind, ["T", *_shape(name, form)], value)
     return g.serialise("entering")
 
 
-def group(model: Architecture, form: GroupFormat, arithmetic: Arithmetic) -> bytes:
-    """y [T, H] = before [T, H] and the share that a group has in an FFN, whose input is what `entering` gives.
+def group(model: Architecture, form: GroupFormat, arithmetic: Arithmetic, many: bool = False) -> bytes:
+    """y [T, W]: the share that a group has in an FFN, whose input is what `entering` gives.
 
     `inputs.w` [B, 32, M N] and `down.w` [B, 32, H] are the weights and the digits behind them, `inputs.scale` and
-    `down.scale` [B, 1, n] their scales, or [1, 1, n] if a row has one. Of f16 rows `w` is [K, n].
+    `down.scale` [B, 1, n] their scales, or [1, 1, n] if a row has one. Of f16 rows `w` is [K, n]. If gates have a
+    bound, it and the least that is left of them are `bounds` [T, 2].
+
+    `many`: the graph is the faster one for more than a few tokens. Both give the same.
     """
     g, rows = Graph(), form.inputs * form.neurons
-    names = ("codes", "step") if _rounds(form.row, arithmetic) else ("x",)
-    given = {name: g.input(name, _kind(name), ["T", *_shape(name, form.row)]) for name in names}
-    a = _product(g, given, "inputs", form.row, rows)
+    a = _product(g, _given(g, form.row, arithmetic), "inputs", form.row, rows, many)
     if form.biases:
         a = g.node("Add", a, g.input("bias", T.FLOAT, [rows]))
     if model.gated:
         gate, up = g.nodes_out("Split", a, outputs=2, axis=1, num_outputs=2)
-        a = gated(g, model, gate, up)
+        bounds = g.input("bounds", T.FLOAT, ["T", 2]) if model.bounds else ""
+        over = g.nodes_out("Split", bounds, outputs=2, axis=1, num_outputs=2) if bounds else []
+        a = gated(g, model, above(g, gate, *over), up)
     else:
         a = activated(g, model, a)
-    inner = {name: value for name, (_, value) in _entering(g, a, form.column, arithmetic).items()}
-    share = _product(g, inner, "down", form.column, form.hidden)
-    g.output("y", T.FLOAT, ["T", form.hidden], g.node("Add", g.input("before", T.FLOAT, ["T", form.hidden]), share))
+    weighed = g.node("Mul", a, g.input("norm", T.FLOAT, [form.neurons])) if form.normed else a
+    inner = {name: value for name, (_, value) in _entering(g, weighed, form.column, arithmetic).items()}
+    y = _product(g, inner, "down", form.column, form.hidden, many)
+    g.output("y", T.FLOAT, ["T", model.share_width], share(g, model, a, y))
     return g.serialise("group")
 
 
-def _rounds(form: RowFormat, arithmetic: Arithmetic) -> bool:
-    return arithmetic == "int8" and form.kind != "f16"
+def rows(form: RowFormat, n: int, arithmetic: Arithmetic, many: bool = False) -> bytes:
+    """y [T, n], the product of what `entering` gives with n rows, `rows.w` and `rows.scale`, see `group`."""
+    g = Graph()
+    y = _product(g, _given(g, form, arithmetic), "rows", form, n, many)
+    g.named_output("y", T.FLOAT, ["T", n], y)
+    return g.serialise("rows")
+
+
+def _given(g: Graph, form: RowFormat, arithmetic: Arithmetic) -> dict[str, str]:
+    """The inputs that `entering` gives, by name."""
+    names = ("codes", "step") if rounds(form, arithmetic) else ("x",)
+    return {name: g.input(name, _kind(name), ["T", *_shape(name, form)]) for name in names}
 
 
 def _blocks(form: RowFormat) -> int:
@@ -83,8 +113,8 @@ def _kind(name: str) -> T:
 
 
 def _shape(name: str, form: RowFormat) -> list[int]:
-    if form.kind == "f16":
-        return [form.width]
+    if name == "x":
+        return [form.width + form.digits]
     return [_blocks(form)] if name == "step" else [_blocks(form), BLOCK]
 
 
@@ -93,8 +123,9 @@ def _entering(g: Graph, x: str, form: RowFormat, arithmetic: Arithmetic) -> dict
     if form.kind == "f16":
         return {"x": (T.FLOAT, x)}
     x = g.node("Reshape", _with_means(g, x, form), g.shape(-1, _blocks(form), BLOCK))  # [T, B, 32]
-    if arithmetic == "float32":
-        return {"x": (T.FLOAT, _as_unpacked(g, x, form))}
+    if not rounds(form, arithmetic):
+        x = g.node("Reshape", _as_unpacked(g, x, form), g.shape(-1, form.width + form.digits))
+        return {"x": (T.FLOAT, x)}
     largest = g.node("ReduceMax", g.node("Abs", x), g.shape(-1), keepdims=1)
     step = g.node("Max", g.node("Mul", largest, g.constant(np.float32(1 / 127))), g.constant(SMALLEST))  # [T, B, 1]
     codes = g.node("Add", g.node("Round", g.node("Div", x, step)), g.constant(np.float32(MIDDLE)))
@@ -102,23 +133,45 @@ def _entering(g: Graph, x: str, form: RowFormat, arithmetic: Arithmetic) -> dict
     return {"codes": (T.UINT8, codes), "step": (T.FLOAT, g.node("Squeeze", step, g.shape(2)))}
 
 
-def _product(g: Graph, given: dict[str, str], name: str, form: RowFormat, n: int) -> str:
+def _product(g: Graph, given: dict[str, str], name: str, form: RowFormat, n: int, many: bool) -> str:
     """[T, n], n rows times what `_entering` made."""
     if form.kind == "f16":
         w = g.node("Cast", g.input(f"{name}.w", T.FLOAT16, [form.width, n]), to=T.FLOAT)
         return g.node("MatMul", given["x"], w)
-    w = g.input(f"{name}.w", T.UINT8, [_blocks(form), BLOCK, n])
+    arithmetic: Arithmetic = "int8" if "codes" in given else "float32"
+    kind: type[np.uint8 | np.int8] = np.int8 if signed(form, arithmetic) else np.uint8
+    w = g.input(f"{name}.w", T.INT8 if kind is np.int8 else T.UINT8, [_blocks(form), BLOCK, n])
     scale = g.input(f"{name}.scale", T.FLOAT, ["scales", 1, n])
-    zero = g.constant(np.uint8(ZEROS[form.kind]))
-    if "x" in given:
-        centred = g.node("Sub", g.node("Cast", w, to=T.FLOAT), g.node("Cast", zero, to=T.FLOAT))
-        sums = g.node("MatMul", g.node("Transpose", given["x"], perm=[1, 0, 2]), centred)  # [B, T, n]
-        return g.node("ReduceSum", g.node("Mul", sums, scale), g.shape(0), keepdims=0)
+    if arithmetic == "float32":
+        return g.node("MatMul", given["x"], _widened(g, w, scale, form))
     codes = g.node("Transpose", given["codes"], perm=[1, 0, 2])  # [B, T, 32]
-    sums = g.node("Cast", g.node("MatMulInteger", codes, w, g.constant(MIDDLE), zero), to=T.FLOAT)  # [B, T, n]
-    sums = g.node("Transpose", g.node("Mul", sums, scale), perm=[1, 0, 2])  # [T, B, n]
-    y = g.node("MatMul", g.node("Unsqueeze", given["step"], g.shape(1)), sums)  # [T, 1, n]
-    return g.node("Squeeze", y, g.shape(1))
+    zeros = g.constant(MIDDLE), g.constant(kind(ZEROS[form.kind]))
+    step = g.node("Unsqueeze", given["step"], g.shape(1))  # [T, 1, B]
+
+    def summed(sums: str) -> str:
+        """[T, 1, n], the sum of [B, T, n] over blocks, of each token by itself."""
+        return g.node("FusedMatMul", step, sums, domain=MICROSOFT, transBatchB=1)
+
+    if not many or form.kind == "ternary":  # which has one scale for all blocks
+        sums = g.node("Cast", g.node("MatMulInteger", codes, w, *zeros), to=T.FLOAT)
+        return g.node("Squeeze", summed(g.node("Mul", sums, scale)), g.shape(1))
+    count, one = -(-n // ROWS_TOGETHER), g.constant(np.float32(1))
+    parts = [g.nodes_out("Split", x, outputs=count, axis=2, num_outputs=count) for x in (w, scale)]
+    made = [
+        summed(g.node("MatMulIntegerToFloat", codes, *part, *zeros, domain=MICROSOFT))
+        for part in ((w, one, scale) for w, scale in zip(*parts, strict=True))
+    ]
+    return g.node("Squeeze", g.node("Concat", *made, axis=2), g.shape(1))
+
+
+def _widened(g: Graph, w: str, scale: str, form: RowFormat) -> str:
+    """[32 B, n] float32 of signed weights [B, 32, n] around 0."""
+    if form.kind == "ternary":
+        each = g.node("Reshape", scale, g.shape(-1))  # [n]
+        wide = g.node("DequantizeLinear", w, each, axis=2)
+    else:
+        wide = g.node("DequantizeLinear", w, scale, axis=1, block_size=BLOCK)
+    return g.node("Reshape", wide, g.shape(form.width + form.digits, -1))
 
 
 def _as_unpacked(g: Graph, x: str, form: RowFormat) -> str:

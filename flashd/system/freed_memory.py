@@ -40,27 +40,9 @@ def use_small_pages() -> None:
     arena_max, set_thp_disable = -8, 41
     _call("mallopt", arena_max, 1)
     _call("prctl", set_thp_disable, 1, 0, 0, 0)
-    _set_heap(LARGE, LARGE)
-
-
-def reuse_freed_memory() -> None:
-    """Keeps what is freed for what is allocated next, once all that stays has been allocated.
-
-    A session of what streams past takes and frees some megabytes, thousands of times. New pages for it, which the
-    system fills with zeros, took a third of the time that opening and running it takes. `use_small_pages` ends this.
-    """
-    _set_heap(MOST_REUSED, MOST_KEPT)
-
-
-MOST_REUSED, MOST_KEPT = 8 << 20, 64 << 20
-"""The largest array that is kept for another one, and how much may be free at the end of the heap, in bytes."""
-
-
-def _set_heap(largest: int, most_free: int) -> None:
-    """Larger arrays stay out of the heap. It keeps up to `most_free` free bytes at its end."""
     trim_threshold, mmap_threshold = -1, -3
-    _call("mallopt", mmap_threshold, largest)
-    _call("mallopt", trim_threshold, most_free)
+    _call("mallopt", mmap_threshold, LARGE)
+    _call("mallopt", trim_threshold, LARGE)
 
 
 def _call(name: str, *arguments: int) -> None:

@@ -16,7 +16,7 @@ from flashd.engine.planning.held import WEIGHTS
 from flashd.engine.planning.plan import Plan, make_plan
 from flashd.engine.planning.rates import ASSUMED, BETWEEN, CARD, Rates, expected, remembered_rates
 
-FAST = Rates(opened=1e12, multiplied=1e12, guessed=1e12, checked=1e12)
+FAST = Rates(streamed=1e12, multiplied=1e12, guessed=1e12, checked=1e12)
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +51,15 @@ def replace_rate(rates: Rates, **changed: float) -> Rates:
     return Rates(**({name: getattr(rates, name) for name in Rates.__struct_fields__} | changed))
 
 
-def test_reading_opening_and_multiplying_add_up(paged: Plan) -> None:
+def test_the_slower_of_card_and_processor_counts(paged: Plan) -> None:
     guessed = 8 * 4 / 16
     tokens = 1 + guessed * 15 / 16  # after four steps
     assert expected(paged, FAST, 60e6) == pytest.approx(tokens, 1e-3)
     assert expected(paged, FAST, None) == expected(paged, FAST, CARD)
-    assert expected(paged, replace_rate(FAST, opened=60e6), 60e6) == pytest.approx(tokens / 2, 1e-3)
-    # 30 MB in RAM are multiplied for the pass, and for each step of guesses
-    assert expected(paged, replace_rate(FAST, checked=30e6), 60e6) == pytest.approx(tokens / 2, 1e-3)
+    assert expected(paged, replace_rate(FAST, streamed=60e6), 60e6) == pytest.approx(tokens, 1e-3)
+    assert expected(paged, replace_rate(FAST, streamed=30e6), 60e6) == pytest.approx(tokens / 2, 1e-3)
+    # the 30 MB in RAM and the 60 MB that stream past are multiplied with all tokens of the pass
+    assert expected(paged, replace_rate(FAST, checked=30e6), 60e6) == pytest.approx(tokens / 3, 1e-3)
     rates = [(1 + guessed * (1 - 0.5**steps)) / (1 + steps / 2) for steps in range(1, 5)]
     assert expected(paged, replace_rate(FAST, guessed=60e6), 60e6) == pytest.approx(max(rates), 1e-3)
     # guesses that cost more than they give are not made

@@ -366,7 +366,7 @@ def test_a_plan_has_room_for_whole_experts_and_counts_all(bundle: Path) -> None:
     with Bundle(bundle) as opened_bundle:
         header = opened_bundle.header
     m, nbytes = header.model, expert_bytes(bundle)
-    held = m.expert_groups * parts.group_kept(header.group, m)
+    held = m.expert_groups * parts.group_kept(header.group)
     least = plan.smallest(header, 64, 0)
     routers = sum(s.length for s in header.sections if s.name.endswith(".router"))
     assert routers == LAYERS * EXPERTS * m.hidden * 2

@@ -53,7 +53,7 @@ def test_a_first_layer_without_experts_has_an_ffn_in_ram(bundle: Path) -> None:
     nbytes = header.group.nbytes * m.expert_groups
     least = plan.smallest(header, 64, 0)
     # one expert in each of three layers, beside which the states of further texts take a quarter
-    for more in (0, 4 * m.expert_groups * parts.group_kept(header.group, m)):
+    for more in (0, 4 * m.expert_groups * parts.group_kept(header.group)):
         made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
         assert made.parts[LEADING_FFNS] == held
         kept = made.pinned[0] // m.expert_groups

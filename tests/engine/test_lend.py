@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.forward import constants, streamed_ffn
+from flashd.engine.forward import streamed_ffn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.streamed_ffn import StreamedFfn
+from flashd.engine.forward.unpacked import in_turn
 from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.system import freed_memory
 from flashd.system.freed_memory import PAGE, give_back, use_small_pages
@@ -124,14 +125,15 @@ def test_a_pass_that_breaks_off_between_card_and_sum(tiny_bundle: Path, monkeypa
     ids, last = np.arange(4), np.array([3])
     with lending(tiny_bundle, 2) as model:
         right = model.forward(ids, last)
-        product, calls = constants.multiplied, iter(range(100))
+        shares = iter(range(1000))
 
-        def stopped(*args: Any, **inputs: Any) -> Any:
-            if next(calls) == 3:
-                raise KeyboardInterrupt
-            return product(*args, **inputs)
+        def stopped(*args: Any) -> Iterator[Any]:
+            for share in in_turn(*args):
+                if next(shares) == 3:
+                    raise KeyboardInterrupt
+                yield share
 
-        monkeypatch.setattr(streamed_ffn, "multiplied", stopped)
+        monkeypatch.setattr(streamed_ffn, "in_turn", stopped)
         model.cache.truncate(0)
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids, last)

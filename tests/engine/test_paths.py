@@ -15,7 +15,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import RowKind
 from flashd.engine.engine import Prompts
-from flashd.engine.forward import streamed_ffn
+from flashd.engine.forward import unpacked
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
 from flashd.engine.model import sizes
@@ -36,10 +36,7 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("int8", "float32")
 
 
 def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: Arithmetic = "int8") -> Plan:
-    """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic.
-
-    Models that page are in float32 if they are not mixtures.
-    """
+    """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic."""
     header = bundle.header
     full = make_plan(
         header,
@@ -238,7 +235,7 @@ def test_a_pass_may_have_more_tokens_than_go_through_a_product_together(
     found = []
     for at_once in (128, 5):
         monkeypatch.setattr(sizes, "TOKENS_AT_ONCE", at_once)
-        monkeypatch.setattr(streamed_ffn, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(unpacked, "TOKENS_UNPACKED", at_once)
         with opened(tmp_path / "m.flash", 0.5, 64) as model:
             logits = all_logits(model, tokens, 48)
             if model.branches:

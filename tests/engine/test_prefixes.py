@@ -30,6 +30,7 @@ from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
+from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model.contract import Model
 from flashd.engine.paging.card import READ_BYTES
 from flashd.engine.planning.parts import BUFFERS, PREFILL_TOKENS
@@ -498,7 +499,10 @@ def test_a_restore_holds_nothing_twice(tiny_bundle: Path, tmp_path: Path) -> Non
     long = [1 + i % 250 for i in range(400)]
     teach(tiny_bundle, tmp_path, long, long)
     with process(tiny_bundle, tmp_path) as p:
-        assert p.talk.prefixes is not None
+        assert p.talk.prefixes is not None and isinstance(p.model, PagedModel)
+        assert isinstance(p.model._ffn, StreamedFfn)
+        for read in p.model._ffn.stream._reads:  # which is ahead, and has memory too
+            read.made.result()
         tracemalloc.start()
         try:
             _, nbytes = p.talk.prefixes.restore(long, p.model.cache)

@@ -78,8 +78,8 @@ def test_a_product_is_that_of_the_weights_whatever_their_kind(
 ) -> None:
     form = of_kind(header, kind, down)
     groups, h = drawn(form, 1), np.random.default_rng(2).normal(size=(5, form.hidden)).astype(np.float32)
-    multiply, before = multiplier(header, form, arithmetic, monkeypatch), np.full((5, form.hidden), 0.5, np.float32)
-    made = multiply(Shelf().keep(form, groups), multiply.entering(form, h), before) - before
+    multiply = multiplier(header, form, arithmetic, monkeypatch)
+    made = multiply(Shelf().keep(form, groups), multiply.entering(form.row, h))
     right = share(groups, form, h)
     exact = arithmetic == "float32" or kind == "f16"
     assert np.sqrt(np.mean((made - right) ** 2)) < (1e-5 if exact else 0.02) * right.std()
@@ -93,11 +93,11 @@ def test_a_token_has_the_same_share_however_many_others_there_are(
 ) -> None:
     form, tokens = of_kind(header, kind), 2 * TOKENS_UNPACKED + 1
     h = np.random.default_rng(3).normal(size=(tokens, form.hidden)).astype(np.float32)
-    multiply, before = multiplier(header, form, arithmetic, monkeypatch), np.zeros((tokens, form.hidden), np.float32)
+    multiply = multiplier(header, form, arithmetic, monkeypatch)
     kept = Shelf().keep(form, drawn(form, 4))
-    made = multiply(kept, multiply.entering(form, h), before)
-    for some in (slice(0, 1), slice(tokens - 1, tokens), slice(3, 5), slice(1, TOKENS_UNPACKED + 3)):
-        assert np.array_equal(multiply(kept, multiply.entering(form, h[some]), before[some]), made[some])
+    made = multiply(kept, multiply.entering(form.row, h))
+    for some in (slice(0, 1), slice(tokens - 1, tokens), slice(3, 5), slice(1, 9), slice(1, TOKENS_UNPACKED + 3)):
+        assert np.array_equal(multiply(kept, multiply.entering(form.row, h[some])), made[some])
 
 
 def test_groups_that_go_leave_their_memory_to_others(header: Header) -> None:
@@ -120,4 +120,4 @@ def test_the_plan_counts_what_a_group_takes(header: Header, kind: RowKind) -> No
     arrays = [*kept.inputs.arrays(), *kept.down.arrays()]
     first = min(array.ctypes.data for array in arrays)
     end = max(array.ctypes.data + array.nbytes for array in arrays)
-    assert 0 <= group_kept(form, header.model) - OBJECTS - (end - first) < 64
+    assert 0 <= group_kept(form) - OBJECTS - (end - first) < 64

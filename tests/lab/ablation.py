@@ -20,7 +20,6 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
-from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.selected_ffn import SelectedFfn, ignore
@@ -186,7 +185,7 @@ def table(made: dict[str, Path], path: Path, tokens: list[int], ram: float) -> l
 
 def _dense(bundle: Bundle, name: str, ram: float, tokens: list[int]) -> Row:
     plan = plan_of(bundle, ram)
-    with opened(bundle, plan, StreamedFfn(bundle, Constants(bundle.header, "float32"), plan)) as model:
+    with opened(bundle, plan, StreamedFfn(bundle, plan)) as model:
         for token in tokens[:DENSE_PASSES]:  # each costs the same
             model.forward(np.array([token]), np.array([0]))
         m = bundle.header.model

@@ -95,7 +95,7 @@ def test_experts_that_come_and_go_leave_nothing(half: PagedModel) -> None:
         half.forward(np.array([token]), np.array([0]))
         token = int(ring[token])
     assert half.card.bytes_read > 128 << 20
-    give_back_freed_memory()  # which passes over few tokens keep for the next one
+    give_back_freed_memory()
     assert resident_now() - before < 8 << 20
 
 

@@ -71,16 +71,16 @@ class Constants:
         self._graphs: dict[tuple[Any, ...], bytes] = {}
         self._unread = unread(arithmetic, not header.formats.constant.isdisjoint({"int8", "mxfp4"}))
 
-    def rows(self, rows: Rows, k: int, once: bool = False) -> ort.InferenceSession:
-        """x [1, R, K] -> y [1, R, n], the product with rows [n, K]. `once`: it streams past."""
+    def rows(self, rows: Rows, k: int) -> ort.InferenceSession:
+        """x [1, R, K] -> y [1, R, n], the product with rows [n, K]."""
         product = self._product(rows, k)
         graph = self._graph(constant.rows, self.arithmetic, len(rows), k, {"rows": product.rows})
-        return self._opened(graph, product.named("rows"), once)
+        return self._opened(graph, product.named("rows"))
 
     def groups(self, groups: Groups, once: bool = False) -> ort.InferenceSession:
         """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer.
 
-        `once`: they stream past, or others are computed beside them; one thread is enough.
+        `once`: others are computed beside them; one thread is enough.
         """
         arrays, stored = self._of_groups(groups)
         graph = self._graph(constant.ffn, self._model, self.arithmetic, len(groups), stored)
@@ -145,7 +145,7 @@ class Constants:
         return open_session(graph, arrays, alone=once, in_place=in_place, unread=spare)
 
     def _graph(self, make: Any, *asked: Any) -> bytes:
-        """A graph that is made once: what streams past asks for few different ones, over and over."""
+        """A graph that is made once: experts ask for few different ones, over and over."""
         parts = (tuple(part.items()) if isinstance(part, dict) else part for part in asked)
         key = (make, *(part for part in parts if part is not self._model))
         if key not in self._graphs:

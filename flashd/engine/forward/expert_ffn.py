@@ -23,13 +23,13 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.arrays import Groups
 from flashd.bundle.layer_kinds import LeadingFfn
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows.formats import GroupFormat
+from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.router import Router
 from flashd.engine.forward.unpacked import Entering, Kept, Multiplier, Shelf
 from flashd.engine.model.contract import CardStats, OnStep
-from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE
+from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE, at_work
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.card_speed import IN_FLIGHT, remembered
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
@@ -89,18 +89,19 @@ class _Work:
         entering = {name: values[tokens] for name, values in self.entering.items()}
         share = self.shares[tokens, place]
         for group in groups:
-            share = self.multiply(group, entering, share)
+            share += self.multiply(group, entering)
         self.shares[tokens, place] = share
 
 
 class _InSessions:
     """Multiplies experts that are the constants of a session each. So they are if all of them fit."""
 
-    def entering(self, form: GroupFormat, h: Floats) -> Entering:  # noqa: ARG002
+    def entering(self, form: RowFormat, h: Floats) -> Entering:  # noqa: ARG002
         return {"h": h}
 
-    def __call__(self, session: Any, entering: Entering, before: Floats) -> Floats:
-        return multiplied(session, h=entering["h"], before=before)
+    def __call__(self, session: Any, entering: Entering) -> Floats:
+        h = entering["h"]
+        return multiplied(session, h=h, before=np.zeros_like(h))
 
 
 class ExpertFfn:
@@ -123,7 +124,7 @@ class ExpertFfn:
         speed = remembered(bundle.path)
         depth = speed.depth if speed else IN_FLIGHT
         self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._keep, depth)
-        self._workers = ThreadPoolExecutor(min(plan.threads, AT_WORK), thread_name_prefix="experts")
+        self._workers = ThreadPoolExecutor(at_work(plan.threads), thread_name_prefix="experts")
         self._routed: _Routed | None = None
         self._needed = self._found = 0
 
@@ -174,7 +175,7 @@ class ExpertFfn:
         routed, kept = self._routed, self._layers[layer].kept
         assert routed is not None
         shares = self._router.biases(layer, routed.used)  # [T, K, H]
-        entering = self._multiply.entering(self._forms[layer], h)
+        entering = self._multiply.entering(self._forms[layer].row, h)
         work = _Work(self._workers, self._multiply, shares, entering, routed)
         for expert in routed.here:
             work.start(expert, kept[expert])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from typing import Any
 
 import numpy as np
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
-from flashd.engine.forward.constants import Constants, multiplied
+from flashd.engine.forward.head_rows import HeadRows
 from flashd.engine.model.contract import Finish, Meanwhile, OnStep
 from flashd.engine.model.sizes import LOGIT_ROWS
 from flashd.engine.paging.card import CardStream
@@ -25,15 +26,12 @@ class Head:
     often.
     """
 
-    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan, stream: CardStream | None) -> None:
+    def __init__(self, bundle: Bundle, rows: HeadRows, plan: Plan, stream: CardStream | None) -> None:
         self._model, self._kept, self._part = bundle.header.model, plan.head_rows, head_part(bundle.header)
         self._stream = stream if self._kept < self._model.vocabulary else None
         self._section = len(bundle.header.ffn_sections)
-        self._doubled = constants.arithmetic == "float32" or not plan.resident
-        hidden = self._model.hidden
-        self._parts = [
-            (first, constants.rows(rows, hidden)) for first, rows in bundle.table("head", plan.head_rows, self._part)
-        ]
+        self._rows = rows
+        self._parts = [part for _, some in bundle.table("head", self._kept, self._part) for part in rows.kept(some)]
 
     @property
     def streams(self) -> bool:
@@ -50,8 +48,8 @@ class Head:
             return likely[rows] if finish else likely
         out, h = np.empty((len(rows), self._model.vocabulary), np.float32), h[rows]
         out[:, : self._kept] = likely[rows]
-        with meanwhile(likely):
-            for first, logits in self._of_others(h, self._stream, on_step):
+        with meanwhile(likely), closing(self._of_others(h, self._stream, on_step)) as others:
+            for first, logits in others:
                 out[:, first : first + logits.shape[1]] = logits
         return out
 
@@ -71,28 +69,35 @@ class Head:
             yield rows, first, logits
 
     def _pieces(self, h: Floats, on_step: OnStep) -> Iterator[tuple[slice, int, Floats]]:
-        most = max(1, LOGIT_ROWS * self._model.vocabulary // self._part)
-        for first, session in self._parts:
+        most, first = max(1, LOGIT_ROWS * self._model.vocabulary // self._part), 0
+        for part in self._parts:
             for at in range(0, len(h), most):
                 rows = slice(at, min(at + most, len(h)))
-                yield rows, first, multiplied(session, self._doubled, x=h[rows])
+                (logits,) = self._rows.products(h[rows], [part])
+                yield rows, first, logits
+            first += logits.shape[1]
         if self._stream is not None:
             for first, logits in self._of_others(h, self._stream, on_step):
                 yield slice(0, len(h)), first, logits
 
     def of_likely(self, h: Floats) -> Floats:
         """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""
-        out = np.empty((len(h), self._kept), np.float32)
-        for at, session in self._parts:
-            logits = multiplied(session, self._doubled, x=h)
-            out[:, at : at + logits.shape[1]] = logits
+        out, first = np.empty((len(h), self._kept), np.float32), 0
+        for logits in self._rows.products(h, self._parts):
+            out[:, first : first + logits.shape[1]] = logits
+            first += logits.shape[1]
         return out
 
-    def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Iterator[tuple[int, Floats]]:
+    def _of_others(self, h: Floats, stream: CardStream, on_step: OnStep) -> Generator[tuple[int, Floats]]:
         """The logits of the tokens whose rows stream past, in parts."""
         first, layers = self._kept, self._model.layers
-        for _, session in stream.section(self._section):
-            logits = multiplied(session, self._doubled, x=h)
-            yield first, logits
-            first += logits.shape[1]
-            on_step(layers, layers, stream.stats.bytes_read)
+
+        def coming() -> Generator[Any]:
+            for _, parts in stream.section(self._section):
+                yield from parts
+                on_step(layers, layers, stream.stats.bytes_read)
+
+        with closing(coming()) as parts:
+            for logits in self._rows.products(h, parts):
+                yield first, logits
+                first += logits.shape[1]

@@ -20,17 +20,18 @@ from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.expert_ffn import ExpertFfn, LeadingFfns, MixedFfn
 from flashd.engine.forward.feed_forward import FeedForward
 from flashd.engine.forward.head import Head
+from flashd.engine.forward.head_rows import ConstantRows
 from flashd.engine.forward.selected_ffn import SelectedFfn
 from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model import sizes
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
-from flashd.engine.model.sizes import NODES, TREE_NODES
+from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import most_nodes, pass_tokens
 from flashd.engine.planning.plan import Plan
 from flashd.graphs.in_place import graph
-from flashd.system.freed_memory import give_back_freed_memory, reuse_freed_memory, use_small_pages
+from flashd.system.freed_memory import give_back_freed_memory
 
 
 def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForward:
@@ -38,7 +39,7 @@ def _feed_forward(bundle: Bundle, constants: Constants, plan: Plan) -> FeedForwa
     if header.selection:
         return SelectedFfn(bundle, plan)
     if not header.model.experts:
-        return StreamedFfn(bundle, constants, plan)
+        return StreamedFfn(bundle, plan)
     experts = ExpertFfn(bundle, constants, plan)
     leading = header.model.experts.leading
     if leading is None:
@@ -69,7 +70,7 @@ class PagedModel:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
-        constants = Constants(bundle.header, plan.arithmetic, plan.kv)
+        constants = Constants(bundle.header, plan.of_sessions, plan.kv)
         self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
@@ -81,18 +82,16 @@ class PagedModel:
             self._attend = attention.Attention(bundle, constants, plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)
-            stream = self._ffn.stream if isinstance(self._ffn, StreamedFfn) else None
-            self._head = Head(bundle, constants, plan, stream)
+            self._head = self._opened_head(constants, plan)
         except BaseException:
             self.close()
             raise
         give_back_freed_memory()
-        self._reuses_up_to, self._reuses = plan.reuses_up_to, False
         self.pass_tokens = pass_tokens(bundle.header)
         self.branches = not self._model.recurrent  # a state follows one line of tokens
         self.nodes = NODES
-        if self.branches and self._head.streams:  # passes with more tokens than so many do not reuse what is freed
-            self.nodes = min(most_nodes(self._model, plan.head_rows), plan.reuses_up_to or TREE_NODES)
+        if self.branches and self._head.streams:
+            self.nodes = most_nodes(self._model, plan.head_rows)
         self.texts = plan.texts
 
     def close(self) -> None:
@@ -160,7 +159,6 @@ class PagedModel:
         """
         before = self.cache.place
         past = before.length
-        self._reuse_memory(len(tokens) <= self._reuses_up_to)
         self.cache.reserve(past + len(tokens) + 1)
         places = Places.in_branches(past, branches) if branches else Places.in_line(past, len(tokens))
         try:
@@ -172,14 +170,6 @@ class PagedModel:
             self._ffn.restart()
             self.cache.go_back(before)
             raise
-
-    def _reuse_memory(self, few: bool) -> None:
-        """Passes over few tokens reuse what is freed. Those over many have arrays of many sizes, which leave gaps."""
-        if self._reuses:
-            give_back_freed_memory()
-        if few != self._reuses:
-            (reuse_freed_memory if few else use_small_pages)()
-        self._reuses = few
 
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
@@ -202,6 +192,11 @@ class PagedModel:
         h = self._finish(x)
         logits = self._head(h, on_step, meanwhile, finish)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
+
+    def _opened_head(self, constants: Constants, plan: Plan) -> Head:
+        if isinstance(self._ffn, StreamedFfn):
+            return Head(self._bundle, self._ffn.head_rows, plan, self._ffn.stream)
+        return Head(self._bundle, ConstantRows(constants, self._model.hidden, doubled=True), plan, None)
 
     def _load_layer(self, i: int, on_step: OnStep) -> None:
         self._attend.load(i)

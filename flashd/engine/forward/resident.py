@@ -16,6 +16,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.head import Head
+from flashd.engine.forward.head_rows import ConstantRows
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import SPARE, KvCache
@@ -62,7 +63,8 @@ class ResidentModel:
             constants = fast if some.stop <= plan.int8_layers else sparing
             self._bindings.append(self._bound(constants.whole(some, [self._layer(i) for i in some]), some))
             on_step(some.stop, layers, 0)
-        self._head = Head(bundle, fast if plan.int8_head else sparing, plan, None)
+        rows = ConstantRows(fast if plan.int8_head else sparing, self._model.hidden, doubled=not plan.int8_head)
+        self._head = Head(bundle, rows, plan, None)
         give_back_freed_memory()
 
     def draft(self, tokens: Tokens, branches: Branches) -> Guesses:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,14 +14,14 @@ import numpy as np
 from flashd.bundle.header import Header
 from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
-from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Bytes, Floats
-from flashd.engine.forward.constants import Constants, multiplied
+from flashd.engine.forward.head_rows import UnpackedRows
+from flashd.engine.forward.unpacked import Kept, Multiplier, Shelf, in_turn
 from flashd.engine.model.contract import CardStats, OnStep
-from flashd.engine.model.sizes import TOKENS_AT_ONCE
+from flashd.engine.model.sizes import at_work
 from flashd.engine.paging.card import CardStream, Extent, extents
+from flashd.engine.planning.parts import passing_bytes
 from flashd.engine.planning.plan import Plan
-from flashd.system.freed_memory import give_back_freed_memory
 
 
 def stream_past(
@@ -41,14 +45,6 @@ def stream_past(
     return schedule + extents(len(header.ffn_sections), runs, ROWS_OF_A_RUN * header.row_format("head").nbytes)
 
 
-@dataclass(frozen=True)
-class _Pinned:
-    """Groups of a layer that stay in RAM."""
-
-    session: Any
-    groups: int
-
-
 class StreamedFfn:
     """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
 
@@ -57,20 +53,28 @@ class StreamedFfn:
     that the sum is the same whatever is in RAM.
     """
 
-    def __init__(self, bundle: Bundle, constants: Constants, plan: Plan) -> None:
-        self._bundle, self._constants, self._plan = bundle, constants, plan
-        self._model = bundle.header.model
-        self._forms: list[GroupFormat] = [part.form for part in bundle.header.ffn_sections]
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        self._bundle, self._plan = bundle, plan
+        header = bundle.header
+        self._model = header.model
+        self._parts = header.ffn_sections
         self._sections = [
-            [number for number, part in enumerate(bundle.header.ffn_sections) if part.layer == layer]
+            [number for number, part in enumerate(self._parts) if part.layer == layer]
             for layer in range(self._model.layers)
         ]
-        self._pinned: list[list[_Pinned]] = []  # of each layer, its first groups, in order
+        self._forms = [header.group_of(layer) for layer in range(self._model.layers)]  # as they are multiplied
+        self._shelf, self._passing = Shelf(), Shelf(passing_bytes(header))
+        self._multiply = Multiplier(header, plan.arithmetic)
+        self._most = at_work(plan.threads)
+        self._workers = ThreadPoolExecutor(self._most, thread_name_prefix="groups")
+        self._pinned: list[list[Kept]] = []  # of each layer, its first groups, in order
         self._goal = plan.pinned
         self._scheduled = plan.pinned, plan.pinned
-        self.stream = CardStream(
-            bundle, stream_past(bundle.header, plan.pinned, plan.head_rows), plan.buffers, self._session
+        schedule = stream_past(header, plan.pinned, plan.head_rows)
+        self.head_rows = UnpackedRows(
+            header.row_format("head"), self._passing, self._multiply, self._workers, self._most
         )
+        self.stream = CardStream(bundle, schedule, plan.buffers, self._keep)
         self._needed = self._found = 0
 
     @property
@@ -93,12 +97,11 @@ class StreamedFfn:
     @property
     def _here(self) -> tuple[int, ...]:
         """Of each layer, the groups that are in RAM: its first ones."""
-        return tuple(sum(part.groups for part in pinned) for pinned in self._pinned)
+        return tuple(map(len, self._pinned))
 
     def load(self, layer: int) -> None:
-        count = self._plan.pinned[layer]
-        parts = self._bundle.groups(layer, count, at_once=max(count, 1))
-        self._pinned.append([_Pinned(self._constants.groups(groups), len(groups)) for _, groups in parts])
+        parts = self._bundle.groups(layer, self._plan.pinned[layer], at_once=1)
+        self._pinned.append([self._shelf.keep(self._forms[layer], groups) for _, groups in parts])
         if len(self._pinned) == self._model.layers:
             self._settle()
             self.stream.read_ahead()
@@ -109,35 +112,42 @@ class StreamedFfn:
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         if layer == 0:
             self._settle()
-        y = self.from_ram(layer, h)  # [T, H]
-        pinned, here = self._pinned[layer], self._here[layer]
-        self._found += here
+        self._found += len(self._pinned[layer])
         self._needed += self._model.layer_groups[layer]
-        for section in self._sections[layer]:
-            first = self._bundle.header.ffn_sections[section].first
-            for extent, session in self.stream.section(section):
-                y = _added(session, h, y)
-                if first + extent.first == here and here + extent.count <= self._goal[layer]:
-                    pinned.append(_Pinned(session, extent.count))
-                    here += extent.count
-                on_step(layer, self._model.layers, self.card.bytes_read)
-        return y
+        with closing(self._coming(layer, on_step)) as coming:
+            return self._sum(layer, h, chain(self._pinned[layer][:], coming))
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
+        return self._sum(layer, h, self._pinned[layer])
+
+    def _sum(self, layer: int, h: Floats, groups: Iterable[Kept]) -> Floats:
+        """[T, W]: the shares of some groups of a layer in its FFN of h [T, H], in order."""
         y = np.zeros((len(h), self._model.share_width), np.float32)
-        for pinned in self._pinned[layer]:
-            y = _added(pinned.session, h, y)
+        entering = self._multiply.entering(self._bundle.header.group_of(layer).row, h)
+        for share in in_turn(
+            self._workers, (partial(self._multiply, group, entering) for group in groups), self._most
+        ):
+            y += share
         return y
+
+    def _coming(self, layer: int, on_step: OnStep) -> Generator[Kept]:
+        """The groups of a layer that stream past, in order. Those that there is room for stay."""
+        pinned = self._pinned[layer]
+        for section in self._sections[layer]:
+            for extent, groups in self.stream.section(section):
+                at = self._parts[section].first + extent.first
+                for number, group in enumerate(groups, at):
+                    if number == len(pinned) < self._goal[layer]:
+                        pinned.append(self._shelf.copy(group))
+                    yield group
+                on_step(layer, self._model.layers, self.card.bytes_read)
 
     def lend(self, nbytes: int) -> None:
         """Fewer groups are let go at once; more stay when they next stream past."""
         self._goal = self._plan.pinned_beside(nbytes)
-        before = self._here
-        for pinned, goal, here in zip(self._pinned, self._goal, before, strict=False):
-            while here > goal:
-                here -= pinned.pop().groups
-        if self._here != before:
-            give_back_freed_memory()  # else it would be kept for other sessions, and not for the KV cache
+        for pinned, goal in zip(self._pinned, self._goal, strict=False):
+            del pinned[goal:]
+        self._shelf.empty()  # else it would be kept for other groups, and not for the KV cache
 
     def _settle(self) -> None:
         """Has the card give what no longer is in RAM, and no more what now is."""
@@ -146,22 +156,17 @@ class StreamedFfn:
             self.stream.restart(stream_past(self._bundle.header, here, self._plan.head_rows, goal))
             self._scheduled = here, goal
 
-    def _session(self, extent: Extent, raw: Bytes) -> Any:
-        """A session of what was read, groups or rows of the head; called in the thread that read it."""
-        if extent.section < len(self._forms):
-            return self._constants.groups(self._forms[extent.section].groups(raw), once=True)
-        form = self._bundle.header.row_format("head")
-        return self._constants.rows(form.views(raw), form.width, once=True)
+    def _keep(self, extent: Extent, raw: Bytes) -> list[Any]:
+        """What was read, groups or parts of the head; called in the thread that read it."""
+        if extent.section == len(self._parts):
+            return self.head_rows.kept(self.head_rows.form.views(raw))
+        part = self._parts[extent.section]
+        groups, form = part.form.groups(raw), self._forms[part.layer]
+        return [self._passing.keep(form, groups[i : i + 1]) for i in range(len(groups))]
 
     def restart(self) -> None:
         self.stream.restart()
 
     def close(self) -> None:
         self.stream.close()
-
-
-def _added(session: Any, h: Floats, y: Floats) -> Floats:
-    """y [T, width] and the share of some groups in the output for h [T, H], TOKENS_AT_ONCE tokens at a time."""
-    starts = range(0, len(h), TOKENS_AT_ONCE)
-    parts = [multiplied(session, h=h[at : at + TOKENS_AT_ONCE], before=y[at : at + TOKENS_AT_ONCE]) for at in starts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._workers.shutdown()

@@ -1,19 +1,23 @@
-"""Groups that stay in RAM as the card has them, and their products: bytes are unpacked just before.
+"""Rows that stay in RAM as the card has them, and their products: bytes are unpacked just before.
 
-A group is transposed once, when it comes: its rows lie side by side then, so that a block of all of them is
-contiguous. numpy unpacks that at the speed of memory.
+Rows are transposed once, when they come: they lie side by side then, so that a block of all of them is contiguous.
+numpy unpacks that at the speed of memory.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.header import Header
@@ -22,7 +26,7 @@ from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
 from flashd.engine.forward.constants import at_least_two
 from flashd.engine.forward.products import fill_scales
-from flashd.engine.model.sizes import TOKENS_UNPACKED
+from flashd.engine.model.sizes import FEW_UNPACKED, TOKENS_UNPACKED
 from flashd.engine.planning.parts import ALIGNED
 from flashd.graphs import unpacked
 from flashd.graphs.constant import Arithmetic
@@ -31,42 +35,96 @@ from flashd.system.onnx_session import open_session
 Array = npt.NDArray[Any]
 
 Entering = dict[str, Array]
-"""What goes into all groups of a layer, [T, ...] each, see graphs.unpacked.entering."""
+"""What goes into all groups of a layer, or all rows of the head, [T, ...] each, see graphs.unpacked.entering."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """Rows in RAM. Each of their arrays [n, m] is [m, n] here."""
+
+    form: RowFormat
+    rows: Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A group in RAM. Each array [n, m] of its rows is [m, n] here."""
+    """A group in RAM."""
 
     form: GroupFormat
-    inputs: Rows
+    inputs: Rows  # as in KeptRows
     down: Rows
-    bias: Floats  # [M N], or empty
+    vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
 
 
 class Shelf:
-    """Memory for groups. What a group had that is gone, another one of its size gets. Several threads may use it."""
+    """Memory for rows. What some had that are gone, others of the same size get. Several threads may use it.
 
-    def __init__(self) -> None:
+    Args:
+        slot: the least bytes of a piece of memory. If it is the size of the largest, each may take any other's place.
+    """
+
+    def __init__(self, slot: int = 0) -> None:
+        self._slot = slot
         self._idle: dict[int, list[Bytes]] = defaultdict(list)
         self._transpose = open_session(unpacked.transpose())
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
         """A copy of a single group, whose rows have the form of `form`."""
-        arrays = [*groups.inputs.arrays(), *groups.down.arrays()]
-        sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in (*arrays, groups.bias)]
-        memory = self._take(sum(sizes))
-        at, copies = 0, []
-        for array, size in zip(arrays, sizes, strict=False):
-            n, m = array.shape[1:]
-            copy = memory[at : at + array.nbytes].view(array.dtype).reshape(m, n)
-            copy[:] = self._transposed(array[0])
-            copies.append(copy)
-            at += size
-        bias = memory[at : at + groups.bias.nbytes].view(np.float32)
-        bias[:] = groups.bias.reshape(-1)
-        rows = len(groups.inputs.arrays())
-        kept = Kept(form, type(groups.inputs)(*copies[:rows]), type(groups.down)(*copies[rows:]), bias)
+        inputs, down = groups.inputs[:1].joined(), groups.down[:1].joined()
+        vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
+        vectors = {name: vector for name, vector in vectors.items() if vector.size}
+        memory, arrays = self._transposes([*inputs.arrays(), *down.arrays()], list(vectors.values()))
+        first, second = len(inputs.arrays()), len(inputs.arrays()) + len(down.arrays())
+        kept = Kept(
+            form, type(inputs)(*arrays[:first]), type(down)(*arrays[first:second]),
+            dict(zip(vectors, arrays[second:], strict=True)),
+        )  # fmt: skip
+        return self._lent(kept, memory)
+
+    def copy(self, kept: Kept) -> Kept:
+        """A copy of a group that is in other memory."""
+        inputs, down = kept.inputs.arrays(), kept.down.arrays()
+        arrays = [*inputs, *down, *kept.vectors.values()]
+        memory, copies = self._carved(arrays, [array.shape for array in arrays])
+        for copy, array in zip(copies, arrays, strict=True):
+            copy[:] = array
+        rest = iter(copies)
+        again = Kept(
+            kept.form, type(kept.inputs)(*islice(rest, len(inputs))), type(kept.down)(*islice(rest, len(down))),
+            dict(zip(kept.vectors, rest, strict=True)),
+        )  # fmt: skip
+        return self._lent(again, memory)
+
+    def keep_rows(self, form: RowFormat, rows: Rows) -> KeptRows:
+        """A copy of rows [n, ...]."""
+        memory, arrays = self._transposes(rows.arrays(), [])
+        return self._lent(KeptRows(form, type(rows)(*arrays)), memory)
+
+    def _transposes(self, arrays: list[Array], vectors: list[Array]) -> tuple[Bytes, list[Array]]:
+        """Memory, and in it the transposes of `arrays` and copies of `vectors`."""
+        every = [*arrays, *vectors]
+        memory, copies = self._carved(every, [array.shape[::-1] for array in every])
+        for copy, array in zip(copies, every, strict=True):
+            if array.ndim == 2 and array.dtype == np.uint8:
+                self._transposed(array, copy)
+            else:
+                copy[:] = array.T
+        return memory, copies
+
+    def _carved(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> tuple[Bytes, list[Array]]:
+        """Memory, and in it room for arrays of other shapes."""
+        sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
+        memory = self._take(max(sum(sizes), self._slot))
+        starts = np.cumsum([0, *sizes]).tolist()
+        return memory, [
+            memory[at : at + array.nbytes].view(array.dtype).reshape(shape)
+            for at, array, shape in zip(starts, arrays, shapes, strict=False)
+        ]
+
+    def _lent(self, kept: R, memory: Bytes) -> R:
+        """`kept`, when it is gone its memory is idle."""
         weakref.finalize(kept, self._idle[len(memory)].append, memory).atexit = False
         return kept
 
@@ -74,45 +132,79 @@ class Shelf:
         try:
             return self._idle[nbytes].pop()
         except IndexError:
+            self.empty()  # of other sizes
             return np.empty(nbytes, np.uint8)
 
-    def _transposed(self, array: Array) -> Array:
+    def empty(self) -> None:
+        """Gives idle memory to the system."""
+        for idle in list(self._idle.values()):
+            idle.clear()
+
+    def _transposed(self, array: Bytes, to: Bytes) -> None:
         """[n, m] -> [m, n]. onnxruntime moves 16 bytes at a time."""
-        if array.dtype != np.uint8:
-            return array.T
-        return np.asarray(self._transpose.run(None, {"x": array})[0])
+        binding = self._transpose.io_binding()
+        binding.bind_cpu_input("x", np.ascontiguousarray(array))
+        binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(to))
+        self._transpose.run_with_iobinding(binding)
 
 
 class Multiplier:
-    """Multiplies groups that are kept. Several threads may use it; each has room of its own to unpack into."""
+    """Multiplies what is kept. Several threads may use it; each has room of its own to unpack into."""
 
     def __init__(self, header: Header, arithmetic: Arithmetic) -> None:
-        model = header.model
-        forms = {header.group_of(layer) for layer in model.paged_layers}
-        self._entering = {form: open_session(unpacked.entering(form, arithmetic)) for form in forms}
-        self._sessions = {form: open_session(unpacked.group(model, form, arithmetic)) for form in forms}
-        exact = arithmetic == "float32"
-        self._doubled = {form: exact or "f16" in (form.row.kind, form.column.kind) for form in forms}
+        self._model, self._arithmetic = header.model, arithmetic
+        self._forms = {header.group_of(layer) for layer in self._model.paged_layers}
+        self._entering: dict[RowFormat, ort.InferenceSession] = {}
+        self._of_groups: dict[tuple[GroupFormat, bool], ort.InferenceSession] = {}
+        self._of_rows: dict[tuple[RowFormat, int, bool], ort.InferenceSession] = {}
+        for form in self._forms:
+            self._entering[form.row] = open_session(unpacked.entering(form.row, arithmetic))
+            for many in (False, True):
+                self._of_groups[form, many] = open_session(unpacked.group(self._model, form, arithmetic, many))
         self._of_thread = threading.local()
 
-    def entering(self, form: GroupFormat, h: Floats) -> Entering:
-        """The input h [T, H] of an FFN as all its groups take it."""
-        session = self._entering[form]
-        arrays = session.run(None, {"h": h})
-        return {output.name: array for output, array in zip(session.get_outputs(), arrays, strict=True)}
+    def add_rows(self, form: RowFormat, n: int) -> None:
+        """Has it multiply n rows of this form too."""
+        if form not in self._entering:
+            self._entering[form] = open_session(unpacked.entering(form, self._arithmetic))
+        for many in (False, True):
+            if (form, n, many) not in self._of_rows:
+                self._of_rows[form, n, many] = open_session(unpacked.rows(form, n, self._arithmetic, many))
 
-    def __call__(self, group: Kept, entering: Entering, before: Floats) -> Floats:
-        """[T, H]: what is before, and the group's share in an FFN of what is `entering`, of the same T tokens."""
-        feed = self._feed("inputs", group.form.row, group.inputs) | self._feed("down", group.form.column, group.down)
-        if group.bias.size:
-            feed["bias"] = group.bias
-        session, parts = self._sessions[group.form], []
-        for at in range(0, len(before), TOKENS_UNPACKED):
-            some, part = slice(at, at + TOKENS_UNPACKED), len(before[at : at + TOKENS_UNPACKED])
-            given = {name: x[some] for name, x in entering.items()} | {"before": before[some]}
-            if self._doubled[group.form]:
+    def entering(self, form: RowFormat, h: Floats) -> Entering:
+        """h [T, K] as products with rows of a form take it. If there are bounds behind an FFN's input, they too."""
+        session = self._entering[form]
+        arrays = session.run(None, {"h": np.ascontiguousarray(h[:, : form.width])})
+        made = {output.name: array for output, array in zip(session.get_outputs(), arrays, strict=True)}
+        return made | ({"bounds": h[:, form.width :]} if h.shape[1] > form.width else {})
+
+    def __call__(self, group: Kept, entering: Entering) -> Floats:
+        """[T, W]: the group's share in an FFN of what is `entering`, of T tokens."""
+        form = group.form
+        feed = self._feed("inputs", form.row, group.inputs) | self._feed("down", form.column, group.down)
+        exact = not (unpacked.rounds(form.row, self._arithmetic) and unpacked.rounds(form.column, self._arithmetic))
+        sessions = self._of_groups[form, False], self._of_groups[form, True]
+        return self._in_parts(sessions, entering, feed | group.vectors, exact)
+
+    def rows(self, kept: KeptRows, entering: Entering) -> Floats:
+        """[T, n]: the products of what is `entering` with n rows. See add_rows."""
+        n = kept.rows.arrays()[0].shape[-1]
+        exact = not unpacked.rounds(kept.form, self._arithmetic)
+        sessions = self._of_rows[kept.form, n, False], self._of_rows[kept.form, n, True]
+        return self._in_parts(sessions, entering, self._feed("rows", kept.form, kept.rows), exact)
+
+    def _in_parts(
+        self, sessions: tuple[ort.InferenceSession, ort.InferenceSession], entering: Entering, feed: Entering,
+        exact: bool,
+    ) -> Floats:  # fmt: skip
+        """What the session for few tokens, or that for many, gives of all T, TOKENS_UNPACKED at a time."""
+        parts, count = [], len(next(iter(entering.values())))
+        for at in range(0, count, TOKENS_UNPACKED):
+            part = min(TOKENS_UNPACKED, count - at)
+            given = {name: x[at : at + part] for name, x in entering.items()}
+            if exact:
                 given = {name: at_least_two(x) for name, x in given.items()}
-            parts.append(session.run(None, feed | given)[0][:part])
+            parts.append(sessions[part > FEW_UNPACKED].run(None, feed | given)[0][:part])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _feed(self, name: str, form: RowFormat, rows: Rows) -> dict[str, Array]:
@@ -120,11 +212,12 @@ class Multiplier:
             return {f"{name}.w": rows.w}
         return {f"{name}.w": self._unpacked(name, rows, form), f"{name}.scale": self._scales(name, rows, form)}
 
-    def _unpacked(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Bytes:
-        """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]."""
+    def _unpacked(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Array:
+        """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]. They are around 0 if inputs are not rounded."""
         planes, n = unpacked.planes(form), rows.q.shape[1]
+        rounds = unpacked.rounds(form, self._arithmetic)
         q = rows.q.reshape(-1, BLOCK // planes, n)
-        if planes == 1:
+        if planes == 1 and rounds:
             return q
         out = self._room(f"{name}.w", np.uint8, (len(q), BLOCK, n))
         for plane in range(planes):
@@ -133,7 +226,9 @@ class Multiplier:
                 part[:] = np.take(mxfp4.BYTES[plane], q)
             else:
                 _unpack(q, plane, 8 // planes, part)
-        return out
+        if not rounds:
+            np.subtract(out, unpacked.ZEROS[form.kind], out=out)
+        return out.view(np.int8) if unpacked.signed(form, self._arithmetic) else out
 
     def _scales(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Floats:
         """[B, 1, n], those of digits among them, or [1, 1, n]."""
@@ -154,8 +249,22 @@ class Multiplier:
         return rooms[name, shape]
 
 
+def in_turn(workers: Executor, calls: Iterable[Callable[[], R]], most: int) -> Iterator[R]:
+    """What each of `calls` gives, in their order. Up to `most` of them run or wait for their turn."""
+    under_way: deque[Future[R]] = deque()
+    for call in calls:
+        if len(under_way) == most:
+            yield under_way.popleft().result()
+        under_way.append(workers.submit(call))
+    while under_way:
+        yield under_way.popleft().result()
+
+
 def _unpack(q: Bytes, plane: int, bits: int, out: Bytes) -> None:
     """Of each byte, `bits` bits, from bit `plane` bits on."""
+    if bits == 8:
+        np.copyto(out, q)
+        return
     if plane:
         np.right_shift(q, plane * bits, out=out)
     if (plane + 1) * bits < 8:

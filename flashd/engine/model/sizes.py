@@ -23,8 +23,17 @@ TOKENS_AT_ONCE = 128
 KEPT_ROWS = 256
 """Embedding rows that are kept for tokens that come one at a time. A text repeats most of its tokens."""
 
-TOKENS_UNPACKED = 8
-"""Tokens that go together through a product with an expert's weights, which leaves sums of each block behind each."""
+TOKENS_UNPACKED, FEW_UNPACKED = 64, 8
+"""Tokens that go together through a product with rows that were just unpacked: it leaves sums of each block behind
+each token. Up to so few of them another graph is faster."""
 
 AT_WORK = 4
-"""Threads that multiply experts at the most, and experts that have come and wait for one of them."""
+"""Threads that multiply what is unpacked, at the most."""
+
+HEAD_ROWS_UNPACKED = 1024
+"""Rows of the head that are unpacked together."""
+
+
+def at_work(threads: int) -> int:
+    """Threads that multiply what is unpacked, of a machine that computes with so many."""
+    return min(threads, AT_WORK)

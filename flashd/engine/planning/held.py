@@ -38,24 +38,25 @@ def _common(header: Header, context: int, base: int, kv: KvFormat, together: int
 
 def paged_parts(
     header: Header, context: int, base: int, pinned: int, head: int = 0, kv: KvFormat = "float32",
-    arithmetic: Arithmetic = "float32", constant_experts: bool = False,
+    arithmetic: Arithmetic = "float32", constant_experts: bool = False, threads: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """The parts of a model that pages, `pinned` groups of all layers and `head` rows in RAM.
 
     `constant_experts`: those of a mixture, which all are in RAM, are constants of sessions.
     """
-    m, head = header.model, head or likely(header)
+    m, head, sessions = header.model, head or likely(header), of_sessions(header, arithmetic)
     every = sum(m.paged_groups)
     here = spread(pinned, m.paged_groups)
-    each = max(here)
-    opened = each if not m.experts else m.expert_groups if constant_experts else 0  # groups in one session
+    unpacks = not (header.selection or constant_experts)
     held = _common(header, context, base, kv, 1) | {
-        "attention": parts.attention_held(header, arithmetic) + parts.rotary(m, context),
-        "head": parts.head_held(header, head, arithmetic),
-        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else max(each, 1), head)
-        + (parts.multiplying(header, arithmetic) if m.experts and not constant_experts else 0),
-        **parts.reading(header, arithmetic, head, pinned == every),
-        **_tokens(header, arithmetic),
+        "attention": parts.attention_held(header, sessions) + parts.rotary(m, context),
+        "head": parts.rows_kept(header.row_format("head"), head)
+        if parts.streams(header)
+        else parts.head_held(header, head, sessions),
+        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else 1, head, threads=threads)
+        + (parts.multiplying(header, arithmetic, threads) if unpacks else 0),
+        **parts.reading(header, head, pinned == every, threads),
+        **_tokens(header, sessions),
     }
     if m.experts and m.experts.leading:
         held[LEADING_FFNS] = parts.leading_held(header, arithmetic)
@@ -63,7 +64,16 @@ def paged_parts(
         sizes = zip(here, group_bytes(header, arithmetic if constant_experts else None), strict=True)
         held["experts" if m.experts else "pinned neurons"] = sum(groups * size for groups, size in sizes)
     later = held["workspace"] + held["KV cache"]
-    return held | {"opening what is pinned": _opening(header, later, opened, arithmetic)}
+    opened = m.expert_groups if constant_experts else 0  # groups in one session
+    return held | {"opening what is constant": _opening(header, later, opened, sessions)}
+
+
+def of_sessions(header: Header, arithmetic: Arithmetic) -> Arithmetic:
+    """The arithmetic of what every token needs, in a model that pages in `arithmetic`.
+
+    It is constant. In int8 it takes more RAM, which mixtures have.
+    """
+    return arithmetic if header.model.experts else "float32"
 
 
 def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
@@ -81,7 +91,9 @@ def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) ->
         parts.tokens_opening(header, arithmetic),
         parts.states_opening(header, arithmetic),
         parts.leading_opening(header, arithmetic),
-        parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
+        0
+        if parts.streams(header)
+        else parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
         0 if header.selection else groups * parts.group_opening(header.largest_group, arithmetic),
     )
     return max(0, largest - later)
@@ -139,5 +151,5 @@ def group_bytes(header: Header, constant: Arithmetic | None = None) -> tuple[int
     m = header.model
     forms = (header.group_of(i) for i in m.paged_layers)
     if constant is None:
-        return tuple(parts.group_kept(form, m) for form in forms)
+        return tuple(parts.group_kept(form) for form in forms)
     return tuple(-(-parts.expert_held(form, m, constant) // m.expert_groups) for form in forms)

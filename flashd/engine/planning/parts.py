@@ -15,11 +15,13 @@ from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
-from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.bundle.rows.formats import GroupFormat, Plane, RowFormat
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import (
     AT_WORK,
+    FEW_UNPACKED,
+    HEAD_ROWS_UNPACKED,
     KEPT_ROWS,
     LOGIT_ROWS,
     MOST_TEXTS,
@@ -28,11 +30,12 @@ from flashd.engine.model.sizes import (
     TOKENS_AT_ONCE,
     TOKENS_UNPACKED,
     TREE_NODES,
+    at_work,
 )
 from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.card import READ_BYTES, buffer_bytes, units_of_a_read
-from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.unpacked import ROWS_TOGETHER
 from flashd.system.memory import MIB
 
 PREFILL_TOKENS = 256
@@ -57,10 +60,7 @@ ALIGNED, OBJECTS = 64, 2 << 10
 """Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
 
 SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
-"""What the allocators hold beyond what was asked of them, for a model that stays whole and for one that pages."""
-
-REUSED = 12 * MIB
-"""What passes over few tokens leave in gaps if they reuse what is freed, measured 5 to 12 MiB, see freed_memory."""
+"""What the allocators hold beyond what was asked of them, and the same of experts and neurons that are selected."""
 
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
@@ -104,11 +104,19 @@ def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
     return rows + 4 * (form.biases + form.normed) * form.neurons
 
 
-def group_kept(form: GroupFormat, m: Architecture) -> int:
-    """Bytes of a group that stays in RAM when a model pages. Those of an expert are as the card has them."""
-    if not m.experts:
-        return group_held(form, "float32")
-    sizes = (prod(shape) * np.dtype(dtype).itemsize for dtype, shape in form.planes)
+def group_kept(form: GroupFormat) -> int:
+    """Bytes of a group in RAM as the card has it."""
+    return _kept(form.planes)
+
+
+def rows_kept(form: RowFormat, rows: int) -> int:
+    """Bytes of rows of the head in RAM as the card has them."""
+    parts, left = divmod(rows, HEAD_ROWS_UNPACKED)
+    return parts * _kept(form.planes(HEAD_ROWS_UNPACKED)) + (_kept(form.planes(left)) if left else 0)
+
+
+def _kept(planes: list[Plane]) -> int:
+    sizes = (prod(shape) * np.dtype(dtype).itemsize for dtype, shape in planes)
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) + OBJECTS
 
 
@@ -117,17 +125,28 @@ def expert_held(form: GroupFormat, m: Architecture, arithmetic: Arithmetic) -> i
     return m.expert_groups * group_held(form, arithmetic) + SESSION
 
 
-def multiplying(header: Header, arithmetic: Arithmetic) -> int:
-    """Bytes that the threads take which multiply experts: what they unpack into, and sums of blocks."""
+def multiplying(header: Header, arithmetic: Arithmetic, threads: int) -> int:
+    """Bytes that the threads take which multiply rows as the card has them: what they unpack, and sums of blocks."""
     form = header.largest_group
-    products = ((form.row, form.inputs * form.neurons), (form.column, form.hidden))
-    unpacked = sums = 0
+    products = [(form.row, form.inputs * form.neurons), (form.column, form.hidden)]
+    if streams(header):
+        products.append((header.row_format("head"), min(HEAD_ROWS_UNPACKED, header.model.vocabulary)))
+    unpacked, sums = 0, 0.0
     for row, rows in products:
         weights = rows * (row.width + row.digits)
-        each = 4 if row.kind == "f16" else 1 if arithmetic == "int8" else 9  # as float32, and again less their zeros
+        each = 4 if row.kind == "f16" else 5 if arithmetic == "float32" else int(row.bits < 8)
         unpacked += each * weights + 4 * weights // BLOCK
-        sums = max(sums, 2 * 4 * TOKENS_UNPACKED * weights // BLOCK)
-    return AT_WORK * (unpacked + sums)
+        of_few, of_many = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * TOKENS_UNPACKED * weights // BLOCK
+        if row.kind == "ternary":
+            sums = max(sums, 2 * of_many)
+        else:  # some rows at a time, each with a copy of its own
+            sums = max(sums, of_few, of_many * min(1, ROWS_TOGETHER / rows) + weights)
+    return int(at_work(threads) * (unpacked + sums))
+
+
+def streams(header: Header) -> bool:
+    """Whether every neuron takes part, so that groups and rows of the head stream past."""
+    return not (header.model.experts or header.selection)
 
 
 def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
@@ -143,7 +162,7 @@ def attention_held(header: Header, arithmetic: Arithmetic, layers: range | None 
         total += 4 * sum(m.layer_vectors(i).values())
     routers = m.experts.count * header.row_format("router").nbytes if m.experts else 0
     routers += 4 * sum(m.expert_vectors().values())
-    sessions = 3 if m.token_inputs else 2  # one for what is pinned of the FFN, one for what is behind it
+    sessions = 2 if m.token_inputs or layers else 1  # one for what is behind the FFN, or for the FFN
     return total + len(m.paged_layers) * routers + len(some) * sessions * SESSION
 
 
@@ -264,13 +283,14 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection else PREFILL_TOKENS
 
 
-def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
+def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False, threads: int = 0) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
     Args:
         groups: of a layer, the most that are in one session.
         head: of the head, the rows in RAM.
         whole: whether the model stays whole.
+        threads: that multiply what streams past.
     """
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
     more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
@@ -282,9 +302,11 @@ def workspace(header: Header, context: int, groups: int, head: int, whole: bool 
     logits *= 2 if m.changes_logits else 1
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
     shares = 0
-    if m.experts:  # of a pass's tokens, those of each expert, and what goes into experts while it is rounded
-        shares = 4 * (tokens + more) * (m.hidden * (m.experts.used + 1) + 4 * (m.hidden + header.group.row.digits))
-    return activations + scores(m, tokens, context) + logits + shares + (SLACK if whole else PAGED_SLACK)
+    if not whole and not header.selection:  # of a pass's tokens, and what goes into groups while it is rounded
+        count = m.experts.used + 1 if m.experts else at_work(threads) + 2
+        shares = 4 * (tokens + more) * (m.share_width * count + 4 * (m.hidden + header.group.row.digits))
+    slack = SLACK if whole or streams(header) else PAGED_SLACK
+    return activations + scores(m, tokens, context) + logits + shares + slack
 
 
 def _logits(m: Architecture, head: int) -> int:
@@ -323,16 +345,8 @@ def _of_token(m: Architecture, groups: int) -> int:
     return 4 * (6 * m.hidden + states + m.carried_width + m.ffn_input_width + mixed + inner)
 
 
-def tokens_that_reuse(header: Header, context: int, groups: int) -> int:
-    """The most tokens of a pass that leaves REUSED bytes of `workspace` unused; 0 if one with drafts does not."""
-    m, most = header.model, min(TOKENS_AT_ONCE, context)
-    of_token = _of_token(m, groups) + scores(m, 1, context) - scores(m, 0, context)
-    tokens = most - -(-REUSED // of_token)
-    return tokens if tokens > NODES else 0
-
-
-def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: bool) -> dict[str, int]:
-    """What reads go through, and the sessions that are made of what was read and are not used yet."""
+def reading(header: Header, head_rows: int, all_pinned: bool, threads: int) -> dict[str, int]:
+    """What reads go through, and what was read and is not multiplied yet."""
     m = header.model
     if header.selection is not None:
         return _selecting(header)
@@ -341,20 +355,17 @@ def reading(header: Header, arithmetic: Arithmetic, head_rows: int, all_pinned: 
     streams_head = head_rows < m.vocabulary
     if all_pinned and not streams_head:
         return {}
-    buffers, sessions, opening = [0], [0], [0]
-    for form in () if all_pinned else {part.form for part in header.ffn_sections}:
-        count = groups_of_a_read(form, m)
-        buffers.append(count * form.nbytes)
-        sessions.append(count * group_held(form, arithmetic) + SESSION)
-        opening.append(count * group_opening(form, arithmetic))
-    if streams_head:
-        row = header.row_format("head")
-        rows = READ_BYTES // row.nbytes
-        buffers.append(READ_BYTES)
-        sessions.append(held(row, rows, arithmetic) + SESSION)
-        opening.append(while_opening(row, rows, arithmetic))
-    total = BUFFERS * (buffer_bytes(max(buffers)) + max(sessions)) + IN_FLIGHT * max(opening)
-    return {"window and read-ahead": total}
+    buffer = READ_BYTES if streams_head else 0
+    if not all_pinned:
+        buffer = max(buffer, *(groups_of_a_read(part.form, m) * part.form.nbytes for part in header.ffn_sections))
+    most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # of one read
+    passing = BUFFERS * most + at_work(threads) + 2
+    return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * passing_bytes(header)}
+
+
+def passing_bytes(header: Header) -> int:
+    """Bytes of RAM that each group has which streams past, and each part of the head."""
+    return max(group_kept(header.largest_group), rows_kept(header.row_format("head"), HEAD_ROWS_UNPACKED))
 
 
 def _reading_experts(header: Header) -> dict[str, int]:
@@ -362,9 +373,7 @@ def _reading_experts(header: Header) -> dict[str, int]:
     m, form = header.model, header.largest_group
     count = groups_of_a_read(form, m)
     groups = EXPERT_BUFFERS * count + (AT_WORK + 2) * m.expert_groups
-    return {
-        "window and read-ahead": EXPERT_BUFFERS * buffer_bytes(count * form.nbytes) + groups * group_kept(form, m)
-    }
+    return {"window and read-ahead": EXPERT_BUFFERS * buffer_bytes(count * form.nbytes) + groups * group_kept(form)}
 
 
 def _selecting(header: Header) -> dict[str, int]:

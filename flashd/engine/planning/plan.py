@@ -4,7 +4,7 @@ The budget counts everything that the process holds: what it holds when the plan
 tokenizer: measured) and what is still to come (computed from the bundle's header).
 
 A model stays whole if it fits. As many of its layers as there is room for then have the fast arithmetic, which takes
-more RAM. A model that does not fit pages, in float32 if it is not a mixture.
+more RAM. A model that does not fit pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from flashd.engine.model.kv_cache import lendable_bytes
 from flashd.engine.model.states import lendable_states
 from flashd.engine.paging.eviction import shares
 from flashd.engine.planning import parts
-from flashd.engine.planning.held import LIBRARIES, by_turns, group_bytes, likely, paged_parts, spread, whole_parts
+from flashd.engine.planning.held import (
+    LIBRARIES,
+    by_turns,
+    group_bytes,
+    likely,
+    of_sessions,
+    paged_parts,
+    spread,
+    whole_parts,
+)
 from flashd.engine.planning.parts import BUFFERS, EXPERT_BUFFERS
 from flashd.errors import MemoryTooSmall, UsageError
 from flashd.graphs.constant import Arithmetic
@@ -63,9 +72,9 @@ class Plan:
     kv: KvFormat = "float32"  # how keys and values are kept
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
     lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
-    reuses_up_to: int = 0  # tokens of a pass that leaves room for the gaps of what is reused, see freed_memory
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
-    arithmetic: Arithmetic = "float32"  # of a model that pages
+    arithmetic: Arithmetic = "float32"  # of the FFNs of a model that pages
+    of_sessions: Arithmetic = "float32"  # of what is constant in a model that pages
     constant_experts: bool = False  # whether experts are constants of sessions: there is room for all of them
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
@@ -123,7 +132,7 @@ def make_plan(
         base: bytes that the process holds now.
         beside: bytes that a service holds or may be made to hold beside the model, by what for.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
-        arithmetic: the fastest that a model may have which stays whole or is a mixture.
+        arithmetic: the fastest that the model may have.
         kv: how keys and values are kept.
         draft: of a small model that is in RAM too.
 
@@ -137,14 +146,14 @@ def make_plan(
         beside[DRAFT] = draft.total
     base += sum(beside.values())
     whole = sum(whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
-    paged = smallest(header, context, base, kv, arithmetic)
+    paged = smallest(header, context, base, kv, arithmetic, threads)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
-        arithmetic=_of_paged(m, arithmetic),
+        arithmetic=_of_paged(header, arithmetic), of_sessions=of_sessions(header, arithmetic),
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with(_whole(header, base, plan, arithmetic), beside)
@@ -180,26 +189,27 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
     layers = len(m.paged_layers)
     held, constant = {}, False
     if m.experts:
-        held = paged_parts(header, plan.context, base, every, 0, plan.kv, plan.arithmetic, True)
+        held = paged_parts(header, plan.context, base, every, 0, plan.kv, plan.arithmetic, True, plan.threads)
         constant = sum(held.values()) <= plan.memory
     if not constant:
-        held = paged_parts(header, plan.context, base, 0, kv=plan.kv, arithmetic=plan.arithmetic)
+        held = paged_parts(header, plan.context, base, 0, 0, plan.kv, plan.arithmetic, threads=plan.threads)
     sizes = group_bytes(header, plan.arithmetic if constant else None)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=not m.experts)
 
     def parts_of(pinned: int, head: int = 0) -> dict[str, int]:
-        return paged_parts(header, plan.context, base, pinned, head, plan.kv, plan.arithmetic, constant) | beside
+        kinds = plan.kv, plan.arithmetic, constant, plan.threads
+        return paged_parts(header, plan.context, base, pinned, head, *kinds) | beside
 
     held |= beside
     pinned = every if constant else _groups_in(plan.memory - sum(held.values()), plan.groups, sizes)
     if m.experts:  # whole ones, as many in every layer
         pinned -= pinned % (layers * m.expert_groups)
     while pinned and sum(parts_of(pinned).values()) > plan.memory:
-        pinned -= 1  # the more groups share a session, the larger its temporaries
+        pinned -= 1
     each = spread(pinned, plan.groups)
     head, row = likely(header), header.row_format("head")
     if pinned == every:
-        run = max(1, parts.held(row, ROWS_OF_A_RUN, plan.arithmetic))
+        run = ROWS_OF_A_RUN * row.nbytes
         more = max(0, plan.memory - sum(parts_of(pinned).values())) // run * ROWS_OF_A_RUN
         head = min(m.vocabulary, head + more)
         while more and (over := sum(parts_of(pinned, head).values()) - plan.memory) > 0:
@@ -215,14 +225,13 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
         buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),
-        reuses_up_to=parts.tokens_that_reuse(header, plan.context, max(each)),
     )  # fmt: skip
 
 
 def _selecting(header: Header, rates: Floats, base: int, plan: Plan) -> Plan:
     """What is left goes to the windows of the layers, by how often their neurons take part."""
     m, size = header.model, header.unit_bytes
-    held = paged_parts(header, plan.context, base, pinned=0, kv=plan.kv)
+    held = paged_parts(header, plan.context, base, pinned=0, kv=plan.kv, threads=plan.threads)
     texts, beside = parts.texts(m, plan.memory - sum(held.values()), lends=False)
     held |= beside
     slots = min(m.layers * m.neurons, (plan.memory - sum(held.values())) // size)
@@ -243,16 +252,17 @@ def with_margin(least: int) -> int:
 
 
 def smallest(
-    header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic = "int8"
-) -> int:
+    header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic = "int8",
+    threads: int = 1,
+) -> int:  # fmt: skip
     """The smallest budget with which a model pages: nothing pinned, every group streams past."""
-    paged = paged_parts(header, context, base, 0, kv=kv, arithmetic=_of_paged(header.model, arithmetic))
-    return sum(paged.values())
+    kinds = kv, _of_paged(header, arithmetic)
+    return sum(paged_parts(header, context, base, 0, 0, *kinds, threads=threads).values())
 
 
-def _of_paged(m: Architecture, arithmetic: Arithmetic) -> Arithmetic:
-    """The arithmetic of a model that pages: of a mixture what is asked for, of others the one that takes less RAM."""
-    return arithmetic if m.experts else "float32"
+def _of_paged(header: Header, arithmetic: Arithmetic) -> Arithmetic:
+    """The arithmetic of the FFNs of a model that pages. Neurons that are selected are multiplied in float32."""
+    return "float32" if header.selection else arithmetic
 
 
 def rates_of(bundle: Bundle) -> Floats | None:

@@ -1,7 +1,6 @@
 """The tokens a second to expect of a plan, by what the machine and its card do in a second.
 
-A pass over a model that pages reads what streams past, opens sessions of it, and multiplies what stays in RAM. The
-same threads read and open, so these times add up. Experts are multiplied as they are, while others are read, so that
+A pass over a model that pages multiplies what stays in RAM, and what streams past while more of it is read, so that
 the slower of the two counts. Between passes the groups in RAM make guesses. How many of them are right depends on the
 text, so the rate of a text may be half or twice of what is expected.
 """
@@ -41,13 +40,13 @@ IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What the processors of a machine do with a model's rows, in bytes a second."""
 
-    opened: float  # of the bundle, that sessions are made of, or of experts none, and multiplied once
+    streamed: float  # of the bundle, that is read from the card, and that a single token is multiplied with
     multiplied: float  # of RAM, that a single token is multiplied with
     guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
     checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with
 
 
-ASSUMED = Rates(opened=230e6, multiplied=5e9, guessed=4e9, checked=2e9)
+ASSUMED = Rates(streamed=450e6, multiplied=5e9, guessed=4e9, checked=2e9)
 """Of a machine that was not measured."""
 
 GUESSING, CHECKING = 3, NODES - 2
@@ -67,7 +66,7 @@ def remembered_rates(header: Header, plan: Plan) -> Rates | None:
 
 
 def _key(header: Header, plan: Plan) -> str:
-    of = "experts, " if header.model.experts else ""
+    of = "experts, " if header.model.experts else "" if plan.resident else "groups, "
     return f"{_machine()}, {plan.threads} threads, {of}{header.formats.ffn} rows in {plan.of_ffns}"
 
 
@@ -93,14 +92,14 @@ def expected(plan: Plan, rates: Rates, card: float | None) -> float:
         return _with_draft(plan, rates, speed)
     if plan.used < 1:
         return 1 / (_experts(plan, rates, speed) + in_ram / rates.multiplied)
-    once = plan.card_bytes / speed + plan.card_bytes / rates.opened + in_ram / rates.multiplied
+    once = _pass(plan.card_bytes, in_ram, rates, speed, rates.multiplied)
     if plan.slots:
         return 1 / once
     # while a text is short, more groups are in RAM and fewer stream past
     lent, groups = plan.lent_groups, sum(plan.groups)
     in_ram += plan.lent_held
     guessed = min(OWN * (sum(plan.pinned) + lent) / groups, MOST_OWN)
-    seconds = _pass(plan.card_bytes - plan.lent_card_bytes, in_ram, rates, speed)
+    seconds = _pass(plan.card_bytes - plan.lent_card_bytes, in_ram, rates, speed, rates.checked)
 
     def rate(steps: int) -> float:
         return (1 + guessed * (1 - 0.5**steps)) / (seconds + steps * in_ram / rates.guessed)
@@ -119,7 +118,7 @@ def _with_draft(plan: Plan, rates: Rates, card: float) -> float:
             share = (1 - (1 - plan.used) ** nodes) / plan.used
             seconds = share * _experts(plan, rates, card) + in_ram / rates.checked
         else:
-            seconds = _pass(plan.card_bytes, in_ram, rates, card)
+            seconds = _pass(plan.card_bytes, in_ram, rates, card, rates.checked)
         return float((1 - RIGHT**nodes) / (1 - RIGHT) / (seconds + (nodes - 1) * step))
 
     return max(rate(nodes) for nodes in range(1, NODES + 1))
@@ -130,9 +129,10 @@ def _experts(plan: Plan, rates: Rates, card: float) -> float:
     used = plan.used * sum(groups * size for groups, size in zip(plan.groups, plan.group_bytes, strict=True))
     if plan.constant_experts:
         return used / rates.multiplied
-    return max(plan.card_bytes / card, used / rates.opened)
+    return max(plan.card_bytes / card, used / rates.streamed)
 
 
-def _pass(card_bytes: float, in_ram: float, rates: Rates, card: float) -> float:
-    """Seconds of a pass with drafts."""
-    return card_bytes / card + card_bytes / rates.opened + in_ram / rates.checked
+def _pass(card_bytes: float, in_ram: float, rates: Rates, card: float, rate: float) -> float:
+    """Seconds of a pass over as many tokens as are multiplied with bytes of RAM at `rate`."""
+    more = 1 / rate - 1 / rates.multiplied  # than for a single token
+    return max(card_bytes / card, in_ram / rate + card_bytes * (1 / rates.streamed + more))

@@ -58,6 +58,19 @@ class Kept:
     vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
 
 
+class _Scratch(threading.local):
+    """Memory of each thread to unpack into. New memory for each product would cost more than the unpacking."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
+
+    def array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
+        """An array for what is called `name`. The next one of this name overwrites it."""
+        if (name, shape) not in self._arrays:
+            self._arrays[name, shape] = np.empty(shape, dtype)
+        return self._arrays[name, shape]
+
+
 class Shelf:
     """Memory for rows. What some had that are gone, others of the same size get. Several threads may use it.
 
@@ -68,7 +81,7 @@ class Shelf:
     def __init__(self, slot: int = 0) -> None:
         self._slot = slot
         self._idle: dict[int, list[Bytes]] = defaultdict(list)
-        self._transpose = open_session(unpacked.transpose())
+        self._transpose, self._scratch = open_session(unpacked.transpose()), _Scratch()
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
         """A copy of a single group, whose rows have the form of `form`."""
@@ -141,9 +154,13 @@ class Shelf:
             idle.clear()
 
     def _transposed(self, array: Bytes, to: Bytes) -> None:
-        """[n, m] -> [m, n]. onnxruntime moves 16 bytes at a time."""
+        """[n, m] -> [m, n]. onnxruntime moves 16 bytes at a time, of arrays that are contiguous."""
+        if not array.flags.c_contiguous:
+            copy = self._scratch.array("copy", np.uint8, array.shape)
+            np.copyto(copy, array)
+            array = copy
         binding = self._transpose.io_binding()
-        binding.bind_cpu_input("x", np.ascontiguousarray(array))
+        binding.bind_cpu_input("x", array)
         binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(to))
         self._transpose.run_with_iobinding(binding)
 
@@ -161,7 +178,7 @@ class Multiplier:
             self._entering[form.row] = open_session(unpacked.entering(form.row, arithmetic))
             for many in (False, True):
                 self._of_groups[form, many] = open_session(unpacked.group(self._model, form, arithmetic, many))
-        self._of_thread = threading.local()
+        self._scratch = _Scratch()
 
     def add_rows(self, form: RowFormat, n: int) -> None:
         """Has it multiply n rows of this form too."""
@@ -219,7 +236,7 @@ class Multiplier:
         q = rows.q.reshape(-1, BLOCK // planes, n)
         if planes == 1 and rounds:
             return q
-        out = self._room(f"{name}.w", np.uint8, (len(q), BLOCK, n))
+        out = self._scratch.array(f"{name}.w", np.uint8, (len(q), BLOCK, n))
         for plane in range(planes):
             part = out[:, plane * q.shape[1] : (plane + 1) * q.shape[1]]
             if isinstance(rows, Mxfp4Rows):
@@ -237,16 +254,9 @@ class Multiplier:
         if isinstance(rows, Mxfp4Rows):
             return mxfp4.scales(rows.exponent)[:, None]
         (blocks, n), half = rows.scale.shape, form.digits // BLOCK // 2
-        out = self._room(f"{name}.scale", np.float32, (blocks + 2 * half, n))
+        out = self._scratch.array(f"{name}.scale", np.float32, (blocks + 2 * half, n))
         fill_scales(out, rows.scale, rows.step, form)
         return out[:, None]
-
-    def _room(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
-        """Memory of this thread. The next product overwrites it."""
-        rooms: dict[Any, Array] = self._of_thread.__dict__
-        if (name, shape) not in rooms:
-            rooms[name, shape] = np.empty(shape, dtype)
-        return rooms[name, shape]
 
 
 def in_turn(workers: Executor, calls: Iterable[Callable[[], R]], most: int) -> Iterator[R]:

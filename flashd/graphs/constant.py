@@ -19,14 +19,15 @@ its blocks, twice, if any centre is not zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 from flashd.bundle.architecture import Architecture
-from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
+from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.rows.kinds import BLOCK, RowKind
-from flashd.graphs.kinds.recurrent import recur
-from flashd.graphs.layer_stages import LayerStages, present
+from flashd.graphs.layer_stages import LayerStages
+from flashd.graphs.layers import Layers
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import above, activated, gated, share
@@ -132,87 +133,12 @@ def digits(k: int) -> int:
     return -(-blocks // BLOCK) * BLOCK + blocks
 
 
-class Layers:
-    """Puts layers with constant weights into a graph.
+class Ffns:
+    """Puts FFNs with constant weights into a graph."""
 
-    Args:
-        kv: how keys and values are kept.
-    """
-
-    def __init__(self, g: Graph, model: Architecture, products: Products, kv: KvFormat = "float32") -> None:
-        self._g, self._model, self._products, self._kv = g, model, products, kv
+    def __init__(self, g: Graph, model: Architecture, products: Products) -> None:
+        self._g, self._model, self._products = g, model, products
         self._group = model.group_neurons
-
-    def attention(self, i: int, x: str, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, LayerStages]:
-        """x [1, T, H] -> (x [1, T, carried_width], h [1, T, ffn_input_width], the layer's block)."""
-        m, at = self._model, f"layer.{i}."
-        vector = _external_vectors(self._g, at)
-        block = LayerStages(self._g, m, vector, self._kv, lambda y, product: self._product(y, at, product))
-        x, h = block.enter(x)
-        branch = ""
-        for mixer in m.mixers(i):
-            parts = [self._product(h, at, product) for product in mixer.inner if not product.inner]
-            inner = self._g.node("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
-            if isinstance(mixer.kind, AttentionKind):
-                mixed = self._attended(block, inner, mixer.kind, suffix, tree)
-            else:
-                mixed = recur(self._g, m, mixer.kind, inner, vector, suffix)
-            one = self._product(mixed, at, mixer.output)
-            branch = self._g.node("Add", branch, one) if branch else one
-        others = {product.name: product for product in m.products(i)[len(m.mixing(i)) :]}
-        low = self._low(h, at, others) if m.laurel_rank else ""
-        x, h = block.middle(x, h, branch, low)
-        if "shared_inputs" in others:
-            x, h = block.beside(x, h, self._shared(h, at, others))
-        if m.bounds:
-            gates = self._product(h, at, others["bound"]) if "bound" in others else ""
-            h = block.bounded(h, m.bound(i), gates)
-        return x, h, block
-
-    def _low(self, h: str, at: str, others: dict[str, LayerProduct]) -> str:
-        """The product of h with two matrices of low rank."""
-        return self._product(self._product(h, at, others["laurel_left"]), at, others["laurel_right"])
-
-    def _shared(self, h: str, at: str, others: dict[str, LayerProduct]) -> str:
-        """The output of the expert that every token uses."""
-        inputs, down = others["shared_inputs"], others["shared_down"]
-        a = self._product(h, at, inputs)
-        if self._model.gated:
-            a = gated(self._g, self._model, *self._g.nodes_out("Split", a, outputs=2, axis=2, num_outputs=2))
-        else:
-            a = activated(self._g, self._model, a)
-        return self._product(a, at, down)
-
-    def _product(self, x: str, at: str, product: LayerProduct) -> str:
-        name = f"{at}{product.name}"
-        if product.heads > 1:
-            return self._products.by_head(x, name, product)
-        return self._products(x, name, product.rows, product.width)
-
-    def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
-        heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
-        present(self._g, self._model, kind, f"present_key{suffix}", key)
-        present(self._g, self._model, kind, f"present_value{suffix}", value)
-        return heads
-
-    def _one_more(
-        self, block: LayerStages, qkv: str, kind: AttentionKind, tree: Sequence[str]
-    ) -> tuple[str, str, str]:
-        """Attention of T tokens and of one row more, the last one again: its keys and values are written over."""
-        g = self._g
-        last = g.node("Slice", qkv, g.shape(-1), g.shape(1 << 30), g.shape(1))
-        more = g.node("Concat", qkv, last, axis=1)  # [1, T + 1, q + k + v widths]
-        heads, key, value = block.attend(more, kind, "", tree)
-        return g.node("Slice", heads, g.shape(0), g.shape(-1), g.shape(1)), key, value
-
-    def leave(self, i: int, x: str, branch: str, block: LayerStages, token: str) -> str:
-        """x [1, T, H] of the next layer, of x and the FFN's output. `token` [1, T, P]: the layer's token inputs."""
-        x, gating = block.leave(x, branch)
-        if not token:
-            return x
-        at, (gate, out) = f"layer.{i}.", self._model.products_behind()
-        a = block.gated(self._product(gating, at, gate), token)
-        return block.leave_token(x, self._product(a, at, out))
 
     def ffn(self, h: str, groups: int, before: str) -> str:
         """[1, T, Model.share_width]: what is before, and some groups' shares in an FFN of h [1, T, H], in order.
@@ -295,17 +221,9 @@ class Layers:
 
 
 def attention(model: Architecture, arithmetic: Arithmetic, i: int, stored: Stored, kv: KvFormat = "float32") -> bytes:
-    """x [1, T, H] of a layer -> `x_out`, `h_out` behind its attention, see Layers; tokens may stand in branches."""
+    """The attention of a layer, or what is in its place, see Layers.attention_graph."""
     g = Graph()
-    x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
-    tree = []
-    if isinstance(model.kind(i), AttentionKind):
-        tree = [g.input("positions", T.INT64, [1, "more"]), g.input("bias", T.FLOAT, [1, 1, "more", "all"])]
-    layers = Layers(g, model, Products(g, arithmetic, stored), kv)
-    x, h, _ = layers.attention(i, x, "", tree)
-    g.output("x_out", T.FLOAT, [1, "T", model.carried_width], x)
-    g.output("h_out", T.FLOAT, [1, "T", model.ffn_input_width], h)
-    return g.serialise("attention")
+    return Layers(g, model, Products(g, arithmetic, stored), partial(_external_vectors, g), kv).attention_graph(i)
 
 
 def leave(model: Architecture, arithmetic: Arithmetic, i: int, stored: Stored) -> bytes:
@@ -313,7 +231,7 @@ def leave(model: Architecture, arithmetic: Arithmetic, i: int, stored: Stored) -
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.carried_width])
     branch, token = g.input("branch", T.FLOAT, [1, "T", model.share_width]), _token_input(g, model)
-    layers = Layers(g, model, Products(g, arithmetic, stored))
+    layers = Layers(g, model, Products(g, arithmetic, stored), partial(_external_vectors, g))
     block = LayerStages(g, model, _external_vectors(g, f"layer.{i}."))
     g.output("x_out", T.FLOAT, [1, "T", model.stream_width], layers.leave(i, x, branch, block, token))
     return g.serialise("leave")
@@ -342,8 +260,8 @@ def ffn(model: Architecture, arithmetic: Arithmetic, groups: int, stored: Stored
     g = Graph()
     h, width = g.input("h", T.FLOAT, [1, "T", model.group_input_width]), model.share_width
     before = g.input("before", T.FLOAT, [1, "T", width])
-    layers = Layers(g, model, Products(g, arithmetic, stored))
-    g.output("y", T.FLOAT, [1, "T", width], layers.ffn(h, groups, before))
+    ffns = Ffns(g, model, Products(g, arithmetic, stored))
+    g.output("y", T.FLOAT, [1, "T", width], ffns.ffn(h, groups, before))
     return g.serialise("ffn")
 
 
@@ -353,13 +271,14 @@ def whole(
     """x [1, T, H] that goes into the first of some layers -> `x_out` [1, T, H] behind the last."""
     g = Graph()
     x = g.input("x", T.FLOAT, [1, "T", model.stream_width])
-    made = Layers(g, model, Products(g, arithmetic, stored), kv)
+    products = Products(g, arithmetic, stored)
+    made, ffns = Layers(g, model, products, partial(_external_vectors, g), kv), Ffns(g, model, products)
     for i in layers:
         token = _token_input(g, model, f".{i}")
         x, h, block = made.attention(i, x, f".{i}")
         if not model.layer_groups[i]:
             continue
-        x = made.leave(i, x, made.whole_ffn(i, h), block, token)
+        x = made.leave(i, x, ffns.whole_ffn(i, h), block, token)
     g.output("x_out", T.FLOAT, [1, "T", model.stream_width], x)
     return g.serialise("layers")
 

@@ -174,7 +174,7 @@ class Constants:
         return arrays, stored
 
     def _of_ffn(self, at: str, groups: Groups) -> tuple[Initialisers, Stored]:
-        """A whole layer's: see graphs.constant.Layers.whole_ffn."""
+        """A whole layer's: see graphs.constant.Ffns.whole_ffn."""
         m = self._model
         inputs = self._product(
             type(groups.inputs)(*(by_matrix(a, m.inputs) for a in groups.inputs.arrays())), m.hidden

@@ -20,7 +20,8 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.formats import GroupFormat
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.forward.unpacked import Entering, Multiplier, Shelf
+from flashd.engine.forward.kept import Shelf
+from flashd.engine.forward.unpacked import Entering, Multiplier
 from flashd.engine.model.sizes import at_work
 from flashd.engine.planning.parts import group_held
 from flashd.engine.planning.plan import Plan

@@ -11,16 +11,20 @@ on how many others share a product. *float32* rounds nothing. A single token is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from flashd.bundle.architecture import Architecture
+from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.bundle.rows.kinds import BITS, BLOCK
 from flashd.graphs.constant import Arithmetic
+from flashd.graphs.layers import Layers
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import above, activated, gated, share
-from flashd.graphs.rounding import SMALLEST
+from flashd.graphs.rounding import SMALLEST, KvFormat
 
 ZEROS = {"int4": 8, "int8": 128, "mxfp4": 128, "ternary": 2}
 """What stands for zero in the bytes of each kind of rows."""
@@ -98,6 +102,60 @@ def rows(form: RowFormat, n: int, arithmetic: Arithmetic, many: bool = False) ->
     return g.serialise("rows")
 
 
+def attention(
+    model: Architecture, arithmetic: Arithmetic, i: int, forms: Mapping[str, RowFormat], many: bool, kv: KvFormat
+) -> bytes:
+    """The attention of a layer, see Layers.attention_graph, whose rows and small vectors are inputs.
+
+    Layers that are alike have the same graph. `forms`: of the rows of each product, which are `NAME.w` and
+    `NAME.scale`, see `group`.
+    """
+    g = Graph()
+
+    def vector(name: str, length: int) -> str:
+        return g.input(name, T.FLOAT, [length])
+
+    return Layers(g, model, _Products(g, arithmetic, forms, many), lambda _: vector, kv).attention_graph(i)
+
+
+class _Products:
+    """Adds products with rows that are inputs of a graph."""
+
+    def __init__(self, g: Graph, arithmetic: Arithmetic, forms: Mapping[str, RowFormat], many: bool) -> None:
+        self._g, self._arithmetic, self._forms, self._many = g, arithmetic, forms, many
+        self._entering: dict[tuple[str, RowFormat], dict[str, str]] = {}
+
+    def __call__(self, x: str, name: str, n: int, k: int) -> str:  # noqa: ARG002
+        """x [1, T, K] times rows [n, K] -> [1, T, n]"""
+        g, of_layer = self._g, name.split(".", 2)[2]
+        form = self._forms[of_layer]
+        y = _product(g, self._given(x, form), of_layer, form, n, self._many)
+        return g.node("Unsqueeze", y, g.shape(0))
+
+    def by_head(self, x: str, name: str, product: LayerProduct) -> str:
+        """x [1, T, heads K], of which each head's part is multiplied by rows of its own -> [1, T, rows]"""
+        g, heads, of_layer = self._g, product.heads, name.split(".", 2)[2]
+        form, n = self._forms[of_layer], product.rows // heads
+        parts = g.nodes_out("Split", x, outputs=heads, axis=2, num_outputs=heads)
+        weights = [
+            g.nodes_out("Split", each, outputs=heads, axis=-1, num_outputs=heads)
+            for each in _weights(g, of_layer, form, product.rows, self._arithmetic)
+        ]
+        made = [
+            _multiplied(g, self._given(part, form), some, form, n, self._many)
+            for part, *some in zip(parts, *weights, strict=True)
+        ]
+        return g.node("Unsqueeze", g.node("Concat", *made, axis=1), g.shape(0))
+
+    def _given(self, x: str, form: RowFormat) -> dict[str, str]:
+        """What products with rows of a form take of x [1, T, K]. Those that take the same x share it."""
+        if (x, form) not in self._entering:
+            flat = self._g.node("Reshape", x, self._g.shape(-1, form.width))
+            made = _entering(self._g, flat, form, self._arithmetic)
+            self._entering[x, form] = {name: value for name, (_, value) in made.items()}
+        return self._entering[x, form]
+
+
 def _given(g: Graph, form: RowFormat, arithmetic: Arithmetic) -> dict[str, str]:
     """The inputs that `entering` gives, by name."""
     names = ("codes", "step") if rounds(form, arithmetic) else ("x",)
@@ -135,15 +193,27 @@ def _entering(g: Graph, x: str, form: RowFormat, arithmetic: Arithmetic) -> dict
 
 def _product(g: Graph, given: dict[str, str], name: str, form: RowFormat, n: int, many: bool) -> str:
     """[T, n], n rows times what `_entering` made."""
-    if form.kind == "f16":
-        w = g.node("Cast", g.input(f"{name}.w", T.FLOAT16, [form.width, n]), to=T.FLOAT)
-        return g.node("MatMul", given["x"], w)
     arithmetic: Arithmetic = "int8" if "codes" in given else "float32"
-    kind: type[np.uint8 | np.int8] = np.int8 if signed(form, arithmetic) else np.uint8
-    w = g.input(f"{name}.w", T.INT8 if kind is np.int8 else T.UINT8, [_blocks(form), BLOCK, n])
-    scale = g.input(f"{name}.scale", T.FLOAT, ["scales", 1, n])
-    if arithmetic == "float32":
+    return _multiplied(g, given, _weights(g, name, form, n, arithmetic), form, n, many)
+
+
+def _weights(g: Graph, name: str, form: RowFormat, n: int, arithmetic: Arithmetic) -> list[str]:
+    """The inputs that are n rows: weights, and their scales if they have some."""
+    if form.kind == "f16":
+        return [g.input(f"{name}.w", T.FLOAT16, [form.width, n])]
+    kind = T.INT8 if signed(form, arithmetic) else T.UINT8
+    w = g.input(f"{name}.w", kind, [_blocks(form), BLOCK, n])
+    return [w, g.input(f"{name}.scale", T.FLOAT, ["scales", 1, n])]
+
+
+def _multiplied(g: Graph, given: dict[str, str], weights: Sequence[str], form: RowFormat, n: int, many: bool) -> str:
+    """[T, n], n rows times what `_entering` made."""
+    if form.kind == "f16":
+        return g.node("MatMul", given["x"], g.node("Cast", weights[0], to=T.FLOAT))
+    w, scale = weights
+    if "x" in given:
         return g.node("MatMul", given["x"], _widened(g, w, scale, form))
+    kind: type[np.uint8 | np.int8] = np.int8 if signed(form, "int8") else np.uint8
     codes = g.node("Transpose", given["codes"], perm=[1, 0, 2])  # [B, T, 32]
     zeros = g.constant(MIDDLE), g.constant(kind(ZEROS[form.kind]))
     step = g.node("Unsqueeze", given["step"], g.shape(1))  # [T, 1, B]

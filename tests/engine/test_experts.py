@@ -30,7 +30,7 @@ from flashd.engine.paging import card
 from flashd.engine.paging.card import CardQueue, Extent
 from flashd.engine.paging.card_speed import IN_FLIGHT, CardSpeed, remember
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
-from flashd.engine.planning import parts, plan
+from flashd.engine.planning import parts, plan, unpacked
 from flashd.engine.planning.draft import Pair
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan
@@ -366,7 +366,7 @@ def test_a_plan_has_room_for_whole_experts_and_counts_all(bundle: Path) -> None:
     with Bundle(bundle) as opened_bundle:
         header = opened_bundle.header
     m, nbytes = header.model, expert_bytes(bundle)
-    held = m.expert_groups * parts.group_kept(header.group)
+    held = m.expert_groups * unpacked.group_kept(header.group)
     least = plan.smallest(header, 64, 0)
     routers = sum(s.length for s in header.sections if s.name.endswith(".router"))
     assert routers == LAYERS * EXPERTS * m.hidden * 2

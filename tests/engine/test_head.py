@@ -18,7 +18,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.codec import decode_header, encode
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.branches import Branches, behind
-from flashd.engine.planning import held, parts
+from flashd.engine.planning import held, unpacked
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.pack.pack import pack
@@ -87,8 +87,8 @@ def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
     # a model of f16 rows is never held as a whole
     header = pack(tiny.write(tmp_path / "tiny.gguf"), tmp_path / "tiny.flash", "f16")
     least, m = smallest(header, 64, 0), header.model
-    form, size = header.row_format("head"), parts.group_kept(header.group)
-    head_bytes = parts.rows_kept(form, m.vocabulary)
+    form, size = header.row_format("head"), unpacked.group_kept(header.group)
+    head_bytes = unpacked.rows_kept(form, m.vocabulary)
     seen = set()
     for more in range(0, 4 * (m.layers * m.groups * size + head_bytes), size // 3):
         made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
@@ -101,7 +101,7 @@ def test_ram_goes_to_likely_rows_then_groups_then_the_other_rows(
             assert made.head_rows == KEPT
         else:
             assert made.head_rows == m.vocabulary or (made.head_rows - KEPT) % ROWS_OF_A_RUN == 0
-        assert made.parts["head"] == parts.rows_kept(form, made.head_rows)
+        assert made.parts["head"] == unpacked.rows_kept(form, made.head_rows)
         passing = (m.layers * m.groups - pinned) * header.group.nbytes
         assert made.card_bytes == passing + (m.vocabulary - made.head_rows) * form.nbytes
         seen.add((pinned, made.head_rows))

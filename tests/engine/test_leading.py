@@ -16,7 +16,7 @@ from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
 from flashd.engine.forward.stages import Stage
-from flashd.engine.planning import parts, plan
+from flashd.engine.planning import parts, plan, unpacked
 from flashd.engine.planning.held import LEADING_FFNS
 from flashd.engine.planning.plan import make_plan
 from flashd.errors import DataError
@@ -53,7 +53,7 @@ def test_a_first_layer_without_experts_has_an_ffn_in_ram(bundle: Path) -> None:
     nbytes = header.group.nbytes * m.expert_groups
     least = plan.smallest(header, 64, 0)
     # one expert in each of three layers, beside which the states of further texts take a quarter
-    for more in (0, 4 * m.expert_groups * parts.group_kept(header.group)):
+    for more in (0, 4 * m.expert_groups * unpacked.group_kept(header.group)):
         made = make_plan(header, memory=least + more, context=64, threads=1, base=0)
         assert made.parts[LEADING_FFNS] == held
         kept = made.pinned[0] // m.expert_groups

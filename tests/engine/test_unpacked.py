@@ -13,9 +13,10 @@ from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats, RowKind
-from flashd.engine.forward.unpacked import Multiplier, Shelf
+from flashd.engine.forward.kept import Shelf
+from flashd.engine.forward.unpacked import Multiplier
 from flashd.engine.model.sizes import TOKENS_UNPACKED
-from flashd.engine.planning.parts import OBJECTS, group_kept
+from flashd.engine.planning.unpacked import OBJECTS, group_kept
 from flashd.graphs.constant import Arithmetic
 from flashd.pack.pack import pack
 from flashd.system.onnx_session import start_pool

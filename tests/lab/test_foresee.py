@@ -22,7 +22,7 @@ from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
-from flashd.engine.planning import parts
+from flashd.engine.planning import unpacked
 from flashd.engine.planning.parts import BUFFERS
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.errors import DataError
@@ -112,7 +112,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)  # a guess that is wrong would be read too
     with Bundle(tmp_path / "m.flash") as bundle:
         header = bundle.header
-        of_all = LAYERS * header.model.expert_groups * parts.group_kept(header.group)
+        of_all = LAYERS * header.model.expert_groups * unpacked.group_kept(header.group)
         counts = set()
         for capacity in (0, 2, 4, EXPERTS):
             memory = smallest(header, 64, 0) + capacity * of_all
@@ -145,7 +145,7 @@ def test_where_experts_are_used_unevenly_less_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     header = header_of(tmp_path / "config.json")
     m, expert = header.model, header.model.expert_groups * header.group.nbytes
-    held = m.expert_groups * parts.group_kept(header.group)
+    held = m.expert_groups * unpacked.group_kept(header.group)
     memory = smallest(header, CONTEXT, 0) + 16 * m.layers * held
     even, uneven = (foresee(header, memory, CONTEXT, CONTEXT, 0, drawn(header, 200, skew)) for skew in (0.0, 1.5))
     assert even.bytes_read == pytest.approx(m.layers * 4 * expert / 2, rel=0.1)  # half of the experts are in RAM

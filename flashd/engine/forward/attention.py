@@ -13,8 +13,8 @@ import onnxruntime as ort
 from flashd.bundle.layer_kinds import AttentionKind
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
-from flashd.engine.forward.constants import Constants, at_least_two
-from flashd.engine.forward.stages import input_names, named
+from flashd.engine.forward.attention_weights import AttentionWeights
+from flashd.engine.forward.constants import at_least_two
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.model.states import PassStates
@@ -142,18 +142,13 @@ class Attention:
         context: tokens that a text may have.
     """
 
-    def __init__(self, bundle: Bundle, constants: Constants, context: int) -> None:
-        self._bundle, self._constants, self._model = bundle, constants, bundle.header.model
+    def __init__(self, bundle: Bundle, weights: AttentionWeights, context: int) -> None:
+        self._model, self._weights = bundle.header.model, weights
         self._rotary = Rotary(bundle, context + SPARE)
-        self._sessions: list[tuple[Any, list[str]]] = []
 
     def load(self, layer: int) -> None:
-        """Opens the next layer's. Raises DamagedRun, CardError."""
-        at = f"layer.{layer}."
-        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
-        products = [self._bundle.rows(f"{at}{product.name}") for product in self._model.products(layer)]
-        session = self._constants.attention(layer, products, vectors)
-        self._sessions.append((session, input_names(session)))
+        """Takes in the next layer's weights. Raises DamagedRun, CardError."""
+        self._weights.load(layer)
 
     def __call__(
         self, layer: int, x: Floats, places: Places, cache: KvCache, drafting: bool = False
@@ -164,9 +159,11 @@ class Attention:
 
         `drafting`: until they are forgotten again.
         """
-        session, names = self._sessions[layer]
+        x = at_least_two(x)
+        session, names = self._weights.opened(layer, len(x))
         binding = session.io_binding()
-        binding.bind_cpu_input("x", at_least_two(x)[None])
+        binding.bind_cpu_input("x", x[None])
+        self._weights.bind(layer, binding)
         self._rotary.bind(names, binding)
         bind_positions(binding, names, places.past, places.tokens, places.positions.shape[1])
         if isinstance(kind := self._model.kind(layer), AttentionKind):

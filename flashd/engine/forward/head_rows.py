@@ -11,7 +11,8 @@ from flashd.bundle.arrays import Rows
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.forward.unpacked import KeptRows, Multiplier, Shelf, in_turn
+from flashd.engine.forward.kept import KeptRows, Shelf
+from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.sizes import HEAD_ROWS_UNPACKED
 
 

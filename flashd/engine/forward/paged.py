@@ -16,6 +16,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
+from flashd.engine.forward.attention_weights import AttentionWeights, ConstantAttention, UnpackedAttention
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.expert_ffn import ExpertFfn, LeadingFfns, MixedFfn
 from flashd.engine.forward.feed_forward import FeedForward
@@ -30,6 +31,7 @@ from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.parts import most_nodes, pass_tokens
 from flashd.engine.planning.plan import Plan
+from flashd.engine.planning.unpacked import streams
 from flashd.graphs.in_place import graph
 from flashd.system.freed_memory import give_back_freed_memory
 
@@ -79,7 +81,7 @@ class PagedModel:
         self._embed = stages.Embedder(bundle, constants, self._ffn.card)
         try:
             self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv, texts=plan.texts)
-            self._attend = attention.Attention(bundle, constants, plan.context)
+            self._attend = attention.Attention(bundle, self._attention_weights(constants, plan), plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)
             self._head = self._opened_head(constants, plan)
@@ -192,6 +194,11 @@ class PagedModel:
         h = self._finish(x)
         logits = self._head(h, on_step, meanwhile, finish)
         return self._logits(self._vectors, x=logits)[0] if self._logits else logits
+
+    def _attention_weights(self, constants: Constants, plan: Plan) -> AttentionWeights:
+        if streams(self._bundle.header):
+            return UnpackedAttention(self._bundle, plan.arithmetic, plan.kv)
+        return ConstantAttention(self._bundle, constants)
 
     def _opened_head(self, constants: Constants, plan: Plan) -> Head:
         if isinstance(self._ffn, StreamedFfn):

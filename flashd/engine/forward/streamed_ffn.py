@@ -16,12 +16,13 @@ from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.head_rows import UnpackedRows
-from flashd.engine.forward.unpacked import Kept, Multiplier, Shelf, in_turn
+from flashd.engine.forward.kept import Kept, Shelf
+from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import at_work
 from flashd.engine.paging.card import CardStream, Extent, extents
-from flashd.engine.planning.parts import passing_bytes
 from flashd.engine.planning.plan import Plan
+from flashd.engine.planning.unpacked import passing_bytes
 
 
 def stream_past(

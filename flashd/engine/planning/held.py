@@ -8,7 +8,7 @@ from flashd.bundle.header import Header
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, widened_bytes
 from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.eviction import Numbers
-from flashd.engine.planning import parts
+from flashd.engine.planning import parts, unpacked
 from flashd.engine.planning.parts import LIKELY
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
@@ -47,14 +47,14 @@ def paged_parts(
     m, head, sessions = header.model, head or likely(header), of_sessions(header, arithmetic)
     every = sum(m.paged_groups)
     here = spread(pinned, m.paged_groups)
-    unpacks = not (header.selection or constant_experts)
+    dense = unpacked.streams(header)
     held = _common(header, context, base, kv, 1) | {
-        "attention": parts.attention_held(header, sessions) + parts.rotary(m, context),
-        "head": parts.rows_kept(header.row_format("head"), head)
-        if parts.streams(header)
+        "attention": (parts.attention_kept(header) if dense else parts.attention_held(header, sessions))
+        + parts.rotary(m, context),
+        "head": unpacked.rows_kept(header.row_format("head"), head)
+        if dense
         else parts.head_held(header, head, sessions),
-        "workspace": parts.workspace(header, context, m.expert_groups if m.experts else 1, head, threads=threads)
-        + (parts.multiplying(header, arithmetic, threads) if unpacks else 0),
+        "workspace": _workspace(header, context, head, arithmetic, constant_experts, threads),
         **parts.reading(header, head, pinned == every, threads),
         **_tokens(header, sessions),
     }
@@ -66,6 +66,18 @@ def paged_parts(
     later = held["workspace"] + held["KV cache"]
     opened = m.expert_groups if constant_experts else 0  # groups in one session
     return held | {"opening what is constant": _opening(header, later, opened, sessions)}
+
+
+def _workspace(
+    header: Header, context: int, head: int, arithmetic: Arithmetic, constant_experts: bool, threads: int
+) -> int:
+    m = header.model
+    if unpacked.streams(header):
+        return parts.unpacked_workspace(header, context, head, arithmetic, threads)
+    workspace = parts.workspace(header, context, m.expert_groups if m.experts else 1, head)
+    if header.selection or constant_experts:
+        return workspace
+    return workspace + unpacked.scratch(header, arithmetic, threads) + unpacked.sums(header, threads)
 
 
 def of_sessions(header: Header, arithmetic: Arithmetic) -> Arithmetic:
@@ -87,12 +99,12 @@ def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
 def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
     """What opening the largest session takes, beyond what is not touched before all of them are open."""
     largest = max(
-        parts.attention_opening(header, arithmetic),
+        0 if unpacked.streams(header) else parts.attention_opening(header, arithmetic),
         parts.tokens_opening(header, arithmetic),
         parts.states_opening(header, arithmetic),
         parts.leading_opening(header, arithmetic),
         0
-        if parts.streams(header)
+        if unpacked.streams(header)
         else parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
         0 if header.selection else groups * parts.group_opening(header.largest_group, arithmetic),
     )
@@ -151,5 +163,5 @@ def group_bytes(header: Header, constant: Arithmetic | None = None) -> tuple[int
     m = header.model
     forms = (header.group_of(i) for i in m.paged_layers)
     if constant is None:
-        return tuple(parts.group_kept(form) for form in forms)
+        return tuple(unpacked.group_kept(form) for form in forms)
     return tuple(-(-parts.expert_held(form, m, constant) // m.expert_groups) for form in forms)

@@ -7,35 +7,27 @@ it is opened from. It reads them in place, see graphs.unread.
 
 from __future__ import annotations
 
-from math import prod
-
-import numpy as np
-
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.header import Header
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.bundle.prefix import ROWS_OF_A_RUN
-from flashd.bundle.rows.formats import GroupFormat, Plane, RowFormat
-from flashd.bundle.rows.kinds import BLOCK
+from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import (
     AT_WORK,
-    FEW_UNPACKED,
-    HEAD_ROWS_UNPACKED,
     KEPT_ROWS,
     LOGIT_ROWS,
     MOST_TEXTS,
     NODES,
     TEMPORARY_BYTES,
     TOKENS_AT_ONCE,
-    TOKENS_UNPACKED,
     TREE_NODES,
     at_work,
 )
 from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.card import READ_BYTES, buffer_bytes, units_of_a_read
+from flashd.engine.planning import unpacked
 from flashd.graphs.constant import Arithmetic
-from flashd.graphs.unpacked import ROWS_TOGETHER
 from flashd.system.memory import MIB
 
 PREFILL_TOKENS = 256
@@ -55,9 +47,6 @@ SESSIONS = 10 * MIB
 
 SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
-
-ALIGNED, OBJECTS = 64, 2 << 10
-"""Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
 
 SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
 """What the allocators hold beyond what was asked of them, and the same of experts and neurons that are selected."""
@@ -104,54 +93,27 @@ def group_held(form: GroupFormat, arithmetic: Arithmetic) -> int:
     return rows + 4 * (form.biases + form.normed) * form.neurons
 
 
-def group_kept(form: GroupFormat) -> int:
-    """Bytes of a group in RAM as the card has it."""
-    return _kept(form.planes)
-
-
-def rows_kept(form: RowFormat, rows: int) -> int:
-    """Bytes of rows of the head in RAM as the card has them."""
-    parts, left = divmod(rows, HEAD_ROWS_UNPACKED)
-    return parts * _kept(form.planes(HEAD_ROWS_UNPACKED)) + (_kept(form.planes(left)) if left else 0)
-
-
-def _kept(planes: list[Plane]) -> int:
-    sizes = (prod(shape) * np.dtype(dtype).itemsize for dtype, shape in planes)
-    return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) + OBJECTS
-
-
 def expert_held(form: GroupFormat, m: Architecture, arithmetic: Arithmetic) -> int:
     """Bytes of an expert that is the constants of a session."""
     return m.expert_groups * group_held(form, arithmetic) + SESSION
 
 
-def multiplying(header: Header, arithmetic: Arithmetic, threads: int) -> int:
-    """Bytes that the threads take which multiply rows as the card has them: what they unpack, and sums of blocks."""
-    form = header.largest_group
-    products = [(form.row, form.inputs * form.neurons), (form.column, form.hidden)]
-    if streams(header):
-        products.append((header.row_format("head"), min(HEAD_ROWS_UNPACKED, header.model.vocabulary)))
-    unpacked, sums = 0, 0.0
-    for row, rows in products:
-        weights = rows * (row.width + row.digits)
-        each = 4 if row.kind == "f16" else 5 if arithmetic == "float32" else int(row.bits < 8)
-        unpacked += each * weights + 4 * weights // BLOCK
-        of_few, of_many = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * TOKENS_UNPACKED * weights // BLOCK
-        if row.kind == "ternary":
-            sums = max(sums, 2 * of_many)
-        else:  # some rows at a time, each with a copy of its own
-            sums = max(sums, of_few, of_many * min(1, ROWS_TOGETHER / rows) + weights)
-    return int(at_work(threads) * (unpacked + sums))
-
-
-def streams(header: Header) -> bool:
-    """Whether every neuron takes part, so that groups and rows of the head stream past."""
-    return not (header.model.experts or header.selection)
-
-
 def group_opening(form: GroupFormat, arithmetic: Arithmetic) -> int:
     rows = form.inputs * form.neurons
     return while_opening(form.row, rows, arithmetic) + while_opening(form.column, form.hidden, arithmetic)
+
+
+def attention_kept(header: Header) -> int:
+    """Bytes of the attention of all layers in RAM as the card has it, their small vectors included."""
+    m, total, graphs = header.model, 0, set()
+    for i in range(m.layers):
+        forms = [(header.product_format(i, product), product.rows) for product in m.products(i)]
+        total += sum(unpacked.kept(form.planes(rows)) for form, rows in forms) + 4 * sum(m.layer_vectors(i).values())
+        graphs.add((m.layer_kinds[i], m.bound(i), tuple(forms)))
+    behind = m.layers if m.products_behind() else 0  # sessions
+    if behind:
+        total += sum(held(header.product_format(0, p), p.rows, "float32") for p in m.products_behind()) * m.layers
+    return total + (2 * len(graphs) + behind) * SESSION
 
 
 def attention_held(header: Header, arithmetic: Arithmetic, layers: range | None = None) -> int:
@@ -283,30 +245,53 @@ def pass_tokens(header: Header) -> int:
     return TOKENS_AT_ONCE if header.selection else PREFILL_TOKENS
 
 
-def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False, threads: int = 0) -> int:
+def workspace(header: Header, context: int, groups: int, head: int, whole: bool = False) -> int:
     """Temporaries of the largest pass: activations of a chunk of tokens, attention scores, logits.
 
     Args:
         groups: of a layer, the most that are in one session.
         head: of the head, the rows in RAM.
         whole: whether the model stays whole.
-        threads: that multiply what streams past.
     """
     m, tokens = header.model, min(WHOLE_TOKENS if whole else TOKENS_AT_ONCE, context) + 2
-    more = 0 if whole else max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
     activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
-    # what a pass has of the tokens that are not in a product at the moment, and what they may look at
-    activations += 4 * more * (2 * m.hidden + m.stream_width + m.carried_width + m.ffn_input_width + 2 * context)
-    # twice if a graph follows that caps them or adds a bias
-    logits = 4 * WHOLE_LOGIT_ROWS * m.vocabulary if whole else _logits(m, head)
-    logits *= 2 if m.changes_logits else 1
+    logits = _some(m, 4 * WHOLE_LOGIT_ROWS * m.vocabulary) if whole else _some(m, _logits(m, head))
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
-    shares = 0
-    if not whole and not header.selection:  # of a pass's tokens, and what goes into groups while it is rounded
-        count = m.experts.used + 1 if m.experts else at_work(threads) + 2
-        shares = 4 * (tokens + more) * (m.share_width * count + 4 * (m.hidden + header.group.row.digits))
-    slack = SLACK if whole or streams(header) else PAGED_SLACK
-    return activations + scores(m, tokens, context) + logits + shares + slack
+    more = 0 if whole else _waiting(header, context)
+    shares = _shares(header, context, m.experts.used + 1) if m.experts else 0
+    slack = SLACK if whole else PAGED_SLACK
+    return activations + more + scores(m, tokens, context) + logits + shares + slack
+
+
+def unpacked_workspace(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> int:
+    """The same of a model that pages, whose rows are in RAM as the card has them.
+
+    What attention holds while it runs is free when an FFN does, and the FFN's when the head does.
+    """
+    m, tokens = header.model, min(TOKENS_AT_ONCE, context) + 2
+    kept = unpacked.scratch(header, arithmetic, threads) + unpacked.attention_scratch(header, arithmetic)
+    attention = tokens * _of_token(m, 1) + scores(m, tokens, context) + unpacked.attention_sums(header)
+    logits = _some(m, _logits(m, head)) + 4 * (TREE_NODES + 1) * head_part(header)
+    arrays = max(logits, _shares(header, context, at_work(threads) + 2))
+    largest = max(attention, unpacked.sums(header, threads))
+    return kept + largest + arrays + _waiting(header, context) + 4 * KEPT_ROWS * m.hidden + PAGED_SLACK
+
+
+def _waiting(header: Header, context: int) -> int:
+    """What a pass has of the tokens that are not in a product at the moment, and what they may look at."""
+    m, more = header.model, max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
+    return 4 * more * (2 * m.hidden + m.stream_width + m.carried_width + m.ffn_input_width + 2 * context)
+
+
+def _shares(header: Header, context: int, count: int) -> int:
+    """So many shares in an FFN of a pass's tokens, and what goes into groups while it is rounded."""
+    m, tokens = header.model, min(pass_tokens(header), context) + 2
+    return 4 * tokens * (m.share_width * count + 4 * (m.hidden + header.group.row.digits))
+
+
+def _some(m: Architecture, logits: int) -> int:
+    """Twice if a graph follows that caps them or adds a bias."""
+    return logits * (2 if m.changes_logits else 1)
 
 
 def _logits(m: Architecture, head: int) -> int:
@@ -360,12 +345,7 @@ def reading(header: Header, head_rows: int, all_pinned: bool, threads: int) -> d
         buffer = max(buffer, *(groups_of_a_read(part.form, m) * part.form.nbytes for part in header.ffn_sections))
     most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # of one read
     passing = BUFFERS * most + at_work(threads) + 2
-    return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * passing_bytes(header)}
-
-
-def passing_bytes(header: Header) -> int:
-    """Bytes of RAM that each group has which streams past, and each part of the head."""
-    return max(group_kept(header.largest_group), rows_kept(header.row_format("head"), HEAD_ROWS_UNPACKED))
+    return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * unpacked.passing_bytes(header)}
 
 
 def _reading_experts(header: Header) -> dict[str, int]:
@@ -373,7 +353,10 @@ def _reading_experts(header: Header) -> dict[str, int]:
     m, form = header.model, header.largest_group
     count = groups_of_a_read(form, m)
     groups = EXPERT_BUFFERS * count + (AT_WORK + 2) * m.expert_groups
-    return {"window and read-ahead": EXPERT_BUFFERS * buffer_bytes(count * form.nbytes) + groups * group_kept(form)}
+    return {
+        "window and read-ahead": EXPERT_BUFFERS * buffer_bytes(count * form.nbytes)
+        + groups * unpacked.group_kept(form)
+    }
 
 
 def _selecting(header: Header) -> dict[str, int]:

@@ -1,0 +1,216 @@
+"""Rows that stay in RAM as the card has them, and how they are unpacked.
+
+Rows are transposed once, when they come: they lie side by side then, so that a block of all of them is contiguous.
+numpy unpacks that at the speed of memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
+from flashd.bundle.rows import mxfp4
+from flashd.bundle.rows.formats import GroupFormat, RowFormat
+from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
+from flashd.engine.forward.products import fill_scales
+from flashd.engine.planning.unpacked import ALIGNED
+from flashd.graphs import unpacked
+from flashd.graphs.constant import Arithmetic
+from flashd.system.onnx_session import open_session
+
+Array = npt.NDArray[Any]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """Rows in RAM. Each of their arrays [n, m] is [m, n] here."""
+
+    form: RowFormat
+    rows: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A group in RAM."""
+
+    form: GroupFormat
+    inputs: Rows  # as in KeptRows
+    down: Rows
+    vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
+
+
+class Scratch:
+    """Memory to unpack into. New memory for each product would cost more than the unpacking."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
+
+    def array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
+        """An array for what is called `name`. The next one of this name overwrites it."""
+        if (name, shape) not in self._arrays:
+            self._arrays[name, shape] = np.empty(shape, dtype)
+        return self._arrays[name, shape]
+
+
+class ScratchOfThread(threading.local, Scratch):
+    """The same, of each thread that asks."""
+
+
+class Shelf:
+    """Memory for rows. What some had that are gone, others of the same size get. Several threads may use it.
+
+    Args:
+        slot: the least bytes of a piece of memory. If it is the size of the largest, each may take any other's place.
+    """
+
+    def __init__(self, slot: int = 0) -> None:
+        self._slot = slot
+        self._idle: dict[int, list[Bytes]] = defaultdict(list)
+        self._transpose, self._scratch = open_session(unpacked.transpose()), ScratchOfThread()
+
+    def keep(self, form: GroupFormat, groups: Groups) -> Kept:
+        """A copy of a single group, whose rows have the form of `form`."""
+        inputs, down = groups.inputs[:1].joined(), groups.down[:1].joined()
+        vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
+        vectors = {name: vector for name, vector in vectors.items() if vector.size}
+        memory, arrays = self._transposes([*inputs.arrays(), *down.arrays()], list(vectors.values()))
+        first, second = len(inputs.arrays()), len(inputs.arrays()) + len(down.arrays())
+        kept = Kept(
+            form, type(inputs)(*arrays[:first]), type(down)(*arrays[first:second]),
+            dict(zip(vectors, arrays[second:], strict=True)),
+        )  # fmt: skip
+        return self._lent(kept, memory)
+
+    def copy(self, kept: Kept) -> Kept:
+        """A copy of a group that is in other memory."""
+        inputs, down = kept.inputs.arrays(), kept.down.arrays()
+        arrays = [*inputs, *down, *kept.vectors.values()]
+        memory, copies = self._carved(arrays, [array.shape for array in arrays])
+        for copy, array in zip(copies, arrays, strict=True):
+            copy[:] = array
+        rest = iter(copies)
+        again = Kept(
+            kept.form, type(kept.inputs)(*islice(rest, len(inputs))), type(kept.down)(*islice(rest, len(down))),
+            dict(zip(kept.vectors, rest, strict=True)),
+        )  # fmt: skip
+        return self._lent(again, memory)
+
+    def keep_rows(self, form: RowFormat, rows: Rows) -> KeptRows:
+        """A copy of rows [n, ...]."""
+        memory, arrays = self._transposes(rows.arrays(), [])
+        return self._lent(KeptRows(form, type(rows)(*arrays)), memory)
+
+    def _transposes(self, arrays: list[Array], vectors: list[Array]) -> tuple[Bytes, list[Array]]:
+        """Memory, and in it the transposes of `arrays` and copies of `vectors`."""
+        every = [*arrays, *vectors]
+        memory, copies = self._carved(every, [array.shape[::-1] for array in every])
+        for copy, array in zip(copies, every, strict=True):
+            if array.ndim == 2 and array.dtype == np.uint8:
+                self._transposed(array, copy)
+            else:
+                copy[:] = array.T
+        return memory, copies
+
+    def _carved(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> tuple[Bytes, list[Array]]:
+        """Memory, and in it room for arrays of other shapes."""
+        sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
+        memory = self._take(max(sum(sizes), self._slot))
+        starts = np.cumsum([0, *sizes]).tolist()
+        return memory, [
+            memory[at : at + array.nbytes].view(array.dtype).reshape(shape)
+            for at, array, shape in zip(starts, arrays, shapes, strict=False)
+        ]
+
+    def _lent(self, kept: R, memory: Bytes) -> R:
+        """`kept`, when it is gone its memory is idle."""
+        weakref.finalize(kept, self._idle[len(memory)].append, memory).atexit = False
+        return kept
+
+    def _take(self, nbytes: int) -> Bytes:
+        try:
+            return self._idle[nbytes].pop()
+        except IndexError:
+            self.empty()  # of other sizes
+            return np.empty(nbytes, np.uint8)
+
+    def empty(self) -> None:
+        """Gives idle memory to the system."""
+        for idle in list(self._idle.values()):
+            idle.clear()
+
+    def _transposed(self, array: Bytes, to: Bytes) -> None:
+        """[n, m] -> [m, n]. onnxruntime moves 16 bytes at a time, of arrays that are contiguous."""
+        if not array.flags.c_contiguous:
+            copy = self._scratch.array("copy", np.uint8, array.shape)
+            np.copyto(copy, array)
+            array = copy
+        binding = self._transpose.io_binding()
+        binding.bind_cpu_input("x", array)
+        binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(to))
+        self._transpose.run_with_iobinding(binding)
+
+
+class Unpacker:
+    """Makes of rows what a product in this arithmetic takes."""
+
+    def __init__(self, arithmetic: Arithmetic, scratch: Scratch) -> None:
+        self._arithmetic, self._scratch = arithmetic, scratch
+
+    def __call__(self, name: str, form: RowFormat, rows: Rows) -> dict[str, Array]:
+        """Rows whose arrays are transposed, as graphs take them that have inputs for them. The next call of the same
+        name overwrites them.
+        """
+        if isinstance(rows, PlainRows):
+            return {f"{name}.w": rows.w}
+        return {f"{name}.w": self._unpacked(name, rows, form), f"{name}.scale": self._scales(name, rows, form)}
+
+    def _unpacked(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Array:
+        """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]. They are around 0 if inputs are not rounded."""
+        planes, n = unpacked.planes(form), rows.q.shape[1]
+        rounds = unpacked.rounds(form, self._arithmetic)
+        q = rows.q.reshape(-1, BLOCK // planes, n)
+        if planes == 1 and rounds:
+            return q
+        out = self._scratch.array(f"{name}.w", np.uint8, (len(q), BLOCK, n))
+        for plane in range(planes):
+            part = out[:, plane * q.shape[1] : (plane + 1) * q.shape[1]]
+            if isinstance(rows, Mxfp4Rows):
+                part[:] = np.take(mxfp4.BYTES[plane], q)
+            else:
+                _unpack(q, plane, 8 // planes, part)
+        if not rounds:
+            np.subtract(out, unpacked.ZEROS[form.kind], out=out)
+        return out.view(np.int8) if unpacked.signed(form, self._arithmetic) else out
+
+    def _scales(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Floats:
+        """[B, 1, n], those of digits among them, or [1, 1, n]."""
+        if isinstance(rows, TernaryRows):
+            return rows.scale[:, None]
+        if isinstance(rows, Mxfp4Rows):
+            return mxfp4.scales(rows.exponent)[:, None]
+        (blocks, n), half = rows.scale.shape, form.digits // BLOCK // 2
+        out = self._scratch.array(f"{name}.scale", np.float32, (blocks + 2 * half, n))
+        fill_scales(out, rows.scale, rows.step, form)
+        return out[:, None]
+
+
+def _unpack(q: Bytes, plane: int, bits: int, out: Bytes) -> None:
+    """Of each byte, `bits` bits, from bit `plane` bits on."""
+    if bits == 8:
+        np.copyto(out, q)
+        return
+    if plane:
+        np.right_shift(q, plane * bits, out=out)
+    if (plane + 1) * bits < 8:
+        np.bitwise_and(out if plane else q, (1 << bits) - 1, out=out)

@@ -1,0 +1,102 @@
+"""How many bytes rows hold that are in RAM as the card has them, and what their products take, by the header."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from flashd.bundle.header import Header
+from flashd.bundle.rows.formats import GroupFormat, Plane, RowFormat
+from flashd.bundle.rows.kinds import BLOCK
+from flashd.engine.model.sizes import (
+    FEW_UNPACKED,
+    HEAD_ROWS_UNPACKED,
+    TOKENS_AT_ONCE,
+    TOKENS_UNPACKED,
+    at_work,
+)
+from flashd.graphs.constant import Arithmetic
+from flashd.graphs.unpacked import ROWS_TOGETHER
+
+ALIGNED, OBJECTS = 64, 2 << 10
+"""Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
+
+
+def streams(header: Header) -> bool:
+    """Whether every neuron takes part, so that groups and rows of the head stream past."""
+    return not (header.model.experts or header.selection)
+
+
+def group_kept(form: GroupFormat) -> int:
+    """Bytes of a group in RAM as the card has it."""
+    return kept(form.planes)
+
+
+def rows_kept(form: RowFormat, rows: int) -> int:
+    """Bytes of rows of the head in RAM as the card has them."""
+    parts, left = divmod(rows, HEAD_ROWS_UNPACKED)
+    return parts * kept(form.planes(HEAD_ROWS_UNPACKED)) + (kept(form.planes(left)) if left else 0)
+
+
+def kept(planes: list[Plane]) -> int:
+    """Bytes of arrays in one piece of memory."""
+    sizes = (prod(shape) * np.dtype(dtype).itemsize for dtype, shape in planes)
+    return sum(-(-size // ALIGNED) * ALIGNED for size in sizes) + OBJECTS
+
+
+def passing_bytes(header: Header) -> int:
+    """Bytes of RAM that each group has which streams past, and each part of the head."""
+    return max(group_kept(header.largest_group), rows_kept(header.row_format("head"), HEAD_ROWS_UNPACKED))
+
+
+def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:
+    """Bytes that the threads which multiply groups and rows of the head unpack into."""
+    return at_work(threads) * sum(_unpacked(row, rows, arithmetic) for row, rows in _products(header))
+
+
+def sums(header: Header, threads: int) -> int:
+    """Bytes of the sums of blocks in those threads."""
+    return at_work(threads) * max(_sums(row, rows, TOKENS_UNPACKED) for row, rows in _products(header))
+
+
+def _products(header: Header) -> list[tuple[RowFormat, int]]:
+    form = header.largest_group
+    products = [(form.row, form.inputs * form.neurons), (form.column, form.hidden)]
+    if streams(header):
+        products.append((header.row_format("head"), min(HEAD_ROWS_UNPACKED, header.model.vocabulary)))
+    return products
+
+
+def attention_scratch(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes that attention unpacks its rows into."""
+    places = {(name, row, rows) for name, row, rows in _attention(header)}
+    return sum(_unpacked(row, rows, arithmetic) for _, row, rows in places)
+
+
+def attention_sums(header: Header) -> int:
+    """Bytes of the sums of blocks in its products."""
+    return max(_sums(row, rows, TOKENS_AT_ONCE) for _, row, rows in _attention(header))
+
+
+def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:
+    """Of all layers' products: (name, format of their rows, how many)."""
+    every = ((i, product) for i in range(header.model.layers) for product in header.model.products(i))
+    return [(product.name, header.product_format(i, product), product.rows) for i, product in every]
+
+
+def _unpacked(row: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
+    """Bytes of weights and scales when they are unpacked, as float32 too if a product widens them."""
+    weights = rows * (row.width + row.digits)
+    each = 4 if row.kind == "f16" else 5 if arithmetic == "float32" else int(row.bits < 8)
+    return each * weights + 4 * weights // BLOCK
+
+
+def _sums(row: RowFormat, rows: int, tokens: int) -> int:
+    """Bytes of the sums behind so many tokens, the most that go together."""
+    weights = rows * (row.width + row.digits)
+    of_few, of_many = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * tokens * weights // BLOCK
+    if row.kind == "ternary":
+        return 2 * of_many
+    # some rows at a time, each with a copy of its own
+    return max(of_few, of_many * min(rows, ROWS_TOGETHER) // rows + weights)

@@ -120,7 +120,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bytes, dict[str
     def opening(graph: bytes, initialisers: dict[str, Any] | None = None, **more: Any) -> Any:
         graphs.append((graph, initialisers or {}))
         # what onnxruntime does not copy may be thrown away: never a vector, which it reads in every pass
-        assert all(initialisers[name].ndim > 1 for name in more.get("in_place", ()))
+        assert all(graphs[-1][1][name].ndim > 1 for name in more.get("in_place", ()))
         return real(graph, initialisers, **more)
 
     for room in (constants, unpacked, attention_weights):

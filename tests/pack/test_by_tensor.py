@@ -15,7 +15,7 @@ from flashd.bundle.prefix import digest
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
 from flashd.bundle.rows.kinds import RowKind
-from flashd.engine.planning import parts
+from flashd.engine.planning import parts, unpacked
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.pack.pack import pack
 from tests.engine.test_paths import all_logits, opened, tokens_of
@@ -82,7 +82,7 @@ def test_the_plan_counts_each_layer_as_it_is(mixed: dict[str, Path]) -> None:
     header = header_of(mixed[""])
     model = msgspec.structs.replace(header.model, neurons=header.model.group_neurons << 12)  # else it fits in any RAM
     large, m = msgspec.structs.replace(header, model=model), model
-    sizes = [parts.group_held(large.group_of(i), "float32") for i in range(2)]
+    sizes = [unpacked.group_kept(large.group_of(i)) for i in range(2)]
     least = smallest(large, 40, 0)
     for room in (0, sizes[0], sum(sizes), 300 * sum(sizes)):
         made = make_plan(large, memory=least + room, context=40, threads=1, base=0)
@@ -92,7 +92,8 @@ def test_the_plan_counts_each_layer_as_it_is(mixed: dict[str, Path]) -> None:
         assert made.memory - sizes[0] - sizes[1] < made.total <= made.memory or room > 2 * sum(sizes)
         assert made.card_bytes == sum(large.group_of(i).nbytes * (m.groups - made.pinned[i]) for i in range(2))
     whole = make_plan(large, memory=1 << 40, context=40, threads=1, base=0, arithmetic="float32")
-    layers = [parts.attention_held(large, "float32", range(i, i + 1)) + m.groups * sizes[i] for i in range(2)]
+    held = [parts.group_held(large.group_of(i), "float32") for i in range(2)]
+    layers = [parts.attention_held(large, "float32", range(i, i + 1)) + m.groups * held[i] for i in range(2)]
     head = parts.head_held(large, m.vocabulary, "float32")
     assert whole.parts["constant weights"] == sum(layers) + head
 

@@ -24,8 +24,8 @@ from flashd.cli.printing import cost_in_words
 from flashd.engine import engine as engines
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Sampling
-from flashd.engine.forward import expert_ffn
 from flashd.engine.forward.attention import Attention
+from flashd.engine.forward.ffn import experts
 from flashd.engine.paging import card
 from flashd.engine.paging.card import CardQueue, Extent
 from flashd.engine.paging.card_speed import IN_FLIGHT, CardSpeed, remember
@@ -60,7 +60,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)
+    monkeypatch.setattr(experts, "TRUSTED", 2.0)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_answers_do_not_depend_on_what_is_in_ram_or_guessed(
         assert np.array_equal(expected[1], expected[7])
         assert model.card.bytes_read == 0 and model.hit_rate == 1
     for trusted in (0.0, 2.0):
-        monkeypatch.setattr(expert_ffn, "TRUSTED", trusted)
+        monkeypatch.setattr(experts, "TRUSTED", trusted)
         for capacity in (0, 3):
             with opened(tmp_path / "m.flash", capacity / EXPERTS + 1e-6, 64, arithmetic) as model:
                 for chunk, logits in expected.items():
@@ -178,7 +178,7 @@ def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], mon
         real(self, extents)
 
     monkeypatch.setattr(CardQueue, "guess", guess)
-    monkeypatch.setattr(expert_ffn, "TRUSTED", 0.0)
+    monkeypatch.setattr(experts, "TRUSTED", 0.0)
     with opened(bundle, 0.0, 64) as model:
         for token in tokens:
             model.forward(token, np.array([0]))
@@ -232,7 +232,7 @@ def test_a_layer_s_reads_are_one_batch_and_go_on_while_it_attends(
     name: str, known: bool, packed_golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that its router wants if that comes before the attention, and guesses if it comes behind it."""
-    monkeypatch.setattr(expert_ffn, "TRUSTED", 0.0)
+    monkeypatch.setattr(experts, "TRUSTED", 0.0)
     batches: list[int] = []
     under_way: list[tuple[int, set[int]]] = []
     together = threading.Barrier(IN_FLIGHT, timeout=60)

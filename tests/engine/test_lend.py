@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.forward import streamed_ffn
+from flashd.engine.forward.ffn import streamed
+from flashd.engine.forward.ffn.streamed import StreamedFfn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.forward.unpacked import in_turn
 from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.system import freed_memory
@@ -133,7 +133,7 @@ def test_a_pass_that_breaks_off_between_card_and_sum(tiny_bundle: Path, monkeypa
                     raise KeyboardInterrupt
                 yield share
 
-        monkeypatch.setattr(streamed_ffn, "in_turn", stopped)
+        monkeypatch.setattr(streamed, "in_turn", stopped)
         model.cache.truncate(0)
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids, last)

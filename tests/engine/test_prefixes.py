@@ -28,9 +28,9 @@ from flashd.engine.cache.snapshot import RUN
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.ffn.streamed import StreamedFfn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.resident import ResidentModel
-from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model.contract import Model
 from flashd.engine.paging.card import READ_BYTES
 from flashd.engine.planning.parts import BUFFERS, PREFILL_TOKENS

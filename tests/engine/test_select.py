@@ -18,8 +18,8 @@ from flashd.bundle.rows.kinds import Floats, RowKind
 from flashd.engine.decoding.conversation import Conversation
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward.ffn.selected import SelectedFfn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.forward.selected_ffn import SelectedFfn
 from flashd.engine.paging import eviction
 from flashd.engine.paging.eviction import Frequency, shares
 from flashd.engine.planning.plan import Plan, make_plan, rates_of

@@ -26,9 +26,9 @@ from flashd.bundle.rows import codec
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.cli.main import main
+from flashd.engine.forward.ffn.router import Router
+from flashd.engine.forward.ffn.selected import Predictor, SelectedFfn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.forward.router import Router
-from flashd.engine.forward.selected_ffn import Predictor, SelectedFfn
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.paging.eviction import Mask, Numbers
 from flashd.engine.planning import parts

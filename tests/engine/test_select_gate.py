@@ -22,8 +22,8 @@ from flashd.bundle.rows import codec
 from flashd.bundle.rows.formats import NeuronFormat
 from flashd.bundle.rows.kinds import BLOCK, Floats, RowKind
 from flashd.cli.main import main
+from flashd.engine.forward.ffn.selected import Gate, SelectedFfn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.forward.selected_ffn import Gate, SelectedFfn
 from flashd.engine.planning.plan import make_plan, rates_of
 from flashd.errors import DataError, MemoryTooSmall
 from flashd.pack.lossy import gate_search as gated_layers

@@ -20,10 +20,10 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.engine import Prompts
 from flashd.engine.evaluate import perplexity
-from flashd.engine.forward.feed_forward import FeedForward
+from flashd.engine.forward.ffn.feed_forward import FeedForward
+from flashd.engine.forward.ffn.selected import SelectedFfn, ignore
+from flashd.engine.forward.ffn.streamed import StreamedFfn
 from flashd.engine.forward.paged import PagedModel
-from flashd.engine.forward.selected_ffn import SelectedFfn, ignore
-from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model.contract import CardStats
 from flashd.engine.paging.eviction import Frequency, Mask, shares
 from flashd.engine.planning.parts import BUFFERS

@@ -27,7 +27,7 @@ from flashd.bundle.prefix import PLAIN_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import ROW_KINDS, RowKind
 from flashd.bundle.rows.of_matrices import Formats
-from flashd.engine.forward.streamed_ffn import stream_past
+from flashd.engine.forward.ffn.streamed import stream_past
 from flashd.engine.model.kv_cache import SPARE, lendable_bytes
 from flashd.engine.paging.card import Extent, pages_of, units_of_a_read
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers

@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 
 from flashd.bundle.reader import Bundle
-from flashd.engine.forward.streamed_ffn import stream_past
+from flashd.engine.forward.ffn.streamed import stream_past
 from flashd.engine.paging.card import READ_BYTES, CardPicks, CardStream, pages_of
 from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.engine.planning.parts import BUFFERS

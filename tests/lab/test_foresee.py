@@ -18,7 +18,7 @@ from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.decoding.line import Figures
 from flashd.engine.decoding.sampling import Sampler, Sampling
 from flashd.engine.engine import Prompts
-from flashd.engine.forward import expert_ffn
+from flashd.engine.forward.ffn import experts
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
@@ -109,7 +109,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
         asked.append(units)
         real(self, units)
 
-    monkeypatch.setattr(expert_ffn, "TRUSTED", 2.0)  # a guess that is wrong would be read too
+    monkeypatch.setattr(experts, "TRUSTED", 2.0)  # a guess that is wrong would be read too
     with Bundle(tmp_path / "m.flash") as bundle:
         header = bundle.header
         of_all = LAYERS * header.model.expert_groups * unpacked.group_kept(header.group)

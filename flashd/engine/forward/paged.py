@@ -18,12 +18,12 @@ from flashd.engine.forward import attention, products, stages
 from flashd.engine.forward.attention import Places
 from flashd.engine.forward.attention_weights import AttentionWeights, ConstantAttention, UnpackedAttention
 from flashd.engine.forward.constants import Constants
-from flashd.engine.forward.expert_ffn import ExpertFfn, LeadingFfns, MixedFfn
-from flashd.engine.forward.feed_forward import FeedForward
+from flashd.engine.forward.ffn.experts import ExpertFfn, LeadingFfns, MixedFfn
+from flashd.engine.forward.ffn.feed_forward import FeedForward
+from flashd.engine.forward.ffn.selected import SelectedFfn
+from flashd.engine.forward.ffn.streamed import StreamedFfn
 from flashd.engine.forward.head import Head
 from flashd.engine.forward.head_rows import ConstantRows
-from flashd.engine.forward.selected_ffn import SelectedFfn
-from flashd.engine.forward.streamed_ffn import StreamedFfn
 from flashd.engine.model import sizes
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent

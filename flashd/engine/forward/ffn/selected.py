@@ -16,7 +16,7 @@ import numpy as np
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward import products, stages
-from flashd.engine.forward.router import Router
+from flashd.engine.forward.ffn.router import Router
 from flashd.engine.model import sizes
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.paging.card import CardPicks, gap_bytes

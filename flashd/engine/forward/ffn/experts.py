@@ -26,8 +26,8 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.constants import Constants, multiplied
+from flashd.engine.forward.ffn.router import Router
 from flashd.engine.forward.kept import Kept, Shelf
-from flashd.engine.forward.router import Router
 from flashd.engine.forward.unpacked import Entering, Multiplier
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE, at_work

@@ -176,7 +176,7 @@ def _pack(commands: Commands) -> None:
         "source", type=Path, metavar="MODEL", help="The model: a .gguf file, or a folder with .safetensors files."
     )
     pack.add_argument(
-        "--out", type=Path, metavar=BUNDLE,
+        "-o", "--out", type=Path, metavar=BUNDLE,
         help="Write the bundle to this file. The default is the cache, where flashd models and --model find it.",
     )  # fmt: skip
     pack.add_argument(

@@ -450,6 +450,19 @@ def test_as_many_guesses_are_checked_as_pay(each: float, counts: Collection[int]
     assert pace.count(draft, 3, 3, 0) == 3 and pace.count(Draft([], [], 1.0), 0, NODES, 0) == 0
 
 
+def test_as_many_guesses_are_checked_as_pay_by_what_a_prompt_took() -> None:
+    draft, unknown, dear = Draft([1], [30], 1.0), Pace(), Pace()
+    draft.follow(0, list(range(2, 22)), 0.8)
+    dear.measured_prompt(41.0, 41)
+    for pace in (unknown, dear):
+        pace.measured_pass(5.5, 5)
+    # a second for each token, beside half of one for the pass
+    assert unknown.count(draft, 1, NODES, 0) == NODES and dear.count(draft, 1, NODES, 0) <= 3
+    for tokens in (2, 9, 4) * 20:
+        dear.measured_pass(5.5, tokens)
+    assert dear.count(draft, 1, NODES, 0) == NODES
+
+
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), max_size=80))
 def test_trust_follows_what_was_promised(told: list[tuple[bool, float]]) -> None:
     pace = Pace()

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
-from typing import get_args
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,13 +18,16 @@ from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats, RowKind
+from flashd.engine.forward import attention_weights
+from flashd.engine.forward.attention_weights import UnpackedAttention
 from flashd.engine.forward.kept import Shelf
-from flashd.engine.forward.unpacked import Multiplier
+from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.sizes import TOKENS_UNPACKED
+from flashd.engine.planning import parts
 from flashd.engine.planning.unpacked import OBJECTS, group_kept
 from flashd.graphs.constant import Arithmetic
 from flashd.pack.pack import pack
-from flashd.system.onnx_session import start_pool
+from flashd.system.onnx_session import open_session, start_pool
 from tests.goldens.models import GOLDENS
 
 KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16", "ternary", "mxfp4")
@@ -122,3 +130,54 @@ def test_the_plan_counts_what_a_group_takes(header: Header, kind: RowKind) -> No
     first = min(array.ctypes.data for array in arrays)
     end = max(array.ctypes.data + array.nbytes for array in arrays)
     assert 0 <= group_kept(form) - OBJECTS - (end - first) < 64
+
+
+@pytest.mark.parametrize("arithmetic", get_args(Arithmetic))
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "phi2", "glm4-flash"])  # plain; norms; biases; products by head
+def test_the_plan_counts_what_attention_takes(
+    tmp_path: Path, name: str, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    start_pool(1)
+    opened: list[bytes] = []
+
+    def opening(graph: bytes, **more: Any) -> Any:
+        opened.append(graph)
+        return open_session(graph, **more)
+
+    monkeypatch.setattr(attention_weights, "open_session", opening)
+    with Bundle(tmp_path / "m.flash") as bundle:
+        header = bundle.header
+        weights = UnpackedAttention(bundle, arithmetic, "float32")
+        for layer in range(header.model.layers):
+            weights.load(layer)
+        behind = parts.SESSION * header.model.layers if header.model.products_behind() else 0
+    arrays = [array for layer in weights._layers for kept in layer.rows.values() for array in kept.rows.arrays()] + [
+        vector for layer in weights._layers for vector in layer.vectors.values()
+    ]
+    sessions = len(opened) * (2 if arithmetic == "float32" else 1)  # which is one for few tokens and for many
+    counted = parts.attention_kept(header) - sessions * parts.SESSION - behind
+    nbytes = sum(array.nbytes for array in arrays)
+    assert nbytes <= counted <= nbytes + len(arrays) * (OBJECTS + 64)
+    assert len(opened) == len(set(opened)) < 2 * header.model.layers  # layers that are alike share them
+
+
+def test_what_is_made_in_several_threads_comes_in_turn() -> None:
+    running: list[int] = []
+    lock, most = threading.Lock(), 3
+
+    def call(number: int) -> tuple[int, int]:
+        with lock:
+            running.append(number)
+            at_once = len(running)
+        time.sleep(0.002 * (number % 3))
+        with lock:
+            running.remove(number)
+        return number, at_once
+
+    with ThreadPoolExecutor(8) as workers:
+        made = list(in_turn(workers, (partial(call, number) for number in range(20)), most))
+        with pytest.raises(ZeroDivisionError):
+            list(in_turn(workers, [lambda: 1, lambda: 1 // 0, lambda: 2], most))
+    assert [number for number, _ in made] == list(range(20))
+    assert max(at_once for _, at_once in made) <= most

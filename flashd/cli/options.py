@@ -44,7 +44,7 @@ class Budgeted:
     memory: int | None  # bytes; None: what is free
     context: int | None  # tokens; None: CONTEXT
     threads: int | None  # None: all processors
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic | None
     kv: KvFormat
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Answering(Budgeted):
         """The options given that ask for a model or a budget of this process's own."""
         given = {
             "--model": self.model, "--draft": self.draft, "--memory": self.memory, "--context": self.context,
-            "--threads": self.threads, "--arithmetic": self.arithmetic != "int8", "--kv": self.kv != "float32",
+            "--threads": self.threads, "--arithmetic": self.arithmetic is not None, "--kv": self.kv != "float32",
             "--ignore-eos": self.ignore_eos, "--no-drafts": self.no_drafts, "--no-snapshots": self.no_snapshots,
         }  # fmt: skip
         return [option for option, value in given.items() if value]

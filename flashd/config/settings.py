@@ -198,10 +198,12 @@ class Settings(Strict, frozen=True, kw_only=True):
     """Tokens of a prompt and its answer together."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     """Processors to use. Without this key all are used."""
-    arithmetic: Literal["int8", "float32"] = "int8"
+    arithmetic: Literal["int8", "float32"] | None = None
     """How the model is multiplied.
 
-    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing.
+    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. Without this key it is int8
+    if the model fits in RAM or is a mixture of experts, and float32 if it pages. A model that pages in int8 may say
+    another word now and then if guesses or other answers share its passes.
     """
     kv: Literal["float32", "int8"] = "float32"
     """How keys and values of the tokens of a prompt and its answer are kept.

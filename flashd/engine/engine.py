@@ -48,7 +48,7 @@ class Budget:
     memory: int | None = None  # bytes
     context: int = DEFAULT_CONTEXT  # tokens
     threads: int | None = None
-    arithmetic: Arithmetic = "int8"  # the fastest that is allowed, see graphs.constant
+    arithmetic: Arithmetic | None = None  # see make_plan
     beside: Mapping[str, int] = field(default_factory=dict)  # bytes of a service beside the model, by what for
     kv: KvFormat = "float32"  # how keys and values are kept
 

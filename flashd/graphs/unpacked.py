@@ -11,7 +11,7 @@ on how many others share a product. *float32* rounds nothing. A single token is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -203,7 +203,7 @@ def _weights(g: Graph, name: str, form: RowFormat, n: int, arithmetic: Arithmeti
         return [g.input(f"{name}.w", T.FLOAT16, [form.width, n])]
     kind = T.INT8 if signed(form, arithmetic) else T.UINT8
     w = g.input(f"{name}.w", kind, [_blocks(form), BLOCK, n])
-    return [w, g.input(f"{name}.scale", T.FLOAT, ["scales", 1, n])]
+    return [w, g.input(f"{name}.scale", T.FLOAT, [1 if form.kind == "ternary" else _blocks(form), 1, n])]
 
 
 def _multiplied(g: Graph, given: dict[str, str], weights: Sequence[str], form: RowFormat, n: int, many: bool) -> str:
@@ -211,8 +211,10 @@ def _multiplied(g: Graph, given: dict[str, str], weights: Sequence[str], form: R
     if form.kind == "f16":
         return g.node("MatMul", given["x"], g.node("Cast", weights[0], to=T.FLOAT))
     w, scale = weights
+    count = -(-n // ROWS_TOGETHER)
     if "x" in given:
-        return g.node("MatMul", given["x"], _widened(g, w, scale, form))
+        parts = [g.node("MatMul", given["x"], wide) for wide in _widened(g, w, scale, form, count)]
+        return g.node("Concat", *parts, axis=1) if count > 1 else parts[0]
     kind: type[np.uint8 | np.int8] = np.int8 if signed(form, "int8") else np.uint8
     codes = g.node("Transpose", given["codes"], perm=[1, 0, 2])  # [B, T, 32]
     zeros = g.constant(MIDDLE), g.constant(kind(ZEROS[form.kind]))
@@ -225,23 +227,25 @@ def _multiplied(g: Graph, given: dict[str, str], weights: Sequence[str], form: R
     if not many or form.kind == "ternary":  # which has one scale for all blocks
         sums = g.node("Cast", g.node("MatMulInteger", codes, w, *zeros), to=T.FLOAT)
         return g.node("Squeeze", summed(g.node("Mul", sums, scale)), g.shape(1))
-    count, one = -(-n // ROWS_TOGETHER), g.constant(np.float32(1))
-    parts = [g.nodes_out("Split", x, outputs=count, axis=2, num_outputs=count) for x in (w, scale)]
+    one = g.constant(np.float32(1))
+    split = [g.nodes_out("Split", x, outputs=count, axis=2, num_outputs=count) for x in (w, scale)]
     made = [
         summed(g.node("MatMulIntegerToFloat", codes, *part, *zeros, domain=MICROSOFT))
-        for part in ((w, one, scale) for w, scale in zip(*parts, strict=True))
+        for part in ((w, one, scale) for w, scale in zip(*split, strict=True))
     ]
     return g.node("Squeeze", g.node("Concat", *made, axis=2), g.shape(1))
 
 
-def _widened(g: Graph, w: str, scale: str, form: RowFormat) -> str:
-    """[32 B, n] float32 of signed weights [B, 32, n] around 0."""
-    if form.kind == "ternary":
-        each = g.node("Reshape", scale, g.shape(-1))  # [n]
-        wide = g.node("DequantizeLinear", w, each, axis=2)
-    else:
-        wide = g.node("DequantizeLinear", w, scale, axis=1, block_size=BLOCK)
-    return g.node("Reshape", wide, g.shape(form.width + form.digits, -1))
+def _widened(g: Graph, w: str, scale: str, form: RowFormat, count: int) -> Iterator[str]:
+    """[32 B, n] float32 of signed weights [B, 32, n] around 0, in `count` parts of the rows, one after the other."""
+    flat = g.node("Reshape", w, g.shape(form.width + form.digits, -1))  # [32 B, n]
+    scale = g.node("Squeeze", scale, g.shape(1))  # [B, n] or [1, n]
+    parts = [g.nodes_out("Split", x, outputs=count, axis=1, num_outputs=count) for x in (flat, scale)]
+    for some, each in zip(*parts, strict=True):
+        if form.kind == "ternary":
+            yield g.node("DequantizeLinear", some, g.node("Squeeze", each, g.shape(0)), axis=1)
+        else:
+            yield g.node("DequantizeLinear", some, each, axis=0, block_size=BLOCK)
 
 
 def _as_unpacked(g: Graph, x: str, form: RowFormat) -> str:

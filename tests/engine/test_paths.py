@@ -35,7 +35,7 @@ THREADS = len(os.sched_getaffinity(0))
 ARITHMETICS: tuple[Arithmetic, ...] = ("int8", "float32")
 
 
-def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: Arithmetic = "int8") -> Plan:
+def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: Arithmetic | None = None) -> Plan:
     """A plan that pins a share of each layer's groups, or for None one that holds everything, in this arithmetic."""
     header = bundle.header
     full = make_plan(
@@ -56,7 +56,9 @@ def plan(bundle: Bundle, pinned: float | None, context: int = 1024, arithmetic: 
 
 
 @contextmanager
-def opened(path: Path, pinned: float | None, context: int = 1024, arithmetic: Arithmetic = "int8") -> Iterator[Model]:
+def opened(
+    path: Path, pinned: float | None, context: int = 1024, arithmetic: Arithmetic | None = None
+) -> Iterator[Model]:
     with Bundle(path) as bundle:
         made = plan(bundle, pinned, context, arithmetic)
         model: Model = ResidentModel(bundle, made) if made.resident else PagedModel(bundle, made)

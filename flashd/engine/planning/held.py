@@ -77,7 +77,7 @@ def _workspace(
     workspace = parts.workspace(header, context, m.expert_groups if m.experts else 1, head)
     if header.selection or constant_experts:
         return workspace
-    return workspace + unpacked.scratch(header, arithmetic, threads) + unpacked.sums(header, threads)
+    return workspace + unpacked.scratch(header, arithmetic, threads) + unpacked.temporary(header, arithmetic, threads)
 
 
 def of_sessions(header: Header, arithmetic: Arithmetic) -> Arithmetic:

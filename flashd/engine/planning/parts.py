@@ -270,10 +270,12 @@ def unpacked_workspace(header: Header, context: int, head: int, arithmetic: Arit
     """
     m, tokens = header.model, min(TOKENS_AT_ONCE, context) + 2
     kept = unpacked.scratch(header, arithmetic, threads) + unpacked.attention_scratch(header, arithmetic)
-    attention = tokens * _of_token(m, 1) + scores(m, tokens, context) + unpacked.attention_sums(header)
+    attention = (
+        tokens * _of_token(m, 1) + scores(m, tokens, context) + unpacked.attention_temporary(header, arithmetic)
+    )
     logits = _some(m, _logits(m, head)) + 4 * (TREE_NODES + 1) * head_part(header)
     arrays = max(logits, _shares(header, context, at_work(threads) + 2))
-    largest = max(attention, unpacked.sums(header, threads))
+    largest = max(attention, unpacked.temporary(header, arithmetic, threads))
     return kept + largest + arrays + _waiting(header, context) + 4 * KEPT_ROWS * m.hidden + PAGED_SLACK
 
 

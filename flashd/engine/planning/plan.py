@@ -121,7 +121,7 @@ class Plan:
 
 def make_plan(
     header: Header, *, memory: int, context: int, threads: int, base: int, rates: Floats | None = None,
-    beside: Mapping[str, int] | None = None, arithmetic: Arithmetic = "int8", kv: KvFormat = "float32",
+    beside: Mapping[str, int] | None = None, arithmetic: Arithmetic | None = None, kv: KvFormat = "float32",
     draft: Plan | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a bundle.
@@ -132,7 +132,8 @@ def make_plan(
         base: bytes that the process holds now.
         beside: bytes that a service holds or may be made to hold beside the model, by what for.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
-        arithmetic: the fastest that the model may have.
+        arithmetic: the one to use. None: int8 if the model stays whole or is a mixture, float32 if it pages: its
+            tokens share passes with guesses, which change the last bits, and rounding would make more of that.
         kv: how keys and values are kept.
         draft: of a small model that is in RAM too.
 
@@ -146,17 +147,18 @@ def make_plan(
         beside[DRAFT] = draft.total
     base += sum(beside.values())
     whole = sum(whole_parts(header, context, base, 0, False, kv).values()) if _can_be_whole(header) else None
-    paged = smallest(header, context, base, kv, arithmetic, threads)
+    of_paged, of_whole = _of_paged(header, arithmetic), arithmetic or "int8"
+    paged = smallest(header, context, base, kv, of_paged, threads)
     least = paged if whole is None else min(paged, whole)  # a tiny model takes less if it stays whole
     plan = Plan(
         memory=memory, context=context, threads=threads, resident=True, int8_layers=0, int8_head=False,
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
-        arithmetic=_of_paged(header, arithmetic), of_sessions=of_sessions(header, arithmetic),
+        arithmetic=of_paged, of_sessions=of_sessions(header, of_paged),
     )  # fmt: skip
     if whole is not None and whole <= memory:
-        return _with(_whole(header, base, plan, arithmetic), beside)
+        return _with(_whole(header, base, plan, of_whole), beside)
     if memory < least:
         what = f"{m.name} with a context of {context}"
         raise MemoryTooSmall(memory, with_margin(least), f"{what} and its draft" if draft else what)
@@ -252,7 +254,7 @@ def with_margin(least: int) -> int:
 
 
 def smallest(
-    header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic = "int8",
+    header: Header, context: int, base: int, kv: KvFormat = "float32", arithmetic: Arithmetic | None = None,
     threads: int = 1,
 ) -> int:  # fmt: skip
     """The smallest budget with which a model pages: nothing pinned, every group streams past."""
@@ -260,9 +262,11 @@ def smallest(
     return sum(paged_parts(header, context, base, 0, 0, *kinds, threads=threads).values())
 
 
-def _of_paged(header: Header, arithmetic: Arithmetic) -> Arithmetic:
+def _of_paged(header: Header, asked: Arithmetic | None) -> Arithmetic:
     """The arithmetic of the FFNs of a model that pages. Neurons that are selected are multiplied in float32."""
-    return "float32" if header.selection else arithmetic
+    if header.selection:
+        return "float32"
+    return asked or ("int8" if header.model.experts else "float32")
 
 
 def rates_of(bundle: Bundle) -> Floats | None:

@@ -55,9 +55,10 @@ def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:
     return at_work(threads) * sum(_unpacked(row, rows, arithmetic) for row, rows in _products(header))
 
 
-def sums(header: Header, threads: int) -> int:
-    """Bytes of the sums of blocks in those threads."""
-    return at_work(threads) * max(_sums(row, rows, TOKENS_UNPACKED) for row, rows in _products(header))
+def temporary(header: Header, arithmetic: Arithmetic, threads: int) -> int:
+    """Bytes that their products take while they run."""
+    each = (_temporary(row, rows, TOKENS_UNPACKED, arithmetic) for row, rows in _products(header))
+    return at_work(threads) * max(each)
 
 
 def _products(header: Header) -> list[tuple[RowFormat, int]]:
@@ -74,9 +75,9 @@ def attention_scratch(header: Header, arithmetic: Arithmetic) -> int:
     return sum(_unpacked(row, rows, arithmetic) for _, row, rows in places)
 
 
-def attention_sums(header: Header) -> int:
-    """Bytes of the sums of blocks in its products."""
-    return max(_sums(row, rows, TOKENS_AT_ONCE) for _, row, rows in _attention(header))
+def attention_temporary(header: Header, arithmetic: Arithmetic) -> int:
+    """Bytes that its products take while they run."""
+    return max(_temporary(row, rows, TOKENS_AT_ONCE, arithmetic) for _, row, rows in _attention(header))
 
 
 def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:
@@ -86,17 +87,23 @@ def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:
 
 
 def _unpacked(row: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
-    """Bytes of weights and scales when they are unpacked, as float32 too if a product widens them."""
+    """Bytes of weights and scales when they are unpacked."""
     weights = rows * (row.width + row.digits)
-    each = 4 if row.kind == "f16" else 5 if arithmetic == "float32" else int(row.bits < 8)
-    return each * weights + 4 * weights // BLOCK
+    if row.kind == "f16":
+        return 0  # they are widened within a product
+    return (0 if row.bits == 8 and arithmetic == "int8" else weights) + 4 * weights // BLOCK
 
 
-def _sums(row: RowFormat, rows: int, tokens: int) -> int:
-    """Bytes of the sums behind so many tokens, the most that go together."""
-    weights = rows * (row.width + row.digits)
-    of_few, of_many = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * tokens * weights // BLOCK
-    if row.kind == "ternary":
-        return 2 * of_many
+def _temporary(row: RowFormat, rows: int, tokens: int, arithmetic: Arithmetic) -> int:
+    """Bytes that a product of so many tokens, the most that go together, takes while it runs."""
+    width = row.width + row.digits
+    weights, together = rows * width, min(rows, ROWS_TOGETHER)
+    if row.kind == "f16":
+        return 4 * weights
     # some rows at a time, each with a copy of its own
-    return max(of_few, of_many * min(rows, ROWS_TOGETHER) // rows + weights)
+    if arithmetic == "float32":
+        return 2 * 4 * together * width + weights
+    of_few, of_token = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * width // BLOCK
+    if row.kind == "ternary":
+        return 2 * tokens * rows * of_token
+    return max(of_few, tokens * together * of_token + weights)

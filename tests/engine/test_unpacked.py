@@ -155,11 +155,11 @@ def test_the_plan_counts_what_attention_takes(
     arrays = [array for layer in weights._layers for kept in layer.rows.values() for array in kept.rows.arrays()] + [
         vector for layer in weights._layers for vector in layer.vectors.values()
     ]
-    sessions = len(opened) * (2 if arithmetic == "float32" else 1)  # which is one for few tokens and for many
+    sessions = 4 * len(opened) // (3 if arithmetic == "float32" else 2)  # of float32 one for few tokens and for many
     counted = parts.attention_kept(header) - sessions * parts.SESSION - behind
     nbytes = sum(array.nbytes for array in arrays)
     assert nbytes <= counted <= nbytes + len(arrays) * (OBJECTS + 64)
-    assert len(opened) == len(set(opened)) < 2 * header.model.layers  # layers that are alike share them
+    assert len(opened) == len(set(opened)) < 3 * header.model.layers  # layers that are alike share them
 
 
 def test_what_is_made_in_several_threads_comes_in_turn() -> None:

@@ -160,10 +160,10 @@ class Attention:
         `drafting`: until they are forgotten again.
         """
         x = at_least_two(x)
-        session, names = self._weights.opened(layer, len(x))
+        session, names = self._weights.opened(layer, len(x), drafting)
         binding = session.io_binding()
         binding.bind_cpu_input("x", x[None])
-        self._weights.bind(layer, binding)
+        self._weights.bind(layer, binding, drafting)
         self._rotary.bind(names, binding)
         bind_positions(binding, names, places.past, places.tokens, places.positions.shape[1])
         if isinstance(kind := self._model.kind(layer), AttentionKind):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import onnxruntime as ort
 
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.kept import KeptRows, Scratch, Shelf, Unpacker
 from flashd.engine.forward.stages import input_names, named
 from flashd.engine.model.sizes import FEW_UNPACKED
+from flashd.engine.planning.unpacked import GUESSED
 from flashd.graphs import unpacked
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
@@ -37,11 +39,11 @@ class AttentionWeights(Protocol):
     def load(self, layer: int) -> None:
         """Takes in the next layer. Raises DamagedRun, CardError."""
 
-    def opened(self, layer: int, rows: int) -> Opened:
-        """What multiplies so many rows of input."""
+    def opened(self, layer: int, rows: int, drafting: bool) -> Opened:
+        """What multiplies so many rows of input. `drafting`: it need not be exact."""
 
-    def bind(self, layer: int, binding: Any) -> None:
-        """Gives a layer's weights to a session, if they are not its own."""
+    def bind(self, layer: int, binding: Any, drafting: bool) -> None:
+        """Gives a layer's weights to such a session, if they are not its own."""
 
 
 class ConstantAttention:
@@ -57,17 +59,17 @@ class ConstantAttention:
         products = [self._bundle.rows(f"{at}{product.name}") for product in self._model.products(layer)]
         self._layers.append(Opened.of(self._constants.attention(layer, products, vectors)))
 
-    def opened(self, layer: int, rows: int) -> Opened:  # noqa: ARG002
+    def opened(self, layer: int, rows: int, drafting: bool) -> Opened:  # noqa: ARG002
         return self._layers[layer]
 
-    def bind(self, layer: int, binding: Any) -> None:
+    def bind(self, layer: int, binding: Any, drafting: bool) -> None:
         """They are its own."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    few: Opened  # for few rows of input
-    many: Opened
+    exact: tuple[Opened, Opened]  # for few rows of input, and for many
+    guess: tuple[Opened, Opened]  # the same of drafts
     rows: dict[str, KeptRows]  # of each product
     vectors: dict[str, Floats]
 
@@ -77,7 +79,8 @@ class UnpackedAttention:
 
     def __init__(self, bundle: Bundle, arithmetic: Arithmetic, kv: KvFormat) -> None:
         self._bundle, self._model, self._arithmetic, self._kv = bundle, bundle.header.model, arithmetic, kv
-        self._shelf, self._unpacked = Shelf(), Unpacker(arithmetic, Scratch())
+        scratch = Scratch()
+        self._shelf, self._exact, self._guess = Shelf(), Unpacker(arithmetic, scratch), Unpacker(GUESSED, scratch)
         self._sessions: dict[bytes, Opened] = {}
         self._layers: list[_Layer] = []
 
@@ -86,24 +89,27 @@ class UnpackedAttention:
         vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
         forms = {product.name: header.product_format(layer, product) for product in self._model.products(layer)}
         rows = {name: self._shelf.keep_rows(form, self._bundle.rows(f"{at}{name}")) for name, form in forms.items()}
+        exact, guess = (self._opened(kind, layer, forms) for kind in (self._arithmetic, GUESSED))
+        self._layers.append(_Layer(exact, guess, rows, vectors))
+
+    def _opened(self, kind: Arithmetic, layer: int, forms: Mapping[str, RowFormat]) -> tuple[Opened, Opened]:
+        """A layer's sessions for few rows of input and for many."""
         few, many = (
-            self._opened(unpacked.attention(self._model, self._arithmetic, layer, forms, several, self._kv))
-            for several in (False, True)
+            unpacked.attention(self._model, kind, layer, forms, several, self._kv) for several in (False, True)
         )
-        self._layers.append(_Layer(few, many, rows, vectors))
+        for graph in (few, many):
+            if graph not in self._sessions:
+                self._sessions[graph] = Opened.of(open_session(graph, together=True))
+        return self._sessions[few], self._sessions[many]
 
-    def _opened(self, graph: bytes) -> Opened:
-        if graph not in self._sessions:
-            self._sessions[graph] = Opened.of(open_session(graph, together=True))
-        return self._sessions[graph]
-
-    def opened(self, layer: int, rows: int) -> Opened:
-        return self._layers[layer].few if rows <= FEW_UNPACKED else self._layers[layer].many
-
-    def bind(self, layer: int, binding: Any) -> None:
+    def opened(self, layer: int, rows: int, drafting: bool) -> Opened:
         own = self._layers[layer]
-        for name in own.vectors.keys() & own.few.names:
+        return (own.guess if drafting else own.exact)[rows > FEW_UNPACKED]
+
+    def bind(self, layer: int, binding: Any, drafting: bool) -> None:
+        own, unpack = self._layers[layer], self._guess if drafting else self._exact
+        for name in own.vectors.keys() & own.exact[0].names:
             binding.bind_cpu_input(name, own.vectors[name])
         for name, kept in own.rows.items():
-            for array_name, array in self._unpacked(name, kept.form, kept.rows).items():
+            for array_name, array in unpack(name, kept.form, kept.rows).items():
                 binding.bind_cpu_input(array_name, array)

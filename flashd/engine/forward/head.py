@@ -80,10 +80,10 @@ class Head:
             for first, logits in self._of_others(h, self._stream, on_step):
                 yield slice(0, len(h)), first, logits
 
-    def of_likely(self, h: Floats) -> Floats:
-        """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM."""
+    def of_likely(self, h: Floats, drafting: bool = False) -> Floats:
+        """h [R, H] -> logits [R, n] of the tokens whose rows are in RAM. `drafting`: they need not be exact."""
         out, first = np.empty((len(h), self._kept), np.float32), 0
-        for logits in self._rows.products(h, self._parts):
+        for logits in self._rows.products(h, self._parts, drafting):
             out[:, first : first + logits.shape[1]] = logits
             first += logits.shape[1]
         return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.kept import KeptRows, Shelf
-from flashd.engine.forward.unpacked import Multiplier, in_turn
+from flashd.engine.forward.unpacked import Multiplier
 from flashd.engine.model.sizes import HEAD_ROWS_UNPACKED
 
 
@@ -22,8 +21,8 @@ class HeadRows(Protocol):
     def kept(self, rows: Rows) -> list[Any]:
         """Rows, in parts that stay in RAM."""
 
-    def products(self, h: Floats, parts: Iterable[Any]) -> Iterator[Floats]:
-        """h [R, H] -> logits [R, n] of each part in turn."""
+    def products(self, h: Floats, parts: Iterable[Any], drafting: bool = False) -> Iterator[Floats]:
+        """h [R, H] -> logits [R, n] of each part in turn. `drafting`: they need not be exact."""
 
 
 class ConstantRows:
@@ -35,25 +34,37 @@ class ConstantRows:
     def kept(self, rows: Rows) -> list[Any]:
         return [self._constants.rows(rows, self._hidden)]
 
-    def products(self, h: Floats, parts: Iterable[Any]) -> Iterator[Floats]:
+    def products(self, h: Floats, parts: Iterable[Any], drafting: bool = False) -> Iterator[Floats]:  # noqa: ARG002
         for session in parts:
             yield multiplied(session, self._doubled, x=h)
 
 
 class UnpackedRows:
-    """Rows as the card has them. Those that stream past are multiplied as those in RAM are."""
+    """Rows as the card has them. Those that stream past are multiplied as those in RAM are.
 
-    def __init__(self, form: RowFormat, shelf: Shelf, multiply: Multiplier, workers: Executor, most: int) -> None:
-        self.form, self._shelf, self._multiply, self._workers, self._most = form, shelf, multiply, workers, most
+    Args:
+        multiply: multiplies exactly.
+        guess: multiplies for drafts.
+        in_turn: what calls give, in their order.
+    """
 
-    def kept(self, rows: Rows) -> list[KeptRows]:
+    def __init__(
+        self, form: RowFormat, multiply: Multiplier, guess: Multiplier,
+        in_turn: Callable[[Iterable[Callable[[], Floats]]], Iterator[Floats]],
+    ) -> None:  # fmt: skip
+        self.form, self._multiply, self._guess, self._in_turn = form, multiply, guess, in_turn
+        self._shelf = Shelf()
+
+    def kept(self, rows: Rows, shelf: Shelf | None = None) -> list[KeptRows]:
+        """Rows, in parts. `shelf`: has memory for those that stream past."""
         each = -(-len(rows) // -(-len(rows) // HEAD_ROWS_UNPACKED))  # parts of one size take each other's memory
         for n in {each, len(rows) % each} - {0}:
             self._multiply.add_rows(self.form, n)
+            self._guess.add_rows(self.form, n)
         starts = range(0, len(rows), each)
-        return [self._shelf.keep_rows(self.form, rows[at : at + each]) for at in starts]
+        return [(shelf or self._shelf).keep_rows(self.form, rows[at : at + each]) for at in starts]
 
-    def products(self, h: Floats, parts: Iterable[KeptRows]) -> Iterator[Floats]:
-        entering = self._multiply.entering(self.form, h)
-        calls = (partial(self._multiply.rows, part, entering) for part in parts)
-        return in_turn(self._workers, calls, self._most)
+    def products(self, h: Floats, parts: Iterable[KeptRows], drafting: bool = False) -> Iterator[Floats]:
+        multiply = self._guess if drafting else self._multiply
+        entering = multiply.entering(self.form, h)
+        return self._in_turn(partial(multiply.rows, part, entering) for part in parts)

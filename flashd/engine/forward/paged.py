@@ -151,7 +151,7 @@ class PagedModel:
         self.cache.advance(len(tokens), places.of_texts)
         # guesses do without a cap, which keeps the order of logits, and without a bias, which is as long as the head
         h = self._finish(x)
-        return Guesses.of(self._head.of_likely(h), NODES if self.branches else 1)
+        return Guesses.of(self._head.of_likely(h, drafting=True), NODES if self.branches else 1)
 
     @contextmanager
     def _passed(self, tokens: Tokens, branches: Branches | None, on_step: OnStep) -> Iterator[Floats]:

@@ -14,7 +14,7 @@ from flashd.bundle.header import Header
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import at_least_two
-from flashd.engine.forward.kept import Array, Kept, KeptRows, ScratchOfThread, Unpacker
+from flashd.engine.forward.kept import Array, Kept, KeptRows, Scratch, ScratchOfThread, Unpacker
 from flashd.engine.model.sizes import FEW_UNPACKED, TOKENS_UNPACKED
 from flashd.graphs import unpacked
 from flashd.graphs.constant import Arithmetic
@@ -27,9 +27,12 @@ R = TypeVar("R")
 
 
 class Multiplier:
-    """Multiplies what is kept. Several threads may use it; each has room of its own to unpack into."""
+    """Multiplies what is kept. Several threads may use it; each has room of its own to unpack into.
 
-    def __init__(self, header: Header, arithmetic: Arithmetic) -> None:
+    `scratch`: that room, if another one uses it too.
+    """
+
+    def __init__(self, header: Header, arithmetic: Arithmetic, scratch: Scratch | None = None) -> None:
         self._model, self._arithmetic = header.model, arithmetic
         self._forms = {header.group_of(layer) for layer in self._model.paged_layers}
         self._entering: dict[RowFormat, ort.InferenceSession] = {}
@@ -39,7 +42,7 @@ class Multiplier:
             self._entering[form.row] = open_session(unpacked.entering(form.row, arithmetic))
             for many in (False, True):
                 self._of_groups[form, many] = open_session(unpacked.group(self._model, form, arithmetic, many))
-        self._unpacked = Unpacker(arithmetic, ScratchOfThread())
+        self._unpacked = Unpacker(arithmetic, scratch or ScratchOfThread())
 
     def add_rows(self, form: RowFormat, n: int) -> None:
         """Has it multiply n rows of this form too."""

@@ -113,7 +113,7 @@ def attention_kept(header: Header) -> int:
     behind = m.layers if m.products_behind() else 0  # sessions
     if behind:
         total += sum(held(header.product_format(0, p), p.rows, "float32") for p in m.products_behind()) * m.layers
-    return total + (2 * len(graphs) + behind) * SESSION
+    return total + (4 * len(graphs) + behind) * SESSION
 
 
 def attention_held(header: Header, arithmetic: Arithmetic, layers: range | None = None) -> int:

@@ -23,6 +23,10 @@ ALIGNED, OBJECTS = 64, 2 << 10
 """Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
 
 
+GUESSED: Arithmetic = "int8"
+"""The arithmetic of guesses made from what is in RAM: they need not be exact, and it is faster."""
+
+
 def streams(header: Header) -> bool:
     """Whether every neuron takes part, so that groups and rows of the head stream past."""
     return not (header.model.experts or header.selection)

@@ -16,13 +16,13 @@ from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Bytes, Floats
 from flashd.engine.forward.head_rows import UnpackedRows
-from flashd.engine.forward.kept import Kept, Shelf
+from flashd.engine.forward.kept import Kept, ScratchOfThread, Shelf
 from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.contract import CardStats, OnStep
 from flashd.engine.model.sizes import at_work
 from flashd.engine.paging.card import CardStream, Extent, extents
 from flashd.engine.planning.plan import Plan
-from flashd.engine.planning.unpacked import passing_bytes
+from flashd.engine.planning.unpacked import GUESSED, passing_bytes
 
 
 def stream_past(
@@ -65,16 +65,18 @@ class StreamedFfn:
         ]
         self._forms = [header.group_of(layer) for layer in range(self._model.layers)]  # as they are multiplied
         self._shelf, self._passing = Shelf(), Shelf(passing_bytes(header))
-        self._multiply = Multiplier(header, plan.arithmetic)
+        scratch = ScratchOfThread()
+        self._multiply = Multiplier(header, plan.arithmetic, scratch)
+        # guesses need not be exact, and int8 is faster
+        self._guess = self._multiply if plan.arithmetic == GUESSED else Multiplier(header, GUESSED, scratch)
         self._most = at_work(plan.threads)
         self._workers = ThreadPoolExecutor(self._most, thread_name_prefix="groups")
         self._pinned: list[list[Kept]] = []  # of each layer, its first groups, in order
         self._goal = plan.pinned
         self._scheduled = plan.pinned, plan.pinned
         schedule = stream_past(header, plan.pinned, plan.head_rows)
-        self.head_rows = UnpackedRows(
-            header.row_format("head"), self._passing, self._multiply, self._workers, self._most
-        )
+        in_turn_of = partial(in_turn, self._workers, most=self._most)
+        self.head_rows = UnpackedRows(header.row_format("head"), self._multiply, self._guess, in_turn_of)
         self.stream = CardStream(bundle, schedule, plan.buffers, self._keep)
         self._needed = self._found = 0
 
@@ -116,18 +118,17 @@ class StreamedFfn:
         self._found += len(self._pinned[layer])
         self._needed += self._model.layer_groups[layer]
         with closing(self._coming(layer, on_step)) as coming:
-            return self._sum(layer, h, chain(self._pinned[layer][:], coming))
+            return self._sum(layer, h, chain(self._pinned[layer][:], coming), self._multiply)
 
     def from_ram(self, layer: int, h: Floats) -> Floats:
-        return self._sum(layer, h, self._pinned[layer])
+        return self._sum(layer, h, self._pinned[layer], self._guess)
 
-    def _sum(self, layer: int, h: Floats, groups: Iterable[Kept]) -> Floats:
+    def _sum(self, layer: int, h: Floats, groups: Iterable[Kept], multiply: Multiplier) -> Floats:
         """[T, W]: the shares of some groups of a layer in its FFN of h [T, H], in order."""
         y = np.zeros((len(h), self._model.share_width), np.float32)
-        entering = self._multiply.entering(self._bundle.header.group_of(layer).row, h)
-        for share in in_turn(
-            self._workers, (partial(self._multiply, group, entering) for group in groups), self._most
-        ):
+        entering = multiply.entering(self._forms[layer].row, h)
+        calls = (partial(multiply, group, entering) for group in groups)
+        for share in in_turn(self._workers, calls, self._most):
             y += share
         return y
 
@@ -160,7 +161,7 @@ class StreamedFfn:
     def _keep(self, extent: Extent, raw: Bytes) -> list[Any]:
         """What was read, groups or parts of the head; called in the thread that read it."""
         if extent.section == len(self._parts):
-            return self.head_rows.kept(self.head_rows.form.views(raw))
+            return self.head_rows.kept(self.head_rows.form.views(raw), self._passing)
         part = self._parts[extent.section]
         groups, form = part.form.groups(raw), self._forms[part.layer]
         return [self._passing.keep(form, groups[i : i + 1]) for i in range(len(groups))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,21 @@ CONFIG = {
 }  # fmt: skip
 
 
+@cache
+def _base() -> tuple[list[tuple[str, Any, Any, Any]], Arrays]:
+    """The base's keys with their values and types, and its tensors. To read it takes longer than to write it."""
+    reader = gguf.GGUFReader(BASE)
+    keys = [
+        (field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+        for field in reader.fields.values()
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture"
+    ]
+    return keys, {t.name: np.array(t.data) for t in reader.tensors}
+
+
 def arrays(change: Callable[[Arrays], None] = lambda tensors: None) -> Arrays:
-    """The model's tensors, changed in place."""
-    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(BASE).tensors}
+    """Copies of the model's tensors, changed in place."""
+    tensors = {name: values.copy() for name, values in _base()[1].items()}
     change(tensors)
     return tensors
 
@@ -92,11 +105,9 @@ def write(
     w = gguf.GGUFWriter(
         path, "llama", endianess=order, split_max_tensors=-(-len(tensors) // parts) if parts else 0
     )  # fmt: skip
-    for field in gguf.GGUFReader(BASE).fields.values():
-        if field.name.startswith("GGUF.") or field.name in changes or field.name == "general.architecture":
-            continue
-        kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
-        w.add_key_value(field.name, field.contents(), kind, sub)
+    for name, *value in _base()[0]:
+        if name not in changes:
+            w.add_key_value(name, *value)
     for key, value in changes.items():
         tiny.add_key(w, key, value)
     for name, values in tensors.items():
@@ -144,11 +155,11 @@ def mixed(name: str, shape: tuple[int, ...]) -> Kind | None:
 
 def write_folder(path: Path, changes: Keys) -> Path:
     """The model as a folder, its config.json changed."""
-    find = halves(lambda name, tensors: tensors[_ours(name)])
     tensors = arrays()
-    theirs = {_theirs(name): np.float32(0) for name in tensors}
+    ours = {_theirs(name): name for name in tensors}
+    find = halves(lambda name, tensors: tensors[ours[name]])
     path.mkdir()
-    save_file({n: np.ascontiguousarray(find(n, tensors), np.float32) for n in theirs}, path / "model.safetensors")
+    save_file({n: np.ascontiguousarray(find(n, tensors), np.float32) for n in ours}, path / "model.safetensors")
     config = {key: value for key, value in (CONFIG | dict(changes)).items() if value is not None}
     (path / "config.json").write_text(json.dumps(config))
     (path / "tokenizer.json").write_bytes(GgufModel(BASE).vocabulary().tokenizer_json)
@@ -159,7 +170,3 @@ def write_folder(path: Path, changes: Keys) -> Path:
 def _theirs(name: str) -> str:
     *layer, part, kind = name.split(".")
     return ".".join([*(["model.layers", layer[1]] if layer else []), NAMES[part], kind])
-
-
-def _ours(name: str) -> str:
-    return next(ours for ours in arrays() if _theirs(ours) == name)

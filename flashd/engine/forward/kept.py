@@ -49,6 +49,15 @@ class Kept:
     down: Rows
     vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
 
+    def arrays(self) -> list[Array]:
+        return [*self.inputs.arrays(), *self.down.arrays(), *self.vectors.values()]
+
+    def of(self, arrays: list[Array]) -> Kept:
+        """A group of the same kinds of rows, of arrays in the order of `arrays`."""
+        rest = iter(arrays)
+        inputs, down = (type(rows)(*islice(rest, len(rows.arrays()))) for rows in (self.inputs, self.down))
+        return Kept(self.form, inputs, down, dict(zip(self.vectors, rest, strict=True)))
+
 
 class Scratch:
     """Memory to unpack into. New memory for each product would cost more than the unpacking."""
@@ -83,39 +92,27 @@ class Shelf:
         """A copy of a single group, whose rows have the form of `form`."""
         inputs, down = groups.inputs[:1].joined(), groups.down[:1].joined()
         vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
-        vectors = {name: vector for name, vector in vectors.items() if vector.size}
-        memory, arrays = self._transposes([*inputs.arrays(), *down.arrays()], list(vectors.values()))
-        first, second = len(inputs.arrays()), len(inputs.arrays()) + len(down.arrays())
-        kept = Kept(
-            form, type(inputs)(*arrays[:first]), type(down)(*arrays[first:second]),
-            dict(zip(vectors, arrays[second:], strict=True)),
-        )  # fmt: skip
-        return self._lent(kept, memory)
+        came = Kept(form, inputs, down, {name: vector for name, vector in vectors.items() if vector.size})
+        memory, arrays = self._transposes(came.arrays())
+        return self._lent(came.of(arrays), memory)
 
     def copy(self, kept: Kept) -> Kept:
         """A copy of a group that is in other memory."""
-        inputs, down = kept.inputs.arrays(), kept.down.arrays()
-        arrays = [*inputs, *down, *kept.vectors.values()]
+        arrays = kept.arrays()
         memory, copies = self._carved(arrays, [array.shape for array in arrays])
         for copy, array in zip(copies, arrays, strict=True):
             copy[:] = array
-        rest = iter(copies)
-        again = Kept(
-            kept.form, type(kept.inputs)(*islice(rest, len(inputs))), type(kept.down)(*islice(rest, len(down))),
-            dict(zip(kept.vectors, rest, strict=True)),
-        )  # fmt: skip
-        return self._lent(again, memory)
+        return self._lent(kept.of(copies), memory)
 
     def keep_rows(self, form: RowFormat, rows: Rows) -> KeptRows:
         """A copy of rows [n, ...]."""
-        memory, arrays = self._transposes(rows.arrays(), [])
+        memory, arrays = self._transposes(rows.arrays())
         return self._lent(KeptRows(form, type(rows)(*arrays)), memory)
 
-    def _transposes(self, arrays: list[Array], vectors: list[Array]) -> tuple[Bytes, list[Array]]:
-        """Memory, and in it the transposes of `arrays` and copies of `vectors`."""
-        every = [*arrays, *vectors]
-        memory, copies = self._carved(every, [array.shape[::-1] for array in every])
-        for copy, array in zip(copies, every, strict=True):
+    def _transposes(self, arrays: list[Array]) -> tuple[Bytes, list[Array]]:
+        """Memory, and in it the transposes of arrays, and copies of vectors."""
+        memory, copies = self._carved(arrays, [array.shape[::-1] for array in arrays])
+        for copy, array in zip(copies, arrays, strict=True):
             if array.ndim == 2 and array.dtype == np.uint8:
                 self._transposed(array, copy)
             else:

@@ -13,7 +13,7 @@ from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants
 from flashd.engine.forward.kept import KeptRows, Scratch, Shelf, Unpacker
-from flashd.engine.forward.stages import input_names, named
+from flashd.engine.forward.stages import input_names, vectors_of
 from flashd.engine.model.sizes import FEW_UNPACKED
 from flashd.engine.planning.unpacked import GUESSED
 from flashd.graphs import unpacked
@@ -54,10 +54,9 @@ class ConstantAttention:
         self._layers: list[Opened] = []
 
     def load(self, layer: int) -> None:
-        at = f"layer.{layer}."
-        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
-        products = [self._bundle.rows(f"{at}{product.name}") for product in self._model.products(layer)]
-        self._layers.append(Opened.of(self._constants.attention(layer, products, vectors)))
+        products = [self._bundle.rows(f"layer.{layer}.{product.name}") for product in self._model.products(layer)]
+        session = self._constants.attention(layer, products, vectors_of(self._bundle, layer))
+        self._layers.append(Opened.of(session))
 
     def opened(self, layer: int, rows: int, drafting: bool) -> Opened:  # noqa: ARG002
         return self._layers[layer]
@@ -86,11 +85,11 @@ class UnpackedAttention:
 
     def load(self, layer: int) -> None:
         header, at = self._bundle.header, f"layer.{layer}."
-        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
         forms = {product.name: header.product_format(layer, product) for product in self._model.products(layer)}
         rows = {name: self._shelf.keep_rows(form, self._bundle.rows(f"{at}{name}")) for name, form in forms.items()}
-        exact, guess = (self._opened(kind, layer, forms) for kind in (self._arithmetic, GUESSED))
-        self._layers.append(_Layer(exact, guess, rows, vectors))
+        exact = self._opened(self._arithmetic, layer, forms)
+        guess = exact if self._arithmetic == GUESSED else self._opened(GUESSED, layer, forms)
+        self._layers.append(_Layer(exact, guess, rows, vectors_of(self._bundle, layer)))
 
     def _opened(self, kind: Arithmetic, layer: int, forms: Mapping[str, RowFormat]) -> tuple[Opened, Opened]:
         """A layer's sessions for few rows of input and for many."""

@@ -142,10 +142,9 @@ class ResidentModel:
 
     def _layer(self, i: int) -> tuple[list[Rows], dict[str, Floats], Groups | None]:
         at, bundle = f"layer.{i}.", self._bundle
-        vectors = stages.named(bundle.floats(f"{at}vectors"), self._model.layer_vectors(i))
         every = [*self._model.products(i), *self._model.products_behind()]
         products = [bundle.rows(f"{at}{product.name}") for product in every]
-        return products, vectors, bundle.all_groups(i) if self._model.layer_groups[i] else None
+        return products, stages.vectors_of(bundle, i), bundle.all_groups(i) if self._model.layer_groups[i] else None
 
     def _bound(self, session: ort.InferenceSession, layers: range) -> _Bound:
         binding, names = session.io_binding(), stages.input_names(session)

@@ -45,6 +45,11 @@ def named(values: Floats, lengths: dict[str, int]) -> Vectors:
     return dict(zip(lengths, np.split(values, ends[:-1]), strict=True)) if lengths else {}
 
 
+def vectors_of(bundle: Bundle, layer: int) -> Vectors:
+    """The small vectors of a layer, by name. Raises DamagedRun, CardError."""
+    return named(bundle.floats(f"layer.{layer}.vectors"), bundle.header.model.layer_vectors(layer))
+
+
 class Leave:
     """What is behind the FFN of each layer: norms, sums, and what a token says to the layer."""
 
@@ -57,7 +62,7 @@ class Leave:
     def load(self, layer: int) -> None:
         """Opens the next layer's. Raises DamagedRun, CardError."""
         at, behind = f"layer.{layer}.", self._model.products_behind()
-        vectors = named(self._bundle.floats(f"{at}vectors"), self._model.layer_vectors(layer))
+        vectors = vectors_of(self._bundle, layer)
         self._vectors.append(vectors)
         if behind:
             products = [self._bundle.rows(f"{at}{product.name}") for product in behind]

@@ -29,6 +29,7 @@ from flashd.engine.model.branches import Branches
 from flashd.engine.model.contract import CardStats, Finish, Guesses, Meanwhile, OnStep, Tokens, silent
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import NODES
+from flashd.engine.planning.held import of_sessions
 from flashd.engine.planning.parts import most_nodes, pass_tokens
 from flashd.engine.planning.plan import Plan
 from flashd.engine.planning.unpacked import streams
@@ -72,7 +73,7 @@ class PagedModel:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
         products.use_threads(plan.threads, shared=False)
-        constants = Constants(bundle.header, plan.of_sessions, plan.kv)
+        constants = Constants(bundle.header, of_sessions(bundle.header, plan.arithmetic), plan.kv)
         self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())

@@ -28,7 +28,6 @@ from flashd.engine.planning.held import (
     by_turns,
     group_bytes,
     likely,
-    of_sessions,
     paged_parts,
     spread,
     whole_parts,
@@ -74,7 +73,6 @@ class Plan:
     lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
     arithmetic: Arithmetic = "float32"  # of the FFNs of a model that pages
-    of_sessions: Arithmetic = "float32"  # of what is constant in a model that pages
     constant_experts: bool = False  # whether experts are constants of sessions: there is room for all of them
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
@@ -155,7 +153,7 @@ def make_plan(
         pinned=m.paged_groups, groups=m.paged_groups, group_bytes=group_bytes(header), lent_groups=0,
         head_rows=m.vocabulary, buffers=0, parts={}, smallest=least, whole=whole, card_bytes=0, neurons=m.neurons,
         used=m.experts.used / m.experts.count if m.experts else 1.0, kv=kv, draft=draft,
-        arithmetic=of_paged, of_sessions=of_sessions(header, of_paged),
+        arithmetic=of_paged,
     )  # fmt: skip
     if whole is not None and whole <= memory:
         return _with(_whole(header, base, plan, of_whole), beside)

@@ -37,10 +37,9 @@ def use_small_pages() -> None:
     Large arrays stay out of the C library's heap, where they would leave gaps. Huge pages, which numpy asks for, are
     switched off: with them a token in the KV cache would hold 2 MiB.
     """
-    arena_max, set_thp_disable = -8, 41
+    arena_max, trim_threshold, mmap_threshold, set_thp_disable = -8, -1, -3, 41
     _call("mallopt", arena_max, 1)
     _call("prctl", set_thp_disable, 1, 0, 0, 0)
-    trim_threshold, mmap_threshold = -1, -3
     _call("mallopt", mmap_threshold, LARGE)
     _call("mallopt", trim_threshold, LARGE)
 

@@ -33,15 +33,14 @@ class Multiplier:
     """
 
     def __init__(self, header: Header, arithmetic: Arithmetic, scratch: Scratch | None = None) -> None:
-        self._model, self._arithmetic = header.model, arithmetic
-        self._forms = {header.group_of(layer) for layer in self._model.paged_layers}
+        self._arithmetic = arithmetic
         self._entering: dict[RowFormat, ort.InferenceSession] = {}
         self._of_groups: dict[tuple[GroupFormat, bool], ort.InferenceSession] = {}
         self._of_rows: dict[tuple[RowFormat, int, bool], ort.InferenceSession] = {}
-        for form in self._forms:
+        for form in {header.group_of(layer) for layer in header.model.paged_layers}:
             self._entering[form.row] = open_session(unpacked.entering(form.row, arithmetic))
             for many in (False, True):
-                self._of_groups[form, many] = open_session(unpacked.group(self._model, form, arithmetic, many))
+                self._of_groups[form, many] = open_session(unpacked.group(header.model, form, arithmetic, many))
         self._unpacked = Unpacker(arithmetic, scratch or ScratchOfThread())
 
     def add_rows(self, form: RowFormat, n: int) -> None:

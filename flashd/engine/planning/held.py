@@ -47,13 +47,13 @@ def paged_parts(
     m, head, sessions = header.model, head or likely(header), of_sessions(header, arithmetic)
     every = sum(m.paged_groups)
     here = spread(pinned, m.paged_groups)
-    dense = unpacked.streams(header)
+    if unpacked.streams(header):
+        attention, rows = parts.attention_kept(header), unpacked.rows_kept(header.row_format("head"), head)
+    else:
+        attention, rows = parts.attention_held(header, sessions), parts.head_held(header, head, sessions)
     held = _common(header, context, base, kv, 1) | {
-        "attention": (parts.attention_kept(header) if dense else parts.attention_held(header, sessions))
-        + parts.rotary(m, context),
-        "head": unpacked.rows_kept(header.row_format("head"), head)
-        if dense
-        else parts.head_held(header, head, sessions),
+        "attention": attention + parts.rotary(m, context),
+        "head": rows,
         "workspace": _workspace(header, context, head, arithmetic, constant_experts, threads),
         **parts.reading(header, head, pinned == every, threads),
         **_tokens(header, sessions),
@@ -98,17 +98,18 @@ def _tokens(header: Header, arithmetic: Arithmetic) -> dict[str, int]:
 
 def _opening(header: Header, later: int, groups: int, arithmetic: Arithmetic) -> int:
     """What opening the largest session takes, beyond what is not touched before all of them are open."""
-    largest = max(
-        0 if unpacked.streams(header) else parts.attention_opening(header, arithmetic),
+    sessions = [
         parts.tokens_opening(header, arithmetic),
         parts.states_opening(header, arithmetic),
         parts.leading_opening(header, arithmetic),
-        0
-        if unpacked.streams(header)
-        else parts.while_opening(header.row_format("head"), min(parts.head_part(header), likely(header)), arithmetic),
-        0 if header.selection else groups * parts.group_opening(header.largest_group, arithmetic),
-    )
-    return max(0, largest - later)
+    ]
+    if not unpacked.streams(header):  # else attention and the head stay as the card has them
+        head = min(parts.head_part(header), likely(header))
+        sessions.append(parts.attention_opening(header, arithmetic))
+        sessions.append(parts.while_opening(header.row_format("head"), head, arithmetic))
+    if groups:
+        sessions.append(groups * parts.group_opening(header.largest_group, arithmetic))
+    return max(0, max(sessions) - later)
 
 
 def whole_parts(

@@ -110,10 +110,8 @@ def attention_kept(header: Header) -> int:
         forms = [(header.product_format(i, product), product.rows) for product in m.products(i)]
         total += sum(unpacked.kept(form.planes(rows)) for form, rows in forms) + 4 * sum(m.layer_vectors(i).values())
         graphs.add((m.layer_kinds[i], m.bound(i), tuple(forms)))
-    behind = m.layers if m.products_behind() else 0  # sessions
-    if behind:
-        total += sum(held(header.product_format(0, p), p.rows, "float32") for p in m.products_behind()) * m.layers
-    return total + (4 * len(graphs) + behind) * SESSION
+    total += m.layers * sum(held(header.product_format(0, p), p.rows, "float32") for p in m.products_behind())
+    return total + (4 * len(graphs) + (m.layers if m.products_behind() else 0)) * SESSION
 
 
 def attention_held(header: Header, arithmetic: Arithmetic, layers: range | None = None) -> int:

@@ -161,8 +161,8 @@ def test_what_was_asked_twice_needs_no_pass_the_third_time(tiny_bundle: Path, ca
 
 def test_what_is_not_asked_for_does_not_loop(packed: dict[str, Path]) -> None:
     """The likeliest tokens make one line again and again: so the default is another."""
-    ask: list[str | Path] = ["ask", "Write a haiku about the sea.", "--model", packed["int4"], "--max-tokens", "160"]
+    ask: list[str | Path] = ["ask", "Write a poem about the sea.", "--model", packed["int8"], "--max-tokens", "200"]
     for options, loops in ((["--temperature", "0"], True), (["--seed", "1"], False), (["--seed", "2"], False)):
         text = run(*ask, *options).stdout.decode()
-        times = max(Counter(text.splitlines()).values())
-        assert times > 4 if loops else times < 3, text
+        times = max(Counter(filter(None, text.splitlines())).values())
+        assert times > 4 if loops else times < 4, text

@@ -20,6 +20,8 @@ from flashd.engine.decoding.drafting.drafts import BEAM, Draft, lookup
 from flashd.engine.decoding.drafting.pace import STEPS, Pace
 from flashd.engine.decoding.line import Figures, Line
 from flashd.engine.decoding.sampling import Sampler, Sampling
+from flashd.engine.forward import attention_weights
+from flashd.engine.forward.ffn import streamed
 from flashd.engine.model.branches import Branches, behind
 from flashd.engine.model.contract import Guesses, Model, Tokens
 from flashd.engine.model.sizes import MOST_TEXTS, NODES
@@ -334,8 +336,15 @@ def test_guesses_are_the_likeliest_with_their_odds() -> None:
     assert Guesses.of(logits, 9).tokens.shape == (2, 4)
 
 
-def test_guesses_behind_several_tokens_are_those_behind_each(packed: dict[str, Path]) -> None:
-    """A tree that is drafted step by step: what came before is in the cache, branches do not see each other."""
+def test_guesses_behind_several_tokens_are_those_behind_each(
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree that is drafted step by step: what came before is in the cache, branches do not see each other.
+
+    Guesses are made without rounding here: it would turn other last bits of attention into other odds.
+    """
+    for module in (streamed, attention_weights):
+        monkeypatch.setattr(module, "GUESSED", "float32")
     prompt, tokens, parents = list(range(100, 130)), [7, 8, 11, 9, 12], [behind(0), 0, 0, 1, 2]
     texts = [np.arange(len(prompt))]
     with opened(packed["int4"], 0.5) as model:

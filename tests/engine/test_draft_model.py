@@ -133,14 +133,15 @@ def test_texts_that_grow_together_say_what_each_says_alone(
 ) -> None:
     """Each is read apart. If the small model has no room for all of them, some have no guesses from it.
 
-    llama-drelu has a window, and mixtral experts.
+    llama-drelu has a window, and mixtral experts. In int8, which mixtures have by default, rounding would turn the
+    last bits that other texts change into another word now and then.
     """
     prompts = [[*range(100, 112), 1], [*range(100, 112), 2, 3], list(range(30, 40))]
     assert min(map(len, prompts)) + 16 > 2 * WINDOW
     drawn = (Sampling(), SEEDED, Sampling(0.5, seed=9))
     large = packed_golden(family) if family else tiny_bundle
     small_one = tiny_bundle if family == "mixtral" else large  # what has experts cannot be a draft
-    with opened(large, 0.5, 256) as model, drafting(small_one, room) as small:
+    with opened(large, 0.5, 256, "float32") as model, drafting(small_one, room) as small:
         alone = [said(model, None, p, s, 16)[0] for p, s in zip(prompts, drawn, strict=True)]
         model.cache.truncate(0)
         talk = Conversation(model, small=small)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device.consoles.machine import Machine
-from device.controls import Facts
+from device.controls import Facts, Status
 from flashd.config.settings import Serial, Settings
 from flashd.daemon.http.api import Api
 from flashd.daemon.job import Job
@@ -63,8 +63,11 @@ class Front:
             raise KeyError(name)
         return self.jobs.submit(request("Greet.", source="trigger:greet"))
 
-    def status(self) -> dict[str, Any]:
-        return {"phase": "idle"}
+    def status(self) -> Status:
+        return Status(
+            phase="idle", muted=self.muted, waiting=0, running=[], sensors={}, temperature=None, throttled=None,
+            title="", presets=[], triggers=["greet"], model={}, last={}, demo=False,
+        )  # fmt: skip
 
 
 class Lines:

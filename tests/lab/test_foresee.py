@@ -23,7 +23,7 @@ from flashd.engine.forward.paged import PagedModel
 from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.paging.eviction import LeastRecentlyUsed, Numbers
 from flashd.engine.planning import unpacked
-from flashd.engine.planning.parts import BUFFERS
+from flashd.engine.planning.parts import BUFFERS, section_bytes
 from flashd.engine.planning.plan import make_plan, smallest
 from flashd.errors import DataError
 from flashd.pack.pack import pack
@@ -90,11 +90,14 @@ def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dic
     ask = [
         sys.executable, "-m", "flashd", "ask", "Name some seas.", "--model", str(packed["int4"]), "--memory", "208M",
         "--context", str(CONTEXT), "--max-tokens", str(TOKENS_OUT), "--ignore-eos", "--no-drafts", "--json",
+        "--threads", "2",
     ]  # fmt: skip
     done = subprocess.run(ask, capture_output=True, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     facts = json.loads(done.stdout)
     # libraries take some MiB more on one machine than on another: 208M is above the least budget on each
     text, base = facts["prompt_tokens"] + TOKENS_OUT // 2, facts["libraries_bytes"]
+    with Bundle(packed["int4"]) as bundle:
+        base += section_bytes(bundle.header, "token_bytes")  # which a config.json does not tell
     found = foresee(header_of(config), parse_size("208M"), CONTEXT, text, base)
     assert facts["card_bytes_per_token"] == pytest.approx(found.bytes_read, rel=0.05)
     assert facts["card_reads_per_token"] == pytest.approx(found.reads, rel=0.05)
@@ -115,7 +118,7 @@ def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest
         of_all = LAYERS * header.model.expert_groups * unpacked.group_kept(header.group)
         counts = set()
         for capacity in (0, 2, 4, EXPERTS):
-            memory = smallest(header, 64, 0) + capacity * of_all
+            memory = smallest(header, 64, 0, threads=2) + capacity * of_all
             plan = make_plan(header, memory=memory, context=64, threads=2, base=0)
             with monkeypatch.context() as patch:
                 patch.setattr(LeastRecentlyUsed, "use", use)
@@ -146,7 +149,7 @@ def test_where_experts_are_used_unevenly_less_is_read(tmp_path: Path) -> None:
     header = header_of(tmp_path / "config.json")
     m, expert = header.model, header.model.expert_groups * header.group.nbytes
     held = m.expert_groups * unpacked.group_kept(header.group)
-    memory = smallest(header, CONTEXT, 0) + 16 * m.layers * held
+    memory = smallest(header, CONTEXT, 0, threads=2) + 16 * m.layers * held
     even, uneven = (foresee(header, memory, CONTEXT, CONTEXT, 0, drawn(header, 200, skew)) for skew in (0.0, 1.5))
     assert even.bytes_read == pytest.approx(m.layers * 4 * expert / 2, rel=0.1)  # half of the experts are in RAM
     assert even.plan.card_bytes == pytest.approx(even.bytes_read, rel=0.1)

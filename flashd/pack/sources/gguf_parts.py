@@ -27,6 +27,10 @@ READ_AT_ONCE = 1 << 20
 """Bytes of the metadata, which come in pieces of a few."""
 
 
+LENGTH = struct.Struct("=Q")
+"""How many bytes a string has, in front of it."""
+
+
 class Reader(gguf.GGUFReader):
     """The gguf package's reader, which reads the file in place of mapping it. Its tensors' data are FileParts.
 
@@ -73,11 +77,38 @@ class Reader(gguf.GGUFReader):
         return FilePart(self.file, tensor.tensor_type.name, shaped.dtype, shaped.shape, tensor.data_offset)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type == gguf.GGUFValueType.ARRAY:
-            entries = int(self._get(orig_offs + 4, np.uint64)[0])
-            if entries > MOST_ENTRIES:
-                raise ValueError(f"a list of {entries} entries")
-        return super()._get_field_parts(orig_offs, raw_type)
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        values: list[npt.NDArray[Any]]
+        entries, first = int(count[0]), orig_offs + 12
+        if entries > MOST_ENTRIES:
+            raise ValueError(f"a list of {entries} entries")
+        of_numbers = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+        if of_numbers is not None:
+            values = [self._get(first, of_numbers, entries)]
+            stop = first + values[0].nbytes
+        elif kind[0] == gguf.GGUFValueType.STRING and self.byte_order == "I":
+            values, stop = self._strings(first, entries)
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        types = [gguf.GGUFValueType.ARRAY, *[gguf.GGUFValueType(kind[0])] * bool(entries)]
+        return stop - orig_offs, [kind, count, *values], list(range(2, 2 + len(values))), types
+
+    def _strings(self, at: int, entries: int) -> tuple[list[npt.NDArray[Any]], int]:
+        """The bytes of so many strings, and where the last one ends. The base takes seconds for a vocabulary."""
+        texts: list[npt.NDArray[Any]] = []
+        for _ in range(entries):
+            if not self._start <= at <= self._start + len(self._piece) - LENGTH.size:
+                self._get(at, np.uint8, LENGTH.size)
+            (length,) = LENGTH.unpack_from(self._piece.data, at - self._start)
+            first = at + LENGTH.size
+            at = first + length
+            if at > self._start + len(self._piece):
+                texts.append(self._get(first, np.uint8, length))
+            else:
+                texts.append(self._piece[first - self._start : at - self._start])
+        return texts, at
 
 
 def read_parts(path: Path) -> dict[Path, Reader]:

@@ -85,7 +85,7 @@ def group(pid: int, limit: int) -> Iterator[None]:
     yield
 
 
-WANTED = {"small 200": 50, "large 400": 10, "list 200": 5, "greedy 200": 5, "heads 431": 5}
+WANTED = {"small 200": 50, "large 400": 5, "list 200": 5, "greedy 200": 2, "heads 431": 5}
 """Answers that there must be of each kind, and no others."""
 
 
@@ -109,7 +109,7 @@ class Load:
             *[self._asks("large", "POST /v1/chat/completions", json.dumps(large).encode()) for _ in range(LARGE)],
             *[self._asks("list", "GET /api/jobs?most=1000", b"") for _ in range(4)],
             *[self._asks("greedy", "POST /v1/chat/completions", json.dumps(greedy).encode()) for _ in range(GREEDY)],
-            *[self._asks("heads", "GET /api/jobs", b"", b"a:\r\n" * 3900) for _ in range(GREEDY)],
+            *[self._asks("heads", "GET /api/jobs", b"", b"a:\r\n" * 3900, 1.0) for _ in range(GREEDY)],
             *[self._stalls("GET /api/jobs/7") for _ in range(SLOW)],
             *[self._stalls("") for _ in range(IDLE)],
             self._looks(),
@@ -125,8 +125,10 @@ class Load:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _asks(self, kind: str, what: str, body: bytes, head: bytes = b"") -> None:
+    async def _asks(self, kind: str, what: str, body: bytes, head: bytes = b"", pause: float = 0.0) -> None:
+        """Asks again and again. With a `pause`, others come through in between."""
         while True:
+            await asyncio.sleep(pause)
             status = await self._request(what, body, head)
             self.replies[f"{kind} {status}"] += 1
 

@@ -33,7 +33,6 @@ from flashd.daemon.metrics import metrics_text
 from flashd.daemon.notify import Notifier, log_to_journal
 from flashd.daemon.spool import Spool, held_alone
 from flashd.daemon.worker import Worker
-from flashd.engine.cache.prefixes import Prefixes
 from flashd.engine.decoding.schemas import Schemas
 from flashd.engine.engine import Budget, Engine, Prompts
 from flashd.errors import ConfigError, FlashdError, MemoryTaken, MemoryTooSmall
@@ -149,8 +148,8 @@ class Daemon:
         self._notify.status("loading")
         budget = budget_of(s, parse_size(s.memory) if s.memory else None)
         try:
-            kept = Prefixes(snapshot_folder(), bundle, s.kv, self._notify.alive) if s.snapshots else None
-            return Engine(bundle, budget, on_step, kept, draft)
+            snapshots = snapshot_folder() if s.snapshots else None
+            return Engine(bundle, budget, on_step, snapshots, draft, self._notify.alive)
         except MemoryTooSmall as error:
             if s.memory is not None:
                 raise ConfigError(f"memory: {too_small(s.memory, error)}") from error

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashd.cli.options import CONTEXT, Budgeted, KvFormat
+from flashd.cli.options import CONTEXT, Budgeted
 from flashd.cli.progress import Bar
 
 if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
-    from flashd.engine.cache.prefixes import Prefixes
     from flashd.engine.engine import Budget
     from flashd.engine.planning.draft import Pair
     from flashd.engine.planning.plan import Plan
@@ -83,11 +82,3 @@ def budget(options: Budgeted) -> Budget:
 
     context = CONTEXT if options.context is None else options.context
     return Budget(options.memory, context, options.threads, options.arithmetic, kv=options.kv)
-
-
-def prefixes(bundle: Bundle, no_snapshots: bool, kv: KvFormat) -> Prefixes | None:
-    """The beginnings of prompts that were kept, or None if they are not to be used."""
-    from flashd.engine.cache.prefixes import Prefixes
-    from flashd.system.paths import snapshot_folder
-
-    return None if no_snapshots else Prefixes(snapshot_folder(), bundle, kv)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
@@ -246,15 +247,16 @@ class Engine:
         bundle: an open bundle. The caller closes it.
         budget: how much memory, context and how many threads the engine may use.
         on_step: is told how far loading has come.
-        prefixes: keeps on the card what prompts often begin with, see Conversation.remember. None keeps nothing.
+        snapshots: a folder that keeps what prompts often begin with, see Conversation.remember. None keeps nothing.
         draft: the open bundle of a small model that makes guesses, if that is faster. The caller closes it.
+        on_part: is called when a part of a snapshot is on the card.
 
     Raises MemoryTooSmall before it loads anything large; DataError, CardError while it loads and answers.
     """
 
     def __init__(
-        self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, prefixes: Prefixes | None = None,
-        draft: Bundle | None = None,
+        self, bundle: Bundle, budget: Budget, on_step: OnStep = silent, snapshots: Path | None = None,
+        draft: Bundle | None = None, on_part: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.bundle = bundle
         plans = plans_for(bundle, budget, draft)
@@ -273,6 +275,7 @@ class Engine:
             except BaseException:
                 self.model.close()
                 raise
+        prefixes = Prefixes(snapshots, bundle, self.plan, on_part) if snapshots else None
         self._conversation = Conversation(self.model, prefixes, small)
         self._speeches: list[Speech] = []
 

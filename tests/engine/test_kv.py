@@ -85,8 +85,10 @@ def test_branches_snapshots_and_gaps(tmp_path: Path) -> None:
     """A tree of drafts gives what each branch gives alone, and rows that move or go to a file stay as they are."""
     pack(GOLDENS["llama3"].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
     with Bundle(tmp_path / "m.flash") as bundle:
-        origin, other = Origin.of(bundle, "int8"), Origin.of(bundle, "float32")
-    assert origin != other
+        made = plan(bundle, 0.5, 128, "float32")
+        other = [made, dataclasses.replace(made, arithmetic="int8"), plan(bundle, None, 128, "int8")]
+        origin = Origin.of(bundle, dataclasses.replace(made, kv="int8"))
+        assert len({origin, *(Origin.of(bundle, each) for each in other)}) == 4
     with opened(tmp_path / "m.flash", 0.5, "int8") as model:
         expected = all_logits(model, [*TEXT[:20], 7, 8], 11)[-1]
         all_logits(model, TEXT[:20], 20)

@@ -83,7 +83,7 @@ def process(path: Path, folder: Path | None, pinned: float | None = 0.5, context
 
         model.forward = counted  # type: ignore[method-assign]
         try:
-            yield Process(model, Conversation(model, Prefixes(folder, bundle) if folder else None), passes)
+            yield Process(model, Conversation(model, Prefixes(folder, bundle, made) if folder else None), passes)
         finally:
             model.close()
 
@@ -120,7 +120,7 @@ def test_the_card_takes_a_snapshot_in_parts(
 
     monkeypatch.setattr(os, "fdatasync", counted)
     with process(tiny_bundle, None, None) as p, Bundle(tiny_bundle) as bundle:
-        p.talk.prefixes = Prefixes(tmp_path, bundle, on_part=lambda: parts.append(len(waited)))
+        p.talk.prefixes = Prefixes(tmp_path, bundle, plan(bundle, None), lambda: parts.append(len(waited)))
         p.ask(A)
         p.ask(A)
     (path,) = kept(tmp_path)

@@ -32,7 +32,7 @@ from flashd.graphs.kinds.recurrent import REWIND
 from flashd.pack.pack import pack
 from flashd.system.freed_memory import PAGE
 from tests.engine.test_decode import said
-from tests.engine.test_paths import ARITHMETICS, all_logits, opened
+from tests.engine.test_paths import ARITHMETICS, all_logits, opened, plan
 from tests.engine.test_prefixes import flip, fresh, kept, process, teach
 from tests.goldens.models import (
     DELTA_DIM,
@@ -409,7 +409,7 @@ def test_rows_that_a_sum_lacks_are_kept_with_it(packed: dict[str, Path], tmp_pat
     with opened(bundle, 0.5, CONTEXT) as model:
         right = all_logits(model, text, CONTEXT)[30:]
     with Bundle(bundle) as open_bundle:
-        origin = Origin.of(open_bundle, "float32")
+        origin = Origin.of(open_bundle, plan(open_bundle, 0.5, CONTEXT))
     with opened(bundle, 0.5, CONTEXT) as model:
         taken(model, text[:20])
         taken(model, [*text[20:30], 9, 9])

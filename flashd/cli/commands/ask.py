@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from flashd.cli.client import socket_path
 from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
-from flashd.cli.own_model import budget, bundle_of, draft_of, prefixes
+from flashd.cli.own_model import budget, bundle_of, draft_of
 from flashd.cli.progress import Bar
 from flashd.cli.talking.desks import Pipe, checked, desk
 from flashd.cli.talking.said import STOPPED, Aside, Said, print_end
 from flashd.cli.talking.talk import Talk, Turns
 from flashd.errors import INTERRUPTED, DataError, UsageError
+from flashd.system.paths import snapshot_folder
 
 if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
@@ -42,10 +43,10 @@ def ask(options: Ask, started: float) -> int:
         messages.append(Message("user", text))
         think = bool(options.think)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens(messages, think=think))
-        kept = prefixes(bundle, options.no_snapshots, options.kv)
+        snapshots = None if options.no_snapshots else snapshot_folder()
         with (
             Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
-            Engine(bundle, budget(options), bar.show_pass, kept, draft) as engine,
+            Engine(bundle, budget(options), bar.show_pass, snapshots, draft) as engine,
         ):  # fmt: skip
             bar.close()
             loaded = time.perf_counter() - started
@@ -71,10 +72,11 @@ def chat(options: Chat) -> int:
 
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
-        prompts, kept = Prompts(bundle), prefixes(bundle, options.no_snapshots, options.kv)
+        prompts = Prompts(bundle)
+        snapshots = None if options.no_snapshots else snapshot_folder()
         with (
             Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
-            Engine(bundle, budget(options), bar.show_pass, kept, draft) as engine,
+            Engine(bundle, budget(options), bar.show_pass, snapshots, draft) as engine,
         ):  # fmt: skip
             bar.close()
             room = engine.plan.context - 1

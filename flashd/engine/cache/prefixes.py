@@ -23,8 +23,8 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.cache import snapshot
 from flashd.engine.cache.snapshot import RUN, BadSnapshot, Origin, SnapshotHeader, shared
 from flashd.engine.model.kv_cache import KvCache
+from flashd.engine.planning.plan import Plan
 from flashd.errors import NOT_JSON, CannotWrite
-from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 from flashd.system.paths import make_folder
 from flashd.system.plain_file import open_plain, read_plain
@@ -82,10 +82,8 @@ class Prefixes:
     once, and answers are given without snapshots. `on_part` is called when a part of a snapshot is on the card.
     """
 
-    def __init__(
-        self, folder: Path, bundle: Bundle, kv: KvFormat = "float32", on_part: Callable[[], None] = lambda: None
-    ) -> None:
-        self._folder, self._origin, self._on_part = folder, Origin.of(bundle, kv), on_part
+    def __init__(self, folder: Path, bundle: Bundle, plan: Plan, on_part: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._origin, self._on_part = folder, Origin.of(bundle, plan), on_part
         self._notes = folder / "asked.json"
         self._said: set[str] = set()
 

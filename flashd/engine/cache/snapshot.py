@@ -36,9 +36,9 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.kv_rows import Kept
+from flashd.engine.planning.plan import Plan
 from flashd.errors import NOT_JSON, DataError
 from flashd.graphs.kinds.recurrent import REWIND
-from flashd.graphs.rounding import KvFormat
 from flashd.system.new_file import NewFile
 from flashd.system.plain_file import open_plain
 
@@ -60,7 +60,7 @@ class BadSnapshot(DataError):
 
 @dataclass(frozen=True)
 class Origin:
-    """The bundle, the version of flashd and the kind of KV cache that a snapshot comes from.
+    """The bundle, the version of flashd and the arithmetic that a snapshot comes from.
 
     Another version might compute otherwise.
     """
@@ -69,9 +69,8 @@ class Origin:
     vocabulary: int  # V
 
     @classmethod
-    def of(cls, bundle: Bundle, kv: KvFormat) -> Origin:
-        kept = "" if kv == "float32" else f" {kv}"
-        key = digest(f"{VERSION} {flashd.__version__} {bundle.digest:016x}{kept}".encode())
+    def of(cls, bundle: Bundle, plan: Plan) -> Origin:
+        key = digest(f"{VERSION} {flashd.__version__} {bundle.digest:016x} {plan.computed}".encode())
         return cls(f"{key:016x}", bundle.header.model.vocabulary)
 
 

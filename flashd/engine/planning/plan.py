@@ -88,6 +88,12 @@ class Plan:
         return "int8" if self.resident and self.int8_layers else self.arithmetic
 
     @property
+    def computed(self) -> str:
+        """How keys and values come about and are kept, in a few words. Plans with others have other last bits."""
+        layers = f"{self.int8_layers} layers in int8" if self.resident else self.arithmetic
+        return f"{layers}, {self.kv}"
+
+    @property
     def lent_held(self) -> int:
         """Bytes in RAM of the groups that RAM of the KV cache has room for."""
         more = spread(sum(self.pinned) + self.lent_groups, self.groups)

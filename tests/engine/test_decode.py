@@ -436,6 +436,14 @@ def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:
     dear = Pace()
     dear.measured_draft(2.0)
     dear.measured_pass(10.0, NODES)
+    flat = Draft([1], [9], 1.0)
+    assert dear.goes_on(flat, 0, [0])
+    for _ in range(20):
+        dear.measured_guesses(False, 0.001)  # they never promised anything, and are not believed less for that
+    assert dear.trust > 0.6 and sum(dear.goes_on(flat, 0, [0]) for _ in range(64)) <= 4
+    for _ in range(10):
+        dear.measured_guesses(True, 0.9)
+    assert dear.goes_on(flat, 0, [0])
     assert dear.goes_on(*(grown(0.9)[0], 1, [1])) and not dear.goes_on(*(grown(0.02, 0.1)[0], 1, [1]))
 
 

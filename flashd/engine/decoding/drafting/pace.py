@@ -89,6 +89,8 @@ class Pace:
         self.most = most
         self.trust = 0.7
         """What the odds of guesses from RAM are multiplied by."""
+        self.found = 0.7
+        """How often what is drawn is among them. If all odds are small, it seldom is, however far they are trusted."""
         self.looked_up = 0.5
         """How often a token that was looked up is right."""
         self._draft: float | None = None
@@ -103,7 +105,7 @@ class Pace:
         # as many of the least likely nodes as come anew give way to these
         kept = min(count, self.most - len(nodes))
         seconds = self._pass.of(kept + len(nodes)) + (steps + 1) * self._draft
-        pays = (draft.expected(kept) + self.trust * draft.odds(nodes)) / seconds > rate
+        pays = (draft.expected(kept) + self.found * draft.odds(nodes)) / seconds > rate
         if not pays and steps == 0:
             self._idle += 1
             return self._idle % PROBE == 0
@@ -144,6 +146,7 @@ class Pace:
     def measured_guesses(self, right: bool, promised: float) -> None:
         """Says whether the token drawn was among the guesses. `promised` was its probability by their odds."""
         self.trust = min(max(self.trust + STEP * (right - promised), LEAST_TRUST), 1.0)
+        self.found = _mean(self.found, right)
 
     def measured_lookup(self, right: bool) -> None:
         """Says whether the token drawn was the one that was looked up."""

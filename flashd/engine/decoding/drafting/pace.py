@@ -90,7 +90,7 @@ class Pace:
         self.trust = 0.7
         """What the odds of guesses from RAM are multiplied by."""
         self.found = 0.7
-        """How often what is drawn is among them. If all odds are small, it seldom is, however far they are trusted."""
+        """How often what is drawn is among them. It seldom is if all odds are small, however far they are trusted."""
         self.looked_up = 0.5
         """How often a token that was looked up is right."""
         self._draft: float | None = None

@@ -157,6 +157,8 @@ def _set(*path: str | int, to: object) -> Callable[[dict[str, object]], None]:
         (_set("model", "hidden", to=-64), DamagedHeader),
         (_set("model", "hidden", to="64"), DamagedHeader),
         (_set("model", "hidden", to=65), DamagedHeader),
+        (_set("model", "attention_scale", to=3.4028235677973366e38), DamagedHeader),
+        (_set("model", "embedding_scale", to=1e300), DamagedHeader),
         (_set("model", "hidden", to=1 << 50), DamagedHeader),
         (_set("model", "layers", to=1000), DamagedHeader),
         (_set("model", "vocabulary", to=1 << 20), BadSection),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from flashd.bundle.architecture import OF_EXPERTS, Architecture
@@ -21,6 +23,9 @@ from flashd.bundle.prefix import (
 )
 from flashd.bundle.rows.kinds import BLOCK, NARROW
 from flashd.errors import NOT_JSON
+
+LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest number in float32."""
 
 
 def encode(header: Header, file_length: int) -> bytes:
@@ -65,6 +70,7 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
         header = msgspec.json.decode(body, type=Header)
     except NOT_JSON as error:
         raise DamagedHeader(f"the header does not make sense: {error}") from error
+    _check_numbers(msgspec.to_builtins(header))
     _check_model(header.model)
     _check_text(header.text, header.model)
     _check_selection(header)
@@ -72,6 +78,19 @@ def decode_header(body: bytes, checksum: int, file_length: int) -> Header:
     _check_finer(header)
     _check_sections(header, file_length)
     return header
+
+
+def _check_numbers(value: Any) -> None:
+    """Whether each number with a fraction is one in float32 too, as graphs have them."""
+    match value:
+        case float():
+            if abs(value) > LARGEST:
+                raise DamagedHeader(f"the header does not make sense: {value:g} is too large for float32")
+        case dict():
+            _check_numbers(list(value.values()))
+        case list():
+            for each in value:
+                _check_numbers(each)
 
 
 def _check_model(m: Architecture) -> None:

@@ -26,6 +26,7 @@ from flashd.engine.model.sizes import at_work
 from flashd.engine.planning.parts import group_held
 from flashd.engine.planning.plan import Plan
 from flashd.engine.planning.rates import CHECKING, GUESSING, Rates, remember_rates, remembered_rates
+from flashd.engine.planning.unpacked import GUESSED
 from flashd.errors import CannotWrite
 from flashd.graphs.constant import Arithmetic
 from flashd.system.memory import MIB
@@ -56,14 +57,16 @@ def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
     largest = group_held(bundle.header.largest_group, plan.of_ffns)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
-    unpacked = _Unpacked(bundle, plan, groups, forms)
+    unpacked = _Unpacked(bundle, plan, plan.arithmetic, groups, forms)
     if plan.resident or bundle.header.model.experts:
         held = sum(group_held(form, plan.of_ffns) for form in forms)
-        opened = _opened(bundle, plan.of_ffns, groups)
+        exact = guess = _opened(bundle, plan.of_ffns, groups)
     else:
-        held, opened = sum(form.nbytes for form in forms), unpacked.multiplied()
-    once, guessed, checked = (held / _best(partial(opened, tokens)) for tokens in (1, GUESSING, CHECKING))
+        held, exact = sum(form.nbytes for form in forms), unpacked.multiplied()
+        guess = _Unpacked(bundle, plan, GUESSED, groups, forms).multiplied()
+    once, checked = (held / _best(partial(exact, tokens)) for tokens in (1, CHECKING))
     streamed = sum(form.nbytes for form in forms) / _best(unpacked.streamed)
+    guessed = held / _best(partial(guess, GUESSING))
     return Rates(streamed=streamed, multiplied=once, guessed=guessed, checked=checked)
 
 
@@ -95,9 +98,12 @@ def _opened(bundle: Bundle, arithmetic: Arithmetic, groups: Sequence[Groups]) ->
 class _Unpacked:
     """Multiplies groups as the card has them, in as many threads as a pass does."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> None:
+    def __init__(
+        self, bundle: Bundle, plan: Plan, arithmetic: Arithmetic, groups: Sequence[Groups],
+        forms: Sequence[GroupFormat],
+    ) -> None:  # fmt: skip
         self._width, self._threads = bundle.header.model.group_input_width, at_work(plan.threads)
-        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
+        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, arithmetic)
         self._groups, self._forms = groups, forms
 
     def streamed(self) -> None:

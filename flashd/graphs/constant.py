@@ -6,7 +6,7 @@ and is multiplied 20 to 50 times as fast as rows that are widened first.
 
 There are two arithmetics. *int8* rounds what goes into a product to 8 bits in blocks of 32, as llama.cpp does:
 MatMulNBits at accuracy level 4, for models that stay whole and for mixtures. *float32* rounds nothing: level 1, for
-the attention of other models that page, and where RAM is scarce. A paged model's logits are the same to the bit
+the attention of models that select neurons, and where RAM is scarce. A paged model's logits are the same to the bit
 whatever is in RAM and however many tokens share a pass:
 
 - a group's share in an FFN is a product of its own, and shares are added in the groups' order;

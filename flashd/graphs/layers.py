@@ -30,7 +30,7 @@ class Layers:
 
     Args:
         products: multiply with the large matrices.
-        vectors: gives the small ones of a layer, whose names begin so.
+        vectors: is told how the names of a layer's vectors begin, and returns what adds them.
         kv: how keys and values are kept.
     """
 

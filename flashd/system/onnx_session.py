@@ -33,7 +33,7 @@ def start_pool(threads: int, shared: bool = True) -> None:
         threads: that compute together.
         shared: they are a pool of all graphs, and spin while they wait, which is fastest if nothing else has to be
             done. Without it they sleep: threads that spin would take a processor from those that read the card and
-            open sessions of what they read.
+            transpose what they read.
     """
     if _made:
         return
@@ -70,7 +70,7 @@ def open_session(
     Args:
         graph: a ModelProto.
         initialisers: the graph's external constants, by name.
-        alone: it is used once, and need not have threads of its own.
+        alone: one thread computes it, and other sessions run beside it.
         in_place: the names of those that onnxruntime need not copy. They are contiguous, and stay as they are.
         unread: of these, the names of those that it does not read any more once the session is open.
         together: all threads compute it, though it has no constants.

@@ -20,7 +20,7 @@ from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats, RowKind
 from flashd.engine.forward import attention_weights
 from flashd.engine.forward.attention_weights import UnpackedAttention
-from flashd.engine.forward.kept import Shelf
+from flashd.engine.forward.kept import Scratch, Shelf
 from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.sizes import TOKENS_UNPACKED
 from flashd.engine.planning import parts
@@ -162,6 +162,18 @@ def test_the_plan_counts_what_attention_takes(
     assert len(opened) == len(set(opened)) < 3 * header.model.layers  # layers that are alike share them
 
 
+def test_scratch_is_as_large_as_the_largest_that_was_asked_for() -> None:
+    """The parts of a head have several sizes: each would else have memory of its own."""
+    scratch = Scratch()
+    first, other = scratch.array("w", np.uint8, (4, 32, 907)), scratch.array("scale", np.float32, (4, 907))
+    other[:] = 7
+    smaller = scratch.array("w", np.uint8, (4, 32, 176))
+    assert smaller.shape == (4, 32, 176) and np.shares_memory(first, smaller)
+    assert smaller.flags.c_contiguous and (other == 7).all()
+    larger = scratch.array("w", np.float32, (4, 32, 907))
+    assert larger.dtype == np.float32 and not np.shares_memory(first, larger)
+
+
 def test_what_is_made_in_several_threads_comes_in_turn() -> None:
     running: list[int] = []
     lock, most = threading.Lock(), 3
@@ -179,5 +191,9 @@ def test_what_is_made_in_several_threads_comes_in_turn() -> None:
         made = list(in_turn(workers, (partial(call, number) for number in range(20)), most))
         with pytest.raises(ZeroDivisionError):
             list(in_turn(workers, [lambda: 1, lambda: 1 // 0, lambda: 2], most))
+        breaking_off = in_turn(workers, (partial(call, number) for number in range(20)), most)
+        assert next(breaking_off)[0] == 0
+        breaking_off.close()
+        assert not running  # none works on behind the back of whoever broke off
     assert [number for number, _ in made] == list(range(20))
     assert max(at_once for _, at_once in made) <= most

@@ -233,6 +233,19 @@ def test_a_list_longer_than_its_file(model_file: bytes, tmp_path: Path, entries:
         pack(tmp_path / "m.gguf", tmp_path / "out.flash", "int4")
 
 
+def test_lists_of_lists_and_strings_without_end_are_refused(model_file: bytes, tmp_path: Path) -> None:
+    """Each of a list's entries would be a list, whose sum nothing bounds. A string would take all memory at once."""
+    name = b"tokenizer.ggml.tokens"
+    of_entries = model_file.index(name) + len(name) + 4  # behind the type of the list
+    lists = model_file[:of_entries] + (9).to_bytes(4, "little") + model_file[of_entries + 4 :]
+    first = of_entries + 12  # the length of the first string
+    huge = model_file[:first] + (1 << 33).to_bytes(8, "little") + model_file[first + 8 :]
+    for bent, what in ((lists, "a list of lists"), (huge, f"a string of {1 << 33} bytes")):
+        (tmp_path / "m.gguf").write_bytes(bent)
+        with pytest.raises(DataError, match=what):
+            pack(tmp_path / "m.gguf", tmp_path / "out.flash", "int4")
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -60,7 +60,8 @@ class UnpackedRows:
         each = -(-len(rows) // -(-len(rows) // HEAD_ROWS_UNPACKED))  # parts of one size take each other's memory
         for n in {each, len(rows) % each} - {0}:
             self._multiply.add_rows(self.form, n)
-            self._guess.add_rows(self.form, n)
+            if shelf is None:  # guesses are made of what is in RAM
+                self._guess.add_rows(self.form, n)
         starts = range(0, len(rows), each)
         return [(shelf or self._shelf).keep_rows(self.form, rows[at : at + each]) for at in starts]
 

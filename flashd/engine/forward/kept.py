@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,13 +64,15 @@ class Scratch:
     """Memory to unpack into. New memory for each product would cost more than the unpacking."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
+        self._memory: dict[str, Bytes] = {}
 
     def array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
-        """An array for what is called `name`. The next one of this name overwrites it."""
-        if (name, shape) not in self._arrays:
-            self._arrays[name, shape] = np.empty(shape, dtype)
-        return self._arrays[name, shape]
+        """An array for what is called `name`. The next one of this name overwrites it, whatever its shape."""
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._memory or len(self._memory[name]) < nbytes:
+            self._memory[name] = np.empty(nbytes, np.uint8)
+        made: Array = self._memory[name][:nbytes].view(dtype).reshape(shape)
+        return made
 
 
 class ScratchOfThread(threading.local, Scratch):
@@ -165,9 +168,7 @@ class Unpacker:
         self._arithmetic, self._scratch = arithmetic, scratch
 
     def __call__(self, name: str, form: RowFormat, rows: Rows) -> dict[str, Array]:
-        """Rows whose arrays are transposed, as graphs take them that have inputs for them. The next call of the same
-        name overwrites them.
-        """
+        """A graph's inputs for `rows`, which are transposed. They are valid until the next call with this name."""
         if isinstance(rows, PlainRows):
             return {f"{name}.w": rows.w}
         return {f"{name}.w": self._unpacked(name, rows, form), f"{name}.scale": self._scales(name, rows, form)}

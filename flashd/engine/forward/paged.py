@@ -1,7 +1,8 @@
-"""The forward pass of a model that does not fit: what stays in RAM in constant graphs, the rest from the card.
+"""The forward pass of a model that does not fit: some of it stays in RAM, and the rest comes from the card.
 
-What every token needs (attention, the head's likely rows) stays in RAM. The FFNs, which page, see a whole chunk of
-tokens at once.
+What every token needs (attention, the head's likely rows) stays. It is constant in mixtures and in models that
+select neurons. In others it is as the card has it, like their FFNs. The FFNs, which page, see a whole chunk of tokens
+at once.
 """
 
 from __future__ import annotations

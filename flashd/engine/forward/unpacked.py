@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
 import numpy as np
@@ -29,7 +29,7 @@ R = TypeVar("R")
 class Multiplier:
     """Multiplies what is kept. Several threads may use it; each has room of its own to unpack into.
 
-    `scratch`: that room, if another one uses it too.
+    `scratch`: room that another Multiplier unpacks into too. None: its own.
     """
 
     def __init__(self, header: Header, arithmetic: Arithmetic, scratch: Scratch | None = None) -> None:
@@ -88,12 +88,20 @@ class Multiplier:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def in_turn(workers: Executor, calls: Iterable[Callable[[], R]], most: int) -> Iterator[R]:
-    """What each of `calls` gives, in their order. Up to `most` of them run or wait for their turn."""
+def in_turn(workers: Executor, calls: Iterable[Callable[[], R]], most: int) -> Generator[R]:
+    """What each of `calls` gives, in their order. Up to `most` of them are under way, or done and not taken yet.
+
+    If whoever takes them breaks off, none is under way any more.
+    """
     under_way: deque[Future[R]] = deque()
-    for call in calls:
-        if len(under_way) == most:
+    try:
+        for call in calls:
+            if len(under_way) == most:
+                yield under_way.popleft().result()
+            under_way.append(workers.submit(call))
+        while under_way:
             yield under_way.popleft().result()
-        under_way.append(workers.submit(call))
-    while under_way:
-        yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
+        wait(under_way)

@@ -28,7 +28,7 @@ TOKENS_UNPACKED, FEW_UNPACKED = 64, 8
 each token. Up to so few of them another graph is faster."""
 
 AT_WORK = 4
-"""Threads that multiply what is unpacked, at the most."""
+"""Threads that multiply what is unpacked, at the most, and experts that have come and wait to be multiplied."""
 
 HEAD_ROWS_UNPACKED = 1024
 """Rows of the head that are unpacked together."""

@@ -81,9 +81,9 @@ def _workspace(
 
 
 def of_sessions(header: Header, arithmetic: Arithmetic) -> Arithmetic:
-    """The arithmetic of what every token needs, in a model that pages in `arithmetic`.
+    """The arithmetic of what is constant in a model that pages in `arithmetic`.
 
-    It is constant. In int8 it takes more RAM, which mixtures have.
+    In int8 a constant takes more RAM, which mixtures have.
     """
     return arithmetic if header.model.experts else "float32"
 

@@ -15,6 +15,7 @@ from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import (
     AT_WORK,
+    HEAD_ROWS_UNPACKED,
     KEPT_ROWS,
     LOGIT_ROWS,
     MOST_TEXTS,
@@ -49,7 +50,7 @@ SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
 
 SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
-"""What the allocators hold beyond what was asked of them, and the same of experts and neurons that are selected."""
+"""What the allocators hold beyond what was asked of them, of a model that stays whole and of one that pages."""
 
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""
@@ -343,7 +344,10 @@ def reading(header: Header, head_rows: int, all_pinned: bool, threads: int) -> d
     buffer = READ_BYTES if streams_head else 0
     if not all_pinned:
         buffer = max(buffer, *(groups_of_a_read(part.form, m) * part.form.nbytes for part in header.ffn_sections))
-    most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # of one read
+    most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # pieces of one read
+    if streams_head:
+        run = ROWS_OF_A_RUN * header.row_format("head").nbytes
+        most = max(most, -(-units_of_a_read(run) * ROWS_OF_A_RUN // HEAD_ROWS_UNPACKED))
     passing = BUFFERS * most + at_work(threads) + 2
     return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * unpacked.passing_bytes(header)}
 

@@ -72,7 +72,7 @@ class Plan:
     slots: tuple[int, ...] = ()  # neurons of each layer's window, if neurons are selected
     lent_card_bytes: int = 0  # of card_bytes, those that are not read while a text is short
     draft: Plan | None = None  # of the small model that makes its guesses, see planning.draft
-    arithmetic: Arithmetic = "float32"  # of the FFNs of a model that pages
+    arithmetic: Arithmetic = "float32"  # of a model that pages, see held.of_sessions
     constant_experts: bool = False  # whether experts are constants of sessions: there is room for all of them
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
 
@@ -90,8 +90,8 @@ class Plan:
     @property
     def computed(self) -> str:
         """How keys and values come about and are kept, in a few words. Plans with others have other last bits."""
-        layers = f"{self.int8_layers} layers in int8" if self.resident else self.arithmetic
-        return f"{layers}, {self.kv}"
+        whole = f"{self.int8_layers} layers in int8" if self.int8_layers else "float32"
+        return f"{whole if self.resident else self.arithmetic}, {self.kv}"
 
     @property
     def lent_held(self) -> int:
@@ -267,7 +267,7 @@ def smallest(
 
 
 def _of_paged(header: Header, asked: Arithmetic | None) -> Arithmetic:
-    """The arithmetic of the FFNs of a model that pages. Neurons that are selected are multiplied in float32."""
+    """The arithmetic of a model that pages. Neurons that are selected are multiplied in float32."""
     if header.selection:
         return "float32"
     return asked or ("int8" if header.model.experts else "float32")

@@ -16,6 +16,7 @@ from flashd.bundle.header import Header
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.held import LEADING_FFNS, WEIGHTS
 from flashd.engine.planning.plan import Plan
+from flashd.engine.planning.unpacked import GUESSED
 from flashd.system.remembered import Remembered
 
 CARD = 45e6
@@ -40,7 +41,7 @@ IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What the processors of a machine do with a model's rows, in bytes a second."""
 
-    streamed: float  # of the bundle, that is read from the card, and that a single token is multiplied with
+    streamed: float  # of groups that have come from the card: they are transposed, and multiplied with a token
     multiplied: float  # of RAM, that a single token is multiplied with
     guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
     checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with
@@ -66,7 +67,7 @@ def remembered_rates(header: Header, plan: Plan) -> Rates | None:
 
 
 def _key(header: Header, plan: Plan) -> str:
-    of = "experts, " if header.model.experts else "" if plan.resident else "groups, "
+    of = "experts, " if header.model.experts else "" if plan.resident else f"groups, guesses in {GUESSED}, "
     return f"{_machine()}, {plan.threads} threads, {of}{header.formats.ffn} rows in {plan.of_ffns}"
 
 

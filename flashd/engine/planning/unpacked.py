@@ -16,6 +16,7 @@ from flashd.engine.model.sizes import (
     TOKENS_UNPACKED,
     at_work,
 )
+from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.unpacked import ROWS_TOGETHER
 
@@ -55,8 +56,11 @@ def passing_bytes(header: Header) -> int:
 
 
 def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:
-    """Bytes that the threads which multiply groups and rows of the head unpack into."""
-    return at_work(threads) * sum(_unpacked(row, rows, arithmetic) for row, rows in _products(header))
+    """Bytes that the threads which multiply groups and rows of the head unpack into, and copy such rows to."""
+    # rows of the head are copied before they are transposed: when a model loads, and in each thread that reads
+    copied = HEAD_ROWS_UNPACKED * header.row_format("head").q_bytes if streams(header) else 0
+    unpacked = sum(_unpacked(row, rows, arithmetic) for row, rows in _products(header))
+    return at_work(threads) * unpacked + (1 + IN_FLIGHT) * copied
 
 
 def temporary(header: Header, arithmetic: Arithmetic, threads: int) -> int:

@@ -145,7 +145,7 @@ class GgufModel(OpenModel):
         """The tokenizer, which can be had once. Raises DataError where it is of an unknown kind or incomplete."""
         vocabulary = read_vocabulary(self, self.tensor("token_embd.weight").shape[0], self._pre)
         for key in LONG_LISTS:
-            # an array of its own for each entry: with 151,000 tokens half a gigabyte
+            # an array of its own for each string: with 151,000 tokens some 40 MiB
             self.reader.fields.pop(key, None)
         return vocabulary
 

@@ -17,6 +17,9 @@ from flashd.pack.model_file import FilePart, ModelFile
 MOST_ENTRIES = 1 << 21
 """Of a list in a model's metadata. The longest there are, of merges, have some hundred thousand."""
 
+LONGEST = 64 << 20
+"""Bytes of a string. The longest there are, of tokenizers, have some millions."""
+
 MOST_PARTS = 1000
 
 PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
@@ -67,6 +70,12 @@ class Reader(gguf.GGUFReader):
         order = self.byte_order if override_order is None else override_order
         return self._piece[at : at + nbytes].view(kind.newbyteorder(order))
 
+    def _get_str(self, offset: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+        length = self._get(offset, np.uint64)
+        if length[0] > LONGEST:
+            raise ValueError(f"a string of {length[0]} bytes")
+        return length, self._get(offset + length.nbytes, np.uint8, length[0])
+
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         self._tensors_begun = True
         super()._build_tensors(start_offs, fields)
@@ -90,6 +99,8 @@ class Reader(gguf.GGUFReader):
             stop = first + values[0].nbytes
         elif kind[0] == gguf.GGUFValueType.STRING and self.byte_order == "I":
             values, stop = self._strings(first, entries)
+        elif kind[0] == gguf.GGUFValueType.ARRAY:
+            raise ValueError("a list of lists")
         else:
             return super()._get_field_parts(orig_offs, raw_type)
         types = [gguf.GGUFValueType.ARRAY, *[gguf.GGUFValueType(kind[0])] * bool(entries)]
@@ -102,6 +113,8 @@ class Reader(gguf.GGUFReader):
             if not self._start <= at <= self._start + len(self._piece) - LENGTH.size:
                 self._get(at, np.uint8, LENGTH.size)
             (length,) = LENGTH.unpack_from(self._piece.data, at - self._start)
+            if length > LONGEST:
+                raise ValueError(f"a string of {length} bytes")
             first = at + LENGTH.size
             at = first + length
             if at > self._start + len(self._piece):

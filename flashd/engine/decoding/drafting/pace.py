@@ -18,6 +18,9 @@ LEAST_SPREAD, FEW = 0.3, 2
 """Of the tokens of passes: the least variance that says what a token costs. If it is less, a pass has half of them
 now and then, or some more if there are few."""
 
+MANY = 32
+"""Tokens of a prompt that tell well what a token costs."""
+
 LEAST_TRUST = 0.1
 """The least trust in guesses from RAM."""
 
@@ -51,8 +54,9 @@ class _Cost:
             self._slope = max(0.0, (self._products - self._tokens * self._seconds) / self._spread)
 
     def add_prompt(self, tokens: int, seconds: float) -> None:
-        """A pass over so many tokens of a prompt took so long."""
-        self._prompt = tokens, seconds
+        """A pass over so many tokens of a prompt took so long. Few of them tell less than more did before."""
+        if self._prompt is None or tokens >= min(self._prompt[0], MANY):
+            self._prompt = tokens, seconds
 
     @property
     def tells(self) -> bool:

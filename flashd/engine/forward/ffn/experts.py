@@ -156,7 +156,7 @@ class ExpertFfn:
 
     def _kept(self, layer: int, groups: Groups) -> Any:
         if self._plan.constant_experts:
-            return self._constants.groups(groups, once=True)
+            return self._constants.groups(groups, alone=True)
         return self._shelf.keep(self._forms[layer], groups)
 
     def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:

@@ -167,11 +167,15 @@ class Unpacker:
     def __init__(self, arithmetic: Arithmetic, scratch: Scratch) -> None:
         self._arithmetic, self._scratch = arithmetic, scratch
 
-    def __call__(self, name: str, form: RowFormat, rows: Rows) -> dict[str, Array]:
-        """A graph's inputs for `rows`, which are transposed. They are valid until the next call with this name."""
+    def __call__(self, name: str, form: RowFormat, rows: Rows, place: str = "") -> dict[str, Array]:
+        """The inputs called `name` of a graph for `rows`, which are transposed.
+
+        They are valid until the next call with the same place, which is the name if none is given.
+        """
         if isinstance(rows, PlainRows):
             return {f"{name}.w": rows.w}
-        return {f"{name}.w": self._unpacked(name, rows, form), f"{name}.scale": self._scales(name, rows, form)}
+        place = place or name
+        return {f"{name}.w": self._unpacked(place, rows, form), f"{name}.scale": self._scales(place, rows, form)}
 
     def _unpacked(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Array:
         """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]. They are around 0 if inputs are not rounded."""

@@ -71,7 +71,7 @@ class Multiplier:
         n = kept.rows.arrays()[0].shape[-1]
         exact = not unpacked.rounds(kept.form, self._arithmetic)
         sessions = self._of_rows[kept.form, n, False], self._of_rows[kept.form, n, True]
-        return self._in_parts(sessions, entering, self._unpacked("rows", kept.form, kept.rows), exact)
+        return self._in_parts(sessions, entering, self._unpacked("rows", kept.form, kept.rows, "inputs"), exact)
 
     def _in_parts(
         self, sessions: tuple[ort.InferenceSession, ort.InferenceSession], entering: Entering, feed: Entering,

@@ -30,7 +30,7 @@ each token. Up to so few of them another graph is faster."""
 AT_WORK = 4
 """Threads that multiply what is unpacked, at the most, and experts that have come and wait to be multiplied."""
 
-HEAD_ROWS_UNPACKED = 1024
+HEAD_ROWS_UNPACKED = 2048
 """Rows of the head that are unpacked together."""
 
 

@@ -15,7 +15,6 @@ from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.engine.model.kv_cache import SPARE
 from flashd.engine.model.sizes import (
     AT_WORK,
-    HEAD_ROWS_UNPACKED,
     KEPT_ROWS,
     LOGIT_ROWS,
     MOST_TEXTS,
@@ -346,8 +345,7 @@ def reading(header: Header, head_rows: int, all_pinned: bool, threads: int) -> d
         buffer = max(buffer, *(groups_of_a_read(part.form, m) * part.form.nbytes for part in header.ffn_sections))
     most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # pieces of one read
     if streams_head:
-        run = ROWS_OF_A_RUN * header.row_format("head").nbytes
-        most = max(most, -(-units_of_a_read(run) * ROWS_OF_A_RUN // HEAD_ROWS_UNPACKED))
+        most = max(most, unpacked.head_rows_of_a_read(header)[0])
     passing = BUFFERS * most + at_work(threads) + 2
     return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * unpacked.passing_bytes(header)}
 

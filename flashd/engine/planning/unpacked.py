@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 
 from flashd.bundle.header import Header
+from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, Plane, RowFormat
 from flashd.bundle.rows.kinds import BLOCK
 from flashd.engine.model.sizes import (
@@ -16,6 +17,7 @@ from flashd.engine.model.sizes import (
     TOKENS_UNPACKED,
     at_work,
 )
+from flashd.engine.paging.card import units_of_a_read
 from flashd.engine.paging.card_speed import IN_FLIGHT
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.unpacked import ROWS_TOGETHER
@@ -52,15 +54,23 @@ def kept(planes: list[Plane]) -> int:
 
 def passing_bytes(header: Header) -> int:
     """Bytes of RAM that each group has which streams past, and each part of the head."""
-    return max(group_kept(header.largest_group), rows_kept(header.row_format("head"), HEAD_ROWS_UNPACKED))
+    head = kept(header.row_format("head").planes(head_rows_of_a_read(header)[1]))
+    return max(group_kept(header.largest_group), head)
 
 
 def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:
     """Bytes that the threads which multiply groups and rows of the head unpack into, and copy such rows to."""
-    # rows of the head are copied before they are transposed: when a model loads, and in each thread that reads
-    copied = HEAD_ROWS_UNPACKED * header.row_format("head").q_bytes if streams(header) else 0
-    unpacked = sum(_unpacked(row, rows, arithmetic) for row, rows in _products(header))
-    return at_work(threads) * unpacked + (1 + IN_FLIGHT) * copied
+    inputs, down, *head = (_unpacked(row, rows, arithmetic) for row, rows in _products(header))
+    # what reads the card copies rows of the head before they are transposed
+    copied = head_rows_of_a_read(header)[1] * header.row_format("head").q_bytes if streams(header) else 0
+    return at_work(threads) * (max([inputs, *head]) + down) + IN_FLIGHT * copied
+
+
+def head_rows_of_a_read(header: Header) -> tuple[int, int]:
+    """(how many parts a read of the head's rows gives, the rows of each)."""
+    rows = units_of_a_read(ROWS_OF_A_RUN * header.row_format("head").nbytes) * ROWS_OF_A_RUN
+    parts = -(-rows // HEAD_ROWS_UNPACKED)
+    return parts, -(-rows // parts)
 
 
 def temporary(header: Header, arithmetic: Arithmetic, threads: int) -> int:

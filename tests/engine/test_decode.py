@@ -482,6 +482,28 @@ def test_as_many_guesses_are_checked_as_pay_by_what_a_prompt_took() -> None:
     assert dear.count(draft, 1, NODES, 0) == NODES
 
 
+def test_guesses_that_are_worth_no_place_in_a_pass_are_not_made_again_and_again(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of drafting takes half of a pass here, and no pass checks what it finds."""
+    monkeypatch.setattr(Pace, "count", lambda _pace, _draft, least, _most, _steps: least)
+    monkeypatch.setattr(Pace, "measured_draft", lambda pace, _: setattr(pace, "_draft", 0.5))
+    monkeypatch.setattr(Pace, "measured_pass", lambda pace, _, tokens: pace._pass.add(tokens, 1.0))
+    steps: list[int] = []
+    with opened(tiny_bundle, 0.5, 256) as model:
+        draft = model.draft
+
+        def counted(tokens: Tokens, branches: Branches) -> Guesses:
+            steps.append(len(tokens))
+            return draft(tokens, branches)
+
+        monkeypatch.setattr(model, "draft", counted)
+        talk = Conversation(model)
+        said = generate(talk, [3, 1, 4, 1, 5], Sampler(Sampling()), limit=60, eos=(), figures=Figures())
+        assert len(list(said)) == 60
+    assert 1 < len(steps) < 20
+
+
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), max_size=80))
 def test_trust_follows_what_was_promised(told: list[tuple[bool, float]]) -> None:
     pace = Pace()

@@ -89,6 +89,8 @@ class Drafter:
         for text, line in enumerate(speaking):
             line.looked_up = guessed.looked_up[text]
             line.figures.drafted += trees.guesses(text)
+            if guessed.steps and not trees.promised(trees.root(text)):
+                self._pace.measured_guesses(False, 0.0)  # they were made, and are not worth a place in the pass
             line.figures.draft_seconds += time.perf_counter() - started
         return trees
 

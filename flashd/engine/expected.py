@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.formats import GroupFormat
 from flashd.engine.forward import products
 from flashd.engine.forward.constants import Constants, multiplied
-from flashd.engine.forward.kept import Shelf
+from flashd.engine.forward.kept import Kept, Shelf
 from flashd.engine.forward.unpacked import Entering, Multiplier
 from flashd.engine.model.sizes import at_work
 from flashd.engine.planning.parts import group_held
@@ -57,13 +57,13 @@ def _measured(bundle: Bundle, plan: Plan) -> Rates:
     products.use_threads(plan.threads, shared=plan.resident)
     largest = group_held(bundle.header.largest_group, plan.of_ffns)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
-    unpacked = _Unpacked(bundle, plan, plan.arithmetic, groups, forms)
+    unpacked = _Unpacked(bundle, plan, groups, forms)
     if plan.resident or bundle.header.model.experts:
         held = sum(group_held(form, plan.of_ffns) for form in forms)
         exact = guess = _opened(bundle, plan.of_ffns, groups)
     else:
-        held, exact = sum(form.nbytes for form in forms), unpacked.multiplied()
-        guess = _Unpacked(bundle, plan, GUESSED, groups, forms).multiplied()
+        held = sum(form.nbytes for form in forms)
+        exact, guess = unpacked.multiplied(plan.arithmetic), unpacked.multiplied(GUESSED)
     once, checked = (held / _best(partial(exact, tokens)) for tokens in (1, CHECKING))
     streamed = sum(form.nbytes for form in forms) / _best(unpacked.streamed)
     guessed = held / _best(partial(guess, GUESSING))
@@ -98,32 +98,33 @@ def _opened(bundle: Bundle, arithmetic: Arithmetic, groups: Sequence[Groups]) ->
 class _Unpacked:
     """Multiplies groups as the card has them, in as many threads as a pass does."""
 
-    def __init__(
-        self, bundle: Bundle, plan: Plan, arithmetic: Arithmetic, groups: Sequence[Groups],
-        forms: Sequence[GroupFormat],
-    ) -> None:  # fmt: skip
-        self._width, self._threads = bundle.header.model.group_input_width, at_work(plan.threads)
-        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, arithmetic)
+    def __init__(self, bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> None:
+        self._header, self._threads = bundle.header, at_work(plan.threads)
+        self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
         self._groups, self._forms = groups, forms
 
     def streamed(self) -> None:
         """A token with groups that have just come."""
-        entering = self._entering(1)
+        entering = self._entering(self._multiply, 1)
         self._run(lambda form, some: self._multiply(self._shelf.keep(form, some), entering[form]), self._groups)
 
-    def multiplied(self) -> Callable[[int], None]:
+    def multiplied(self, arithmetic: Arithmetic) -> Callable[[int], None]:
         """So many tokens with groups that are in RAM."""
-        kept = list(map(self._shelf.keep, self._forms, self._groups))
+        multiply = Multiplier(self._header, arithmetic)
 
         def run(tokens: int) -> None:
-            entering = self._entering(tokens)
-            self._run(lambda form, group: self._multiply(group, entering[form]), kept)
+            entering = self._entering(multiply, tokens)
+            self._run(lambda form, group: multiply(group, entering[form]), self._kept)
 
         return run
 
-    def _entering(self, tokens: int) -> dict[GroupFormat, Entering]:
-        h = np.ones((tokens, self._width), np.float32)
-        return {form: self._multiply.entering(form.row, h) for form in set(self._forms)}
+    @cached_property
+    def _kept(self) -> list[Kept]:
+        return list(map(self._shelf.keep, self._forms, self._groups))
+
+    def _entering(self, multiply: Multiplier, tokens: int) -> dict[GroupFormat, Entering]:
+        h = np.ones((tokens, self._header.model.group_input_width), np.float32)
+        return {form: multiply.entering(form.row, h) for form in set(self._forms)}
 
     def _run(self, one: Callable[[GroupFormat, Any], object], groups: Sequence[Any]) -> None:
         with ThreadPoolExecutor(self._threads) as pool:

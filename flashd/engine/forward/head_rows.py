@@ -12,7 +12,7 @@ from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, multiplied
 from flashd.engine.forward.kept import KeptRows, Shelf
 from flashd.engine.forward.unpacked import Multiplier
-from flashd.engine.model.sizes import HEAD_ROWS_UNPACKED
+from flashd.engine.planning.unpacked import head_parts
 
 
 class HeadRows(Protocol):
@@ -57,7 +57,7 @@ class UnpackedRows:
 
     def kept(self, rows: Rows, shelf: Shelf | None = None) -> list[KeptRows]:
         """Rows, in parts. `shelf`: has memory for those that stream past."""
-        each = -(-len(rows) // -(-len(rows) // HEAD_ROWS_UNPACKED))  # parts of one size take each other's memory
+        _, each = head_parts(len(rows))  # parts of one size take each other's memory
         for n in {each, len(rows) % each} - {0}:
             self._multiply.add_rows(self.form, n)
             if shelf is None:  # guesses are made of what is in RAM

@@ -66,11 +66,15 @@ def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:
     return at_work(threads) * (max([inputs, *head]) + down) + IN_FLIGHT * copied
 
 
-def head_rows_of_a_read(header: Header) -> tuple[int, int]:
-    """(how many parts a read of the head's rows gives, the rows of each)."""
-    rows = units_of_a_read(ROWS_OF_A_RUN * header.row_format("head").nbytes) * ROWS_OF_A_RUN
+def head_parts(rows: int) -> tuple[int, int]:
+    """(how many parts so many rows of the head are unpacked in, the rows of each but the last)."""
     parts = -(-rows // HEAD_ROWS_UNPACKED)
     return parts, -(-rows // parts)
+
+
+def head_rows_of_a_read(header: Header) -> tuple[int, int]:
+    """The same of the rows that one read gives."""
+    return head_parts(units_of_a_read(ROWS_OF_A_RUN * header.row_format("head").nbytes) * ROWS_OF_A_RUN)
 
 
 def temporary(header: Header, arithmetic: Arithmetic, threads: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from flashd.bundle.architecture import OF_EXPERTS, Architecture
 from flashd.bundle.errors import BadSection, DamagedHeader, NewerVersion, NotABundle, OlderVersion, TruncatedBundle
@@ -24,7 +25,7 @@ from flashd.bundle.prefix import (
 from flashd.bundle.rows.kinds import BLOCK, NARROW
 from flashd.errors import NOT_JSON
 
-LARGEST = (2 - 2**-23) * 2.0**127
+LARGEST = float(np.finfo(np.float32).max)
 """The largest number in float32."""
 
 

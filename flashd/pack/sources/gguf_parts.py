@@ -72,9 +72,7 @@ class Reader(gguf.GGUFReader):
 
     def _get_str(self, offset: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
         length = self._get(offset, np.uint64)
-        if length[0] > LONGEST:
-            raise ValueError(f"a string of {length[0]} bytes")
-        return length, self._get(offset + length.nbytes, np.uint8, length[0])
+        return length, self._get(offset + length.nbytes, np.uint8, _bounded(int(length[0])))
 
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         self._tensors_begun = True
@@ -113,15 +111,20 @@ class Reader(gguf.GGUFReader):
             if not self._start <= at <= self._start + len(self._piece) - LENGTH.size:
                 self._get(at, np.uint8, LENGTH.size)
             (length,) = LENGTH.unpack_from(self._piece.data, at - self._start)
-            if length > LONGEST:
-                raise ValueError(f"a string of {length} bytes")
             first = at + LENGTH.size
-            at = first + length
+            at = first + _bounded(length)
             if at > self._start + len(self._piece):
                 texts.append(self._get(first, np.uint8, length))
             else:
                 texts.append(self._piece[first - self._start : at - self._start])
         return texts, at
+
+
+def _bounded(length: int) -> int:
+    """The length of a string. Raises ValueError if no string is as long."""
+    if length > LONGEST:
+        raise ValueError(f"a string of {length} bytes")
+    return length
 
 
 def read_parts(path: Path) -> dict[Path, Reader]:

@@ -85,7 +85,7 @@ def group(pid: int, limit: int) -> Iterator[None]:
     yield
 
 
-WANTED = {"small 200": 50, "large 400": 5, "list 200": 5, "greedy 200": 2, "heads 431": 5}
+WANTED = {"small 200": 50, "large 400": 10, "list 200": 5, "greedy 200": 5, "heads 431": 5}
 """Answers that there must be of each kind, and no others."""
 
 

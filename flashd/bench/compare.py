@@ -137,7 +137,7 @@ class Bench:
 
     def plan(self, memory: str, context: str = "") -> dict[str, Any]:
         """The plan that `flashd plan` prints for a budget and a context."""
-        command = [sys.executable, "-m", "flashd", "plan", str(self.bundle), "--json"]
+        command = [sys.executable, "-m", "flashd", "plan", str(self.bundle), "--json", "--threads", str(self.threads)]
         command += ["--memory", memory] if memory else []
         command += ["--context", context] if context else []
         plan: dict[str, Any] = self._run("flashd plan", command)

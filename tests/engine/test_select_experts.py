@@ -256,7 +256,7 @@ def test_the_commands_know_it(selected: Path, capsys: pytest.CaptureFixture[str]
     main(["info", str(selected), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["selection"] == "predictor" and facts["experts"] == EXPERTS and len(facts["chosen"]) == LAYERS
-    main(["plan", str(selected), "--memory", "600M"])
+    main(["plan", str(selected), "--memory", "2G"])
     assert "predictors" in capsys.readouterr().out
     assert main(["verify", str(selected)]) == 0
 

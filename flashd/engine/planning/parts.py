@@ -48,8 +48,10 @@ SESSIONS = 10 * MIB
 SESSION = 160 << 10
 """A session, whatever is in it, and a thread of its own."""
 
-SLACK, PAGED_SLACK = 8 * MIB, 20 * MIB
-"""What the allocators hold beyond what was asked of them, of a model that stays whole and of one that pages."""
+SLACK, PAGED_SLACK = 10 * MIB, 20 * MIB
+"""What the allocators hold beyond what was asked of them, of a model that stays whole and of one that pages.
+
+It has to be there while sessions are opened too: a tiny model that stays whole takes all of it then."""
 
 LIKELY = 32768
 """Rows of the head that stay in RAM before any FFN group does: the tokens among which a draft chooses."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flashd.errors import DataError
 from flashd.system import child
 from tests.waiting import wait
 
@@ -152,3 +153,15 @@ def test_a_child_s_child_is_within_the_limits_of_both() -> None:
 
     with pytest.raises(child.ChildDied, match="20 s or 1024 MiB"):
         child.in_child(grandchild, LITTLE)
+
+
+def test_an_error_that_is_kept_keeps_no_pipe() -> None:
+    def fail() -> None:
+        raise DataError("no")
+
+    before = sorted(links())
+    with pytest.raises(DataError) as refused:
+        child.in_child(fail, LITTLE)
+    with pytest.raises(child.ChildDied) as died:
+        child.in_child(lambda: os._exit(3), LITTLE)
+    assert "exit 3" in str(died.value) and refused.tb and sorted(links()) == before

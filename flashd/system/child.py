@@ -110,16 +110,23 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
             receive.recv()
         result, error, noted = receive.recv()
     except EOFError:
-        child.join()
-        raise ChildDied(f"a child process died (exit {child.exitcode}); it may use {limits}") from None
+        raise ChildDied(f"a child process died (exit {_ended(child)}); it may use {limits}") from None
     finally:
         receive.close()
-    child.join()
+    _ended(child)
     for record in noted:
         logging.getLogger(record.name).handle(record)
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def _ended(child: multiprocessing.process.BaseProcess) -> int | None:
+    """Waits for a child's end and returns its exit code. Closes its pipes: an error that is kept would keep them."""
+    child.join()
+    code = child.exitcode
+    child.close()
+    return code
 
 
 def _noted_logs() -> list[logging.LogRecord]:

@@ -18,6 +18,7 @@ from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, Dims, T
 from flashd.graphs.products import activated
 from flashd.graphs.rounding import KvFormat, rounded
+from flashd.graphs.tree_attention import Heads, attend, by_head
 
 NO_LEAST = np.float32(-1e30)
 """What is left of a gate's product at the least, if its layer has no bound."""
@@ -31,6 +32,14 @@ QUERY_AND_KEY: tuple[Place, Place] = ("query", "key")
 def present(g: Graph, model: Architecture, kind: AttentionKind, name: str, value: str) -> None:
     """Gives the KV cache out, which is written in place."""
     g.named_output(name, T.FLOAT, [1, model.kv_heads_of(kind), "C", model.head_dim_of(kind)], value)
+
+
+def added(g: Graph, model: Architecture, kind: AttentionKind, key: str, value: str) -> None:
+    """Gives out what goes into the KV cache, if tokens may stand in branches."""
+    shape: Dims = [1, model.kv_heads_of(kind), "T", model.head_dim_of(kind)]
+    if not kind.borrows:
+        g.output("key", T.FLOAT, shape, key)
+        g.output("value", T.FLOAT, shape, value)
 
 
 def vectors_behind_ffn(model: Architecture) -> set[str]:
@@ -201,50 +210,94 @@ class LayerStages:
     def attend(self, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str] = ()) -> tuple[str, str, str]:
         """qkv [1, T, ...] -> (output [1, T, query width], keys, values).
 
-        `tree` has positions [1, T] and a bias of the scores [1, 1, T, past + T], if new tokens may form a tree. The
-        bias then takes what is behind the window out of attention.
+        Keys and values are the cache's, which are written in place. `tree` has positions [1, T] and a bias of the
+        scores [1, 1, T, past + T], if new tokens may form a tree. The bias then takes out of attention what is behind
+        the window too. Keys and values are [1, kv heads, T, D] then, those of the new tokens; empty if the layer
+        borrows them.
         """
-        g, m, heads, width = self._g, self._model, self._model.kv_heads_of(kind), sum(self._model.qkv_widths(kind))
+        g, m, width = self._g, self._model, sum(self._model.qkv_widths(kind))
         gate = ""
         if m.attention_gated:
             qkv, gate = g.nodes_out("Split", qkv, g.shape(width, m.gate_width(kind)), outputs=2, axis=2)
-        cache: Dims = [1, heads, "C", m.head_dim_of(kind)]
+        cache: Dims = [1, m.kv_heads_of(kind), "C", m.head_dim_of(kind)]
         past = [g.input(f"past_{part}{suffix}", T.FLOAT, cache) for part in ("key", "value")]
-        parts, rounds = [self._biased(qkv, "qkv", width), "", ""], self._kv == "int8"
-        latent = self._latent(kind, tree)
-        turned = (m.norm_turned or rounds or kind.borrows or latent is not None) and kind.rope is not None
-        if latent:
-            query, row = latent.apart(parts[0])
-            parts = [query, row, row]
-        elif kind.borrows:
-            query = self._ready(parts[0], "query", kind, tree, turned)
-            parts = [query, *(self._kept(each, query, kind) for each in past)]
-        elif "query" in m.norms or rounds or m.norm_values or not kind.values:
-            parts = self._apart(parts[0], kind, tree, turned)
-        if rounds:
-            parts[1:] = self._rounded(parts[1:], kind)
-        positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
-        attributes: dict[str, Any] = {}
-        if kind.rope is not None and not turned:
-            positions += self._tables(kind)
-            attributes["do_rotary"] = 1
-        elif tree or m.sinks:
-            positions += ["", ""]
-        if kind.window and not tree:  # it counts slots of the cache, which in a tree are no places in a text
-            attributes["local_window_size"] = kind.window
-        if m.attention_cap:
-            attributes["softcap"] = m.attention_cap
-        where = [*tree] if tree or not m.sinks else ["", ""]
-        sinks = [self._vector("sinks.weight", m.heads)] if m.sinks else []
-        out, keys, values = g.nodes_out(
-            "GroupQueryAttention", *parts, *past, *positions, *where, *sinks, domain=MICROSOFT, outputs=3,
-            num_heads=m.heads, kv_num_heads=heads, scale=m.attention_scale, **attributes,
-        )  # fmt: skip
+        made, latent = self._biased(qkv, "qkv", width), self._latent(kind, tree)
+        if tree:
+            parts = self._parts(made, past, kind, tree, latent, turned=kind.rope is not None)
+            out, keys, values = self._seen_in_branches(parts, past, kind, tree[1])
+        else:
+            before = m.norm_turned or self._kv == "int8" or kind.borrows or latent is not None
+            turned = before and kind.rope is not None
+            out, keys, values = self._seen(self._parts(made, past, kind, tree, latent, turned), past, kind, turned)
         if latent:
             out = latent.seen(out)
         if gate:
             out = g.node("Mul", out, g.node("Sigmoid", gate))
         return self._normed(out, "heads", kind), keys, values
+
+    def _parts(
+        self, qkv: str, past: Sequence[str], kind: AttentionKind, tree: Sequence[str], latent: LatentStages | None,
+        turned: bool,
+    ) -> list[str]:  # fmt: skip
+        """Queries, keys and values [1, T, ...]. Without a tree the first may be all of them."""
+        m, rounds = self._model, self._kv == "int8"
+        if latent:
+            query, row = latent.apart(qkv)
+            parts = [query, row, row]
+        elif kind.borrows:
+            query = self._ready(qkv, "query", kind, tree, turned)
+            if tree:
+                return [query, "", ""]  # the cache has them
+            parts = [query, *(self._kept(each, query, kind) for each in past)]
+        elif tree or "query" in m.norms or rounds or m.norm_values or not kind.values:
+            parts = self._apart(qkv, kind, tree, turned)
+        else:
+            return [qkv, "", ""]
+        return [parts[0], *(self._rounded(parts[1:], kind) if rounds else parts[1:])]
+
+    def _seen(self, parts: Sequence[str], past: Sequence[str], kind: AttentionKind, turned: bool) -> list[str]:
+        """Output, keys and values of tokens that stand one behind the other."""
+        g, m = self._g, self._model
+        positions = [g.input("last", T.INT32, [1]), g.input("total", T.INT32, [])]
+        attributes: dict[str, Any] = {}
+        if kind.rope is not None and not turned:
+            positions += self._tables(kind)
+            attributes["do_rotary"] = 1
+        elif m.sinks:
+            positions += ["", ""]
+        if kind.window:
+            attributes["local_window_size"] = kind.window
+        if m.attention_cap:
+            attributes["softcap"] = m.attention_cap
+        sinks = ["", "", self._vector("sinks.weight", m.heads)] if m.sinks else []
+        return g.nodes_out(
+            "GroupQueryAttention", *parts, *past, *positions, *sinks, domain=MICROSOFT, outputs=3,
+            num_heads=m.heads, kv_num_heads=m.kv_heads_of(kind), scale=m.attention_scale, **attributes,
+        )  # fmt: skip
+
+    def _seen_in_branches(
+        self, parts: Sequence[str], past: Sequence[str], kind: AttentionKind, bias: str
+    ) -> tuple[str, str, str]:
+        """Output, and the new tokens' keys and values; empty if the cache has them."""
+        g, m = self._g, self._model
+        sinks = self._vector("sinks.weight", m.heads) if m.sinks else ""
+        heads = Heads(m.heads, m.kv_heads_of(kind), m.head_dim_of(kind), m.attention_scale, m.attention_cap, sinks)
+        query, keys, values = parts
+        first = self._first(query)
+        if kind.borrows:
+            every_key, every_value = (self._until(each, self._end()) for each in past)
+            return attend(g, heads, query, every_key, every_value, bias), "", ""
+        key = by_head(g, keys, heads)
+        every_key = g.node("Concat", self._until(past[0], first), key, axis=2)
+        if values == keys:  # one row stands for both
+            return attend(g, heads, query, every_key, every_key, bias), key, key
+        value = by_head(g, values, heads)
+        every_value = g.node("Concat", self._until(past[1], first), value, axis=2)
+        return attend(g, heads, query, every_key, every_value, bias), key, value
+
+    def _until(self, past: str, end: str) -> str:
+        """Keys or values of the cache's first tokens: [1, kv heads, end, D]."""
+        return self._g.node("Slice", past, self._g.shape(0), end, self._g.shape(2))
 
     def _rounded(self, parts: list[str], kind: AttentionKind) -> list[str]:
         """Keys and values [1, T, ...], rounded to what the cache holds."""
@@ -267,19 +320,21 @@ class LayerStages:
         They are written again where they are, which changes nothing.
         """
         g = self._g
-        first = self._first(query)
-        end = g.node("Add", g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64), g.shape(1))
-        rows = g.node("Slice", past, first, end, g.shape(2))  # [1, kv heads, T, D]
+        rows = g.node("Slice", past, self._first(query), self._end(), g.shape(2))  # [1, kv heads, T, D]
         return g.node(
             "Reshape", g.node("Transpose", rows, perm=[0, 2, 1, 3]), g.shape(1, -1, self._model.kv_width(kind))
         )
+
+    def _end(self) -> str:
+        """[1] int64: the number of tokens, those of the pass included."""
+        g = self._g
+        return g.node("Add", g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64), g.shape(1))
 
     def _first(self, x: str) -> str:
         """[1] int64: where the first token of a pass [1, T, ...] stands."""
         g = self._g
         rows = g.node("Slice", g.node("Shape", x), g.shape(1), g.shape(2))  # [1]: T
-        last = g.node("Cast", g.input("last", T.INT32, [1]), to=T.INT64)
-        return g.node("Sub", g.node("Add", last, g.shape(1)), rows)
+        return g.node("Sub", self._end(), rows)
 
     def _apart(self, qkv: str, kind: AttentionKind, tree: Sequence[str], turned: bool) -> list[str]:
         """qkv -> queries, keys and values [1, T, ...], queries and keys normed, and turned if `turned` says so."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import AttentionKind, LayerProduct
 from flashd.graphs.kinds.recurrent import recur
-from flashd.graphs.layer_stages import LayerStages, present
+from flashd.graphs.layer_stages import LayerStages, added, present
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import T
 from flashd.graphs.products import activated, gated
@@ -99,20 +99,13 @@ class Layers:
         return self._products(x, name, product.rows, product.width)
 
     def _attended(self, block: LayerStages, qkv: str, kind: AttentionKind, suffix: str, tree: Sequence[str]) -> str:
-        heads, key, value = self._one_more(block, qkv, kind, tree) if tree else block.attend(qkv, kind, suffix)
-        present(self._g, self._model, kind, f"present_key{suffix}", key)
-        present(self._g, self._model, kind, f"present_value{suffix}", value)
+        heads, key, value = block.attend(qkv, kind, suffix, tree)
+        if tree:
+            added(self._g, self._model, kind, key, value)
+        else:
+            present(self._g, self._model, kind, f"present_key{suffix}", key)
+            present(self._g, self._model, kind, f"present_value{suffix}", value)
         return heads
-
-    def _one_more(
-        self, block: LayerStages, qkv: str, kind: AttentionKind, tree: Sequence[str]
-    ) -> tuple[str, str, str]:
-        """Attention of T tokens and of one row more, the last one again: its keys and values are written over."""
-        g = self._g
-        last = g.node("Slice", qkv, g.shape(-1), g.shape(1 << 30), g.shape(1))
-        more = g.node("Concat", qkv, last, axis=1)  # [1, T + 1, q + k + v widths]
-        heads, key, value = block.attend(more, kind, "", tree)
-        return g.node("Slice", heads, g.shape(0), g.shape(-1), g.shape(1)), key, value
 
     def leave(self, i: int, x: str, branch: str, block: LayerStages, token: str) -> str:
         """x [1, T, H] of the next layer, of x and the FFN's output. `token` [1, T, P]: the layer's token inputs."""

@@ -34,6 +34,7 @@ class T(IntEnum):
     INT32 = 6
     INT64 = 7
     FLOAT16 = 10
+    DOUBLE = 11
     BFLOAT16 = 16
 
 

@@ -9,7 +9,7 @@ from flashd.bundle.layer_kinds import AttentionKind, Recurrent, TokenInputs
 from flashd.graphs.kinds.latent import given
 from flashd.graphs.kinds.recurrent import recur
 from flashd.graphs.kinds.routing import route
-from flashd.graphs.layer_stages import LayerStages, present
+from flashd.graphs.layer_stages import LayerStages, added
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import T
 
@@ -18,7 +18,7 @@ def stages(model: Architecture) -> dict[str, bytes]:
     """The graphs between the products with weights in place, by the names of their sections. x and h are [T, H].
 
         enter      x -> x, h, the input of the attention's product; x is the layer's own, [T, stream_width]
-        attention  qkv [1, T, ...] -> y [1, T, query width]; keys and values are kept; one graph a kind of attention
+        attention  qkv [1, T, ...] -> y [1, T, query width], the new keys and values; one graph a kind of attention
         recurrent  inner [1, T, ...] (a layer's inner values) -> y [1, T, ...], what its last product takes, and its
                    state; one graph a kind of layer that has a state in place of keys
         middle     x, h, branch (the attention's output), and low (laurel_right's product) in models that have one
@@ -119,8 +119,7 @@ def _attention_stage(model: Architecture, kind: AttentionKind) -> bytes:
     tree = [g.input("positions", T.INT64, [1, "T"]), g.input("bias", T.FLOAT, [1, 1, "T", "all"])]
     out, key, value = LayerStages(g, model, _vector_inputs(g), multiply=given(g)).attend(qkv, kind, "", tree)
     g.output("y", T.FLOAT, [1, "T", model.query_width(kind)], out)
-    for name, kept in (("present_key", key), ("present_value", value)):
-        present(g, model, kind, name, kept)
+    added(g, model, kind, key, value)
     return g.serialise("attention")
 
 

@@ -20,6 +20,15 @@ from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.model.states import PassStates
 from flashd.graphs.layer_stages import NEVER
 
+SCORE_BYTES = 12
+"""Of a score, in float32 and in float64, see graphs.tree_attention."""
+
+GAPS = 4 << 20
+"""Bytes of free memory that may be too small for the next pass and are kept all the same."""
+
+SHRINKING = ort.RunOptions()
+SHRINKING.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
 
 class Rotary:
     """cos and sin of rotary embedding (arXiv 2104.09864), halves rotated, for each of a model's tables.
@@ -50,14 +59,13 @@ class Rotary:
 class Places:
     """Where the T tokens of a pass stand, and which of them each may look at.
 
-    Products take R rows, two or more, and attention one row more, see constants.at_least_two and graphs.constant;
-    nothing looks at those that are behind the tokens.
+    Products take R rows, two or more, see constants.at_least_two; nothing looks at one that is behind the tokens.
     """
 
     past: int
     tokens: int  # T
-    positions: npt.NDArray[np.int64]  # [1, R + 1]
-    bias: Floats  # [1, 1, R + 1, past + R + 1], added to attention's scores
+    positions: npt.NDArray[np.int64]  # [1, R]
+    bias: Floats  # [1, 1, R, past + R], added to attention's scores
     keys: npt.NDArray[np.int64]  # [past + T], where in its text what each slot of the cache holds stands
     runs: Sequence[tuple[int, int]]  # (text, how many tokens) of those that follow one another, see Branches.runs
     _within: dict[int, Floats] = field(default_factory=dict)  # what `within` gave, by the window
@@ -111,16 +119,18 @@ class Places:
         cls, past: int, positions: npt.NDArray[np.int64], bias: Floats, keys: npt.NDArray[np.int64],
         runs: Sequence[tuple[int, int]],
     ) -> Places:  # fmt: skip
-        """positions [T] and bias [T, past + T], filled up with the rows that nothing looks at; keys [past + T]."""
+        """positions [T] and bias [T, past + T], filled up with the row that nothing looks at; keys [past + T]."""
         tokens = len(positions)
-        more = max(2 - tokens, 0) + 1
+        more = max(2 - tokens, 0)
         positions = np.append(positions, np.repeat(positions[-1:], more))[None]
-        return cls(past, tokens, positions, np.pad(bias, ((0, more), (0, more)))[None, None], keys, runs)
+        bias = np.pad(np.pad(bias, ((0, 0), (0, more)), constant_values=NEVER), ((0, more), (0, 0)))
+        return cls(past, tokens, positions, bias[None, None], keys, runs)
 
     @classmethod
     def in_line(cls, past: int, tokens: int) -> Places:
         """One token behind the other."""
-        every, bias = np.arange(past + tokens), np.zeros((tokens, past + tokens), np.float32)
+        every = np.arange(past + tokens)
+        bias = np.where(every <= every[past:, None], np.float32(0), NEVER)
         return cls.of(past, every[past:], bias, every, [(0, tokens)])
 
     @classmethod
@@ -145,6 +155,7 @@ class Attention:
     def __init__(self, bundle: Bundle, weights: AttentionWeights, context: int) -> None:
         self._model, self._weights = bundle.header.model, weights
         self._rotary = Rotary(bundle, context + SPARE)
+        self._gaps = 0
 
     def load(self, layer: int) -> None:
         """Takes in the next layer's weights. Raises DamagedRun, CardError."""
@@ -166,23 +177,41 @@ class Attention:
         self._weights.bind(layer, binding, drafting)
         self._rotary.bind(names, binding)
         bind_positions(binding, names, places.past, places.tokens, places.positions.shape[1])
-        if isinstance(kind := self._model.kind(layer), AttentionKind):
-            binding.bind_cpu_input("bias", places.within(kind.window))
-            binding.bind_cpu_input("positions", places.positions)
-        bind_kept(binding, cache.layer(layer, places.tokens, drafting, places.text), "")
-        binding.bind_output("x_out", "cpu")
-        binding.bind_output("h_out", "cpu")
+        kind = self._model.kind(layer)
+        adds: tuple[str, ...] = ()
+        if isinstance(kind, AttentionKind):
+            for name, value in (("bias", places.within(kind.window)), ("positions", places.positions)):
+                if name in names:  # a layer may turn nothing
+                    binding.bind_cpu_input(name, value)
+            adds = () if kind.borrows else ("key", "value")
+        bind_kept(binding, cache.layer(layer, places.tokens, drafting, places.text, in_place=False), "")
+        for name in (*adds, "x_out", "h_out"):
+            binding.bind_output(name, "cpu")
         cache.widen(layer, places.past)
-        session.run_with_iobinding(binding)
-        cache.take_in(layer, places.past, places.tokens)
-        x, h = (v.numpy()[0, : places.tokens] for v in binding.get_outputs()[-2:])
-        return x, h
+        session.run_with_iobinding(binding, self._options(layer, places))
+        *made, x, h = (v.numpy()[0] for v in binding.get_outputs())
+        if adds:
+            key, value = (rows[:, : places.tokens] for rows in made[-2:])  # [kv heads, T, D]
+            cache.put(layer, places.past, key, value)
+        return x[: places.tokens], h[: places.tokens]
+
+    def _options(self, layer: int, places: Places) -> ort.RunOptions | None:
+        """None, or, when passes may have left gaps of GAPS bytes, what has onnxruntime give free memory back.
+
+        Each pass has longer rows of scores than the one before, which do not fit where those were.
+        """
+        if layer == 0:
+            self._gaps += SCORE_BYTES * self._model.heads * places.bias.size
+            if self._gaps > GAPS:
+                self._gaps = 0
+                return SHRINKING
+        return None
 
 
 def bind_positions(binding: Any, names: Iterable[str], past: int, tokens: int, rows: int) -> None:
     """Tells a graph, by those of these that are among the `names` of its inputs, where its rows stand.
 
-    GroupQueryAttention takes `rows` rows behind `past` ones. A state takes in the first `tokens` of them.
+    Attention takes `rows` rows behind `past` ones. A state takes in the first `tokens` of them.
     """
     values = {
         "last": np.array([past + rows - 1], np.int32),

@@ -178,8 +178,8 @@ class PagedModel:
     def _pass(self, tokens: Tokens, places: Places, on_step: OnStep, exact: bool = True) -> Floats:
         """[T, H] behind the last layer."""
         x, said = self._embed(tokens, places.positions[0, : len(tokens)])
-        parts = places.parts(sizes.TOKENS_AT_ONCE)
-        of_texts = places.by_text(sizes.TOKENS_AT_ONCE) if self._model.recurrent else parts
+        parts = places.parts(sizes.TOKENS_ATTENDING)
+        of_texts = places.by_text(sizes.TOKENS_ATTENDING) if self._model.recurrent else parts
         for i in range(self._model.layers):
             if exact:
                 self._ffn.enter(i, x)

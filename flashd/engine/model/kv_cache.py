@@ -123,11 +123,14 @@ class KvCache:
         """How many layers have a state."""
         return len(self._states)
 
-    def layer(self, i: int, tokens: int, drafting: bool = False, text: int = 0) -> PassStates:
+    def layer(
+        self, i: int, tokens: int, drafting: bool = False, text: int = 0, in_place: bool = True
+    ) -> PassStates:  # fmt: skip
         """What a layer keeps, by the names of its graph's inputs and outputs, for a pass over `tokens` more.
 
-        Keys and values are [1, kv heads, context, head dim] and written in place, see `widen` and `take_in`. A state
-        is written beside the one before. `drafting`: all of it will be forgotten again. `text`: whose they all are.
+        Keys and values are [1, kv heads, context, head dim], see `widen`. The graph writes them `in_place`, see
+        `take_in`, or gives out those that are new, see `put`. A state is written beside the one before. `drafting`:
+        all of it will be forgotten again. `text`: whose they all are.
         """
         state = self._of_texts[text].of_pass(i, tokens, drafting) if i in self._states else PassStates()
         if i not in self._place:
@@ -136,7 +139,7 @@ class KvCache:
         kept = dict(zip(("key", "value"), values, strict=True))
         return PassStates(
             state.inputs | {f"past_{name}": value for name, value in kept.items()},
-            state.outputs | {f"present_{name}": value for name, value in kept.items()},
+            state.outputs | {f"present_{name}": value for name, value in kept.items() if in_place},
             state.counts,
         )
 
@@ -151,6 +154,16 @@ class KvCache:
         if self._wide is not self._arrays and i in self._place:
             rows, wide = self._of(i)
             write(wide[:, :, past : past + tokens], rows[:, :, past : past + tokens])
+
+    def put(self, i: int, past: int, keys: Floats, values: Floats) -> None:
+        """Keeps the keys and values [kv heads, n, D] of the tokens behind the first `past`. See `layer`."""
+        kept, _ = self._of(i)
+        for rows, new in zip(kept, (keys, values), strict=False):  # one row may stand for both
+            at = rows[:, past : past + new.shape[1]]
+            if self.kv == "float32":
+                at[:] = new
+            else:
+                write(new, at)
 
     def _of(self, i: int) -> tuple[Kept, Floats]:
         """A layer's keys and values as they are kept, and where they are widened."""

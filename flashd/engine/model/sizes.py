@@ -20,6 +20,9 @@ TEMPORARY_BYTES = 3 << 20
 TOKENS_AT_ONCE = 128
 """Tokens that go through a product together. A pass may have more tokens; its temporaries do not grow with them."""
 
+TOKENS_ATTENDING = 64
+"""The same of attention: the scores of all keys are there for each of them, in float64 too."""
+
 KEPT_ROWS = 256
 """Embedding rows that are kept for tokens that come one at a time. A text repeats most of its tokens."""
 

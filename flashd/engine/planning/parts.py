@@ -21,6 +21,7 @@ from flashd.engine.model.sizes import (
     NODES,
     TEMPORARY_BYTES,
     TOKENS_AT_ONCE,
+    TOKENS_ATTENDING,
     TREE_NODES,
     at_work,
 )
@@ -235,6 +236,16 @@ def scores(m: Architecture, tokens: int, context: int) -> int:
     return 4 * (tokens + 2) * (context + 2) * (m.heads + 2 + windows)
 
 
+def attended(m: Architecture, context: int) -> int:
+    """What attention of tokens in branches takes, see graphs.tree_attention.
+
+    Scores and values are there in float32 and in float64 while one is made of the other.
+    """
+    tokens = min(TOKENS_ATTENDING, context) + 2
+    values = max((m.kv_width(kind) for kind in m.attention), default=0)
+    return scores(m, tokens, context) + 8 * (tokens + 2) * (context + 2) * m.heads + 12 * (context + 2) * values
+
+
 def groups_of_a_read(form: GroupFormat, m: Architecture) -> int:
     """Groups that one read fetches at the most."""
     return min(m.expert_groups, units_of_a_read(form.nbytes))
@@ -259,8 +270,8 @@ def workspace(header: Header, context: int, groups: int, head: int, whole: bool 
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
     more = 0 if whole else _waiting(header, context)
     shares = _shares(header, context, m.experts.used + 1) if m.experts else 0
-    slack = SLACK if whole else PAGED_SLACK
-    return activations + more + scores(m, tokens, context) + logits + shares + slack
+    attention = scores(m, tokens, context) if whole else attended(m, context)
+    return activations + more + attention + logits + shares + (SLACK if whole else PAGED_SLACK)
 
 
 def unpacked_workspace(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> int:
@@ -268,11 +279,9 @@ def unpacked_workspace(header: Header, context: int, head: int, arithmetic: Arit
 
     What attention holds while it runs is free when an FFN does, and the FFN's when the head does.
     """
-    m, tokens = header.model, min(TOKENS_AT_ONCE, context) + 2
+    m, tokens = header.model, min(TOKENS_ATTENDING, context) + 2
     kept = unpacked.scratch(header, arithmetic, threads) + unpacked.attention_scratch(header, arithmetic)
-    attention = (
-        tokens * _of_token(m, 1) + scores(m, tokens, context) + unpacked.attention_temporary(header, arithmetic)
-    )
+    attention = tokens * _of_token(m, 1) + attended(m, context) + unpacked.attention_temporary(header, arithmetic)
     logits = _some(m, _logits(m, head)) + 4 * (TREE_NODES + 1) * head_part(header)
     arrays = max(logits, _shares(header, context, at_work(threads) + 2))
     largest = max(attention, unpacked.temporary(header, arithmetic, threads))

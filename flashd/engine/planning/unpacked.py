@@ -13,7 +13,7 @@ from flashd.bundle.rows.kinds import BLOCK
 from flashd.engine.model.sizes import (
     FEW_UNPACKED,
     HEAD_ROWS_UNPACKED,
-    TOKENS_AT_ONCE,
+    TOKENS_ATTENDING,
     TOKENS_UNPACKED,
     at_work,
 )
@@ -99,7 +99,7 @@ def attention_scratch(header: Header, arithmetic: Arithmetic) -> int:
 
 def attention_temporary(header: Header, arithmetic: Arithmetic) -> int:
     """Bytes that its products take while they run."""
-    return max(_temporary(row, rows, TOKENS_AT_ONCE, arithmetic) for _, row, rows in _attention(header))
+    return max(_temporary(row, rows, TOKENS_ATTENDING, arithmetic) for _, row, rows in _attention(header))
 
 
 def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:

@@ -239,7 +239,7 @@ class Calibration:
         out, *kept = self._run(
             f"attention.{self._model.layer_kinds[i]}", vectors, **feed, **self._attended(len(inner), kind.window)
         )
-        if any(each.borrows for each in self._model.attention):
+        if kept and any(each.borrows for each in self._model.attention):
             self._kept[lender, text] = kept
         return np.asarray(out[0], np.float32)
 
@@ -317,10 +317,10 @@ class Calibration:
         `window`: each token attends to the last so many; 0: to all.
         """
         t = np.arange(n)
-        behind = (t[None] <= t[:, None] - window) if window else np.zeros((n, n), np.bool_)  # [n, n]
+        unseen = (t[None] > t[:, None]) | (t[None] <= t[:, None] - (window or n))  # [n, n]
         feed: dict[str, npt.NDArray[np.generic]] = {
-            "last": np.array([n - 1], np.int32), "total": np.array(n, np.int32),
-            "positions": t[None], "bias": np.where(behind, NEVER, np.float32(0))[None, None],
+            "last": np.array([n - 1], np.int32),
+            "positions": t[None], "bias": np.where(unseen, NEVER, np.float32(0))[None, None],
         }  # fmt: skip
         for i, (angle, length) in enumerate(self._rope):
             feed[f"cos.{i}"] = (length * np.cos(t[:, None] * angle)).astype(np.float32)

@@ -128,10 +128,8 @@ def _add_budget(parser: Parser) -> None:
     a.number(parser, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", None, "all")
     parser.add_argument(
         "--arithmetic", choices=get_args(o.Arithmetic),
-        help="Multiply in this way (default: int8 if the model fits in RAM or is a mixture of experts, float32 if it"
-        " pages). int8 rounds what goes into a product to 8 bits and is faster; float32 rounds nothing. In int8 a"
-        " model that pages may now and then choose another word than it would alone, because guesses or other answers"
-        " share its passes.",
+        help="Multiply in this way (default: int8, but float32 for neurons that are selected). int8 rounds what goes"
+        " into a product to 8 bits and is faster; float32 rounds nothing.",
     )  # fmt: skip
     parser.add_argument(
         "--kv", choices=get_args(o.KvFormat), default="float32",

@@ -201,9 +201,8 @@ class Settings(Strict, frozen=True, kw_only=True):
     arithmetic: Literal["int8", "float32"] | None = None
     """How the model is multiplied.
 
-    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. Without this key it is int8
-    if the model fits in RAM or is a mixture of experts, and float32 if it pages. In int8 a model that pages may now
-    and then choose another word than it would alone, because guesses or other answers share its passes.
+    int8 rounds what goes into a product to 8 bits and is faster. float32 rounds nothing. Without this key it is int8,
+    but float32 for neurons that are selected.
     """
     kv: Literal["float32", "int8"] = "float32"
     """How keys and values of the tokens of a prompt and its answer are kept.

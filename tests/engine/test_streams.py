@@ -68,7 +68,7 @@ def test_drafts_and_snapshots_change_no_word(gemma: Path, tmp_path: Path, monkey
 
 
 def test_a_model_in_ram_is_as_the_paged_one_in_both_arithmetics(gemma: Path) -> None:
-    with opened(gemma, 0.5, CONTEXT) as model:
+    with opened(gemma, 0.5, CONTEXT, "float32") as model:
         paged = all_logits(model, TOKENS.tolist(), 20)
     for arithmetic in ARITHMETICS:
         with opened(gemma, None, CONTEXT, arithmetic) as model:

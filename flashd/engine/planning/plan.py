@@ -136,8 +136,7 @@ def make_plan(
         base: bytes that the process holds now.
         beside: bytes that a service holds or may be made to hold beside the model, by what for.
         rates: how often each neuron takes part [L, F], of a bundle that selects.
-        arithmetic: the one to use. None: int8 if the model stays whole or is a mixture, float32 if it pages: its
-            tokens share passes with guesses, which change the last bits, and rounding would make more of that.
+        arithmetic: the one to use. None: int8, but float32 for neurons that are selected.
         kv: how keys and values are kept.
         draft: of a small model that is in RAM too.
 
@@ -268,9 +267,7 @@ def smallest(
 
 def _of_paged(header: Header, asked: Arithmetic | None) -> Arithmetic:
     """The arithmetic of a model that pages. Neurons that are selected are multiplied in float32."""
-    if header.selection:
-        return "float32"
-    return asked or ("int8" if header.model.experts else "float32")
+    return "float32" if header.selection else asked or "int8"
 
 
 def rates_of(bundle: Bundle) -> Floats | None:

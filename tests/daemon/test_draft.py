@@ -28,7 +28,7 @@ from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.planning.draft import Pair
 from tests.daemon.appliance_process import main
 Pair.taken = property(lambda self: self.beside or self.alone)
-Pace.goes_on = lambda self, draft, steps, nodes: steps < 4
+Pace.goes_on = lambda self, draft, steps, nodes, ahead: steps < 4
 Pace.count = lambda self, draft, least, most, steps: min(most, len(draft))
 sys.exit(main(Path(sys.argv[1])))
 """

@@ -32,7 +32,7 @@ DRAWN = (Sampling(), Sampling(0.9, repeat_penalty=1.2, seed=3))
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of two steps, however fast this file is read."""
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 2)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 2)
 
 
 @pytest.fixture

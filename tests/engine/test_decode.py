@@ -49,7 +49,7 @@ def test_the_same_seed_says_the_same_with_drafts_and_without(
     packed: dict[str, Path], sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # this file is read at memory's speed, at which a draft is worth nothing and none would be made
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
     question = "<|im_start|>user\nName the days of the week.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokens_of(packed["int4"], question)
     with opened(packed["int4"], 0.5) as model:
@@ -78,7 +78,7 @@ def begun(talk: Conversation, prompt: list[int], sampling: Sampling, limit: int,
 def test_texts_that_grow_together_say_what_each_says_alone(
     packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, drafts: bool, joins: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
     prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
     with opened(packed["int4"], 0.5, 256) as model:
         alone = [said(model, p, s, drafts, 12) for p, s in zip(prompts, DRAWN, strict=True)]
@@ -149,7 +149,7 @@ def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
 def test_a_prompt_that_is_read_beside_a_draft_leaves_it_less_room(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 4)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 4)
     prompts, limits = [list(range(100, 120)), list(range(50, 67))], [24, 8]
     with opened(tiny_bundle, 0.5, 64) as model:
         alone = [said(model, p, Sampling(), False, n)[0] for p, n in zip(prompts, limits, strict=True)]
@@ -424,27 +424,42 @@ def grown(odds: float, trust: float = 1.0) -> tuple[Draft, list[int]]:
 def test_drafts_go_on_while_they_are_cheap_and_likely() -> None:
     draft, nodes = grown(0.8)
     pace = Pace()
-    assert [pace.goes_on(draft, steps, nodes) for steps in (0, STEPS - 1, STEPS)] == [True, True, False]
+    assert [pace.goes_on(draft, steps, nodes, ahead=False) for steps in (0, STEPS - 1, STEPS)] == [True, True, False]
     pace.measured_draft(0.2)
     pace.measured_pass(10.0, NODES)
-    assert pace.goes_on(draft, 1, nodes)
+    assert pace.goes_on(draft, 1, nodes, ahead=False)
     for _ in range(60):
         pace.measured_draft(20.0)
-    assert not pace.goes_on(draft, 1, nodes)
+    assert not pace.goes_on(draft, 1, nodes, ahead=False)
     # once in a while it is tried whether it has become better
-    assert 0 < sum(pace.goes_on(draft, 0, nodes) for _ in range(64)) < 8
+    assert 0 < sum(pace.goes_on(draft, 0, nodes, ahead=False) for _ in range(64)) < 8
     dear = Pace()
     dear.measured_draft(2.0)
     dear.measured_pass(10.0, NODES)
     flat = Draft([1], [9], 1.0)
-    assert dear.goes_on(flat, 0, [0])
+    assert dear.goes_on(flat, 0, [0], ahead=False)
     for _ in range(20):
         dear.measured_guesses(False, 0.001)  # they never promised anything, and are not believed less for that
-    assert dear.trust > 0.6 and sum(dear.goes_on(flat, 0, [0]) for _ in range(64)) <= 4
+    assert dear.trust > 0.6 and sum(dear.goes_on(flat, 0, [0], ahead=False) for _ in range(64)) <= 4
     for _ in range(10):
         dear.measured_guesses(True, 0.9)
-    assert dear.goes_on(flat, 0, [0])
-    assert dear.goes_on(*(grown(0.9)[0], 1, [1])) and not dear.goes_on(*(grown(0.02, 0.1)[0], 1, [1]))
+    assert dear.goes_on(flat, 0, [0], ahead=False)
+    assert dear.goes_on(grown(0.9)[0], 1, [1], ahead=False)
+    assert not dear.goes_on(grown(0.02, 0.1)[0], 1, [1], ahead=False)
+
+
+def test_guesses_that_a_pass_does_not_wait_for_cost_nothing() -> None:
+    draft, nodes = grown(0.8)
+    pace = Pace()
+    pace.measured_draft(3.0)
+    pace.measured_pass(1.0, 1)
+    assert not pace.goes_on(draft, 1, nodes, ahead=True)
+    for _ in range(40):
+        pace.measured_ahead(drafting=12.0, waited=5.0)  # in seven seconds there is time for two steps
+    assert pace.goes_on(draft, 1, nodes, ahead=True) and not pace.goes_on(draft, 1, nodes, ahead=False)
+    assert not pace.goes_on(draft, 2, nodes, ahead=True)
+    pace.measured_ahead(drafting=9.0, waited=0.0)
+    assert pace.goes_on(draft, 2, nodes, ahead=True)
 
 
 @pytest.mark.parametrize(("each", "counts"), [(0.0, {NODES}), (0.5, {3, 4}), (20.0, {1})])
@@ -486,7 +501,7 @@ def test_guesses_that_are_worth_no_place_in_a_pass_are_not_made_again_and_again(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of drafting takes half of a pass here, and no pass checks what it finds."""
-    monkeypatch.setattr(Pace, "count", lambda _pace, _draft, least, _most, _steps: least)
+    monkeypatch.setattr(Pace, "count", lambda _pace, _draft, least, _most, _steps, _ahead: least)
     monkeypatch.setattr(Pace, "measured_draft", lambda pace, _: setattr(pace, "_draft", 0.5))
     monkeypatch.setattr(Pace, "measured_pass", lambda pace, _, tokens: pace._pass.add(tokens, 1.0))
     steps: list[int] = []

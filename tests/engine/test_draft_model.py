@@ -49,7 +49,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """These files are read at memory's speed, at which a draft is worth nothing."""
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 7)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 7)
 
 
 @contextmanager
@@ -248,7 +248,7 @@ from flashd.cli.main import main
 from flashd.engine.decoding.drafting.pace import Pace
 from flashd.engine.planning.draft import Pair
 Pair.taken = property(lambda self: self.beside or self.alone)
-Pace.goes_on = lambda self, draft, steps, nodes: steps < 3
+Pace.goes_on = lambda self, draft, steps, nodes, ahead: steps < 3
 sys.exit(main(sys.argv[1:]))
 """
 """The command, with a draft however little it is worth: this model is small, and its file may be read fast."""

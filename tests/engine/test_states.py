@@ -134,7 +134,7 @@ DRAWN = Sampling(0.8, top_p=0.95, repeat_penalty=1.1, seed=5)
 def test_drafts_change_no_word(
     packed: dict[str, Path], name: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < NODES)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < NODES)
     prompt = TOKENS[:20].tolist()
     with opened(packed[name], 0.9, CONTEXT) as model:
         assert model.drafts and not model.branches
@@ -150,7 +150,7 @@ def test_texts_that_share_passes_say_what_each_says_alone(
     packed: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They join, one ends early, a pass breaks off, one asks what another has asked; and the last one is kept."""
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
     asked = [TOKENS[:25].tolist(), [*TOKENS[:20].tolist(), *range(5, 20)], TOKENS[:25].tolist(), list(range(60, 66))]
     drawn, limits = [DRAWN, Sampling(), Sampling(0.5, seed=9), DRAWN], [10, 12, 12, 14]
 
@@ -279,7 +279,7 @@ def test_an_answer_that_is_asked_for_again_needs_no_pass(
 ) -> None:
     """The states behind the prompt stay, though more has been said than a state can forget."""
     # how far drafts go depends on how long passes take, and the passes are counted here
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
     prompt = TOKENS[:30].tolist()
     with process(convolving, None, pinned, CONTEXT) as p:
         first, _ = p.say(prompt, limit=40)

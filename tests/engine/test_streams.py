@@ -55,7 +55,7 @@ def test_the_plan_counts_states_and_the_gates_that_stay(gemma: Path) -> None:
 
 
 def test_drafts_and_snapshots_change_no_word(gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < NODES)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < NODES)
     prompt = TOKENS[:30].tolist()
     with opened(gemma, 0.9, CONTEXT) as model:
         without, _ = said(model, prompt, Sampling(), drafts=False, limit=20)

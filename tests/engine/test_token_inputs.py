@@ -71,7 +71,7 @@ def test_the_plan_counts_rows_that_are_kept_and_no_keys_that_are_borrowed(gemma:
 
 
 def test_drafts_and_snapshots_change_no_word(gemma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < NODES)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < NODES)
     prompt = TOKENS[:30].tolist()
     with opened(gemma, 0.9, CONTEXT) as model:
         assert model.drafts and model.branches

@@ -54,7 +54,7 @@ def test_a_token_sees_its_text_s_last_tokens_wherever_the_cache_keeps_them() -> 
 def test_texts_and_trees_share_a_pass_and_say_what_each_says_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes: steps < 3)
+    monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
     pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "f16")
     prompts = [TOKENS[:30].tolist(), [*TOKENS[:25].tolist(), 3, 4], TOKENS[20:34].tolist()]
     assert min(map(len, prompts)) > WINDOW

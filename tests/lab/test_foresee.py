@@ -62,7 +62,7 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as many passes on a fast machine as on a slow one, and enough of them
-    monkeypatch.setattr(Pace, "goes_on", lambda _pace, _draft, steps, _nodes: steps < 1)
+    monkeypatch.setattr(Pace, "goes_on", lambda _pace, _draft, steps, _nodes, _ahead: steps < 1)
     figures = Figures()
     with Bundle(packed["int4"]) as bundle:
         prompt = Prompts(bundle).plain("Name some seas.")

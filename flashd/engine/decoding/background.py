@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -18,6 +19,8 @@ class Background(Generic[T]):
 
     result: T
     """What the function returned, once the block has ended."""
+    waited = 0.0
+    """The seconds that the end of the block waited for it."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -35,6 +38,7 @@ class Background(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         interrupt: KeyboardInterrupt | None = None
+        ended = time.perf_counter()
         while not self._future.done():
             try:
                 wait([self._future])
@@ -42,6 +46,7 @@ class Background(Generic[T]):
                 # nobody else may touch what the function works on before it has ended
                 interrupt = again
         self._pool.shutdown()
+        self.waited = time.perf_counter() - ended
         if interrupt:
             raise interrupt
         if error is None:

@@ -81,6 +81,7 @@ class Guessed:
     draft: Draft
     looked_up: list[list[int]]  # of each text: what followed the same words earlier in it
     steps: int  # of drafting that it took
+    ahead: bool = False  # it was made during a pass
 
 
 class Line:

@@ -33,6 +33,7 @@ class Drafter:
         self._model, self._small = model, small
         self._pace, self._followers = Pace(model.nodes), Followers()
         self._ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
+        self._waited = 0.0  # seconds that the last pass waited for them
 
     @property
     def _guesses_pay(self) -> bool:
@@ -56,7 +57,8 @@ class Drafter:
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass over so many tokens took so long."""
-        self._pace.measured_pass(seconds, tokens)
+        self._pace.measured_pass(seconds - self._waited, tokens)
+        self._waited = 0.0
 
     def read(self, tokens: int, seconds: float) -> None:
         """A pass over so many tokens, most of them of prompts, took so long."""
@@ -81,11 +83,11 @@ class Drafter:
     def trees(self, speaking: Sequence[Line], most: int, on_step: OnStep) -> Trees:
         """The trees that the next pass checks, up to `most` nodes: each text's last token and guesses behind it."""
         started = time.perf_counter()
-        guessed, self._ahead, waited = self._ahead, None, 0
+        guessed, self._ahead = self._ahead, None
         if guessed is None or guessed.texts != [line.tokens for line in speaking]:
             guessed = self._guesses([line.end for line in speaking], most, on_step)
-            waited = guessed.steps
-        trees = guessed.draft.trees(self._pace.count(guessed.draft, len(speaking), most, waited))
+        count = self._pace.count(guessed.draft, len(speaking), most, guessed.steps, guessed.ahead)
+        trees = guessed.draft.trees(count)
         for text, line in enumerate(speaking):
             line.looked_up = guessed.looked_up[text]
             line.figures.drafted += trees.guesses(text)
@@ -94,8 +96,8 @@ class Drafter:
             line.figures.draft_seconds += time.perf_counter() - started
         return trees
 
-    def _guesses(self, ends: Sequence[End], most: int, on_step: OnStep = silent) -> Guessed:
-        """Guesses at what follows each of some texts, up to `most` nodes in all."""
+    def _guesses(self, ends: Sequence[End], most: int, on_step: OnStep = silent, ahead: bool = False) -> Guessed:
+        """Guesses at what follows each of some texts, up to `most` nodes in all. `ahead`: during a pass."""
         rooms = [end.room if self._guesses_pay else 0 for end in ends]
         draft = Draft([end.tokens[-1] for end in ends], rooms, self._pace.trust, self._model.branches)
         looked_up = [lookup(end.tokens, min(room, most - len(ends))) for end, room in zip(ends, rooms, strict=True)]
@@ -103,13 +105,13 @@ class Drafter:
             draft.follow(text, found, self._pace.looked_up)
         steps = 0
         if self._small:
-            steps = self._draft_by(self._small, draft, ends, on_step)
+            steps = self._draft_by(self._small, draft, ends, on_step, ahead)
         # if there may be no trees, what was looked up is not mixed with other guesses
         elif self._model.drafts and (self._model.branches or not any(looked_up)):
-            steps = self._draft_from_ram(draft, ends, most)
+            steps = self._draft_from_ram(draft, ends, most, ahead)
         if self._model.branches:
             draft.recycle(self._followers, most)
-        return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps)
+        return Guessed([list(end.tokens) for end in ends], draft, looked_up, steps, ahead)
 
     @contextmanager
     def ahead(self, foresight: Foresight, likely: Floats) -> Iterator[None]:
@@ -123,17 +125,23 @@ class Drafter:
         if len(known) < len(ends) or most <= len(ends):
             yield
             return
-        with Background(lambda: self._guesses(known, most)) as drafting:
+        started = time.perf_counter()
+        with Background(lambda: (self._guesses(known, most, ahead=True), time.perf_counter())) as drafting:
             yield
-        self._ahead = drafting.result
+        self._ahead, ended = drafting.result
+        self._waited = drafting.waited
+        if self._ahead.steps:
+            self._pace.measured_ahead(ended - started, drafting.waited)
 
-    def _draft_by(self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep) -> int:
+    def _draft_by(
+        self, small: DraftModel, draft: Draft, ends: Sequence[End], on_step: OnStep, ahead: bool
+    ) -> int:  # fmt: skip
         """Adds guesses of a small model to a draft, as long as that pays, and returns how many steps that took.
 
         It first reads what it has not read yet.
         """
         steps, most = 0, NODES if self._model.branches else 1
-        while (nodes := draft.likeliest(1)) and self._pace.goes_on(draft, steps, nodes):
+        while (nodes := draft.likeliest(1)) and self._pace.goes_on(draft, steps, nodes, ahead):
             text, guesses = draft.path(nodes[0])
             tokens, line, started = [*ends[text].tokens, *guesses], ends[text].line, time.perf_counter()
             unread = small.unread(tokens, line)
@@ -143,14 +151,14 @@ class Drafter:
             steps += 1
         return steps
 
-    def _draft_from_ram(self, draft: Draft, ends: Sequence[End], most: int) -> int:
+    def _draft_from_ram(self, draft: Draft, ends: Sequence[End], most: int, ahead: bool) -> int:
         """Adds guesses of the model's `draft` to a draft, as long as that pays. Returns how many steps that took.
 
         The cache is left as it was.
         """
         steps, place, at_once = 0, self._model.cache.place, max(BEAM, len(ends))
         texts, numbers = [end.slots for end in ends], [end.line.number for end in ends]
-        while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes):
+        while (nodes := draft.likeliest(min(at_once, most))) and self._pace.goes_on(draft, steps, nodes, ahead):
             started = time.perf_counter()
             tokens, parents = draft.asked(nodes)
             draft.grow(nodes, self._model.draft(np.array(tokens, np.int64), Branches(texts, parents, numbers)))

@@ -98,39 +98,46 @@ class Pace:
         self.looked_up = 0.5
         """How often a token that was looked up is right."""
         self._draft: float | None = None
+        self._free = 0.0
         self._pass = _Cost()
         self._idle = self._counted = 0
 
-    def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int]) -> bool:
-        """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before."""
+    def goes_on(self, draft: Draft, steps: int, nodes: Sequence[int], ahead: bool) -> bool:
+        """Whether a further step, of guesses behind `nodes`, makes more tokens a second. `steps` were made before.
+
+        `ahead`: they are made during a pass.
+        """
         if self._draft is None or not self._pass:
             return steps < STEPS
-        count, rate = self._best(draft, 1, min(self.most, len(draft)), steps)
+        count, rate = self._best(draft, 1, min(self.most, len(draft)), self._drafting(steps, ahead))
         # as many of the least likely nodes as come anew give way to these
         kept = min(count, self.most - len(nodes))
-        seconds = self._pass.of(kept + len(nodes)) + (steps + 1) * self._draft
+        seconds = self._pass.of(kept + len(nodes)) + self._drafting(steps + 1, ahead)
         pays = (draft.expected(kept) + self.found * draft.odds(nodes)) / seconds > rate
         if not pays and steps == 0:
             self._idle += 1
             return self._idle % PROBE == 0
         return pays
 
-    def count(self, draft: Draft, least: int, most: int, steps: int) -> int:
-        """How many nodes the next pass checks. `least` are the texts' last tokens; `steps` were waited for."""
+    def count(self, draft: Draft, least: int, most: int, steps: int, ahead: bool = False) -> int:
+        """How many nodes the next pass checks. `least` are the texts' last tokens; the draft took `steps`."""
         self._counted += 1
         most = min(most, len(draft))
         if most <= least:
             return most
         if not self._pass:
             return min(most, least + STEPS)
-        count = self._best(draft, least, most, steps)[0]
+        count = self._best(draft, least, most, self._drafting(steps, ahead))[0]
         if not self._pass.tells and self._counted % PROBE == 0:  # to see what a node costs
             return max(least, count // 2) if count >= least + FEW else min(most, count + FEW)
         return count
 
-    def _best(self, draft: Draft, least: int, most: int, steps: int) -> tuple[int, float]:
+    def _drafting(self, steps: int, ahead: bool) -> float:
+        """Seconds that so many steps add to a pass."""
+        return max(0.0, steps * (self._draft or 0.0) - (self._free if ahead else 0.0))
+
+    def _best(self, draft: Draft, least: int, most: int, drafting: float) -> tuple[int, float]:
         """(how many nodes make the most tokens a second, how many these are)."""
-        drafting = steps * (self._draft or 0.0)
         rates = {n: draft.expected(n) / (self._pass.of(n) + drafting) for n in range(least, most + 1)}
         best = max(rates, key=lambda n: rates[n])
         return best, rates[best]
@@ -139,8 +146,16 @@ class Pace:
         """A step of drafting took `seconds`."""
         self._draft = _mean(self._draft, seconds)
 
+    def measured_ahead(self, drafting: float, waited: float) -> None:
+        """During a pass guesses were made for `drafting` seconds. It then waited so long for them.
+
+        What it did not wait for took nothing. If it did not wait at all, there may have been time for more.
+        """
+        free = drafting - waited
+        self._free = _mean(self._free, free) if waited > 0 else max(self._free, free)
+
     def measured_pass(self, seconds: float, tokens: int) -> None:
-        """A pass that checked so many tokens took `seconds`."""
+        """A pass that checked so many tokens took `seconds`, without what it waited for guesses."""
         self._pass.add(tokens, seconds)
 
     def measured_prompt(self, seconds: float, tokens: int) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from flashd.bundle.rows.kinds import RowKind
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from tests import tiny
+from tests.board.shorten import shorten
 from tests.update.board import Board
 
 DATA = Path(__file__).parent / "data"
@@ -34,7 +36,7 @@ SLOW_FOLDERS = ("cli", "faults", "fuzz", "update", "lab")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that loads the real model is slow: to pack it alone takes longer than all others together."""
     for item in items:
-        real = {"smollm", "packed"} & set(getattr(item, "fixturenames", ()))
+        real = {"smollm", "packed", "short"} & set(getattr(item, "fixturenames", ()))
         if real or item.path.stem.removeprefix("test_") in SLOW or item.path.parent.name in SLOW_FOLDERS:
             item.add_marker(pytest.mark.slow)
 
@@ -63,19 +65,42 @@ def smollm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def packed(smollm: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
-    """SmolLM2's bundles by the kind of their rows. All workers share them: do not write to them."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all workers share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "smollm2"
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(smollm: Path, shared_folder: Path) -> dict[str, Path]:
+    """SmolLM2's bundles by the kind of their rows. All workers share them: do not write to them."""
     kinds: list[RowKind] = ["int4", "int8"]
-    bundles = {str(kind): folder / f"{kind}.flash" for kind in kinds}
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be packing them
+    bundles = {str(kind): shared_folder / f"{kind}.flash" for kind in kinds}
+    with _locked(shared_folder):
         for kind in kinds:
             if not bundles[kind].exists():
                 pack(smollm, bundles[kind], kind)
     return bundles
+
+
+@pytest.fixture(scope="session")
+def short(smollm: Path, shared_folder: Path) -> Path:
+    """The first six of SmolLM2's 30 layers, int4 rows. What it says is nonsense, in a third of the time."""
+    bundle = shared_folder / "short.flash"
+    with _locked(shared_folder):
+        if not bundle.exists():
+            pack(shorten(smollm, shared_folder / "short.gguf", 6), bundle, "int4")
+    return bundle
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Another worker may be packing there."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

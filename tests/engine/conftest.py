@@ -12,7 +12,7 @@ from flashd.engine.decoding.drafting.pace import Pace
 def all_guesses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that are made are checked, but in tests of the pace itself."""
 
-    def count(_pace: Pace, draft: Draft, _least: int, most: int, _steps: int) -> int:
+    def count(_pace: Pace, draft: Draft, _least: int, most: int, _steps: int, _ahead: bool) -> int:
         return min(most, len(draft))
 
     if "as_pay" not in request.node.name:

@@ -60,30 +60,28 @@ def model(path: Path, head_rows: int) -> Iterator[PagedModel]:
 
 
 @pytest.mark.parametrize("sampling", DRAWN)
-@pytest.mark.parametrize("head_rows", [32768, ROWS_OF_A_RUN * 40])
-def test_what_is_said_is_the_same(
-    packed: dict[str, Path], sampling: Sampling, head_rows: int, threads: list[bool]
-) -> None:
-    prompt = tokens_of(packed["int4"], PROMPTS[0])
-    with model(packed["int4"], head_rows) as running:
+@pytest.mark.parametrize("head_rows", [32768, ROWS_OF_A_RUN * 16])
+def test_what_is_said_is_the_same(short: Path, sampling: Sampling, head_rows: int, threads: list[bool]) -> None:
+    prompt = tokens_of(short, PROMPTS[0])
+    with model(short, head_rows) as running:
         without, _ = said(running, prompt, sampling, drafts=False, limit=14)
         assert not threads
         withs, figures = said(running, prompt, sampling, drafts=True, limit=14)
         assert withs == without
         # the first was drafted behind the prompt, others where what was drawn was not likely
         steps, ahead, passes = len(threads), sum(threads), figures.passes
-        assert threads[:2] == [False, False] and ahead >= 2 * (passes - 3)
+        assert threads[:2] == [False, False]
         if head_rows < 32768:
-            assert steps - ahead > passes
+            assert 0 < ahead and 2 < steps - ahead
         else:
-            assert steps - ahead < ahead / 2 and passes < 13
+            assert ahead >= 2 * (passes - 3) and steps - ahead < ahead / 2 and passes < 13
         # the cache has what was said, and no draft
         assert running.cache.length == len(prompt) + 13
 
 
-def test_texts_that_grow_together_are_drafted_ahead_together(packed: dict[str, Path], threads: list[bool]) -> None:
-    prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
-    with model(packed["int4"], 32768) as running:
+def test_texts_that_grow_together_are_drafted_ahead_together(short: Path, threads: list[bool]) -> None:
+    prompts = [tokens_of(short, text) for text in PROMPTS]
+    with model(short, 32768) as running:
         alone = [said(running, p, s, False, 12)[0] for p, s in zip(prompts, DRAWN, strict=False)]
         running.cache.truncate(0)
         talk = Conversation(running)
@@ -101,9 +99,9 @@ class Stop(Exception):
     pass
 
 
-def test_a_pass_that_breaks_off_in_the_head_leaves_the_next_one_right(packed: dict[str, Path]) -> None:
-    prompt = tokens_of(packed["int4"], PROMPTS[1])
-    with model(packed["int4"], 32768) as running:
+def test_a_pass_that_breaks_off_in_the_head_leaves_the_next_one_right(short: Path) -> None:
+    prompt = tokens_of(short, PROMPTS[1])
+    with model(short, 32768) as running:
         expected, _ = said(running, prompt, Sampling(), drafts=False, limit=10)
         running.cache.truncate(0)
         talk = Conversation(running)
@@ -130,7 +128,7 @@ def test_a_pass_that_breaks_off_in_the_head_leaves_the_next_one_right(packed: di
     assert out == expected and broken > 2
 
 
-def test_a_constraint_is_not_asked_what_might_come(packed: dict[str, Path], threads: list[bool]) -> None:
+def test_a_constraint_is_not_asked_what_might_come(short: Path, threads: list[bool]) -> None:
     """It follows what is drawn, and cannot go back."""
 
     class Everything:
@@ -143,8 +141,8 @@ def test_a_constraint_is_not_asked_what_might_come(packed: dict[str, Path], thre
         def advance(self, token: int) -> None:
             self.drawn.append(token)
 
-    constraint, prompt = Everything(), tokens_of(packed["int4"], PROMPTS[0])
-    with model(packed["int4"], 32768) as running:
+    constraint, prompt = Everything(), tokens_of(short, PROMPTS[0])
+    with model(short, 32768) as running:
         tokens = list(
             generate(
                 Conversation(running), prompt, Sampler(Sampling(), constraint), limit=8, eos=(), figures=Figures()

@@ -76,11 +76,11 @@ def begun(talk: Conversation, prompt: list[int], sampling: Sampling, limit: int,
 @pytest.mark.parametrize("joins", [(0, 1), (1, 3)])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_texts_that_grow_together_say_what_each_says_alone(
-    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, drafts: bool, joins: tuple[int, int]
+    short: Path, monkeypatch: pytest.MonkeyPatch, drafts: bool, joins: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
-    prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
-    with opened(packed["int4"], 0.5, 256) as model:
+    prompts = [tokens_of(short, text) for text in PROMPTS]
+    with opened(short, 0.5, 256) as model:
         alone = [said(model, p, s, drafts, 12) for p, s in zip(prompts, DRAWN, strict=True)]
         model.cache.truncate(0)
         talk, out = Conversation(model), [[], [], []]  # type: tuple[Conversation, list[list[int]]]
@@ -114,9 +114,9 @@ def test_texts_that_grow_together_say_what_each_says_alone(
 
 
 def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
-    packed: dict[str, Path],
+    short: Path,
 ) -> None:
-    prompts = [tokens_of(packed["int4"], text) for text in PROMPTS]
+    prompts = [tokens_of(short, text) for text in PROMPTS]
 
     class Stop(Exception):
         pass
@@ -125,7 +125,7 @@ def test_one_that_ends_or_a_pass_that_breaks_off_changes_nothing_for_the_others(
         if done == 3:
             raise Stop
 
-    with opened(packed["int4"], 0.5, 256) as model:
+    with opened(short, 0.5, 256) as model:
         alone = [said(model, p, s, False, 8)[0] for p, s in zip(prompts, DRAWN, strict=True)]
         model.cache.truncate(0)
         talk = Conversation(model)
@@ -467,19 +467,21 @@ def test_as_many_guesses_are_checked_as_pay(each: float, counts: Collection[int]
     """Of a chain whose guesses are right in 4 of 5 cases; a pass takes a second, and so many for each token."""
     draft, pace = Draft([1], [30], 1.0), Pace()
     draft.follow(0, list(range(2, 22)), 0.8)
-    assert pace.count(draft, 1, NODES, 0) == 1 + STEPS  # nothing is known yet
+    assert pace.count(draft, 1, NODES, 0, ahead=False) == 1 + STEPS  # nothing is known yet
     seen = []
     for _ in range(200):
-        tokens = pace.count(draft, 1, NODES, 0)
+        tokens = pace.count(draft, 1, NODES, 0, ahead=False)
         pace.measured_pass(1 + each * tokens, tokens)
         seen.append(tokens)
     assert len([n for n in seen[-100:] if n in counts]) > 90
     # the machine is free again
     for _ in range(200):
-        tokens = pace.count(draft, 1, NODES, 0)
+        tokens = pace.count(draft, 1, NODES, 0, ahead=False)
         pace.measured_pass(1.0, tokens)
     assert tokens in (NODES, NODES // 2)
-    assert pace.count(draft, 3, 3, 0) == 3 and pace.count(Draft([], [], 1.0), 0, NODES, 0) == 0
+    assert (
+        pace.count(draft, 3, 3, 0, ahead=False) == 3 and pace.count(Draft([], [], 1.0), 0, NODES, 0, ahead=False) == 0
+    )
 
 
 def test_as_many_guesses_are_checked_as_pay_by_what_a_prompt_took() -> None:
@@ -489,12 +491,14 @@ def test_as_many_guesses_are_checked_as_pay_by_what_a_prompt_took() -> None:
     for pace in (unknown, dear):
         pace.measured_pass(5.5, 5)
     # a second for each token, beside half of one for the pass
-    assert unknown.count(draft, 1, NODES, 0) == NODES and dear.count(draft, 1, NODES, 0) <= 3
+    assert (
+        unknown.count(draft, 1, NODES, 0, ahead=False) == NODES and dear.count(draft, 1, NODES, 0, ahead=False) <= 3
+    )
     dear.measured_prompt(0.1, 3)  # the last few tokens of a long prompt tell nothing
-    assert dear.count(draft, 1, NODES, 0) <= 3
+    assert dear.count(draft, 1, NODES, 0, ahead=False) <= 3
     for tokens in (2, 9, 4) * 20:
         dear.measured_pass(5.5, tokens)
-    assert dear.count(draft, 1, NODES, 0) == NODES
+    assert dear.count(draft, 1, NODES, 0, ahead=False) == NODES
 
 
 def test_guesses_that_are_worth_no_place_in_a_pass_are_not_made_again_and_again(

@@ -149,7 +149,7 @@ def test_what_was_likely_before_saves_passes_and_changes_no_word(
     packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 2)
-    monkeypatch.setattr(Pace, "count", lambda self, draft, least, most, steps: min(most, len(draft)))
+    monkeypatch.setattr(Pace, "count", lambda self, draft, least, most, steps, ahead: min(most, len(draft)))
     prompt, forward, sizes = tokens_of(packed["int4"], PROMPT), PagedModel.forward, []
 
     def counted(self: PagedModel, tokens: Tokens, *args: object) -> Floats:

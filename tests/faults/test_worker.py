@@ -88,7 +88,7 @@ def desk(
     if with_draft:
         path = Path(shutil.copy(card.path, card.path.with_name("draft.flash")))
     monkeypatch.setattr(Pace, "goes_on", lambda self, draft, steps, nodes, ahead: steps < 3)
-    monkeypatch.setattr(Pace, "count", lambda self, draft, least, most, steps: min(most, len(draft)))
+    monkeypatch.setattr(Pace, "count", lambda self, draft, least, most, steps, ahead: min(most, len(draft)))
 
     def paged(bundle: Bundle, budget: Budget, draft: Bundle | None) -> Pair:
         small = plan_draft(draft, budget.context, 1) if draft else None

@@ -119,7 +119,7 @@ class Pace:
             return self._idle % PROBE == 0
         return pays
 
-    def count(self, draft: Draft, least: int, most: int, steps: int, ahead: bool = False) -> int:
+    def count(self, draft: Draft, least: int, most: int, steps: int, ahead: bool) -> int:
         """How many nodes the next pass checks. `least` are the texts' last tokens; the draft took `steps`."""
         self._counted += 1
         most = min(most, len(draft))

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,9 @@ def model(
     return _integer(1, IR_VERSION) + _bytes(7, graph) + b"".join(_bytes(8, opset) for opset in opsets)
 
 
+MANY = 1 << 12
+"""Numbers and names whose bytes are kept: graphs of many layers are made of the same ones."""
+
 _KINDS = {
     np.dtype(np.float32): "FLOAT", np.dtype(np.float16): "FLOAT16", np.dtype(np.uint8): "UINT8",
     np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32", np.dtype(np.int64): "INT64",
@@ -138,6 +142,7 @@ def _key(number: int, wire: int) -> bytes:
     return _varint(number << 3 | wire)
 
 
+@lru_cache(MANY)
 def _varint(value: int) -> bytes:
     value &= (1 << 64) - 1  # negative numbers take ten bytes, as protobuf has it
     out = bytearray()
@@ -156,6 +161,7 @@ def _bytes(number: int, value: bytes) -> bytes:
     return _key(number, 2) + _varint(len(value)) + value
 
 
+@lru_cache(MANY)
 def _text(number: int, value: str) -> bytes:
     return _bytes(number, value.encode())
 

@@ -72,7 +72,7 @@ def test_what_is_said_is_the_same(short: Path, sampling: Sampling, head_rows: in
         steps, ahead, passes = len(threads), sum(threads), figures.passes
         assert threads[:2] == [False, False]
         if head_rows < 32768:
-            assert 0 < ahead and 2 < steps - ahead
+            assert ahead > 0 and steps - ahead > 2
         else:
             assert ahead >= 2 * (passes - 3) and steps - ahead < ahead / 2 and passes < 13
         # the cache has what was said, and no draft

@@ -53,6 +53,18 @@ def two_passes(running: PagedModel) -> npt.NDArray[np.float32]:
     return np.concatenate([first, running.forward(np.array([5]), np.array([0]))])
 
 
+def test_embeddings_that_are_rows_of_the_head_in_ram_are_not_read(bundle: Path) -> None:
+    with model(bundle, 0.5, None) as whole, model(bundle, 0.5, KEPT) as part:
+        tied = whole._bundle.header.embedding_table == "head"
+        tokens = np.array([KEPT + 3, 2, KEPT - 1, 2, KEPT])
+        x, _ = whole._embed(tokens, np.arange(5))
+        before = part.card.table_bytes
+        assert np.array_equal(part._embed(tokens, np.arange(5))[0], x)
+        each = part._bundle.table_record(part._bundle.header.embedding_table, 2)[1]
+        assert part.card.table_bytes - before == each * (2 if tied else 4)
+        assert whole.card.table_bytes == (0 if tied else 4 * each)
+
+
 @pytest.mark.parametrize("pinned", [0.0, 0.5, 1.0])
 def test_logits_are_those_of_a_head_in_ram(bundle: Path, pinned: float) -> None:
     with model(bundle, pinned, None) as whole, model(bundle, pinned, KEPT) as part:

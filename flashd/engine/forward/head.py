@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flashd.bundle.arrays import Rows
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.head_rows import HeadRows
@@ -32,6 +33,10 @@ class Head:
         self._section = len(bundle.header.ffn_sections)
         self._rows = rows
         self._parts = [part for _, some in bundle.table("head", self._kept, self._part) for part in rows.kept(some)]
+
+    def row(self, token: int) -> Rows | None:
+        """A token's row, arrays [1, m], if it is in RAM and can be got."""
+        return self._rows.row(self._parts, token)
 
     @property
     def streams(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ class HeadRows(Protocol):
     def products(self, h: Floats, parts: Iterable[Any], drafting: bool = False) -> Iterator[Floats]:
         """h [R, H] -> logits [R, n] of each part in turn. `drafting`: they need not be exact."""
 
+    def row(self, parts: Sequence[Any], number: int) -> Rows | None:
+        """Row `number` of the parts, arrays [1, m]; None if it cannot be got."""
+
 
 class ConstantRows:
     """Rows that are the constants of sessions."""
@@ -37,6 +40,9 @@ class ConstantRows:
     def products(self, h: Floats, parts: Iterable[Any], drafting: bool = False) -> Iterator[Floats]:  # noqa: ARG002
         for session in parts:
             yield multiplied(session, self._doubled, x=h)
+
+    def row(self, parts: Sequence[Any], number: int) -> Rows | None:
+        """onnxruntime has them in a form of its own."""
 
 
 class UnpackedRows:
@@ -69,3 +75,10 @@ class UnpackedRows:
         multiply = self._guess if drafting else self._multiply
         entering = multiply.entering(self.form, h)
         return self._in_turn(partial(multiply.rows, part, entering) for part in parts)
+
+    def row(self, parts: Sequence[KeptRows], number: int) -> Rows | None:
+        for part in parts:
+            if number < (count := part.rows.arrays()[0].shape[1]):
+                return part.row(number)
+            number -= count
+        return None

@@ -40,6 +40,11 @@ class KeptRows:
     form: RowFormat
     rows: Rows
 
+    def row(self, number: int) -> Rows:
+        """One of them as the card has it: arrays [1, m]."""
+        arrays: list[Array] = [array[:, number][None] for array in self.rows.arrays()]
+        return type(self.rows)(*arrays)
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:

@@ -80,13 +80,13 @@ class PagedModel:
         self._vectors = stages.named(bundle.floats("vectors"), self._model.model_vectors())
         self._finish = stages.Finish(bundle, constants, self._vectors)
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
-        self._embed = stages.Embedder(bundle, constants, self._ffn.card)
         try:
             self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv, texts=plan.texts)
             self._attend = attention.Attention(bundle, self._attention_weights(constants, plan), plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)
             self._head = self._opened_head(constants, plan)
+            self._embed = stages.Embedder(bundle, constants, self._ffn.card, self._head.row)
         except BaseException:
             self.close()
             raise

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
+from flashd.bundle.arrays import Rows
 from flashd.bundle.reader import Bundle, dequantise
 from flashd.bundle.rows.kinds import Floats
 from flashd.engine.forward.constants import Constants, at_least_two, multiplied
@@ -91,34 +94,50 @@ class Finish:
         return multiplied(self._session, x=x) if self._stage is None else self._stage(self._vectors, x=x)[0]
 
 
+def nowhere(number: int) -> Rows | None:  # noqa: ARG001
+    """No row is in RAM."""
+    return None
+
+
 class TableRows:
-    """Rows of a table that stays on the card, read as they are asked for. The last ones are kept."""
+    """Rows of a table that stays on the card, read as they are asked for. The last ones are kept.
 
-    def __init__(self, bundle: Bundle, table: str, count: Count) -> None:
-        self._form = bundle.header.row_format(table)
+    `in_ram` gives those that are in RAM in any case.
+    """
 
-        def read(number: int) -> bytes:
+    def __init__(
+        self, bundle: Bundle, table: str, count: Count, in_ram: Callable[[int], Rows | None] = nowhere
+    ) -> None:  # fmt: skip
+        form, self._in_ram = bundle.header.row_format(table), in_ram
+
+        def read(number: int) -> Rows:
             record, nbytes = bundle.table_record(table, number)
             count(nbytes)
-            return record
+            return form.views(np.frombuffer(record, np.uint8)[None])
 
-        self._record = lru_cache(KEPT_ROWS)(read)
+        self._form, self._read = form, lru_cache(KEPT_ROWS)(read)
 
     def __call__(self, numbers: Tokens) -> Floats:
         """Rows `numbers` [T] -> [T, K]. Raises DamagedRun, CardError, DataError."""
-        raw = np.frombuffer(b"".join(map(self._record, numbers.tolist())), np.uint8)
-        return dequantise(self._form.views(raw.reshape(-1, self._form.nbytes)), self._form.kind)
+        rows = [self._in_ram(number) or self._read(number) for number in numbers.tolist()]
+        by_name = zip(*(row.arrays() for row in rows), strict=True)
+        arrays: list[npt.NDArray[Any]] = [np.concatenate(parts) for parts in by_name]
+        return dequantise(type(rows[0])(*arrays), self._form.kind)
 
 
 class Embedder:
     """Numbers of tokens -> what goes into the first layer, and what they say to each layer.
 
-    `card` counts what is read of the tables.
+    `card` counts what is read of the tables. `likely` gives rows of the head that are in RAM: if the embeddings are
+    the head's rows, these are not read.
     """
 
-    def __init__(self, bundle: Bundle, constants: Constants, card: CardStats) -> None:
+    def __init__(
+        self, bundle: Bundle, constants: Constants, card: CardStats, likely: Callable[[int], Rows | None] = nowhere
+    ) -> None:  # fmt: skip
         self._model, model, self._card = bundle.header.model, bundle.header.model, card
-        self._rows = TableRows(bundle, bundle.header.embedding_table, self._count)
+        table = bundle.header.embedding_table
+        self._rows = TableRows(bundle, table, self._count, likely if table == "head" else nowhere)
         self._positions = TableRows(bundle, "positions", self._count) if model.positions else None
         self._inputs: TableRows | None = None
         self._doubled = constants.arithmetic == "float32"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def ask(options: Ask, started: float) -> int:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.apart import tokens_apart
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.engine import Prompts
 
     said, pipe = Said(), Pipe()
     messages = [Message("system", options.system)] if options.system else []
@@ -43,12 +44,7 @@ def ask(options: Ask, started: float) -> int:
         messages.append(Message("user", text))
         think = bool(options.think)
         tokens = tokens_apart(bundle.path, lambda: Prompts(bundle).tokens(messages, think=think))
-        snapshots = None if options.no_snapshots else snapshot_folder()
-        with (
-            Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
-            Engine(bundle, budget(options), bar.show_pass, snapshots, draft) as engine,
-        ):  # fmt: skip
-            bar.close()
+        with _loaded(bundle, options) as engine:
             loaded = time.perf_counter() - started
             pipe.answer(said, lambda: _say(engine, tokens, sampling, options, said, pipe.say))
             if options.json:
@@ -68,17 +64,12 @@ def chat(options: Chat) -> int:
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.forgetting import shortened
     from flashd.engine.decoding.text import Message
-    from flashd.engine.engine import Engine, Prompts
+    from flashd.engine.engine import Prompts
 
     with Bundle(bundle_of(options.model)) as bundle:
         sampling = _sampling(options, bundle)
         prompts = Prompts(bundle)
-        snapshots = None if options.no_snapshots else snapshot_folder()
-        with (
-            Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
-            Engine(bundle, budget(options), bar.show_pass, snapshots, draft) as engine,
-        ):  # fmt: skip
-            bar.close()
+        with _loaded(bundle, options) as engine:
             room = engine.plan.context - 1
 
             def answer(turns: Turns, said: Said) -> None:
@@ -91,6 +82,20 @@ def chat(options: Chat) -> int:
                 Talk(here, options, answer).run()
             engine.remember()
     return os.EX_OK
+
+
+@contextmanager
+def _loaded(bundle: Bundle, options: Answering) -> Iterator[Engine]:
+    """An engine of this process's own. A bar shows how far loading has come."""
+    from flashd.engine.engine import Engine
+
+    snapshots = None if options.no_snapshots else snapshot_folder()
+    with (
+        Bar("loading", "layers") as bar, draft_of(options.draft) as draft,
+        Engine(bundle, budget(options), bar.show_pass, snapshots, draft) as engine,
+    ):  # fmt: skip
+        bar.close()
+        yield engine
 
 
 def daemon_answers(options: Answering) -> bool:

@@ -44,7 +44,7 @@ def test_the_baselines_read_what_the_paper_says(
     naive = rows[NAIVE]["figures"]
     # what a budget is larger than the smallest pins a little, and up to six reads ahead are early or late
     assert 0.8 * ffn < naive["card_bytes_per_token"] < ffn + head.length + 2 * BUFFERS * READ_BYTES / TOKENS
-    assert naive["window_hit_rate"] < 0.15 and naive["peak_bytes"] <= int(rows[NAIVE]["memory"])
+    assert naive["window_hit_rate"] < 0.25 and naive["peak_bytes"] <= int(rows[NAIVE]["memory"])
     for name in (HYBRID, DRAFTS):
         assert rows[name]["figures"]["card_bytes_per_token"] == 0 and rows[name]["memory"] == "400M"
     assert picture.read_text().startswith("<?xml")

@@ -116,7 +116,7 @@ def test_a_base_model_completes_what_it_is_given(tmp_path: Path) -> None:
 
 
 def test_the_first_command_packs_the_default_model_and_answers(tmp_path: Path) -> None:
-    question = ["ask", "What is the capital of France?", "--memory", "200M", "--context", "512", "--temperature", "0"]
+    question = ["ask", "Name the capital of France.", "--memory", "200M", "--context", "512", "--temperature", "0"]
     done = run(*question, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert b"Paris" in done.stdout

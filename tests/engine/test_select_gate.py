@@ -125,7 +125,7 @@ def test_where_the_activation_has_zeros_it_is_the_exact_model_at_the_same_rows(
         expected = all_logits(model, TOKENS.tolist(), 48)
     # a column of down is a row here, and part of its group's rows in the exact bundle: each is rounded in its way
     pack(source, tmp_path / "e.flash", kind)
-    with opened(tmp_path / "e.flash", 0.5, 64) as model:
+    with opened(tmp_path / "e.flash", 0.5, 64, "float32") as model:
         apart = relative(all_logits(model, TOKENS.tolist(), 48), expected)
         assert apart < {"int4": 0.3, "int8": 0.02, "f16": 1e-5}[kind]
     for slots, chunk in ((0, 48), (60, 5), (FILLED, 1)):
@@ -389,7 +389,7 @@ def test_the_commands_know_it(sparse: Path, tmp_path: Path, capsys: pytest.Captu
     facts = json.loads(capsys.readouterr().out)
     assert facts["selection"] == "gate" and facts["thresholds"] == [0.0] * LAYERS and "ranks" not in facts
     assert len(facts["chosen"]) == LAYERS and abs(facts["perplexity_loss"]) < 1e-6
-    main(["plan", str(out), "--memory", "600M"])
+    main(["plan", str(out), "--memory", "2G"])
     assert "gates" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ class Front:
         if name != "greet":
             raise KeyError(name)
         return self.jobs.submit(request("Greet.", source="trigger:greet"))
+
+    def calling(self, names: Sequence[str], asked: str = "") -> None:
+        """No tool may be called."""
 
     def status(self) -> Status:
         return Status(

@@ -201,7 +201,7 @@ def test_every_path_computes_the_same(narrow: Path) -> None:
     with opened(narrow, None, arithmetic="float32") as model:
         resident = all_logits(model, tokens, 16)
     for pinned in (0.0, 0.4, 1.0):
-        with opened(narrow, pinned) as model:
+        with opened(narrow, pinned, arithmetic="float32") as model:
             assert relative(resident, all_logits(model, tokens, 16)) <= 1e-4
 
 

@@ -29,7 +29,7 @@ from flashd.engine.planning.draft import Pair
 from tests.daemon.appliance_process import main
 Pair.taken = property(lambda self: self.beside or self.alone)
 Pace.goes_on = lambda self, draft, steps, nodes, ahead: steps < 4
-Pace.count = lambda self, draft, least, most, steps: min(most, len(draft))
+Pace.count = lambda self, draft, least, most, steps, ahead: min(most, len(draft))
 sys.exit(main(Path(sys.argv[1])))
 """
 """The daemon, with a draft however little it is worth: the model is small, and its file may be read fast."""

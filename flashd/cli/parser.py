@@ -248,7 +248,7 @@ def _bench(commands: Commands) -> None:
     a.number(bench, "--tokens", int, "Let each answer have this many tokens.", "2 or more", 16)
     a.number(bench, "--repeat", int, "Measure this often, and show the medians.", "1 or more", 3)
     bench.add_argument(
-        "--memory", metavar="SIZE", nargs="+", default=[],
+        "--memory", metavar="SIZE", nargs="+", action="extend", default=[],
         help="Measure with each of these budgets, such as 400M 1G. Name the largest last (default: what is free).",
     )  # fmt: skip
     a.number(bench, "--threads", int, "Use this many processors.", f"1 to {o.MOST_THREADS}", 2)
@@ -257,7 +257,7 @@ def _bench(commands: Commands) -> None:
         help="Run everything that is measured under this command, such as one that limits its RAM.",
     )  # fmt: skip
     bench.add_argument(
-        "--grid", metavar="CARD=COMMAND", nargs="+", default=[],
+        "--grid", metavar="CARD=COMMAND", nargs="+", action="extend", default=[],
         help="Measure flashd and llama.cpp with every budget on every card. Each command runs what is measured on the"
         " card that it is named for. {memory} in it stands for the budget, so that both have the same limit.",
     )  # fmt: skip

@@ -65,16 +65,16 @@ def test_the_peak_stays_under_the_budget(packed: dict[str, Path], memory: str) -
     assert facts["peak_bytes"] <= facts["memory_bytes"]
 
 
-def test_the_peak_of_a_long_context_stays_under_the_budget(packed: dict[str, Path]) -> None:
+def test_the_peak_of_a_long_context_stays_under_the_budget(short: Path) -> None:
     """Where the KV cache is larger than what loading takes, attention's scores come on top of all that there was."""
     context = ["--context", "3072", "--memory"]
-    plan = json.loads(run("plan", packed["int4"], *context, "2G", "--json").stdout)
+    plan = json.loads(run("plan", short, *context, "2G", "--json").stdout)
     assert plan["parts"]["opening"] == 0
     ask: list[str | Path] = [
         "ask",
         "The sea is wide. " * 590,
         "--model",
-        packed["int4"],
+        short,
         "--max-tokens",
         "2",
         "--json",

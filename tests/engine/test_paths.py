@@ -118,16 +118,25 @@ def test_every_source_type_packs_and_answers_alike(tmp_path: Path, kind: Kind) -
             assert relative(expected, all_logits(model, tokens, 64)) < 0.04
 
 
+@pytest.fixture(scope="module")
+def expected_of_smollm(
+    packed: dict[str, Path], of_smollm: Reference, prose: str, chat: str
+) -> list[tuple[list[int], Floats]]:  # fmt: skip
+    """128 tokens of each text, and their logits."""
+    found = []
+    for text in (prose, chat):
+        tokens = tokens_of(packed["int4"], text)[:128]
+        of_smollm.forget()
+        found.append((tokens, of_smollm.logits(tokens)))
+    return found
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("int4", 0.03), ("int8", 0.01)])
 def test_smollm_is_close_to_the_reference_on_every_path(
-    packed: dict[str, Path], of_smollm: Reference, prose: str, chat: str, kind: RowKind, limit: float
+    packed: dict[str, Path], expected_of_smollm: list[tuple[list[int], Floats]], kind: RowKind, limit: float
 ) -> None:
-    texts = [tokens_of(packed[kind], text)[:128] for text in (prose, chat)]
+    texts, expected = zip(*expected_of_smollm, strict=True)
     assert [len(tokens) for tokens in texts] == [128, 128]
-    expected = []
-    for tokens in texts:
-        of_smollm.forget()
-        expected.append(of_smollm.logits(tokens))
     resident: dict[Arithmetic, list[Floats]] = {}
     for arithmetic in ARITHMETICS:
         with opened(packed[kind], None, arithmetic=arithmetic) as model:

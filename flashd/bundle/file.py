@@ -141,9 +141,9 @@ class CardFile:
                 raise OSError(errno.EIO, "nothing came")
             except OSError as error:
                 if error.errno == errno.EINVAL and self._asked_direct and not buffered:
-                    self._read_buffered()
                     buffered = True
-                    continue
+                    if self._read_buffered():
+                        continue
                 until = time.monotonic() + self._patience.seconds if until is None else until
                 failed = f"{self.path}: reading at byte {at}: {error.strerror}"
                 if not self._open_again():
@@ -189,13 +189,20 @@ class CardFile:
             os.close(fd)
         return True
 
-    def _read_buffered(self) -> None:
-        """Goes over to reads through the page cache: the file system cannot read directly after all."""
+    def _read_buffered(self) -> bool:
+        """Goes over to reads through the page cache: the file system cannot read directly after all.
+
+        Returns whether the file is still there.
+        """
         with self._lock:
             if not self._direct:
-                return
+                return True
         self._say_buffered()
-        self._replace(self._fd, False)
+        try:
+            self._replace(self._fd, False)
+        except OSError:
+            return False
+        return True
 
     def _replace(self, fd: int, direct: bool) -> None:
         """Reads the file behind `fd` from now on. The descriptor's number stays: another thread may be using it."""

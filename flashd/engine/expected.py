@@ -99,7 +99,7 @@ class _Unpacked:
     """Multiplies groups as the card has them, in as many threads as a pass does."""
 
     def __init__(self, bundle: Bundle, plan: Plan, groups: Sequence[Groups], forms: Sequence[GroupFormat]) -> None:
-        self._header, self._threads = bundle.header, at_work(plan.threads)
+        self._header, self._arithmetic, self._threads = bundle.header, plan.arithmetic, at_work(plan.threads)
         self._shelf, self._multiply = Shelf(), Multiplier(bundle.header, plan.arithmetic)
         self._groups, self._forms = groups, forms
 
@@ -110,7 +110,7 @@ class _Unpacked:
 
     def multiplied(self, arithmetic: Arithmetic) -> Callable[[int], None]:
         """So many tokens with groups that are in RAM."""
-        multiply = Multiplier(self._header, arithmetic)
+        multiply = self._multiply if arithmetic == self._arithmetic else Multiplier(self._header, arithmetic)
 
         def run(tokens: int) -> None:
             entering = self._entering(multiply, tokens)

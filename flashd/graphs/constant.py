@@ -11,7 +11,7 @@ whatever is in RAM and however many tokens share a pass:
 
 - a group's share in an FFN is a product of its own, and shares are added in the groups' order;
 - a single row is doubled, because products of one row add up in another order than those of several;
-- attention gets one row more than there are tokens, for the same reason.
+- attention over branches adds up in float64, see graphs.tree_attention.
 
 The centres of a row's blocks are digits behind its weights. So what goes into a product is followed by the means of
 its blocks, twice, if any centre is not zero.

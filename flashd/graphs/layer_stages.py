@@ -283,11 +283,11 @@ class LayerStages:
         sinks = self._vector("sinks.weight", m.heads) if m.sinks else ""
         heads = Heads(m.heads, m.kv_heads_of(kind), m.head_dim_of(kind), m.attention_scale, m.attention_cap, sinks)
         query, keys, values = parts
-        first = self._first(query)
         if kind.borrows:
-            every_key, every_value = (self._until(each, self._end()) for each in past)
+            end = self._end()
+            every_key, every_value = (self._until(each, end) for each in past)
             return attend(g, heads, query, every_key, every_value, bias), "", ""
-        key = by_head(g, keys, heads)
+        first, key = self._first(query), by_head(g, keys, heads)
         every_key = g.node("Concat", self._until(past[0], first), key, axis=2)
         if values == keys:  # one row stands for both
             return attend(g, heads, query, every_key, every_key, bias), key, key

@@ -81,7 +81,8 @@ class Guessed:
     draft: Draft
     looked_up: list[list[int]]  # of each text: what followed the same words earlier in it
     steps: int  # of drafting that it took
-    ahead: bool = False  # it was made during a pass
+    ahead: bool  # it was made during a pass
+    waited: float = 0.0  # seconds that this pass waited for it
 
 
 class Line:

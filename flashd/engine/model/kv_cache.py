@@ -95,7 +95,7 @@ class KvCache:
         self._model, self._lend = model, lend
         self.length = 0
         self.token_bytes = cache_bytes(model, 1, kv)
-        # behind the last token goes what attention writes for the rows that nothing looks at, see graphs.constant
+        # of a single row, which is doubled, attention may read one row behind the last token, see Places
         shapes = [
             (model.kv_heads_of(kind), context + SPARE, model.head_dim_of(kind), kind.kept)
             for kind in model.keeping.values()

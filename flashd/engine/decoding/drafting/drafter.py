@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,6 @@ class Drafter:
         self._model, self._small = model, small
         self._pace, self._followers = Pace(model.nodes), Followers()
         self._ahead: Guessed | None = None  # guesses for the next pass that were made during the last one
-        self._waited = 0.0  # seconds that the last pass waited for them
 
     @property
     def _guesses_pay(self) -> bool:
@@ -57,8 +57,8 @@ class Drafter:
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass over so many tokens took so long."""
-        self._pace.measured_pass(seconds - self._waited, tokens)
-        self._waited = 0.0
+        waited = self._ahead.waited if self._ahead else 0.0
+        self._pace.measured_pass(seconds - waited, tokens)
 
     def read(self, tokens: int, seconds: float) -> None:
         """A pass over so many tokens, most of them of prompts, took so long."""
@@ -128,9 +128,9 @@ class Drafter:
         started = time.perf_counter()
         with Background(lambda: (self._guesses(known, most, ahead=True), time.perf_counter())) as drafting:
             yield
-        self._ahead, ended = drafting.result
-        self._waited = drafting.waited
-        if self._ahead.steps:
+        guessed, ended = drafting.result
+        self._ahead = replace(guessed, waited=drafting.waited)
+        if guessed.steps:
             self._pace.measured_ahead(ended - started, drafting.waited)
 
     def _draft_by(

@@ -10,7 +10,7 @@ import msgspec
 
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import Count, LayerProduct, LeadingFfn, Positive
-from flashd.bundle.prefix import ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
+from flashd.bundle.prefix import ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import GroupFormat, NeuronFormat, RowFormat
 from flashd.bundle.rows.kinds import NARROW, RowKind
 from flashd.bundle.rows.of_matrices import LEADING, STATES_AND_TOKENS, Formats
@@ -214,7 +214,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def run_rows(self, table: str) -> int:
         """Rows of a run of one of `row_tables`. A row of token inputs is as long as those of all layers together."""
-        return WIDE_ROWS_OF_A_RUN if table == "token_inputs" else ROWS_OF_A_RUN
+        return 1 if table == "token_inputs" else ROWS_OF_A_RUN
 
     @property
     def paged_sections(self) -> list[str]:

@@ -29,9 +29,6 @@ PLAIN_RUN = 1 << 20
 ROWS_OF_A_RUN = 16
 """Rows that share a checksum, in tables of which single rows are read."""
 
-WIDE_ROWS_OF_A_RUN = 2
-"""Those of a table whose rows have numbers for each layer. Such a row alone may be as long as 10 KiB."""
-
 MAX_HEADER = 4 << 20
 """The most bytes of a header."""
 

@@ -20,7 +20,7 @@ from flashd.bundle.header import (
     neuron_format,
     pair_format,
 )
-from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN, WIDE_ROWS_OF_A_RUN
+from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
@@ -214,7 +214,7 @@ class _Writer:
         if self._model.positions:
             self._table("positions", weights.positions(), "f16")
         if inputs := weights.token_inputs():
-            self._table("token_inputs", inputs, formats.token_inputs, rows=WIDE_ROWS_OF_A_RUN)
+            self._table("token_inputs", inputs, formats.token_inputs, rows=1)
         for part, matrices in beside_layers(weights, self._model).items():
             kind = formats.of(part, formats.attention)
             add(part, chain.from_iterable(self._encode.rows(matrix, kind) for matrix in matrices))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashd.bundle.errors import DamagedHeader, DamagedRun
-from flashd.bundle.prefix import WIDE_ROWS_OF_A_RUN, digest
+from flashd.bundle.prefix import digest
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows import codec
 from flashd.engine.decoding.drafting.pace import Pace
@@ -38,7 +38,7 @@ def gemma(packed_golden: Callable[[str], Path]) -> Path:
 def test_a_row_is_read_once_and_counted(gemma: Path) -> None:
     with Bundle(gemma) as bundle:
         wide, row = bundle.section("token_inputs"), bundle.section("head")
-        assert wide.run == WIDE_ROWS_OF_A_RUN * bundle.header.row_format("token_inputs").nbytes
+        assert wide.run == bundle.header.row_format("token_inputs").nbytes
         assert bundle.header.row_format("token_inputs").width == 32 * LAYERS
     # if the model pages, the head's rows are in RAM, and its rows are the embeddings
     for pinned, each in ((0.5, wide.run), (None, wide.run + row.run)):
@@ -54,7 +54,7 @@ def test_a_damaged_row_is_found_before_it_is_used(gemma: Path, tmp_path: Path) -
     copy.write_bytes(gemma.read_bytes())
     with Bundle(copy) as bundle:
         section = bundle.section("token_inputs")
-    poke(copy, section.offset + 4 * section.run, b"\xaa\x55\xaa\x55")
+    poke(copy, section.offset + 8 * section.run, b"\xaa\x55\xaa\x55")
     with opened(copy, 0.5, CONTEXT) as model:
         model.forward(np.array([7]), np.array([0]))
         with pytest.raises(DamagedRun, match="'token_inputs' is damaged"):

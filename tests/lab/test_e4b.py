@@ -44,6 +44,7 @@ def test_the_folder_and_the_file_are_of_one_shape(folder: Path, tmp_path: Path) 
 def test_tokens_differ_and_each_reads_a_run(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "m.flash", "int4")
     with Bundle(tmp_path / "m.flash") as bundle:
+        assert (bundle.header.formats.head, bundle.header.formats.token_inputs) == ("int8", "int4")
         run = bundle.section("token_inputs").run  # the embeddings are rows of the head in RAM
     token, said = 7, []
     with opened(tmp_path / "m.flash", 0.5, 128) as model:

@@ -30,7 +30,7 @@ from flashd.graphs.layer_stages import LayerStages
 from flashd.graphs.layers import Layers
 from flashd.graphs.nodes import Graph, Vector
 from flashd.graphs.onnx_bytes import MICROSOFT, T
-from flashd.graphs.products import above, activated, gated, share
+from flashd.graphs.products import above, activated, block_means, gated, share
 from flashd.graphs.rounding import KvFormat
 
 Arithmetic = Literal["int8", "float32"]
@@ -98,7 +98,7 @@ class Products:
         """
         if x not in self._with_sums:
             g, blocks = self._g, k // BLOCK
-            means = g.node("AveragePool", x, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
+            means = block_means(g, x, blocks, 1)  # [1, T, K / 32]
             whole = means
             if blocks % BLOCK:
                 whole = g.node("Pad", means, g.shape(0, 0, 0, 0, 0, -blocks % BLOCK))

@@ -23,7 +23,7 @@ from flashd.graphs.constant import Arithmetic
 from flashd.graphs.layers import Layers
 from flashd.graphs.nodes import Graph
 from flashd.graphs.onnx_bytes import MICROSOFT, T
-from flashd.graphs.products import above, activated, gated, share
+from flashd.graphs.products import above, activated, block_means, gated, share
 from flashd.graphs.rounding import SMALLEST, KvFormat
 
 ZEROS = {"int4": 8, "int8": 128, "mxfp4": 128, "ternary": 2}
@@ -268,8 +268,7 @@ def _with_means(g: Graph, x: str, form: RowFormat) -> str:
     """x [T, K] and behind it, twice, the means of its blocks, filled up to whole blocks: [T, K + digits]."""
     if not form.digits:
         return x
-    rows = g.node("Unsqueeze", x, g.shape(0))  # [1, T, K]
-    means = g.node("AveragePool", rows, kernel_shape=[BLOCK], strides=[BLOCK])  # [1, T, K / 32]
+    means = block_means(g, x, form.blocks)  # [T, K / 32]
     if missing := form.digits // 2 - form.blocks:
-        means = g.node("Pad", means, g.shape(0, 0, 0, 0, 0, missing))
-    return g.node("Squeeze", g.node("Concat", rows, means, means, axis=2), g.shape(0))
+        means = g.node("Pad", means, g.shape(0, 0, 0, missing))
+    return g.node("Concat", x, means, means, axis=1)

@@ -52,7 +52,7 @@ def replace_rate(rates: Rates, **changed: float) -> Rates:
 
 
 def test_the_slower_of_card_and_processor_counts(paged: Plan) -> None:
-    guessed = 8 * 4 / 16
+    guessed = 5 * 4 / 16
     tokens = 1 + guessed * 15 / 16  # after four steps
     assert expected(paged, FAST, 60e6) == pytest.approx(tokens, 1e-3)
     assert expected(paged, FAST, None) == expected(paged, FAST, CARD)

@@ -22,10 +22,10 @@ from flashd.system.remembered import Remembered
 CARD = 45e6
 """Bytes a second of a card that was not measured: a good SD card in a Raspberry Pi 4."""
 
-OWN, MOST_OWN, OWN_STEPS = 8.0, 5.0, 4
-"""Guesses that the pinned groups make: OWN times their share in RAM are right, at most so many, after so many steps.
-Each step makes half of what is still missing. Qwen2.5-Coder-1.5B has 2.7 tokens a pass with 21 % in RAM, 3.7 with
-37 %, and on a fast card, where two steps pay, 2.1 to 2.6 with 27 %."""
+OWN, MOST_OWN, OWN_STEPS = 5.0, 5.0, 4
+"""Guesses that the groups in RAM make: OWN times their share are right, at most so many, after so many steps. Each
+step makes half of what is still missing. Qwen2.5-Coder-1.5B has 2.3 to 2.9 tokens a pass with 33 % in RAM, and on a
+fast card, where one or two steps pay, 1.7 to 2.4."""
 
 RIGHT = 0.8
 """How often a small model's guess is right if those before it were. Qwen2.5-Coder-0.5B's first guess at what the 1.5B

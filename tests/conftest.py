@@ -10,16 +10,24 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+# numpy reads it when it is loaded. The matrices here are small, and other workers need the processors
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 
 from flashd.bundle.rows.kinds import RowKind
 from flashd.pack import default_model
 from flashd.pack.pack import pack
+from flashd.system.onnx_session import start_pool
 from tests import tiny
 from tests.board.shorten import shorten
 from tests.update.board import Board
 
 DATA = Path(__file__).parent / "data"
+
+del os.environ["OPENBLAS_NUM_THREADS"]  # programs that tests start are as they are elsewhere
+# The first call counts. These threads sleep while they wait, as where a model pages; else they spin, as the packer's
+start_pool(len(os.sched_getaffinity(0)), shared=False)
 
 
 SLOW = (

@@ -22,13 +22,23 @@ from flashd.daemon.worker import Worker
 from flashd.engine.decoding.schemas import held_by_answer
 from flashd.engine.decoding.text import Message
 from flashd.engine.engine import Budget, Engine, Prompts
+from flashd.engine.planning import plan as planning
 from flashd.engine.planning.plan import smallest
 from flashd.errors import CardError
 from flashd.system.memory import MIB, resident_now
 from tests.daemon.fake_worker import request
 from tests.waiting import wait
 
+MIDDLE = 7
+"""Steps of a worker that begins with one to three jobs, up to the middle of its first pass through six layers."""
+
 YES_OR_NO = {"enum": ["yes", "no"]}
+
+
+@pytest.fixture(autouse=True)
+def pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers take less memory whole than in pages, and here they have to page."""
+    monkeypatch.setattr(planning, "_can_be_whole", lambda header: False)
 
 
 class Steps(Notifier):
@@ -50,19 +60,19 @@ class Steps(Notifier):
 
 @pytest.mark.parametrize("how", ["cancel", "barge in", "stop"])
 def test_a_job_is_let_go_within_one_layer(
-    how: str, packed: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    how: str, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     spool, steps = Spool(tmp_path / "spool.db", keep=10), Steps()
     jobs = Jobs(spool, most_waiting=4)
-    with Bundle(packed["int4"]) as bundle:
+    with Bundle(short) as bundle:
         prompts = Prompts(bundle)
-        least = smallest(bundle.header, 256, resident_now()) + 8 * MIB
+        least = smallest(bundle.header, 256, resident_now()) + 2 * MIB
         with Engine(bundle, Budget(least, 256, 2)) as engine:
             assert not engine.plan.resident
             worker = Worker(jobs, engine, prompts, None, Answering(max_tokens=2), steps)
             job = jobs.submit(request("Hello?"))
-            steps.at = 20  # in the middle of the prompt's pass
+            steps.at = MIDDLE  # of the prompt's pass
             worker.start()
             assert steps.reached.wait(60)
             before = steps.count
@@ -110,7 +120,7 @@ class Office:
 
     def hold(self) -> None:
         """The worker stands still in the middle of its next pass."""
-        self.steps.at = self.steps.count + 20
+        self.steps.at = self.steps.count + MIDDLE
         self.worker.start()
         assert self.steps.reached.wait(60)
 
@@ -125,8 +135,9 @@ def office(bundle_path: Path, tmp_path: Path, context: int = 256, tokens: int = 
     jobs = Jobs(spool, most_waiting=10)
     with Bundle(bundle_path) as bundle:
         prompts = Prompts(bundle)
-        least = smallest(bundle.header, context, resident_now()) + 8 * MIB
+        least = smallest(bundle.header, context, resident_now()) + 2 * MIB
         with Engine(bundle, Budget(least, context, 2)) as engine:
+            assert not engine.plan.resident
             worker = Worker(jobs, engine, prompts, None, Answering(max_tokens=tokens, temperature=0), steps)
             try:
                 yield Office(jobs, worker, engine, steps)
@@ -140,16 +151,16 @@ def office(bundle_path: Path, tmp_path: Path, context: int = 256, tokens: int = 
 QUESTIONS = ("Hello?", "What is rain?", "Name a colour.")
 
 
-def test_who_brings_no_system_message_has_the_configuration_s(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_who_brings_no_system_message_has_the_configuration_s(short: Path, tmp_path: Path) -> None:
     own = (Turn("system", "You are a pirate of the seven seas."), Turn("user", "Hello?"))
-    with office(packed["int4"], tmp_path) as o:
+    with office(short, tmp_path) as o:
         o.worker.answering = Answering(max_tokens=1, system="You are a poet.")
         jobs = [o.jobs.submit(r) for r in (request("Hello?"), Request(turns=own, source="test"))]
         o.steps.go_on.set()
         o.worker.start()
         o.end(*jobs)
         used = [job.result.figures["prompt_tokens"] + job.result.figures["reused_tokens"] for job in jobs]
-    with Bundle(packed["int4"]) as bundle:
+    with Bundle(short) as bundle:
         prompts = Prompts(bundle)
         poet = prompts.tokens([Message("system", "You are a poet."), Message("user", "Hello?")])
         pirate = prompts.tokens([Message(turn.role, turn.content) for turn in own])
@@ -186,7 +197,7 @@ def test_what_comes_meanwhile_is_answered_together(packed: dict[str, Path], tmp_
 
 
 def test_a_talk_of_any_length_is_shortened_in_few_tries(
-    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each try renders and cuts up all of it; meanwhile nobody else is answered."""
     tries: list[int] = []
@@ -198,7 +209,7 @@ def test_a_talk_of_any_length_is_shortened_in_few_tries(
 
     monkeypatch.setattr(Prompts, "tokens", counted)
     talk = [Turn("system", "Be brief."), *(Turn(("user", "assistant")[i % 2], f"{i} " * 200) for i in range(900))]
-    with office(packed["int4"], tmp_path) as o:
+    with office(short, tmp_path) as o:
         o.steps.go_on.set()
         o.worker.start()
         ask = Request(turns=(*talk, Turn("user", "Hello?")), source="test", forget=True)
@@ -208,16 +219,16 @@ def test_a_talk_of_any_length_is_shortened_in_few_tries(
         assert job.result.forgotten == 902 - tries[-1]  # which a console tells the person
         tries.clear()
         said = (Turn("user", "Hello?"), Turn("assistant", "Hi."), Turn("user", "Who are you?"))
-        short = Request(turns=(talk[0], *said), source="test", forget=True)
-        assert o.end(o.jobs.submit(short)) == [State.DONE] and tries == [4]  # one that fits is cut up once
+        fits = Request(turns=(talk[0], *said), source="test", forget=True)
+        assert o.end(o.jobs.submit(fits)) == [State.DONE] and tries == [4]  # one that fits is cut up once
         long = o.jobs.submit(Request(turns=(Turn("user", "word " * 40_000),), source="test"))
         assert o.end(long) == [State.FAILED] and long.result.refused
         assert "more than 255 tokens and the context room for 255" in long.result.finish
 
 
-def test_what_is_drawn_is_drawn_again_after_an_interruption(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_drawn_is_drawn_again_after_an_interruption(short: Path, tmp_path: Path) -> None:
     """Who was told a part of it is told the rest of the same."""
-    with office(packed["int4"], tmp_path, tokens=16) as o:
+    with office(short, tmp_path, tokens=16) as o:
         o.worker.answering = Answering(max_tokens=16, temperature=1.5)
         job, watch = o.jobs.ask(request("Tell me something."))
         o.worker.start()
@@ -234,12 +245,12 @@ def test_what_is_drawn_is_drawn_again_after_an_interruption(packed: dict[str, Pa
 
 
 def test_grammars_beyond_what_is_planned_are_followed_one_after_another(
-    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("llguidance")
     monkeypatch.setattr(worker_module, "HELD_BY_ANSWERS", held_by_answer(YES_OR_NO) + 1)
     monkeypatch.setattr(worker_module, "held_by_schemas", lambda _: 0)  # this plan leaves no room for them
-    with office(packed["int4"], tmp_path) as here:
+    with office(short, tmp_path) as here:
         first, second = (here.jobs.submit(request("Is it?", json_schema=YES_OR_NO)) for _ in range(2))
         plain = here.jobs.submit(request("Hello?"))
         most: list[int] = []
@@ -253,8 +264,8 @@ def test_grammars_beyond_what_is_planned_are_followed_one_after_another(
     assert max(most) == 1
 
 
-def test_one_of_several_is_cancelled_and_the_others_go_on(packed: dict[str, Path], tmp_path: Path) -> None:
-    with office(packed["int4"], tmp_path) as o:
+def test_one_of_several_is_cancelled_and_the_others_go_on(short: Path, tmp_path: Path) -> None:
+    with office(short, tmp_path) as o:
         jobs = [o.jobs.submit(request(q)) for q in QUESTIONS]
         o.hold()
         assert {j.id for j in o.jobs.running} == {j.id for j in jobs}
@@ -268,8 +279,8 @@ def test_one_of_several_is_cancelled_and_the_others_go_on(packed: dict[str, Path
         assert jobs[1].result.text == ""
 
 
-def test_one_that_barges_in_has_the_engine_for_itself(packed: dict[str, Path], tmp_path: Path) -> None:
-    with office(packed["int4"], tmp_path) as o:
+def test_one_that_barges_in_has_the_engine_for_itself(short: Path, tmp_path: Path) -> None:
+    with office(short, tmp_path) as o:
         jobs = [o.jobs.submit(request(q)) for q in QUESTIONS[:2]]
         o.hold()
         urgent = o.jobs.submit(request("Now!", priority=9, barge_in=True))
@@ -284,8 +295,8 @@ def test_one_that_barges_in_has_the_engine_for_itself(packed: dict[str, Path], t
 
 
 @pytest.mark.parametrize("how", ["stop", "card"])
-def test_what_ends_a_pass_ends_it_for_all(packed: dict[str, Path], tmp_path: Path, how: str) -> None:
-    with office(packed["int4"], tmp_path) as o:
+def test_what_ends_a_pass_ends_it_for_all(short: Path, tmp_path: Path, how: str) -> None:
+    with office(short, tmp_path) as o:
         jobs = [o.jobs.submit(request(q)) for q in QUESTIONS]
         o.hold()
         if how == "card":
@@ -305,8 +316,8 @@ def broken(tokens: int, of_texts: Mapping[int, int] | None = None) -> None:
     raise CardError("the card is gone")
 
 
-def test_one_for_which_there_is_no_room_waits(packed: dict[str, Path], tmp_path: Path) -> None:
-    with office(packed["int4"], tmp_path, context=64, tokens=20) as o:
+def test_one_for_which_there_is_no_room_waits(short: Path, tmp_path: Path) -> None:
+    with office(short, tmp_path, context=64, tokens=20) as o:
         jobs = [o.jobs.submit(request("Hello?")), o.jobs.submit(request("Go on. " * 5))]
         decision = o.jobs.submit(request("Rain?", choose=("yes", "no")))
         o.hold()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -29,9 +30,14 @@ def try_chat_template(vocabulary: Vocabulary, path: Path) -> None:
     tokenizer = Tokenizer.from_buffer(vocabulary.tokenizer_json)
     first = (vocabulary.bos, next(iter(vocabulary.eos), None))
     bos, eos = ((tokenizer.id_to_token(token) or "") if token is not None else "" for token in first)
+    unk = getattr(tokenizer.model, "unk_token", None) or ""
     template = chat_template(vocabulary.chat_template)
-    for talk, turns in TALKS.items():
+    values = {talk: chat_values(turns, bos, eos, unk) for talk, turns in TALKS.items()}
+    with suppress(TemplateFails):
+        template.render_each(list(values.values()))
+        return
+    for talk, each in values.items():  # one of them fails
         try:
-            template.render(chat_values(turns, bos, eos, getattr(tokenizer.model, "unk_token", None) or ""))
+            template.render(each)
         except TemplateFails as error:
             log.warning("%s: the chat template fails for %s: %s", path, talk, error)

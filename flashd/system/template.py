@@ -8,7 +8,7 @@ process that the kernel limits. This takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +59,21 @@ class Template:
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The text that it makes of `values`. Raises TemplateFails."""
+        return self.render_each([values])[0]
 
-        def text() -> str:
-            made = self._environment().from_string(self.source).render(values)
-            if len(made) > self.longest:
-                raise TemplateFails(f"it makes {len(made)} characters; at most {self.longest} are allowed")
-            return made
+    def render_each(self, every: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The texts that it makes of some values, all in one child. Raises TemplateFails if one of them fails."""
 
-        return _within_limits(text)
+        def texts() -> list[str]:
+            template = self._environment().from_string(self.source)
+            return [self._checked(template.render(values)) for values in every]
+
+        return _within_limits(texts)
+
+    def _checked(self, made: str) -> str:
+        if len(made) > self.longest:
+            raise TemplateFails(f"it makes {len(made)} characters; at most {self.longest} are allowed")
+        return made
 
     def _environment(self) -> ImmutableSandboxedEnvironment:
         environment = ImmutableSandboxedEnvironment(**self.options)

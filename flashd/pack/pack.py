@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -46,8 +45,6 @@ BENT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 READING = Limits(seconds=120, memory=2 << 30)
 """For a model's numbers and its tokenizer: the largest vocabularies take a quarter of it."""
-
-Read = TypeVar("Read")
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
@@ -91,29 +88,31 @@ def pack(
     if rows is None and allowed is not None:
         rows = "int4"
     try:
-        _within_limits(lambda: _look(source_path, rows, pre, context), source_path, READING)
+        vocabulary = _within_limits(lambda: _vocabulary(source_path, rows, pre, context), source_path)
         original = Original.open(source_path, rows, pre, context)
         _check(original, allowed)
-        return _write(original, out, on_progress, allowed)
+        return _write(original, vocabulary, out, on_progress, allowed)
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
 
-def _look(source_path: Path, rows: RowKind | None, pre: str | None, context: int | None = None) -> None:
-    """Opens a model and lets go of it again, for what its numbers may ask for. In a child: it logs nothing."""
+def _vocabulary(source_path: Path, rows: RowKind | None, pre: str | None, context: int | None) -> Vocabulary:
+    """Opens a model, for what its numbers may ask for, and reads its tokenizer. For a child."""
     logging.disable()  # whoever opens it then logs the same
     try:
-        Original.open(source_path, rows, pre, context)
+        original = Original.open(source_path, rows, pre, context)
+        logging.disable(logging.NOTSET)
+        return original.source.vocabulary()
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
 
-def _within_limits(action: Callable[[], Read], path: Path, limits: Limits) -> Read:
+def _within_limits(action: Callable[[], Vocabulary], path: Path) -> Vocabulary:
     """What `action` reads of a stranger's file, which is data: it may not take what the machine has."""
     try:
-        return in_child(action, limits)
+        return in_child(action, READING)
     except ChildDied as error:
-        raise DataError(f"{path}: what it says of itself takes more than {limits} to read; get it again") from error
+        raise DataError(f"{path}: what it says of itself takes more than {READING} to read; get it again") from error
 
 
 def _bent(path: Path, error: Exception) -> str:
@@ -157,8 +156,9 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
     return None
 
 
-def _write(original: Original, out: Path, on_progress: Progress, allowed: Allowed | None) -> Header:
-    vocabulary = _within_limits(original.source.vocabulary, original.path, READING)
+def _write(
+    original: Original, vocabulary: Vocabulary, out: Path, on_progress: Progress, allowed: Allowed | None
+) -> Header:
     try_chat_template(vocabulary, original.path)
     with BundleWriter(out) as bundle:  # opened first: an error of the disk comes before the long search
         choice = _choose(original, vocabulary.tokenizer_json, allowed)

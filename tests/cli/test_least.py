@@ -20,8 +20,10 @@ from tests import tiny
 from tests.daemon.test_check_config import serves
 from tests.goldens.models import GOLDENS
 
-FAMILIES = ("llama3", "qwen2-yarn", "gemma3", "opt", "mixtral")
-KINDS: tuple[RowKind, ...] = ("int8", "f16")
+MODELS: tuple[tuple[str, RowKind], ...] = (
+    ("llama3", "int8"), ("llama3", "f16"), ("qwen2-yarn", "int8"), ("gemma3", "f16"), ("gemma3", "int8"),
+    ("opt", "int8"), ("mixtral", "f16"), ("mixtral", "int8"),
+)  # fmt: skip
 """A model of int8 rows may stay whole, one of f16 rows pages."""
 
 
@@ -78,8 +80,7 @@ def check_the_service(bundle: Path, folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), MODELS)
 def test_the_least_memory_of_a_tiny_model(family: str, kind: RowKind, tmp_path: Path) -> None:
     pack(GOLDENS[family].write(tmp_path / "m.gguf"), tmp_path / "m.flash", kind)
     _, from_there = check_what_is_named(tmp_path / "m.flash", tmp_path)

@@ -21,7 +21,7 @@ from flashd.daemon import spool
 from flashd.daemon.job import HEAD
 from tests.daemon.running import PATIENCE, Running
 
-JOBS = 120
+JOBS = 90
 MOST_WAITING = 24
 UNFINISHED = ("queued", "running")
 DAY = """

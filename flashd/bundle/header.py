@@ -212,10 +212,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         tables = ["head", "embedding", "positions", "token_inputs"]
         return [name for name in tables if name == "head" or self.section_named(name)]
 
-    def run_rows(self, table: str) -> int:
-        """Rows of a run of one of `row_tables`. A row of token inputs is as long as those of all layers together."""
-        return 1 if table == "token_inputs" else ROWS_OF_A_RUN
-
     @property
     def paged_sections(self) -> list[str]:
         """The sections that a pass may read, in the order in which it needs them."""
@@ -312,13 +308,21 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def own_runs(self) -> dict[str, int]:
         """Bytes of a run of each section whose runs are not PLAIN_RUN bytes."""
-        rows = {name: self.run_rows(name) * self.row_format(name).nbytes for name in self.row_tables}
+        rows = {name: run_rows(name) * self.row_format(name).nbytes for name in self.row_tables}
         units = {part.name: self.unit_bytes if self.selection else part.form.nbytes for part in self.ffn_sections}
         return rows | units | {name: form.nbytes for name, form in self.leading_groups.items()}
 
     def section_named(self, name: str) -> Section | None:
         """The section of that name; None if there is none."""
         return next((s for s in self.sections if s.name == name), None)
+
+
+def run_rows(table: str) -> int:
+    """Rows of a run of a table of which single rows are read.
+
+    A row of token inputs is as long as those of all layers together, so it is a run of its own.
+    """
+    return 1 if table == "token_inputs" else ROWS_OF_A_RUN
 
 
 def layer_ffn_sections(layer: int, form: GroupFormat, ends: Sequence[int]) -> list[FfnSection]:

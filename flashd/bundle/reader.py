@@ -13,7 +13,7 @@ import numpy.typing as npt
 from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.errors import BadSection, DamagedRun
 from flashd.bundle.file import CardFile, Patience
-from flashd.bundle.header import Section
+from flashd.bundle.header import Section, run_rows
 from flashd.bundle.prefix import PREFIX, ROWS_OF_A_RUN, digest
 from flashd.bundle.rows import codec
 from flashd.bundle.rows.bits import unpack
@@ -172,7 +172,7 @@ class Bundle:
         if not 0 <= number < section.length // form.nbytes:
             rows = section.length // form.nbytes
             raise DataError(f"{self.path}: {name!r} has no row {number}, only {rows} rows")
-        run, row = divmod(number, self.header.run_rows(name))
+        run, row = divmod(number, run_rows(name))
         data = self._checked(section, run, min(section.run, section.length - run * section.run))
         return data[row * form.nbytes : (row + 1) * form.nbytes], len(data)
 

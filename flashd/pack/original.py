@@ -97,7 +97,8 @@ def _formats(weights: Weights, model: Architecture, rows: RowKind | None) -> For
     Ternary layers stay ternary, and experts MXFP4, unless f16 is asked for: they lose nothing by it. If int4 is asked
     for, a head or embedding whose source has 8 bits has int8. Measured: a 4-bit head costs SmolLM2 (source Q8_0) a
     mean KL of 0.056 and Qwen2.5-Coder-1.5B (source Q6_K) 0.008. int4 rows may cost 0.03 in all.
-    Token inputs are int4 then: they are the largest table of such a model, and less than 8 bits in most files of it.
+    Token inputs are int4 then: they are the largest table of such a model, and most files of it give them less than
+    8 bits.
     """
 
     def of_table(matrix: Matrix) -> RowKind:

@@ -18,8 +18,9 @@ from flashd.bundle.header import (
     layer_ffn_sections,
     neuron_format,
     pair_format,
+    run_rows,
 )
-from flashd.bundle.prefix import MAGIC, ROWS_OF_A_RUN
+from flashd.bundle.prefix import MAGIC
 from flashd.bundle.rows.formats import RowFormat
 from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
@@ -88,7 +89,7 @@ def pack(
     if rows is None and allowed is not None:
         rows = "int4"
     try:
-        vocabulary = _within_limits(lambda: _vocabulary(source_path, rows, pre, context), source_path)
+        vocabulary = _vocabulary(source_path, rows, pre, context)
         original = Original.open(source_path, rows, pre, context)
         _check(original, allowed)
         return _write(original, vocabulary, out, on_progress, allowed)
@@ -97,22 +98,26 @@ def pack(
 
 
 def _vocabulary(source_path: Path, rows: RowKind | None, pre: str | None, context: int | None) -> Vocabulary:
-    """Opens a model, for what its numbers may ask for, and reads its tokenizer. For a child."""
-    logging.disable()  # whoever opens it then logs the same
-    try:
-        original = Original.open(source_path, rows, pre, context)
-        logging.disable(logging.NOTSET)
-        return original.source.vocabulary()
-    except BENT as error:
-        raise DataError(_bent(source_path, error)) from error
+    """A model's tokenizer. The model is opened too, for what its numbers may ask for.
 
+    It is a stranger's file: it may not take what the machine has, so a child process reads it.
+    """
 
-def _within_limits(action: Callable[[], Vocabulary], path: Path) -> Vocabulary:
-    """What `action` reads of a stranger's file, which is data: it may not take what the machine has."""
+    def read() -> Vocabulary:
+        logging.disable()  # whoever opens it then logs the same
+        try:
+            original = Original.open(source_path, rows, pre, context)
+            logging.disable(logging.NOTSET)
+            return original.source.vocabulary()
+        except BENT as error:
+            raise DataError(_bent(source_path, error)) from error
+
     try:
-        return in_child(action, READING)
+        return in_child(read, READING)
     except ChildDied as error:
-        raise DataError(f"{path}: what it says of itself takes more than {READING} to read; get it again") from error
+        raise DataError(
+            f"{source_path}: what it says of itself takes more than {READING} to read; get it again"
+        ) from error
 
 
 def _bent(path: Path, error: Exception) -> str:
@@ -214,7 +219,7 @@ class _Writer:
         if self._model.positions:
             self._table("positions", weights.positions(), "f16")
         if inputs := weights.token_inputs():
-            self._table("token_inputs", inputs, formats.token_inputs, rows=1)
+            self._table("token_inputs", inputs, formats.token_inputs)
         for part, matrices in beside_layers(weights, self._model).items():
             kind = formats.of(part, formats.attention)
             add(part, chain.from_iterable(self._encode.rows(matrix, kind) for matrix in matrices))
@@ -271,11 +276,9 @@ class _Writer:
         """The bytes of one number a neuron [F], in the order of the card. Neurons that fill the last block have 0."""
         return np.pad(values[order], (0, self._model.neurons - len(order))).tobytes()
 
-    def _table(
-        self, name: str, matrix: Matrix, kind: RowKind, centred: bool = True, rows: int = ROWS_OF_A_RUN
-    ) -> None:
-        """Writes a matrix of which the engine reads single rows, or the first rows. `rows`: of a run."""
-        run = rows * RowFormat(kind, matrix.width).nbytes
+    def _table(self, name: str, matrix: Matrix, kind: RowKind, centred: bool = True) -> None:
+        """Writes a matrix of which the engine reads single rows, or the first rows."""
+        run = run_rows(name) * RowFormat(kind, matrix.width).nbytes
         self._bundle.add(name, self._encode.rows(matrix, kind, centred), run)
 
     def _attention(self, i: int) -> None:

@@ -24,6 +24,7 @@ from flashd.cli.printing import cost_in_words
 from flashd.engine import engine as engines
 from flashd.engine.cost import cost
 from flashd.engine.decoding.sampling import Sampling
+from flashd.engine.forward import attention
 from flashd.engine.forward.attention import Attention
 from flashd.engine.forward.ffn import experts
 from flashd.engine.paging import card
@@ -166,6 +167,19 @@ def test_experts_that_all_fit_are_constants_of_sessions(bundle: Path, arithmetic
     with opened(bundle, None, 64, arithmetic) as constant, opened(bundle, 1.0, 64, arithmetic) as unpacked:
         assert relative(all_logits(constant, tokens, 7), all_logits(unpacked, tokens, 7)) < 1e-5
         assert np.array_equal(all_logits(constant, tokens, 7), all_logits(constant, tokens, 1))
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "granitehybrid", "llama3"])
+def test_a_text_grows_on_where_free_memory_is_given_back(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(GOLDENS[name].write(tmp_path / "m.gguf"), tmp_path / "m.flash", "int4")
+    found = []
+    for gaps in (attention.GAPS, 0):  # as after some thousand tokens: in each pass
+        monkeypatch.setattr(attention, "GAPS", gaps)
+        with opened(tmp_path / "m.flash", 0.5, 64) as model:
+            found.append(all_logits(model, TOKENS.tolist(), 7))
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_right_guess_is_not_read_again(bundle: Path, asked: list[Numbers], monkeypatch: pytest.MonkeyPatch) -> None:

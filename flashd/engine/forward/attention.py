@@ -198,9 +198,10 @@ class Attention:
     def _options(self, layer: int, places: Places) -> ort.RunOptions | None:
         """None, or, when passes may have left gaps of GAPS bytes, what has onnxruntime give free memory back.
 
-        Each pass has longer rows of scores than the one before, which do not fit where those were.
+        Each pass has longer rows of scores than the one before, which do not fit where those were. Sessions that have
+        memory of their own cannot give it back so: onnxruntime would refuse the pass.
         """
-        if layer == 0:
+        if layer == 0 and self._weights.in_arena:
             self._gaps += SCORE_BYTES * self._model.heads * places.bias.size
             if self._gaps > GAPS:
                 self._gaps = 0

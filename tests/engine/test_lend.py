@@ -1,4 +1,4 @@
-"""What of the KV cache a short text does not need holds groups, and goes back in time."""
+"""What a short text does not need of the KV cache and of the workspace holds groups, and goes back in time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from flashd.engine.forward.ffn.streamed import StreamedFfn
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.forward.unpacked import in_turn
 from flashd.engine.model.kv_cache import SPARE, KvCache
+from flashd.engine.model.sizes import TREE_NODES
+from flashd.engine.planning.plan import make_plan
 from flashd.system import freed_memory
 from flashd.system.freed_memory import PAGE, give_back, use_small_pages
-from flashd.system.memory import resident_now
+from flashd.system.memory import MIB, resident_now
 from tests.engine.test_paths import plan
 
 CONTEXT = 512
@@ -27,12 +29,14 @@ PINNED = 2
 
 
 @contextmanager
-def lending(path: Path, lent: int) -> Iterator[PagedModel]:
+def lending(path: Path, lent: int, of_prompts: int = 0) -> Iterator[PagedModel]:
     """A model of which two groups of every layer are pinned, and up to `lent` more."""
     with Bundle(path) as bundle:
         layers = bundle.header.model.layers
         pinned, lent = (PINNED,) * layers, layers * lent
-        made = dataclasses.replace(plan(bundle, 0.0, CONTEXT), pinned=pinned, lent_groups=lent, buffers=1)
+        made = dataclasses.replace(
+            plan(bundle, 0.0, CONTEXT), pinned=pinned, lent_groups=lent, buffers=1, of_prompts=of_prompts
+        )
         model = PagedModel(bundle, made)
         try:
             yield model
@@ -71,6 +75,38 @@ def test_groups_stay_while_the_text_is_short_and_go_when_it_grows(tiny_bundle: P
         model.cache.reserve(CONTEXT)
         assert pinned_groups(model) == {PINNED}
         assert groups_of_a_pass(model) == groups - PINNED
+
+
+def test_groups_go_while_a_prompt_is_read(tiny_bundle: Path) -> None:
+    with lending(tiny_bundle, 1, of_prompts=1 << 20) as model:
+        model.cache.reserve(CONTEXT)  # so that the cache lends nothing
+        for tokens, here in ((TREE_NODES, PINNED + 1), (TREE_NODES + 1, PINNED), (1, PINNED + 1)):
+            model.cache.truncate(0)
+            model.forward(np.arange(tokens), np.array([0]))
+            assert pinned_groups(model) == {here}
+
+
+def test_a_short_text_lends_what_its_attention_does_not_need(tiny_bundle: Path) -> None:
+    lent: list[int] = []
+    with Bundle(tiny_bundle) as bundle:
+        cache = KvCache(bundle.header.model, CONTEXT, lent.append, beside=1000)
+        plain = KvCache(bundle.header.model, CONTEXT, lent.append)
+    for held in (100, CONTEXT, CONTEXT + SPARE):
+        lent.clear()
+        cache.reserve(held)
+        plain.reserve(held)
+        assert lent[0] - lent[1] == 1000 * max(0, CONTEXT - held)
+
+
+def test_a_plan_has_what_a_pass_of_a_prompt_needs_that_others_do_not(packed: dict[str, Path]) -> None:
+    with Bundle(packed["int4"]) as bundle:
+        made = make_plan(bundle.header, memory=200 * MIB, context=CONTEXT, threads=2, base=60 * MIB)
+    without = dataclasses.replace(made, of_prompts=0, of_unused=0)
+    assert made.of_prompts > 4 * MIB and made.of_unused > 0
+    # they hold groups beside what the KV cache lends, and the workspace of a plan has both
+    assert made.parts["workspace"] > made.of_prompts + CONTEXT * made.of_unused
+    least = made.of_prompts // max(made.group_bytes)
+    assert sum(made.pinned_beside(made.of_prompts)) - sum(without.pinned) in (least, least + 1)
 
 
 def test_logits_do_not_depend_on_what_is_lent(tiny_bundle: Path) -> None:

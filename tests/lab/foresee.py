@@ -121,6 +121,7 @@ class Forecast:
     in_ram: float  # share of the neurons
     bytes_read: float
     reads: float
+    first_reads: float = 0  # of the pass behind a prompt, in which groups come to stay
 
     def seconds(self, bandwidth: float, reads_per_second: float) -> float:
         """Of the card alone, where a pass costs its bytes or its reads, whichever takes longer."""
@@ -133,7 +134,7 @@ def foresee(
     """The plan for `memory` bytes, and what a pass of one token reads.
 
     Args:
-        text: tokens that the KV cache then holds; what they leave of it is lent to the FFN.
+        text: tokens that the KV cache then holds; the FFN borrows the rest of it, and what only prompts need.
         routing: of a mixture, the experts [T, L, K] that each token uses in each layer, by their place on the card.
 
     Raises MemoryTooSmall; ValueError for a model that selects neurons.
@@ -150,9 +151,11 @@ def foresee(
         mixture = _mixture(header, plan, routing)
         passing = [_cost(header, e) for e in stream_past(header, m.layer_groups, plan.head_rows)]
         return Forecast(plan, plan.pinned_share, mixture[0] + sum(passing), mixture[1] + len(passing))
-    pinned = plan.pinned_beside(lendable_bytes(m, context + SPARE - text))
+    lent = lendable_bytes(m, context + SPARE - text) + plan.of_prompts + (context - text) * plan.of_unused
+    here, pinned = plan.pinned_beside(lent - plan.of_prompts), plan.pinned_beside(lent)
     passing = [_cost(header, e) for e in stream_past(header, pinned, plan.head_rows)]
-    return Forecast(plan, sum(pinned) / sum(m.layer_groups), sum(passing), len(passing))
+    first = stream_past(header, here, plan.head_rows, pinned)
+    return Forecast(plan, sum(pinned) / sum(m.layer_groups), sum(passing), len(passing), len(first))
 
 
 def _mixture(header: Header, plan: Plan, routing: Numbers) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
         assert {s.name: (s.length, s.run) for s in foreseen}.items() <= theirs.items()
 
 
-@pytest.mark.parametrize("memory", ["195M", "200M"])
+@pytest.mark.parametrize("memory", ["186M", "191M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool, monkeypatch: pytest.MonkeyPatch
@@ -88,19 +88,22 @@ def test_card_bytes_a_token_are_those_that_the_engine_counts(
 
 def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dict[str, Path], tmp_path: Path) -> None:
     ask = [
-        sys.executable, "-m", "flashd", "ask", "Name some seas.", "--model", str(packed["int4"]), "--memory", "208M",
+        sys.executable, "-m", "flashd", "ask", "Name some seas.", "--model", str(packed["int4"]), "--memory", "200M",
         "--context", str(CONTEXT), "--max-tokens", str(TOKENS_OUT), "--ignore-eos", "--no-drafts", "--json",
         "--threads", "2",
     ]  # fmt: skip
     done = subprocess.run(ask, capture_output=True, check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     facts = json.loads(done.stdout)
-    # libraries take some MiB more on one machine than on another: 208M is above the least budget on each
+    # libraries take some MiB more on one machine than on another: 200M is above the least budget on each
     text, base = facts["prompt_tokens"] + TOKENS_OUT // 2, facts["libraries_bytes"]
     with Bundle(packed["int4"]) as bundle:
         base += section_bytes(bundle.header, "token_bytes")  # which a config.json does not tell
-    found = foresee(header_of(config), parse_size("208M"), CONTEXT, text, base)
+    found = foresee(header_of(config), parse_size("200M"), CONTEXT, text, base)
     assert facts["card_bytes_per_token"] == pytest.approx(found.bytes_read, rel=0.05)
-    assert facts["card_reads_per_token"] == pytest.approx(found.reads, rel=0.05)
+    passes = TOKENS_OUT - 1
+    assert facts["prompt_tokens"] > TREE_NODES  # else groups came to stay while it was read
+    reads = (found.first_reads + (passes - 1) * found.reads) / passes
+    assert facts["card_reads_per_token"] == pytest.approx(reads, rel=0.05)
 
 
 def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

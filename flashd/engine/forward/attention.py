@@ -17,6 +17,7 @@ from flashd.engine.forward.attention_weights import AttentionWeights
 from flashd.engine.forward.constants import at_least_two
 from flashd.engine.model.branches import Branches
 from flashd.engine.model.kv_cache import SPARE, KvCache
+from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.model.states import PassStates
 from flashd.graphs.layer_stages import NEVER
 
@@ -155,7 +156,7 @@ class Attention:
     def __init__(self, bundle: Bundle, weights: AttentionWeights, context: int) -> None:
         self._model, self._weights = bundle.header.model, weights
         self._rotary = Rotary(bundle, context + SPARE)
-        self._gaps = 0
+        self._gaps, self._most = 0, 0  # bytes of scores, and tokens of a pass, since free memory was given back
 
     def load(self, layer: int) -> None:
         """Takes in the next layer's weights. Raises DamagedRun, CardError."""
@@ -196,17 +197,21 @@ class Attention:
         return x[: places.tokens], h[: places.tokens]
 
     def _options(self, layer: int, places: Places) -> ort.RunOptions | None:
-        """None, or, when passes may have left gaps of GAPS bytes, what has onnxruntime give free memory back.
+        """None, or what has onnxruntime give free memory back.
 
-        Each pass has longer rows of scores than the one before, which do not fit where those were. Sessions that have
-        memory of their own cannot give it back so: onnxruntime would refuse the pass.
+        That is done behind a pass over a prompt, whose memory is then lent, see StreamedFfn.enter. It is also done
+        when passes may have left gaps of GAPS bytes: each has longer rows of scores than the one before, which do not
+        fit where those were. Sessions that have memory of their own cannot give it back so: onnxruntime would refuse
+        the pass.
         """
-        if layer == 0 and self._weights.in_arena:
-            self._gaps += SCORE_BYTES * self._model.heads * places.bias.size
-            if self._gaps > GAPS:
-                self._gaps = 0
-                return SHRINKING
-        return None
+        self._most = max(self._most, places.tokens)
+        if layer > 0 or not self._weights.in_arena:
+            return None
+        self._gaps += SCORE_BYTES * self._model.heads * places.bias.size
+        if self._gaps <= GAPS and (self._most <= TREE_NODES or places.tokens > TREE_NODES):
+            return None
+        self._gaps, self._most = 0, places.tokens
+        return SHRINKING
 
 
 def bind_positions(binding: Any, names: Iterable[str], past: int, tokens: int, rows: int) -> None:

@@ -81,7 +81,8 @@ class PagedModel:
         self._finish = stages.Finish(bundle, constants, self._vectors)
         self._ffn = feed_forward or _feed_forward(bundle, constants, plan)
         try:
-            self.cache = KvCache(self._model, plan.context, self._ffn.lend, plan.kv, texts=plan.texts)
+            lend = self._ffn.lend
+            self.cache = KvCache(self._model, plan.context, lend, plan.kv, texts=plan.texts, beside=plan.of_unused)
             self._attend = attention.Attention(bundle, self._attention_weights(constants, plan), plan.context)
             for i in range(self._model.layers):
                 self._load_layer(i, on_step)

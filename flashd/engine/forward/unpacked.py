@@ -79,8 +79,9 @@ class Multiplier:
     ) -> Floats:  # fmt: skip
         """What the session for few tokens, or that for many, gives of all T, TOKENS_UNPACKED at a time."""
         parts, count = [], len(next(iter(entering.values())))
-        for at in range(0, count, TOKENS_UNPACKED):
-            part = min(TOKENS_UNPACKED, count - at)
+        together = FEW_UNPACKED if count <= 2 * FEW_UNPACKED else TOKENS_UNPACKED
+        for at in range(0, count, together):
+            part = min(together, count - at)
             given = {name: x[at : at + part] for name, x in entering.items()}
             if exact:
                 given = {name: at_least_two(x) for name, x in given.items()}

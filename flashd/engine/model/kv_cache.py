@@ -85,14 +85,15 @@ class KvCache:
         kv: how rows are kept.
         together: of rows that are not float32, for how many layers they are widened at a time.
         texts: how many may grow together.
+        beside: bytes that passes do not need for a token that is not there. They are lent with its keys and values.
     """
 
     def __init__(
         self, model: Architecture, context: int, lend: Lend = keep, kv: KvFormat = "float32", together: int = 1,
-        texts: int = 1,
+        texts: int = 1, beside: int = 0,
     ) -> None:  # fmt: skip
         self.context, self.kv = context, kv
-        self._model, self._lend = model, lend
+        self._model, self._lend, self._beside = model, lend, beside
         self.length = 0
         self.token_bytes = cache_bytes(model, 1, kv)
         # of a single row, which is doubled, attention may read one row behind the last token, see Places
@@ -179,7 +180,8 @@ class KvCache:
         self._lend_rest()
 
     def _lend_rest(self) -> None:
-        unused = lendable_bytes(self._model, self.context + SPARE - self._held, self.kv)
+        tokens = max(0, self.context - self._held)
+        unused = lendable_bytes(self._model, self.context + SPARE - self._held, self.kv) + tokens * self._beside
         self._lend(unused + lendable_states(self._model, len(self._of_texts) - self._texts))
 
     def reserve(self, length: int) -> None:

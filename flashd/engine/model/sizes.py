@@ -26,9 +26,9 @@ TOKENS_ATTENDING = 64
 KEPT_ROWS = 256
 """Embedding rows that are kept for tokens that come one at a time. A text repeats most of its tokens."""
 
-TOKENS_UNPACKED, FEW_UNPACKED = 64, 8
+TOKENS_UNPACKED, FEW_UNPACKED = 64, 4
 """Tokens that go together through a product with rows that were just unpacked: it leaves sums of each block behind
-each token. Up to so few of them another graph is faster."""
+each token. For so few of them, and for twice as many in two parts, another graph is faster."""
 
 AT_WORK = 4
 """Threads that multiply what is unpacked, at the most, and experts that have come and wait to be multiplied."""

@@ -236,12 +236,11 @@ def scores(m: Architecture, tokens: int, context: int) -> int:
     return 4 * (tokens + 2) * (context + 2) * (m.heads + 2 + windows)
 
 
-def attended(m: Architecture, context: int) -> int:
+def attended(m: Architecture, tokens: int, context: int) -> int:
     """What attention of tokens in branches takes, see graphs.tree_attention.
 
     Scores and values are there in float32 and in float64 while one is made of the other.
     """
-    tokens = min(TOKENS_ATTENDING, context) + 2
     values = max((m.kv_width(kind) for kind in m.attention), default=0)
     return scores(m, tokens, context) + 8 * (tokens + 2) * (context + 2) * m.heads + 12 * (context + 2) * values
 
@@ -268,36 +267,50 @@ def workspace(header: Header, context: int, groups: int, head: int, whole: bool 
     activations = tokens * _of_token(m, groups) + 4 * KEPT_ROWS * m.hidden
     logits = _some(m, 4 * WHOLE_LOGIT_ROWS * m.vocabulary) if whole else _some(m, _logits(m, head))
     logits += 4 * (WHOLE_LOGIT_ROWS if whole else TREE_NODES + 1) * head_part(header)
-    more = 0 if whole else _waiting(header, context)
-    shares = _shares(header, context, m.experts.used + 1) if m.experts else 0
-    attention = scores(m, tokens, context) if whole else attended(m, context)
+    more = 0 if whole else _waiting(header, pass_tokens(header), context)
+    shares = _shares(header, min(pass_tokens(header), context), m.experts.used + 1) if m.experts else 0
+    attending = min(TOKENS_ATTENDING, context) + 2
+    attention = scores(m, tokens, context) if whole else attended(m, attending, context)
     return activations + more + attention + logits + shares + (SLACK if whole else PAGED_SLACK)
 
 
-def unpacked_workspace(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> int:
-    """The same of a model that pages, whose rows are in RAM as the card has them.
+def unpacked_workspace(
+    header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int, most: int = PREFILL_TOKENS
+) -> int:
+    """The same of a model that pages, whose rows are in RAM as the card has them. A pass has up to `most` tokens.
 
     What attention holds while it runs is free when an FFN does, and the FFN's when the head does.
     """
-    m, tokens = header.model, min(TOKENS_ATTENDING, context) + 2
+    m, tokens = header.model, min(TOKENS_ATTENDING, most, context) + 2
     kept = unpacked.scratch(header, arithmetic, threads) + unpacked.attention_scratch(header, arithmetic)
-    attention = tokens * _of_token(m, 1) + attended(m, context) + unpacked.attention_temporary(header, arithmetic)
+    attention = tokens * _of_token(m, 1) + attended(m, tokens, context)
+    attention += unpacked.attention_temporary(header, arithmetic, tokens - 2)
     logits = _some(m, _logits(m, head)) + 4 * (TREE_NODES + 1) * head_part(header)
-    arrays = max(logits, _shares(header, context, at_work(threads) + 2))
-    largest = max(attention, unpacked.temporary(header, arithmetic, threads))
-    return kept + largest + arrays + _waiting(header, context) + 4 * KEPT_ROWS * m.hidden + PAGED_SLACK
+    arrays = max(logits, _shares(header, min(most, context), at_work(threads) + 2))
+    largest = max(attention, unpacked.temporary(header, arithmetic, threads, most))
+    return kept + largest + arrays + _waiting(header, most, context) + 4 * KEPT_ROWS * m.hidden + PAGED_SLACK
 
 
-def _waiting(header: Header, context: int) -> int:
+def idle(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> tuple[int, int]:
+    """(bytes of this that only passes over more than TREE_NODES tokens need, those that read prompts; bytes that the
+    others do not need for each token by which a text is shorter than the context)."""
+    every, few, short = (
+        unpacked_workspace(header, length, head, arithmetic, threads, most)
+        for length, most in ((context, PREFILL_TOKENS), (context, TREE_NODES), (TREE_NODES, TREE_NODES))
+    )
+    return every - few, max(0, few - short) // context
+
+
+def _waiting(header: Header, most: int, context: int) -> int:
     """What a pass has of the tokens that are not in a product at the moment, and what they may look at."""
-    m, more = header.model, max(pass_tokens(header) - TOKENS_AT_ONCE, 0)
+    m, more = header.model, max(most - TOKENS_AT_ONCE, 0)
     return 4 * more * (2 * m.hidden + m.stream_width + m.carried_width + m.ffn_input_width + 2 * context)
 
 
-def _shares(header: Header, context: int, count: int) -> int:
+def _shares(header: Header, tokens: int, count: int) -> int:
     """So many shares in an FFN of a pass's tokens, and what goes into groups while it is rounded."""
-    m, tokens = header.model, min(pass_tokens(header), context) + 2
-    return 4 * tokens * (m.share_width * count + 4 * (m.hidden + header.group.row.digits))
+    m = header.model
+    return 4 * (tokens + 2) * (m.share_width * count + 4 * (m.hidden + header.group.row.digits))
 
 
 def _some(m: Architecture, logits: int) -> int:

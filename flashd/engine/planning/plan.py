@@ -59,7 +59,7 @@ class Plan:
     pinned: tuple[int, ...]  # of each layer with groups, its first ones that stay in RAM; of a mixture, whole experts
     groups: tuple[int, ...]  # of each of these, in all
     group_bytes: tuple[int, ...]  # that a group of each of these takes in RAM
-    lent_groups: int  # of all layers, that RAM of the KV cache has room for while a text is short
+    lent_groups: int  # of all layers, that RAM has room for while a text is short and no prompt is read
     head_rows: int  # of the head, the first so many
     buffers: int
     parts: dict[str, int]
@@ -75,9 +75,11 @@ class Plan:
     arithmetic: Arithmetic = "float32"  # of a model that pages, see held.of_sessions
     constant_experts: bool = False  # whether experts are constants of sessions: there is room for all of them
     texts: int = 1  # answers that may share a pass, each with states of its own if layers have some
+    of_prompts: int = 0  # bytes of the workspace that only passes over prompts need
+    of_unused: int = 0  # and those that no other pass needs for a token by which a text is shorter than the context
 
     def pinned_beside(self, lent: int) -> tuple[int, ...]:
-        """Groups of each layer that there is room for with `lent` bytes of the KV cache."""
+        """Groups of each layer that there is room for with `lent` bytes of other parts."""
         here = sum(self.pinned)
         more = min(_groups_in(lent, self.groups, self.group_bytes, here), self.lent_groups)
         return spread(here + more, self.groups)
@@ -95,7 +97,7 @@ class Plan:
 
     @property
     def lent_held(self) -> int:
-        """Bytes in RAM of the groups that RAM of the KV cache has room for."""
+        """Bytes in RAM of the groups that are there while a text is short and no prompt is read."""
         more = spread(sum(self.pinned) + self.lent_groups, self.groups)
         return sum(
             size * (groups - here) for size, groups, here in zip(self.group_bytes, more, self.pinned, strict=True)
@@ -221,12 +223,16 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
             head -= -(-over // run) * ROWS_OF_A_RUN  # each row in RAM has logits behind every node
         head = max(head, likely(header))
     held = parts_of(pinned, head)
+    of_prompts, of_unused = (
+        (0, 0) if m.experts else parts.idle(header, plan.context, head, plan.arithmetic, plan.threads)
+    )
     lendable = lendable_bytes(m, plan.context, plan.kv) + lendable_states(m, texts - 1)
+    lendable += of_prompts + plan.context * of_unused
     lent = 0 if m.experts else _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
     passing = _passing_bytes(header, each)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts, group_bytes=sizes,
-        constant_experts=constant,
+        constant_experts=constant, of_prompts=of_prompts, of_unused=of_unused,
         buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),

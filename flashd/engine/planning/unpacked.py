@@ -13,7 +13,6 @@ from flashd.bundle.rows.kinds import BLOCK
 from flashd.engine.model.sizes import (
     FEW_UNPACKED,
     HEAD_ROWS_UNPACKED,
-    TOKENS_ATTENDING,
     TOKENS_UNPACKED,
     at_work,
 )
@@ -77,9 +76,10 @@ def head_rows_of_a_read(header: Header) -> tuple[int, int]:
     return head_parts(units_of_a_read(ROWS_OF_A_RUN * header.row_format("head").nbytes) * ROWS_OF_A_RUN)
 
 
-def temporary(header: Header, arithmetic: Arithmetic, threads: int) -> int:
-    """Bytes that their products take while they run."""
-    each = (_temporary(row, rows, TOKENS_UNPACKED, arithmetic) for row, rows in _products(header))
+def temporary(header: Header, arithmetic: Arithmetic, threads: int, tokens: int = TOKENS_UNPACKED) -> int:
+    """Bytes that their products take while they run, of a pass over so many tokens."""
+    together = min(tokens, TOKENS_UNPACKED)
+    each = (_temporary(row, rows, together, arithmetic) for row, rows in _products(header))
     return at_work(threads) * max(each)
 
 
@@ -97,9 +97,9 @@ def attention_scratch(header: Header, arithmetic: Arithmetic) -> int:
     return sum(_unpacked(row, rows, arithmetic) for _, row, rows in places)
 
 
-def attention_temporary(header: Header, arithmetic: Arithmetic) -> int:
-    """Bytes that its products take while they run."""
-    return max(_temporary(row, rows, TOKENS_ATTENDING, arithmetic) for _, row, rows in _attention(header))
+def attention_temporary(header: Header, arithmetic: Arithmetic, tokens: int) -> int:
+    """Bytes that its products take while they run, of so many tokens that attend together."""
+    return max(_temporary(row, rows, tokens, arithmetic) for _, row, rows in _attention(header))
 
 
 def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:

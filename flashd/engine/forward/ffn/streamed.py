@@ -19,7 +19,7 @@ from flashd.engine.forward.head_rows import UnpackedRows
 from flashd.engine.forward.kept import Kept, ScratchOfThread, Shelf
 from flashd.engine.forward.unpacked import Multiplier, in_turn
 from flashd.engine.model.contract import CardStats, OnStep
-from flashd.engine.model.sizes import at_work
+from flashd.engine.model.sizes import TREE_NODES, at_work
 from flashd.engine.paging.card import CardStream, Extent, extents
 from flashd.engine.planning.plan import Plan
 from flashd.engine.planning.unpacked import GUESSED, passing_bytes
@@ -49,9 +49,9 @@ def stream_past(
 class StreamedFfn:
     """Every neuron takes part: the hottest groups are pinned, the others stream past once for a pass.
 
-    While memory is lent, the first of those that stream past stay until it is wanted back. Behind the layers the
-    head's unlikely rows stream past too, see forward.head. The shares of groups are added in the groups' order, so
-    that the sum is the same whatever is in RAM.
+    While memory is lent, by the KV cache or because no prompt is read, the first of those that stream past stay until
+    it is wanted back. Behind the layers the head's unlikely rows stream past too, see forward.head. The shares of
+    groups are added in the groups' order, so that the sum is the same whatever is in RAM.
     """
 
     def __init__(self, bundle: Bundle, plan: Plan) -> None:
@@ -72,6 +72,7 @@ class StreamedFfn:
         self._most = at_work(plan.threads)
         self._workers = ThreadPoolExecutor(self._most, thread_name_prefix="groups")
         self._pinned: list[list[Kept]] = []  # of each layer, its first groups, in order
+        self._lent, self._of_prompts = 0, 0  # bytes by the KV cache, and by prompts that are not read
         self._goal = plan.pinned
         self._scheduled = plan.pinned, plan.pinned
         schedule = stream_past(header, plan.pinned, plan.head_rows)
@@ -110,7 +111,11 @@ class StreamedFfn:
             self.stream.read_ahead()
 
     def enter(self, layer: int, x: Floats) -> None:
-        """Every group is needed, whatever comes."""
+        """Every group is needed, whatever comes. But a prompt needs RAM, in which groups stay else."""
+        of_prompts = 0 if len(x) > TREE_NODES else self._plan.of_prompts
+        if layer == 0 and of_prompts != self._of_prompts:
+            self._of_prompts = of_prompts
+            self._make_room()
 
     def __call__(self, layer: int, h: Floats, on_step: OnStep) -> Floats:
         if layer == 0:
@@ -145,8 +150,12 @@ class StreamedFfn:
                 on_step(layer, self._model.layers, self.card.bytes_read)
 
     def lend(self, nbytes: int) -> None:
-        """Fewer groups are let go at once; more stay when they next stream past."""
-        self._goal = self._plan.pinned_beside(nbytes)
+        self._lent = nbytes
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """If there is room for fewer groups, some are let go at once; more stay when they next stream past."""
+        self._goal = self._plan.pinned_beside(self._lent + self._of_prompts)
         for pinned, goal in zip(self._pinned, self._goal, strict=False):
             del pinned[goal:]
         self._shelf.empty()  # else it would be kept for other groups, and not for the KV cache

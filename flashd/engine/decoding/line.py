@@ -15,6 +15,7 @@ from flashd.engine.decoding.drafting.drafts import Draft, Trees
 from flashd.engine.decoding.sampling import Sampler
 from flashd.engine.model.branches import CacheSlots
 from flashd.engine.model.contract import CardStats, Tokens
+from flashd.engine.model.distinct import distinct
 from flashd.engine.model.kv_cache import KvCache
 from flashd.engine.model.sizes import LOGIT_ROWS
 
@@ -247,7 +248,7 @@ def longest_shared(lines: Sequence[Line], tokens: Sequence[int], cache: KvCache)
 
 def settle(lines: Sequence[Line], cache: KvCache) -> None:
     """Removes from the cache the tokens that are in no text."""
-    kept = np.unique(np.concatenate([line.slots for line in lines]))
+    kept = distinct(np.concatenate([line.slots for line in lines]))
     cache.keep(kept, {line.number: len(line.slots) for line in lines})
     for number, line in enumerate(lines):
         line.slots, line.number = np.searchsorted(kept, line.slots), number

@@ -14,6 +14,7 @@ from msgspec.structs import asdict
 
 from flashd.bundle.header import Drawing
 from flashd.bundle.rows.kinds import Floats
+from flashd.engine.model.distinct import distinct
 from flashd.errors import UsageError
 
 PENALTY_TOKENS = 64
@@ -197,7 +198,7 @@ class Sampler:
         if self._s.repeat_penalty == 1 or not recent:
             return logits
         out = logits.copy()
-        seen = np.unique(np.array(recent[-PENALTY_TOKENS:], np.int64))
+        seen = distinct(np.array(recent[-PENALTY_TOKENS:], np.int64))
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             changed = np.where(out[seen] > 0, out[seen] / self._s.repeat_penalty, out[seen] * self._s.repeat_penalty)
         out[seen] = np.clip(changed, -LARGEST, LARGEST)  # a tiny penalty makes no infinities

@@ -30,6 +30,7 @@ from flashd.engine.forward.ffn.router import Router
 from flashd.engine.forward.kept import Kept, Shelf
 from flashd.engine.forward.unpacked import Entering, Multiplier
 from flashd.engine.model.contract import CardStats, OnStep
+from flashd.engine.model.distinct import distinct
 from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE, at_work
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.card_speed import IN_FLIGHT, remembered
@@ -213,7 +214,7 @@ class ExpertFfn:
         """Asks a layer's router for `routed` [T, H], reads what is missing, then what the next layer may need."""
         layer = self._layers[index]
         used, weights = self._router(index, routed)
-        needed = np.unique(used).tolist()
+        needed = distinct(used).tolist()
         here = [e for e in needed if e in layer.kept]
         missing = [e for e in needed if e not in layer.kept]
         self._routed = _Routed(used, weights, here, missing)

@@ -19,6 +19,7 @@ from flashd.engine.forward import products, stages
 from flashd.engine.forward.ffn.router import Router
 from flashd.engine.model import sizes
 from flashd.engine.model.contract import CardStats, OnStep
+from flashd.engine.model.distinct import distinct
 from flashd.engine.paging.card import CardPicks, gap_bytes
 from flashd.engine.paging.card_speed import remembered
 from flashd.engine.paging.eviction import Frequency, Mask, Numbers, Policy, kept
@@ -207,7 +208,7 @@ class SelectedFfn:
         assert self._routed is not None
         used, weights = self._routed
         counts = np.zeros((len(h), self._model.ffns, self._model.expert_neurons), np.float32)
-        for expert in np.unique(used).tolist():
+        for expert in distinct(used).tolist():
             tokens, place = np.nonzero(used == expert)  # [n] each
             counts[tokens, expert] = weights[tokens, place, None] * self._choose(layer, h[tokens], expert)
         return counts.reshape(len(h), -1)

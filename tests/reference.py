@@ -99,7 +99,9 @@ class Reference:
 def kl(reference: Floats, logits: Floats) -> float:
     """Mean over rows of KL(reference || logits), in nats."""
     p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, logits))
-    return float((np.exp(p) * (p - q)).sum(1).mean())
+    np.subtract(p, q, out=q)
+    np.exp(p, out=p)
+    return float(np.einsum("tv,tv->t", p, q).mean())
 
 
 def relative(a: Floats, b: Floats) -> float:
@@ -108,5 +110,7 @@ def relative(a: Floats, b: Floats) -> float:
 
 
 def _log_softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x = x - x.max(1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(1, keepdims=True)))
+    """Of `x`, in its place: a text's logits of a whole vocabulary are large."""
+    x -= x.max(1, keepdims=True)
+    x -= np.log(np.exp(x).sum(1, keepdims=True))
+    return x

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,8 +86,14 @@ def all_logits(model: Model, tokens: list[int], chunk: int) -> Floats:
 
 
 def tokens_of(path: Path, text: str) -> list[int]:
+    return _prompts(path).plain(text)
+
+
+@lru_cache(maxsize=4)
+def _prompts(path: Path) -> Prompts:
+    """SmolLM2's tokenizer takes a while to open."""
     with Bundle(path) as bundle:
-        return Prompts(bundle).plain(text)
+        return Prompts(bundle)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flashd.errors import BAD_REQUEST, GROUP_ONLY, Busy, FlashdError, NotRunning, UsageError
-
-SOCKET = "/run/flashd/flashd.sock"
-
-
-def socket_path() -> Path:
-    """The daemon's socket: FLASHD_SOCKET names it, else it is the service's."""
-    return Path(os.environ.get("FLASHD_SOCKET", SOCKET))
 
 
 class _Connection(http.client.HTTPConnection):

@@ -6,11 +6,13 @@ import shutil
 import sys
 import time
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, NoReturn
 
 from flashd.system.memory import MIB
 from flashd.system.printable import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CLEAR = "\x1b[K"
 """Erases the rest of a terminal's row."""
@@ -20,11 +22,7 @@ class Bar:
     """A progress bar, shown only on a terminal."""
 
     def __init__(self, what: str, unit: str) -> None:
-        shape = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} " + unit + "{postfix}, {remaining} left"
-        self._bar = tqdm(
-            total=0, desc=what, file=sys.stderr, leave=False, bar_format=shape, unit_scale=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        self._bar = _on_terminal(what, unit) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Bar:
         return self
@@ -36,11 +34,12 @@ class Bar:
 
     def close(self) -> None:
         """Removes the bar. Nothing shows it again."""
-        self._bar.close()
+        if self._bar is not None:  # a bar of nothing is false
+            self._bar.close()
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Moves the bar to `done` of `total`."""
-        if self._bar.disable:
+        if self._bar is None:
             return
         self._bar.total, self._bar.n = total, done
         self._bar.set_postfix_str(note, refresh=False)
@@ -49,6 +48,13 @@ class Bar:
     def show_pass(self, done: int, layers: int, card_bytes: int) -> None:
         """An OnStep of the engine: how many layers of a pass are done, and how much was read from the card."""
         self.show(done, layers, f"{card_bytes / MIB:.0f} MiB from the card" if card_bytes else "")
+
+
+def _on_terminal(what: str, unit: str) -> tqdm[NoReturn]:
+    from tqdm import tqdm  # where no bar is shown it is not loaded
+
+    shape = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} " + unit + "{postfix}, {remaining} left"
+    return tqdm(total=0, desc=what, file=sys.stderr, leave=False, bar_format=shape, unit_scale=True)
 
 
 class Waiting:

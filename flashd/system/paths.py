@@ -1,4 +1,4 @@
-"""The folders of files whose place nobody configures."""
+"""The places of files and folders that nobody configures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ SERVICE = Path("/var/cache/flashd")
 """XDG_CACHE_HOME of the service."""
 
 SNAPSHOTS = "snapshots"
+
+SOCKET = "/run/flashd/flashd.sock"
+
+
+def socket_path() -> Path:
+    """The daemon's socket: FLASHD_SOCKET names it, else it is the service's."""
+    return Path(os.environ.get("FLASHD_SOCKET", SOCKET))
 
 
 def cache_folder() -> Path:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flashd.cli.client import socket_path
-from flashd.cli.commands import ask_daemon
 from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.own_model import budget, bundle_of, draft_of
 from flashd.cli.progress import Bar
@@ -19,7 +17,7 @@ from flashd.cli.talking.desks import Pipe, checked, desk
 from flashd.cli.talking.said import STOPPED, Aside, Said, print_end
 from flashd.cli.talking.talk import Talk, Turns
 from flashd.errors import INTERRUPTED, DataError, UsageError
-from flashd.system.paths import snapshot_folder
+from flashd.system.paths import snapshot_folder, socket_path
 
 if TYPE_CHECKING:
     from flashd.bundle.reader import Bundle
@@ -31,6 +29,8 @@ def ask(options: Ask, started: float) -> int:
     """Answers one prompt. `started`: when the process began, by time.perf_counter."""
     text = _prompt(options.prompt)
     if daemon_answers(options):
+        from flashd.cli.commands import ask_daemon
+
         return ask_daemon.ask(options, text)
     from flashd.bundle.reader import Bundle
     from flashd.engine.decoding.apart import tokens_apart
@@ -58,6 +58,8 @@ def ask(options: Ask, started: float) -> int:
 def chat(options: Chat) -> int:
     """Talks until the person ends it."""
     if options.port is not None or daemon_answers(options):
+        from flashd.cli.commands import ask_daemon
+
         return ask_daemon.chat(options)
     if options.resume is not None:
         raise UsageError("--resume needs the daemon, which keeps the talk: start it, and give no --model")

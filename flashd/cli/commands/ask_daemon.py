@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from typing import Any
 
-from flashd.cli.client import Client, socket_path
+from flashd.cli.client import Client
 from flashd.cli.options import Answering, Ask, Chat
 from flashd.cli.progress import Waiting
 from flashd.cli.talking.desks import Pipe, desk
@@ -15,6 +15,7 @@ from flashd.cli.talking.said import STOPPED, Aside, Said, print_end
 from flashd.cli.talking.talk import MOST_PRESETS, Talk, Turns, Welcome
 from flashd.cli.talking.tty import as_terminal
 from flashd.errors import INTERRUPTED, FlashdError, UsageError
+from flashd.system.paths import socket_path
 
 WELCOME_SECONDS = 2.0
 """How long the first prompt waits for the title and the questions to show."""

@@ -16,6 +16,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import pytest
 
 from flashd.bundle.rows.kinds import RowKind
+from flashd.engine.forward import products
 from flashd.pack import default_model
 from flashd.pack.pack import pack
 from flashd.system.onnx_session import start_pool
@@ -30,6 +31,8 @@ del os.environ["OPENBLAS_NUM_THREADS"]  # programs that tests start are as they 
 os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"
 # The first call counts. These threads sleep while they wait, as where a model pages; else they spin, as the packer's
 start_pool(len(os.sched_getaffinity(0)), shared=False)
+# Programs that tests start are small. In this process each large array would be mapped and touched anew
+products.use_small_pages = lambda: None
 
 
 SLOW = (

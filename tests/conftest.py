@@ -32,7 +32,7 @@ os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"
 # The first call counts. These threads sleep while they wait, as where a model pages; else they spin, as the packer's
 start_pool(len(os.sched_getaffinity(0)), shared=False)
 # Programs that tests start are small. In this process each large array would be mapped and touched anew
-products.use_small_pages = lambda: None
+setattr(products, "use_small_pages", lambda: None)  # noqa: B010
 
 
 SLOW = (

@@ -103,7 +103,8 @@ def test_ask_reads_what_is_foreseen_within_a_twentieth(config: Path, packed: dic
     passes = TOKENS_OUT - 1
     assert facts["prompt_tokens"] > TREE_NODES  # else groups came to stay while it was read
     reads = (found.first_reads + (passes - 1) * found.reads) / passes
-    assert facts["card_reads_per_token"] == pytest.approx(reads, rel=0.05)
+    leeway = 0.05 * reads + 2 * BUFFERS / passes  # as above
+    assert facts["card_reads_per_token"] == pytest.approx(reads, abs=leeway)
 
 
 def test_a_mixture_reads_what_its_trace_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ class StreamedFfn:
             self.stream.read_ahead()
 
     def enter(self, layer: int, x: Floats) -> None:
-        """Every group is needed, whatever comes. But a prompt needs RAM, in which groups stay else."""
+        """Every group is needed, whatever comes. A prompt takes back the RAM that is lent while none is read."""
         of_prompts = 0 if len(x) > TREE_NODES else self._plan.of_prompts
         if layer == 0 and of_prompts != self._of_prompts:
             self._of_prompts = of_prompts

@@ -101,6 +101,11 @@ def open_session(
     return session
 
 
+def in_arena(session: ort.InferenceSession) -> bool:
+    """Whether the temporaries of a session are in the arena, so that a run can have it give memory back."""
+    return bool(session.get_session_options().enable_cpu_mem_arena)
+
+
 def _give_threads(options: ort.SessionOptions, count: int) -> None:
     if _made[0].shared:
         options.use_per_session_threads = False

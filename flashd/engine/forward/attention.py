@@ -20,6 +20,7 @@ from flashd.engine.model.kv_cache import SPARE, KvCache
 from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.model.states import PassStates
 from flashd.graphs.layer_stages import NEVER
+from flashd.system.onnx_session import in_arena
 
 SCORE_BYTES = 12
 """Of a score, in float32 and in float64, see graphs.tree_attention."""
@@ -189,14 +190,14 @@ class Attention:
         for name in (*adds, "x_out", "h_out"):
             binding.bind_output(name, "cpu")
         cache.widen(layer, places.past)
-        session.run_with_iobinding(binding, self._options(layer, places))
+        session.run_with_iobinding(binding, self._options(layer, places, session))
         *made, x, h = (v.numpy()[0] for v in binding.get_outputs())
         if adds:
             key, value = (rows[:, : places.tokens] for rows in made[-2:])  # [kv heads, T, D]
             cache.put(layer, places.past, key, value)
         return x[: places.tokens], h[: places.tokens]
 
-    def _options(self, layer: int, places: Places) -> ort.RunOptions | None:
+    def _options(self, layer: int, places: Places, session: ort.InferenceSession) -> ort.RunOptions | None:
         """None, or what has onnxruntime give free memory back.
 
         That is done behind a pass over a prompt, whose memory is then lent, see StreamedFfn.enter. It is also done
@@ -205,7 +206,7 @@ class Attention:
         the pass.
         """
         self._most = max(self._most, places.tokens)
-        if layer > 0 or not self._weights.in_arena:
+        if layer > 0 or not in_arena(session):
             return None
         self._gaps += SCORE_BYTES * self._model.heads * places.bias.size
         if self._gaps <= GAPS and (self._most <= TREE_NODES or places.tokens > TREE_NODES):

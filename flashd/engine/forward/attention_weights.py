@@ -36,10 +36,6 @@ class Opened(NamedTuple):
 class AttentionWeights(Protocol):
     """One of the two ways."""
 
-    @property
-    def in_arena(self) -> bool:
-        """Whether the temporaries of its sessions are in the arena that all graphs share."""
-
     def load(self, layer: int) -> None:
         """Takes in the next layer. Raises DamagedRun, CardError."""
 
@@ -52,8 +48,6 @@ class AttentionWeights(Protocol):
 
 class ConstantAttention:
     """Each layer has a session, whose constants its weights are."""
-
-    in_arena = False
 
     def __init__(self, bundle: Bundle, constants: Constants) -> None:
         self._bundle, self._constants, self._model = bundle, constants, bundle.header.model
@@ -81,8 +75,6 @@ class _Layer:
 
 class UnpackedAttention:
     """Layers that are alike share a session, whose inputs their weights are. They are unpacked for each pass."""
-
-    in_arena = True
 
     def __init__(self, bundle: Bundle, arithmetic: Arithmetic, kv: KvFormat) -> None:
         self._bundle, self._model, self._arithmetic, self._kv = bundle, bundle.header.model, arithmetic, kv

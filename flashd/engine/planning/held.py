@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from flashd.bundle.header import Header
 from flashd.engine.model.kv_cache import SPARE, cache_bytes, widened_bytes
+from flashd.engine.model.sizes import TREE_NODES
 from flashd.engine.model.states import states_bytes
 from flashd.engine.paging.eviction import Numbers
 from flashd.engine.planning import parts, unpacked
-from flashd.engine.planning.parts import LIKELY
+from flashd.engine.planning.parts import LIKELY, PREFILL_TOKENS
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.rounding import KvFormat
 
@@ -78,6 +81,24 @@ def _workspace(
     if header.selection or constant_experts:
         return workspace
     return workspace + unpacked.scratch(header, arithmetic, threads) + unpacked.temporary(header, arithmetic, threads)
+
+
+class Idle(NamedTuple):
+    """Bytes of the workspace of a model that pages, which hold groups while an answer is decoded."""
+
+    of_prompts: int = 0  # that only passes over more than TREE_NODES tokens need: those that read a prompt
+    of_unused: int = 0  # that no other pass needs for a token by which a text is shorter than the context
+
+
+def idle(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> Idle:
+    """What is idle with the first `head` rows of the head in RAM. Only groups that stream past borrow it."""
+    if not unpacked.streams(header):
+        return Idle()
+    every, few, short = (
+        parts.unpacked_workspace(header, length, head, arithmetic, threads, most)
+        for length, most in ((context, PREFILL_TOKENS), (context, TREE_NODES), (TREE_NODES, TREE_NODES))
+    )
+    return Idle(every - few, max(0, few - short) // context)
 
 
 def of_sessions(header: Header, arithmetic: Arithmetic) -> Arithmetic:

@@ -291,16 +291,6 @@ def unpacked_workspace(
     return kept + largest + arrays + _waiting(header, most, context) + 4 * KEPT_ROWS * m.hidden + PAGED_SLACK
 
 
-def idle(header: Header, context: int, head: int, arithmetic: Arithmetic, threads: int) -> tuple[int, int]:
-    """(bytes of this that only passes over more than TREE_NODES tokens need, those that read prompts; bytes that the
-    others do not need for each token by which a text is shorter than the context)."""
-    every, few, short = (
-        unpacked_workspace(header, length, head, arithmetic, threads, most)
-        for length, most in ((context, PREFILL_TOKENS), (context, TREE_NODES), (TREE_NODES, TREE_NODES))
-    )
-    return every - few, max(0, few - short) // context
-
-
 def _waiting(header: Header, most: int, context: int) -> int:
     """What a pass has of the tokens that are not in a product at the moment, and what they may look at."""
     m, more = header.model, max(most - TOKENS_AT_ONCE, 0)

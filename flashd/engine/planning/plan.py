@@ -27,6 +27,7 @@ from flashd.engine.planning.held import (
     LIBRARIES,
     by_turns,
     group_bytes,
+    idle,
     likely,
     paged_parts,
     spread,
@@ -223,16 +224,14 @@ def _paging(header: Header, base: int, plan: Plan) -> Plan:
             head -= -(-over // run) * ROWS_OF_A_RUN  # each row in RAM has logits behind every node
         head = max(head, likely(header))
     held = parts_of(pinned, head)
-    of_prompts, of_unused = (
-        (0, 0) if m.experts else parts.idle(header, plan.context, head, plan.arithmetic, plan.threads)
-    )
+    unneeded = idle(header, plan.context, head, plan.arithmetic, plan.threads)
     lendable = lendable_bytes(m, plan.context, plan.kv) + lendable_states(m, texts - 1)
-    lendable += of_prompts + plan.context * of_unused
+    lendable += unneeded.of_prompts + plan.context * unneeded.of_unused
     lent = 0 if m.experts else _groups_in(lendable, plan.groups, plan.group_bytes, pinned)
     passing = _passing_bytes(header, each)
     return replace(
         plan, resident=False, pinned=each, lent_groups=lent, head_rows=head, texts=texts, group_bytes=sizes,
-        constant_experts=constant, of_prompts=of_prompts, of_unused=of_unused,
+        constant_experts=constant, **unneeded._asdict(),
         buffers=(EXPERT_BUFFERS if m.experts else BUFFERS) if "window and read-ahead" in held else 0, parts=held,
         card_bytes=passing + (m.vocabulary - head) * row.nbytes,
         lent_card_bytes=passing - _passing_bytes(header, spread(pinned + lent, plan.groups)),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -252,20 +250,24 @@ def test_a_card_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatch:
     assert remembered(big) == speed
 
 
-@pytest.mark.parametrize(("together", "depth"), [(True, 4), (False, 1)])
-def test_a_card_has_the_reads_under_way_that_it_likes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, depth: int
-) -> None:
-    big, card = tmp_path / "big", contextlib.nullcontext() if together else threading.Lock()
+@pytest.mark.parametrize(("rates", "depth"), [((100, 190, 300), 4), ((100, 190, 195), 2), ((100, 104, 104), 1)])
+def test_a_card_has_the_reads_under_way_that_it_likes(rates: tuple[float, ...], depth: int) -> None:
+    of_depth = list(zip(card_speed.DEPTHS, rates, strict=True))
+    assert card_speed._preferred(of_depth) == (depth, dict(of_depth)[depth])
+
+
+@pytest.mark.parametrize("depth", card_speed.DEPTHS)
+def test_that_many_reads_are_under_way_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    big, all_of_them = tmp_path / "big", threading.Barrier(depth)
     big.write_bytes(bytes(8 << 20))
 
-    def slow(fd: int, buffers: list[memoryview], at: int) -> int:
-        with card:
-            time.sleep(0.005)
+    def waits_for_the_others(fd: int, buffers: list[memoryview], at: int) -> int:
+        if len(buffers[0]) == card_speed.SEQUENTIAL_READ:
+            all_of_them.wait(10)
         return len(buffers[0])
 
-    monkeypatch.setattr(os, "preadv", slow)
-    monkeypatch.setattr(card_speed, "RANDOM_READS", 2)
+    monkeypatch.setattr(os, "preadv", waits_for_the_others)
+    monkeypatch.setattr(card_speed, "DEPTHS", (depth,))
     try:
         assert measure(big).depth == depth
     except InputMissing as error:

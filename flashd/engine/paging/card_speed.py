@@ -83,14 +83,22 @@ def measure(path: Path) -> CardSpeed:
 def _best_depth(fd: int, size: int) -> tuple[int, float]:
     """(reads under way at once, reads a second) with which a file of `size` bytes is read fastest in order."""
     every = range(0, min(size, SEQUENTIAL_BYTES), SEQUENTIAL_READ)
-    best = DEPTHS[0], 0.0
-    for depth in DEPTHS:
-        parts = [every[i::depth] for i in range(depth)]
-        buffers = [mmap.mmap(-1, SEQUENTIAL_READ) for _ in parts]
-        with ThreadPoolExecutor(depth) as pool:
-            started = time.perf_counter()
-            done = sum(pool.map(lambda buffer, part: _read(fd, buffer, SEQUENTIAL_READ, part), buffers, parts))
-            rate = done / max(1e-9, time.perf_counter() - started)
+    return _preferred([(depth, _rate_at(fd, [every[i::depth] for i in range(depth)])) for depth in DEPTHS])
+
+
+def _rate_at(fd: int, parts: list[range]) -> float:
+    """Large reads a second, if one thread reads each part's offsets and all read at once."""
+    buffers = [mmap.mmap(-1, SEQUENTIAL_READ) for _ in parts]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        started = time.perf_counter()
+        done = sum(pool.map(lambda buffer, part: _read(fd, buffer, SEQUENTIAL_READ, part), buffers, parts))
+        return done / max(1e-9, time.perf_counter() - started)
+
+
+def _preferred(rates: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """Of (reads under way, reads a second), the fastest. More of them must be faster by FASTER to be preferred."""
+    best = rates[0]
+    for depth, rate in rates[1:]:
         if rate > FASTER * best[1]:
             best = depth, rate
     return best

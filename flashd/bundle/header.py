@@ -62,7 +62,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Narrowed(Measured, frozen=True, kw_only=True):
-    """Which groups have fewer bits a weight than int4 rows. Groups are numbered from the hottest on."""
+    """Which groups have fewer bits a weight than int4 rows. Groups are numbered from the hottest on.
+
+    All groups of a mixture's layer have as many bits.
+    """
 
     int3: list[Count]  # of each layer: the first group that has 3 bits
     int2: list[Count]  # of each layer: the first group that has 2 bits, not below that of int3
@@ -151,7 +154,12 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return group_format(self.model, self.formats)
 
     def group_of(self, layer: int) -> GroupFormat:
-        """The format of a layer's groups, those that are narrowed apart."""
+        """The format in which a layer's groups are multiplied.
+
+        Narrowed groups of a plain model are int4 by then. The experts of a layer of a mixture are all alike.
+        """
+        if self.model.experts and self.narrowed:
+            return self.ffn_sections_of(layer)[0].form
         return group_format(self.model, self.formats, layer)
 
     @property
@@ -252,9 +260,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def ffn_sections_of(self, layer: int) -> list[FfnSection]:
         """The sections of a layer's groups, in order."""
         n, groups = self.narrowed, self.model.layer_groups[layer]
-        return layer_ffn_sections(
-            layer, self.group_of(layer), [n.int3[layer], n.int2[layer], groups] if n else [groups]
-        )
+        form = group_format(self.model, self.formats, layer)
+        return layer_ffn_sections(layer, form, [n.int3[layer], n.int2[layer], groups] if n else [groups])
 
     def expected_lengths(self) -> dict[str, int]:
         """Bytes of every section whose size follows from the model."""

@@ -132,15 +132,17 @@ class Bundle:
     def groups(self, layer: int, count: int, at_once: int = 16) -> Iterator[tuple[int, Groups]]:
         """The first `count` groups of a layer, up to `at_once` at a time: (number of the first, groups).
 
-        Groups of 3 and 2 bits are widened to 4. Raises DamagedRun, CardError.
+        They come in the format of Header.group_of. Raises DamagedRun, CardError.
         """
+        as_multiplied = self.header.group_of(layer)
         for part in self.header.ffn_sections_of(layer):
             section, wanted = self.section(part.name), min(part.count, count - part.first)
             for first in range(0, wanted, at_once):
                 n = min(at_once, wanted - first)
                 following = min(at_once, wanted - first - n)
                 data = self._checked(section, first, n * section.run, following * section.run)
-                yield part.first + first, part.form.groups(np.frombuffer(data, np.uint8).reshape(n, section.run))
+                groups = part.form.views(np.frombuffer(data, np.uint8).reshape(n, section.run))
+                yield part.first + first, groups if part.form == as_multiplied else part.form.wide(groups)
 
     def leading(self, layer: int) -> Groups:
         """The groups of the FFN that a layer has in place of experts. Raises DamagedRun, CardError."""

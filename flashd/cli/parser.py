@@ -189,8 +189,9 @@ def _pack(commands: Commands) -> None:
     pack.add_argument(
         "--select", choices=get_args(o.Select),
         help="Choose how quality is given up for speed. exact: not at all (the default). narrow: store the neurons"
-        " that matter least with fewer bits (the default with --max-loss). predictor: for ReLU models, let a small"
-        " network choose the neurons that take part. gate: for gated models, let the gates choose and stay in RAM.",
+        " that matter least, or the experts of some layers, with fewer bits (the default with --max-loss). predictor:"
+        " for ReLU models, let a small network choose the neurons that take part. gate: for gated models, let the"
+        " gates choose and stay in RAM.",
     )  # fmt: skip
     pack.add_argument(
         "--text", type=Path, metavar="FILE.txt",

@@ -60,7 +60,8 @@ def _measured(bundle: Bundle, plan: Plan) -> Rates:
     unpacked = _Unpacked(bundle, plan, groups, forms)
     if plan.resident or bundle.header.model.experts:
         held = sum(group_held(form, plan.of_ffns) for form in forms)
-        exact = guess = _opened(bundle, plan.of_ffns, groups)
+        wide = [form.wide(some) for form, some in zip(forms, groups, strict=True)]
+        exact = guess = _opened(bundle, plan.of_ffns, wide)
     else:
         held = sum(form.nbytes for form in forms)
         exact, guess = unpacked.multiplied(plan.arithmetic), unpacked.multiplied(GUESSED)

@@ -26,7 +26,7 @@ from flashd.graphs.onnx_bytes import MICROSOFT, T
 from flashd.graphs.products import above, activated, block_means, gated, share
 from flashd.graphs.rounding import SMALLEST, KvFormat
 
-ZEROS = {"int4": 8, "int8": 128, "mxfp4": 128, "ternary": 2}
+ZEROS = {"int4": 8, "int8": 128, "mxfp4": 128, "ternary": 2, "int3": 4, "int2": 2}
 """What stands for zero in the bytes of each kind of rows."""
 
 ROWS_TOGETHER = 256
@@ -37,8 +37,11 @@ MIDDLE = np.uint8(128)
 
 
 def planes(form: RowFormat) -> int:
-    """Weights that a byte of a row holds. Unpacked, all first ones of a block come before all second ones."""
-    return 8 // BITS[form.kind]
+    """Weights that a byte of a row holds. Unpacked, all first ones of a block come before all second ones.
+
+    Of weights of 3 bits it is as many as bytes hold of their lower two.
+    """
+    return 4 if form.kind == "int3" else 8 // BITS[form.kind]
 
 
 def rounds(form: RowFormat, arithmetic: Arithmetic) -> bool:
@@ -51,7 +54,7 @@ def signed(form: RowFormat, arithmetic: Arithmetic) -> bool:
 
     Signed ones are multiplied sooner. But AVX2 adds two products in 16 bits, where those of 8-bit weights overflow.
     """
-    return not rounds(form, arithmetic) or form.kind in ("int4", "ternary")
+    return not rounds(form, arithmetic) or form.kind in ("int4", "int3", "int2", "ternary")
 
 
 def entering(form: RowFormat, arithmetic: Arithmetic) -> bytes:

@@ -68,10 +68,10 @@ class Encoder:
         every = ffn.whole
         (down, bias, norm), grid = ffn.filled(every), ffn.down.grid()
         columns = np.pad(weigh.neurons, (0, every - ffn.neurons)) if weigh else None
-        factor = weigh.inputs if weigh else None
+        of_inputs = weigh.inputs if weigh else None
         for at in range(0, len(order), form.neurons):
             neurons = order[at : at + form.neurons]
-            records = [self._filled(matrix, form.row, neurons, factor) for matrix in ffn.inputs]
+            records = [self._filled(matrix, form.row, neurons, of_inputs) for matrix in ffn.inputs]
             self._count(form.hidden * len(neurons))
             some = None if columns is None else columns[neurons]
             of_norm = norm[neurons] if form.normed else norm
@@ -83,14 +83,14 @@ class Encoder:
         """[F]: the card's order of an FFN's neurons, by the sizes [F] of their shares in the output."""
         return hottest(sizes, whole=ffn.down.grid(slice(1)) is not None)
 
-    def _filled(self, matrix: Matrix, form: RowFormat, neurons: Numbers, factor: Floats | None = None) -> Bytes:
+    def _filled(self, matrix: Matrix, form: RowFormat, neurons: Numbers, weigh: Floats | None = None) -> Bytes:
         """[n, row bytes]: the records of the rows of `neurons` [n]. Neurons that only fill the last group are zero.
 
-        `factor` [H, H]: see encode_fed.
+        `weigh`: [H, H], see encode_fed, or how much a squared error of each weight counts, [H].
         """
         real = neurons < len(matrix)
         out = np.zeros((len(neurons), form.nbytes), np.uint8)
-        out[real] = self._records(matrix, form, neurons[real], factor=factor)
+        out[real] = self._records(matrix, form, neurons[real], weigh=weigh)
         return out
 
     def _records(
@@ -99,7 +99,7 @@ class Encoder:
         form: RowFormat,
         which: slice | Numbers,
         centred: bool = True,
-        factor: Floats | None = None,
+        weigh: Floats | None = None,
     ) -> Bytes:
         """[n, row bytes]: the records of some rows of a matrix."""
         weights = matrix.rows(which)  # [n, K]
@@ -108,8 +108,10 @@ class Encoder:
             raise DataError(
                 f"tensor {matrix.tensor.name!r} has weights above {MOST_F16:.0f}, which f16 rows cannot hold"
             )
-        if factor is not None:
-            return encode_fed(weights, form, factor)
+        if weigh is not None:
+            if weigh.ndim == 2:
+                return encode_fed(weights, form, weigh)
+            return encode_rows(weights, form, weigh=weigh.reshape(1, -1, BLOCK))
         return encode_rows(weights, form, matrix.grid(which), centred)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import prod
@@ -26,11 +26,12 @@ from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
 from flashd.bundle.writer import BundleWriter
 from flashd.errors import DataError, UsageError
 from flashd.pack.encode import Encoder
-from flashd.pack.lossy import gate_search, narrow_search, predictor_search
+from flashd.pack.lossy import gate_search, narrow_experts, narrow_search, predictor_search
 from flashd.pack.lossy.calibration import sample_tokens
 from flashd.pack.lossy.card_order import filled
 from flashd.pack.lossy.gate_search import Gated
 from flashd.pack.lossy.gates import Gating
+from flashd.pack.lossy.narrow_experts import FewExpertBits
 from flashd.pack.lossy.narrow_groups import Narrowing, Starts, Weigh
 from flashd.pack.lossy.narrow_search import FewBits
 from flashd.pack.lossy.predictor_search import Selected
@@ -51,7 +52,7 @@ Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all)."""
 
 Allowed = Selecting | Gating | Narrowing
-Choice = Selected | Gated | FewBits | None
+Choice = Selected | Gated | FewBits | FewExpertBits | None
 
 
 def pack(
@@ -74,7 +75,8 @@ def pack(
         allowed: how the bundle may lose quality, and how much. None: not at all. With Selecting a predictor says
             which neurons take part, unless whole experts are read about as fast. With Gating the neurons' gates say
             it, unless all neurons are needed or read about as fast. With Narrowing the groups that matter least have
-            fewer bits on the card, unless all of them matter too much.
+            fewer bits on the card, or in a mixture all experts of the layers that bear it best, unless all of them
+            matter too much.
         pre: the pre-tokenizer of a GGUF file, whatever the file says.
         context: the tokens of the longest text. None: as many as the model was trained for, or in a model that turns
             long texts in another way than short ones, the longest of the short ones.
@@ -157,6 +159,8 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
         case Gating():
             return gate_search.choose(original, tokenizer_json, allowed)
         case Narrowing():
+            if original.model.experts:
+                return narrow_experts.choose(original, tokenizer_json, allowed)
             return narrow_search.choose(original, tokenizer_json, allowed)
     return None
 
@@ -177,12 +181,14 @@ def _write(
                 writer.gated(choice)
             case FewBits():
                 writer.narrowed(choice)
+            case FewExpertBits():
+                writer.narrowed_experts(choice)
             case None:
                 writer.exact(vocabulary.tokenizer_json)
         return bundle.finish(
             model=original.model, formats=original.formats, text=_text(vocabulary, original),
             source=original.source.source(), selection=selection,
-            narrowed=choice.narrowed if isinstance(choice, FewBits) else None,
+            narrowed=choice.narrowed if isinstance(choice, FewBits | FewExpertBits) else None,
         )  # fmt: skip
 
 
@@ -240,6 +246,13 @@ class _Writer:
         for i, layer in enumerate(choice.layers):
             self._attention(i)
             self._groups(i, layer.sizes, layer.weigh, layer.starts)
+
+    def narrowed_experts(self, choice: FewExpertBits) -> None:
+        """Writes layers of which some have experts of fewer bits."""
+        for i, (layer, starts) in enumerate(zip(choice.layers, choice.starts, strict=True)):
+            self._attention(i)
+            self._leading(i)
+            self._experts(i, layer.order, layer.weigh, starts)
 
     def selected(self, choice: Selected) -> None:
         """Writes layers of single neurons, each layer in an order of its own, and the predictors of these neurons."""
@@ -314,7 +327,7 @@ class _Writer:
             chunks = Encoder(model, self._count).groups(ffn, form, every)
             self._bundle.add(f"layer.{i}.leading", chunks, run=form.nbytes)
 
-    def _experts(self, i: int, order: Numbers) -> None:
+    def _experts(self, i: int, order: Numbers, weigh: Sequence[Weigh] = (), starts: Starts | None = None) -> None:
         """Writes a layer's router and its experts in the given order [E]: those that most tokens use come first.
 
         Some layers of a mixture have none.
@@ -323,9 +336,13 @@ class _Writer:
             return
         self._router(i, order)
         ffns, every = self._weights.ffns(i), np.arange(self._model.expert_neurons)
-        form = group_format(self._model, self._formats, i)
-        chunks = (chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], form, every))
-        self._bundle.add(f"layer.{i}.ffn", chunks, run=form.nbytes)
+        ends = [starts.int3, starts.int2, self._model.groups] if starts else [self._model.groups]
+        (part,) = layer_ffn_sections(i, group_format(self._model, self._formats, i), ends)
+        counts = weigh if part.form.kind in NARROW else [None] * len(ffns)
+        chunks = (
+            chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], part.form, every, counts[e])
+        )
+        self._bundle.add(part.name, chunks, run=part.form.nbytes)
 
     def _router(self, i: int, order: Numbers) -> None:
         """Writes a layer's router and the experts' vectors. Its rows [E, H] follow the order [E] of the experts."""

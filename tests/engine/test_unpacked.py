@@ -30,7 +30,7 @@ from flashd.pack.pack import pack
 from flashd.system.onnx_session import open_session, start_pool
 from tests.goldens.models import GOLDENS
 
-KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16", "ternary", "mxfp4")
+KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16", "ternary", "mxfp4", "int3", "int2")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,9 @@ def drawn(form: GroupFormat, seed: int) -> Groups:
 
 def share(groups: Groups, form: GroupFormat, h: Floats) -> Floats:
     """[T, H], in numpy and float64."""
-    inputs = dequantise(groups.inputs[:1].joined(), form.row.kind).astype(np.float64)
-    down = dequantise(groups.down[:1].joined(), form.column.kind).astype(np.float64)
+    wide = form.wide(groups[:1])
+    inputs = dequantise(wide.inputs.joined(), form.row.widened.kind).astype(np.float64)
+    down = dequantise(wide.down.joined(), form.column.widened.kind).astype(np.float64)
     gate, up = np.split(h @ inputs.T, 2, axis=1)
     return np.asarray((gate / (1 + np.exp(-gate)) * up) @ down.T, np.float64)
 

@@ -252,15 +252,17 @@ def _check_selection(header: Header) -> None:
 def _check_narrowed(header: Header) -> None:
     n, m, f = header.narrowed, header.model, header.formats
     if {f.ffn, f.attention, f.head, f.embedding, f.token_inputs} & set(NARROW):
-        raise DamagedHeader(f"the header does not make sense: only cold groups can be {' or '.join(NARROW)}")
+        raise DamagedHeader(f"the header does not make sense: only narrowed groups can be {' or '.join(NARROW)}")
     if n is None:
         return
-    if header.selection or m.experts or header.formats.ffn != "int4":
-        raise DamagedHeader("the header does not make sense: only plain layers of int4 rows can be narrowed")
+    if header.selection or header.formats.ffn != "int4":
+        raise DamagedHeader("the header does not make sense: only groups of int4 rows can be narrowed")
     if not len(n.int3) == len(n.int2) == m.layers:
         raise DamagedHeader(f"the header does not make sense: it does not say what is narrowed for {m.layers} layers")
     if not all(int3 <= int2 <= every for int3, int2, every in zip(n.int3, n.int2, m.layer_groups, strict=True)):
         raise DamagedHeader(f"the header does not make sense: groups are narrowed that are not among {m.groups}")
+    if m.experts and not {*n.int3, *n.int2} <= {0, m.groups}:
+        raise DamagedHeader("the header does not make sense: of a mixture, experts of whole layers are narrowed")
 
 
 def _check_finer(header: Header) -> None:

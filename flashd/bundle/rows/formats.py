@@ -127,7 +127,7 @@ class RowFormat:
         return RowFormat("int4", self.width) if self.kind in NARROW else self
 
     def wide(self, rows: Rows) -> Rows:
-        """Rows as products take them: narrow ones with 4 bits a weight, others as they are."""
+        """Narrow rows with 4 bits a weight, others as they are."""
         if self.kind not in NARROW:
             return rows
         assert isinstance(rows, QuantRows)
@@ -180,8 +180,11 @@ class GroupFormat:
         return Groups(self.row.rows(arrays[:of_rows]), self.column.rows(arrays[of_rows:-2]), *arrays[-2:])
 
     def groups(self, raw: Bytes) -> Groups:
-        """Records as products take them: in place, or narrow ones with 4 bits a weight."""
-        groups = self.views(raw)
+        """Records with at least 4 bits a weight: in place, or narrow ones widened."""
+        return self.wide(self.views(raw))
+
+    def wide(self, groups: Groups) -> Groups:
+        """Groups with at least 4 bits a weight."""
         return Groups(self.row.wide(groups.inputs), self.column.wide(groups.down), groups.bias, groups.norm)
 
 

@@ -16,7 +16,10 @@ ROW_KINDS: tuple[RowKind, ...] = ("int4", "int8", "f16")
 """What may be asked for. Weights that are ternary, and experts that are MXFP4, stay so where few bits are wanted."""
 
 NARROW: tuple[RowKind, ...] = ("int3", "int2")
-"""What the card has of groups that matter little in a bundle of int4 rows: as soon as they are read they are int4."""
+"""What the card has of groups that matter little in a bundle of int4 rows.
+
+Those of a plain model are int4 as soon as they are read. Experts stay as they are.
+"""
 
 BITS: dict[RowKind, int] = {"int4": 4, "int8": 8, "f16": 16, "ternary": 2, "mxfp4": 4, "int3": 3, "int2": 2}
 

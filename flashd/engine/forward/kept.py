@@ -21,7 +21,7 @@ import onnxruntime as ort
 from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, TernaryRows
 from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
-from flashd.bundle.rows.kinds import BLOCK, Bytes, Floats
+from flashd.bundle.rows.kinds import BLOCK, NARROW, Bytes, Floats
 from flashd.engine.forward.products import fill_scales
 from flashd.engine.planning.unpacked import ALIGNED
 from flashd.graphs import unpacked
@@ -186,19 +186,37 @@ class Unpacker:
         """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]. They are around 0 if inputs are not rounded."""
         planes, n = unpacked.planes(form), rows.q.shape[1]
         rounds = unpacked.rounds(form, self._arithmetic)
-        q = rows.q.reshape(-1, BLOCK // planes, n)
         if planes == 1 and rounds:
-            return q
-        out = self._scratch.array(f"{name}.w", np.uint8, (len(q), BLOCK, n))
-        for plane in range(planes):
-            part = out[:, plane * q.shape[1] : (plane + 1) * q.shape[1]]
-            if isinstance(rows, Mxfp4Rows):
-                part[:] = np.take(mxfp4.BYTES[plane], q)
-            else:
-                _unpack(q, plane, 8 // planes, part)
+            return rows.q.reshape(-1, BLOCK, n)
+        out = self._scratch.array(f"{name}.w", np.uint8, ((form.width + form.digits) // BLOCK, BLOCK, n))
+        if form.kind in NARROW:
+            self._unpack_narrow(name, rows.q, form, out)
+        else:
+            q = rows.q.reshape(-1, BLOCK // planes, n)
+            for plane, part in enumerate(_planes(out, planes)):
+                if isinstance(rows, Mxfp4Rows):
+                    part[:] = np.take(mxfp4.BYTES[plane], q)
+                else:
+                    _unpack(q, plane, 8 // planes, part)
         if not rounds:
             np.subtract(out, unpacked.ZEROS[form.kind], out=out)
         return out.view(np.int8) if unpacked.signed(form, self._arithmetic) else out
+
+    def _unpack_narrow(self, name: str, q: Bytes, form: RowFormat, out: Bytes) -> None:
+        """Into `out` [B, 32, n] of rows of 3 or 2 bits, see bits.pack_bits, and of the nibbles behind them."""
+        n, blocks = q.shape[1], form.blocks
+        lower, upper, digits = np.split(q, [form.width // 4, form.weight_bytes])
+        lower, upper = lower.reshape(blocks, 8, n), upper.reshape(blocks, -1, n)
+        digits = digits.reshape(len(out) - blocks, BLOCK // 2, n)
+        bit = self._scratch.array(f"{name}.bit", np.uint8, upper.shape)
+        for plane, part in enumerate(_planes(out, 4)):
+            _unpack(lower, plane, 2, part[:blocks])
+            if form.bits == 3:
+                for odd in range(2):  # every second byte of the lower bits has its upper ones in the same byte
+                    _upper_bit(upper, 4 * odd + plane, bit)
+                    part[:blocks, odd::2] |= bit
+            _unpack(digits[:, plane // 2 :: 2], plane % 2, 4, part[blocks:])
+        out[blocks:] -= np.uint8(8 - unpacked.ZEROS[form.kind])
 
     def _scales(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Floats:
         """[B, 1, n], those of digits among them, or [1, 1, n]."""
@@ -210,6 +228,20 @@ class Unpacker:
         out = self._scratch.array(f"{name}.scale", np.float32, (blocks + 2 * half, n))
         fill_scales(out, rows.scale, rows.step, form)
         return out[:, None]
+
+
+def _planes(out: Bytes, count: int) -> list[Bytes]:
+    """The parts of blocks [B, 32, n] that are the first, second ... weights of bytes, [B, 32 / count, n] each."""
+    return np.split(out, count, axis=1)
+
+
+def _upper_bit(upper: Bytes, at: int, out: Bytes) -> None:
+    """Of each byte the bit number `at`, as the third bit of a weight."""
+    if at < 2:
+        np.left_shift(upper, 2 - at, out=out)
+    else:
+        np.right_shift(upper, at - 2, out=out)
+    np.bitwise_and(out, 4, out=out)
 
 
 def _unpack(q: Bytes, plane: int, bits: int, out: Bytes) -> None:

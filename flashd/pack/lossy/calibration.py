@@ -90,6 +90,10 @@ class Dense:
         return Dense([m[start:stop] for m in self.inputs], self.biases[start:stop], self.down[:, start:stop])
 
 
+Others = Callable[[int], Dense]
+"""(expert) -> the weights to compute it with."""
+
+
 class Calibration:
     """The hidden states [N, H] of some texts. A call of `layer`, `mixture` or `replaced` takes them a layer further.
 
@@ -141,7 +145,12 @@ class Calibration:
         return np.asarray(a, np.float32)
 
     def mixture(
-        self, i: int, chooses: Chooses | None = None, sees: Sees | None = None, columns: RowFormat | None = None
+        self,
+        i: int,
+        chooses: Chooses | None = None,
+        sees: Sees | None = None,
+        columns: RowFormat | None = None,
+        others: Others | None = None,
     ) -> Numbers:
         """Takes the texts through layer `i` of a mixture. Returns the numbers of the experts, most used first, [E].
 
@@ -153,6 +162,7 @@ class Calibration:
             chooses: says which neurons of an expert take part; None: all.
             sees: is told what each expert that is used computed.
             columns: the columns of down_proj are rounded to rows of this format; None: they are not.
+            others: gives the weights of an expert; None: they are the source's.
         """
         vectors, x, h = self._attend(i)
         h, asks = h[:, : self._model.hidden], h[:, -self._model.hidden :]  # the same, if the router takes h too
@@ -166,7 +176,11 @@ class Calibration:
         for expert in np.flatnonzero(uses).tolist():
             tokens, place = np.nonzero(used == expert)  # [n] each
             taken = h[tokens]  # [n, H]
-            a, down = self._neurons(ffns[expert], taken)  # [n, F], [H, F]
+            if others:
+                ffn = others(expert)
+                a, down = self.activate(ffn, taken), ffn.down  # [n, F], [H, F]
+            else:
+                a, down = self._neurons(ffns[expert], taken)
             a *= weights[tokens, place, None]
             if chooses:
                 a *= chooses(expert, taken)

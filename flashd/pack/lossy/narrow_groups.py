@@ -76,7 +76,7 @@ class Weigh:
     Every weight counts for something: another text may use what this one did not.
     """
 
-    inputs: Floats  # [H, H], see gptq.factor; 264 MB for all layers of Qwen2.5-Coder-1.5B
+    inputs: Floats  # [H, H], see gptq.factor; 264 MB for all layers of Qwen2.5-Coder-1.5B; or [H], mean squares
     neurons: Floats  # [F], the mean squares of activations
 
     @classmethod
@@ -84,6 +84,11 @@ class Weigh:
         """The weights from what a layer's FFN computed."""
         inputs, neurons = (np.square(values).mean(0) for values in (seen.h, seen.a))  # [H], [F]
         return cls(factor(seen.h, _counting(inputs)), _counting(neurons))
+
+    @classmethod
+    def apart(cls, seen: Seen) -> Weigh:
+        """The weights from what few tokens computed: too few to tell how inputs go together, see gptq.factor."""
+        return cls(_counting(np.square(seen.h).mean(0)), _counting(np.square(seen.a).mean(0)))
 
 
 def _counting(means: Floats) -> Floats:

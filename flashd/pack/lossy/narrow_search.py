@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flashd.bundle.header import Narrowed, group_format
-from flashd.bundle.rows.kinds import NARROW, Floats, RowKind
+from flashd.bundle.rows.kinds import NARROW, Bytes, Floats, RowKind
 from flashd.errors import DataError
 from flashd.pack.encode import Encoder
 from flashd.pack.lossy import narrow_groups
@@ -59,9 +59,9 @@ class _Try:
 def check(original: Original) -> None:
     """Raises DataError for a model whose groups cannot have fewer bits."""
     model = original.model
-    if model.experts or original.formats.ffn != "int4" or model.normed_neurons:
+    if original.formats.ffn != "int4" or model.normed_neurons:
         raise DataError(
-            f"{original.path}: only plain layers of int4 rows can have fewer bits, not mixtures of experts or BitNet;"
+            f"{original.path}: only int4 rows can have fewer bits, not those of MXFP4 or BitNet;"
             " pack it without --max-loss"
         )
     if 0 in model.layer_neurons:
@@ -121,10 +121,11 @@ def _try_layer(
     (ffn,), sizes, weigh = original.weights.ffns(i), seen.sizes(), Weigh.of(seen)
     order, kept = Encoder(original.model).order(ffn, sizes), original.model.layer_groups[i] // narrow_groups.KEPT
     n = original.model.group_neurons
-    own = _dense(ffn, order)
-    thin = {kind: _rounded(original, ffn, kind, order[kept * n :], weigh) for kind in NARROW}
-    cold = own.part(kept * n, None)
-    errors = {kind: narrow_groups.group_errors(calibration, seen, cold, thin[kind], n) for kind in NARROW}
+    own = dense(ffn, order)
+    cold = order[kept * n :]
+    thin = {kind: as_floats(original, kind, records(original, ffn, kind, cold, weigh)) for kind in NARROW}
+    own_cold = own.part(kept * n, None)
+    errors = {kind: narrow_groups.group_errors(calibration, seen, own_cold, thin[kind], n) for kind in NARROW}
     exact.replaced(i, own)
     for t, budget in zip(tries, narrow_groups.ERROR_BUDGETS, strict=True):
         at = narrow_groups.starts(errors["int3"], errors["int2"], budget)
@@ -135,7 +136,7 @@ def _try_layer(
     return sizes, weigh
 
 
-def _dense(ffn: Ffn, order: Numbers) -> Dense:
+def dense(ffn: Ffn, order: Numbers) -> Dense:
     """An FFN's exact weights, its neurons in the given order. Neurons that only fill its last block are zero."""
     down, bias, _ = ffn.filled(len(order))
     filling = len(order) - ffn.neurons
@@ -143,9 +144,14 @@ def _dense(ffn: Ffn, order: Numbers) -> Dense:
     return Dense(inputs, bias[order], down[:, order])
 
 
-def _rounded(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Dense:
-    """The weights of the neurons `order`, rounded to rows of `kind`."""
+def records(original: Original, ffn: Ffn, kind: RowKind, order: Numbers, weigh: Weigh) -> Bytes:
+    """[groups, bytes] uint8: the neurons `order`, rounded to rows of `kind`."""
     form = replace(group_format(original.model, original.formats), kind=kind)
     chunks = Encoder(original.model).groups(ffn, form, order, weigh)
-    groups = form.groups(np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes))
-    return narrow_groups.floats(groups, form)
+    return np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, form.nbytes)
+
+
+def as_floats(original: Original, kind: RowKind, raw: Bytes) -> Dense:
+    """What such records stand for."""
+    form = replace(group_format(original.model, original.formats), kind=kind)
+    return narrow_groups.floats(form.groups(raw), form)

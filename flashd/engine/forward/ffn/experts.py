@@ -157,13 +157,13 @@ class ExpertFfn:
 
     def _kept(self, layer: int, groups: Groups) -> Any:
         if self._plan.constant_experts:
-            return self._constants.groups(groups, alone=True)
+            return self._constants.groups(self._forms[layer].wide(groups), alone=True)
         return self._shelf.keep(self._forms[layer], groups)
 
     def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:
         """The groups that were read. It is called in the thread that read them."""
         form = self._forms[extent.section + self._first]
-        groups = form.groups(raw)
+        groups = form.views(raw)
         return [self._shelf.keep(form, groups[i : i + 1]) for i in range(len(groups))]
 
     def enter(self, layer: int, x: Floats) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,21 @@ def test_an_error_that_is_kept_keeps_no_pipe() -> None:
     with pytest.raises(child.ChildDied) as died:
         child.in_child(lambda: os._exit(3), LITTLE)
     assert "exit 3" in str(died.value) and refused.tb and sorted(links()) == before
+
+
+def test_a_child_whose_end_another_thread_finds_first_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a child waits for all that have ended. The code of this one is noted a little later."""
+    real, late = popen_fork.Popen.poll, list[threading.Timer]()
+
+    def poll(self: popen_fork.Popen, flag: int = os.WNOHANG) -> int | None:
+        code = real(self, flag)
+        if flag != 0:
+            return code
+        self.returncode = None
+        late.append(threading.Timer(0.05, setattr, (self, "returncode", code)))
+        late[-1].start()
+        return None
+
+    monkeypatch.setattr(popen_fork.Popen, "poll", poll)
+    assert child.in_child(lambda: 7, LITTLE) == 7 and late
+    late[0].join()

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,7 +125,10 @@ def in_child(action: Callable[[], Result], limits: Limits) -> Result:
 def _ended(child: multiprocessing.process.BaseProcess) -> int | None:
     """Waits for a child's end and returns its exit code. Closes its pipes: an error that is kept would keep them."""
     child.join()
-    code = child.exitcode
+    # multiprocessing looks for ended children whenever one starts. If another thread has found this one, it may not
+    # have noted so yet, and then join knows of no end
+    while (code := child.exitcode) is None:
+        time.sleep(0.001)
     child.close()
     return code
 

@@ -312,6 +312,26 @@ def test_what_ends_a_pass_ends_it_for_all(short: Path, tmp_path: Path, how: str)
         assert [j.state for j in jobs] == [State.QUEUED] * 3 and not o.jobs.running
 
 
+def test_an_error_in_flashd_ends_the_job_that_meets_it_and_no_other(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it is met while others run, when the worker looks whether the next one may join them."""
+    tokens = Prompts.tokens
+
+    def strange(self: Prompts, messages: Sequence[Message], *more: Any) -> list[int]:
+        if messages[-1].content == QUESTIONS[1]:
+            raise RuntimeError("never thought of")
+        return tokens(self, messages, *more)
+
+    monkeypatch.setattr(Prompts, "tokens", strange)
+    with office(short, tmp_path) as o:
+        jobs = [o.jobs.submit(request(q)) for q in QUESTIONS]
+        o.hold()
+        o.steps.go_on.set()
+        assert o.end(*jobs) == [State.DONE, State.FAILED, State.DONE]
+        assert "never thought of" in jobs[1].result.finish
+
+
 def broken(tokens: int, of_texts: Mapping[int, int] | None = None) -> None:
     raise CardError("the card is gone")
 

@@ -13,7 +13,7 @@ import xxhash
 MAGIC = b"\x93FLASHD\n"
 """A bundle begins with it."""
 
-VERSION = 6
+VERSION = 7
 """The format. A bundle of another one is packed again."""
 
 PAGE = 4096

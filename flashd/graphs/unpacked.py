@@ -39,9 +39,9 @@ MIDDLE = np.uint8(128)
 def planes(form: RowFormat) -> int:
     """Weights that a byte of a row holds. Unpacked, all first ones of a block come before all second ones.
 
-    Of weights of 3 bits it is as many as bytes hold of their lower two.
+    Of weights of 3 bits, three bytes hold eight.
     """
-    return 4 if form.kind == "int3" else 8 // BITS[form.kind]
+    return 8 if form.kind == "int3" else 8 // BITS[form.kind]
 
 
 def rounds(form: RowFormat, arithmetic: Arithmetic) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +13,15 @@ from flashd.bundle.rows.kinds import Bytes, Codes
 def pack_bits(q: Bytes, bits: int) -> Bytes:
     """Integers [..., K] uint8 -> packed bytes [..., K * bits / 8]. The first integer of a byte is in its low bits.
 
-    Integers of 3 bits are two parts, one behind the other: their lower two bits, then their upper bits.
+    Of 3 bits, three bytes hold eight. Each has two whole ones in its low bits. Above them the first byte has the
+    lower two bits of the seventh, the second those of the eighth, and the third the upper bit of each. All first
+    bytes come first, then all second ones.
     """
     if bits == 3:
-        lower, upper = np.bitwise_and(q, 3, dtype=np.uint8), np.right_shift(q, 2, dtype=np.uint8)
-        return np.concatenate([pack_bits(lower, 2), pack_bits(upper, 1)], axis=-1)
+        w = np.moveaxis(q.reshape(*q.shape[:-1], -1, 8), -1, 0)  # [8, ..., K / 8]
+        above = (w[6] & 3, w[7] & 3, w[6] >> 2 | w[7] >> 2 << 1)
+        thirds = [w[2 * i] | w[2 * i + 1] << 3 | above[i] << 6 for i in range(3)]
+        return np.asarray(np.concatenate(thirds, axis=-1), np.uint8)
     step = 8 // bits
     packed = q[..., 0::step]
     for i in range(1, step):
@@ -31,9 +34,10 @@ def unpack(q: Bytes, bits: int) -> Bytes:
     if bits == 8:
         return q
     if bits == 3:
-        lower = q.shape[-1] * 2 // 3
-        upper = np.left_shift(unpack(q[..., lower:], 1), 2, dtype=np.uint8)
-        return np.asarray(unpack(q[..., :lower], 2) | upper, np.uint8)
+        first, second, third = thirds = np.split(q, 3, axis=-1)  # [..., K / 8] each
+        whole = [part for byte in thirds for part in (byte & 7, byte >> 3 & 7)]
+        w = [*whole, first >> 6 | third >> 4 & 4, second >> 6 | third >> 5 & 4]
+        return np.stack(w, axis=-1).reshape(*q.shape[:-1], -1)
     step, most = 8 // bits, (1 << bits) - 1
     out = np.empty((*q.shape[:-1], q.shape[-1] * step), np.uint8)
     for i in range(step):
@@ -43,11 +47,13 @@ def unpack(q: Bytes, bits: int) -> Bytes:
 
 def as_nibbles(q: Bytes, bits: int) -> Bytes:
     """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
-    lower = q.shape[-1] * 2 // bits
-    out = _nibbles(2, bits)[q[..., :lower]]  # [..., K / 4] uint16
-    if bits == 3:
-        upper = out.view("<u4")
-        upper += _nibbles(1, bits)[q[..., lower:]]  # [..., K / 8] uint32; no nibble overflows: the largest is 11
+    if bits == 2:
+        return _fours()[q].view(np.uint8)
+    eights = _eights()
+    first, *others = np.split(q, 3, axis=-1)  # [..., K / 8] each
+    out: npt.NDArray[np.uint32] = eights[0][first]  # [..., K / 8]
+    for of_byte, byte in zip(eights[1:], others, strict=True):
+        out += of_byte[byte]
     return out.view(np.uint8)
 
 
@@ -65,10 +71,18 @@ def centre_digits(codes: Codes, width: int, bits: int) -> Bytes:
 
 
 @cache
-def _nibbles(part: int, bits: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """[256]: for each byte the nibbles of its weights. The byte holds the lower two bits of each (`part` 2) or the
-    upper one (`part` 1)."""
-    values = unpack(np.arange(256, dtype=np.uint8)[:, None], part).astype(np.uint32)  # [256, weights]
-    values = values * np.uint32(4) if part == 1 else values + np.uint32(8 - (1 << (bits - 1)))
-    words = pack_bits(values.astype(np.uint8), 4)
-    return words.view("<u2" if part == 2 else "<u4").reshape(256)
+def _fours() -> npt.NDArray[np.uint16]:
+    """[256]: for each byte of 2 bits a weight the nibbles of its weights. Their zero is 8, and not 2."""
+    values = unpack(np.arange(256, dtype=np.uint8)[:, None], 2) + np.uint8(6)  # [256, 4]
+    return pack_bits(values, 4).view("<u2").reshape(256)
+
+
+@cache
+def _eights() -> npt.NDArray[np.uint32]:
+    """[3, 256]: what each of three bytes adds to the nibbles of their eight weights. Their zero is 8, and not 4."""
+    alone = np.zeros((3, 256, 3), np.uint8)
+    for place in range(3):
+        alone[place, :, place] = np.arange(256)
+    values = unpack(alone, 3)  # [3, 256, 8]
+    values[0] += 4  # no nibble overflows: the largest is 11
+    return pack_bits(values, 4).view("<u4")[..., 0]

@@ -204,19 +204,27 @@ class Unpacker:
 
     def _unpack_narrow(self, name: str, q: Bytes, form: RowFormat, out: Bytes) -> None:
         """Into `out` [B, 32, n] of rows of 3 or 2 bits, see bits.pack_bits, and of the nibbles behind them."""
-        n, blocks = q.shape[1], form.blocks
-        lower, upper, digits = np.split(q, [form.width // 4, form.weight_bytes])
-        lower, upper = lower.reshape(blocks, 8, n), upper.reshape(blocks, -1, n)
-        digits = digits.reshape(len(out) - blocks, BLOCK // 2, n)
-        bit = self._scratch.array(f"{name}.bit", np.uint8, upper.shape)
-        for plane, part in enumerate(_planes(out, 4)):
-            _unpack(lower, plane, 2, part[:blocks])
-            if form.bits == 3:
-                for odd in range(2):  # every second byte of the lower bits has its upper ones in the same byte
-                    _upper_bit(upper, 4 * odd + plane, bit)
-                    part[:blocks, odd::2] |= bit
-            _unpack(digits[:, plane // 2 :: 2], plane % 2, 4, part[blocks:])
-        out[blocks:] -= np.uint8(8 - unpacked.ZEROS[form.kind])
+        n, blocks, count = q.shape[1], form.blocks, unpacked.planes(form)
+        weights, digits = out[:blocks], out[blocks:]
+        nibbles = q[form.weight_bytes :].reshape(len(digits), BLOCK // 2, n)
+        for plane, part in enumerate(_planes(digits, count)):
+            _unpack(nibbles[:, plane // 2 :: count // 2], plane % 2, 4, part)
+        digits -= np.uint8(8 - unpacked.ZEROS[form.kind])
+        if form.bits == 2:
+            fours = q[: form.weight_bytes].reshape(blocks, BLOCK // 4, n)
+            for plane, part in enumerate(_planes(weights, 4)):
+                _unpack(fours, plane, 2, part)
+            return
+        thirds = q[: form.weight_bytes].reshape(3, blocks, 4, n)
+        *whole, seventh, eighth = _planes(weights, 8)
+        for plane, part in enumerate(whole):
+            _unpack(thirds[plane // 2], plane % 2, 3, part)
+        lower = self._scratch.array(f"{name}.lower", np.uint8, seventh.shape)
+        for part, byte, shift in ((seventh, thirds[0], 4), (eighth, thirds[1], 5)):
+            np.right_shift(thirds[2], shift, out=part)
+            np.bitwise_and(part, 4, out=part)
+            np.right_shift(byte, 6, out=lower)
+            np.bitwise_or(part, lower, out=part)
 
     def _scales(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Floats:
         """[B, 1, n], those of digits among them, or [1, 1, n]."""
@@ -233,15 +241,6 @@ class Unpacker:
 def _planes(out: Bytes, count: int) -> list[Bytes]:
     """The parts of blocks [B, 32, n] that are the first, second ... weights of bytes, [B, 32 / count, n] each."""
     return np.split(out, count, axis=1)
-
-
-def _upper_bit(upper: Bytes, at: int, out: Bytes) -> None:
-    """Of each byte the bit number `at`, as the third bit of a weight."""
-    if at < 2:
-        np.left_shift(upper, 2 - at, out=out)
-    else:
-        np.right_shift(upper, at - 2, out=out)
-    np.bitwise_and(out, 4, out=out)
 
 
 def _unpack(q: Bytes, plane: int, bits: int, out: Bytes) -> None:

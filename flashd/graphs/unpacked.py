@@ -18,7 +18,7 @@ import numpy as np
 from flashd.bundle.architecture import Architecture
 from flashd.bundle.layer_kinds import LayerProduct
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
-from flashd.bundle.rows.kinds import BITS, BLOCK
+from flashd.bundle.rows.kinds import BITS, BLOCK, CENTRE_BITS, CODE_TYPES, unit_steps
 from flashd.graphs.constant import Arithmetic
 from flashd.graphs.layers import Layers
 from flashd.graphs.nodes import Graph
@@ -73,9 +73,9 @@ def entering(form: RowFormat, arithmetic: Arithmetic) -> bytes:
 def group(model: Architecture, form: GroupFormat, arithmetic: Arithmetic, many: bool = False) -> bytes:
     """y [T, W]: the share that a group has in an FFN, whose input is what `entering` gives.
 
-    `inputs.w` [B, 32, M N] and `down.w` [B, 32, H] are the weights and the digits behind them, `inputs.scale` and
-    `down.scale` [B, 1, n] their scales, or [1, 1, n] if a row has one. Of f16 rows `w` is [K, n]. If gates have a
-    bound, it and the least that is left of them are `bounds` [T, 2].
+    `inputs.w` [B, 32, M N] and `down.w` [B, 32, H] are the weights and the digits behind them. Their scales are codes
+    and steps, see `_scales`, or `inputs.scale` and `down.scale` [B, 1, n], or [1, 1, n] if a row has one. Of f16 rows
+    `w` is [K, n]. If gates have a bound, it and the least that is left of them are `bounds` [T, 2].
 
     `many`: the graph is the faster one for more than a few tokens. Both give the same.
     """
@@ -98,7 +98,7 @@ def group(model: Architecture, form: GroupFormat, arithmetic: Arithmetic, many: 
 
 
 def rows(form: RowFormat, n: int, arithmetic: Arithmetic, many: bool = False) -> bytes:
-    """y [T, n], the product of what `entering` gives with n rows, `rows.w` and `rows.scale`, see `group`."""
+    """y [T, n], the product of what `entering` gives with n rows, `rows.w` and their scales, see `group`."""
     g = Graph()
     y = _product(g, _given(g, form, arithmetic), "rows", form, n, many)
     g.named_output("y", T.FLOAT, ["T", n], y)
@@ -110,8 +110,8 @@ def attention(
 ) -> bytes:
     """The attention of a layer, see Layers.attention_graph, whose rows and small vectors are inputs.
 
-    Layers that are alike have the same graph. `forms`: of the rows of each product, which are `NAME.w` and
-    `NAME.scale`, see `group`.
+    Layers that are alike have the same graph. `forms`: of the rows of each product, which are `NAME.w` and their
+    scales, see `group`.
     """
     g = Graph()
 
@@ -206,7 +206,26 @@ def _weights(g: Graph, name: str, form: RowFormat, n: int, arithmetic: Arithmeti
         return [g.input(f"{name}.w", T.FLOAT16, [form.width, n])]
     kind = T.INT8 if signed(form, arithmetic) else T.UINT8
     w = g.input(f"{name}.w", kind, [_blocks(form), BLOCK, n])
+    if form.kind in CODE_TYPES:
+        return [w, _scales(g, name, form, n)]
     return [w, g.input(f"{name}.scale", T.FLOAT, [1 if form.kind == "ternary" else _blocks(form), 1, n])]
+
+
+def _scales(g: Graph, name: str, form: RowFormat, n: int) -> str:
+    """[B, 1, n]: the scales of n rows, and behind them those of the digits, which meet the means of blocks.
+
+    `NAME.codes` [B, 1, n] and `NAME.step` [2, 1, n] are the rows' own. numpy would hold the interpreter's lock.
+    """
+    of_codes = T.UINT16 if CODE_TYPES[form.kind] is np.uint16 else T.UINT8
+    codes = g.input(f"{name}.codes", of_codes, [form.blocks, 1, n])
+    step = g.node("Cast", g.input(f"{name}.step", T.FLOAT16, [2, 1, n]), to=T.FLOAT)
+    worth = g.node("Mul", step, g.constant(unit_steps(form.kind).reshape(2, 1, 1)))
+    top, centre = g.nodes_out("Split", worth, outputs=2, axis=0, num_outputs=2)
+    low = g.node("Mul", centre, g.constant(np.float32(BLOCK)))
+    high = g.node("Mul", low, g.constant(np.float32(1 << CENTRE_BITS[form.kind])))
+    half = form.digits // BLOCK // 2
+    weights = g.node("Mul", g.node("Cast", codes, to=T.FLOAT), top)
+    return g.node("Concat", weights, *[high] * half, *[low] * half, axis=0)
 
 
 def _multiplied(g: Graph, given: dict[str, str], weights: Sequence[str], form: RowFormat, n: int, many: bool) -> str:
@@ -260,10 +279,15 @@ def _as_unpacked(g: Graph, x: str, form: RowFormat) -> str:
     return g.node("Reshape", g.node("Transpose", x, perm=[0, 1, 3, 2]), g.shape(-1, _blocks(form), BLOCK))
 
 
-def transpose() -> bytes:
-    """x [n, m] uint8 -> y [m, n]. It moves 16 bytes at a time, which numpy does not."""
+def transpose(count: int) -> bytes:
+    """x.0, x.1 ... [n, m] uint8, each of a shape of its own -> y.0, y.1 ... [m, n].
+
+    It moves 16 bytes at a time, which numpy does not.
+    """
     g = Graph()
-    g.named_output("y", T.UINT8, ["m", "n"], g.node("Transpose", g.input("x", T.UINT8, ["n", "m"]), perm=[1, 0]))
+    for i in range(count):
+        y = g.node("Transpose", g.input(f"x.{i}", T.UINT8, [f"n.{i}", f"m.{i}"]), perm=[1, 0])
+        g.named_output(f"y.{i}", T.UINT8, [f"m.{i}", f"n.{i}"], y)
     return g.serialise("transpose")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -22,7 +23,6 @@ from flashd.bundle.arrays import Groups, Mxfp4Rows, PlainRows, QuantRows, Rows, 
 from flashd.bundle.rows import mxfp4
 from flashd.bundle.rows.formats import GroupFormat, RowFormat
 from flashd.bundle.rows.kinds import BLOCK, NARROW, Bytes, Floats
-from flashd.engine.forward.products import fill_scales
 from flashd.engine.planning.unpacked import ALIGNED
 from flashd.graphs import unpacked
 from flashd.graphs.constant import Arithmetic
@@ -94,7 +94,8 @@ class Shelf:
     def __init__(self, slot: int = 0) -> None:
         self._slot = slot
         self._idle: dict[int, list[Bytes]] = defaultdict(list)
-        self._transpose, self._scratch = open_session(unpacked.transpose()), ScratchOfThread()
+        self._scratch = ScratchOfThread()
+        self._transposes_of: dict[int, ort.InferenceSession] = {}  # by how many arrays they transpose at once
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
         """A copy of a single group, whose rows have the form of `form`."""
@@ -120,11 +121,14 @@ class Shelf:
     def _transposes(self, arrays: list[Array]) -> tuple[Bytes, list[Array]]:
         """Memory, and in it the transposes of arrays, and copies of vectors."""
         memory, copies = self._carved(arrays, [array.shape[::-1] for array in arrays])
+        of_bytes: list[tuple[Bytes, Bytes]] = []
         for copy, array in zip(copies, arrays, strict=True):
             if array.ndim == 2 and array.dtype == np.uint8:
-                self._transposed(array, copy)
+                of_bytes.append((array, copy))
             else:
                 copy[:] = array.T
+        if of_bytes:
+            self._transpose(of_bytes)
         return memory, copies
 
     def _carved(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> tuple[Bytes, list[Array]]:
@@ -154,16 +158,23 @@ class Shelf:
         for idle in list(self._idle.values()):
             idle.clear()
 
-    def _transposed(self, array: Bytes, to: Bytes) -> None:
-        """[n, m] -> [m, n]. onnxruntime moves 16 bytes at a time, of arrays that are contiguous."""
-        if not array.flags.c_contiguous:
-            copy = self._scratch.array("copy", np.uint8, array.shape)
-            np.copyto(copy, array)
-            array = copy
-        binding = self._transpose.io_binding()
-        binding.bind_cpu_input("x", array)
-        binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(to))
-        self._transpose.run_with_iobinding(binding)
+    def _transpose(self, pairs: Sequence[tuple[Bytes, Bytes]]) -> None:
+        """Of each pair the first [n, m] into the second [m, n]. onnxruntime takes arrays that are contiguous.
+
+        All in one call: whoever else computes meanwhile is interrupted once.
+        """
+        if len(pairs) not in self._transposes_of:
+            self._transposes_of[len(pairs)] = open_session(unpacked.transpose(len(pairs)))
+        session = self._transposes_of[len(pairs)]
+        binding = session.io_binding()
+        for i, (array, to) in enumerate(pairs):
+            if not array.flags.c_contiguous:
+                copy = self._scratch.array(f"copy.{i}", np.uint8, array.shape)
+                np.copyto(copy, array)
+                array = copy
+            binding.bind_cpu_input(f"x.{i}", array)
+            binding.bind_ortvalue_output(f"y.{i}", ort.OrtValue.ortvalue_from_numpy(to))
+        session.run_with_iobinding(binding)
 
 
 class Unpacker:
@@ -180,7 +191,11 @@ class Unpacker:
         if isinstance(rows, PlainRows):
             return {f"{name}.w": rows.w}
         place = place or name
-        return {f"{name}.w": self._unpacked(place, rows, form), f"{name}.scale": self._scales(place, rows, form)}
+        weights = {f"{name}.w": self._unpacked(place, rows, form)}
+        if isinstance(rows, QuantRows):
+            return weights | {f"{name}.codes": rows.scale[:, None], f"{name}.step": rows.step[:, None]}
+        scale = rows.scale if isinstance(rows, TernaryRows) else mxfp4.scales(rows.exponent)
+        return weights | {f"{name}.scale": scale[:, None]}  # [B, 1, n], or [1, 1, n]
 
     def _unpacked(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Array:
         """[B, 32, n] of rows whose bytes are [B 32 bits / 8, n]. They are around 0 if inputs are not rounded."""
@@ -226,21 +241,11 @@ class Unpacker:
             np.right_shift(byte, 6, out=lower)
             np.bitwise_or(part, lower, out=part)
 
-    def _scales(self, name: str, rows: QuantRows | TernaryRows | Mxfp4Rows, form: RowFormat) -> Floats:
-        """[B, 1, n], those of digits among them, or [1, 1, n]."""
-        if isinstance(rows, TernaryRows):
-            return rows.scale[:, None]
-        if isinstance(rows, Mxfp4Rows):
-            return mxfp4.scales(rows.exponent)[:, None]
-        (blocks, n), half = rows.scale.shape, form.digits // BLOCK // 2
-        out = self._scratch.array(f"{name}.scale", np.float32, (blocks + 2 * half, n))
-        fill_scales(out, rows.scale, rows.step, form)
-        return out[:, None]
-
 
 def _planes(out: Bytes, count: int) -> list[Bytes]:
     """The parts of blocks [B, 32, n] that are the first, second ... weights of bytes, [B, 32 / count, n] each."""
-    return np.split(out, count, axis=1)
+    rows = BLOCK // count
+    return [out[:, at : at + rows] for at in range(0, BLOCK, rows)]
 
 
 def _unpack(q: Bytes, plane: int, bits: int, out: Bytes) -> None:

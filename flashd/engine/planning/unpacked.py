@@ -109,11 +109,10 @@ def _attention(header: Header) -> list[tuple[str, RowFormat, int]]:
 
 
 def _unpacked(row: RowFormat, rows: int, arithmetic: Arithmetic) -> int:
-    """Bytes of weights and scales when they are unpacked."""
-    weights = rows * (row.width + row.digits)
-    if row.kind == "f16":
-        return 0  # they are widened within a product
-    return (0 if row.bits == 8 and arithmetic == "int8" else weights) + 4 * weights // BLOCK
+    """Bytes of weights when they are unpacked."""
+    if row.kind == "f16" or (row.bits == 8 and arithmetic == "int8"):
+        return 0  # they are widened within a product, or bytes anyway
+    return rows * (row.width + row.digits)
 
 
 def _temporary(row: RowFormat, rows: int, tokens: int, arithmetic: Arithmetic) -> int:
@@ -122,10 +121,11 @@ def _temporary(row: RowFormat, rows: int, tokens: int, arithmetic: Arithmetic) -
     weights, together = rows * width, min(rows, ROWS_TOGETHER)
     if row.kind == "f16":
         return 4 * weights
+    scales = 4 * weights // BLOCK
     # some rows at a time, each with a copy of its own
     if arithmetic == "float32":
-        return 2 * 4 * together * width + weights
+        return 2 * 4 * together * width + weights + scales
     of_few, of_token = 2 * 4 * FEW_UNPACKED * weights // BLOCK, 4 * width // BLOCK
     if row.kind == "ternary":
         return 2 * tokens * rows * of_token
-    return max(of_few, tokens * together * of_token + weights)
+    return max(of_few, tokens * together * of_token + weights) + scales

@@ -30,7 +30,6 @@ from flashd.engine.forward.ffn.router import Router
 from flashd.engine.forward.kept import Kept, Shelf
 from flashd.engine.forward.unpacked import Entering, Multiplier
 from flashd.engine.model.contract import CardStats, OnStep
-from flashd.engine.model.distinct import distinct
 from flashd.engine.model.sizes import AT_WORK, TOKENS_AT_ONCE, at_work
 from flashd.engine.paging.card import CardQueue, Extent, units_of_a_read
 from flashd.engine.paging.card_speed import IN_FLIGHT, remembered
@@ -44,6 +43,9 @@ RIGHT_DECAY = 0.9
 TRUSTED = 0.5
 """Guesses are read ahead if at least this share was right: a wrong one may keep the card from what is needed."""
 
+LOOKS_AGAIN = 4
+"""Passes after which a layer that is not trusted is guessed again, only to see whether that is right by now."""
+
 
 @dataclass
 class _LayerExperts:
@@ -54,12 +56,14 @@ class _LayerExperts:
     capacity: int  # experts
     guessed: frozenset[int] = frozenset()  # experts, before its router was asked
     right: float = 0.5  # the running share of guesses that are; at first it is not known
+    doubted: int = 0  # passes since it was last guessed while too few guesses are right
 
 
 @dataclass(frozen=True)
 class _Routed:
     """Which experts the tokens of a pass use in one layer."""
 
+    asked: Floats  # [T, H], what the router was asked with
     used: Numbers  # [T, K], numbers of experts
     weights: Floats  # [T, K]
     here: list[int]  # those used that are in the window
@@ -181,6 +185,8 @@ class ExpertFfn:
         work = _Work(self._workers, self._multiply, shares, entering, routed)
         for expert in routed.here:
             work.start(expert, kept[expert])
+        if layer + 1 in self._layers and len(self._layers[layer + 1].kept) < self._experts.count:
+            self._guess(layer + 1, routed.asked)
         stay = self._make_room(layer, routed)
         come: dict[int, list[Any]] = {expert: [] for expert in routed.missing}
         for extent, groups in self._queue.take():
@@ -211,25 +217,28 @@ class ExpertFfn:
         self._workers.shutdown()
 
     def _choose(self, index: int, routed: Floats) -> None:
-        """Asks a layer's router for `routed` [T, H], reads what is missing, then what the next layer may need."""
+        """Asks a layer's router for `routed` [T, H], and begins to read what is missing."""
         layer = self._layers[index]
         used, weights = self._router(index, routed)
-        needed = distinct(used).tolist()
+        needed = sorted({*used.reshape(-1).tolist()})
         here = [e for e in needed if e in layer.kept]
         missing = [e for e in needed if e not in layer.kept]
-        self._routed = _Routed(used, weights, here, missing)
+        self._routed = _Routed(routed, used, weights, here, missing)
         self._needed, self._found = self._needed + len(needed), self._found + len(here)
         layer.recent.use(used)
         if layer.guessed:
             share = len(layer.guessed.intersection(missing)) / len(layer.guessed)
             layer.right = RIGHT_DECAY * layer.right + (1 - RIGHT_DECAY) * share
         self._queue.want([e for expert in missing for e in self._reads(index, expert)])
-        if index + 1 in self._layers and len(self._layers[index + 1].kept) < self._experts.count:
-            self._guess(index + 1, routed)
 
     def _guess(self, index: int, routed: Floats) -> None:
         """Reads ahead the experts that a layer may need, by what its router says to another's input [T, H]."""
         layer = self._layers[index]
+        if layer.right < TRUSTED:  # to guess takes a while, and what comes of it would not be read
+            layer.doubted = (layer.doubted + 1) % LOOKS_AGAIN
+            if layer.doubted:
+                layer.guessed = frozenset()
+                return
         uses = np.bincount(self._router(index, routed)[0].reshape(-1), minlength=self._experts.count)
         likely = [e for e in np.argsort(-uses, kind="stable").tolist() if uses[e] and e not in layer.kept]
         ahead: list[Extent] = []

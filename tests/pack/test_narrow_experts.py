@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,8 +15,10 @@ from flashd.bundle.errors import DamagedHeader
 from flashd.bundle.header import Header
 from flashd.bundle.reader import Bundle
 from flashd.bundle.rows.kinds import NARROW, RowKind
+from flashd.engine.expected import measure
 from flashd.engine.forward.paged import PagedModel
 from flashd.engine.planning.held import group_bytes
+from flashd.engine.planning.rates import ASSUMED, remember_rates, remembered_rates
 from flashd.engine.planning.unpacked import group_kept
 from flashd.errors import DataError
 from flashd.pack.lossy import narrow_experts
@@ -96,6 +99,19 @@ def test_they_take_as_little_of_ram_as_of_the_card(narrow: Path) -> None:
         assert list(sizes) == [group_kept(header.group_of(i)) for i in header.model.paged_layers]
         whole = group_kept(header.group)
         assert all(size < whole for size in sizes)
+
+
+def test_this_machine_is_measured_for_them_apart(
+    narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Bundle(narrow) as bundle:
+        made, header = plan(bundle, 0.5, 64), bundle.header
+        exact = msgspec.structs.replace(header, narrowed=None)
+        remember_rates(exact, made, ASSUMED)
+        assert remembered_rates(exact, made) == ASSUMED and remembered_rates(header, made) is None
+        measure(bundle, made)
+        assert remembered_rates(header, made) not in (None, ASSUMED)
 
 
 def test_the_layers_that_bear_it_best_have_the_fewest_bits(narrow: Path) -> None:

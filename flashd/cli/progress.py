@@ -19,10 +19,11 @@ CLEAR = "\x1b[K"
 
 
 class Bar:
-    """A progress bar, shown only on a terminal."""
+    """A progress bar, shown only on a terminal, from the first time on that there is progress."""
 
     def __init__(self, what: str, unit: str) -> None:
-        self._bar = _on_terminal(what, unit) if sys.stderr.isatty() else None
+        self._what, self._unit, self._closed = what, unit, not sys.stderr.isatty()
+        self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -34,13 +35,16 @@ class Bar:
 
     def close(self) -> None:
         """Removes the bar. Nothing shows it again."""
+        self._closed = True
         if self._bar is not None:  # a bar of nothing is false
             self._bar.close()
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Moves the bar to `done` of `total`."""
-        if self._bar is None:
+        if self._closed:
             return
+        if self._bar is None:
+            self._bar = _on_terminal(self._what, self._unit)
         self._bar.total, self._bar.n = total, done
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.refresh()

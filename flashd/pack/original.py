@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -47,6 +47,7 @@ class Original:
     rope: list[Floats]  # [2, D / 2] each, see families.rope.rope_tables
     weights: Weights
     formats: Formats  # the kinds of rows of its bundle
+    on_layer: Callable[[int], None] = lambda _: None  # told how many layers a calibration has taken its texts through
 
     @classmethod
     def open(cls, path: Path, rows: RowKind | None, pre: str | None = None, context: int | None = None) -> Original:
@@ -88,7 +89,7 @@ class Original:
 
     def calibration(self, texts: Sequence[Numbers]) -> Calibration:
         """A calibration that takes texts, each [tokens], through the model with the file's own weights."""
-        return Calibration(self.weights, self.model, self.rope, texts)
+        return Calibration(self.weights, self.model, self.rope, texts, self.on_layer)
 
 
 def _formats(weights: Weights, model: Architecture, rows: RowKind | None) -> Formats:

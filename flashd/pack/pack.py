@@ -63,6 +63,7 @@ def pack(
     allowed: Allowed | None = None,
     pre: str | None = None,
     context: int | None = None,
+    on_layer: Progress = lambda done, layers: None,
 ) -> Header:
     """Packs the model at `source_path` into the bundle `out`. An existing bundle is replaced at the very end.
 
@@ -80,6 +81,8 @@ def pack(
         pre: the pre-tokenizer of a GGUF file, whatever the file says.
         context: the tokens of the longest text. None: as many as the model was trained for, or in a model that turns
             long texts in another way than short ones, the longest of the short ones.
+        on_layer: is called with (layers that a sample text has gone through, all layers), again and again, while what
+            may be lost is searched. That comes first.
 
     Raises:
         UsageError: `out` is something else than a bundle, or flashd does not know `pre`.
@@ -94,7 +97,8 @@ def pack(
         vocabulary = _vocabulary(source_path, rows, pre, context)
         original = Original.open(source_path, rows, pre, context)
         _check(original, allowed)
-        return _write(original, vocabulary, out, on_progress, allowed)
+        searched = replace(original, on_layer=lambda done: on_layer(done, original.model.layers))
+        return _write(original, vocabulary, out, on_progress, lambda: _choose(searched, vocabulary, allowed))
     except BENT as error:
         raise DataError(_bent(source_path, error)) from error
 
@@ -151,8 +155,9 @@ def _check(original: Original, allowed: Allowed | None) -> None:
             narrow_search.check(original)
 
 
-def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) -> Choice:
+def _choose(original: Original, vocabulary: Vocabulary, allowed: Allowed | None) -> Choice:
     """Searches how to lose as much as is allowed. None: the bundle is exact. This takes longest."""
+    tokenizer_json = vocabulary.tokenizer_json
     match allowed:
         case Selecting():
             return predictor_search.choose(original, tokenizer_json, allowed)
@@ -166,11 +171,11 @@ def _choose(original: Original, tokenizer_json: bytes, allowed: Allowed | None) 
 
 
 def _write(
-    original: Original, vocabulary: Vocabulary, out: Path, on_progress: Progress, allowed: Allowed | None
+    original: Original, vocabulary: Vocabulary, out: Path, on_progress: Progress, choose: Callable[[], Choice]
 ) -> Header:
     try_chat_template(vocabulary, original.path)
     with BundleWriter(out) as bundle:  # opened first: an error of the disk comes before the long search
-        choice = _choose(original, vocabulary.tokenizer_json, allowed)
+        choice = choose()
         selection = choice.selection if isinstance(choice, Selected | Gated) else None
         writer = _Writer(original, bundle, on_progress)
         writer.tables(vocabulary)

@@ -134,6 +134,20 @@ def test_where_no_loss_is_small_enough_it_is_packed_exact(tmp_path: Path, caplog
     assert {part.form.kind for part in header.ffn_sections} == {"int4"}
 
 
+def test_a_search_tells_how_far_it_is_and_an_exact_bundle_needs_none(tmp_path: Path) -> None:
+    golden, told = GOLDENS["qwen3moe"], list[tuple[int, int]]()
+    source = golden.write(tmp_path / "m.gguf")
+
+    def tell(done: int, layers: int) -> None:
+        told.append((done, layers))
+
+    header = pack(source, tmp_path / "m.flash", "int4", context=golden.context, on_layer=tell)
+    assert not told
+    pack(source, tmp_path / "m.flash", "int4", allowed=Narrowing(0.9, TEXT), context=golden.context, on_layer=tell)
+    layers = header.model.layers
+    assert {total for _, total in told} == {layers} and {done for done, _ in told} == {*range(1, layers + 1)}
+
+
 def test_other_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only int4 rows can have fewer bits"):
         packed(tmp_path, "qwen3moe", rows="int8")

@@ -33,8 +33,15 @@ def pack(options: Pack) -> None:
     if out is None:
         out = packed_path(options.source)
         make_room(out)
-    with Bar("packing", "weights") as bar:
-        header = pack(options.source, out, options.rows, bar.show, _allowed(options), options.pre, options.context)
+    with Bar("measuring what is lost", "layers") as search, Bar("packing", "weights") as bar:
+
+        def show(done: int, total: int) -> None:
+            search.close()
+            bar.show(done, total)
+
+        header = pack(
+            options.source, out, options.rows, show, _allowed(options), options.pre, options.context, search.show
+        )
     print(f"{out}: {header.model.name}, {out.stat().st_size / MIB:.0f} MiB, {header.formats.words} rows")
     _print_losses(header)
     _print_guessers(out)

@@ -102,9 +102,10 @@ class Calibration:
     """
 
     def __init__(
-        self, weights: Weights, model: Architecture, rope: Sequence[Floats], texts: Sequence[Numbers]
-    ) -> None:
-        self._weights, self._model, self._rope, self._texts = weights, model, rope, texts
+        self, weights: Weights, model: Architecture, rope: Sequence[Floats], texts: Sequence[Numbers],
+        on_layer: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._weights, self._model, self._rope, self._texts, self._on_layer = weights, model, rope, texts, on_layer
         start_pool(len(os.sched_getaffinity(0)))
         self._stages = {name: open_session(graph) for name, graph in stages(model).items()}
         self._activations = open_session(activations(model))
@@ -145,13 +146,9 @@ class Calibration:
         return np.asarray(a, np.float32)
 
     def mixture(
-        self,
-        i: int,
-        chooses: Chooses | None = None,
-        sees: Sees | None = None,
-        columns: RowFormat | None = None,
+        self, i: int, chooses: Chooses | None = None, sees: Sees | None = None, columns: RowFormat | None = None,
         others: Others | None = None,
-    ) -> Numbers:
+    ) -> Numbers:  # fmt: skip
         """Takes the texts through layer `i` of a mixture. Returns the numbers of the experts, most used first, [E].
 
         A plain FFN counts as one expert that every token uses, unless its activations are normed. Of a layer without
@@ -277,6 +274,7 @@ class Calibration:
             (gate,), (out,) = self._weights.products_behind(i)
             (y,) = self._run("token_gate", vectors, products=_product(gating, gate), token=self._inputs[i])
             (self._x,) = self._run("token_leave", vectors, x=self._x, branch=_product(y, out))
+        self._on_layer(i + 1)
 
     @property
     def states(self) -> Floats:

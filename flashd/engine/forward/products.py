@@ -90,20 +90,14 @@ def scales(codes: Codes, step: npt.NDArray[np.float16], form: RowFormat, centred
 
     codes [n, B], step [n, 2]; if not `centred`, [n, B] without the digits.
     """
-    half = form.digits // BLOCK // 2 if centred else 0
-    scale = np.empty((len(codes), form.blocks + 2 * half), np.float32)
-    fill_scales(scale.T, codes.T, step.T, form)
+    blocks, half = form.blocks, form.digits // BLOCK // 2 if centred else 0
+    worth = step.astype(np.float32) * unit_steps(form.kind)  # [n, 2]
+    scale = np.empty((len(codes), blocks + 2 * half), np.float32)
+    np.multiply(codes, worth[:, :1], out=scale[:, :blocks])
+    low = BLOCK * worth[:, 1:]  # [n, 1]
+    scale[:, blocks : blocks + half] = low * (1 << CENTRE_BITS[form.kind])
+    scale[:, blocks + half :] = low
     return scale
-
-
-def fill_scales(scale: Floats, codes: Codes, step: npt.NDArray[np.float16], form: RowFormat) -> None:
-    """The same into `scale` [B + 2 P, n], or [B, n] without the digits, of codes [B, n] and step [2, n]."""
-    blocks, half = len(codes), (len(scale) - len(codes)) // 2
-    top, centre = step.astype(np.float32) * unit_steps(form.kind)[:, None]  # [n] each
-    np.multiply(codes, top, out=scale[:blocks])
-    low = BLOCK * centre
-    scale[blocks : blocks + half] = low * (1 << CENTRE_BITS[form.kind])
-    scale[blocks + half :] = low
 
 
 def with_means(x: Floats, form: RowFormat) -> Floats:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+import flashd
 from flashd.bundle.header import Header
 from flashd.engine.model.sizes import NODES
 from flashd.engine.planning.held import LEADING_FFNS, WEIGHTS
@@ -67,7 +68,9 @@ def remembered_rates(header: Header, plan: Plan) -> Rates | None:
 
 
 def _key(header: Header, plan: Plan) -> str:
-    return f"{_machine()}, {plan.threads} threads, {_what(header, plan)}{header.formats.ffn} rows in {plan.of_ffns}"
+    """Another version may compute at another speed."""
+    of_what = f"{_what(header, plan)}{header.formats.ffn} rows in {plan.of_ffns}"
+    return f"flashd {flashd.__version__}, {_machine()}, {plan.threads} threads, {of_what}"
 
 
 def _what(header: Header, plan: Plan) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flashd.bundle.header import (
+    FfnSection,
     Header,
     Text,
     group_format,
@@ -312,16 +313,20 @@ class _Writer:
 
     def _groups(self, i: int, sizes: Floats, weigh: Weigh | None = None, starts: Starts | None = None) -> None:
         """Writes a layer's groups, the hottest first, in a section for each number of bits."""
-        every = self._model.layer_groups[i]
-        if not every:
+        if not self._model.layer_groups[i]:
             return
         (ffn,) = self._weights.ffns(i)
         order = self._encode.order(ffn, sizes)
-        ends = [starts.int3, starts.int2, every] if starts else [every]
-        for part in layer_ffn_sections(i, group_format(self._model, self._formats, i), ends):
+        for part in self._sections(i, starts):
             neurons = order[part.first * part.form.neurons : (part.first + part.count) * part.form.neurons]
             chunks = self._encode.groups(ffn, part.form, neurons, weigh if part.form.kind in NARROW else None)
             self._bundle.add(part.name, chunks, run=part.form.nbytes)
+
+    def _sections(self, i: int, starts: Starts | None) -> list[FfnSection]:
+        """The sections of a layer's groups, one for each number of bits."""
+        every = self._model.layer_groups[i]
+        ends = [starts.int3, starts.int2, every] if starts else [every]
+        return layer_ffn_sections(i, group_format(self._model, self._formats, i), ends)
 
     def _leading(self, i: int) -> None:
         """Writes the FFN that a mixture's layer has in place of experts, if it is one of the first."""
@@ -341,8 +346,7 @@ class _Writer:
             return
         self._router(i, order)
         ffns, every = self._weights.ffns(i), np.arange(self._model.expert_neurons)
-        ends = [starts.int3, starts.int2, self._model.groups] if starts else [self._model.groups]
-        (part,) = layer_ffn_sections(i, group_format(self._model, self._formats, i), ends)
+        (part,) = self._sections(i, starts)
         counts = weigh if part.form.kind in NARROW else [None] * len(ffns)
         chunks = (
             chunk for e in order.tolist() for chunk in self._encode.groups(ffns[e], part.form, every, counts[e])

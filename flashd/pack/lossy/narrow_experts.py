@@ -77,20 +77,16 @@ def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> F
         for each, kinds in zip(tries, tried, strict=True):
             each.mixture(i, others=of_kind[kinds[i]] if kinds[i] in NARROW else None)
     found = narrow_groups.judge(exact, tries)
-    admitted = _admitted(original, tried, found, narrowing.max_loss)
+    _tell(tried, len(model.paged_layers), found)
+    narrow = [not set(NARROW).isdisjoint(kinds) for kinds in tried]
+    admitted = narrow_groups.admitted(original.path, narrow, found, narrowing.max_loss)
     if admitted is None:
         return FewExpertBits(layers, [None] * model.layers, None)
-    judgement = found[admitted]
     starts = [
         Starts(0 if kind in NARROW else model.groups, 0 if kind == "int2" else model.groups)
         for kind in tried[admitted]
     ]
-    narrowed = Narrowed(
-        int3=[s.int3 for s in starts], int2=[s.int2 for s in starts],
-        tokens=sum(len(text) - 1 for text in judged), perplexity_exact=judgement.perplexity_exact,
-        perplexity=judgement.perplexity, divergence=judgement.divergence,
-    )  # fmt: skip
-    return FewExpertBits(layers, [*starts], narrowed)
+    return FewExpertBits(layers, [*starts], narrow_groups.narrowed(starts, judged, found[admitted]))
 
 
 def kinds_of(model: Architecture, layers: Sequence[ExpertsLayer], shares: Shares) -> list[RowKind]:
@@ -106,23 +102,13 @@ def kinds_of(model: Architecture, layers: Sequence[ExpertsLayer], shares: Shares
     return kinds
 
 
-def _admitted(
-    original: Original, tried: Sequence[Sequence[RowKind]], found: Sequence[Judgement], max_loss: float
-) -> int | None:
-    """The number of the first try that keeps to the loss. None if there is none; logs why."""
+def _tell(tried: Sequence[Sequence[RowKind]], layers: int, found: Sequence[Judgement]) -> None:
+    """Logs what each try came to. `layers`: those that have experts."""
     for kinds, f in zip(tried, found, strict=True):
         log.info(
             "layers with experts of 3 and 2 bits: %d, %d of %d; perplexity %+.2f %%, KL %.4f",
-            kinds.count("int3"), kinds.count("int2"), len(original.model.paged_layers), 100 * f.loss, f.divergence,
+            kinds.count("int3"), kinds.count("int2"), layers, 100 * f.loss, f.divergence,
         )  # fmt: skip
-    for number, (kinds, f) in enumerate(zip(tried, found, strict=True)):
-        if f.loss <= max_loss and set(kinds) & set(NARROW):
-            return number
-    log.warning(
-        "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
-        original.path, 100 * min(f.loss for f in found), 100 * max_loss,
-    )  # fmt: skip
-    return None
 
 
 def _seen(original: Original, i: int, calibration: Calibration) -> ExpertsLayer:

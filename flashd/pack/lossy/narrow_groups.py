@@ -7,20 +7,25 @@ each neuron always help.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
 import numpy as np
 
 from flashd.bundle.arrays import Groups
+from flashd.bundle.header import Narrowed
 from flashd.bundle.reader import dequantise
 from flashd.bundle.rows.formats import GroupFormat
 from flashd.bundle.rows.kinds import Floats
 from flashd.errors import DataError
 from flashd.pack.lossy.calibration import Calibration, Dense, Numbers, Seen, text_tokens
 from flashd.pack.rounding.gptq import factor
+
+log = logging.getLogger(__name__)
 
 KEPT = 4
 """One group in so many, the hottest, keeps its 4 bits: even a small RAM holds these groups."""
@@ -223,6 +228,30 @@ def judge(exact: Calibration, others: Sequence[Calibration]) -> list[Judgement]:
         Judgement(float(perplexity[0]), float(perplexity[i + 1]), max(0.0, float(divergence[i] / counted)))
         for i in range(len(others))
     ]
+
+
+def admitted(path: Path, narrow: Sequence[bool], found: Sequence[Judgement], max_loss: float) -> int | None:
+    """The number of the first try that narrows something and keeps to the loss. None if there is none; logs why.
+
+    `narrow`: of each try, whether it narrows something. `path`: the model's.
+    """
+    for number, (some, judgement) in enumerate(zip(narrow, found, strict=True)):
+        if some and judgement.loss <= max_loss:
+            return number
+    log.warning(
+        "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
+        path, 100 * min(judgement.loss for judgement in found), 100 * max_loss,
+    )  # fmt: skip
+    return None
+
+
+def narrowed(starts: Sequence[Starts], judged: Sequence[Numbers], judgement: Judgement) -> Narrowed:
+    """The header's words for the narrow groups of each layer, and for what they cost on the judging texts."""
+    return Narrowed(
+        int3=[s.int3 for s in starts], int2=[s.int2 for s in starts], tokens=sum(len(text) - 1 for text in judged),
+        perplexity_exact=judgement.perplexity_exact, perplexity=judgement.perplexity,
+        divergence=judgement.divergence,
+    )  # fmt: skip
 
 
 def _log_softmax(logits: Floats) -> Floats:

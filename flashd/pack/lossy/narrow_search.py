@@ -80,34 +80,24 @@ def choose(original: Original, tokenizer_json: bytes, narrowing: Narrowing) -> F
     tries = [_Try(original.calibration(judged)) for _ in narrow_groups.ERROR_BUDGETS]
     seen = [_try_layer(original, i, calibration, exact, tries) for i in range(original.model.layers)]
     found = narrow_groups.judge(exact, [t.calibration for t in tries])
-    admitted = _admitted(original, tries, found, narrowing.max_loss)
+    groups = original.model.layer_groups
+    _tell(tries, sum(groups), found)
+    narrow = [any(s.int3 < every for s, every in zip(t.starts, groups, strict=True)) for t in tries]
+    admitted = narrow_groups.admitted(original.path, narrow, found, narrowing.max_loss)
     if admitted is None:
         return FewBits([NarrowedLayer(sizes, weigh, None) for sizes, weigh in seen], None)
     starts = tries[admitted].starts
-    narrowed = Narrowed(
-        int3=[s.int3 for s in starts], int2=[s.int2 for s in starts],
-        tokens=sum(len(text) - 1 for text in judged), perplexity_exact=found[admitted].perplexity_exact,
-        perplexity=found[admitted].perplexity, divergence=found[admitted].divergence,
-    )  # fmt: skip
+    narrowed = narrow_groups.narrowed(starts, judged, found[admitted])
     return FewBits([NarrowedLayer(*each, at) for each, at in zip(seen, starts, strict=True)], narrowed)
 
 
-def _admitted(original: Original, tries: Sequence[_Try], found: Sequence[Judgement], max_loss: float) -> int | None:
-    """The number of the first try that narrows a group and keeps to the loss. None if there is none; logs why."""
-    groups = original.model.layer_groups
+def _tell(tries: Sequence[_Try], groups: int, found: Sequence[Judgement]) -> None:
+    """Logs what each try came to. `groups`: of all layers."""
     for budget, t, f in zip(narrow_groups.ERROR_BUDGETS, tries, found, strict=True):
         log.info(
             "errors up to %g and %g: groups of 4, 3 and 2 bits %s; perplexity %+.2f %%, KL %.4f",
-            budget.int3, budget.int2, t.shares(sum(groups)), 100 * f.loss, f.divergence,
+            budget.int3, budget.int2, t.shares(groups), 100 * f.loss, f.divergence,
         )  # fmt: skip
-    for i, (t, f) in enumerate(zip(tries, found, strict=True)):
-        if f.loss <= max_loss and any(s.int3 < every for s, every in zip(t.starts, groups, strict=True)):
-            return i
-    log.warning(
-        "%s: the least that was tried raises perplexity by %.2f %%, which is more than %.2f %%: packed exact",
-        original.path, 100 * min(f.loss for f in found), 100 * max_loss,
-    )  # fmt: skip
-    return None
 
 
 def _try_layer(

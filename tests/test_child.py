@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import popen_fork
 from pathlib import Path
@@ -110,12 +110,24 @@ def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
 
 
 def takes_memory() -> int:
-    return len(b"x" * (200 << 20))
+    """Up to 2 GiB. The first of it may be what this process has freed but not given back: no limit knows it."""
+    return len([b"x" * (8 << 20) for _ in range(256)])
 
 
 def takes_time() -> None:
     while True:
         pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def holes() -> Iterator[None]:
+    """What a long run of tests leaves: 480 MiB that were freed, but not given back, since something lies behind."""
+    glibc_keeps_such_pieces = bytearray(31 << 20)
+    del glibc_keeps_such_pieces
+    *pieces, behind = [bytearray(30 << 20) for _ in range(17)]
+    del pieces
+    yield
+    del behind
 
 
 @pytest.mark.parametrize("action", [takes_memory, takes_time])
@@ -150,9 +162,9 @@ def test_a_child_is_silent_unless_it_may_speak(capfd: pytest.CaptureFixture[str]
 
 def test_a_child_s_child_is_within_the_limits_of_both() -> None:
     def grandchild() -> int:
-        return child.in_child(takes_memory, child.Limits(seconds=20, memory=1 << 30))
+        return child.in_child(takes_memory, child.Limits(seconds=20, memory=4 << 30))
 
-    with pytest.raises(child.ChildDied, match="20 s or 1024 MiB"):
+    with pytest.raises(child.ChildDied, match="20 s or 4096 MiB"):
         child.in_child(grandchild, LITTLE)
 
 

@@ -40,7 +40,9 @@ OUT_OF_MEMORY = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use: seconds of processor time, bytes of memory that it writes beyond what it starts with."""
+    """What a child may use: seconds of processor time, bytes of memory that it writes beyond what it starts with.
+
+    It starts with what its parent has freed but not given back to the system. No limit counts that."""
 
     seconds: int
     memory: int

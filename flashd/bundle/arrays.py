@@ -21,7 +21,7 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.arrays()[0])
 
-    def __getitem__(self, part: slice | npt.NDArray[np.integer[Any]]) -> Self:
+    def __getitem__(self, part: int | slice | npt.NDArray[np.integer[Any]]) -> Self:
         return type(self)(*(a[part] for a in self.arrays()))
 
     def take(self, source: Arrays) -> None:
@@ -30,8 +30,8 @@ class Arrays:
             np.copyto(to, values)
 
     def joined(self) -> Self:
-        """The two leading axes as one."""
-        return type(self)(*(a.reshape(-1, a.shape[-1]) for a in self.arrays()))
+        """The two leading axes as one, each array contiguous."""
+        return type(self)(*(np.ascontiguousarray(a.reshape(-1, a.shape[-1])) for a in self.arrays()))
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +89,7 @@ class Groups:
     """n groups of N neurons each. M input matrices (gate and up: 2), hidden size H."""
 
     inputs: Rows  # the arrays of rows of H weights, [n, M N, ...]: all of the first matrix, then of the next
-    down: Rows  # of rows of N weights, [n, H, ...]
+    down: Rows  # of rows of N weights, [n, H, ...]. Memory has both as [n, ..., rows]
     bias: Floats  # [n, M N], or [n, 0] if the inputs have none
     norm: Floats  # [n, N]: activations are multiplied by it in models that norm them; else [n, 0]
 

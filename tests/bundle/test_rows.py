@@ -184,9 +184,10 @@ def test_groups_lay_out_each_kind_of_array_in_one_piece(
     assert same(found.down[1:2].joined(), form.column.views(of_down))
     assert (found.bias[1].reshape(inputs, neurons) == bias[its].T).all()
     assert (found.norm[1] == norm[its]).all()
-    # the planes lie one behind the other, without gaps
-    planes = [*found.inputs.arrays(), *found.down.arrays(), found.bias, found.norm]
-    together = b"".join(np.ascontiguousarray(plane[1]).tobytes() for plane in planes)
+    # the planes lie one behind the other, without gaps, and in each the rows side by side
+    rows = [*found.inputs.arrays(), *found.down.arrays()]
+    planes = [*(plane[1].T for plane in rows), found.bias[1], found.norm[1]]
+    together = b"".join(plane.tobytes() for plane in planes)
     assert raw[1, : len(together)].tobytes() == together and not raw[1, len(together) :].any()
     assert form.nbytes - len(together) < 64
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-import numpy.typing as npt
 
 from flashd.bundle.rows.kinds import Bytes, Codes
 
@@ -46,15 +43,19 @@ def unpack(q: Bytes, bits: int) -> Bytes:
 
 
 def as_nibbles(q: Bytes, bits: int) -> Bytes:
-    """Packed integers of 3 or 2 bits [..., K * bits / 8] as nibbles [..., K / 2] that stand for as much."""
+    """Packed integers of 3 or 2 bits [..., K * bits / 8, n] as nibbles [..., K / 2, n] that stand for as much.
+
+    The n rows lie side by side.
+    """
     if bits == 2:
-        return _fours()[q].view(np.uint8)
-    eights = _eights()
-    first, *others = np.split(q, 3, axis=-1)  # [..., K / 8] each
-    out: npt.NDArray[np.uint32] = eights[0][first]  # [..., K / 8]
-    for of_byte, byte in zip(eights[1:], others, strict=True):
-        out += of_byte[byte]
-    return out.view(np.uint8)
+        pairs = [q & 3 | (q & 12) << 2, q >> 4 & 3 | (q & 192) >> 2]
+    else:
+        first, second, third = thirds = np.split(q, 3, axis=-2)  # [..., K / 8, n] each
+        pairs = [byte & 7 | (byte & 56) << 1 for byte in thirds]
+        pairs.append(first >> 6 | third >> 4 & 4 | (second >> 6 | third >> 5 & 4) << 4)
+    nibbles = np.stack(pairs, axis=-2)  # [..., bytes, pairs of a byte, n]
+    nibbles += np.uint8(0x66 if bits == 2 else 0x44)  # their zero is 8, and not 2 or 4; none overflows
+    return nibbles.reshape(*q.shape[:-2], -1, q.shape[-1])
 
 
 def centre_digits(codes: Codes, width: int, bits: int) -> Bytes:
@@ -68,21 +69,3 @@ def centre_digits(codes: Codes, width: int, bits: int) -> Bytes:
     digits = np.zeros((len(codes), 2, width), np.int32)
     digits[:, 0, : codes.shape[1]], digits[:, 1, : codes.shape[1]] = high, low
     return (digits + half).astype(np.uint8).reshape(len(codes), -1)
-
-
-@cache
-def _fours() -> npt.NDArray[np.uint16]:
-    """[256]: for each byte of 2 bits a weight the nibbles of its weights. Their zero is 8, and not 2."""
-    values = unpack(np.arange(256, dtype=np.uint8)[:, None], 2) + np.uint8(6)  # [256, 4]
-    return pack_bits(values, 4).view("<u2").reshape(256)
-
-
-@cache
-def _eights() -> npt.NDArray[np.uint32]:
-    """[3, 256]: what each of three bytes adds to the nibbles of their eight weights. Their zero is 8, and not 4."""
-    alone = np.zeros((3, 256, 3), np.uint8)
-    for place in range(3):
-        alone[place, :, place] = np.arange(256)
-    values = unpack(alone, 3)  # [3, 256, 8]
-    values[0] += 4  # no nibble overflows: the largest is 11
-    return pack_bits(values, 4).view("<u4")[..., 0]

@@ -131,18 +131,21 @@ class RowFormat:
         if self.kind not in NARROW:
             return rows
         assert isinstance(rows, QuantRows)
-        weights, digits = rows.q[..., : self.weight_bytes], rows.q[..., self.weight_bytes :]
-        return QuantRows(np.concatenate([as_nibbles(weights, self.bits), digits], axis=-1), rows.scale, rows.step)
+        q = rows.q.swapaxes(-1, -2)
+        weights, digits = q[..., : self.weight_bytes, :], q[..., self.weight_bytes :, :]
+        q = np.concatenate([as_nibbles(weights, self.bits), digits], axis=-2)
+        return QuantRows(q.swapaxes(-1, -2), rows.scale, rows.step)
 
 
 @dataclass(frozen=True)
 class GroupFormat:
     """Groups of `neurons` neurons, a record each: what is read, checked and multiplied as one.
 
-    [rows of gate | rows of up | rows of down_proj | biases of gate and up | weights of the activations' norm], each
-    kind of array in one piece: q of all input rows, their scale codes, their steps, and then the same of down_proj's
-    rows [H, neurons]. Biases and a norm are there if the model has them. So a group is one
-    contiguous read (section 3.2 of "LLM in a flash"), and its arrays go into a product as they lie in the record.
+    [rows of gate and up | rows of down_proj | biases of gate and up | weights of the activations' norm], each kind of
+    array in one piece: q of all input rows, their scale codes, their steps, and then the same of down_proj's rows
+    [H, neurons]. The rows lie side by side: first the first byte of all of them, then the second. Biases and a norm
+    are there if the model has them. So a group is one contiguous read (section 3.2 of "LLM in a flash"), and its
+    arrays go into a product as they lie in the record.
     """
 
     kind: RowKind
@@ -166,7 +169,8 @@ class GroupFormat:
     @property
     def planes(self) -> list[Plane]:
         rows = self.row.planes(self.inputs * self.neurons) + self.column.planes(self.hidden)
-        return [*rows, *((np.float32, (each * self.neurons,)) for each in (self.biases, int(self.normed)))]
+        vectors = ((each * self.neurons,) for each in (self.biases, int(self.normed)))
+        return [*((dtype, shape[::-1]) for dtype, shape in rows), *((np.float32, shape) for shape in vectors)]
 
     @cached_property
     def nbytes(self) -> int:
@@ -175,9 +179,9 @@ class GroupFormat:
 
     def views(self, raw: Bytes) -> Groups:
         """The parts of records in place. raw: [n, nbytes] uint8, C-contiguous."""
-        arrays = _carve(raw, self.planes)
-        of_rows = (len(arrays) - 2) // 2
-        return Groups(self.row.rows(arrays[:of_rows]), self.column.rows(arrays[of_rows:-2]), *arrays[-2:])
+        *arrays, bias, norm = _carve(raw, self.planes)
+        rows, count = [array.swapaxes(1, 2) for array in arrays], len(arrays) // 2
+        return Groups(self.row.rows(rows[:count]), self.column.rows(rows[count:]), bias, norm)
 
     def groups(self, raw: Bytes) -> Groups:
         """Records with at least 4 bits a weight: in place, or narrow ones widened."""

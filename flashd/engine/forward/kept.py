@@ -1,7 +1,7 @@
-"""Rows that stay in RAM as the card has them, and how they are unpacked.
+"""Rows in RAM that lie side by side, as products take them, and how they are unpacked.
 
-Rows are transposed once, when they come: they lie side by side then, so that a block of all of them is contiguous.
-numpy unpacks that at the speed of memory.
+A block of all rows is contiguous, so that numpy unpacks it at the speed of memory. Groups lie on the card like that.
+Rows of attention and of the head are transposed when they come.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ class Kept:
     down: Rows
     vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
 
+    @classmethod
+    def first(cls, form: GroupFormat, groups: Groups) -> Kept:
+        """The first of some groups, in place. Their rows have the form of `form`."""
+        inputs, down = (type(rows)(*(array[0].T for array in rows.arrays())) for rows in (groups.inputs, groups.down))
+        vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
+        return cls(form, inputs, down, {name: vector for name, vector in vectors.items() if vector.size})
+
     def arrays(self) -> list[Array]:
         return [*self.inputs.arrays(), *self.down.arrays(), *self.vectors.values()]
 
@@ -98,12 +105,8 @@ class Shelf:
         self._transposes_of: dict[int, ort.InferenceSession] = {}  # by how many arrays they transpose at once
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
-        """A copy of a single group, whose rows have the form of `form`."""
-        inputs, down = groups.inputs[:1].joined(), groups.down[:1].joined()
-        vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
-        came = Kept(form, inputs, down, {name: vector for name, vector in vectors.items() if vector.size})
-        memory, arrays = self._transposes(came.arrays())
-        return self._lent(came.of(arrays), memory)
+        """A copy of the first of some groups, whose rows have the form of `form`."""
+        return self.copy(Kept.first(form, groups))
 
     def copy(self, kept: Kept) -> Kept:
         """A copy of a group that is in other memory."""

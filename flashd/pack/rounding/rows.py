@@ -117,12 +117,12 @@ def encode_groups(
     raw = np.zeros((down.shape[1] // n, form.nbytes), np.uint8)
     for g, record in enumerate(raw):
         part, blocks = slice(g * n, (g + 1) * n), slice(g * column.blocks, (g + 1) * column.blocks)
-        to = form.views(record[None])[0:1]
-        to.inputs.joined().take(form.row.views(np.concatenate([records[part] for records in inputs])))
+        to = form.views(record[None])
+        to.inputs[0].take(form.row.views(np.concatenate([records[part] for records in inputs])))
         own = None if grid is None else (grid[0][:, blocks], grid[1][:, blocks])
         counts = None if weigh is None else weigh[part].reshape(1, -1, BLOCK)
         rows = encode_rows(np.ascontiguousarray(down[:, part]), column, own, weigh=counts)
-        to.down.joined().take(column.views(rows))
+        to.down[0].take(column.views(rows))
         to.bias[:], to.norm[:] = bias[part].T.reshape(1, -1), norm[part]
     return raw
 

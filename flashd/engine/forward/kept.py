@@ -11,7 +11,8 @@ import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 from typing import Any, TypeVar
 
@@ -51,25 +52,34 @@ class Kept:
     """A group in RAM."""
 
     form: GroupFormat
-    inputs: Rows  # as in KeptRows
-    down: Rows
-    vectors: dict[str, Floats]  # `bias` [M N] and `norm` [N], if the model has them
+    record: Bytes  # [bytes], as on the card
 
-    @classmethod
-    def first(cls, form: GroupFormat, groups: Groups) -> Kept:
-        """The first of some groups, in place. Their rows have the form of `form`."""
-        inputs, down = (type(rows)(*(array[0].T for array in rows.arrays())) for rows in (groups.inputs, groups.down))
-        vectors = {"bias": groups.bias[0], "norm": groups.norm[0]}
-        return cls(form, inputs, down, {name: vector for name, vector in vectors.items() if vector.size})
+    @cached_property
+    def groups(self) -> Groups:
+        """The group alone."""
+        return self.form.views(self.record[None])
 
-    def arrays(self) -> list[Array]:
-        return [*self.inputs.arrays(), *self.down.arrays(), *self.vectors.values()]
+    @property
+    def inputs(self) -> Rows:
+        """As in KeptRows."""
+        return _side_by_side(self.groups.inputs)
 
-    def of(self, arrays: list[Array]) -> Kept:
-        """A group of the same kinds of rows, of arrays in the order of `arrays`."""
-        rest = iter(arrays)
-        inputs, down = (type(rows)(*islice(rest, len(rows.arrays()))) for rows in (self.inputs, self.down))
-        return Kept(self.form, inputs, down, dict(zip(self.vectors, rest, strict=True)))
+    @property
+    def down(self) -> Rows:
+        """As in KeptRows."""
+        return _side_by_side(self.groups.down)
+
+    @property
+    def vectors(self) -> dict[str, Floats]:
+        """`bias` [M N] and `norm` [N], if the model has them."""
+        vectors = {"bias": self.groups.bias[0], "norm": self.groups.norm[0]}
+        return {name: vector for name, vector in vectors.items() if vector.size}
+
+
+def _side_by_side(rows: Rows) -> Rows:
+    """Of a group's rows, [1, n, m] each, the arrays [m, n]."""
+    arrays: list[Array] = [array[0].T for array in rows.arrays()]
+    return type(rows)(*arrays)
 
 
 class Scratch:
@@ -106,24 +116,27 @@ class Shelf:
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
         """A copy of the first of some groups, whose rows have the form of `form`."""
-        return self.copy(Kept.first(form, groups))
+        memory = self._take(form.nbytes)
+        kept = Kept(form, memory[: form.nbytes])
+        for to, array in zip(kept.groups.arrays(), groups.arrays(), strict=True):
+            to[0] = array[0]
+        return self._lent(kept, memory)
 
     def copy(self, kept: Kept) -> Kept:
         """A copy of a group that is in other memory."""
-        arrays = kept.arrays()
-        memory, copies = self._carved(arrays, [array.shape for array in arrays])
-        for copy, array in zip(copies, arrays, strict=True):
-            copy[:] = array
-        return self._lent(kept.of(copies), memory)
+        memory = self._take(kept.form.nbytes)
+        memory[: kept.form.nbytes] = kept.record
+        return self._lent(Kept(kept.form, memory[: kept.form.nbytes]), memory)
 
     def keep_rows(self, form: RowFormat, rows: Rows) -> KeptRows:
         """A copy of rows [n, ...]."""
-        memory, arrays = self._transposes(rows.arrays())
-        return self._lent(KeptRows(form, type(rows)(*arrays)), memory)
-
-    def _transposes(self, arrays: list[Array]) -> tuple[Bytes, list[Array]]:
-        """Memory, and in it the transposes of arrays, and copies of vectors."""
-        memory, copies = self._carved(arrays, [array.shape[::-1] for array in arrays])
+        arrays: list[Array] = list(rows.arrays())
+        sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
+        memory = self._take(sum(sizes))
+        copies = [
+            memory[at : at + array.nbytes].view(array.dtype).reshape(array.shape[::-1])
+            for at, array in zip(accumulate(sizes, initial=0), arrays, strict=False)
+        ]
         of_bytes: list[tuple[Bytes, Bytes]] = []
         for copy, array in zip(copies, arrays, strict=True):
             if array.ndim == 2 and array.dtype == np.uint8:
@@ -132,17 +145,7 @@ class Shelf:
                 copy[:] = array.T
         if of_bytes:
             self._transpose(of_bytes)
-        return memory, copies
-
-    def _carved(self, arrays: list[Array], shapes: list[tuple[int, ...]]) -> tuple[Bytes, list[Array]]:
-        """Memory, and in it room for arrays of other shapes."""
-        sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
-        memory = self._take(max(sum(sizes), self._slot))
-        starts = np.cumsum([0, *sizes]).tolist()
-        return memory, [
-            memory[at : at + array.nbytes].view(array.dtype).reshape(shape)
-            for at, array, shape in zip(starts, arrays, shapes, strict=False)
-        ]
+        return self._lent(KeptRows(form, type(rows)(*copies)), memory)
 
     def _lent(self, kept: R, memory: Bytes) -> R:
         """`kept`, when it is gone its memory is idle."""
@@ -150,6 +153,7 @@ class Shelf:
         return kept
 
     def _take(self, nbytes: int) -> Bytes:
+        nbytes = max(nbytes, self._slot)
         try:
             return self._idle[nbytes].pop()
         except IndexError:

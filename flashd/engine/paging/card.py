@@ -150,8 +150,12 @@ class _Card:
             self.stats.waited += time.perf_counter() - started
             yield read.extent, made
         finally:
-            self._idle.append(read.buffer)
+            self._let_go(read.buffer)
             self.read_ahead()
+
+    def _let_go(self, buffer: mmap.mmap) -> None:
+        """Takes back the buffer of an extent when the next one is taken."""
+        self._idle.append(buffer)
 
     def _drain(self) -> None:
         for read in self._reads:
@@ -209,13 +213,18 @@ class CardStream(_Card):
         bundle: an open bundle.
         schedule: the extents of one pass, in the order in which they will be taken. It may be empty. None that
             comes later, see `restart`, has a longer extent.
-        buffers: how many extents are held or under way.
+        buffers: how many extents are taken or under way.
         make: see Make.
+        used: of the extents that were taken last, those behind the newest whose bytes are still used.
     """
 
-    def __init__(self, bundle: Bundle, schedule: Sequence[Extent], buffers: int, make: Make = as_read) -> None:
+    def __init__(
+        self, bundle: Bundle, schedule: Sequence[Extent], buffers: int, make: Make = as_read, used: int = 0
+    ) -> None:
         runs = [section.run for section in map(bundle.section, bundle.header.paged_sections)]
-        super().__init__(bundle, max((e.count * runs[e.section] for e in schedule), default=0), buffers, make)
+        most = max((e.count * runs[e.section] for e in schedule), default=0)
+        super().__init__(bundle, most, buffers + used, make)
+        self._used, self._taken_last = used, deque[mmap.mmap]()
         self._follow(schedule)
 
     def _follow(self, schedule: Sequence[Extent]) -> None:
@@ -233,15 +242,25 @@ class CardStream(_Card):
         """The extents of a section in order, each with what was made of its bytes.
 
         Take sections in the schedule's order; `restart` goes back to the first. The bytes of an extent are valid
-        until the next extent is taken. Raises CardError, DamagedRun.
+        until `used` and one more are taken. Raises CardError, DamagedRun.
         """
         for _ in range(self._of_section[section]):
             self.read_ahead()
             yield from self._taken()
 
+    def _let_go(self, buffer: mmap.mmap) -> None:
+        self._taken_last.append(buffer)
+        if len(self._taken_last) > self._used:
+            self._idle.append(self._taken_last.popleft())
+
     def restart(self, schedule: Sequence[Extent] | None = None) -> None:
-        """Forgets what is under way. The next extent taken is the first of the schedule, which may be a new one."""
+        """Forgets what is under way, and what was taken.
+
+        The next extent taken is the first of the schedule, which may be a new one.
+        """
         self._drain()
+        self._idle.extend(self._taken_last)
+        self._taken_last.clear()
         self._follow(self._schedule if schedule is None else schedule)
 
 

@@ -360,8 +360,11 @@ def reading(header: Header, head_rows: int, all_pinned: bool, threads: int) -> d
     most = max(1, *(groups_of_a_read(part.form, m) for part in header.ffn_sections))  # pieces of one read
     if streams_head:
         most = max(most, unpacked.head_rows_of_a_read(header)[0])
-    passing = BUFFERS * most + at_work(threads) + 2
-    return {"window and read-ahead": BUFFERS * buffer_bytes(buffer) + passing * unpacked.passing_bytes(header)}
+    used = at_work(threads)  # buffers whose groups are multiplied
+    held = (BUFFERS + used) * buffer_bytes(buffer)
+    if streams_head or header.narrowed:
+        held += (BUFFERS * most + used + 2) * unpacked.passing_bytes(header)
+    return {"window and read-ahead": held}
 
 
 def _reading_experts(header: Header) -> dict[str, int]:

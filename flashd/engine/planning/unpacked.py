@@ -22,7 +22,7 @@ from flashd.graphs.constant import Arithmetic
 from flashd.graphs.unpacked import ROWS_TOGETHER
 
 ALIGNED, OBJECTS = 64, 2 << 10
-"""Of a group in RAM as the card has it: what its arrays start at multiples of, and its objects in the interpreter."""
+"""Of rows in RAM as the card has them: what arrays start at multiples of, and their objects in the interpreter."""
 
 
 GUESSED: Arithmetic = "int8"
@@ -36,7 +36,7 @@ def streams(header: Header) -> bool:
 
 def group_kept(form: GroupFormat) -> int:
     """Bytes of a group in RAM as the card has it."""
-    return kept(form.planes)
+    return form.nbytes + OBJECTS
 
 
 def rows_kept(form: RowFormat, rows: int) -> int:
@@ -52,9 +52,9 @@ def kept(planes: list[Plane]) -> int:
 
 
 def passing_bytes(header: Header) -> int:
-    """Bytes of RAM that each group has which streams past, and each part of the head."""
+    """Bytes of RAM that each part of the head has which streams past, and each group that is widened."""
     head = kept(header.row_format("head").planes(head_rows_of_a_read(header)[1]))
-    return max(group_kept(header.largest_group), head)
+    return max(group_kept(header.largest_group), head) if header.narrowed else head
 
 
 def scratch(header: Header, arithmetic: Arithmetic, threads: int) -> int:

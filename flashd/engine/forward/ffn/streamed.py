@@ -78,7 +78,7 @@ class StreamedFfn:
         schedule = stream_past(header, plan.pinned, plan.head_rows)
         in_turn_of = partial(in_turn, self._workers, most=self._most)
         self.head_rows = UnpackedRows(header.row_format("head"), self._multiply, self._guess, in_turn_of)
-        self.stream = CardStream(bundle, schedule, plan.buffers, self._keep)
+        self.stream = CardStream(bundle, schedule, plan.buffers, self._keep, used=self._most)
         self._needed = self._found = 0
 
     @property
@@ -172,7 +172,10 @@ class StreamedFfn:
         if extent.section == len(self._parts):
             return self.head_rows.kept(self.head_rows.form.views(raw), self._passing)
         part = self._parts[extent.section]
-        groups, form = part.form.groups(raw), self._forms[part.layer]
+        form = self._forms[part.layer]
+        if part.form == form:
+            return [Kept(form, record) for record in raw]
+        groups = part.form.groups(raw)
         return [self._passing.keep(form, groups[i : i + 1]) for i in range(len(groups))]
 
     def restart(self) -> None:

@@ -105,7 +105,10 @@ class _Unpacked:
         self._groups, self._forms = groups, forms
 
     def streamed(self) -> None:
-        """A token with groups that have just come."""
+        """A token with groups that have just come. Experts are copied, and narrowed groups widened."""
+        if not (self._header.model.experts or self._header.narrowed):
+            self.multiplied(self._arithmetic)(1)
+            return
         entering = self._entering(self._multiply, 1)
         self._run(lambda form, some: self._multiply(self._shelf.keep(form, some), entering[form]), self._groups)
 

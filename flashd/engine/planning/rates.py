@@ -42,7 +42,7 @@ IN_RAM = (WEIGHTS, LEADING_FFNS, "attention", "head", "pinned neurons")
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """What the processors of a machine do with a model's rows, in bytes a second."""
 
-    streamed: float  # of groups that have come from the card: they are transposed, and multiplied with a token
+    streamed: float  # of groups that have come from the card: they are copied if need be, and multiplied with a token
     multiplied: float  # of RAM, that a single token is multiplied with
     guessed: float  # of RAM, that a few tokens are multiplied with, as a step of drafting does
     checked: float  # of RAM, that the tokens of a pass with drafts are multiplied with

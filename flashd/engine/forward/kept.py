@@ -54,22 +54,22 @@ class Kept:
     form: GroupFormat
     record: Bytes  # [bytes], as on the card
 
-    @cached_property
+    @property
     def groups(self) -> Groups:
         """The group alone."""
         return self.form.views(self.record[None])
 
-    @property
+    @cached_property
     def inputs(self) -> Rows:
         """As in KeptRows."""
         return _side_by_side(self.groups.inputs)
 
-    @property
+    @cached_property
     def down(self) -> Rows:
         """As in KeptRows."""
         return _side_by_side(self.groups.down)
 
-    @property
+    @cached_property
     def vectors(self) -> dict[str, Floats]:
         """`bias` [M N] and `norm` [N], if the model has them."""
         vectors = {"bias": self.groups.bias[0], "norm": self.groups.norm[0]}

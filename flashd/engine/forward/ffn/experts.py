@@ -167,8 +167,7 @@ class ExpertFfn:
     def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:
         """The groups that were read. It is called in the thread that read them."""
         form = self._forms[extent.section + self._first]
-        groups = form.views(raw)
-        return [self._shelf.keep(form, groups[i : i + 1]) for i in range(len(groups))]
+        return [self._shelf.copy(Kept(form, record)) for record in raw]
 
     def enter(self, layer: int, x: Floats) -> None:
         if self._experts.early:

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from flashd.bundle.errors import DamagedRun
 from flashd.bundle.prefix import GAP_BYTES
 from flashd.bundle.reader import Bundle
+from flashd.bundle.rows.kinds import Bytes
 from flashd.engine.paging.card import READ_BYTES, CardQueue, CardStream, Extent, extents
 from flashd.errors import CardError
 
 
 @contextmanager
-def stream(path: Path, schedule: list[Extent], buffers: int = 3) -> Iterator[CardStream]:
+def stream(path: Path, schedule: list[Extent], buffers: int = 3, used: int = 0) -> Iterator[CardStream]:
     with Bundle(path) as bundle:
-        opened = CardStream(bundle, schedule, buffers)
+        opened = CardStream(bundle, schedule, buffers, used=used)
         try:
             yield opened
         finally:
@@ -58,6 +59,21 @@ def test_what_is_read_is_what_is_in_the_file(tiny_bundle: Path) -> None:
             for extent, data in got:
                 at = bundle.section(f"layer.{extent.section}.ffn").offset + extent.first * size
                 assert data == raw[at : at + extent.count * size]
+
+
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_what_is_still_used_is_not_read_over(tiny_bundle: Path, used: int) -> None:
+    schedule = [Extent(layer, first, 1) for layer in range(3) for first in range(4)]
+    with stream(tiny_bundle, schedule, buffers=1, used=used) as opened:
+        for _ in range(3):
+            taken: list[tuple[Bytes, bytes]] = []
+            for layer in range(3):
+                for _, data in opened.section(layer):
+                    taken = [*taken, (data, data.tobytes())][-used - 1 :]
+                    for read in opened._reads:  # until all that may be read ahead is there
+                        read.made.result()
+                    assert all(now.tobytes() == then for now, then in taken)
+            opened.restart()  # takes back all of them
 
 
 def test_counts_of_one_pass(tiny_bundle: Path) -> None:

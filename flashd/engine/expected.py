@@ -54,7 +54,7 @@ def measure(bundle: Bundle, plan: Plan) -> None:
 
 
 def _measured(bundle: Bundle, plan: Plan) -> Rates:
-    products.use_threads(plan.threads, shared=plan.resident)
+    products.use_threads(plan.threads, shared=plan.all_constant)
     largest = group_held(bundle.header.largest_group, plan.of_ffns)
     groups, forms = zip(*_groups(bundle, max(2, min(MOST, max(plan.memory // 4, LEAST)) // largest)), strict=True)
     unpacked = _Unpacked(bundle, plan, groups, forms)

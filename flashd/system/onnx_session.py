@@ -70,7 +70,7 @@ def open_session(
     Args:
         graph: a ModelProto.
         initialisers: the graph's external constants, by name.
-        alone: one thread computes it, and other sessions run beside it.
+        alone: one thread computes it.
         in_place: the names of those that onnxruntime need not copy. They are contiguous, and stay as they are.
         unread: of these, the names of those that it does not read any more once the session is open.
         together: all threads compute it, though it has no constants.

@@ -77,14 +77,11 @@ class Constants:
         graph = self._graph(constant.rows, self.arithmetic, len(rows), k, {"rows": product.rows})
         return self._opened(graph, product.named("rows"))
 
-    def groups(self, groups: Groups, alone: bool = False) -> ort.InferenceSession:
-        """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer.
-
-        `alone`: one thread computes them, beside others.
-        """
+    def groups(self, groups: Groups) -> ort.InferenceSession:
+        """h, before [1, T, ...] -> y [1, T, W]: what is before, and the share of some groups of any layer."""
         arrays, stored = self._of_groups(groups)
         graph = self._graph(constant.ffn, self._model, self.arithmetic, len(groups), stored)
-        return self._opened(graph, arrays, alone)
+        return self._opened(graph, arrays)
 
     def attention(self, i: int, products: Sequence[Rows], vectors: dict[str, Floats]) -> ort.InferenceSession:
         """The attention of layer i, see graphs.constant.attention. `products`: the rows of Architecture.products."""
@@ -138,11 +135,11 @@ class Constants:
                 stored |= rows
         return self._opened(constant.whole(self._model, self.arithmetic, layers, stored, self._kv), arrays)
 
-    def _opened(self, graph: bytes, arrays: Initialisers, alone: bool = False) -> ort.InferenceSession:
+    def _opened(self, graph: bytes, arrays: Initialisers) -> ort.InferenceSession:
         """A session that reads weights, scales and zero points in place, and holds what it reads while it runs."""
         in_place = [name for name in arrays if _part(name)]
         spare = [name for name in in_place if _part(name) in self._unread]
-        return open_session(graph, arrays, alone=alone, in_place=in_place, unread=spare)
+        return open_session(graph, arrays, in_place=in_place, unread=spare)
 
     def _graph(self, make: Any, *asked: Any) -> bytes:
         """A graph that is made once: experts ask for few different ones, over and over."""

@@ -73,7 +73,7 @@ class PagedModel:
     ) -> None:
         self._bundle = bundle
         self._model: Architecture = bundle.header.model
-        products.use_threads(plan.threads, shared=False)
+        products.use_threads(plan.threads, shared=plan.all_constant)
         constants = Constants(bundle.header, of_sessions(bundle.header, plan.arithmetic), plan.kv)
         self._leave = stages.Leave(bundle, constants)
         self._logits = stages.Stage(graph(bundle.header, "logits")) if self._model.changes_logits else None

@@ -86,6 +86,11 @@ class Plan:
         return spread(here + more, self.groups)
 
     @property
+    def all_constant(self) -> bool:
+        """Whether every product is with constants of a session, so that a pass reads and unpacks nothing."""
+        return self.resident or self.constant_experts
+
+    @property
     def of_ffns(self) -> Arithmetic:
         """The arithmetic of FFNs, of the first layers if a model that stays whole has two."""
         return "int8" if self.resident and self.int8_layers else self.arithmetic

@@ -74,7 +74,7 @@ class _Routed:
 class _Work:
     """Experts whose shares some threads compute. No two experts write to the same of shares [T, K, H]."""
 
-    workers: ThreadPoolExecutor
+    workers: ThreadPoolExecutor | None  # None: all threads compute each product, so one comes after the other
     multiply: Multiplier | _InSessions
     shares: Floats
     entering: Entering
@@ -82,7 +82,10 @@ class _Work:
     under_way: deque[Future[None]] = field(default_factory=deque)
 
     def start(self, expert: int, groups: Sequence[Any]) -> None:
-        self.under_way.append(self.workers.submit(self._add, expert, groups))
+        if self.workers is None:
+            self._add(expert, groups)
+        else:
+            self.under_way.append(self.workers.submit(self._add, expert, groups))
 
     def wait(self, left: int) -> None:
         """Waits until at most `left` of them are under way."""
@@ -130,7 +133,9 @@ class ExpertFfn:
         speed = remembered(bundle.path)
         depth = speed.depth if speed else IN_FLIGHT
         self._queue = CardQueue(bundle, most if plan.buffers else 0, plan.buffers, self._keep, depth)
-        self._workers = ThreadPoolExecutor(at_work(plan.threads), thread_name_prefix="experts")
+        self._workers: ThreadPoolExecutor | None = None
+        if not plan.constant_experts:
+            self._workers = ThreadPoolExecutor(at_work(plan.threads), thread_name_prefix="experts")
         self._routed: _Routed | None = None
         self._needed = self._found = 0
 
@@ -161,7 +166,7 @@ class ExpertFfn:
 
     def _kept(self, layer: int, groups: Groups) -> Any:
         if self._plan.constant_experts:
-            return self._constants.groups(self._forms[layer].wide(groups), alone=True)
+            return self._constants.groups(self._forms[layer].wide(groups))
         return self._shelf.keep(self._forms[layer], groups)
 
     def _keep(self, extent: Extent, raw: Bytes) -> list[Kept]:
@@ -213,7 +218,8 @@ class ExpertFfn:
 
     def close(self) -> None:
         self._queue.close()
-        self._workers.shutdown()
+        if self._workers:
+            self._workers.shutdown()
 
     def _choose(self, index: int, routed: Floats) -> None:
         """Asks a layer's router for `routed` [T, H], and begins to read what is missing."""

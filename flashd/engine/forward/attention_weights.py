@@ -98,7 +98,7 @@ class UnpackedAttention:
         )
         for graph in (few, many):
             if graph not in self._sessions:
-                self._sessions[graph] = Opened.of(open_session(graph))
+                self._sessions[graph] = Opened.of(open_session(graph, together=True))
         return self._sessions[few], self._sessions[many]
 
     def opened(self, layer: int, rows: int, drafting: bool) -> Opened:

@@ -67,7 +67,7 @@ def test_a_job_is_let_go_within_one_layer(
     jobs = Jobs(spool, most_waiting=4)
     with Bundle(short) as bundle:
         prompts = Prompts(bundle)
-        least = smallest(bundle.header, 256, resident_now()) + 2 * MIB
+        least = smallest(bundle.header, 256, resident_now(), threads=2) + 2 * MIB
         with Engine(bundle, Budget(least, 256, 2)) as engine:
             assert not engine.plan.resident
             worker = Worker(jobs, engine, prompts, None, Answering(max_tokens=2), steps)
@@ -135,7 +135,7 @@ def office(bundle_path: Path, tmp_path: Path, context: int = 256, tokens: int = 
     jobs = Jobs(spool, most_waiting=10)
     with Bundle(bundle_path) as bundle:
         prompts = Prompts(bundle)
-        least = smallest(bundle.header, context, resident_now()) + 2 * MIB
+        least = smallest(bundle.header, context, resident_now(), threads=2) + 2 * MIB
         with Engine(bundle, Budget(least, context, 2)) as engine:
             assert not engine.plan.resident
             worker = Worker(jobs, engine, prompts, None, Answering(max_tokens=tokens, temperature=0), steps)

@@ -279,15 +279,10 @@ def _as_unpacked(g: Graph, x: str, form: RowFormat) -> str:
     return g.node("Reshape", g.node("Transpose", x, perm=[0, 1, 3, 2]), g.shape(-1, _blocks(form), BLOCK))
 
 
-def transpose(count: int) -> bytes:
-    """x.0, x.1 ... [n, m] uint8, each of a shape of its own -> y.0, y.1 ... [m, n].
-
-    It moves 16 bytes at a time, which numpy does not.
-    """
+def transpose() -> bytes:
+    """x [n, m] uint8 -> y [m, n]. It moves 16 bytes at a time, which numpy does not."""
     g = Graph()
-    for i in range(count):
-        y = g.node("Transpose", g.input(f"x.{i}", T.UINT8, [f"n.{i}", f"m.{i}"]), perm=[1, 0])
-        g.named_output(f"y.{i}", T.UINT8, [f"m.{i}", f"n.{i}"], y)
+    g.named_output("y", T.UINT8, ["m", "n"], g.node("Transpose", g.input("x", T.UINT8, ["n", "m"]), perm=[1, 0]))
     return g.serialise("transpose")
 
 

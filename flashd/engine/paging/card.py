@@ -40,7 +40,7 @@ MOST_GAP_BYTES = 256 << 10
 """The widest gap that is read rather than skipped, however slow a card is to start a read."""
 
 Make = Callable[["Extent", Bytes], Any]
-"""Makes of what was read what its taker wants, in the thread that read it: to transpose takes a while too."""
+"""Makes of what was read what its taker wants, in the thread that read it: to copy takes a while too."""
 
 
 @dataclass(frozen=True)

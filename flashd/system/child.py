@@ -42,7 +42,8 @@ OUT_OF_MEMORY = 3
 class Limits:
     """What a child may use: seconds of processor time, bytes of memory that it writes beyond what it starts with.
 
-    It starts with what its parent has freed but not given back to the system. No limit counts that."""
+    It starts with what its parent has freed but not given back to the system. No limit counts that.
+    """
 
     seconds: int
     memory: int

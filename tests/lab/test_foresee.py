@@ -56,7 +56,7 @@ def test_sections_are_as_long_as_those_of_the_bundle(config: Path, packed: dict[
         assert {s.name: (s.length, s.run) for s in foreseen}.items() <= theirs.items()
 
 
-@pytest.mark.parametrize("memory", ["186M", "191M"])
+@pytest.mark.parametrize("memory", ["190M", "191M"])
 @pytest.mark.parametrize("drafts", [True, False])
 def test_card_bytes_a_token_are_those_that_the_engine_counts(
     config: Path, packed: dict[str, Path], memory: str, drafts: bool, monkeypatch: pytest.MonkeyPatch

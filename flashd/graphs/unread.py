@@ -49,7 +49,7 @@ def _unread(bits: int, arithmetic: Arithmetic, with_zero: bool) -> frozenset[str
         "zero": random.integers(0, 256, (ROWS, blocks // 2), np.uint8),
     }
     had = [name for name in names if name]
-    session = open_session(g.serialise("probe"), {name: arrays[name] for name in had}, alone=True, in_place=had)
+    session = open_session(g.serialise("probe"), {name: arrays[name] for name in had}, in_place=had)
     inputs = [random.standard_normal((1, tokens, WIDTH), np.float32) for tokens in TOKENS]
 
     def outputs() -> list[npt.NDArray[np.float32]]:

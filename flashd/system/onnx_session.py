@@ -59,7 +59,7 @@ _made: list[Threads] = []
 
 
 def open_session(
-    graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None, alone: bool = False,
+    graph: bytes, initialisers: Mapping[str, npt.NDArray[Any]] | None = None,
     in_place: Collection[str] = (), unread: Collection[str] = (), together: bool = False,
 ) -> ort.InferenceSession:  # fmt: skip
     """A session of a serialised graph. Call `start_pool` first. Raises DataError if it cannot be loaded.
@@ -70,14 +70,13 @@ def open_session(
     Args:
         graph: a ModelProto.
         initialisers: the graph's external constants, by name.
-        alone: one thread computes it.
         in_place: the names of those that onnxruntime need not copy. They are contiguous, and stay as they are.
         unread: of these, the names of those that it does not read any more once the session is open.
         together: all threads compute it, though it has no constants.
     """
     options = ort.SessionOptions()
     options.add_session_config_entry("mlas.disable_kleidiai", "1")
-    _give_threads(options, _made[0].number if together or (initialisers and not alone) else 1)
+    _give_threads(options, _made[0].number if together or initialisers else 1)
     options.enable_mem_pattern = False
     values: dict[str, ort.OrtValue] = {}
     if initialisers:

@@ -114,17 +114,16 @@ class Shelf:
 
     def keep(self, form: GroupFormat, groups: Groups) -> Kept:
         """A copy of the first of some groups, whose rows have the form of `form`."""
-        memory = self._take(form.nbytes)
-        kept = Kept(form, memory[: form.nbytes])
+        kept = self._room_for(form)
         for to, array in zip(kept.groups.arrays(), groups.arrays(), strict=True):
             to[0] = array[0]
-        return self._lent(kept, memory)
+        return kept
 
     def copy(self, kept: Kept) -> Kept:
         """A copy of a group that is in other memory."""
-        memory = self._take(kept.form.nbytes)
-        memory[: kept.form.nbytes] = kept.record
-        return self._lent(Kept(kept.form, memory[: kept.form.nbytes]), memory)
+        copied = self._room_for(kept.form)
+        copied.record[:] = kept.record
+        return copied
 
     def keep_rows(self, form: RowFormat, rows: Rows) -> KeptRows:
         """A copy of rows [n, ...]."""
@@ -141,6 +140,11 @@ class Shelf:
             else:
                 copy[:] = array.T
         return self._lent(KeptRows(form, type(rows)(*copies)), memory)
+
+    def _room_for(self, form: GroupFormat) -> Kept:
+        """A group whose bytes are not written yet."""
+        memory = self._take(form.nbytes)
+        return self._lent(Kept(form, memory[: form.nbytes]), memory)
 
     def _lent(self, kept: R, memory: Bytes) -> R:
         """`kept`, when it is gone its memory is idle."""
